@@ -1,0 +1,1 @@
+"""Spend a budget: one choice per unit, least total loss."""

@@ -1,0 +1,170 @@
+"""Exact multiple-choice knapsack: min Σ loss[i, xᵢ] subject to Σ cost[i, xᵢ] ≤ budget.
+
+For a price λ per unit of cost every unit may choose alone: xᵢ = argminⱼ loss + λ·cost. The dual value
+L(λ) = Σᵢ minⱼ(loss + λ·cost) − λ·budget never exceeds the optimum, and its best λ leaves a gap of at
+most one unit's step. That gap is then closed exactly. Writing r[i, j] ≥ 0 for how much choice j of
+unit i is worse than that unit's best at price λ, any plan has
+
+    loss = L(λ) + Σᵢ r[i, xᵢ] + λ·(budget − cost),
+
+so a plan within `gap` of L(λ) uses only choices with r < gap: almost every unit is settled, and a
+dynamic program over the Pareto front (cost, Σ r) of the few open ones finds the optimum. The gap
+searched is widened until a plan is found in it, so the front stays small (core idea: Pisinger, 1995).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from alphaq.errors import BudgetError
+from alphaq.records import Solution
+
+RELATIVE_TOLERANCE = 1e-12  # a gap below this is rounding, not loss
+BISECTIONS = 200
+FRONT_LIMIT = 4_000_000
+
+
+def solve_exact(losses: np.ndarray, costs: np.ndarray, budget: int) -> Solution:
+    """Optimal columns for losses [units, choices] (float64) and costs [units, choices] (int64).
+
+    Ties go to the cheaper plan, then to the lower column. Raises BudgetError if even the cheapest choices exceed
+    the budget, or if the losses are not finite.
+    """
+    if not np.isfinite(losses).all():
+        raise BudgetError("A loss is NaN or infinite, so no plan can be optimal. Check the stats for bad values.")
+    units = np.arange(len(losses))
+    floor = costs.min(axis=1)
+    if int(floor.sum()) > budget:
+        raise BudgetError(f"The budget of {budget} is below {int(floor.sum())}, the cost of the cheapest choices.")
+    # Only differences matter: shift every unit to cost 0 and measure in the largest common step.
+    steps = costs - floor[:, None]
+    unit = int(np.gcd.reduce(steps, axis=None)) or 1
+    steps //= unit
+    room = (budget - int(floor.sum())) // unit
+
+    price, columns = _best_price(losses, steps, room)
+    columns = _fill(losses, steps, columns, room)
+    reduced = losses + price * steps
+    best = reduced.min(axis=1)
+    reduced = reduced - best[:, None]
+    bound = float(best.sum() - price * room)
+    upper = float(losses[units, columns].sum())
+    tolerance = RELATIVE_TOLERANCE * max(abs(upper), np.abs(losses).max(initial=0.0), 1e-300)
+    gap = upper - bound
+    width = gap / 64
+    while gap > tolerance:
+        found = _search_core(losses, steps, reduced, price, room, min(width, gap) * (1 + 1e-9))
+        if found is not None:
+            if losses[units, found].sum() < upper:
+                columns = found
+                upper = float(losses[units, columns].sum())
+            bound = upper
+            break
+        if width >= gap:
+            bound = upper  # nothing better exists inside the gap: what we have is optimal
+            break
+        width *= 4
+    return Solution(columns, upper, min(bound, upper), int(costs[units, columns].sum()))
+
+
+def _choose(losses: np.ndarray, steps: np.ndarray, price: float) -> tuple[np.ndarray, int]:
+    """Each unit's own best column at a price, the cheapest among equals, and the total cost."""
+    reduced = losses + price * steps
+    tied = reduced == reduced.min(axis=1, keepdims=True)
+    columns = np.where(tied, steps, np.iinfo(np.int64).max).argmin(axis=1)
+    return columns, int(steps[np.arange(len(steps)), columns].sum())
+
+
+def _best_price(losses: np.ndarray, steps: np.ndarray, room: int) -> tuple[float, np.ndarray]:
+    """Smallest price at which the units' own choices fit, by bisection; and those choices."""
+    columns, cost = _choose(losses, steps, 0.0)
+    if cost <= room:
+        return 0.0, columns
+    low, high = 0.0, max(float(np.ptp(losses)), 1e-300)
+    while (fitting := _choose(losses, steps, high))[1] > room:
+        low, high = high, high * 4
+    columns = fitting[0]
+    for _ in range(BISECTIONS):
+        middle = (low * high) ** 0.5 if low > 0 else high / 1024
+        if not low < middle < high:
+            break
+        candidate, cost = _choose(losses, steps, middle)
+        if cost <= room:
+            high, columns = middle, candidate
+        else:
+            low = middle
+        if high - low <= 4e-16 * high or cost == room:
+            break
+    return high, columns
+
+
+def _fill(losses: np.ndarray, steps: np.ndarray, columns: np.ndarray, room: int) -> np.ndarray:
+    """Spend what is left greedily, best loss per cost first: a good plan to start from, not yet the best."""
+    columns = columns.copy()
+    units = np.arange(len(steps))
+    for _ in range(steps.shape[1]):
+        left = room - int(steps[units, columns].sum())
+        extra = steps - steps[units, columns][:, None]
+        gain = losses[units, columns][:, None] - losses
+        usable = (gain > 0) & (extra <= left)
+        rate = np.where(usable, gain / np.maximum(extra, 0.5), -np.inf)
+        target = rate.argmax(axis=1)
+        order = np.flatnonzero(np.isfinite(rate[units, target]))
+        order = order[np.argsort(-rate[order, target[order]], kind="stable")]
+        if not len(order):
+            break
+        needed = extra[order, target[order]]
+        prefix = np.cumsum(needed) <= left
+        taken = order[: len(order) if prefix.all() else max(1, int(prefix.argmin()))]
+        columns[taken] = target[taken]
+    return columns
+
+
+def _search_core(
+    losses: np.ndarray, steps: np.ndarray, reduced: np.ndarray, price: float, room: int, width: float
+) -> np.ndarray | None:
+    """Best plan among those within `width` of the bound, or None if there is none."""
+    open_choices = reduced <= width
+    settled = reduced.argmin(axis=1)
+    core = np.flatnonzero(open_choices.sum(axis=1) > 1)
+    fixed = np.setdiff1d(np.arange(len(steps)), core, assume_unique=True)
+    # States: cost so far and excess Σ r so far. Suffix ranges of cost discard states that can no
+    # longer fit, or that would leave more slack than `width` pays for.
+    lowest = np.where(open_choices[core], steps[core], np.iinfo(np.int64).max).min(axis=1)
+    highest = np.where(open_choices[core], steps[core], -1).max(axis=1)
+    rest_low = np.append(np.cumsum(lowest[::-1])[::-1][1:], 0) if len(core) else np.zeros(0, np.int64)
+    rest_high = np.append(np.cumsum(highest[::-1])[::-1][1:], 0) if len(core) else np.zeros(0, np.int64)
+    cost = np.array([int(steps[fixed, settled[fixed]].sum())])
+    excess = np.zeros(1)
+    history: list[tuple[np.ndarray, np.ndarray]] = []
+    for position, unit in enumerate(core):
+        options = np.flatnonzero(open_choices[unit])
+        new_cost = (cost[:, None] + steps[unit, options]).ravel()
+        new_excess = (excess[:, None] + reduced[unit, options]).ravel()
+        parent = np.repeat(np.arange(len(cost)), len(options))
+        option = np.tile(options, len(cost))
+        least_slack = np.maximum(room - new_cost - rest_high[position], 0)
+        keep = (new_cost + rest_low[position] <= room) & (new_excess + price * least_slack <= width)
+        new_cost, new_excess, parent, option = (part[keep] for part in (new_cost, new_excess, parent, option))
+        # Pareto front on (cost, loss): dearer states survive only with strictly less loss so far.
+        loss = new_excess - price * new_cost
+        order = np.lexsort((loss, new_cost))
+        running = np.minimum.accumulate(loss[order])
+        front = order[np.append(True, running[1:] < running[:-1])] if len(order) else order
+        cost, excess = new_cost[front], new_excess[front]
+        history.append((parent[front], option[front]))
+        if not len(cost):
+            return None
+        if len(cost) > FRONT_LIMIT:
+            raise BudgetError(
+                f"The exact solver's front passed {FRONT_LIMIT} states. Use fewer --choices or round losses."
+            )
+    total = excess + price * (room - cost)
+    state = int(np.argmin(np.where(cost <= room, total, np.inf)))
+    if not (cost[state] <= room and total[state] <= width):
+        return None
+    columns = settled.copy()
+    for unit, (parent, option) in zip(core[::-1], history[::-1], strict=True):
+        columns[unit] = option[state]
+        state = int(parent[state])
+    return columns

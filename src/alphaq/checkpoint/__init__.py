@@ -1,0 +1,1 @@
+"""Checkpoints on disk: read lazily, matched to roles, written atomically."""

@@ -1,0 +1,277 @@
+"""Open a checkpoint (a folder or a hub id) and read its matrices lazily by memory map.
+
+Only safetensors is read: a pickle runs code when it is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alphaq.checkpoint.matching import Architecture, architecture_of, match_tensors
+from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo, read_header
+from alphaq.errors import CheckpointError
+from alphaq.records import MatrixRef, Role, SourceIdentity
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+SIDE_FILES = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "README.md",
+)
+READABLE_WEIGHTS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: names, shapes and roles known, no weight loaded.
+
+    `tensors` is in file order, shard by shard; `matrices` holds the 2-D weights that have a role.
+    """
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    architecture: Architecture
+    shards: dict[str, dict[str, TensorInfo]]
+    matrices: tuple[MatrixRef, ...]
+    roles: dict[str, Role]
+    fingerprint: str
+    _maps: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def identity(self) -> SourceIdentity:
+        """Name and fingerprint, as plans record them."""
+        return SourceIdentity(name=self.name, fingerprint=self.fingerprint)
+
+    @cached_property
+    def shard_of(self) -> dict[str, str]:
+        """Shard file of every stored tensor."""
+        return {tensor: shard for shard, tensors in self.shards.items() for tensor in tensors}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensors in self.shards.values() for tensor in tensors.values())
+
+    def with_role(self, role: Role) -> list[MatrixRef]:
+        """Matrices of one role, in file order."""
+        return [matrix for matrix in self.matrices if matrix.role is role]
+
+    def raw(self, shard: str, tensor: TensorInfo) -> torch.Tensor:
+        """Bytes of a stored tensor, uint8 [nbytes], as a view of the file."""
+        if shard not in self._maps:
+            self._maps[shard] = _map_file(self.folder / shard)
+        return self._maps[shard][tensor.begin : tensor.end]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A stored tensor in its own dtype and shape, as a view of the file. Do not write to it."""
+        shard = self.shard_of[name]
+        info = self.shards[shard][name]
+        return view_as(self.raw(shard, info), info)
+
+    def read(self, matrix: MatrixRef) -> torch.Tensor:
+        """One matrix, [rows, columns], in its stored dtype; a view unless the file is misaligned."""
+        values = self.tensor(matrix.tensor)
+        if matrix.index is not None:
+            values = values[matrix.index]
+        if matrix.transposed:
+            values = values.T
+        return values[matrix.row_start : matrix.row_start + matrix.shape[0]]
+
+    def side_files(self) -> list[Path]:
+        """Tokenizer, generation config, licence and other small files to carry over."""
+        found = {path for pattern in SIDE_FILES for path in self.folder.glob(pattern)}
+        skip = {"config.json", INDEX_NAME, "plan.json", "alphaq_manifest.json"}
+        return sorted(path for path in found if path.is_file() and path.name not in skip)
+
+
+def view_as(raw: torch.Tensor, info: TensorInfo) -> torch.Tensor:
+    """Raw bytes as a tensor; copies only if the file has it at an address its dtype cannot use."""
+    dtype = TORCH_DTYPES[info.dtype]
+    if raw.data_ptr() % dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(dtype).view(info.shape)
+
+
+def _map_file(path: Path) -> torch.Tensor:
+    """A whole file as a read-only uint8 tensor backed by the page cache."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants a writable buffer
+    return torch.frombuffer(mapped, dtype=torch.uint8)
+
+
+def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
+    """Open a local folder or a hub id such as `Qwen/Qwen1.5-MoE-A2.7B`.
+
+    Every header is read and checked, no weight is. Raises CheckpointError or ArchitectureError.
+    """
+    folder = _resolve(str(model), revision)
+    config = read_config(folder)
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise CheckpointError(
+            f"{model} is already quantized (quant_method {method!r}). Start from the original 16-bit checkpoint."
+        )
+    architecture = architecture_of(config)
+    shards, fingerprint = read_shards(folder)
+    matrices, roles = match_tensors(
+        architecture, config, (tensor for tensors in shards.values() for tensor in tensors.values())
+    )
+    for matrix in matrices:
+        if matrix.dtype not in READABLE_WEIGHTS and matrix.role is Role.EXPERT:
+            raise CheckpointError(
+                f"{matrix.name} is stored as {matrix.dtype}; readable: {', '.join(READABLE_WEIGHTS)}. "
+                "Convert the checkpoint to bf16 first."
+            )
+    return Checkpoint(
+        folder, folder.resolve().name, config, architecture, shards, tuple(matrices), roles, fingerprint
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checkpoint's config.json as a dict. Raises CheckpointError."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json. Point to a Hugging Face model folder.")
+    config = _read_json(path)
+    if not isinstance(config.get("quantization_config", {}), dict):
+        raise CheckpointError(f"{path}: quantization_config is not an object. Restore the file.")
+    return config
+
+
+def read_shards(folder: Path) -> tuple[dict[str, dict[str, TensorInfo]], str]:
+    """Checked headers of every weight file, and a fingerprint over names, sizes and headers."""
+    shards: dict[str, dict[str, TensorInfo]] = {}
+    digest = hashlib.sha256()
+    owner: dict[str, str] = {}
+    promised = shard_index(folder)
+    for shard in dict.fromkeys(promised.values()) if promised else [SINGLE_NAME]:
+        path = folder / shard
+        if not path.is_file():
+            raise CheckpointError(f"{folder} lacks {shard}, which its index names. Complete the download.")
+        tensors, raw = read_header(path)
+        for name in tensors:
+            if name in owner:
+                raise CheckpointError(
+                    f"Tensor {name!r} is in both {owner[name]} and {shard}. Keep one and correct {INDEX_NAME}."
+                )
+            owner[name] = shard
+        shards[shard] = tensors
+        digest.update(f"{shard}\0{path.stat().st_size}\0".encode() + raw)
+    for name, shard in promised.items():
+        if owner.get(name) != shard:
+            raise CheckpointError(
+                f"{INDEX_NAME} places {name!r} in {shard}, but it is not there. Download the shard again."
+            )
+    return shards, digest.hexdigest()
+
+
+def shard_index(folder: Path) -> dict[str, str]:
+    """Tensor name → shard file, empty for a single-file checkpoint. Shards must lie in the folder."""
+    if (folder / SINGLE_NAME).is_file() and not (folder / INDEX_NAME).is_file():
+        return {}
+    if not (folder / INDEX_NAME).is_file():
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        if pickles:
+            raise CheckpointError(
+                f"{folder} holds only pickled weights ({pickles[0]}), which can run code when loaded. "
+                "Convert them to safetensors first (`save_pretrained` in transformers does)."
+            )
+        raise CheckpointError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}. Complete the download.")
+    index = _read_json(folder / INDEX_NAME).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map. Download the index again.")
+    for name, shard in index.items():
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.\-]+\.safetensors", shard):
+            raise CheckpointError(
+                f"{INDEX_NAME} places {name!r} in {shard!r}, which is not a safetensors file of this folder. "
+                "Do not use this checkpoint; its index may be hostile."
+            )
+    return index
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}). Download it again.") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is not a JSON object. Download it again.")
+    return data
+
+
+def _resolve(model: str, revision: str | None) -> Path:
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{model} is a file. Point to the model's folder instead.")
+    if not re.fullmatch(r"[\w\-][\w.\-]*/[\w.\-]+", model) or ".." in model:
+        raise CheckpointError(f"No folder {model}. Check the path, or give a hub id such as Qwen/Qwen3-30B-A3B.")
+    return _download(model, revision)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    """Fetch the config, tokenizer and safetensors of a hub model into the shared cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", *SIDE_FILES])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{model} is no local folder and could not be fetched from the hub ({reason}). "
+            "Check the name, the network and, for gated models, `hf auth login`."
+        ) from None
+
+
+def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `alphaq inspect` shows: counts, parameters and bytes by role."""
+    roles: dict[str, dict[str, int]] = {}
+    for name, info in _all_tensors(checkpoint):
+        role = roles.setdefault(
+            checkpoint.roles[name].value, {"tensors": 0, "matrices": 0, "parameters": 0, "bytes": 0}
+        )
+        role["tensors"] += 1
+        role["bytes"] += info.nbytes
+        role["parameters"] += info.nbytes // TORCH_DTYPES[info.dtype].itemsize
+    for matrix in checkpoint.matrices:
+        roles[matrix.role.value]["matrices"] += 1
+    experts = checkpoint.with_role(Role.EXPERT)
+    shapes: dict[str, list[int]] = {str(m.projection): list(m.shape) for m in experts}
+    return {
+        "model": checkpoint.name,
+        "architecture": checkpoint.architecture.name,
+        "layers": checkpoint.architecture.layers(checkpoint.config),
+        "experts_per_layer": checkpoint.architecture.experts_per_layer(checkpoint.config),
+        "expert_matrices": len(experts),
+        "expert_shapes": shapes,
+        "dtypes": sorted({info.dtype for _, info in _all_tensors(checkpoint)}),
+        "parameters": sum(role["parameters"] for role in roles.values()),
+        "bytes": checkpoint.nbytes,
+        "shards": len(checkpoint.shards),
+        "roles": dict(sorted(roles.items())),
+    }
+
+
+def _all_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, TensorInfo]]:
+    for tensors in checkpoint.shards.values():
+        yield from tensors.items()

@@ -1,0 +1,193 @@
+"""The safetensors container: checked headers, and layouts whose size is known before any data exists.
+
+A file is an 8-byte little-endian header length, a JSON header, then the tensors' bytes without holes.
+The header comes from strangers, so every number in it is checked before it is used.
+Format: https://huggingface.co/docs/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alphaq.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_DIMENSIONS = 8
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+ITEM_BYTES = {
+    name: torch.empty((), dtype=dtype, device="meta").element_size() for name, dtype in TORCH_DTYPES.items()
+}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: bytes [begin, end) of its file, header included in the count."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return self.end - self.begin
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise ValueError("a key appears twice")
+    return keys
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
+    """Parse and check a file's header without touching its data.
+
+    Returns the tensors in file order and the raw header bytes. Raises CheckpointError with the file's
+    name if the header is longer than the file, is not JSON, or describes data that is not exactly there.
+    """
+
+    def damaged(why: str) -> CheckpointError:
+        return CheckpointError(f"{path.name} is damaged: {why}. Download the file again.")
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise damaged(f"it has {size} bytes, too few for a safetensors header")
+        length = int.from_bytes(prefix, "little")
+        if length > size - 8:
+            raise damaged(f"its header claims {length} bytes, but only {size - 8} follow")
+        if length > MAX_HEADER_BYTES:
+            raise damaged(f"its header claims {length} bytes, more than the {MAX_HEADER_BYTES} allowed")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_reject_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise damaged(f"its header is not valid JSON ({str(error).splitlines()[0]})") from None
+    if not isinstance(header, dict):
+        raise damaged("its header is not a JSON object")
+
+    tensors = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise damaged(f"tensor {name!r} lacks dtype, shape or data_offsets") from None
+        if dtype not in ITEM_BYTES:
+            raise CheckpointError(
+                f"{path.name}: tensor {name!r} has dtype {dtype!r}, which cannot be read. "
+                f"Readable: {', '.join(ITEM_BYTES)}. Convert the checkpoint to bf16 first."
+            )
+        numbers = (*shape, begin, end) if isinstance(shape, list) else (None,)
+        if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
+            raise damaged(f"tensor {name!r} has a shape or offsets that are not counts")
+        if len(shape) > MAX_DIMENSIONS:
+            raise damaged(f"tensor {name!r} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
+        if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+            raise damaged(f"tensor {name!r} of shape {shape} does not fill its {end - begin} bytes")
+        tensors.append(TensorInfo(name, dtype, tuple(shape), 8 + length + begin, 8 + length + end))
+    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
+    position = 8 + length
+    for tensor in tensors:
+        if tensor.begin != position:
+            raise damaged(f"tensor {tensor.name!r} overlaps another or leaves a hole before it")
+        position = tensor.end
+    if position != size:
+        raise damaged(f"its tensors end at byte {position}, but the file has {size} (cut short or padded)")
+    return {tensor.name: tensor for tensor in tensors}, raw
+
+
+# -- writing: sizes first -------------------------------------------------------------------------
+
+_METADATA = {"format": "pt"}
+_ENTRY_MARGIN = 40  # two offsets of up to 20 digits
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that will be written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def entry_bytes(name: str, spec: TensorSpec) -> int:
+    """Header bytes reserved for a tensor: an upper bound that does not depend on its neighbours.
+
+    Reserving a bound makes a file's size the sum of its tensors' own sizes, which is what lets a
+    budget in bytes be solved exactly; the header is padded with spaces up to it.
+    """
+    entry = json.dumps(
+        {name: {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [0, 0]}}, separators=(",", ":")
+    )
+    needed = len(entry.encode()) - 2 + 1 + _ENTRY_MARGIN  # no braces, one comma
+    return -(-needed // 8) * 8  # so that the data stays on an 8-byte boundary
+
+
+def stored_bytes(name: str, spec: TensorSpec) -> int:
+    """Everything one tensor adds to a file: its data and its header entry."""
+    return spec.nbytes + entry_bytes(name, spec)
+
+
+FILE_OVERHEAD = 8 + -(-len(json.dumps({"__metadata__": _METADATA}, separators=(",", ":"))) // 8) * 8
+"""Bytes of a file beyond its tensors' `stored_bytes`: length word, braces and metadata."""
+
+
+def layout(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, TensorInfo], int]:
+    """Header bytes, places and total size of a file with these tensors.
+
+    Tensors are ordered by falling item size, so that each is aligned to its own dtype. Total size is
+    exactly `FILE_OVERHEAD + Σ stored_bytes`.
+    """
+    order = sorted(specs, key=lambda name: (-ITEM_BYTES[specs[name].dtype], name))
+    header_bytes = FILE_OVERHEAD - 8 + sum(entry_bytes(name, specs[name]) for name in order)
+    entries: dict[str, Any] = {"__metadata__": _METADATA}
+    places = {}
+    offset = 0
+    for name in order:
+        spec = specs[name]
+        end = offset + spec.nbytes
+        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
+        places[name] = TensorInfo(
+            name, spec.dtype, spec.shape, 8 + header_bytes + offset, 8 + header_bytes + end
+        )
+        offset = end
+    header = json.dumps(entries, separators=(",", ":")).encode().ljust(header_bytes)
+    return header_bytes.to_bytes(8, "little") + header, places, 8 + header_bytes + offset
+
+
+def total_bytes(specs: Iterable[tuple[str, TensorSpec]]) -> int:
+    """Size of a file with these tensors, as `layout` would make it."""
+    return FILE_OVERHEAD + sum(stored_bytes(name, spec) for name, spec in specs)

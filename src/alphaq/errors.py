@@ -1,0 +1,49 @@
+"""Errors a user can act on. Each message says what, where, why and the remedy, in one line."""
+
+
+class AlphaQError(Exception):
+    """Base of every error that is the input's or the user's; the command line exits with 2 on it."""
+
+
+class CheckpointError(AlphaQError):
+    """A checkpoint is missing, damaged, or of a kind that cannot be read."""
+
+
+class ArchitectureError(CheckpointError):
+    """The model's architecture is unknown, or its files do not match what its config promises."""
+
+
+class SpectrumError(AlphaQError):
+    """A matrix has no defined tail exponent (too few positive eigenvalues, or not finite)."""
+
+
+class StatsError(AlphaQError):
+    """A stats file lacks columns or holds values that cannot be used."""
+
+
+class ChoiceError(AlphaQError):
+    """A storage choice is not one that the engine or the quantizer offers."""
+
+
+class BudgetError(AlphaQError):
+    """A budget is malformed, ambiguous or infeasible."""
+
+
+class PlanError(AlphaQError):
+    """A plan is malformed or does not fit the checkpoint it is used with."""
+
+
+class QuantizationError(AlphaQError):
+    """A matrix cannot be quantized (infinities, NaN, values beyond fp16 scales)."""
+
+
+class OutputError(AlphaQError):
+    """Output cannot be written: it exists, or the disk refuses."""
+
+
+class VerificationError(AlphaQError):
+    """Files on disk differ from what their plan and manifest promise."""
+
+
+class UnknownNameError(AlphaQError):
+    """A name is not in a registry; the message suggests the closest one."""

@@ -1,0 +1,1 @@
+"""Quantizers and the packed form of their results."""

@@ -1,0 +1,30 @@
+"""What a quantizer is, and the table of them. To add one: a module and a line here."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from alphaq.quantizers.packing import dequantize
+from alphaq.quantizers.rtn import quantize_rtn
+from alphaq.records import Choice, QuantizedMatrix
+
+
+class Quantizer(Protocol):
+    """Turns [rows, columns] weights into codes; deterministic; refuses NaN and infinity by name."""
+
+    def __call__(self, weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix: ...
+
+
+QUANTIZERS: dict[str, Quantizer] = {"rtn": quantize_rtn}
+
+
+def squared_error(weight: torch.Tensor, choice: Choice, name: str, quantizer: Quantizer = quantize_rtn) -> float:
+    """Σ(w − ŵ)² after a round trip through the real quantizer; float64."""
+    if choice.bits == 16:
+        kept = weight if weight.dtype.itemsize == 2 else weight.bfloat16()
+        difference = weight.float() - kept.float()
+    else:
+        difference = dequantize(quantizer(weight, choice, name)).sub_(weight.float())
+    return float(difference.flatten().dot(difference.flatten()))

@@ -1,0 +1,303 @@
+"""The nouns: frozen records that the stages hand to one another, and nothing else.
+
+A shape is always `(rows, columns)` = `(out_features, in_features)`, whatever the layout on disk.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from alphaq.errors import ChoiceError, PlanError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Shape = tuple[int, int]
+
+BLOCK_HEADER_BYTES = 16
+BLOCK_ALIGNMENT = 16
+CHOICE_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+GROUP_SIZES = (32, 64, 128)
+PLAN_FORMAT_VERSION = 1
+
+
+class Role(str, enum.Enum):
+    """What a tensor does in the model; decides whether and how it may be quantized."""
+
+    EXPERT = "expert"
+    SHARED_EXPERT = "shared_expert"
+    ATTENTION = "attention"
+    DENSE_MLP = "dense_mlp"
+    ROUTER = "router"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    NORM = "norm"
+    OTHER = "other"
+
+
+@dataclass(frozen=True)
+class MatrixRef:
+    """One 2-D weight, wherever it lies on disk: alone, or as a slice of a fused tensor."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    layer: int | None
+    expert: int | None
+    projection: str | None
+    role: Role
+    tensor: str
+    """Name of the stored tensor that holds the matrix (equal to `name` unless fused)."""
+    index: int | None = None
+    """Position along the first axis of a fused `[experts, …]` tensor."""
+    row_start: int = 0
+    """First row of this matrix inside its (oriented) slice, e.g. `up` after `gate`."""
+    transposed: bool = False
+    """True if disk holds `[in, out]`."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What was measured of a matrix. `alpha` is None if it is undefined, `reason` then says why."""
+
+    alpha: float | None
+    tail_count: int
+    eigenvalue_count: int
+    variance: float
+    mean_square: float
+    largest_eigenvalue: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, order=True)
+class Choice:
+    """One way to store a matrix: `bits` per code, one scale (and offset) per `group_size` columns.
+
+    bits 16 means "kept": two bytes per weight, no group. A symmetric choice stores no offsets; an
+    asymmetric one stores a `bits`-wide zero point per group, or a 16-bit mean if bits is 1.
+    """
+
+    bits: int
+    group_size: int = 0
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits == 16:
+            if self.group_size or self.symmetric:
+                raise ChoiceError("A 16-bit choice has no group size and no symmetry: write it as '16'.")
+        elif self.bits not in CHOICE_BITS:
+            raise ChoiceError(f"{self.bits} bits cannot be stored. Available: 1 to 8, and 16 (kept).")
+        elif self.group_size not in GROUP_SIZES:
+            raise ChoiceError(f"Group size {self.group_size} cannot be stored. Available: 32, 64, 128.")
+
+    @classmethod
+    def parse(cls, text: str, default_group_size: int = 128, symmetric: bool = False) -> Choice:
+        """Read '3', '3g64', '4g128s' or '16'. Raises ChoiceError for anything else."""
+        match = re.fullmatch(r"(\d{1,2})(?:g(\d{1,4}))?(s)?", text.strip())
+        if match is None:
+            raise ChoiceError(
+                f"{text!r} is not a storage choice. Write bits, or bits and a group size: 3, 3g64, 4g128s, 16."
+            )
+        bits = int(match[1])
+        if bits == 16:
+            return cls(16, int(match[2] or 0), match[3] is not None)
+        return cls(bits, int(match[2] or default_group_size), match[3] is not None or symmetric)
+
+    def __str__(self) -> str:
+        return "16" if self.bits == 16 else f"{self.bits}g{self.group_size}{'s' if self.symmetric else ''}"
+
+    def groups(self, columns: int) -> int:
+        """Groups per row; the last may be ragged."""
+        return -(-columns // self.group_size)
+
+    def parts(self, shape: Shape) -> tuple[int, int, int]:
+        """Bytes of codes, offsets and scales of a packed matrix (see docs/formats.md)."""
+        rows, columns = shape
+        groups = self.groups(columns)
+        codes = 4 * rows * -(-columns * self.bits // 32)
+        if self.symmetric:
+            offsets = 0
+        elif self.bits == 1:
+            offsets = 2 * rows * groups
+        else:
+            offsets = 4 * groups * -(-rows * self.bits // 32)
+        return codes, offsets, 2 * rows * groups
+
+    def storage_bytes(self, shape: Shape) -> int:
+        """Exact bytes of the stored tensor: header, codes, zero points, scales and padding included."""
+        if self.bits == 16:
+            return 2 * shape[0] * shape[1]
+        size = BLOCK_HEADER_BYTES + sum(self.parts(shape))
+        return -(-size // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """For every unit (row) and every choice (column): the expected loss and what it costs.
+
+    losses: [units, choices], float64, finite. bytes: [units, choices], int64, exact file bytes, or
+    None where shapes are unknown. weights: [units], int64, parameters of a unit (1 where unknown).
+    """
+
+    names: tuple[str, ...]
+    choices: tuple[Choice, ...]
+    losses: np.ndarray
+    bytes: np.ndarray | None
+    weights: np.ndarray
+
+    @property
+    def code_bits(self) -> np.ndarray:
+        """[units, choices] int64: code bits, scales and zero points not counted (the papers' number)."""
+        import numpy as np
+
+        return self.weights[:, None] * np.array([choice.bits for choice in self.choices], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver returns: one column per unit, and a certificate.
+
+    objective - lower_bound is the proven optimality gap, in units of loss.
+    """
+
+    columns: np.ndarray
+    objective: float
+    lower_bound: float
+    cost: int
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """Codes, offsets and scales of one matrix, unpacked.
+
+    codes: uint8 [rows, columns]. scales: float16 [rows, groups]. offsets: uint8 zero points
+    [rows, groups]; float16 means if bits is 1; None if symmetric.
+    """
+
+    choice: Choice
+    shape: Shape
+    codes: Any
+    scales: Any
+    offsets: Any | None
+
+
+class SourceIdentity(BaseModel):
+    """Which checkpoint a plan was made for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    fingerprint: str
+    """SHA-256 over shard names, sizes and headers."""
+
+
+class Plan(BaseModel):
+    """The decision: which choice each matrix gets, for which budget and engine, and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = PLAN_FORMAT_VERSION
+    alphaq_version: str = ""
+    engine: str = "native"
+    source: SourceIdentity | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    average_bits: float | None = None
+    bits_per_weight: float | None = None
+    size_bytes: int | None = None
+    budget_unit: str | None = None
+    budget_slack: float | None = None
+    objective: float | None = None
+    lower_bound: float | None = None
+    histogram: dict[int, int] = Field(default_factory=dict)
+    assignment: dict[str, int] = Field(default_factory=dict)
+    """Bits of each matrix that the budget decided on."""
+    choices: dict[str, str] = Field(min_length=1)
+    """Choice of every matrix that is quantized, fixed roles (attention, shared experts) included."""
+    alpha: dict[str, float] = Field(default_factory=dict)
+    unplanned: dict[str, str] = Field(default_factory=dict)
+    """Matrices in the stats that could not be planned, and why."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Plan:
+        if self.format_version != PLAN_FORMAT_VERSION:
+            raise ValueError(f"format_version {self.format_version} is not {PLAN_FORMAT_VERSION}")
+        for name, bits in self.assignment.items():
+            if name not in self.choices or self.choice(name).bits != bits:
+                raise ValueError(f"assignment and choices disagree on {name!r}: edit both, or drop assignment")
+        for name in self.choices:
+            self.choice(name)
+        return self
+
+    def choice(self, name: str) -> Choice:
+        """The choice of one quantized matrix."""
+        try:
+            return Choice.parse(self.choices[name])
+        except ChoiceError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> Plan:
+        """Parse and check a plan file. Raises PlanError naming the file and the first fault."""
+        try:
+            return cls.model_validate_json(text)
+        except ValueError as error:
+            raise PlanError(f"{where} is not a valid plan: {first_fault(error)}.") from error
+
+    def to_json(self) -> str:
+        """Indented JSON with a final newline; equal plans give equal bytes."""
+        return self.model_dump_json(indent=1) + "\n"
+
+
+def first_fault(error: ValueError) -> str:
+    """The first complaint of a pydantic error, as one line: `field: what is wrong`."""
+    details = getattr(error, "errors", None)
+    if details is None:
+        return str(error).splitlines()[0].rstrip(".")
+    first = details()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = re.sub(r"^Value error, ", "", first["msg"]).splitlines()[0].rstrip(".")
+    return f"{where}: {message}" if where else message
+
+
+@dataclass(frozen=True)
+class TextFidelity:
+    """How a model does on one text. KL, top-1 and EAR are against a reference model, else None.
+
+    kl in nats per token; ear = mean over tokens of Σᵥ min(p, q); interval is 95 % for perplexity.
+    """
+
+    perplexity: float
+    perplexity_interval: tuple[float, float]
+    tokens: int
+    kl: float | None = None
+    top1: float | None = None
+    ear: float | None = None
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Fidelity over several texts."""
+
+    texts: dict[str, TextFidelity] = field(default_factory=dict)
+
+    @property
+    def geomean_perplexity(self) -> float:
+        """Geometric mean of the texts' perplexities."""
+        return math.exp(sum(math.log(text.perplexity) for text in self.texts.values()) / len(self.texts))
+
+    @property
+    def mean_kl(self) -> float | None:
+        """Mean of the texts' KL divergences, None without a reference."""
+        values = [text.kl for text in self.texts.values() if text.kl is not None]
+        return sum(values) / len(values) if values else None

@@ -1,0 +1,27 @@
+"""The cost table: expected loss of each matrix at each choice, and what the choice costs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from alphaq.records import Choice, CostTable, Spectrum
+from alphaq.sensitivity.importance import alpha_importance
+
+
+def cost_table(
+    spectra: dict[str, Spectrum],
+    noise: np.ndarray,
+    choices: tuple[Choice, ...],
+    gamma: float,
+    weights: np.ndarray,
+    file_bytes: np.ndarray | None,
+) -> CostTable:
+    """loss[i, j] = F(αᵢ) · noise[i, j] · weight[i].
+
+    noise: mean squared error [matrices, choices]. weights: parameters of each matrix, or ones where
+    shapes are unknown (the paper counts matrices). file_bytes: exact bytes each choice adds to the
+    weight files [matrices, choices], None where shapes are unknown.
+    """
+    importance = alpha_importance(list(spectra.values()), gamma)
+    losses = importance[:, None] * noise * weights[:, None]
+    return CostTable(tuple(spectra), choices, losses, file_bytes, weights)

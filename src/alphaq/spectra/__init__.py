@@ -1,0 +1,1 @@
+"""Weight spectra: sub-matrix sampling, eigenvalues, tail exponents."""

@@ -1,0 +1,56 @@
+"""FARMS: pool the spectra of equal square blocks, so that α does not depend on the aspect ratio.
+
+A wide random matrix looks lighter-tailed than a square one of the same distribution. Cutting both
+into squares of one size and pooling their eigenvalues removes that bias (FARMS, arXiv 2506.06280).
+The reference samples blocks with an unseeded generator; here the seed is the matrix's name, so the
+same matrix always has the same α.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+
+BLOCK_SIZE = 128
+SMALLEST_BLOCK_SIZE = 16
+MAX_BLOCKS = 256
+MIN_BLOCKS = 16
+
+
+def block_size(rows: int, columns: int) -> int | None:
+    """Side of the squares a matrix is cut into: 128, halved until at least 16 blocks exist.
+
+    None means: too small to cut, use the whole matrix.
+    """
+    size = BLOCK_SIZE
+    while size >= SMALLEST_BLOCK_SIZE:
+        if (rows // size) * (columns // size) >= MIN_BLOCKS:
+            return size
+        size //= 2
+    return None
+
+
+def sampled_blocks(name: str, count: int, limit: int = MAX_BLOCKS) -> np.ndarray:
+    """Ascending indices of at most `limit` of `count` blocks, drawn by a seed made of `name`."""
+    if count <= limit:
+        return np.arange(count)
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    keys = np.random.Generator(np.random.PCG64(seed)).random(count)
+    return np.sort(np.argpartition(keys, limit)[:limit])
+
+
+def blocks(weight: torch.Tensor, name: str) -> torch.Tensor:
+    """Sub-matrices of a [rows, columns] matrix as float32 [blocks, size, size], in row-major order.
+
+    A matrix too small to cut comes back whole, as [1, rows, columns].
+    """
+    rows, columns = weight.shape
+    size = block_size(rows, columns)
+    if size is None:
+        return weight.float()[None]
+    down, across = rows // size, columns // size
+    tiles = weight[: down * size, : across * size].reshape(down, size, across, size).permute(0, 2, 1, 3)
+    chosen = torch.from_numpy(sampled_blocks(name, down * across))
+    return tiles[chosen // across, chosen % across].float()
