@@ -44,9 +44,7 @@ class Budget(BaseModel):
     @classmethod
     def of(cls, bits: float | None = None, bpw: float | None = None, size: str | None = None) -> Budget:
         """Build from what a user gave. Raises BudgetError unless exactly one is given and positive."""
-        given = [
-            name for name, value in (("--bits", bits), ("--bpw", bpw), ("--size", size)) if value is not None
-        ]
+        given = [name for name, value in (("--bits", bits), ("--bpw", bpw), ("--size", size)) if value is not None]
         if len(given) != 1:
             got = " and ".join(given) if given else "none"
             raise BudgetError(f"State the budget exactly once, as --bits, --bpw or --size; got {got}.")
@@ -82,9 +80,7 @@ class PlanConfig(BaseModel):
     def candidates(self) -> tuple[Choice, ...]:
         """The parsed `choices`, narrowest first, duplicates removed. Raises ChoiceError."""
         parsed = {
-            Choice.parse(text, self.group_size, self.symmetric)
-            for text in self.choices.split(",")
-            if text.strip()
+            Choice.parse(text, self.group_size, self.symmetric) for text in self.choices.split(",") if text.strip()
         }
         if not parsed:
             raise BudgetError("--choices is empty. Give at least one, for example 1,2,3,4.")
@@ -97,6 +93,4 @@ class PlanConfig(BaseModel):
             Role.SHARED_EXPERT: self.shared_bits,
             Role.DENSE_MLP: self.shared_bits,
         }
-        return {
-            role: Choice.parse(str(bits), self.group_size, self.symmetric) for role, bits in widths.items()
-        }
+        return {role: Choice.parse(str(bits), self.group_size, self.symmetric) for role, bits in widths.items()}

@@ -226,7 +226,9 @@ class Plan(BaseModel):
     """Choice of every matrix that is quantized, fixed roles (attention, shared experts) included."""
     alpha: dict[str, float] = Field(default_factory=dict)
     unplanned: dict[str, str] = Field(default_factory=dict)
-    """Matrices in the stats that could not be planned, and why."""
+    """Matrices in the stats that were not planned, and why."""
+    neutral: dict[str, str] = Field(default_factory=dict)
+    """Planned matrices whose α is undefined, and why; they get the importance of a median matrix."""
 
     @model_validator(mode="after")
     def _agree(self) -> Plan:

@@ -32,7 +32,9 @@ def solve(table: CostTable, budget: Budget, method: str, block_bytes: np.ndarray
         costs, limit = table.code_bits, math.floor(budget.bits * parameters + 1e-9)
         least = f"--bits {costs.min(axis=1).sum() / parameters:.4g}"
     elif table.bytes is None or block_bytes is None:
-        raise BudgetError("Stats without `rows` and `columns` know no bytes. State the budget as --bits, or give MODEL.")
+        raise BudgetError(
+            "Stats without `rows` and `columns` know no bytes. State the budget as --bits, or give MODEL."
+        )
     elif budget.bpw is not None:
         costs, limit = 8 * block_bytes, math.floor(budget.bpw * parameters + 1e-9)
         least = f"--bpw {math.ceil(costs.min(axis=1).sum() / parameters * 1e4) / 1e4:g}"

@@ -88,10 +88,7 @@ class Architecture:
         return [
             layer
             for layer in range(self.layers(config))
-            if layer not in dense
-            and (layer + 1) % every == 0
-            and layer >= first
-            and layer % frequency == 0
+            if layer not in dense and (layer + 1) % every == 0 and layer >= first and layer % frequency == 0
         ]
 
 
@@ -103,9 +100,7 @@ def _compile(template: str, projections: Mapping[str, str]) -> re.Pattern[str]:
         "part": r"(?P<part>\w*)",
     }
     pieces = re.split(r"\{(\w+)\}", template)
-    return re.compile(
-        "".join(fields[piece] if odd else re.escape(piece) for odd, piece in _alternate(pieces))
-    )
+    return re.compile("".join(fields[piece] if odd else re.escape(piece) for odd, piece in _alternate(pieces)))
 
 
 def _alternate(pieces: Iterable[str]) -> Iterable[tuple[bool, str]]:
@@ -196,9 +191,7 @@ def match_tensors(
     return matrices, roles
 
 
-def _first_match(
-    architecture: Architecture, name: str
-) -> tuple[TensorRule | None, re.Match[str] | None]:
+def _first_match(architecture: Architecture, name: str) -> tuple[TensorRule | None, re.Match[str] | None]:
     for rule in architecture.rules:
         if match := rule.pattern.fullmatch(name):
             return rule, match
@@ -227,9 +220,7 @@ def _unstack(
     for expert in range(experts):
         for position, projection in enumerate(rule.stacked):
             yield MatrixRef(
-                architecture.expert_name.format(
-                    layer=layer, expert=expert, projection=stored_names[projection]
-                ),
+                architecture.expert_name.format(layer=layer, expert=expert, projection=stored_names[projection]),
                 (rows, columns),
                 tensor.dtype,
                 layer,
@@ -243,12 +234,8 @@ def _unstack(
             )
 
 
-def _check_expert_count(
-    architecture: Architecture, config: Mapping[str, Any], matrices: Iterable[MatrixRef]
-) -> None:
-    found = {
-        (matrix.layer, matrix.expert, matrix.projection) for matrix in matrices if matrix.role is Role.EXPERT
-    }
+def _check_expert_count(architecture: Architecture, config: Mapping[str, Any], matrices: Iterable[MatrixRef]) -> None:
+    found = {(matrix.layer, matrix.expert, matrix.projection) for matrix in matrices if matrix.role is Role.EXPERT}
     projections = sorted(set(architecture.projections.values()))
     expected = {
         (layer, expert, projection)

@@ -138,9 +138,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
                 f"{matrix.name} is stored as {matrix.dtype}; readable: {', '.join(READABLE_WEIGHTS)}. "
                 "Convert the checkpoint to bf16 first."
             )
-    return Checkpoint(
-        folder, folder.resolve().name, config, architecture, shards, tuple(matrices), roles, fingerprint
-    )
+    return Checkpoint(folder, folder.resolve().name, config, architecture, shards, tuple(matrices), roles, fingerprint)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -232,9 +230,7 @@ def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", *SIDE_FILES])
-        )
+        return Path(snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", *SIDE_FILES]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(

@@ -35,9 +35,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-ITEM_BYTES = {
-    name: torch.empty((), dtype=dtype, device="meta").element_size() for name, dtype in TORCH_DTYPES.items()
-}
+ITEM_BYTES = {name: torch.empty((), dtype=dtype, device="meta").element_size() for name, dtype in TORCH_DTYPES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -150,7 +148,8 @@ def entry_bytes(name: str, spec: TensorSpec) -> int:
     budget in bytes be solved exactly; the header is padded with spaces up to it.
     """
     entry = json.dumps(
-        {name: {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [0, 0]}}, separators=(",", ":")
+        {name: {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [0, 0]}},
+        separators=(",", ":"),
     )
     needed = len(entry.encode()) - 2 + 1 + _ENTRY_MARGIN  # no braces, one comma
     return -(-needed // 8) * 8  # so that the data stays on an 8-byte boundary
@@ -180,9 +179,7 @@ def layout(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, TensorInfo
         spec = specs[name]
         end = offset + spec.nbytes
         entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
-        places[name] = TensorInfo(
-            name, spec.dtype, spec.shape, 8 + header_bytes + offset, 8 + header_bytes + end
-        )
+        places[name] = TensorInfo(name, spec.dtype, spec.shape, 8 + header_bytes + offset, 8 + header_bytes + end)
         offset = end
     header = json.dumps(entries, separators=(",", ":")).encode().ljust(header_bytes)
     return header_bytes.to_bytes(8, "little") + header, places, 8 + header_bytes + offset

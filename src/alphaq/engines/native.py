@@ -68,7 +68,5 @@ def byte_tables(matrices: list[MatrixRef], choices: tuple[Choice, ...]) -> tuple
     """Bytes of each matrix at each choice, int64 [matrices, choices]: the block alone, and what it
     adds to a file (block and header entry)."""
     blocks = np.array([[choice.storage_bytes(matrix.shape) for choice in choices] for matrix in matrices])
-    in_file = [
-        [stored_bytes(matrix.name, matrix_spec(matrix, choice)) for choice in choices] for matrix in matrices
-    ]
+    in_file = [[stored_bytes(matrix.name, matrix_spec(matrix, choice)) for choice in choices] for matrix in matrices]
     return blocks.astype(np.int64), np.array(in_file, dtype=np.int64)

@@ -51,9 +51,7 @@ def encode(matrix: QuantizedMatrix) -> torch.Tensor:
     """A quantized matrix as its block: uint8 [choice.storage_bytes(shape)]."""
     choice, (rows, columns) = matrix.choice, matrix.shape
     parts = [
-        _HEADER.pack(
-            _MAGIC, _VERSION, choice.bits, choice.group_size, int(choice.symmetric), rows, columns
-        ),
+        _HEADER.pack(_MAGIC, _VERSION, choice.bits, choice.group_size, int(choice.symmetric), rows, columns),
         pack(matrix.codes.numpy(), choice.bits).tobytes(),
     ]
     if matrix.offsets is not None:
@@ -104,9 +102,7 @@ def decode(block: torch.Tensor, name: str = "tensor") -> QuantizedMatrix:
         if choice.bits == 1:
             offsets = offset_part.copy().view("<f2").reshape(rows, groups)
         else:
-            offsets = np.ascontiguousarray(
-                unpack(offset_part.reshape(groups, -1), choice.bits, rows).T
-            )
+            offsets = np.ascontiguousarray(unpack(offset_part.reshape(groups, -1), choice.bits, rows).T)
     return QuantizedMatrix(
         choice,
         shape,

@@ -31,9 +31,7 @@ def quantize_rtn(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> 
         pieces.append(_quantize_groups(weight[:, :whole].reshape(-1, size), choice, name, rows))
     if whole < columns:
         pieces.append(_quantize_groups(weight[:, whole:], choice, name, rows))
-    codes, scales, offsets = (
-        None if part[0] is None else torch.cat(part, dim=1) for part in zip(*pieces, strict=True)
-    )
+    codes, scales, offsets = (None if part[0] is None else torch.cat(part, dim=1) for part in zip(*pieces, strict=True))
     return QuantizedMatrix(choice, (rows, columns), codes, scales, offsets)
 
 

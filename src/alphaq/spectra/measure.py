@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import QuantizationError, SpectrumError, StatsError
-from alphaq.records import MatrixRef, Spectrum
+from alphaq.records import MatrixRef, Role, Spectrum
 from alphaq.spectra.eigenvalues import pooled_eigenvalues
 from alphaq.spectra.farms import blocks
 from alphaq.spectra.tail import hill_exponent, tail_count
@@ -88,52 +89,71 @@ def write_stats(path: Path, rows: Iterable[tuple[MatrixRef, Spectrum]]) -> None:
             writer.writerow(["" if cells[column] is None else cells[column] for column in COLUMNS])
 
 
-def read_stats(path: Path) -> tuple[dict[str, Spectrum], dict[str, int], dict[str, str]]:
+@dataclass(frozen=True)
+class Stats:
+    """A stats file: spectra by name, parameter counts where shapes are given, and rows left out with the reason."""
+
+    spectra: dict[str, Spectrum]
+    parameters: dict[str, int]
+    left_out: dict[str, str]
+
+
+def read_stats(path: Path) -> Stats:
     """Read a stats CSV: ours, or anybody's with columns `name, alpha, variance`.
 
-    Returns the spectra by name, parameter counts by name (only where `rows` and `columns` are given),
-    and the rows that cannot be planned with the reason. Raises StatsError naming the line.
+    Rows without α or variance are left out, and so are rows whose `role` is given and is not expert.
+    Raises StatsError naming the line.
     """
     if not path.is_file():
         raise StatsError(f"No stats file {path}. Make one with `alphaq analyze MODEL -o {path.name}`.")
-    spectra: dict[str, Spectrum] = {}
-    parameters: dict[str, int] = {}
-    unusable: dict[str, str] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = {"name", "alpha", "variance"} - set(reader.fieldnames or ())
-        if missing:
-            raise StatsError(f"{path} lacks the column(s) {', '.join(sorted(missing))}. Add them to its first line.")
-        try:
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                name = row["name"]
-                if not name or name in spectra or name in unusable:
-                    raise StatsError(f"{where}: the name {name!r} is empty or appears twice. Remove the row.")
-                alpha, variance = (_number(row[key], key, where) for key in ("alpha", "variance"))
-                if variance is None or (alpha is None and not row.get("reason")):
-                    absent = [key for key, value in (("alpha", alpha), ("variance", variance)) if value is None]
-                    unusable[name] = f"no {' and no '.join(absent)} in {path.name}"
-                    continue
-                if (alpha is not None and alpha <= 0) or variance < 0:
-                    raise StatsError(f"{where}: alpha must be positive and variance not negative. Correct {name!r}.")
-                mean_square = _number(row.get("mean_square"), "mean_square", where)
-                counts = [_number(row.get(key), key, where) for key in ("eigenvalue_count", "tail_count")]
-                spectra[name] = Spectrum(
-                    alpha=alpha,
-                    tail_count=int(counts[1] or 0),
-                    eigenvalue_count=int(counts[0] or 0),
-                    variance=variance,
-                    mean_square=variance if mean_square is None else mean_square,
-                    largest_eigenvalue=_number(row.get("largest_eigenvalue"), "largest_eigenvalue", where) or 0.0,
-                    reason=row.get("reason") or "",
+    stats = Stats({}, {}, {})
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            missing = {"name", "alpha", "variance"} - set(reader.fieldnames or ())
+            if missing:
+                raise StatsError(
+                    f"{path} lacks the column(s) {', '.join(sorted(missing))}. Add them to its first line."
                 )
-                rows, columns = (_number(row.get(key), key, where) for key in ("rows", "columns"))
-                if rows and columns:
-                    parameters[name] = int(rows) * int(columns)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise StatsError(f"{path} is not a CSV file ({error}). Write it again.") from None
-    return spectra, parameters, unusable
+            for row in reader:
+                _read_row(row, f"{path}, line {reader.line_num}", stats)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise StatsError(f"{path} is not a CSV file ({error}). Write it again.") from None
+    if not stats.spectra:
+        raise StatsError(f"{path} holds no matrix with an alpha and a variance. Check its columns.")
+    return stats
+
+
+def _read_row(row: dict[str, str], where: str, stats: Stats) -> None:
+    name = row["name"]
+    if not name or name in stats.spectra or name in stats.left_out:
+        raise StatsError(f"{where}: the name {name!r} is empty or appears twice. Remove the row.")
+
+    def number(column: str) -> float | None:
+        return _number(row.get(column), column, where)
+
+    alpha, variance, mean_square, largest = map(number, ("alpha", "variance", "mean_square", "largest_eigenvalue"))
+    if row.get("role") not in (None, "", Role.EXPERT.value):
+        stats.left_out[name] = f"role {row['role']}, not an expert"
+        return
+    if variance is None or (alpha is None and not row.get("reason")):
+        absent = [key for key, value in (("alpha", alpha), ("variance", variance)) if value is None]
+        stats.left_out[name] = f"no {' and no '.join(absent)}"
+        return
+    if (alpha is not None and alpha <= 0) or variance < 0:
+        raise StatsError(f"{where}: alpha must be positive and variance not negative. Correct {name!r}.")
+    stats.spectra[name] = Spectrum(
+        alpha=alpha,
+        tail_count=int(number("tail_count") or 0),
+        eigenvalue_count=int(number("eigenvalue_count") or 0),
+        variance=variance,
+        mean_square=variance if mean_square is None else mean_square,
+        largest_eigenvalue=largest or 0.0,
+        reason=row.get("reason") or "",
+    )
+    rows, columns = number("rows"), number("columns")
+    if rows and columns:
+        stats.parameters[name] = int(rows) * int(columns)
 
 
 def _number(text: str | None, column: str, where: str) -> float | None:

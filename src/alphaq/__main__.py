@@ -1,0 +1,5 @@
+"""`python -m alphaq`."""
+
+from alphaq.cli import main
+
+main()

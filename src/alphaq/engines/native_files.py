@@ -1,0 +1,164 @@
+"""Write and check native checkpoints: safetensors, config, tokenizer, plan and manifest.
+
+The manifest holds a checksum per tensor and the relative squared error per quantized matrix, so that
+`verify` can tell damage from the loss that was agreed to.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from alphaq.checkpoint.reader import INDEX_NAME, Checkpoint, read_config, read_shards, view_as
+from alphaq.checkpoint.safetensors_format import TensorInfo, TensorSpec
+from alphaq.checkpoint.writer import ShardWriter, checksum, raw_bytes
+from alphaq.engines.native import shard_specs
+from alphaq.errors import CheckpointError, VerificationError
+from alphaq.quantizers.packing import decode, dequantize, encode, read_block_header
+from alphaq.records import Choice, Plan, QuantizedMatrix
+
+PLAN_NAME = "plan.json"
+MANIFEST_NAME = "alphaq_manifest.json"
+QUANT_METHOD = "alphaq"
+
+
+class Stored(Protocol):
+    """A tensor to write; see `alphaq.quantization.StoredTensor`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def content(self) -> QuantizedMatrix | torch.Tensor: ...
+    @property
+    def relative_error(self) -> float | None: ...
+
+
+def write_checkpoint(
+    folder: Path,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    choices: Mapping[str, Choice],
+    stream: Callable[[str], Iterable[Stored]],
+) -> None:
+    """Fill an empty folder. `stream(shard)` yields every tensor that the source shard becomes."""
+    manifest: dict[str, dict[str, Any]] = {}
+    weight_map: dict[str, str] = {}
+    total = 0
+    outputs = shard_specs(checkpoint, choices)
+    for source, (output, specs) in zip(checkpoint.shards, outputs.items(), strict=True):
+        with ShardWriter(folder / output, specs) as writer:
+            for stored in stream(source):
+                content = stored.content
+                tensor = encode(content) if isinstance(content, QuantizedMatrix) else content
+                entry: dict[str, Any] = {"blake2b": writer.write(stored.name, tensor)}
+                if stored.relative_error is not None:
+                    entry["relative_error"] = stored.relative_error
+                manifest[stored.name] = entry
+                weight_map[stored.name] = output
+        total += sum(spec.nbytes for spec in specs.values())
+    quantization_config = {
+        "quant_method": QUANT_METHOD,
+        "format_version": 1,
+        "average_bits": plan.average_bits,
+        "bits_per_weight": plan.bits_per_weight,
+    }
+    _write_json(folder / "config.json", checkpoint.config | {"quantization_config": quantization_config})
+    _write_json(
+        folder / INDEX_NAME,
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+    )
+    _write_json(folder / MANIFEST_NAME, {"format_version": 1, "tensors": dict(sorted(manifest.items()))})
+    (folder / PLAN_NAME).write_text(plan.to_json(), encoding="utf-8")
+    for path in checkpoint.side_files():
+        shutil.copyfile(path, folder / path.name)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class NativeFiles:
+    """A native checkpoint opened for reading: plan, manifest and lazily mapped tensors."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise CheckpointError(f"No folder {folder}. Point to the output of `alphaq quantize`.")
+        config = read_config(folder)
+        if config.get("quantization_config", {}).get("quant_method") != QUANT_METHOD:
+            raise CheckpointError(f"{folder} is not an alphaq checkpoint. Point to the output of `alphaq quantize`.")
+        for name in (PLAN_NAME, MANIFEST_NAME):
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder} has no {name}. Complete the copy, or quantize again.")
+        self.folder = folder
+        self.plan = Plan.from_json((folder / PLAN_NAME).read_bytes(), str(folder / PLAN_NAME))
+        self.shards, _ = read_shards(folder)
+        try:
+            self.manifest: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST_NAME).read_text())["tensors"]
+            self.manifest.items()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(
+                f"{folder / MANIFEST_NAME} is damaged. Complete the copy, or quantize again."
+            ) from None
+
+    def tensors(self) -> Iterable[tuple[TensorInfo, torch.Tensor]]:
+        """Every stored tensor with its raw bytes, in file order."""
+        for shard, infos in self.shards.items():
+            data = torch.from_file(
+                str(self.folder / shard),
+                shared=False,
+                size=(self.folder / shard).stat().st_size,
+                dtype=torch.uint8,
+            )
+            for info in infos.values():
+                yield info, data[info.begin : info.end]
+
+
+def restore(info: TensorInfo, raw: torch.Tensor, quantized: bool) -> torch.Tensor:
+    """Values of a stored tensor: a block dequantized to float32, anything else in its own dtype."""
+    return dequantize(decode(raw, info.name)) if quantized else view_as(raw, info)
+
+
+def check_tensor(
+    files: NativeFiles, info: TensorInfo, raw: torch.Tensor, expected: TensorSpec | None = None
+) -> str | None:
+    """What is wrong with one tensor (checksum, shape, choice), or None."""
+    entry = files.manifest.get(info.name)
+    if not isinstance(entry, dict):
+        return f"{info.name} is not in {MANIFEST_NAME}"
+    if checksum(raw_bytes(raw)) != entry.get("blake2b"):
+        return f"{info.name} does not have its checksum (the file is damaged)"
+    if expected is not None and (info.dtype, info.shape) != (expected.dtype, expected.shape):
+        return f"{info.name} is {info.dtype} {list(info.shape)}, the plan says {expected.dtype} {list(expected.shape)}"
+    if info.name in files.plan.choices:
+        choice = files.plan.choice(info.name)
+        if choice.bits == 16:
+            return None if info.dtype in ("BF16", "F16") else f"{info.name} is {info.dtype}, the plan keeps 16 bits"
+        try:
+            stored, _ = read_block_header(raw, info.name)
+        except CheckpointError as error:
+            return str(error)
+        if stored != choice:
+            return f"{info.name} is stored as {stored}, the plan says {choice}"
+    return None
+
+
+def check_complete(files: NativeFiles) -> list[str]:
+    """Faults that show without reading data: missing tensors, and a total size other than promised."""
+    found = {name for infos in files.shards.values() for name in infos}
+    faults = [f"{name} is missing" for name in sorted((set(files.manifest) | set(files.plan.choices)) - found)]
+    real = sum((files.folder / shard).stat().st_size for shard in files.shards)
+    if files.plan.size_bytes is not None and real != files.plan.size_bytes:
+        faults.append(f"the weight files have {real} bytes, the plan promises {files.plan.size_bytes}")
+    return faults
+
+
+def raise_faults(folder: Path, faults: list[str]) -> None:
+    """VerificationError with the first fault and the count, if there is any."""
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise VerificationError(f"{folder}: {faults[0]}{more}. Copy the files again, or quantize again.")

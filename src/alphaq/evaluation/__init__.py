@@ -1,0 +1,1 @@
+"""How much quality was kept."""

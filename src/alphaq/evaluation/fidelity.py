@@ -1,0 +1,109 @@
+"""Perplexity on a text, and how far a model's distribution is from a reference's.
+
+Per predicted token, with p the reference's distribution and q the model's: KL = Σ p ln(p/q) in nats,
+top-1 agreement, and the expected acceptance rate EAR = Σ min(p, q), the chance that a token drawn
+from q would be accepted as one from p (SLQ). The interval treats windows as the independent samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alphaq.errors import AlphaQError
+from alphaq.records import TextFidelity
+
+Wrap = Callable[[Iterable[Any], int, str], Iterable[Any]]
+POSITIONS_AT_ONCE = 128  # bounds the float32 copies of [positions, vocabulary]
+
+
+@dataclass(frozen=True)
+class WindowScore:
+    """Sums over one window's predicted tokens."""
+
+    tokens: int
+    negative_log_likelihood: float
+    kl: float = 0.0
+    top1: float = 0.0
+    ear: float = 0.0
+
+
+def windows(tokenizer: Any, text: str, length: int, max_tokens: int | None) -> list[torch.Tensor]:
+    """Token ids cut into consecutive windows [1, ≤ length]; a rest shorter than two tokens is left out."""
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :max_tokens]
+    return [part for part in ids.split(length, dim=1) if part.shape[1] >= 2]
+
+
+@torch.inference_mode()
+def score_window(model: Any, reference: Any | None, ids: torch.Tensor) -> WindowScore:
+    """Score every token of a window but the first, given those before it."""
+    ids = ids.to(model.device)
+    logits = model(ids).logits[0, :-1]
+    against = None if reference is None else reference(ids.to(reference.device)).logits[0, :-1].to(model.device)
+    targets = ids[0, 1:]
+    loss = kl = top1 = ear = 0.0
+    for start in range(0, len(targets), POSITIONS_AT_ONCE):
+        part = slice(start, start + POSITIONS_AT_ONCE)
+        log_q = logits[part].float().log_softmax(-1)
+        loss -= float(log_q.gather(1, targets[part, None]).sum(dtype=torch.float64))
+        if against is not None:
+            log_p = against[part].float().log_softmax(-1)
+            p, q = log_p.exp(), log_q.exp()
+            kl += float((p * (log_p - log_q)).sum(dtype=torch.float64))
+            top1 += float((p.argmax(-1) == q.argmax(-1)).sum())
+            ear += float(torch.minimum(p, q).sum(dtype=torch.float64))
+    return WindowScore(len(targets), loss, kl, top1, ear)
+
+
+def summarize_windows(scores: list[WindowScore], with_reference: bool) -> TextFidelity:
+    """Means over tokens, and a 95 % interval for perplexity from the spread between windows."""
+    tokens = sum(score.tokens for score in scores)
+    mean = sum(score.negative_log_likelihood for score in scores) / tokens
+    deviations = [score.negative_log_likelihood - mean * score.tokens for score in scores]
+    count = len(scores)
+    error = math.sqrt(sum(d * d for d in deviations) * count / (count - 1)) / tokens if count > 1 else math.inf
+    return TextFidelity(
+        perplexity=math.exp(mean),
+        perplexity_interval=(math.exp(mean - 1.96 * error), math.exp(min(mean + 1.96 * error, 700.0))),
+        tokens=tokens,
+        kl=sum(score.kl for score in scores) / tokens if with_reference else None,
+        top1=sum(score.top1 for score in scores) / tokens if with_reference else None,
+        ear=sum(score.ear for score in scores) / tokens if with_reference else None,
+    )
+
+
+def read_texts(paths: list[Path]) -> dict[str, str]:
+    """Text files by stem (by full path where stems collide). Raises AlphaQError naming the file."""
+    stems = [path.stem for path in paths]
+    texts = {}
+    for path in paths:
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise AlphaQError(f"Cannot read text {path} ({error}). Give a UTF-8 text file.") from None
+        texts[path.stem if stems.count(path.stem) == 1 else str(path)] = content
+    return texts
+
+
+def evaluate_texts(
+    model: Any,
+    tokenizer: Any,
+    texts: dict[str, str],
+    reference: Any | None = None,
+    window: int = 512,
+    max_tokens: int | None = None,
+    wrap: Wrap = lambda items, total, label: items,
+) -> Iterator[tuple[str, TextFidelity]]:
+    """Fidelity per text. `wrap` may show progress. Raises AlphaQError for a text of under two tokens."""
+    limit = getattr(model.config, "max_position_embeddings", None) or window
+    for name, text in texts.items():
+        parts = windows(tokenizer, text, min(window, limit), max_tokens)
+        if not parts:
+            raise AlphaQError(f"Text {name!r} has fewer than two tokens. Give a longer text.")
+        scores = [score_window(model, reference, ids) for ids in wrap(parts, len(parts), f"evaluate {name}")]
+        yield name, summarize_windows(scores, reference is not None)

@@ -1,0 +1,1 @@
+"""Show results: terminal tables and a self-contained page."""

@@ -1,0 +1,93 @@
+"""Terminal tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from alphaq.records import Fidelity, Plan
+
+
+def human_bytes(count: float) -> str:
+    """A size as people read it: 9.54 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="left" if position == 0 else "right", no_wrap=True)
+    return table
+
+
+def inspect_table(summary: dict[str, Any]) -> Table:
+    """Roles of a checkpoint."""
+    title = (
+        f"{summary['model']}: {summary['architecture']}, {summary['layers']} layers × "
+        f"{summary['experts_per_layer']} experts, {summary['parameters']:,} parameters"
+    )
+    table = _table(title, "role", "matrices", "parameters", "size")
+    for role, counts in summary["roles"].items():
+        table.add_row(role, f"{counts['matrices']:,}", f"{counts['parameters']:,}", human_bytes(counts["bytes"]))
+    table.add_section()
+    matrices = sum(counts["matrices"] for counts in summary["roles"].values())
+    table.add_row("all", f"{matrices:,}", f"{summary['parameters']:,}", human_bytes(summary["bytes"]))
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """A plan in all three units, and its histogram."""
+    table = _table(f"Plan for {plan.engine}: {len(plan.assignment):,} matrices", "", "")
+    table.add_row("average bits per weight (codes)", f"{plan.average_bits:.4f}")
+    if plan.bits_per_weight is not None:
+        table.add_row("stored bits per weight", f"{plan.bits_per_weight:.4f}")
+    if plan.size_bytes is not None:
+        table.add_row("weight files", f"{human_bytes(plan.size_bytes)} ({plan.size_bytes:,} bytes)")
+    table.add_row("expected loss (objective)", f"{plan.objective:.6g}")
+    table.add_section()
+    for bits, count in plan.histogram.items():
+        table.add_row(f"matrices at {bits} bit{'s' if bits > 1 else ''}", f"{count:,}")
+    if plan.unplanned:
+        table.add_row("[yellow]not planned (see unplanned)", f"{len(plan.unplanned):,}")
+    if plan.neutral:
+        table.add_row("[yellow]α undefined (see neutral)", f"{len(plan.neutral):,}")
+    return table
+
+
+def fidelity_table(fidelity: Fidelity) -> Table:
+    """One row per text."""
+    table = _table("Fidelity", "text", "tokens", "perplexity", "95 % interval", "KL", "top-1", "EAR")
+    for name, text in fidelity.texts.items():
+        low, high = text.perplexity_interval
+        against = (
+            ["–"] * 3 if text.kl is None else [f"{text.kl:.5f}", f"{100 * (text.top1 or 0):.2f} %", f"{text.ear:.5f}"]
+        )
+        table.add_row(name, f"{text.tokens:,}", f"{text.perplexity:.3f}", f"{low:.2f} – {high:.2f}", *against)
+    table.add_section()
+    kl = "–" if fidelity.mean_kl is None else f"{fidelity.mean_kl:.5f}"
+    table.add_row("geometric mean", "", f"{fidelity.geomean_perplexity:.3f}", "", kl, "", "")
+    return table
+
+
+def demo_table(rows: list[dict[str, Any]]) -> Table:
+    """The compared runs."""
+    names = list(rows[0]["texts"])
+    table = _table("Perplexity on held-out text", "model", "bits", "bpw", "size", *names, "mean", "KL")
+    for row in rows:
+        table.add_row(
+            row["label"],
+            f"{row['average_bits']:.2f}",
+            f"{row['bits_per_weight']:.3f}",
+            human_bytes(row["size_bytes"]),
+            *(f"{row['texts'][name]['perplexity']:.2f}" for name in names),
+            f"{row['geomean_perplexity']:.3f}",
+            f"{row['mean_kl']:.4f}",
+            style="bold" if row["label"].startswith("AlphaQ") else "",
+        )
+    return table

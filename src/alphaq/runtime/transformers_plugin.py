@@ -1,0 +1,87 @@
+"""Plug-in that lets `AutoModelForCausalLM.from_pretrained` load native checkpoints.
+
+Every quantized matrix keeps its original tensor name, so transformers' own conversion (merging a
+layer's experts into fused parameters) applies unchanged; blocks are dequantized just before it.
+Imported by the hook in `alphaq/__init__.py` when transformers loads its quantizers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from alphaq.errors import CheckpointError
+from alphaq.quantizers.packing import decode, dequantize
+
+FORMAT_VERSION = 1
+
+
+@register_quantization_config("alphaq")
+class AlphaQConfig(QuantizationConfigMixin):
+    """`quantization_config` of a native checkpoint's config.json."""
+
+    def __init__(self, format_version: int = FORMAT_VERSION, **figures: Any) -> None:
+        if format_version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"This checkpoint has native format {format_version}; this alphaq reads {FORMAT_VERSION}. Update alphaq."
+            )
+        self.quant_method = "alphaq"
+        self.format_version = format_version
+        self.average_bits = figures.get("average_bits")
+        self.bits_per_weight = figures.get("bits_per_weight")
+        self.dequantize = True
+
+
+class DequantizeBlocks(ConversionOps):
+    """Blocks (uint8, one-dimensional) become matrices in the parameter's dtype; the rest is only cast."""
+
+    def __init__(self, hf_quantizer: HfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **_: Any
+    ) -> dict[str, Any]:
+        """{pattern: tensor or list of tensors} → the same with blocks dequantized."""
+        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
+
+        def restore(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.dtype == torch.uint8 and tensor.ndim == 1:
+                values = dequantize(decode(tensor.cpu(), full_layer_name), dtype)
+                return values.to(tensor.device)
+            return tensor.to(dtype)
+
+        return {
+            pattern: [restore(tensor) for tensor in value] if isinstance(value, list) else restore(value)
+            for pattern, value in input_dict.items()
+        }
+
+
+@register_quantizer("alphaq")
+class AlphaQQuantizer(HfQuantizer):
+    """Loads native checkpoints by dequantizing; the model is then an ordinary 16- or 32-bit one."""
+
+    requires_calibration = False
+    serialized_names = {"weight": ["weight"]}  # noqa: RUF012 - the attribute transformers reads
+
+    def __init__(self, quantization_config: AlphaQConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise CheckpointError("transformers cannot quantize with alphaq on the fly. Use `alphaq quantize` first.")
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        """Dequantize before the model's own conversions."""
+        return {"dequantize": DequantizeBlocks}
+
+    def is_serializable(self, **_: Any) -> bool:
+        """A loaded model saves as an ordinary one."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Ordinary weights train."""
+        return True
