@@ -40,7 +40,7 @@ class Architecture:
 
     name: str
     model_types: tuple[str, ...]
-    num_experts_key: str
+    num_experts_keys: tuple[str, ...]
     expert_name: str
     projections: dict[str, str]
     moe_layer_rules: dict[str, str]
@@ -63,7 +63,7 @@ class Architecture:
         return cls(
             data["name"],
             tuple(data["model_types"]),
-            data["num_experts"],
+            tuple(data["num_experts"]),
             data["expert_name"],
             projections,
             data.get("moe_layers", {}),
@@ -76,7 +76,8 @@ class Architecture:
 
     def experts_per_layer(self, config: Mapping[str, Any]) -> int:
         """Routed experts in one MoE layer."""
-        return _count(config, self.num_experts_key)
+        present = [key for key in self.num_experts_keys if key in config]
+        return _count(config, present[0] if present else self.num_experts_keys[0])
 
     def moe_layers(self, config: Mapping[str, Any]) -> list[int]:
         """Layers that hold routed experts, by the config's own rules."""

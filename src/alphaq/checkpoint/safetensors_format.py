@@ -98,7 +98,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (KeyError, TypeError, ValueError):
             raise damaged(f"tensor {name!r} lacks dtype, shape or data_offsets") from None
-        if dtype not in ITEM_BYTES:
+        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
             raise CheckpointError(
                 f"{path.name}: tensor {name!r} has dtype {dtype!r}, which cannot be read. "
                 f"Readable: {', '.join(ITEM_BYTES)}. Convert the checkpoint to bf16 first."

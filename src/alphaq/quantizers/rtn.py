@@ -15,7 +15,8 @@ from alphaq.records import Choice, QuantizedMatrix
 
 SEARCH_STEPS = 16
 SMALLEST_SHRINK = {2: 0.3, 3: 0.4, 4: 0.55, 5: 0.65, 6: 0.75, 7: 0.85, 8: 0.9}
-GROUPS_AT_ONCE = 2048  # keeps the search's temporaries inside the processor's cache
+WEIGHTS_AT_ONCE = 32768  # stays in the processor's cache, and below the size at which torch starts threads:
+# a search is hundreds of small operations, and a barrier after each would cost more than it gains
 FP16_MAX = 65504.0
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -39,7 +40,7 @@ def _quantize_groups(groups: torch.Tensor, choice: Choice, name: str, rows: int)
     """[rows · n, size] → codes [rows, n · size], scales and offsets [rows, n]."""
     found = [
         _one_bit(chunk, choice.symmetric) if choice.bits == 1 else _search(chunk, choice.bits, choice.symmetric)
-        for chunk in (_checked(part, name) for part in groups.split(GROUPS_AT_ONCE))
+        for chunk in (_checked(part, name) for part in groups.split(max(1, WEIGHTS_AT_ONCE // groups.shape[1])))
     ]
     codes, scales, offsets = (
         None if part[0] is None else torch.cat(part).reshape(rows, -1) for part in zip(*found, strict=True)

@@ -28,7 +28,7 @@ class AlphaQConfig(QuantizationConfigMixin):
     def __init__(self, format_version: int = FORMAT_VERSION, **figures: Any) -> None:
         if format_version != FORMAT_VERSION:
             raise CheckpointError(
-                f"This checkpoint has native format {format_version}; this alphaq reads {FORMAT_VERSION}. Update alphaq."
+                f"The checkpoint has native format {format_version}; this alphaq reads {FORMAT_VERSION}. Update alphaq."
             )
         self.quant_method = "alphaq"
         self.format_version = format_version
@@ -76,6 +76,11 @@ class AlphaQQuantizer(HfQuantizer):
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         """Dequantize before the model's own conversions."""
         return {"dequantize": DequantizeBlocks}
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        # Nothing is quantized any more: saving must not look for the inverse of dequantizing.
+        model._weight_conversions = None
+        return model
 
     def is_serializable(self, **_: Any) -> bool:
         """A loaded model saves as an ordinary one."""

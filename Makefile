@@ -1,0 +1,42 @@
+# Everything a developer needs; CI calls the same targets.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: setup demo test test-all check style bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup  ## the main job on the bundled model; writes demo/report.html
+	rm -rf demo
+	$(BIN)/alphaq demo --output demo
+
+test: setup  ## the test suite, a few minutes
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: setup  ## slow tests too
+	$(BIN)/python -m pytest -q
+
+check: setup  ## formatting, lint, types, layers
+	$(BIN)/ruff format --check src tests scripts benchmarks
+	$(BIN)/ruff check src tests scripts benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+style: setup  ## apply formatting and safe fixes
+	$(BIN)/ruff format src tests scripts benchmarks
+	$(BIN)/ruff check --fix src tests scripts benchmarks
+
+bench: setup  ## side-by-side timings into benchmarks/results/
+	$(BIN)/python benchmarks/pipeline.py
+
+clean:
+	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,126 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from alphaq.checkpoint.matching import Architecture, architecture_of, architectures, match_tensors
+from alphaq.checkpoint.reader import open_checkpoint, summarize
+from alphaq.checkpoint.safetensors_format import TensorInfo
+from alphaq.errors import ArchitectureError
+from alphaq.records import Role
+from conftest import EXPERTS, FAMILIES
+
+NORMS = {Role.NORM, Role.OTHER}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_expert_is_found_in_both_layouts(save_family: Callable[..., Path], family: str, fused: bool) -> None:
+    checkpoint = open_checkpoint(save_family(family, fused))
+    moe_layers = checkpoint.architecture.moe_layers(checkpoint.config)
+    experts = checkpoint.with_role(Role.EXPERT)
+    assert len(experts) == 3 * EXPERTS * len(moe_layers)
+    assert any(matrix.index is not None for matrix in experts) == fused
+    # Nothing large goes unrecognised: what is neither matrix nor norm is a bias or a tiny gate.
+    unknown = [name for name, role in checkpoint.roles.items() if role is Role.OTHER and not name.endswith("bias")]
+    assert unknown == []
+    assert {Role.ATTENTION, Role.ROUTER, Role.EMBEDDING, Role.HEAD} <= set(checkpoint.roles.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_layouts_hold_the_same_matrices(save_family: Callable[..., Path], family: str) -> None:
+    split, fused = open_checkpoint(save_family(family)), open_checkpoint(save_family(family, fused=True))
+    by_name = {matrix.name: matrix for matrix in fused.matrices}
+    for matrix in split.with_role(Role.EXPERT):
+        assert torch.equal(split.read(matrix), fused.read(by_name[matrix.name])), matrix.name
+
+
+def test_summary_counts_every_parameter(tiny: Path) -> None:
+    summary = summarize(open_checkpoint(tiny))
+    assert summary["architecture"] == "qwen2_moe"
+    assert (summary["layers"], summary["experts_per_layer"], summary["expert_matrices"]) == (4, 8, 96)
+    assert summary["bytes"] == 2 * summary["parameters"] == sum(r["bytes"] for r in summary["roles"].values())
+
+
+def test_unknown_architecture_lists_the_known_ones() -> None:
+    with pytest.raises(ArchitectureError, match=r"'gpt2'.*mixtral.*docs/architectures.md"):
+        architecture_of({"model_type": "gpt2"})
+
+
+TRANSPOSED = """
+name = "toy"
+model_types = ["toy"]
+num_experts = ["experts"]
+expert_name = "model.layers.{layer}.experts.{expert}.{projection}.weight"
+[projections]
+g = "gate"
+u = "up"
+d = "down"
+[[tensors]]
+template = "model.layers.{layer}.experts.gate_up"
+role = "expert"
+stacked = ["gate", "up"]
+transposed = true
+[[tensors]]
+template = "model.layers.{layer}.experts.down"
+role = "expert"
+stacked = ["down"]
+transposed = true
+"""
+
+
+def test_transposed_fused_tensors_come_apart_as_rows_and_columns() -> None:
+    toy = Architecture.parse(TRANSPOSED)
+    tensors = [
+        TensorInfo("model.layers.0.experts.gate_up", "F32", (2, 8, 12), 0, 0),
+        TensorInfo("model.layers.0.experts.down", "F32", (2, 6, 8), 0, 0),
+    ]
+    matrices, _ = match_tensors(toy, {"experts": 2, "num_hidden_layers": 1}, tensors)
+    assert [(m.name.split(".", 4)[-1], m.shape, m.row_start) for m in matrices[:2]] == [
+        ("0.g.weight", (6, 8), 0),
+        ("0.u.weight", (6, 8), 6),
+    ]
+    assert matrices[-1].shape == (8, 6)
+
+
+def qwen(names: list[str], **config: object) -> None:
+    infos = [TensorInfo(name, "BF16", (4, 4), 0, 32) for name in names]
+    match_tensors(architectures()["qwen2_moe"], {"num_hidden_layers": 1, "num_experts": 2, **config}, infos)
+
+
+def expert_names(count: int) -> list[str]:
+    return [
+        f"model.layers.0.mlp.experts.{expert}.{projection}_proj.weight"
+        for expert in range(count)
+        for projection in ("gate", "up", "down")
+    ]
+
+
+def test_complete_experts_are_accepted() -> None:
+    qwen(expert_names(2))
+
+
+def test_missing_expert_is_named() -> None:
+    with pytest.raises(ArchitectureError, match=r"Found 5 .* promises 6; first missing: layer 0, expert 1, down"):
+        qwen(expert_names(2)[:-1])
+
+
+def test_extra_expert_is_named() -> None:
+    with pytest.raises(ArchitectureError, match=r"not promised by config\.json: layer 0, expert 2"):
+        qwen(expert_names(3))
+
+
+def test_expert_that_matches_no_template_is_an_error() -> None:
+    with pytest.raises(ArchitectureError, match="looks like an expert"):
+        qwen([*expert_names(2), "model.layers.0.mlp.experts.0.extra_proj.weight"])
+
+
+def test_multi_token_prediction_layers_are_kept_aside() -> None:
+    qwen([*expert_names(2), "model.layers.1.mlp.experts.0.gate_proj.weight"])
+
+
+@pytest.mark.parametrize("bad", [None, 0, -1, "4", 2.0, True])
+def test_senseless_counts_in_config_are_refused(bad: object) -> None:
+    with pytest.raises(ArchitectureError, match="num_experts"):
+        qwen(expert_names(2), num_experts=bad)

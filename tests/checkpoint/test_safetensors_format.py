@@ -1,0 +1,129 @@
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from alphaq.checkpoint.safetensors_format import TensorSpec, layout, read_header, total_bytes
+from alphaq.checkpoint.writer import ShardWriter
+from alphaq.errors import CheckpointError, OutputError
+
+
+def test_header_agrees_with_the_safetensors_library(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 4), "b": torch.ones(5, dtype=torch.bfloat16), "empty": torch.zeros(0, 2)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    found, _ = read_header(tmp_path / "x.safetensors")
+    assert {name: info.shape for name, info in found.items()} == {n: tuple(t.shape) for n, t in tensors.items()}
+
+
+def test_written_file_is_read_by_the_library_and_has_the_promised_size(tmp_path: Path) -> None:
+    tensors = {
+        "odd": torch.arange(7, dtype=torch.uint8),
+        "half": torch.randn(3, 5).half(),
+        "wörd": torch.randn(2, 2),
+        "scalar": torch.tensor(3.0),
+    }
+    names = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
+    specs = {name: TensorSpec(names[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    path = tmp_path / "x.safetensors"
+    with ShardWriter(path, specs) as writer:
+        for name in reversed(specs):
+            writer.write(name, tensors[name])
+    assert path.stat().st_size == total_bytes(specs.items()) == layout(specs)[2]
+    loaded = load_file(path)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert all(info.begin % 2 == 0 for info in read_header(path)[0].values() if info.dtype == "F16")
+
+
+def test_writer_refuses_another_shape_than_declared(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match="was declared"),
+        ShardWriter(tmp_path / "x", {"a": TensorSpec("F32", (2,))}) as writer,
+    ):
+        writer.write("a", torch.zeros(3))
+
+
+def test_writer_refuses_to_leave_a_tensor_out(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="never written"), ShardWriter(tmp_path / "x", {"a": TensorSpec("F32", (2,))}):
+        pass
+
+
+def write_raw(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(raw) if length is None else length).to_bytes(8, "little") + raw + data)
+    return path
+
+
+def entry(dtype: object = "U8", shape: object = (4,), offsets: object = (0, 4)) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        ({"a": entry()}, b"12", "cut short"),
+        ({"a": entry()}, b"123456", "cut short or padded"),
+        ({"a": entry(shape=[5])}, b"1234", "does not fill"),
+        ({"a": entry(offsets=[1, 5])}, b"12345", "hole"),
+        ({"a": entry(), "b": entry(offsets=[2, 6])}, b"123456", "overlaps"),
+        ({"a": entry(shape=[-4])}, b"1234", "not counts"),
+        ({"a": entry(shape=[2**70], offsets=[0, 2**70])}, b"1234", "not counts"),
+        ({"a": entry(shape=[True, 4])}, b"1234", "not counts"),
+        ({"a": entry(shape="44")}, b"1234", "not counts"),
+        ({"a": entry(offsets=[0])}, b"1234", "lacks"),
+        ({"a": 3}, b"1234", "lacks"),
+        ({"a": entry(shape=[1] * 20 + [4])}, b"1234", "dimensions"),
+        ({"a": entry(dtype="F4")}, b"1234", "cannot be read"),
+        ({"a": entry(dtype=["U8"])}, b"1234", "cannot be read"),
+        (b"{nonsense", b"", "not valid JSON"),
+        (b"\xff\xfe{}", b"", "not valid JSON"),
+        (b'{"a":1,"a":2}', b"", "twice"),
+        ([1, 2], b"", "not a JSON object"),
+        (b"[" * 100_000, b"", "not valid JSON"),
+    ],
+)
+def test_damaged_header_is_refused(tmp_path: Path, header: object, data: bytes, message: str) -> None:
+    path = write_raw(tmp_path / "bad.safetensors", header, data)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_header(path)
+    assert "bad.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [10**6, 2**63, 2**64 - 1])
+def test_header_longer_than_the_file_is_refused_without_reading_it(tmp_path: Path, length: int) -> None:
+    with pytest.raises(CheckpointError, match="claims"):
+        read_header(write_raw(tmp_path / "x", {}, length=length))
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.binary(max_size=200))
+def test_any_bytes_give_a_header_or_a_typed_error(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "fuzz"
+    path.write_bytes(raw)
+    with contextlib.suppress(CheckpointError):
+        read_header(path)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    st.dictionaries(
+        st.text(max_size=4),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.sampled_from(["U8", "F32"]) | st.floats(),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.fixed_dictionaries({"dtype": inner, "shape": inner, "data_offsets": inner})
+            ),
+            max_leaves=12,
+        ),
+        max_size=3,
+    ),
+    st.binary(max_size=16),
+)
+def test_any_json_header_gives_a_header_or_a_typed_error(tmp_path: Path, header: object, data: bytes) -> None:
+    with contextlib.suppress(CheckpointError):
+        read_header(write_raw(tmp_path / "fuzz", header, data))

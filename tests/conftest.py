@@ -1,0 +1,138 @@
+"""Shared fixtures: the bundled model, tiny random models of every family, and a command-line runner."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "src" / "alphaq" / "data"
+SHARED = ROOT.parent / "shared"
+
+COMMON = dict(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    num_experts_per_tok=2,
+)
+EXPERTS = 4
+MLA = dict(q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
+DEEPSEEK = dict(
+    num_key_value_heads=4,
+    n_routed_experts=EXPERTS,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    moe_intermediate_size=32,
+    n_group=1,
+    topk_group=1,
+    **MLA,
+)
+QWEN = dict(num_experts=EXPERTS, moe_intermediate_size=32)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": dict(num_local_experts=EXPERTS),
+    "qwen2_moe": dict(shared_expert_intermediate_size=32, **QWEN),
+    "qwen3_moe": dict(mlp_only_layers=[0], head_dim=16, **QWEN),
+    "olmoe": dict(num_experts=EXPERTS),
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK,
+}
+
+
+def random_model(family: str, **overrides: Any) -> Any:
+    """A tiny randomly initialised model of the real class, float32, with spectra that differ by matrix."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **overrides})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(1 + torch.rand(parameter.shape[0]).view(-1, *[1] * (parameter.ndim - 1)))
+    return model
+
+
+@pytest.fixture(scope="session")
+def save_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Save a family's random model once per layout and dtype; returns its folder."""
+    saved: dict[tuple[str, bool, torch.dtype], Path] = {}
+
+    def save(family: str, fused: bool = False, dtype: torch.dtype = torch.bfloat16) -> Path:
+        key = (family, fused, dtype)
+        if key not in saved:
+            folder = tmp_path_factory.mktemp(f"{family}-{'fused' if fused else 'split'}")
+            random_model(family).to(dtype).save_pretrained(
+                folder, save_original_format=not fused, max_shard_size="150KB"
+            )
+            saved[key] = folder
+        return saved[key]
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The bundled trained model."""
+    return DATA / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_quantized(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model at 2.5 bits."""
+    from alphaq import pipeline
+    from alphaq.checkpoint.reader import open_checkpoint
+    from alphaq.config import Budget, PlanConfig
+
+    out = tmp_path_factory.mktemp("quantized") / "out"
+    checkpoint = open_checkpoint(tiny)
+    config = PlanConfig(budget=Budget(bits=2.5))
+    plan = pipeline.make_plan(checkpoint, config, pipeline.measure_for_plan(checkpoint, config))
+    pipeline.quantize(checkpoint, plan, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Larger models and published figures, which only the project's own machines have."""
+    if not SHARED.is_dir():
+        pytest.skip("the shared folder (larger models, published figures) is not on this machine")
+    return SHARED
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output as one JSON document."""
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def alphaq(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Run the command line in this process."""
+    from alphaq.cli import main
+
+    def run(*arguments: object) -> Ran:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Ran(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run

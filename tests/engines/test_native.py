@@ -1,0 +1,200 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from alphaq import pipeline
+from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.config import Budget, PlanConfig
+from alphaq.engines import native
+from alphaq.engines.native_files import MANIFEST_NAME, PLAN_NAME, NativeFiles, restore
+from alphaq.errors import CheckpointError, PlanError, VerificationError
+from alphaq.quantizers.packing import dequantize
+from alphaq.quantizers.rtn import quantize_rtn
+from alphaq.records import Plan, Role
+from conftest import FAMILIES
+
+
+def plan_of(folder: Path, **config: object) -> Plan:
+    budget = config.pop("budget", Budget(bits=2.5))
+    checkpoint = open_checkpoint(folder)
+    settings = PlanConfig(budget=budget, group_size=32, **config)  # type: ignore[arg-type]
+    return pipeline.make_plan(checkpoint, settings, pipeline.measure_for_plan(checkpoint, settings))
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("choices", ["1,2,3,4", "2g64,3g32,16", "2,5,6,7,8"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_files_have_exactly_the_promised_size(
+    save_family: Callable[..., Path], tmp_path: Path, fused: bool, choices: str
+) -> None:
+    source = save_family("qwen2_moe", fused)
+    plan = plan_of(source, choices=choices, budget=Budget(bits=4.0))
+    pipeline.quantize(open_checkpoint(source), plan, tmp_path / "out")
+    assert weight_bytes(tmp_path / "out") == plan.size_bytes
+
+
+def test_every_size_budget_is_kept_and_used_up(tiny: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    config = PlanConfig(budget=Budget(bits=2.0))
+    found = pipeline.measure_for_plan(checkpoint, config)
+    matrices = native.planned_matrices(checkpoint)
+    _, file_bytes = native.byte_tables(matrices, config.candidates())
+    widest = file_bytes.max(axis=1)
+    low = pipeline.make_plan(checkpoint, config.model_copy(update={"budget": Budget(bits=1.0)}), found).size_bytes
+    high = pipeline.make_plan(checkpoint, config.model_copy(update={"budget": Budget(bits=4.0)}), found).size_bytes
+    assert low is not None
+    assert high is not None
+    labels = [str(choice) for choice in config.candidates()]
+    for limit in np.linspace(low, high, 12).astype(int):
+        plan = pipeline.make_plan(
+            checkpoint, config.model_copy(update={"budget": Budget(size_bytes=int(limit))}), found
+        )
+        assert plan.size_bytes is not None
+        slack = int(limit) - plan.size_bytes
+        assert slack >= 0
+        assert plan.budget_slack == slack
+        chosen = np.array([labels.index(plan.choices[matrix.name]) for matrix in matrices])
+        upgrades = [
+            file_bytes[i, chosen[i] + 1] - file_bytes[i, chosen[i]]
+            for i in range(len(matrices))
+            if file_bytes[i, chosen[i]] < widest[i]
+        ]
+        assert not upgrades or slack < min(upgrades)
+
+
+def test_all_three_units_are_reported_and_agree(tiny: Path) -> None:
+    plan = plan_of(tiny)
+    checkpoint = open_checkpoint(tiny)
+    matrices = {matrix.name: matrix for matrix in checkpoint.with_role(Role.EXPERT)}
+    parameters = sum(matrix.parameters for matrix in matrices.values())
+    code_bits = sum(plan.assignment[name] * matrix.parameters for name, matrix in matrices.items())
+    stored = sum(plan.choice(name).storage_bytes(matrix.shape) for name, matrix in matrices.items())
+    assert plan.average_bits == pytest.approx(code_bits / parameters)
+    assert plan.bits_per_weight == pytest.approx(8 * stored / parameters)
+    assert plan.average_bits <= 2.5 < plan.bits_per_weight
+    assert sum(plan.histogram.values()) == len(matrices)
+    assert plan_of(tiny, budget=Budget(bpw=plan.bits_per_weight)).bits_per_weight == plan.bits_per_weight
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+def test_stored_values_are_the_quantizer_s(
+    save_family: Callable[..., Path], tmp_path: Path, family: str, dtype: torch.dtype
+) -> None:
+    source = save_family(family, dtype=dtype)
+    checkpoint = open_checkpoint(source)
+    plan = plan_of(source)
+    pipeline.quantize(checkpoint, plan, tmp_path / "out")
+    opened = NativeFiles(tmp_path / "out")
+    originals = {matrix.name: matrix for matrix in checkpoint.matrices}
+    seen = set()
+    for info, raw in opened.tensors():
+        values = restore(info, raw, info.name in plan.choices)
+        if info.name in plan.choices:
+            weight = checkpoint.read(originals[info.name])
+            assert torch.equal(values, dequantize(quantize_rtn(weight, plan.choice(info.name))))
+        else:
+            assert torch.equal(values, checkpoint.tensor(info.name))
+        seen.add(info.name)
+    assert set(plan.choices) <= seen
+    assert {matrix.name for matrix in checkpoint.matrices} <= seen
+
+
+def test_quantizing_twice_gives_identical_bytes(tiny: Path, tiny_quantized: Path, tmp_path: Path) -> None:
+    config = PlanConfig(budget=Budget(bits=2.5))
+    checkpoint = open_checkpoint(tiny)
+    plan = pipeline.make_plan(checkpoint, config, pipeline.measure_for_plan(checkpoint, config))
+    pipeline.quantize(checkpoint, plan, tmp_path / "out")
+    files = sorted(path.name for path in tiny_quantized.iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "out").iterdir())
+    for name in files:
+        assert (tmp_path / "out" / name).read_bytes() == (tiny_quantized / name).read_bytes(), name
+
+
+def test_output_is_complete(tiny_quantized: Path) -> None:
+    names = {path.name for path in tiny_quantized.iterdir()}
+    assert {"config.json", "plan.json", "tokenizer.json", "model.safetensors.index.json", MANIFEST_NAME} <= names
+    config = json.loads((tiny_quantized / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "alphaq"
+
+
+def test_plan_for_other_weights_is_refused(tiny: Path, save_family: Callable[..., Path]) -> None:
+    with pytest.raises(PlanError, match="other weight files"):
+        pipeline.quantize(open_checkpoint(tiny), plan_of(save_family("qwen2_moe")), Path("never"))
+
+
+def test_plan_that_forgets_an_expert_is_refused(tiny: Path) -> None:
+    plan = plan_of(tiny)
+    choices = dict(plan.choices)
+    name = next(iter(plan.assignment))
+    del choices[name]
+    with pytest.raises(PlanError, match=name):
+        pipeline.quantize(open_checkpoint(tiny), Plan(choices=choices), Path("never"))
+
+
+def test_hand_made_plan_works(tiny: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    choices = {matrix.name: "8g32s" for matrix in checkpoint.with_role(Role.EXPERT)}
+    choices[next(iter(choices))] = "16"
+    pipeline.quantize(checkpoint, Plan(choices=choices), tmp_path / "out")
+    assert pipeline.verify(tmp_path / "out", checkpoint)["quantized"] == len(choices)
+
+
+@pytest.fixture
+def damaged(tiny_quantized: Path, tmp_path: Path) -> Path:
+    """A copy of a quantized model that a test may damage."""
+    return Path(shutil.copytree(tiny_quantized, tmp_path / "out"))
+
+
+def test_verify_accepts_what_was_written(damaged: Path, tiny: Path) -> None:
+    assert pipeline.verify(damaged)["against_source"] is False
+    assert pipeline.verify(damaged, open_checkpoint(tiny))["against_source"] is True
+
+
+def test_verify_names_a_flipped_bit(damaged: Path) -> None:
+    (shard,) = damaged.glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1000] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(VerificationError, match=r"model\..* does not have its checksum"):
+        pipeline.verify(damaged)
+
+
+def test_verify_finds_a_truncated_shard(damaged: Path) -> None:
+    (shard,) = damaged.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="cut short"):
+        pipeline.verify(damaged)
+
+
+def test_verify_finds_a_plan_that_is_not_the_files(damaged: Path) -> None:
+    plan = json.loads((damaged / PLAN_NAME).read_text())
+    name = next(iter(plan["assignment"]))
+    plan["assignment"][name] = 7
+    plan["choices"][name] = "7g128"
+    (damaged / PLAN_NAME).write_text(json.dumps(plan))
+    with pytest.raises(VerificationError, match=rf"{name} is stored as \dg128, the plan says 7g128"):
+        pipeline.verify(damaged)
+
+
+def test_verify_finds_other_source_weights(damaged: Path, save_family: Callable[..., Path]) -> None:
+    with pytest.raises(PlanError, match="other weight files"):
+        pipeline.verify(damaged, open_checkpoint(save_family("qwen2_moe")))
+
+
+def test_failed_quantization_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise VerificationError("broken")
+
+    monkeypatch.setattr(pipeline, "verify", fail)
+    with pytest.raises(VerificationError):
+        pipeline.quantize(open_checkpoint(tiny), plan_of(tiny), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,118 @@
+import pytest
+import torch
+
+from alphaq.errors import QuantizationError
+from alphaq.quantizers.base import QUANTIZERS, Quantizer, squared_error
+from alphaq.quantizers.packing import dequantize
+from alphaq.records import Choice
+
+ALL = [Choice(bits, group, symmetric) for bits in range(1, 9) for group in (32, 128) for symmetric in (False, True)]
+
+
+def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def min_max_error(weight: torch.Tensor, choice: Choice) -> float:
+    """Plain round to nearest over each group's full range, float16 scales."""
+    total = 0.0
+    for start in range(0, weight.shape[1], choice.group_size):
+        group = weight[:, start : start + choice.group_size].double()
+        top = 2**choice.bits - 1
+        if choice.symmetric:
+            zero = torch.full((len(group), 1), float(2 ** (choice.bits - 1)), dtype=torch.float64)
+            scale = group.abs().amax(1, keepdim=True) / max(1, top - 2 ** (choice.bits - 1))
+        else:
+            low = group.amin(1, keepdim=True).clamp_max(0)
+            scale = (group.amax(1, keepdim=True).clamp_min(0) - low) / top
+            zero = (-low / scale).round()
+        scale = scale.half().double()
+        codes = ((group / scale).round() + zero).clamp(0, top)
+        total += float(((codes - zero) * scale - group).square().sum())
+    return total
+
+
+@pytest.fixture(params=QUANTIZERS)
+def quantizer(request: pytest.FixtureRequest) -> Quantizer:
+    return QUANTIZERS[request.param]
+
+
+@pytest.mark.parametrize("choice", ALL, ids=str)
+def test_error_is_no_larger_than_plain_min_max(quantizer: Quantizer, choice: Choice) -> None:
+    weight = gaussian(16, 300)
+    assert squared_error(weight, choice, "x", quantizer) <= min_max_error(weight, choice) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_more_bits_and_smaller_groups_reduce_the_error(quantizer: Quantizer, symmetric: bool) -> None:
+    weight = gaussian(64, 512)
+    by_bits = [squared_error(weight, Choice(bits, 64, symmetric), "x", quantizer) for bits in range(1, 9)]
+    assert by_bits == sorted(by_bits, reverse=True)
+    by_group = [squared_error(weight, Choice(3, group, symmetric), "x", quantizer) for group in (32, 64, 128)]
+    assert by_group == sorted(by_group)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_unclipped_error_is_at_most_half_a_step(quantizer: Quantizer, bits: int) -> None:
+    """Within the grid's range, rounding to nearest is never off by more than half a step."""
+    weight = gaussian(8, 64)
+    found = quantizer(weight, Choice(bits, 64))
+    step = found.scales.float()
+    inside = (found.codes > 0) & (found.codes < 2**bits - 1)
+    off = (dequantize(found) - weight).abs()
+    assert (off <= step / 2 * (1 + 1e-3))[inside].all()
+
+
+@pytest.mark.parametrize("choice", ALL, ids=str)
+def test_edge_groups_are_exact_or_close(quantizer: Quantizer, choice: Choice) -> None:
+    zero = torch.zeros(4, 130)
+    assert torch.equal(dequantize(quantizer(zero, choice)), zero)
+    if not choice.symmetric:
+        constant = torch.full((4, 130), -0.75)
+        assert torch.allclose(dequantize(quantizer(constant, choice)), constant, rtol=2e-3)
+    outlier = gaussian(4, 130)
+    outlier[2, 7] = 1e4
+    restored = dequantize(quantizer(outlier, choice))
+    assert torch.isfinite(restored).all()
+
+
+@pytest.mark.parametrize("choice", ALL, ids=str)
+def test_quantizing_is_deterministic_and_codes_are_in_range(quantizer: Quantizer, choice: Choice) -> None:
+    weight = gaussian(7, 200).bfloat16()
+    first, second = quantizer(weight, choice), quantizer(weight, choice)
+    assert torch.equal(first.codes, second.codes)
+    assert torch.equal(first.scales, second.scales)
+    assert int(first.codes.max()) < 2**choice.bits
+    assert first.scales.dtype == torch.float16
+    assert first.scales.shape == (7, choice.groups(200))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_values_on_a_grid_survive_a_second_quantization(quantizer: Quantizer, bits: int) -> None:
+    choice = Choice(bits, 32)
+    once = dequantize(quantizer(gaussian(8, 64), choice))
+    again = dequantize(quantizer(once, choice))
+    assert float((again - once).square().sum()) <= 0.02 * float(once.square().sum())
+
+
+def test_tiny_weights_do_not_divide_by_zero(quantizer: Quantizer) -> None:
+    weight = gaussian(4, 64) * 1e-9  # below the smallest float16
+    assert torch.isfinite(dequantize(quantizer(weight, Choice(4, 32)))).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e6])
+def test_what_fp16_cannot_hold_is_refused_by_name(quantizer: Quantizer, bad: float) -> None:
+    weight = gaussian(4, 64)
+    weight[1, 2] = bad
+    with pytest.raises(QuantizationError, match=r"layers\.9"):
+        quantizer(weight, Choice(4, 32), "layers.9")
+
+
+def test_one_bit_is_the_mean_and_sign() -> None:
+    weight = torch.tensor([[1.0, 3.0, -1.0, -3.0] * 8])
+    restored = dequantize(QUANTIZERS["rtn"](weight, Choice(1, 32)))
+    assert restored.tolist() == [[2.0, 2.0, -2.0, -2.0] * 8]
+
+
+def test_sixteen_bits_lose_nothing_of_bf16() -> None:
+    assert squared_error(gaussian(4, 64).bfloat16(), Choice(16), "x") == 0.0
