@@ -7,6 +7,7 @@ mistake ends with one line and exit code 2.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import warnings
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ from alphaq.records import Plan, first_fault
 from alphaq.registry import unknown
 
 T = TypeVar("T")
+PIPED_WIDTH = 120
 err = Console(stderr=True)
 app = typer.Typer(
     name="alphaq",
@@ -59,7 +61,10 @@ SharedOption = Annotated[int, typer.Option(help="Bits of shared experts and dens
 
 
 def progress(items: Iterable[T], total: int, label: str) -> Iterable[T]:
-    """Yield the items under a bar with rate and time left, on stderr."""
+    """Yield the items under a bar with rate and time left, on stderr; plainly where that is no terminal."""
+    if not err.is_terminal:
+        yield from items
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -81,8 +86,9 @@ def show(as_json: bool, data: Any, *tables: Any) -> None:
     if as_json:
         sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     else:
+        console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
         for table in tables:
-            Console(soft_wrap=not sys.stdout.isatty()).print(table)
+            console.print(table, markup=False, highlight=False, soft_wrap=isinstance(table, str))
 
 
 def plan_config(
@@ -130,8 +136,17 @@ def _build_plan(model: str | None, revision: str | None, config: PlanConfig, sta
     found = pipeline.measure_for_plan(checkpoint, config, stats, progress)
     plan = pipeline.make_plan(checkpoint, config, found)
     for name, reason in [*plan.unplanned.items(), *plan.neutral.items()][:5]:
-        err.print(f"note: {name}: {reason}", markup=False, highlight=False)
+        err.print(f"note: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if config.budget.bits is not None and (plan.average_bits or 0) < 0.99 * config.budget.bits:
+        why = "uniform is one choice for all" if config.method == "uniform" else "no choice offered is wider"
+        err.print(f"note: {plan.average_bits:.4g} of {config.budget.bits:g} bits are used; {why}", highlight=False)
     return checkpoint, plan
+
+
+def _given(context: typer.Context) -> set[str]:
+    """Names of the parameters that were typed, not left at their defaults."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 @app.command()
@@ -154,7 +169,9 @@ def analyze(
     """Measure every matrix's weight spectrum and write one CSV row each."""
     from alphaq import pipeline
     from alphaq.checkpoint.reader import open_checkpoint
+    from alphaq.checkpoint.writer import check_file
 
+    check_file(output)
     checkpoint = open_checkpoint(model, revision)
     rows = pipeline.analyze(checkpoint, output, progress)
     alphas = sorted(found.alpha for _, found in rows if found.alpha is not None)
@@ -192,23 +209,26 @@ def plan(
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose bits for every expert matrix under a budget, in seconds; writes nothing but the plan."""
+    """Choose bits for every expert matrix under a budget; shows the plan, and writes it with -o."""
     config = plan_config(
         bits, bpw, size, choices, gamma, noise, method, group_size, symmetric, attention_bits, shared_bits
     )
-    from alphaq.checkpoint.writer import atomic_file
+    from alphaq.checkpoint.writer import atomic_file, check_file
     from alphaq.report.tables import plan_table
 
+    if output is not None:
+        check_file(output)
     _, made = _build_plan(model, revision, config, stats)
     if output is not None:
         with atomic_file(output) as partial:
             partial.write_text(made.to_json(), encoding="utf-8")
-        err.print(f"Plan written to {output}", highlight=False)
+        err.print(f"Plan written to {output}", markup=False, highlight=False, soft_wrap=True)
     show(as_json, json.loads(made.to_json()), plan_table(made))
 
 
 @app.command()
 def quantize(
+    context: typer.Context,
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Use this plan instead of making one.")] = None,
@@ -233,10 +253,9 @@ def quantize(
 
     check_absent(output)
     if plan_file is not None:
-        if any(value is not None for value in (bits, bpw, size, stats)):
-            raise BudgetError(
-                "--plan already states the budget. Drop --bits, --bpw, --size and --stats, or drop --plan."
-            )
+        if conflicting := _given(context) - {"model", "output", "plan_file", "revision", "as_json"}:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(conflicting))
+            raise BudgetError(f"--plan already decides everything that {names} would. Drop one or the other.")
         if not plan_file.is_file():
             raise BudgetError(
                 f"No plan file {plan_file}. Make one with `alphaq plan MODEL --bits 2.5 -o {plan_file.name}`."
@@ -360,6 +379,7 @@ def _root(
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 a user's mistake, 130 interrupted; a defect keeps its traceback."""
     command = typer.main.get_command(app)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = command.main(args=arguments, prog_name="alphaq", standalone_mode=False)
     except AlphaQError as error:
@@ -371,8 +391,15 @@ def main(arguments: list[str] | None = None) -> None:
         # Typer's usage errors share no public base class across its versions, but all can format themselves.
         if not hasattr(error, "format_message"):
             raise
+        if not error.format_message():  # bare `alphaq`: the help has been shown
+            sys.exit(2)
         _fail(f"{error.format_message()} See `alphaq --help`.")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminated(number: int, frame: object) -> None:
+    """Unwind on SIGTERM, so that temporary output is removed."""
+    sys.exit(128 + number)
 
 
 def _fail(message: str) -> None:

@@ -21,7 +21,7 @@ _UNITS = {"": 1, "B": 1} | {
 
 def parse_size(text: str) -> int:
     """Bytes in '9.5MiB', '12GiB', '800MB', '123456'. KiB/MiB/GiB are 1024-based, KB/MB/GB 1000-based."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", text)
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
     if match is None or match[2].lower() not in units:
         raise BudgetError(f"{text!r} is not a size. Write a number and a unit: 9.5MiB, 12GiB, 800MB.")

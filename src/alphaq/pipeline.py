@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 import alphaq
-from alphaq.allocation.problem import solve
+from alphaq.allocation.problem import budget_costs, solve
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
 from alphaq.checkpoint.writer import atomic_file, atomic_folder
@@ -30,7 +30,7 @@ from alphaq.engines.native_files import (
 )
 from alphaq.errors import AlphaQError, PlanError, StatsError
 from alphaq.quantization import plan_choices, quantized_tensors, relative_squared_error
-from alphaq.records import Fidelity, MatrixRef, Plan, Spectrum
+from alphaq.records import Choice, Fidelity, MatrixRef, Plan, Spectrum
 from alphaq.report.html import write_report
 from alphaq.sensitivity.costs import cost_table
 from alphaq.sensitivity.distortion import analytic_noise, measured_noise
@@ -89,22 +89,45 @@ def measure_for_plan(
         return Measurements(given.spectra, noise, weights, given.left_out)
 
     matrices = native.planned_matrices(checkpoint)
+    weights = np.array([matrix.parameters for matrix in matrices], dtype=np.int64)
+    native_problem(checkpoint, config, weights)  # an infeasible budget is told before any measuring
     spectra, noise_rows = {}, []
     for matrix in wrap(matrices, len(matrices), "measure"):
         if given is not None and matrix.name not in given.spectra:
             reason = given.left_out.get(matrix.name, "no row")
             raise StatsError(f"{stats} has no usable row for {matrix.name!r} ({reason}). Analyze this model again.")
-        weight = checkpoint.read(matrix).float()
+        weight = checkpoint.read(matrix)
         found = given.spectra[matrix.name] if given is not None else spectrum(weight, matrix.name)
         spectra[matrix.name] = found
         noise_rows.append(
-            analytic_noise(found, choices)
-            if noise_kind == "analytic"
-            else measured_noise(checkpoint.read(matrix), choices, matrix.name)
+            analytic_noise(found, choices) if noise_kind == "analytic" else measured_noise(weight, choices, matrix.name)
         )
-    weights = np.array([matrix.parameters for matrix in matrices], dtype=np.int64)
     left_out = {} if given is None else {n: why for n, why in given.left_out.items() if "not an expert" not in why}
     return Measurements(spectra, np.array(noise_rows), weights, left_out)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A budget in whole units: costs [matrices, choices] and their limit; choices fixed by role beside it."""
+
+    costs: np.ndarray
+    limit: int
+    block_bytes: np.ndarray | None
+    fixed: dict[str, Choice]
+
+
+def native_problem(checkpoint: Checkpoint | None, config: PlanConfig, weights: np.ndarray) -> Problem:
+    """What the budget allows, from shapes alone. Raises BudgetError if it is infeasible."""
+    choices = config.candidates()
+    if checkpoint is None:
+        return Problem(*budget_costs(config.budget, choices, weights, None, None, 0), None, {})
+    matrices = native.planned_matrices(checkpoint)
+    block_bytes, file_bytes = native.byte_tables(matrices, choices)
+    fixed = native.fixed_matrices(checkpoint, config.fixed_choices())
+    narrowest = {matrix.name: choices[0] for matrix in matrices}
+    fixed_bytes = native.size_bytes(checkpoint, fixed | narrowest) - int(file_bytes[:, 0].sum())
+    costs, limit = budget_costs(config.budget, choices, weights, block_bytes, file_bytes, fixed_bytes)
+    return Problem(costs, limit, block_bytes, fixed)
 
 
 def resolved_noise(checkpoint: Checkpoint | None, config: PlanConfig) -> str:
@@ -115,44 +138,31 @@ def resolved_noise(checkpoint: Checkpoint | None, config: PlanConfig) -> str:
 def make_plan(checkpoint: Checkpoint | None, config: PlanConfig, found: Measurements) -> Plan:
     """Solve the budget and describe the result in all three units. Raises BudgetError if infeasible."""
     choices = config.candidates()
-    fixed: dict[str, Any] = {}
-    block_bytes = file_bytes = None
-    fixed_bytes = 0
-    if checkpoint is not None:
-        matrices = native.planned_matrices(checkpoint)
-        block_bytes, file_bytes = native.byte_tables(matrices, choices)
-        fixed = native.fixed_matrices(checkpoint, config.fixed_choices())
-        narrowest = {matrix.name: choices[0] for matrix in matrices}
-        fixed_bytes = native.size_bytes(checkpoint, fixed | narrowest) - int(file_bytes[:, 0].sum())
-    table = cost_table(found.spectra, found.noise, choices, config.gamma, found.weights, file_bytes)
-    solution = solve(table, config.budget, config.method, block_bytes, fixed_bytes)
+    problem = native_problem(checkpoint, config, found.weights)
+    table = cost_table(found.spectra, found.noise, choices, config.gamma, found.weights)
+    solution = solve(table, problem.costs, problem.limit, config.method)
 
     chosen = {name: choices[column] for name, column in zip(table.names, solution.columns, strict=True)}
     units = np.arange(len(table.names))
     parameters = int(found.weights.sum())
     resolved = config.model_copy(update={"noise": resolved_noise(checkpoint, config)})
-    limits = {
-        "bits": (config.budget.bits or 0) * parameters,
-        "bpw": (config.budget.bpw or 0) * parameters,
-        "size_bytes": (config.budget.size_bytes or 0) - fixed_bytes,
-    }
     unit = next(name for name, value in config.budget.model_dump().items() if value is not None)
     return Plan(
         alphaq_version=alphaq.__version__,
         source=None if checkpoint is None else checkpoint.identity,
         config=resolved.model_dump(mode="json"),
-        average_bits=float(table.code_bits[units, solution.columns].sum() / parameters),
+        average_bits=float(found.weights @ [choice.bits for choice in chosen.values()] / parameters),
         bits_per_weight=None
-        if block_bytes is None
-        else float(8 * block_bytes[units, solution.columns].sum() / parameters),
-        size_bytes=None if checkpoint is None else native.size_bytes(checkpoint, fixed | chosen),
+        if problem.block_bytes is None
+        else float(8 * problem.block_bytes[units, solution.columns].sum() / parameters),
+        size_bytes=None if checkpoint is None else native.size_bytes(checkpoint, problem.fixed | chosen),
         budget_unit=unit,
-        budget_slack=float(limits[unit] - solution.cost),
+        budget_slack=float(problem.limit - solution.cost),
         objective=solution.objective,
         lower_bound=solution.lower_bound,
         histogram=dict(sorted(Counter(choice.bits for choice in chosen.values()).items())),
         assignment={name: choice.bits for name, choice in chosen.items()},
-        choices={name: str(choice) for name, choice in (chosen | fixed).items()},
+        choices={name: str(choice) for name, choice in (chosen | problem.fixed).items()},
         alpha={name: s.alpha for name, s in found.spectra.items() if s.alpha is not None},
         unplanned=found.left_out,
         neutral={name: s.reason for name, s in found.spectra.items() if s.alpha is None},
@@ -200,7 +210,7 @@ def verify(folder: Path, source: Checkpoint | None = None, wrap: Wrap = silent) 
     errors = []
     for info, raw in wrap(opened.tensors(), len(opened.manifest), "verify"):
         fault = check_tensor(opened, info, raw, expected.get(info.name))
-        agreed = opened.manifest.get(info.name, {}).get("relative_error")
+        agreed = opened.manifest[info.name].relative_error if info.name in opened.manifest else None
         if fault is None and agreed is not None:
             errors.append(agreed)
         if fault is None and source is not None:

@@ -9,6 +9,7 @@ import torch
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import PlanError
+from alphaq.numerics import squared_norm
 from alphaq.quantizers.base import QUANTIZERS, Quantizer
 from alphaq.quantizers.packing import dequantize
 from alphaq.records import Choice, MatrixRef, Plan, QuantizedMatrix, Role
@@ -50,9 +51,7 @@ def plan_choices(plan: Plan, checkpoint: Checkpoint) -> dict[str, Choice]:
 
 def relative_squared_error(weight: torch.Tensor, restored: torch.Tensor) -> float:
     """Σ(w − ŵ)² / Σw², 0 for a matrix of zeros that is restored exactly."""
-    reference = weight.float().flatten()
-    difference = restored.float().flatten() - reference
-    error, energy = float(difference.dot(difference)), float(reference.dot(reference))
+    error, energy = squared_norm(restored.float() - weight.float()), squared_norm(weight)
     return error / energy if energy else error
 
 

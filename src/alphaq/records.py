@@ -144,24 +144,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class CostTable:
-    """For every unit (row) and every choice (column): the expected loss and what it costs.
+    """For every unit (row) and every choice (column): the expected loss.
 
-    losses: [units, choices], float64, finite. bytes: [units, choices], int64, exact file bytes, or
-    None where shapes are unknown. weights: [units], int64, parameters of a unit (1 where unknown).
+    losses: [units, choices], float64. weights: [units], int64, parameters of a unit (1 where unknown).
     """
 
     names: tuple[str, ...]
     choices: tuple[Choice, ...]
     losses: np.ndarray
-    bytes: np.ndarray | None
     weights: np.ndarray
-
-    @property
-    def code_bits(self) -> np.ndarray:
-        """[units, choices] int64: code bits, scales and zero points not counted (the papers' number)."""
-        import numpy as np
-
-        return self.weights[:, None] * np.array([choice.bits for choice in self.choices], dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -82,10 +82,15 @@ class Architecture:
     def moe_layers(self, config: Mapping[str, Any]) -> list[int]:
         """Layers that hold routed experts, by the config's own rules."""
         rules = self.moe_layer_rules
-        dense = config.get(rules.get("dense_list", ""), None) or []
-        every = config.get(rules.get("every", ""), None) or 1
-        first = config.get(rules.get("first_dense", ""), None) or 0
-        frequency = config.get(rules.get("frequency", ""), None) or 1
+        dense = config.get(rules.get("dense_list", "")) or []
+        if not isinstance(dense, list):
+            raise ArchitectureError(
+                f"config.json: {rules['dense_list']} is {dense!r}, not a list. Restore the original file."
+            )
+        every, first, frequency = (
+            _count(config, rules[rule]) if config.get(rules.get(rule, "")) else default
+            for rule, default in (("every", 1), ("first_dense", 0), ("frequency", 1))
+        )
         return [
             layer
             for layer in range(self.layers(config))
@@ -93,10 +98,13 @@ class Architecture:
         ]
 
 
+_INDEX = "0|[1-9][0-9]{0,5}"  # one spelling per number, and no number too long to convert
+
+
 def _compile(template: str, projections: Mapping[str, str]) -> re.Pattern[str]:
     fields = {
-        "layer": r"(?P<layer>\d+)",
-        "expert": r"(?P<expert>\d+)",
+        "layer": rf"(?P<layer>{_INDEX})",
+        "expert": rf"(?P<expert>{_INDEX})",
         "projection": f"(?P<projection>{'|'.join(map(re.escape, projections))})",
         "part": r"(?P<part>\w*)",
     }
@@ -110,7 +118,7 @@ def _alternate(pieces: Iterable[str]) -> Iterable[tuple[bool, str]]:
 
 def _count(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
-    if type(value) is not int or not 0 < value < 10**6:
+    if type(value) is not int or not 0 < value < 10**5:
         raise ArchitectureError(
             f"config.json: {key} is {value!r}, not a positive count. Restore the model's original config.json."
         )
@@ -133,7 +141,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """The architecture that a config names. Raises ArchitectureError listing the known ones."""
     model_type = config.get("model_type")
     known = architectures()
-    if model_type not in known:
+    if not isinstance(model_type, str) or model_type not in known:
         raise ArchitectureError(
             f"Architecture {model_type!r} (config.json, model_type) is unknown. Known: {', '.join(known)}. "
             "To add one, write a TOML file as docs/architectures.md explains."
@@ -157,7 +165,7 @@ def match_tensors(
         rule, match = _first_match(architecture, tensor.name)
         fields = match.groupdict() if match else {}
         layer = int(fields["layer"]) if fields.get("layer") else None
-        beyond = re.match(r"model\.layers\.(\d+)\.", tensor.name)
+        beyond = re.match(rf"model\.layers\.({_INDEX})\.", tensor.name)
         if beyond and int(beyond[1]) >= layers:
             roles[tensor.name] = Role.OTHER
             continue
@@ -170,8 +178,10 @@ def match_tensors(
             roles[tensor.name] = Role.OTHER
             continue
         roles[tensor.name] = rule.role
+        if 0 in tensor.shape:
+            raise ArchitectureError(f"{tensor.name!r} has no elements, shape {list(tensor.shape)}. Download it again.")
         if rule.stacked:
-            matrices.extend(_unstack(architecture, tensor, rule, layer))
+            matrices.extend(_unstack(architecture, tensor, rule, layer, architecture.experts_per_layer(config)))
         elif len(tensor.shape) == 2:
             rows, columns = tensor.shape[::-1] if rule.transposed else tensor.shape
             projection = fields.get("projection")
@@ -200,7 +210,7 @@ def _first_match(architecture: Architecture, name: str) -> tuple[TensorRule | No
 
 
 def _unstack(
-    architecture: Architecture, tensor: TensorInfo, rule: TensorRule, layer: int | None
+    architecture: Architecture, tensor: TensorInfo, rule: TensorRule, layer: int | None, per_layer: int
 ) -> Iterable[MatrixRef]:
     """Matrices of a fused tensor [experts, stacked · rows, columns] ([experts, columns, …] if transposed)."""
     parts = len(rule.stacked)
@@ -210,6 +220,10 @@ def _unstack(
             "The checkpoint does not follow its architecture."
         )
     experts, first, second = tensor.shape
+    if experts != per_layer:
+        raise ArchitectureError(
+            f"{tensor.name!r} holds {experts} experts but config.json promises {per_layer}. Correct config.json."
+        )
     total_rows, columns = (second, first) if rule.transposed else (first, second)
     if total_rows % parts:
         raise ArchitectureError(
@@ -236,16 +250,34 @@ def _unstack(
 
 
 def _check_expert_count(architecture: Architecture, config: Mapping[str, Any], matrices: Iterable[MatrixRef]) -> None:
-    found = {(matrix.layer, matrix.expert, matrix.projection) for matrix in matrices if matrix.role is Role.EXPERT}
+    experts = [matrix for matrix in matrices if matrix.role is Role.EXPERT]
+    found = {(matrix.layer, matrix.expert, matrix.projection): matrix for matrix in experts}
+    shapes: dict[tuple[int | None, str | None], MatrixRef] = {}
+    for matrix in experts:
+        other = found[matrix.layer, matrix.expert, matrix.projection]
+        if other is not matrix:
+            raise ArchitectureError(
+                f"{matrix.name} is stored twice, in {matrix.tensor!r} and {other.tensor!r}. Keep one layout only."
+            )
+        first = shapes.setdefault((matrix.layer, matrix.projection), matrix)
+        if first.shape != matrix.shape:
+            raise ArchitectureError(
+                f"{matrix.name} has shape {list(matrix.shape)} but {first.name} has {list(first.shape)}. "
+                "Experts of a layer must agree; the checkpoint is damaged."
+            )
     projections = sorted(set(architecture.projections.values()))
+    layers, per_layer = architecture.moe_layers(config), architecture.experts_per_layer(config)
+    promised = len(layers) * per_layer * len(projections)
+    if promised > 2 * len(found) + 1000:  # before building a set as large as the config says
+        raise ArchitectureError(
+            f"Found {len(found)} expert matrices but config.json promises {promised}. "
+            "Complete the download or correct config.json."
+        )
     expected = {
-        (layer, expert, projection)
-        for layer in architecture.moe_layers(config)
-        for expert in range(architecture.experts_per_layer(config))
-        for projection in projections
+        (layer, expert, projection) for layer in layers for expert in range(per_layer) for projection in projections
     }
-    if found != expected:
-        missing, extra = sorted(expected - found), sorted(found - expected)
+    if found.keys() != expected:
+        missing, extra = sorted(expected - found.keys()), sorted(found.keys() - expected)
         layer, expert, projection = (missing or extra)[0]
         problem = "missing" if missing else "not promised by config.json"
         raise ArchitectureError(

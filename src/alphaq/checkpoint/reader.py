@@ -34,6 +34,7 @@ SIDE_FILES = (
     "README.md",
 )
 READABLE_WEIGHTS = ("F32", "F16", "BF16")
+QUANTIZABLE = (Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.DENSE_MLP)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,14 @@ class Checkpoint:
         """Tokenizer, generation config, licence and other small files to carry over."""
         found = {path for pattern in SIDE_FILES for path in self.folder.glob(pattern)}
         skip = {"config.json", INDEX_NAME, "plan.json", "alphaq_manifest.json"}
-        return sorted(path for path in found if path.is_file() and path.name not in skip)
+        chosen = sorted(path for path in found if path.is_file() and path.name not in skip)
+        inside = self.folder.resolve()
+        # The hub's cache links its snapshots to blobs two folders up; any other way out is not followed.
+        allowed = (inside, inside.parent.parent / "blobs")
+        for path in chosen:
+            if path.resolve().parent not in allowed:
+                raise CheckpointError(f"{path} is a link out of its folder. Replace it by the file it should be.")
+        return chosen
 
 
 def view_as(raw: torch.Tensor, info: TensorInfo) -> torch.Tensor:
@@ -133,7 +141,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
         architecture, config, (tensor for tensors in shards.values() for tensor in tensors.values())
     )
     for matrix in matrices:
-        if matrix.dtype not in READABLE_WEIGHTS and matrix.role is Role.EXPERT:
+        if matrix.dtype not in READABLE_WEIGHTS and matrix.role in QUANTIZABLE:
             raise CheckpointError(
                 f"{matrix.name} is stored as {matrix.dtype}; readable: {', '.join(READABLE_WEIGHTS)}. "
                 "Convert the checkpoint to bf16 first."

@@ -94,6 +94,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        if not name.isprintable():  # lone surrogates and control characters cannot be shown or written back
+            raise damaged(f"the tensor name {name!r} is not printable text")
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (KeyError, TypeError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -24,10 +25,37 @@ def check_absent(out: Path) -> None:
         raise OutputError(f"{out.absolute().parent} is not a folder. Create it first.")
 
 
+def check_file(out: Path) -> None:
+    """Raise OutputError if a file cannot be put at `out`: it is a folder, or its parent is none."""
+    if out.is_dir():
+        raise OutputError(f"{out} is a folder. Name a file instead.")
+    if not out.absolute().parent.is_dir():
+        raise OutputError(f"{out.absolute().parent} is not a folder. Create it first.")
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove temporary folders of `out` whose process was killed before it could do so itself."""
+    for partial in out.absolute().parent.glob(f".{glob.escape(out.name)}.partial-*"):
+        owner = partial.name.rpartition("-")[2]
+        if owner.isdecimal() and not _is_running(int(owner)):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes otherwise."""
     check_absent(out)
+    _remove_abandoned(out)
     partial = out.absolute().parent / f".{out.name}.partial-{os.getpid()}"
     try:
         partial.mkdir()
@@ -48,8 +76,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_file(out: Path) -> Iterator[Path]:
     """A temporary path beside `out` that replaces it when the block ends well, and vanishes otherwise."""
-    if not out.absolute().parent.is_dir():
-        raise OutputError(f"{out.absolute().parent} is not a folder. Create it first.")
+    check_file(out)
     partial = out.absolute().parent / f".{out.name}.partial-{os.getpid()}"
     try:
         yield partial
@@ -74,7 +101,7 @@ def _sync(path: Path) -> None:
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's bytes as they are stored."""
     flat = tensor.detach().contiguous().view(-1)
-    return memoryview((flat if flat.dtype == torch.uint8 else flat.view(torch.uint8)).numpy())
+    return memoryview((flat if flat.dtype == torch.uint8 else flat.view(torch.uint8)).numpy())  # type: ignore[arg-type]
 
 
 def checksum(data: memoryview) -> str:

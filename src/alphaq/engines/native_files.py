@@ -10,9 +10,10 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from alphaq.checkpoint.reader import INDEX_NAME, Checkpoint, read_config, read_shards, view_as
 from alphaq.checkpoint.safetensors_format import TensorInfo, TensorSpec
@@ -20,7 +21,7 @@ from alphaq.checkpoint.writer import ShardWriter, checksum, raw_bytes
 from alphaq.engines.native import shard_specs
 from alphaq.errors import CheckpointError, VerificationError
 from alphaq.quantizers.packing import decode, dequantize, encode, read_block_header
-from alphaq.records import Choice, Plan, QuantizedMatrix
+from alphaq.records import Choice, Plan, QuantizedMatrix, first_fault
 
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "alphaq_manifest.json"
@@ -46,7 +47,7 @@ def write_checkpoint(
     stream: Callable[[str], Iterable[Stored]],
 ) -> None:
     """Fill an empty folder. `stream(shard)` yields every tensor that the source shard becomes."""
-    manifest: dict[str, dict[str, Any]] = {}
+    manifest: dict[str, TensorRecord] = {}
     weight_map: dict[str, str] = {}
     total = 0
     outputs = shard_specs(checkpoint, choices)
@@ -55,10 +56,9 @@ def write_checkpoint(
             for stored in stream(source):
                 content = stored.content
                 tensor = encode(content) if isinstance(content, QuantizedMatrix) else content
-                entry: dict[str, Any] = {"blake2b": writer.write(stored.name, tensor)}
-                if stored.relative_error is not None:
-                    entry["relative_error"] = stored.relative_error
-                manifest[stored.name] = entry
+                manifest[stored.name] = TensorRecord(
+                    blake2b=writer.write(stored.name, tensor), relative_error=stored.relative_error
+                )
                 weight_map[stored.name] = output
         total += sum(spec.nbytes for spec in specs.values())
     quantization_config = {
@@ -72,7 +72,10 @@ def write_checkpoint(
         folder / INDEX_NAME,
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
     )
-    _write_json(folder / MANIFEST_NAME, {"format_version": 1, "tensors": dict(sorted(manifest.items()))})
+    (folder / MANIFEST_NAME).write_text(
+        Manifest(tensors=dict(sorted(manifest.items()))).model_dump_json(indent=1, exclude_none=True) + "\n",
+        encoding="utf-8",
+    )
     (folder / PLAN_NAME).write_text(plan.to_json(), encoding="utf-8")
     for path in checkpoint.side_files():
         shutil.copyfile(path, folder / path.name)
@@ -82,13 +85,41 @@ def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+class TensorRecord(BaseModel):
+    """A manifest entry: checksum of a tensor's bytes, and Σ(w − ŵ)²/Σw² if it was quantized."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    blake2b: str
+    relative_error: float | None = None
+
+
+class Manifest(BaseModel):
+    """What `alphaq_manifest.json` holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    tensors: dict[str, TensorRecord]
+
+
+def read_manifest(path: Path) -> dict[str, TensorRecord]:
+    """The entries by tensor name. Raises CheckpointError naming the first fault."""
+    try:
+        return Manifest.model_validate_json(path.read_bytes()).tensors
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({first_fault(error)}). Copy the files again, or quantize again."
+        ) from None
+
+
 class NativeFiles:
     """A native checkpoint opened for reading: plan, manifest and lazily mapped tensors."""
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise CheckpointError(f"No folder {folder}. Point to the output of `alphaq quantize`.")
-        config = read_config(folder)
+        config = read_config(folder) if (folder / "config.json").is_file() else {}
         if config.get("quantization_config", {}).get("quant_method") != QUANT_METHOD:
             raise CheckpointError(f"{folder} is not an alphaq checkpoint. Point to the output of `alphaq quantize`.")
         for name in (PLAN_NAME, MANIFEST_NAME):
@@ -97,13 +128,7 @@ class NativeFiles:
         self.folder = folder
         self.plan = Plan.from_json((folder / PLAN_NAME).read_bytes(), str(folder / PLAN_NAME))
         self.shards, _ = read_shards(folder)
-        try:
-            self.manifest: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST_NAME).read_text())["tensors"]
-            self.manifest.items()
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(
-                f"{folder / MANIFEST_NAME} is damaged. Complete the copy, or quantize again."
-            ) from None
+        self.manifest = read_manifest(folder / MANIFEST_NAME)
 
     def tensors(self) -> Iterable[tuple[TensorInfo, torch.Tensor]]:
         """Every stored tensor with its raw bytes, in file order."""
@@ -128,9 +153,9 @@ def check_tensor(
 ) -> str | None:
     """What is wrong with one tensor (checksum, shape, choice), or None."""
     entry = files.manifest.get(info.name)
-    if not isinstance(entry, dict):
+    if entry is None:
         return f"{info.name} is not in {MANIFEST_NAME}"
-    if checksum(raw_bytes(raw)) != entry.get("blake2b"):
+    if checksum(raw_bytes(raw)) != entry.blake2b:
         return f"{info.name} does not have its checksum (the file is damaged)"
     if expected is not None and (info.dtype, info.shape) != (expected.dtype, expected.shape):
         return f"{info.name} is {info.dtype} {list(info.shape)}, the plan says {expected.dtype} {list(expected.shape)}"

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from alphaq.numerics import squared_norm
 from alphaq.quantizers.packing import dequantize
 from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.records import Choice, QuantizedMatrix
@@ -27,4 +28,4 @@ def squared_error(weight: torch.Tensor, choice: Choice, name: str, quantizer: Qu
         difference = weight.float() - kept.float()
     else:
         difference = dequantize(quantizer(weight, choice, name)).sub_(weight.float())
-    return float(difference.flatten().dot(difference.flatten()))
+    return squared_norm(difference)

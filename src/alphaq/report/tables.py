@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from alphaq.records import Fidelity, Plan
 
@@ -20,7 +21,7 @@ def human_bytes(count: float) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=Text(title, style="bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position == 0 else "right", no_wrap=True)
     return table
@@ -54,9 +55,9 @@ def plan_table(plan: Plan) -> Table:
     for bits, count in plan.histogram.items():
         table.add_row(f"matrices at {bits} bit{'s' if bits > 1 else ''}", f"{count:,}")
     if plan.unplanned:
-        table.add_row("[yellow]not planned (see unplanned)", f"{len(plan.unplanned):,}")
+        table.add_row("not planned (see unplanned)", f"{len(plan.unplanned):,}")
     if plan.neutral:
-        table.add_row("[yellow]α undefined (see neutral)", f"{len(plan.neutral):,}")
+        table.add_row("α undefined (see neutral)", f"{len(plan.neutral):,}")
     return table
 
 
@@ -66,12 +67,12 @@ def fidelity_table(fidelity: Fidelity) -> Table:
     for name, text in fidelity.texts.items():
         low, high = text.perplexity_interval
         against = (
-            ["–"] * 3 if text.kl is None else [f"{text.kl:.5f}", f"{100 * (text.top1 or 0):.2f} %", f"{text.ear:.5f}"]
+            ["–"] * 3 if text.kl is None else [f"{text.kl:.4f}", f"{100 * (text.top1 or 0):.1f} %", f"{text.ear:.4f}"]
         )
-        table.add_row(name, f"{text.tokens:,}", f"{text.perplexity:.3f}", f"{low:.2f} – {high:.2f}", *against)
+        table.add_row(name, f"{text.tokens:,}", f"{text.perplexity:.3f}", f"{low:.2f}–{high:.2f}", *against)
     table.add_section()
-    kl = "–" if fidelity.mean_kl is None else f"{fidelity.mean_kl:.5f}"
-    table.add_row("geometric mean", "", f"{fidelity.geomean_perplexity:.3f}", "", kl, "", "")
+    kl = "–" if fidelity.mean_kl is None else f"{fidelity.mean_kl:.4f}"
+    table.add_row("mean", "", f"{fidelity.geomean_perplexity:.3f}", "", kl, "", "")
     return table
 
 
@@ -83,10 +84,10 @@ def demo_table(rows: list[dict[str, Any]]) -> Table:
         table.add_row(
             row["label"],
             f"{row['average_bits']:.2f}",
-            f"{row['bits_per_weight']:.3f}",
+            f"{row['bits_per_weight']:.2f}",
             human_bytes(row["size_bytes"]),
             *(f"{row['texts'][name]['perplexity']:.2f}" for name in names),
-            f"{row['geomean_perplexity']:.3f}",
+            f"{row['geomean_perplexity']:.2f}",
             f"{row['mean_kl']:.4f}",
             style="bold" if row["label"].startswith("AlphaQ") else "",
         )

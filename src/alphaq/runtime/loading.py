@@ -31,7 +31,7 @@ def load_model(model: str | Path, dtype: str = "auto", device: str | None = None
             f"transformers cannot load {model} ({reason}). Check it with `alphaq verify` or `alphaq inspect`."
         ) from error
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return loaded.to(target).eval(), tokenizer
+    return loaded.to(target).eval(), tokenizer  # type: ignore[arg-type]
 
 
 def generate_text(model: str | Path, prompt: str, max_new_tokens: int, device: str | None = None) -> str:

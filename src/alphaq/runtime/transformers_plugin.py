@@ -30,7 +30,7 @@ class AlphaQConfig(QuantizationConfigMixin):
             raise CheckpointError(
                 f"The checkpoint has native format {format_version}; this alphaq reads {FORMAT_VERSION}. Update alphaq."
             )
-        self.quant_method = "alphaq"
+        self.quant_method = "alphaq"  # type: ignore[assignment]
         self.format_version = format_version
         self.average_bits = figures.get("average_bits")
         self.bits_per_weight = figures.get("bits_per_weight")
@@ -43,7 +43,7 @@ class DequantizeBlocks(ConversionOps):
     def __init__(self, hf_quantizer: HfQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(
+    def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **_: Any
     ) -> dict[str, Any]:
         """{pattern: tensor or list of tensors} → the same with blocks dequantized."""

@@ -1,4 +1,4 @@
-"""The cost table: expected loss of each matrix at each choice, and what the choice costs."""
+"""The cost table: expected loss of each matrix at each choice."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ def cost_table(
     choices: tuple[Choice, ...],
     gamma: float,
     weights: np.ndarray,
-    file_bytes: np.ndarray | None,
 ) -> CostTable:
     """loss[i, j] = F(αᵢ) · noise[i, j] · weight[i].
 
     noise: mean squared error [matrices, choices]. weights: parameters of each matrix, or ones where
-    shapes are unknown (the paper counts matrices). file_bytes: exact bytes each choice adds to the
-    weight files [matrices, choices], None where shapes are unknown.
+    shapes are unknown (the paper counts matrices).
     """
     importance = alpha_importance(list(spectra.values()), gamma)
-    losses = importance[:, None] * noise * weights[:, None]
-    return CostTable(tuple(spectra), choices, losses, file_bytes, weights)
+    with np.errstate(over="ignore", invalid="ignore"):  # the solver refuses what is not finite, by name
+        losses = importance[:, None] * noise * weights[:, None]
+    return CostTable(tuple(spectra), choices, losses, weights)

@@ -12,6 +12,7 @@ import torch
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import QuantizationError, SpectrumError, StatsError
+from alphaq.numerics import squared_norm, total
 from alphaq.records import MatrixRef, Role, Spectrum
 from alphaq.spectra.eigenvalues import pooled_eigenvalues
 from alphaq.spectra.farms import blocks
@@ -41,11 +42,10 @@ def spectrum(weight: torch.Tensor, name: str) -> Spectrum:
 
     Raises QuantizationError if the matrix holds NaN or infinity.
     """
-    flat = weight.float().flatten()
-    mean_square = float(flat.dot(flat)) / flat.numel()
+    mean_square = squared_norm(weight) / weight.numel()
     if not math.isfinite(mean_square):
         raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
-    mean = float(flat.mean(dtype=torch.float64))
+    mean = total(weight) / weight.numel()
     eigenvalues = pooled_eigenvalues(blocks(weight, name))
     alpha, reason = None, ""
     try:
@@ -152,7 +152,9 @@ def _read_row(row: dict[str, str], where: str, stats: Stats) -> None:
         reason=row.get("reason") or "",
     )
     rows, columns = number("rows"), number("columns")
-    if rows and columns:
+    if rows is not None and columns is not None:
+        if not all(side.is_integer() and 0 < side < 2**31 for side in (rows, columns)):
+            raise StatsError(f"{where}: rows and columns must be positive whole numbers. Correct {name!r}.")
         stats.parameters[name] = int(rows) * int(columns)
 
 
