@@ -180,6 +180,8 @@ def other_architecture(folder: Path) -> None:
         (damage_nothing, ["--bits", "2", "--stats", "absent.csv"], ["absent.csv"]),
         (damage_nothing, ["--plan", "absent.json"], ["absent.json"]),
         (damage_nothing, ["--plan", "absent.json", "--bits", "2"], ["--plan"]),
+        (damage_nothing, ["--plan", "absent.json", "--gamma", "2", "--symmetric"], ["--gamma, --symmetric"]),
+        (damage_nothing, ["--size", "9" * 400], ["not a size"]),
     ],
     ids=lambda value: value.__name__ if callable(value) else None,
 )
@@ -217,6 +219,38 @@ def test_evaluating_against_another_tokenizer_is_refused(alphaq: Run, tiny: Path
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
     expect_user_error(alphaq("eval", broken, "--text", TEXT, "--reference", tiny), "different tokenizers")
+
+
+def test_names_are_printed_as_they_are(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
+    """Square brackets are markup to the table library, and part of a name to a user."""
+    out = tmp_path / "a[b].json"
+    assert "a[b].json" in alphaq("plan", tiny, "--bits", "2", "-o", out).err
+    assert out.is_file()
+
+
+def test_piped_tables_are_not_cut(alphaq: Run, tiny: Path) -> None:
+    ran = alphaq("eval", tiny, "--text", TEXT, "--max-tokens", "600", "--reference", tiny)
+    assert "…" not in ran.out
+    assert ran.err == ""
+
+
+def test_uniform_says_what_it_leaves_unused(alphaq: Run, tiny: Path) -> None:
+    ran = alphaq("plan", tiny, "--bits", "2.5", "--method", "uniform", "--json")
+    assert ran.json["average_bits"] == 2.0
+    assert "2 of 2.5 bits are used" in ran.err
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
+def test_a_stopped_run_leaves_nothing(tiny: Path, tmp_path: Path, signal_name: str) -> None:
+    code = (
+        "import os, signal, sys; from alphaq import pipeline; from alphaq.cli import main\n"
+        f"pipeline.write_checkpoint = lambda *a, **k: os.kill(os.getpid(), signal.{signal_name})\n"
+        "main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "quantize", str(tiny), "--bits", "2", "-o", str(tmp_path / "out")]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == {"SIGTERM": 143, "SIGINT": 130}[signal_name]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_console_script_runs_and_unknown_commands_are_named() -> None:

@@ -124,3 +124,50 @@ def test_multi_token_prediction_layers_are_kept_aside() -> None:
 def test_senseless_counts_in_config_are_refused(bad: object) -> None:
     with pytest.raises(ArchitectureError, match="num_experts"):
         qwen(expert_names(2), num_experts=bad)
+
+
+def test_expert_stored_in_both_layouts_is_an_error() -> None:
+    names = [*expert_names(2), "model.layers.0.mlp.experts.down_proj"]
+    infos = [TensorInfo(n, "BF16", (2, 4, 4) if n.endswith("down_proj") else (4, 4), 0, 0) for n in names]
+    with pytest.raises(ArchitectureError, match="stored twice"):
+        match_tensors(architectures()["qwen2_moe"], {"num_hidden_layers": 1, "num_experts": 2}, infos)
+
+
+def test_experts_of_one_layer_must_agree_in_shape() -> None:
+    infos = [TensorInfo(n, "BF16", (8, 4) if "1.gate" in n else (4, 4), 0, 0) for n in expert_names(2)]
+    with pytest.raises(ArchitectureError, match=r"experts\.1\.gate_proj\.weight has shape \[8, 4\]"):
+        match_tensors(architectures()["qwen2_moe"], {"num_hidden_layers": 1, "num_experts": 2}, infos)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"decoder_sparse_step": "x"},
+        {"decoder_sparse_step": 2.5},
+        {"mlp_only_layers": 5},
+        {"num_hidden_layers": 99_999, "num_experts": 99_999},
+    ],
+    ids=str,
+)
+def test_hostile_configs_are_refused_at_once(config: dict[str, object]) -> None:
+    with pytest.raises(ArchitectureError, match=r"config\.json"):
+        qwen(expert_names(2), **config)
+
+
+@pytest.mark.parametrize("name", ["00", "1" * 5000, "٣"])
+def test_odd_spellings_of_a_number_are_no_expert(name: str) -> None:
+    with pytest.raises(ArchitectureError, match=r"looks like an expert"):
+        qwen([*expert_names(2), f"model.layers.0.mlp.experts.{name}.gate_proj.weight"])
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_empty_matrices_are_refused(shape: tuple[int, int]) -> None:
+    infos = [TensorInfo(name, "BF16", shape, 0, 0) for name in expert_names(2)]
+    with pytest.raises(ArchitectureError, match="no elements"):
+        match_tensors(architectures()["qwen2_moe"], {"num_hidden_layers": 1, "num_experts": 2}, infos)
+
+
+@pytest.mark.parametrize("model_type", [None, ["mixtral"], {}, 3])
+def test_model_type_of_another_kind_is_unknown(model_type: object) -> None:
+    with pytest.raises(ArchitectureError, match="unknown"):
+        architecture_of({"model_type": model_type})

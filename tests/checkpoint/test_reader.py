@@ -110,3 +110,34 @@ def test_hub_download_asks_for_safetensors_only(tiny: Path, monkeypatch: pytest.
     assert isinstance(patterns, list)
     assert "*.safetensors" in patterns
     assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in patterns)
+
+
+def test_a_side_file_may_not_lead_out_of_the_folder(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (copy / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"notes\.txt is a link out of its folder"):
+        open_checkpoint(copy).side_files()
+
+
+def test_the_hub_cache_s_own_links_are_followed(copy: Path, tmp_path: Path) -> None:
+    """The cache keeps files in blobs/ and links to them from snapshots/REVISION/."""
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in copy.iterdir():
+        shutil.move(path, blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert open_checkpoint(snapshot).side_files() == [snapshot / "generation_config.json"]
+
+
+def test_integers_cannot_be_quantized(tmp_path: Path, tiny: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copy(tiny / "config.json", tmp_path)
+    tensors = load_file(tiny / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].to(torch.int32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name} is stored as I32"):
+        open_checkpoint(tmp_path)

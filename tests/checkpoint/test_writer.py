@@ -46,3 +46,22 @@ def test_failed_file_keeps_the_old_one(tmp_path: Path) -> None:
         raise ValueError("stop")
     assert (tmp_path / "f").read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    finished = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    abandoned, running = (tmp_path / f".out.partial-{process}" for process in (int(finished.stdout), os.getppid()))
+    abandoned.mkdir()
+    running.mkdir()
+    with atomic_folder(tmp_path / "out"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([running.name, "out"])
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="is a folder"), atomic_file(tmp_path):
+        pass

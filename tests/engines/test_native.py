@@ -12,7 +12,7 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines import native
 from alphaq.engines.native_files import MANIFEST_NAME, PLAN_NAME, NativeFiles, restore
-from alphaq.errors import CheckpointError, PlanError, VerificationError
+from alphaq.errors import BudgetError, CheckpointError, PlanError, VerificationError
 from alphaq.quantizers.packing import dequantize
 from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.records import Plan, Role
@@ -198,3 +198,33 @@ def test_failed_quantization_leaves_nothing(tiny: Path, tmp_path: Path, monkeypa
     with pytest.raises(VerificationError):
         pipeline.quantize(open_checkpoint(tiny), plan_of(tiny), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "[" * 100_000, '{"tensors": {"a": []}}', '{"tensors": {"a": {"blake2b": 1}}}']
+)
+def test_damaged_manifest_is_refused(damaged: Path, content: str) -> None:
+    (damaged / MANIFEST_NAME).write_text(content)
+    with pytest.raises(CheckpointError, match=r"alphaq_manifest\.json is damaged"):
+        pipeline.verify(damaged)
+
+
+def test_plan_does_not_depend_on_the_number_of_threads(tiny: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        plans = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            plans.append(plan_of(tiny).to_json())
+    finally:
+        torch.set_num_threads(before)
+    assert plans[0] == plans[1]
+
+
+def test_an_infeasible_budget_is_told_before_measuring(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(pipeline, "spectrum", never)
+    with pytest.raises(BudgetError, match="below"):
+        plan_of(tiny, budget=Budget(size_bytes=1000))

@@ -90,3 +90,12 @@ def test_texts_with_one_stem_stay_apart(tmp_path: Path) -> None:
     for path in paths:
         path.write_text(str(path))
     assert len(read_texts(paths)) == 2
+
+
+def test_student_quantile_matches_scipy() -> None:
+    from scipy.stats import t
+
+    from alphaq.evaluation.fidelity import student_quantile
+
+    for degrees in (4, 10, 30, 1000):
+        assert student_quantile(degrees) == pytest.approx(t.ppf(0.975, degrees), rel=0.01)

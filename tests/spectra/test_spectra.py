@@ -177,3 +177,11 @@ def test_binary_stats_are_refused(tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_bytes(b"\xff\xfe\x00name")
     with pytest.raises(StatsError, match="not a CSV"):
         read_stats(tmp_path / "s.csv")
+
+
+@pytest.mark.parametrize("cell", ["1e300", "0.5", "-4", "0"])
+def test_senseless_shapes_in_stats_are_refused(tmp_path: Path, cell: str) -> None:
+    path = tmp_path / "s.csv"
+    path.write_text(f"name,alpha,variance,rows,columns\na,1,1,{cell},4\n")
+    with pytest.raises(StatsError, match="positive whole numbers"):
+        read_stats(path)
