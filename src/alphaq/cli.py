@@ -23,7 +23,7 @@ from alphaq import __version__
 from alphaq.config import Budget, PlanConfig
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.records import Plan, first_fault
-from alphaq.registry import unknown
+from alphaq.registry import lookup, unknown
 
 T = TypeVar("T")
 PIPED_WIDTH = 120
@@ -105,10 +105,11 @@ def plan_config(
     shared_bits: int,
 ) -> PlanConfig:
     """Check everything a plan is asked for before any work. Raises AlphaQError."""
+    from alphaq.allocation.problem import SOLVERS
+
     if noise not in (None, "analytic", "measured"):
         raise AlphaQError(unknown("--noise", noise, ("analytic", "measured")))
-    if method not in ("alphaq", "uniform"):
-        raise AlphaQError(unknown("--method", method, ("alphaq", "uniform")))
+    lookup("--method", SOLVERS, method)
     try:
         config = PlanConfig(
             budget=Budget.of(bits, bpw, size),

@@ -10,9 +10,9 @@ import torch
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import PlanError
 from alphaq.numerics import squared_norm
-from alphaq.quantizers.base import QUANTIZERS, Quantizer
+from alphaq.quantizers.base import QUANTIZERS, Quantizer, sixteen_bits
 from alphaq.quantizers.packing import dequantize
-from alphaq.records import Choice, MatrixRef, Plan, QuantizedMatrix, Role
+from alphaq.records import Choice, Plan, QuantizedMatrix, Role
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,14 @@ def quantized_tensors(
 ) -> Iterator[StoredTensor]:
     """Every tensor that one source shard becomes, in file order; fused tensors come apart."""
     quantize: Quantizer = QUANTIZERS[quantizer]
-    within: dict[str, list[MatrixRef]] = {}
-    for matrix in checkpoint.matrices:
-        if matrix.name in choices:
-            within.setdefault(matrix.tensor, []).append(matrix)
+    within = checkpoint.matrices_by_tensor(choices)
     for stored in checkpoint.shards[shard]:
         if stored not in within:
             yield StoredTensor(stored, checkpoint.tensor(stored))
         for matrix in within.get(stored, ()):
             weight, choice = checkpoint.read(matrix), choices[matrix.name]
             if choice.bits == 16:
-                kept = weight if weight.dtype.itemsize == 2 else weight.bfloat16()
+                kept = sixteen_bits(weight)
                 yield StoredTensor(matrix.name, kept, relative_squared_error(weight, kept))
             else:
                 found = quantize(weight, choice, matrix.name)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -72,6 +72,14 @@ class Checkpoint:
     def with_role(self, role: Role) -> list[MatrixRef]:
         """Matrices of one role, in file order."""
         return [matrix for matrix in self.matrices if matrix.role is role]
+
+    def matrices_by_tensor(self, names: Container[str]) -> dict[str, list[MatrixRef]]:
+        """The named matrices, grouped by the stored tensor that holds them, in file order."""
+        within: dict[str, list[MatrixRef]] = {}
+        for matrix in self.matrices:
+            if matrix.name in names:
+                within.setdefault(matrix.tensor, []).append(matrix)
+        return within
 
     def raw(self, shard: str, tensor: TensorInfo) -> torch.Tensor:
         """Bytes of a stored tensor, uint8 [nbytes], as a view of the file."""

@@ -14,8 +14,6 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec, stored_bytes, total_bytes
 from alphaq.records import Choice, MatrixRef, Role
 
-NAME = "native"
-
 
 def matrix_spec(matrix: MatrixRef, choice: Choice) -> TensorSpec:
     """How a matrix is stored: a uint8 block, or 16-bit values in the source's shape."""
@@ -26,10 +24,7 @@ def matrix_spec(matrix: MatrixRef, choice: Choice) -> TensorSpec:
 
 def shard_specs(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> dict[str, dict[str, TensorSpec]]:
     """Every tensor of every output shard. Matrices in `choices` are stored so, all others verbatim."""
-    within: dict[str, list[MatrixRef]] = {}
-    for matrix in checkpoint.matrices:
-        if matrix.name in choices:
-            within.setdefault(matrix.tensor, []).append(matrix)
+    within = checkpoint.matrices_by_tensor(choices)
     return {
         output_name(position, len(checkpoint.shards)): {
             name: spec

@@ -21,11 +21,15 @@ class Quantizer(Protocol):
 QUANTIZERS: dict[str, Quantizer] = {"rtn": quantize_rtn}
 
 
+def sixteen_bits(weight: torch.Tensor) -> torch.Tensor:
+    """What the choice "16" stores: a 16-bit matrix as it is, a 32-bit one as bfloat16."""
+    return weight if weight.dtype.itemsize == 2 else weight.bfloat16()
+
+
 def squared_error(weight: torch.Tensor, choice: Choice, name: str, quantizer: Quantizer = quantize_rtn) -> float:
     """Σ(w − ŵ)² after a round trip through the real quantizer; float64."""
     if choice.bits == 16:
-        kept = weight if weight.dtype.itemsize == 2 else weight.bfloat16()
-        difference = weight.float() - kept.float()
+        difference = weight.float() - sixteen_bits(weight).float()
     else:
         difference = dequantize(quantizer(weight, choice, name)).sub_(weight.float())
     return squared_norm(difference)
