@@ -7,10 +7,12 @@ mistake ends with one line and exit code 2.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -58,6 +60,14 @@ GroupOption = Annotated[int, typer.Option(help="Columns per scale, for choices t
 SymmetricOption = Annotated[bool, typer.Option("--symmetric", help="Store no zero points.")]
 AttentionOption = Annotated[int, typer.Option(help="Bits of attention projections (16 keeps them).")]
 SharedOption = Annotated[int, typer.Option(help="Bits of shared experts and dense MLPs (16 keeps them).")]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, help="Processes; all cores by default, fewer for a small model. Same result.")
+]
+NoCacheOption = Annotated[bool, typer.Option("--no-cache", help="Measure anew and keep nothing for the next run.")]
+HashOption = Annotated[
+    bool, typer.Option("--hash-contents", help="Recognise weights by their contents, not by when they were written.")
+]
+DeviceOption = Annotated[str, typer.Option(help="Where eigenvalues are computed: cpu, cuda, cuda:1.")]
 
 
 def progress(items: Iterable[T], total: int, label: str) -> Iterable[T]:
@@ -129,19 +139,46 @@ def plan_config(
     return config
 
 
-def _build_plan(model: str | None, revision: str | None, config: PlanConfig, stats: Path | None) -> tuple[Any, Plan]:
-    from alphaq import pipeline
-    from alphaq.checkpoint.reader import open_checkpoint
+def cache_folder() -> Path:
+    """$ALPHAQ_CACHE, or alphaq in the user's cache folder."""
+    if own := os.environ.get("ALPHAQ_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alphaq"
 
-    checkpoint = None if model is None else open_checkpoint(model, revision)
-    found = pipeline.measure_for_plan(checkpoint, config, stats, progress)
+
+@contextmanager
+def _means(
+    checkpoint: Any, workers: int | None, no_cache: bool = True, hash_contents: bool = False, device: str = "cpu"
+) -> Iterator[tuple[Any, Any]]:
+    """The processes to work with, and what earlier runs have measured of the checkpoint."""
+    from alphaq.cache import Cache
+    from alphaq.spectra.device import check_device
+    from alphaq.workers import Workers, sensible_count
+
+    if device != "cpu":
+        check_device(device)
+    nbytes = 0 if checkpoint is None else checkpoint.nbytes
+    with ExitStack() as stack:
+        cache = None
+        if checkpoint is not None and not no_cache:
+            identity = {"fingerprint": checkpoint.fingerprint, "contents": checkpoint.contents(hash_contents)}
+            cache = stack.enter_context(Cache(cache_folder(), identity))
+        yield stack.enter_context(Workers(workers or sensible_count(nbytes), checkpoint)), cache
+
+
+def _build_plan(
+    checkpoint: Any, config: PlanConfig, stats: Path | None, workers: Any, cache: Any, device: str
+) -> Plan:
+    from alphaq import pipeline
+
+    found = pipeline.measure_for_plan(checkpoint, config, stats, progress, workers, cache, device)
     plan = pipeline.make_plan(checkpoint, config, found)
     for name, reason in [*plan.unplanned.items(), *plan.neutral.items()][:5]:
         err.print(f"note: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
     if config.budget.bits is not None and (plan.average_bits or 0) < 0.99 * config.budget.bits:
         why = "uniform is one choice for all" if config.method == "uniform" else "no choice offered is wider"
         err.print(f"note: {plan.average_bits:.4g} of {config.budget.bits:g} bits are used; {why}", highlight=False)
-    return checkpoint, plan
+    return plan
 
 
 def _given(context: typer.Context) -> set[str]:
@@ -165,6 +202,10 @@ def analyze(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="CSV to write.")] = Path("stats.csv"),
     revision: RevisionOption = None,
+    workers: WorkersOption = None,
+    device: DeviceOption = "cpu",
+    no_cache: NoCacheOption = False,
+    hash_contents: HashOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure every matrix's weight spectrum and write one CSV row each."""
@@ -174,7 +215,8 @@ def analyze(
 
     check_file(output)
     checkpoint = open_checkpoint(model, revision)
-    rows = pipeline.analyze(checkpoint, output, progress)
+    with _means(checkpoint, workers, no_cache, hash_contents, device) as (pool, cache):
+        rows = pipeline.analyze(checkpoint, output, progress, pool, cache, device)
     alphas = sorted(found.alpha for _, found in rows if found.alpha is not None)
     summary = {
         "model": checkpoint.name,
@@ -208,18 +250,25 @@ def plan(
     attention_bits: AttentionOption = 4,
     shared_bits: SharedOption = 4,
     revision: RevisionOption = None,
+    workers: WorkersOption = None,
+    device: DeviceOption = "cpu",
+    no_cache: NoCacheOption = False,
+    hash_contents: HashOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Choose bits for every expert matrix under a budget; shows the plan, and writes it with -o."""
     config = plan_config(
         bits, bpw, size, choices, gamma, noise, method, group_size, symmetric, attention_bits, shared_bits
     )
+    from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.checkpoint.writer import atomic_file, check_file
     from alphaq.report.tables import plan_table
 
     if output is not None:
         check_file(output)
-    _, made = _build_plan(model, revision, config, stats)
+    checkpoint = None if model is None else open_checkpoint(model, revision)
+    with _means(checkpoint, workers, no_cache, hash_contents, device) as (pool, cache):
+        made = _build_plan(checkpoint, config, stats, pool, cache, device)
     if output is not None:
         with atomic_file(output) as partial:
             partial.write_text(made.to_json(), encoding="utf-8")
@@ -246,6 +295,11 @@ def quantize(
     attention_bits: AttentionOption = 4,
     shared_bits: SharedOption = 4,
     revision: RevisionOption = None,
+    workers: WorkersOption = None,
+    device: DeviceOption = "cpu",
+    no_cache: NoCacheOption = False,
+    hash_contents: HashOption = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run instead of resuming it.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Plan and quantize a checkpoint, then re-read the result against the source."""
@@ -254,7 +308,9 @@ def quantize(
 
     check_absent(output)
     if plan_file is not None:
-        if conflicting := _given(context) - {"model", "output", "plan_file", "revision", "as_json"}:
+        if conflicting := _given(context) - {
+            "model", "output", "plan_file", "revision", "as_json", "workers", "restart"
+        }:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(conflicting))
             raise BudgetError(f"--plan already decides everything that {names} would. Drop one or the other.")
         if not plan_file.is_file():
@@ -269,11 +325,11 @@ def quantize(
     from alphaq import pipeline
     from alphaq.checkpoint.reader import open_checkpoint
 
-    if plan_file is not None:
-        checkpoint = open_checkpoint(model, revision)
-    else:
-        checkpoint, made = _build_plan(model, revision, config, stats)
-    result = pipeline.quantize(checkpoint, made, output, progress)
+    checkpoint = open_checkpoint(model, revision)
+    with _means(checkpoint, workers, no_cache or plan_file is not None, hash_contents, device) as (pool, cache):
+        if plan_file is None:
+            made = _build_plan(checkpoint, config, stats, pool, cache, device)
+        result = pipeline.quantize(checkpoint, made, output, progress, pool, restart)
     summary = (
         f"{output}: {human_bytes(result['size_bytes'])} of weights, was {human_bytes(result['source_bytes'])}; "
         f"{result['tensors']} tensors re-read and correct"
@@ -287,13 +343,16 @@ def quantize(
 def verify(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `alphaq quantize` wrote.")],
     source: Annotated[str | None, typer.Option(help="Original checkpoint, to compare values too.")] = None,
+    workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Re-read every tensor against the plan, the checksums and (with --source) the original values."""
     from alphaq import pipeline
     from alphaq.checkpoint.reader import open_checkpoint
 
-    result = pipeline.verify(output, None if source is None else open_checkpoint(source), progress)
+    original = None if source is None else open_checkpoint(source)
+    with _means(original, workers) as (pool, _):
+        result = pipeline.verify(output, original, progress, pool)
     show(
         as_json,
         {"ok": True, **result},
@@ -386,7 +445,7 @@ def main(arguments: list[str] | None = None) -> None:
     except AlphaQError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted; nothing was left behind", highlight=False)
+        err.print("interrupted; the same command goes on where this one stopped", highlight=False)
         sys.exit(130)
     except Exception as error:
         # Typer's usage errors share no public base class across its versions, but all can format themselves.

@@ -47,3 +47,15 @@ class VerificationError(AlphaQError):
 
 class UnknownNameError(AlphaQError):
     """A name is not in a registry; the message suggests the closest one."""
+
+
+class WorkerError(AlphaQError):
+    """A worker process died."""
+
+
+class JournalError(AlphaQError):
+    """A cache or an unfinished output is in use by another process."""
+
+
+class DeviceError(AlphaQError):
+    """A compute device is not there."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,26 +17,30 @@ import numpy as np
 
 import alphaq
 from alphaq.allocation.problem import budget_costs, solve
+from alphaq.cache import Cache
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
-from alphaq.checkpoint.writer import atomic_file, atomic_folder
+from alphaq.checkpoint.writer import atomic_file, atomic_folder, resumable_folder
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines import native
 from alphaq.engines.native_files import (
+    MANIFEST_NAME,
     NativeFiles,
+    TensorRecord,
     check_complete,
-    check_tensor,
+    create_shards,
     raise_faults,
-    restore,
-    write_checkpoint,
+    write_rest,
 )
 from alphaq.errors import AlphaQError, PlanError, StatsError
-from alphaq.quantization import plan_choices, quantized_tensors, relative_squared_error
+from alphaq.measurement import ahead, measure
+from alphaq.quantization import CheckTask, StoreTask, check, plan_choices, store, store_tasks
 from alphaq.records import Choice, Fidelity, MatrixRef, Plan, Spectrum
 from alphaq.report.html import write_report
 from alphaq.sensitivity.costs import cost_table
-from alphaq.sensitivity.distortion import analytic_noise, measured_noise
-from alphaq.spectra.measure import measure, read_stats, spectrum, write_stats
+from alphaq.sensitivity.distortion import analytic_noise
+from alphaq.spectra.measure import read_stats, write_stats
+from alphaq.workers import Workers
 
 T = TypeVar("T")
 Wrap = Callable[[Iterable[T], int, str], Iterable[T]]
@@ -59,17 +65,35 @@ class Measurements:
     left_out: dict[str, str]
 
 
-def analyze(checkpoint: Checkpoint, out: Path, wrap: Wrap = silent) -> list[tuple[MatrixRef, Spectrum]]:
+def analyze(
+    checkpoint: Checkpoint,
+    out: Path,
+    wrap: Wrap = silent,
+    workers: Workers | None = None,
+    cache: Cache | None = None,
+    device: str = "cpu",
+) -> list[tuple[MatrixRef, Spectrum]]:
     """Measure every matrix and write the stats CSV."""
     matrices = checkpoint.matrices
-    rows = list(wrap(measure(checkpoint, matrices), len(matrices), "analyze"))
-    with atomic_file(out) as partial:
-        write_stats(partial, rows)
+    found = measure(matrices, workers or Workers(1, checkpoint), cache, device=device)
+    rows = [
+        (matrix, one.spectrum)
+        for matrix, one in zip(matrices, wrap(found, len(matrices), "analyze"), strict=True)
+        if one.spectrum is not None
+    ]
+    with atomic_file(out) as unfinished:
+        write_stats(unfinished, rows)
     return rows
 
 
 def measure_for_plan(
-    checkpoint: Checkpoint | None, config: PlanConfig, stats: Path | None = None, wrap: Wrap = silent
+    checkpoint: Checkpoint | None,
+    config: PlanConfig,
+    stats: Path | None = None,
+    wrap: Wrap = silent,
+    workers: Workers | None = None,
+    cache: Cache | None = None,
+    device: str = "cpu",
 ) -> Measurements:
     """Spectra and noise of the matrices to plan, from the weights, a stats file, or both.
 
@@ -91,16 +115,22 @@ def measure_for_plan(
     matrices = native.planned_matrices(checkpoint)
     weights = np.array([matrix.parameters for matrix in matrices], dtype=np.int64)
     native_problem(checkpoint, config, weights)  # an infeasible budget is told before any measuring
+    if given is not None:
+        for matrix in matrices:
+            if matrix.name not in given.spectra:
+                reason = given.left_out.get(matrix.name, "no row")
+                raise StatsError(f"{stats} has no usable row for {matrix.name!r} ({reason}). Analyze this model again.")
+    real = choices if noise_kind == "measured" else ()
+    results = measure(matrices, workers or Workers(1, checkpoint), cache, given is None, real, device)
     spectra, noise_rows = {}, []
-    for matrix in wrap(matrices, len(matrices), "measure"):
-        if given is not None and matrix.name not in given.spectra:
-            reason = given.left_out.get(matrix.name, "no row")
-            raise StatsError(f"{stats} has no usable row for {matrix.name!r} ({reason}). Analyze this model again.")
-        weight = checkpoint.read(matrix)
-        found = given.spectra[matrix.name] if given is not None else spectrum(weight, matrix.name)
-        spectra[matrix.name] = found
+    for matrix, found in zip(matrices, wrap(results, len(matrices), "measure"), strict=True):
+        own = found.spectrum or (given.spectra[matrix.name] if given is not None else None)
+        assert own is not None  # measured unless given
+        spectra[matrix.name] = own
         noise_rows.append(
-            analytic_noise(found, choices) if noise_kind == "analytic" else measured_noise(weight, choices, matrix.name)
+            [found.squared_errors[choice] / matrix.parameters for choice in choices]
+            if real
+            else analytic_noise(own, choices)
         )
     left_out = {} if given is None else {n: why for n, why in given.left_out.items() if "not an expert" not in why}
     return Measurements(spectra, np.array(noise_rows), weights, left_out)
@@ -169,59 +199,96 @@ def make_plan(checkpoint: Checkpoint | None, config: PlanConfig, found: Measurem
     )
 
 
-def quantize(checkpoint: Checkpoint, plan: Plan, out: Path, wrap: Wrap = silent) -> dict[str, Any]:
+def quantize(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out: Path,
+    wrap: Wrap = silent,
+    workers: Workers | None = None,
+    restart: bool = False,
+) -> dict[str, Any]:
     """Quantize by a plan, write the native checkpoint, re-read it against the source, then publish it.
 
-    Returns sizes and errors. Nothing is left behind if anything fails.
+    Returns sizes and errors. `out` appears complete or not at all; an interrupted run goes on where it
+    was when it is started again with the same checkpoint and plan. Raises OutputError if they differ,
+    unless told to `restart`.
     """
     choices = plan_choices(plan, checkpoint)
     size = native.size_bytes(checkpoint, choices)
     if plan.size_bytes not in (None, size):
         raise PlanError(f"The plan promises {plan.size_bytes} bytes but its choices take {size}. Make the plan again.")
     plan = plan.model_copy(update={"size_bytes": size, "source": checkpoint.identity})
-    shards = len(checkpoint.shards)
-    with atomic_folder(out) as folder:
-
-        def stream(shard: str) -> Iterable[Any]:
-            count = len(checkpoint.shards[shard])
-            return wrap(quantized_tensors(checkpoint, choices, shard), count, "quantize" if shards == 1 else shard)
-
-        write_checkpoint(folder, checkpoint, plan, choices, stream)
-        checked = verify(folder, checkpoint, wrap)
+    workers = workers or Workers(1, checkpoint)
+    job = {
+        "checkpoint": f"{checkpoint.fingerprint} {checkpoint.contents()}",
+        "plan": hashlib.sha256(plan.to_json().encode()).hexdigest(),
+        "alphaq version": alphaq.__version__,
+    }
+    with resumable_folder(out, job, restart) as (folder, journal):
+        done = {
+            entry["name"]: TensorRecord.model_validate(entry["record"])
+            for entry in journal.entries
+            if "record" in entry
+        }
+        places = create_shards(folder, checkpoint, choices)
+        tasks = list(store_tasks(checkpoint, choices, folder, places, done))
+        records = workers.map(
+            store, ahead((task for _, task in tasks), partial(_expect, checkpoint)), lambda task: task.nbytes
+        )
+        manifest: dict[str, TensorRecord] = {}
+        weight_map: dict[str, str] = {}
+        current = None
+        for (shard, task), record in zip(tasks, wrap(records, len(tasks), "quantize"), strict=True):
+            manifest[task.place.name] = record
+            weight_map[task.place.name] = task.path.name
+            if record != task.found:
+                journal.append({"name": task.place.name, "record": record.model_dump(exclude_none=True)})
+            if current not in (None, shard):
+                checkpoint.forget(current)
+            current = shard
+        write_rest(folder, checkpoint, plan, manifest, weight_map)
+        checked = verify(folder, checkpoint, wrap, workers)
     return {"out": str(out), "size_bytes": size, "source_bytes": checkpoint.nbytes, **checked}
 
 
-def verify(folder: Path, source: Checkpoint | None = None, wrap: Wrap = silent) -> dict[str, Any]:
+def _expect(checkpoint: Checkpoint, task: StoreTask) -> None:
+    if isinstance(task.source, MatrixRef):
+        checkpoint.expect(task.source)
+
+
+def verify(
+    folder: Path, source: Checkpoint | None = None, wrap: Wrap = silent, workers: Workers | None = None
+) -> dict[str, Any]:
     """Re-read every tensor against plan and manifest; with the source, against its values too.
 
     Raises VerificationError naming the first fault.
     """
     opened = NativeFiles(folder)
     raise_faults(folder, check_complete(opened))
-    faults: list[str] = []
     expected: dict[str, TensorSpec] = {}
-    matrices: dict[str, MatrixRef] = {}
+    sources: dict[str, MatrixRef | str] = {}
     if source is not None:
         choices = plan_choices(opened.plan, source)
-        expected = {
-            name: spec for shard in native.shard_specs(source, choices).values() for name, spec in shard.items()
+        for specs in native.shard_specs(source, choices).values():
+            expected.update(specs)
+        sources = {name: name for name in source.shard_of} | {
+            matrix.name: matrix for matrix in source.matrices if matrix.name in choices
         }
-        matrices = {matrix.name: matrix for matrix in source.matrices}
-    errors = []
-    for info, raw in wrap(opened.tensors(), len(opened.manifest), "verify"):
-        fault = check_tensor(opened, info, raw, expected.get(info.name))
-        agreed = opened.manifest[info.name].relative_error if info.name in opened.manifest else None
-        if fault is None and agreed is not None:
-            errors.append(agreed)
-        if fault is None and source is not None:
-            block = info.name in opened.plan.choices and opened.plan.choice(info.name).bits != 16
-            original = source.read(matrices[info.name]) if info.name in matrices else source.tensor(info.name)
-            error = relative_squared_error(original, restore(info, raw, block))
-            if abs(error - (agreed or 0.0)) > 1e-6 * (1 + (agreed or 0.0)):
-                fault = f"{info.name} has relative error {error:.3g} against its source, not {agreed or 0:.3g}"
-        if fault is not None:
-            faults.append(fault)
+    tasks, faults = [], []
+    for shard, infos in opened.shards.items():
+        for info in infos.values():
+            record = opened.manifest.get(info.name)
+            if record is None:
+                faults.append(f"{info.name} is not in {MANIFEST_NAME}")
+                continue
+            choice = opened.plan.choice(info.name) if info.name in opened.plan.choices else None
+            tasks.append(
+                CheckTask(info, folder / shard, record, choice, sources.get(info.name), expected.get(info.name))
+            )
+    results = (workers or Workers(1, source)).map(check, tasks, lambda task: task.nbytes)
+    faults += [fault for fault in wrap(results, len(tasks), "verify") if fault is not None]
     raise_faults(folder, faults)
+    errors = [record.relative_error for record in opened.manifest.values() if record.relative_error is not None]
     return {
         "tensors": len(opened.manifest),
         "quantized": len(opened.plan.choices),

@@ -121,11 +121,15 @@ class Choice:
         """Groups per row; the last may be ragged."""
         return -(-columns // self.group_size)
 
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row's packed codes: whole 32-bit words."""
+        return 4 * -(-columns * self.bits // 32)
+
     def parts(self, shape: Shape) -> tuple[int, int, int]:
         """Bytes of codes, offsets and scales of a packed matrix (see docs/formats.md)."""
         rows, columns = shape
         groups = self.groups(columns)
-        codes = 4 * rows * -(-columns * self.bits // 32)
+        codes = rows * self.row_bytes(columns)
         if self.symmetric:
             offsets = 0
         elif self.bits == 1:
@@ -170,10 +174,11 @@ class Solution:
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """Codes, offsets and scales of one matrix, unpacked.
+    """Codes, offsets and scales of one matrix.
 
-    codes: uint8 [rows, columns]. scales: float16 [rows, groups]. offsets: uint8 zero points
-    [rows, groups]; float16 means if bits is 1; None if symmetric.
+    codes: packed uint8 [rows, choice.row_bytes(columns)]. scales: float16 [rows, groups]. offsets: uint8
+    zero points [rows, groups]; float16 means if bits is 1; None if symmetric. squared_error: Σ(w − ŵ)²
+    against the weights it was made of; None if it comes from a file.
     """
 
     choice: Choice
@@ -181,6 +186,7 @@ class QuantizedMatrix:
     codes: Any
     scales: Any
     offsets: Any | None
+    squared_error: float | None = None
 
 
 class SourceIdentity(BaseModel):

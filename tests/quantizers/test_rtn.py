@@ -3,14 +3,20 @@ import torch
 
 from alphaq.errors import QuantizationError
 from alphaq.quantizers.base import QUANTIZERS, Quantizer, squared_error
-from alphaq.quantizers.packing import dequantize
-from alphaq.records import Choice
+from alphaq.quantizers.packing import dequantize, restored_error, unpack
+from alphaq.quantizers.rtn import quantize_rtn
+from alphaq.records import Choice, QuantizedMatrix
+from tests.quantizers.reference import quantize_groups, values_of
 
 ALL = [Choice(bits, group, symmetric) for bits in range(1, 9) for group in (32, 128) for symmetric in (False, True)]
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def codes_of(matrix: QuantizedMatrix) -> torch.Tensor:
+    return torch.from_numpy(unpack(matrix.codes.numpy(), matrix.choice.bits, matrix.shape[1]))
 
 
 def min_max_error(weight: torch.Tensor, choice: Choice) -> float:
@@ -58,7 +64,8 @@ def test_unclipped_error_is_at_most_half_a_step(quantizer: Quantizer, bits: int)
     weight = gaussian(8, 64)
     found = quantizer(weight, Choice(bits, 64))
     step = found.scales.float()
-    inside = (found.codes > 0) & (found.codes < 2**bits - 1)
+    codes = codes_of(found)
+    inside = (codes > 0) & (codes < 2**bits - 1)
     off = (dequantize(found) - weight).abs()
     assert (off <= step / 2 * (1 + 1e-3))[inside].all()
 
@@ -82,7 +89,7 @@ def test_quantizing_is_deterministic_and_codes_are_in_range(quantizer: Quantizer
     first, second = quantizer(weight, choice), quantizer(weight, choice)
     assert torch.equal(first.codes, second.codes)
     assert torch.equal(first.scales, second.scales)
-    assert int(first.codes.max()) < 2**choice.bits
+    assert codes_of(first).shape == (7, 200)
     assert first.scales.dtype == torch.float16
     assert first.scales.shape == (7, choice.groups(200))
 
@@ -116,3 +123,28 @@ def test_one_bit_is_the_mean_and_sign() -> None:
 
 def test_sixteen_bits_lose_nothing_of_bf16() -> None:
     assert squared_error(gaussian(4, 64).bfloat16(), Choice(16), "x") == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("columns", [1, 15, 33, 128, 300, 1024])
+@pytest.mark.parametrize("choice", ALL, ids=str)
+def test_kernel_agrees_with_plain_torch(choice: Choice, columns: int, dtype: torch.dtype) -> None:
+    weight = (gaussian(12, columns, columns) - 0.2).to(dtype)
+    parts = quantize_groups(weight, choice)
+    plain = float((values_of(parts, choice) - weight.float()).double().square().sum())
+    found = quantize_rtn(weight, choice)
+    assert found.squared_error == pytest.approx(plain, rel=1e-4, abs=1e-9)
+    assert restored_error(found, weight) == pytest.approx(plain, rel=1e-4, abs=1e-9)
+    assert (codes_of(found) != parts[0]).float().mean() < 0.02  # ties between steps may fall either way
+
+
+def test_result_does_not_depend_on_the_number_of_threads() -> None:
+    weight = gaussian(300, 1024)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        results.append(quantize_rtn(weight, Choice(3, 128)))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0].codes, results[1].codes)
+    assert results[0].squared_error == results[1].squared_error

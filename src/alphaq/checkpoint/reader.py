@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
@@ -17,9 +16,11 @@ from typing import Any
 
 import torch
 
+from alphaq.checkpoint.files import PlainFile, memory_bytes
 from alphaq.checkpoint.matching import Architecture, architecture_of, match_tensors
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo, read_header
 from alphaq.errors import CheckpointError
+from alphaq.numerics import in_threads
 from alphaq.records import MatrixRef, Role, SourceIdentity
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -52,7 +53,7 @@ class Checkpoint:
     matrices: tuple[MatrixRef, ...]
     roles: dict[str, Role]
     fingerprint: str
-    _maps: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _files: dict[str, PlainFile] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def identity(self) -> SourceIdentity:
@@ -81,26 +82,65 @@ class Checkpoint:
                 within.setdefault(matrix.tensor, []).append(matrix)
         return within
 
-    def raw(self, shard: str, tensor: TensorInfo) -> torch.Tensor:
-        """Bytes of a stored tensor, uint8 [nbytes], as a view of the file."""
-        if shard not in self._maps:
-            self._maps[shard] = _map_file(self.folder / shard)
-        return self._maps[shard][tensor.begin : tensor.end]
+    def file(self, shard: str) -> PlainFile:
+        """A weight file, opened once."""
+        if shard not in self._files:
+            self._files[shard] = PlainFile(self.folder / shard)
+        return self._files[shard]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A stored tensor in its own dtype and shape, as a view of the file. Do not write to it."""
+        """A stored tensor in its own dtype and shape."""
         shard = self.shard_of[name]
         info = self.shards[shard][name]
-        return view_as(self.raw(shard, info), info)
+        return self.file(shard).read(info.begin, info.nbytes).view(TORCH_DTYPES[info.dtype]).view(info.shape)
 
     def read(self, matrix: MatrixRef) -> torch.Tensor:
-        """One matrix, [rows, columns], in its stored dtype; a view unless the file is misaligned."""
-        values = self.tensor(matrix.tensor)
-        if matrix.index is not None:
-            values = values[matrix.index]
+        """One matrix, contiguous [rows, columns], in its stored dtype; of a fused tensor only its slice is read."""
+        shard = self.shard_of[matrix.tensor]
+        dtype = TORCH_DTYPES[matrix.dtype]
+        begin, nbytes = self.place(matrix)
+        values = self.file(shard).read(begin, nbytes).view(dtype)
+        if not matrix.transposed:
+            return values.view(matrix.shape)
+        stored = values.view(matrix.shape[1], -1)
+        return stored[:, matrix.row_start : matrix.row_start + matrix.shape[0]].T.contiguous()
+
+    def place(self, matrix: MatrixRef) -> tuple[int, int]:
+        """First byte in its shard and number of bytes to read for a matrix."""
+        info = self.shards[self.shard_of[matrix.tensor]][matrix.tensor]
+        if matrix.index is None and not matrix.transposed and matrix.row_start == 0:
+            return info.begin, info.nbytes
+        slice_bytes = info.nbytes if matrix.index is None else info.nbytes // info.shape[0]
+        begin = info.begin + (matrix.index or 0) * slice_bytes
         if matrix.transposed:
-            values = values.T
-        return values[matrix.row_start : matrix.row_start + matrix.shape[0]]
+            return begin, slice_bytes
+        row_bytes = matrix.shape[1] * TORCH_DTYPES[info.dtype].itemsize
+        return begin + matrix.row_start * row_bytes, matrix.shape[0] * row_bytes
+
+    def expect(self, matrix: MatrixRef) -> None:
+        """Tell the system that a matrix will be read soon."""
+        self.file(self.shard_of[matrix.tensor]).advise(*self.place(matrix), "WILLNEED")
+
+    def forget(self, shard: str) -> None:
+        """Tell the system that a shard is done with; only where the checkpoint does not fit into memory anyway."""
+        if self.nbytes > memory_bytes() // 2:
+            self.file(shard).advise(0, 0, "DONTNEED")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": {}}  # each process opens its own
+
+    def contents(self, hashed: bool = False) -> str:
+        """What tells these weights from others of the same shapes: when each shard was last written, or its hash."""
+
+        def mark(shard: str) -> str:
+            if not hashed:
+                return str((self.folder / shard).stat().st_mtime_ns)
+            digest = hashlib.blake2b(digest_size=16)
+            for piece in self.file(shard).chunks(0, (self.folder / shard).stat().st_size):
+                digest.update(piece)
+            return digest.hexdigest()
+
+        return ",".join(in_threads(mark, list(self.shards)))
 
     def side_files(self) -> list[Path]:
         """Tokenizer, generation config, licence and other small files to carry over."""
@@ -114,21 +154,6 @@ class Checkpoint:
             if path.resolve().parent not in allowed:
                 raise CheckpointError(f"{path} is a link out of its folder. Replace it by the file it should be.")
         return chosen
-
-
-def view_as(raw: torch.Tensor, info: TensorInfo) -> torch.Tensor:
-    """Raw bytes as a tensor; copies only if the file has it at an address its dtype cannot use."""
-    dtype = TORCH_DTYPES[info.dtype]
-    if raw.data_ptr() % dtype.itemsize:
-        raw = raw.clone()
-    return raw.view(dtype).view(info.shape)
-
-
-def _map_file(path: Path) -> torch.Tensor:
-    """A whole file as a read-only uint8 tensor backed by the page cache."""
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants a writable buffer
-    return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""Write a folder that appears complete or not at all, and shards whose sizes were known beforehand."""
+"""Write folders that appear complete or not at all, and shards whose sizes were known beforehand."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import glob
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
-import torch
+from alphaq.checkpoint.safetensors_format import TensorInfo, TensorSpec, layout
+from alphaq.errors import AlphaQError, OutputError, WorkerError
+from alphaq.journal import Journal
 
-from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, TensorSpec, layout
-from alphaq.errors import OutputError
+JOURNAL_NAME = "journal.jsonl"
 
 
 def check_absent(out: Path) -> None:
@@ -74,6 +74,52 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def resumable_folder(out: Path, job: Mapping[str, str], restart: bool = False) -> Iterator[tuple[Path, Journal]]:
+    """Like `atomic_folder`, but what an interrupted run has written stays, with its journal, for the next one.
+
+    job: what the output depends on. Raises OutputError if an unfinished run of another job is there,
+    unless told to `restart`. An error of the input removes the folder: nothing in it can be of use.
+    """
+    check_absent(out)
+    partial = out.absolute().parent / f".{out.name}.partial"
+    journal = partial / JOURNAL_NAME
+    try:
+        partial.mkdir(exist_ok=True)
+        with Journal(journal) as lines:
+            if restart and lines.entries:
+                lines.clear()
+            if not lines.entries:
+                for path in partial.iterdir():
+                    if path != journal:
+                        path.unlink()
+                lines.append({"job": dict(job)})
+            earlier = lines.entries[0].get("job", {})
+            if changed := [key for key in job if earlier.get(key) != job[key]]:
+                raise OutputError(
+                    f"An unfinished run of {out} is there, but its {' and '.join(changed)} changed since. "
+                    "Repeat the earlier command to finish it, or add --restart to discard it."
+                )
+            try:
+                yield partial, lines
+            except (OutputError, WorkerError):
+                raise
+            except AlphaQError:
+                shutil.rmtree(partial)
+                raise
+            for path in [*partial.iterdir(), partial]:
+                _sync(path)
+            check_absent(out)
+            journal.unlink()
+            partial.rename(out)
+        _sync(out.absolute().parent)
+    except OSError as error:
+        raise OutputError(
+            f"Cannot write {out}: {error.strerror or error}. Free space and repeat the command, or choose another "
+            "output."
+        ) from error
+
+
+@contextmanager
 def atomic_file(out: Path) -> Iterator[Path]:
     """A temporary path beside `out` that replaces it when the block ends well, and vanishes otherwise."""
     check_file(out)
@@ -98,47 +144,32 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's bytes as they are stored."""
-    flat = tensor.detach().contiguous().view(-1)
-    return memoryview((flat if flat.dtype == torch.uint8 else flat.view(torch.uint8)).numpy())  # type: ignore[arg-type]
+def checksum(pieces: Iterable[memoryview]) -> str:
+    """BLAKE2b of the pieces in turn, 128 bits, hexadecimal."""
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
-def checksum(data: memoryview) -> str:
-    """BLAKE2b, 128 bits, hexadecimal."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+def create_shard(path: Path, specs: Mapping[str, TensorSpec]) -> dict[str, TensorInfo]:
+    """Write a safetensors file's header and reserve its size; returns where each tensor belongs.
+
+    A file of that size that is there already keeps its data.
+    """
+    header, places, nbytes = layout(specs)
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.write(header)
+        file.truncate(nbytes)
+    return places
 
 
-class ShardWriter:
-    """One safetensors file: the header first, then each tensor at its own place, in any order."""
-
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
-        header, self._places, self.nbytes = layout(specs)
-        self._missing = set(specs)
-        self._file = path.open("wb")
-        self._file.write(header)
-        self._file.truncate(self.nbytes)
-
-    def write(self, name: str, tensor: torch.Tensor) -> str:
-        """Write one tensor; returns its checksum. The dtype and shape must be the declared ones."""
-        place = self._places[name]
-        if (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) != (place.dtype, place.shape):
-            raise OutputError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)} but {place.dtype} {list(place.shape)} was declared. "
-                "This is a defect of alphaq: please report it."
-            )
-        data = raw_bytes(tensor)
-        self._file.seek(place.begin)
-        self._file.write(data)
-        self._missing.discard(name)
-        return checksum(data)
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        if kind is None and self._missing:
-            raise OutputError(f"{len(self._missing)} declared tensors were never written, e.g. {min(self._missing)}.")
+def write_at(path: Path, begin: int, pieces: Iterable[memoryview]) -> str:
+    """Put bytes at their place in a file that exists; returns their checksum."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("r+b") as file:
+        file.seek(begin)
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+    return digest.hexdigest()

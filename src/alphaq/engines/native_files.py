@@ -8,65 +8,45 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from alphaq.checkpoint.reader import INDEX_NAME, Checkpoint, read_config, read_shards, view_as
-from alphaq.checkpoint.safetensors_format import TensorInfo, TensorSpec
-from alphaq.checkpoint.writer import ShardWriter, checksum, raw_bytes
+from alphaq.checkpoint.files import PlainFile
+from alphaq.checkpoint.reader import INDEX_NAME, Checkpoint, read_config, read_shards
+from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo, TensorSpec, read_header
+from alphaq.checkpoint.writer import create_shard
 from alphaq.engines.native import shard_specs
 from alphaq.errors import CheckpointError, VerificationError
-from alphaq.quantizers.packing import decode, dequantize, encode, read_block_header
-from alphaq.records import Choice, Plan, QuantizedMatrix, first_fault
+from alphaq.quantizers.packing import decode, dequantize, read_block_header
+from alphaq.records import Choice, Plan, first_fault
 
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "alphaq_manifest.json"
 QUANT_METHOD = "alphaq"
 
 
-class Stored(Protocol):
-    """A tensor to write; see `alphaq.quantization.StoredTensor`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def content(self) -> QuantizedMatrix | torch.Tensor: ...
-    @property
-    def relative_error(self) -> float | None: ...
+def create_shards(
+    folder: Path, checkpoint: Checkpoint, choices: Mapping[str, Choice]
+) -> dict[str, dict[str, TensorInfo]]:
+    """Make every weight file at its full size, data still missing; returns file name → tensor → place."""
+    return {name: create_shard(folder / name, specs) for name, specs in shard_specs(checkpoint, choices).items()}
 
 
-def write_checkpoint(
-    folder: Path,
-    checkpoint: Checkpoint,
-    plan: Plan,
-    choices: Mapping[str, Choice],
-    stream: Callable[[str], Iterable[Stored]],
+def write_rest(
+    folder: Path, checkpoint: Checkpoint, plan: Plan, manifest: Mapping[str, TensorRecord], weight_map: dict[str, str]
 ) -> None:
-    """Fill an empty folder. `stream(shard)` yields every tensor that the source shard becomes."""
-    manifest: dict[str, TensorRecord] = {}
-    weight_map: dict[str, str] = {}
-    total = 0
-    outputs = shard_specs(checkpoint, choices)
-    for source, (output, specs) in zip(checkpoint.shards, outputs.items(), strict=True):
-        with ShardWriter(folder / output, specs) as writer:
-            for stored in stream(source):
-                content = stored.content
-                tensor = encode(content) if isinstance(content, QuantizedMatrix) else content
-                manifest[stored.name] = TensorRecord(
-                    blake2b=writer.write(stored.name, tensor), relative_error=stored.relative_error
-                )
-                weight_map[stored.name] = output
-        total += sum(spec.nbytes for spec in specs.values())
+    """Everything beside the weight files: config, index, manifest, plan, tokenizer."""
     quantization_config = {
         "quant_method": QUANT_METHOD,
         "format_version": 1,
         "average_bits": plan.average_bits,
         "bits_per_weight": plan.bits_per_weight,
     }
+    total = sum(info.nbytes for shard in set(weight_map.values()) for info in read_header(folder / shard)[0].values())
     _write_json(folder / "config.json", checkpoint.config | {"quantization_config": quantization_config})
     _write_json(
         folder / INDEX_NAME,
@@ -133,43 +113,29 @@ class NativeFiles:
     def tensors(self) -> Iterable[tuple[TensorInfo, torch.Tensor]]:
         """Every stored tensor with its raw bytes, in file order."""
         for shard, infos in self.shards.items():
-            data = torch.from_file(
-                str(self.folder / shard),
-                shared=False,
-                size=(self.folder / shard).stat().st_size,
-                dtype=torch.uint8,
-            )
+            file = PlainFile(self.folder / shard)
             for info in infos.values():
-                yield info, data[info.begin : info.end]
+                yield info, file.read(info.begin, info.nbytes)
 
 
 def restore(info: TensorInfo, raw: torch.Tensor, quantized: bool) -> torch.Tensor:
     """Values of a stored tensor: a block dequantized to float32, anything else in its own dtype."""
-    return dequantize(decode(raw, info.name)) if quantized else view_as(raw, info)
+    if quantized:
+        return dequantize(decode(raw, info.name))
+    return raw.view(TORCH_DTYPES[info.dtype]).view(info.shape)
 
 
-def check_tensor(
-    files: NativeFiles, info: TensorInfo, raw: torch.Tensor, expected: TensorSpec | None = None
-) -> str | None:
-    """What is wrong with one tensor (checksum, shape, choice), or None."""
-    entry = files.manifest.get(info.name)
-    if entry is None:
-        return f"{info.name} is not in {MANIFEST_NAME}"
-    if checksum(raw_bytes(raw)) != entry.blake2b:
-        return f"{info.name} does not have its checksum (the file is damaged)"
+def fault_of(info: TensorInfo, raw: torch.Tensor, choice: Choice, expected: TensorSpec | None) -> str | None:
+    """What is wrong with a planned matrix's shape or form, or None."""
     if expected is not None and (info.dtype, info.shape) != (expected.dtype, expected.shape):
         return f"{info.name} is {info.dtype} {list(info.shape)}, the plan says {expected.dtype} {list(expected.shape)}"
-    if info.name in files.plan.choices:
-        choice = files.plan.choice(info.name)
-        if choice.bits == 16:
-            return None if info.dtype in ("BF16", "F16") else f"{info.name} is {info.dtype}, the plan keeps 16 bits"
-        try:
-            stored, _ = read_block_header(raw, info.name)
-        except CheckpointError as error:
-            return str(error)
-        if stored != choice:
-            return f"{info.name} is stored as {stored}, the plan says {choice}"
-    return None
+    if choice.bits == 16:
+        return None if info.dtype in ("BF16", "F16") else f"{info.name} is {info.dtype}, the plan keeps 16 bits"
+    try:
+        stored, _ = read_block_header(raw, info.name)
+    except CheckpointError as error:
+        return str(error)
+    return None if stored == choice else f"{info.name} is stored as {stored}, the plan says {choice}"
 
 
 def check_complete(files: NativeFiles) -> list[str]:

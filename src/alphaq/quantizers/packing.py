@@ -10,12 +10,15 @@ header makes a block decodable without any other file. Layout: docs/formats.md.
 
 from __future__ import annotations
 
+import math
 import struct
 
 import numpy as np
 import torch
 
 from alphaq.errors import CheckpointError, ChoiceError
+from alphaq.numerics import in_threads, row_parts, squared_distance
+from alphaq.quantizers.kernels import dequantize_rows
 from alphaq.records import BLOCK_HEADER_BYTES, Choice, QuantizedMatrix, Shape
 
 _HEADER = struct.Struct("<2sBBHHII")  # magic, version, bits, group size, flags, rows, columns
@@ -25,45 +28,34 @@ _FLAG_SYMMETRIC = 1
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 codes [rows, n] below 2^bits → int32 words [rows, ⌈n·bits/32⌉]."""
+    """uint8 codes [rows, n] below 2^bits → packed uint8 [rows, 4·⌈n·bits/32⌉]."""
     rows, count = codes.shape
-    words = -(-count * bits // 32)
-    if bits == 8:
-        packed = codes
-    else:
-        bit_planes = np.unpackbits(codes[:, :, None], axis=2, count=bits, bitorder="little")
-        packed = np.packbits(bit_planes.reshape(rows, count * bits), axis=1, bitorder="little")
-    padded = np.zeros((rows, words * 4), dtype=np.uint8)
+    bit_planes = np.unpackbits(codes[:, :, None], axis=2, count=bits, bitorder="little")
+    packed = np.packbits(bit_planes.reshape(rows, count * bits), axis=1, bitorder="little")
+    padded = np.zeros((rows, 4 * -(-count * bits // 32)), dtype=np.uint8)
     padded[:, : packed.shape[1]] = packed
-    return padded.view("<i4")
+    return padded
 
 
-def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """int32 words [rows, ⌈count·bits/32⌉] → uint8 codes [rows, count]."""
-    stored = np.ascontiguousarray(words).view(np.uint8)
-    if bits == 8:
-        return stored[:, :count]
-    bit_planes = np.unpackbits(stored, axis=1, count=count * bits, bitorder="little")
-    return np.packbits(bit_planes.reshape(len(words), count, bits), axis=2, bitorder="little")[:, :, 0]
+def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """packed uint8 [rows, 4·⌈count·bits/32⌉] → uint8 codes [rows, count]."""
+    bit_planes = np.unpackbits(packed, axis=1, count=count * bits, bitorder="little")
+    return np.packbits(bit_planes.reshape(len(packed), count, bits), axis=2, bitorder="little")[:, :, 0]
 
 
 def encode(matrix: QuantizedMatrix) -> torch.Tensor:
     """A quantized matrix as its block: uint8 [choice.storage_bytes(shape)]."""
     choice, (rows, columns) = matrix.choice, matrix.shape
-    parts = [
-        _HEADER.pack(_MAGIC, _VERSION, choice.bits, choice.group_size, int(choice.symmetric), rows, columns),
-        pack(matrix.codes.numpy(), choice.bits).tobytes(),
-    ]
+    header = _HEADER.pack(_MAGIC, _VERSION, choice.bits, choice.group_size, int(choice.symmetric), rows, columns)
+    parts = [np.frombuffer(header, np.uint8), matrix.codes.numpy().reshape(-1)]
     if matrix.offsets is not None:
-        if choice.bits == 1:
-            parts.append(matrix.offsets.numpy().tobytes())
-        else:
-            parts.append(pack(np.ascontiguousarray(matrix.offsets.numpy().T), choice.bits).tobytes())
-    parts.append(matrix.scales.numpy().tobytes())
-    block = bytearray(choice.storage_bytes(matrix.shape))
-    content = b"".join(parts)
-    block[: len(content)] = content
-    return torch.frombuffer(block, dtype=torch.uint8)
+        offsets = matrix.offsets.numpy()
+        stored = offsets if choice.bits == 1 else pack(np.ascontiguousarray(offsets.T), choice.bits)
+        parts.append(stored.reshape(-1).view(np.uint8))
+    parts.append(matrix.scales.numpy().reshape(-1).view(np.uint8))
+    content = np.concatenate(parts)
+    padding = np.zeros(choice.storage_bytes(matrix.shape) - len(content), np.uint8)
+    return torch.from_numpy(np.concatenate([content, padding]))
 
 
 def read_block_header(block: torch.Tensor, name: str) -> tuple[Choice, Shape]:
@@ -92,7 +84,7 @@ def decode(block: torch.Tensor, name: str = "tensor") -> QuantizedMatrix:
     stored = block.contiguous().numpy()
     code_bytes, offset_bytes, scale_bytes = choice.parts(shape)
     start = BLOCK_HEADER_BYTES
-    words = stored[start : start + code_bytes].reshape(rows, -1)
+    codes = stored[start : start + code_bytes].reshape(rows, -1)
     start += code_bytes
     offset_part = stored[start : start + offset_bytes]
     start += offset_bytes
@@ -106,7 +98,7 @@ def decode(block: torch.Tensor, name: str = "tensor") -> QuantizedMatrix:
     return QuantizedMatrix(
         choice,
         shape,
-        torch.from_numpy(np.ascontiguousarray(unpack(words, choice.bits, columns))),
+        torch.from_numpy(codes),
         torch.from_numpy(scales),
         None if offsets is None else torch.from_numpy(offsets),
     )
@@ -114,17 +106,40 @@ def decode(block: torch.Tensor, name: str = "tensor") -> QuantizedMatrix:
 
 def dequantize(matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The values that the codes stand for, [rows, columns]: s·(q − z), or mean ± s for 1 bit."""
-    group_size, columns = matrix.choice.group_size, matrix.shape[1]
+    values = torch.empty(matrix.shape, dtype=dtype)
 
-    def spread(per_group: torch.Tensor) -> torch.Tensor:
-        return per_group.float().repeat_interleave(group_size, dim=1)[:, :columns]
+    def restore(part: slice) -> None:
+        values[part] = dequantized_rows(matrix, part).to(dtype)
 
-    codes = matrix.codes.float()
-    if matrix.choice.bits == 1:
-        values = (2 * codes - 1) * spread(matrix.scales)
-        if matrix.offsets is not None:
-            values += spread(matrix.offsets)
+    in_threads(restore, row_parts(*matrix.shape))
+    return values
+
+
+def dequantized_rows(matrix: QuantizedMatrix, part: slice) -> torch.Tensor:
+    """Some rows of `dequantize`, float32."""
+    choice, (_, columns) = matrix.choice, matrix.shape
+    scales = matrix.scales[part].float().numpy()
+    if matrix.offsets is None:
+        offsets = np.full_like(scales, 0 if choice.bits == 1 else 2.0 ** (choice.bits - 1))
     else:
-        zero = 2.0 ** (matrix.choice.bits - 1) if matrix.offsets is None else spread(matrix.offsets)
-        values = (codes - zero) * spread(matrix.scales)
-    return values.to(dtype)
+        offsets = matrix.offsets[part].float().numpy()
+    values = np.empty((part.stop - part.start, columns), np.float32)
+    dequantize_rows(
+        matrix.codes[part].numpy().reshape(-1),
+        columns,
+        choice.bits,
+        choice.group_size,
+        scales.reshape(-1),
+        offsets.reshape(-1),
+        values.reshape(-1),
+    )
+    return torch.from_numpy(values)
+
+
+def restored_error(matrix: QuantizedMatrix, weight: torch.Tensor) -> float:
+    """Σ(w − ŵ)² against the [rows, columns] weights, float64, a few rows in memory at a time."""
+
+    def error(part: slice) -> float:
+        return squared_distance(weight[part], dequantized_rows(matrix, part))
+
+    return math.fsum(map(error, row_parts(*matrix.shape)))

@@ -1,16 +1,77 @@
-"""Eigenvalues λ = σ² of the blocks' Gram matrices: the readable path, in batched torch."""
+"""Eigenvalues λ = σ² of the blocks' Gram matrices: the readable path in batched torch, and the fast one."""
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
+
+from alphaq.numerics import in_threads, slices
+from alphaq.simd import LANES, flat
+from alphaq.spectra import kernels
+from alphaq.spectra.farms import corners
+from alphaq.spectra.tail import tail_count
+
+
+def block_eigenvalues(blocks: torch.Tensor) -> torch.Tensor:
+    """Squared singular values of each block [blocks, rows, columns], ascending, float32 [blocks, min side].
+
+    The smaller of the two Gram matrices is used. Negative rounding errors are clamped to zero. Runs
+    where the blocks lie; float64 blocks stay float64.
+    """
+    values = blocks.float() if blocks.dtype.itemsize < 4 else blocks
+    if values.shape[1] > values.shape[2]:
+        values = values.transpose(1, 2)
+    return torch.linalg.eigvalsh(values @ values.transpose(1, 2)).clamp_min(0)
 
 
 def pooled_eigenvalues(blocks: torch.Tensor) -> torch.Tensor:
-    """Squared singular values of all blocks [blocks, rows, columns] together, ascending, float32 [n].
+    """`block_eigenvalues` of all blocks together, ascending [n]."""
+    return block_eigenvalues(blocks).flatten().sort().values
 
-    The smaller of the two Gram matrices is used. Negative rounding errors are clamped to zero.
+
+def largest_eigenvalues(weight: torch.Tensor, name: str, mean_square: float) -> tuple[torch.Tensor, int]:
+    """The k + 1 largest eigenvalues of a matrix's blocks, ascending, float64, and how many there are in all.
+
+    mean_square: of the weights, to bring them near 1 before they are squared twice in float32.
     """
-    if blocks.shape[1] > blocks.shape[2]:
-        blocks = blocks.transpose(1, 2)
-    gram = blocks @ blocks.transpose(1, 2)
-    return torch.linalg.eigvalsh(gram).clamp_min(0).flatten().sort().values
+    rows, columns = weight.shape
+    cut = corners(rows, columns, name)
+    if cut is None:
+        count = min(rows, columns)
+        return pooled_eigenvalues(weight[None])[-tail_count(count) - 1 :].double(), count
+    starts, size = cut
+    groups = -(-len(starts) // LANES)
+    padded = np.pad(starts, (0, groups * LANES - len(starts)))  # with any block: its results are replaced below
+    scale = 2.0 ** -round(math.log2(mean_square) / 2) if mean_square > 0 else 1.0
+    diagonal = np.empty((groups, size, LANES), np.float32)
+    off_squared = np.empty_like(diagonal)
+    source = flat(weight.contiguous())
+
+    def reduce(part: np.ndarray) -> None:
+        first, last = part[0], part[-1] + 1
+        kernels.tridiagonals(
+            source,
+            columns,
+            padded[first * LANES : last * LANES],
+            size,
+            np.float32(scale),
+            diagonal[first:last].reshape(-1),
+            off_squared[first:last].reshape(-1),
+        )
+
+    in_threads(reduce, np.array_split(np.arange(groups), min(groups, torch.get_num_threads())))
+    if len(starts) % LANES:
+        diagonal[-1, :, len(starts) % LANES :], off_squared[-1, :, len(starts) % LANES :] = -1, 0
+    count = len(starts) * size
+    tail = tail_count(count)
+    forms = diagonal.reshape(-1), off_squared.reshape(-1), size
+    low, high, bound, owner, rank = kernels.tail_start(*forms, tail)
+    # Fewer than k may lie above the bracket; the others are equal to the start within the tolerance.
+    found = np.full(tail + 1, (low + high) / 2, np.float32)
+    in_threads(
+        lambda part: kernels.bisect(*forms, owner[part], rank[part], high, bound, found[part]),
+        slices(len(owner), 8 * kernels.PANEL),
+    )
+    return torch.from_numpy(np.sort(found).astype(np.float64) / scale**2), count

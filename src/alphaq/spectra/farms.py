@@ -41,16 +41,26 @@ def sampled_blocks(name: str, count: int, limit: int = MAX_BLOCKS) -> np.ndarray
     return np.sort(np.argpartition(keys, limit)[:limit])
 
 
+def corners(rows: int, columns: int, name: str) -> tuple[np.ndarray, int] | None:
+    """First elements of the blocks, as offsets into the row-major matrix in ascending order, and their side.
+
+    None for a matrix too small to be cut.
+    """
+    size = block_size(rows, columns)
+    if size is None:
+        return None
+    down, across = np.divmod(sampled_blocks(name, (rows // size) * (columns // size)), columns // size)
+    return down * size * columns + across * size, size
+
+
 def blocks(weight: torch.Tensor, name: str) -> torch.Tensor:
-    """Sub-matrices of a [rows, columns] matrix as float32 [blocks, size, size], in row-major order.
+    """Sub-matrices of a [rows, columns] matrix in its dtype, [blocks, size, size], in row-major order.
 
     A matrix too small to cut comes back whole, as [1, rows, columns].
     """
     rows, columns = weight.shape
-    size = block_size(rows, columns)
-    if size is None:
-        return weight.float()[None]
-    down, across = rows // size, columns // size
-    tiles = weight[: down * size, : across * size].reshape(down, size, across, size).permute(0, 2, 1, 3)
-    chosen = torch.from_numpy(sampled_blocks(name, down * across))
-    return tiles[chosen // across, chosen % across].float()
+    found = corners(rows, columns, name)
+    if found is None:
+        return weight[None]
+    starts, size = found
+    return torch.stack([weight[at // columns :, at % columns :][:size, :size] for at in starts.tolist()])

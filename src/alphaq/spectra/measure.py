@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import QuantizationError, SpectrumError, StatsError
-from alphaq.numerics import squared_norm, total
+from alphaq.numerics import sums
 from alphaq.records import MatrixRef, Role, Spectrum
-from alphaq.spectra.eigenvalues import pooled_eigenvalues
-from alphaq.spectra.farms import blocks
-from alphaq.spectra.tail import hill_exponent, tail_count
+from alphaq.spectra.eigenvalues import largest_eigenvalues
+from alphaq.spectra.tail import tail_count, tail_exponent
 
 COLUMNS = (
     "name",
@@ -42,31 +40,34 @@ def spectrum(weight: torch.Tensor, name: str) -> Spectrum:
 
     Raises QuantizationError if the matrix holds NaN or infinity.
     """
-    mean_square = squared_norm(weight) / weight.numel()
-    if not math.isfinite(mean_square):
+    mean, mean_square = moments(weight, name)
+    return describe(mean, mean_square, *largest_eigenvalues(weight, name, mean_square))
+
+
+def moments(weight: torch.Tensor, name: str) -> tuple[float, float]:
+    """Mean and mean square of a matrix. Raises QuantizationError if it holds NaN or infinity."""
+    total, squares = sums(weight)
+    if not math.isfinite(squares):
         raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
-    mean = total(weight) / weight.numel()
-    eigenvalues = pooled_eigenvalues(blocks(weight, name))
+    return total / weight.numel(), squares / weight.numel()
+
+
+def describe(mean: float, mean_square: float, largest: torch.Tensor, count: int) -> Spectrum:
+    """The record of what was measured: moments, and the tail of `count` eigenvalues, ascending."""
     alpha, reason = None, ""
     try:
-        alpha = hill_exponent(eigenvalues)
+        alpha = tail_exponent(largest, count)
     except SpectrumError as error:
         reason = str(error)
     return Spectrum(
         alpha=alpha,
-        tail_count=tail_count(eigenvalues.numel()),
-        eigenvalue_count=eigenvalues.numel(),
+        tail_count=tail_count(count),
+        eigenvalue_count=count,
         variance=max(0.0, mean_square - mean * mean),
         mean_square=mean_square,
-        largest_eigenvalue=float(eigenvalues[-1]),
+        largest_eigenvalue=float(largest[-1]),
         reason=reason,
     )
-
-
-def measure(checkpoint: Checkpoint, matrices: Iterable[MatrixRef]) -> Iterator[tuple[MatrixRef, Spectrum]]:
-    """Spectra of many matrices, read one at a time."""
-    for matrix in matrices:
-        yield matrix, spectrum(checkpoint.read(matrix), matrix.name)
 
 
 def write_stats(path: Path, rows: Iterable[tuple[MatrixRef, Spectrum]]) -> None:

@@ -25,15 +25,20 @@ def hill_exponent(eigenvalues: torch.Tensor, fraction: float = TAIL_FRACTION) ->
     Raises SpectrumError if the tail start is not positive (rank too low) or the tail has no spread.
     """
     count = eigenvalues.numel()
+    return tail_exponent(eigenvalues[max(0, count - 1 - tail_count(count, fraction)) :], count)
+
+
+def tail_exponent(largest: torch.Tensor, count: int) -> float:
+    """`hill_exponent` from the k + 1 largest of `count` eigenvalues alone, ascending; λ₍ₙ₋ₖ₎ is the first."""
     if count < 2:
         raise SpectrumError(f"A tail needs two eigenvalues, this spectrum has {count}.")
-    tail = tail_count(count, fraction)
-    start = float(eigenvalues[count - 1 - tail])
+    tail = len(largest) - 1
+    start = float(largest[0])
     # Rounding leaves a rank-deficient spectrum with tiny positive values; they are zero in float32.
-    floor = float(eigenvalues[-1]) * torch.finfo(torch.float32).eps
+    floor = float(largest[-1]) * torch.finfo(torch.float32).eps
     if not start > floor:
         raise SpectrumError(f"Fewer than {tail + 1} of {count} eigenvalues are positive: the rank is too low.")
-    log_ratio = float((eigenvalues[count - tail :].double() / start).log().sum())
+    log_ratio = float((largest[1:].double() / start).log().sum())
     if not log_ratio > 0:
         raise SpectrumError(f"The {tail} largest of {count} eigenvalues are equal: the tail has no spread.")
     return 1.0 + tail / log_ratio

@@ -1,0 +1,110 @@
+"""Spectra on a GPU: blocks of many matrices to a launch, the next ones gathered and copied meanwhile."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.errors import DeviceError
+from alphaq.records import MatrixRef, Spectrum
+from alphaq.spectra.eigenvalues import block_eigenvalues
+from alphaq.spectra.farms import blocks
+from alphaq.spectra.measure import describe, moments
+from alphaq.spectra.tail import tail_count
+
+BLOCKS_AT_ONCE = 4096  # of 128 × 128 in float32: 256 MiB, and as much again for their Gram matrices
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Blocks of one shape on the device, with the matrices they come from."""
+
+    blocks: torch.Tensor
+    counts: list[int]
+    moments: list[tuple[float, float]]
+
+
+def check_device(device: str) -> torch.device:
+    """A device that torch can use. Raises DeviceError otherwise."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise DeviceError(f"--device {device} cannot be used ({reason}). Use cpu, or a device of this machine.") from None
+    return found
+
+
+def device_spectra(checkpoint: Checkpoint, matrices: Iterable[MatrixRef], device: str) -> Iterator[Spectrum]:
+    """Spectra of many matrices in order, eigenvalues by torch on `device`.
+
+    A thread reads, gathers and starts the copies two batches ahead of the eigenvalues.
+    """
+    target = check_device(device)
+    ready: queue.Queue[_Batch | BaseException | None] = queue.Queue(maxsize=2)
+    stopped = threading.Event()
+
+    def put(item: _Batch | BaseException | None) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def gather() -> None:
+        try:
+            for batch in _batches(checkpoint, matrices, target):
+                if not put(batch):
+                    return
+            put(None)
+        except BaseException as error:  # handed to the consumer, who raises it
+            put(error)
+
+    threading.Thread(target=gather, daemon=True).start()
+    try:
+        while (batch := ready.get()) is not None:
+            if isinstance(batch, BaseException):
+                raise batch
+            found = block_eigenvalues(batch.blocks)
+            for own, (mean, mean_square) in zip(found.split(batch.counts), batch.moments, strict=True):
+                count = own.numel()
+                largest = own.flatten().topk(tail_count(count) + 1).values.flip(0) if count > 1 else own.flatten()
+                yield describe(mean, mean_square, largest.double().cpu(), count)
+    finally:
+        stopped.set()
+
+
+def _batches(checkpoint: Checkpoint, matrices: Iterable[MatrixRef], target: torch.device) -> Iterator[_Batch]:
+    """Consecutive matrices whose blocks have one shape, up to a launch's worth."""
+    pending: list[torch.Tensor] = []
+    found: list[tuple[float, float]] = []
+    stream = torch.cuda.Stream(target) if target.type == "cuda" else None
+
+    def launch() -> _Batch:
+        gathered = torch.cat(pending)
+        if stream is None:
+            moved = gathered.to(target)
+        else:
+            with torch.cuda.stream(stream):
+                moved = gathered.pin_memory().to(target, non_blocking=True)
+            stream.synchronize()  # in this thread: the other one computes meanwhile
+        return _Batch(moved, [len(part) for part in pending], list(found))
+
+    for matrix in matrices:
+        weight = checkpoint.read(matrix)
+        tiles = blocks(weight, matrix.name)
+        same = not pending or (tiles.shape[1:] == pending[0].shape[1:] and tiles.dtype == pending[0].dtype)
+        if pending and (not same or sum(map(len, pending)) + len(tiles) > BLOCKS_AT_ONCE):
+            yield launch()
+            pending, found = [], []
+        pending.append(tiles)
+        found.append(moments(weight, matrix.name))
+    if pending:
+        yield launch()

@@ -1,0 +1,111 @@
+"""Spread independent tasks over processes; results come back in order, whatever the number.
+
+A task must be a picklable value and its function a module-level one. What all tasks share (a
+checkpoint, a plan) is sent to each process once. Look-ahead is bounded in number and in bytes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+
+from alphaq.errors import WorkerError
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+MAX_BYTES = 256 << 20  # of source data in flight; a single larger task still runs, alone
+BYTES_PER_WORKER = 1 << 29  # below this, starting a process costs more than it gains
+_shared: Any = None
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def sensible_count(nbytes: int) -> int:
+    """Workers for a job that reads so many bytes: all cores, fewer for a small job."""
+    return max(1, min(available_cores(), nbytes // BYTES_PER_WORKER))
+
+
+class Workers:
+    """A pool of `count` processes with something to share; with a count of 1 all happens in this one."""
+
+    def __init__(self, count: int, shared: Any) -> None:
+        self.count = count
+        self.shared = shared
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        if self.count > 1:
+            context = multiprocessing.get_context("spawn")  # forking a process that has threads can deadlock
+            self._pool = ProcessPoolExecutor(self.count, context, _start, (self.shared,))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(
+        self, function: Callable[[Any, S], T], tasks: Iterable[S], size: Callable[[S], int] = lambda task: 0
+    ) -> Iterator[T]:
+        """function(shared, task) for every task, in order. `size` gives the bytes a task holds while it runs.
+
+        Raises WorkerError if a process dies.
+        """
+        if self._pool is None:
+            for task in tasks:
+                yield function(self.shared, task)
+            return
+        waiting: deque[tuple[Future[T], int]] = deque()
+        in_flight = 0
+        try:
+            for task in tasks:
+                nbytes = size(task)
+                while waiting and (len(waiting) >= 4 * self.count or in_flight + nbytes > MAX_BYTES):
+                    future, freed = waiting.popleft()
+                    yield future.result()
+                    in_flight -= freed
+                waiting.append((self._pool.submit(_run, function, task), nbytes))
+                in_flight += nbytes
+            while waiting:
+                yield waiting.popleft()[0].result()
+        except BrokenProcessPool:
+            raise WorkerError(
+                "A worker process was killed, most likely for lack of memory. "
+                "Run the same command again with fewer --workers; finished work is kept."
+            ) from None
+
+
+def _start(shared: Any) -> None:
+    global _shared
+    _shared = shared
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    """A parent that is killed outright cannot stop its workers; they stop themselves."""
+    parent.join()
+    os._exit(1)
+
+
+def _run(function: Callable[[Any, S], T], task: S) -> T:
+    return function(_shared, task)

@@ -1,0 +1,89 @@
+"""The step search of `alphaq.quantizers.rtn` in plain torch: slow, readable, the oracle of its kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from alphaq.quantizers.rtn import SEARCH_STEPS, SMALLEST_SHRINK
+from alphaq.records import Choice
+
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def quantize_groups(weight: torch.Tensor, choice: Choice) -> Parts:
+    """Codes [rows, columns], scales and offsets [rows, groups] of a matrix."""
+    pieces = []
+    for columns in weight.float().split(choice.group_size, dim=1):
+        pieces.append(
+            _one_bit(columns, choice.symmetric) if choice.bits == 1 else _search(columns, choice.bits, choice.symmetric)
+        )
+    codes, scales, offsets = (None if part[0] is None else torch.cat(part, dim=1) for part in zip(*pieces, strict=True))
+    return codes, scales, offsets
+
+
+def values_of(parts: Parts, choice: Choice) -> torch.Tensor:
+    """What codes, scales and offsets stand for, float32 [rows, columns]."""
+    codes, scales, offsets = parts
+
+    def spread(per_group: torch.Tensor) -> torch.Tensor:
+        return per_group.float().repeat_interleave(choice.group_size, dim=1)[:, : codes.shape[1]]
+
+    if choice.bits == 1:
+        means = 0 if offsets is None else spread(offsets)
+        return (2 * codes.float() - 1) * spread(scales) + means
+    zero = 2.0 ** (choice.bits - 1) if offsets is None else spread(offsets)
+    return (codes.float() - zero) * spread(scales)
+
+
+def _search(values: torch.Tensor, bits: int, symmetric: bool) -> Parts:
+    """Best step and zero point of each group [n, size]; b ≥ 2."""
+    top = 2**bits - 1
+    if symmetric:
+        zero = torch.full((len(values), 1), float(2 ** (bits - 1)))
+        widest = values.abs().amax(1, keepdim=True) / (top - 2 ** (bits - 1))
+    else:
+        low = values.amin(1, keepdim=True).clamp_max(0)
+        widest = (values.amax(1, keepdim=True).clamp_min(0) - low) / top
+        zero = (-low / widest).nan_to_num_(0, 0, 0).round_().clamp_(0, top)
+    best_error = torch.full((len(values), 1), torch.inf)
+    best_scale = torch.zeros_like(best_error)
+
+    def attempt(scale: torch.Tensor) -> None:
+        nonlocal best_error, best_scale
+        scale = _as_stored(scale)
+        error = (_levels(values, scale, zero, top).mul_(scale).sub_(values)).square_().sum(1, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+
+    for shrink in torch.linspace(1.0, SMALLEST_SHRINK[bits], SEARCH_STEPS).tolist():
+        attempt(widest * shrink)
+    levels = _levels(values, best_scale, zero, top)
+    attempt((values * levels).sum(1, keepdim=True) / levels.square().sum(1, keepdim=True).clamp_min_(1))
+    codes = _levels(values, best_scale, zero, top).add_(zero).to(torch.uint8)
+    return codes, best_scale.half(), None if symmetric else zero.to(torch.uint8)
+
+
+def _as_stored(scale: torch.Tensor) -> torch.Tensor:
+    """A scale as fp16 will hold it: codes must be best for the stored value, not the ideal one."""
+    return scale.half().float()
+
+
+def _levels(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int) -> torch.Tensor:
+    """q − z for each weight; a scale of 0 (a group of zeros, or fp16 underflow) gives 0."""
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    return (values * inverse).round_().add_(zero).clamp_(0, top).sub_(zero)
+
+
+def _one_bit(values: torch.Tensor, symmetric: bool) -> Parts:
+    """Two levels mean ± scale per group [n, size], split at the mean (at zero if symmetric)."""
+    if symmetric:
+        above = values > 0
+        return above.to(torch.uint8), values.abs().mean(1, keepdim=True).half(), None
+    above = values > values.mean(1, keepdim=True)
+    high_count = above.sum(1, keepdim=True)
+    low_count = values.shape[1] - high_count
+    high = torch.where(above, values, 0).sum(1, keepdim=True) / high_count.clamp_min(1)
+    low = torch.where(above, 0, values).sum(1, keepdim=True) / low_count.clamp_min(1)
+    high = torch.where(high_count == 0, low, high)
+    return above.to(torch.uint8), ((high - low) / 2).half(), ((high + low) / 2).half()
