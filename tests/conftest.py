@@ -62,6 +62,12 @@ def random_model(family: str, **overrides: Any) -> Any:
     return model
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test begins with an empty cache, and none touches the user's."""
+    monkeypatch.setenv("ALPHAQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def save_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Save a family's random model once per layout and dtype; returns its folder."""

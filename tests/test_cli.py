@@ -241,16 +241,16 @@ def test_uniform_says_what_it_leaves_unused(alphaq: Run, tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
-def test_a_stopped_run_leaves_nothing(tiny: Path, tmp_path: Path, signal_name: str) -> None:
+def test_a_stopped_run_keeps_its_work_and_shows_no_output(tiny: Path, tmp_path: Path, signal_name: str) -> None:
     code = (
         "import os, signal, sys; from alphaq import pipeline; from alphaq.cli import main\n"
-        f"pipeline.write_checkpoint = lambda *a, **k: os.kill(os.getpid(), signal.{signal_name})\n"
+        f"pipeline.write_rest = lambda *a, **k: os.kill(os.getpid(), signal.{signal_name})\n"
         "main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, "quantize", str(tiny), "--bits", "2", "-o", str(tmp_path / "out")]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == {"SIGTERM": 143, "SIGINT": 130}[signal_name]
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
 
 
 def test_console_script_runs_and_unknown_commands_are_named() -> None:

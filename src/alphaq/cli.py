@@ -166,9 +166,7 @@ def _means(
         yield stack.enter_context(Workers(workers or sensible_count(nbytes), checkpoint)), cache
 
 
-def _build_plan(
-    checkpoint: Any, config: PlanConfig, stats: Path | None, workers: Any, cache: Any, device: str
-) -> Plan:
+def _build_plan(checkpoint: Any, config: PlanConfig, stats: Path | None, workers: Any, cache: Any, device: str) -> Plan:
     from alphaq import pipeline
 
     found = pipeline.measure_for_plan(checkpoint, config, stats, progress, workers, cache, device)
@@ -299,7 +297,9 @@ def quantize(
     device: DeviceOption = "cpu",
     no_cache: NoCacheOption = False,
     hash_contents: HashOption = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run instead of resuming it.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard an unfinished run instead of resuming it.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Plan and quantize a checkpoint, then re-read the result against the source."""
@@ -309,7 +309,13 @@ def quantize(
     check_absent(output)
     if plan_file is not None:
         if conflicting := _given(context) - {
-            "model", "output", "plan_file", "revision", "as_json", "workers", "restart"
+            "model",
+            "output",
+            "plan_file",
+            "revision",
+            "as_json",
+            "workers",
+            "restart",
         }:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(conflicting))
             raise BudgetError(f"--plan already decides everything that {names} would. Drop one or the other.")

@@ -222,9 +222,9 @@ def test_plan_does_not_depend_on_the_number_of_threads(tiny: Path) -> None:
 
 
 def test_an_infeasible_budget_is_told_before_measuring(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object) -> None:
+    def never(*_: object, **__: object) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(pipeline, "spectrum", never)
+    monkeypatch.setattr(pipeline, "measure", never)
     with pytest.raises(BudgetError, match="below"):
         plan_of(tiny, budget=Budget(size_bytes=1000))

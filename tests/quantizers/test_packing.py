@@ -3,12 +3,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import values_of
 
 from alphaq.errors import CheckpointError
 from alphaq.quantizers.packing import decode, dequantize, encode, pack, unpack
 from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.records import Choice, QuantizedMatrix
-from tests.quantizers.reference import values_of
 
 
 def test_pack_3bit_known_block() -> None:

@@ -37,9 +37,7 @@ _LOW_32 = np.uint64(0x00000000FFFFFFFF)
 
 
 @kernel
-def quantize_rows(
-    weight, columns, bits, group_size, symmetric, shrinks, packed, scales, offsets, largest
-):  # type: ignore[no-untyped-def]
+def quantize_rows(weight, columns, bits, group_size, symmetric, shrinks, packed, scales, offsets, largest):  # type: ignore[no-untyped-def]
     """Quantize whole rows of a flat matrix; returns Σ(w − ŵ)² in float64.
 
     weight: float32, float16 or bfloat16 bits. shrinks: float32 [16], fractions of the full range to try.

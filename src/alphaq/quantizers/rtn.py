@@ -16,7 +16,6 @@ import torch
 from alphaq.errors import QuantizationError
 from alphaq.numerics import in_threads, row_parts
 from alphaq.quantizers.kernels import quantize_rows
-from alphaq.quantizers.packing import pack
 from alphaq.records import Choice, QuantizedMatrix
 from alphaq.simd import LANES, flat
 

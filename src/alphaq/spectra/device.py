@@ -36,7 +36,9 @@ def check_device(device: str) -> torch.device:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise DeviceError(f"--device {device} cannot be used ({reason}). Use cpu, or a device of this machine.") from None
+        raise DeviceError(
+            f"--device {device} cannot be used ({reason}). Use cpu, or a device of this machine."
+        ) from None
     return found
 
 

@@ -1,0 +1,218 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alphaq.cache import Cache
+from alphaq.checkpoint.files import PlainFile
+from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.errors import CheckpointError, JournalError, QuantizationError, WorkerError
+from alphaq.journal import Journal
+from alphaq.measurement import measure
+from alphaq.records import Choice, Role
+from alphaq.workers import Workers
+
+CHOICES = (Choice(2, 128), Choice(3, 128))
+
+
+@pytest.fixture
+def checkpoint(tiny: Path) -> Checkpoint:
+    return open_checkpoint(tiny)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the matrices read."""
+    names: list[str] = []
+    original = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, matrix: names.append(matrix.name) or original(self, matrix))
+    return names
+
+
+def measured(checkpoint: Checkpoint, cache: Cache | None, choices: tuple[Choice, ...] = CHOICES) -> list[Any]:
+    return list(measure(checkpoint.with_role(Role.EXPERT)[:6], Workers(1, checkpoint), cache, choices=choices))
+
+
+def test_nothing_is_measured_twice(checkpoint: Checkpoint, tmp_path: Path, reads: list[str]) -> None:
+    with Cache(tmp_path, {"weights": "a"}) as cache:
+        first = measured(checkpoint, cache)
+    reads.clear()
+    with Cache(tmp_path, {"weights": "a"}) as cache:
+        assert measured(checkpoint, cache) == first
+        assert reads == []
+        more = measured(checkpoint, cache, (*CHOICES, Choice(4, 128)))
+        assert len(reads) == 6
+    assert [one.spectrum for one in more] == [one.spectrum for one in first]
+    assert [one.squared_errors[CHOICES[0]] for one in more] == [one.squared_errors[CHOICES[0]] for one in first]
+
+
+def test_other_weights_have_another_cache(checkpoint: Checkpoint, tmp_path: Path, reads: list[str]) -> None:
+    for weights in ("a", "b"):
+        with Cache(tmp_path, {"weights": weights}) as cache:
+            measured(checkpoint, cache)
+    assert len(reads) == 12
+
+
+def test_measurements_survive_a_torn_line(checkpoint: Checkpoint, tmp_path: Path, reads: list[str]) -> None:
+    with Cache(tmp_path, {}) as cache:
+        first = measured(checkpoint, cache)
+    (file,) = tmp_path.rglob("*.jsonl")
+    file.write_bytes(file.read_bytes()[:-20])
+    reads.clear()
+    with Cache(tmp_path, {}) as cache:
+        assert measured(checkpoint, cache) == first
+    assert len(reads) == 1
+
+
+def test_a_cache_serves_one_process_at_a_time(tmp_path: Path) -> None:
+    with Cache(tmp_path, {}), pytest.raises(JournalError, match="Another alphaq is at work"):
+        Cache(tmp_path, {})
+
+
+def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JournalError, match="--no-cache"):
+        Cache(tmp_path / "file", {})
+
+
+def test_a_journal_drops_what_follows_a_damaged_line(tmp_path: Path) -> None:
+    with Journal(tmp_path / "j") as journal:
+        for number in range(4):
+            journal.append({"n": number})
+    lines = (tmp_path / "j").read_bytes().splitlines(keepends=True)
+    (tmp_path / "j").write_bytes(lines[0] + lines[1] + b"\x00\xff\n" + lines[3])
+    with Journal(tmp_path / "j") as journal:
+        assert journal.entries == [{"n": 0}, {"n": 1}]
+        journal.append({"n": 9})
+    assert [json.loads(line)["n"] for line in (tmp_path / "j").read_text().splitlines()] == [0, 1, 9]
+
+
+def test_touched_and_rewritten_weights_are_told_apart(tmp_path: Path, tiny: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny, copy)
+    before, before_hashed = open_checkpoint(copy).contents(), open_checkpoint(copy).contents(hashed=True)
+    shard = next(copy.glob("*.safetensors"))
+    os.utime(shard, ns=(1, 1))
+    assert open_checkpoint(copy).contents() != before
+    assert open_checkpoint(copy).contents(hashed=True) == before_hashed
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert open_checkpoint(copy).contents(hashed=True) != before_hashed
+
+
+def test_a_second_budget_measures_nothing(alphaq: Any, tiny: Path, reads: list[str]) -> None:
+    first = alphaq("plan", tiny, "--bits", "2", "--workers", "1", "--json").json
+    assert len(reads) == len(first["assignment"])
+    reads.clear()
+    alphaq("plan", tiny, "--bits", "3", "--workers", "1", "--json")
+    alphaq("plan", tiny, "--bits", "2", "--gamma", "5", "--workers", "1", "--json")
+    assert reads == []
+    alphaq("plan", tiny, "--bits", "3", "--no-cache", "--workers", "1", "--json")
+    assert len(reads) == len(first["assignment"])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_of_a_fused_tensor_only_the_slice_is_read(
+    save_family: Any, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(save_family(family, fused=True))
+    fused = [matrix for matrix in checkpoint.matrices if matrix.index is not None]
+    sizes: list[int] = []
+    original = PlainFile.read
+    monkeypatch.setattr(
+        PlainFile, "read", lambda self, begin, nbytes: sizes.append(nbytes) or original(self, begin, nbytes)
+    )
+    assert fused
+    for matrix in fused:
+        assert checkpoint.read(matrix).shape == matrix.shape
+    for matrix, nbytes in zip(fused, sizes, strict=True):
+        assert nbytes <= (2 if matrix.transposed else 1) * 2 * matrix.parameters
+
+
+def test_a_file_cut_short_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"12345")
+    file = PlainFile(tmp_path / "x")
+    assert bytes(file.read(1, 3).tolist()) == b"234"
+    with pytest.raises(CheckpointError, match="cut short"):
+        file.read(3, 3)
+
+
+def double(shared: int, task: int) -> int:
+    return shared * task
+
+
+def fail(shared: int, task: int) -> int:
+    raise QuantizationError("layers.3 holds NaN")
+
+
+def die(shared: int, task: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_workers_return_results_in_order(count: int) -> None:
+    with Workers(count, 3) as workers:
+        assert list(workers.map(double, range(40), size=lambda task: task << 23)) == [3 * n for n in range(40)]
+        with pytest.raises(QuantizationError, match=r"layers\.3"):
+            list(workers.map(fail, range(3)))
+
+
+def test_a_killed_worker_is_an_error_with_a_remedy() -> None:
+    with Workers(2, 3) as workers, pytest.raises(WorkerError, match="fewer --workers"):
+        list(workers.map(die, range(3)))
+
+
+def test_look_ahead_is_bounded() -> None:
+    taken: list[int] = []
+
+    def tasks() -> Iterator[int]:
+        for number in range(1000):
+            taken.append(number)
+            yield number
+
+    with Workers(2, 1) as workers:
+        results = workers.map(double, tasks())
+        next(results)
+        assert len(taken) <= 10
+        results.close()  # type: ignore[attr-defined]
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import os, signal, sys, time\n"
+        "from alphaq.workers import Workers\n"
+        "def pid(shared, task):\n    return os.getpid()\n"
+        "if __name__ == '__main__':\n"
+        "    with Workers(2, None) as workers:\n"
+        "        print(*set(workers.map(pid, range(20))), flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    pids = [int(word) for word in ran.stdout.split()]
+    assert pids
+    assert ran.returncode == -signal.SIGKILL
+    for _ in range(100):
+        if not any(Path(f"/proc/{pid}/cmdline").is_file() and _alive(pid) for pid in pids):
+            return
+        import time
+
+        time.sleep(0.1)
+    pytest.fail("a worker outlived its parent")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False

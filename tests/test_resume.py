@@ -1,0 +1,152 @@
+"""A killed run, started again, ends with the bytes of an undisturbed one."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alphaq.checkpoint.writer import JOURNAL_NAME
+from alphaq.journal import Journal
+
+PARTIAL = ".out.partial"
+
+
+def command(model: Path, out: Path, *more: str) -> list[str]:
+    options = ["--bits", "2.5", "--attention-bits", "8", *more]
+    return [sys.executable, "-m", "alphaq", "quantize", str(model), "-o", str(out), *options]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def progress(folder: Path, cache: Path) -> int:
+    """Lines that a run has noted so far, of its measurements and of its output."""
+    files = [*cache.rglob("*.jsonl"), folder / PARTIAL / JOURNAL_NAME]
+    return sum(file.read_bytes().count(b"\n") for file in files if file.is_file())
+
+
+def kill_after(lines: int, run: list[str], folder: Path, cache: Path, delay_s: float = 0.0) -> bool:
+    """Start a run in a session of its own and kill all of it once it has noted so many lines; True if it was killed."""
+    process = subprocess.Popen(run, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and progress(folder, cache) < lines:
+        time.sleep(0.0005)
+    time.sleep(delay_s)
+    if process.poll() is None:
+        os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+@pytest.fixture
+def undisturbed(tiny: Path, tmp_path: Path) -> dict[str, bytes]:
+    subprocess.run(command(tiny, tmp_path / "whole", "--no-cache"), check=True, capture_output=True)
+    return contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_killed_run_resumes_to_identical_bytes(
+    tiny: Path, tmp_path: Path, undisturbed: dict[str, bytes], workers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("ALPHAQ_CACHE", str(cache))
+    run = command(tiny, tmp_path / "out", "--workers", workers)
+    kills = 0
+    for lines in sorted(random.Random(int(workers)).sample(range(1, 250), 4)):
+        kills += kill_after(lines, run, tmp_path, cache)
+        assert not (tmp_path / "out").exists() or kills == 0 or contents(tmp_path / "out") == undisturbed
+        if (tmp_path / "out").exists():
+            break
+    assert kills >= 2
+    if not (tmp_path / "out").exists():
+        subprocess.run(run, check=True, capture_output=True)
+    assert contents(tmp_path / "out") == undisturbed
+    assert not (tmp_path / PARTIAL).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_run_killed_at_any_time_resumes_to_identical_bytes(
+    tiny: Path, tmp_path: Path, undisturbed: dict[str, bytes], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At moments of the clock, so also between stages, while verifying and while publishing."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("ALPHAQ_CACHE", str(cache))
+    moments = random.Random(seed)
+    run = command(tiny, tmp_path / "out", "--workers", str(1 + seed % 2))
+    for _ in range(12):
+        killed = kill_after(moments.choice([0, 1, 144, 150, 200, 280]), run, tmp_path, cache, moments.random() * 0.5)
+        if not killed:
+            break
+    if not (tmp_path / "out").exists():
+        subprocess.run(run, check=True, capture_output=True)
+    assert contents(tmp_path / "out") == undisturbed
+
+
+@pytest.fixture
+def unfinished(tiny: Path, tmp_path: Path) -> Path:
+    """An output folder whose run was killed half-way."""
+    cache = Path(os.environ["ALPHAQ_CACHE"])
+    assert kill_after(150 + 60, command(tiny, tmp_path / "out", "--workers", "1"), tmp_path, cache)
+    return tmp_path / "out"
+
+
+def test_another_plan_is_refused_until_told_to_restart(alphaq: Any, tiny: Path, unfinished: Path) -> None:
+    ran = alphaq("quantize", tiny, "--bits", "3", "-o", unfinished)
+    assert ran.code == 2
+    assert "its plan changed since" in ran.err
+    assert "--restart" in ran.err
+    assert alphaq("quantize", tiny, "--bits", "3", "-o", unfinished, "--restart").code == 0
+    assert json.loads((unfinished / "plan.json").read_text())["average_bits"] == 3.0
+
+
+def test_changed_weights_are_refused(alphaq: Any, tiny: Path, unfinished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "tiny"
+    shutil.copytree(tiny, copy)
+    os.utime(next(copy.glob("*.safetensors")), ns=(1, 1))
+    ran = alphaq("quantize", copy, "--bits", "2.5", "--attention-bits", "8", "-o", unfinished)
+    assert ran.code == 2
+    assert "its checkpoint" in ran.err
+
+
+def test_what_was_damaged_meanwhile_is_made_again(tiny: Path, unfinished: Path, undisturbed: dict[str, bytes]) -> None:
+    shard = next((unfinished.parent / PARTIAL).glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    for place in range(len(data) // 2, len(data), 5000):
+        data[place] ^= 0xFF
+    shard.write_bytes(data)
+    subprocess.run(command(tiny, unfinished), check=True, capture_output=True)
+    assert contents(unfinished) == undisturbed
+
+
+def test_two_runs_at_once_are_refused(alphaq: Any, tiny: Path, unfinished: Path) -> None:
+    with Journal(unfinished.parent / PARTIAL / JOURNAL_NAME):
+        ran = alphaq("quantize", tiny, "--bits", "2.5", "--attention-bits", "8", "-o", unfinished)
+    assert ran.code == 2
+    assert "Another alphaq is at work" in ran.err
+
+
+def test_damaged_input_leaves_nothing(alphaq: Any, tiny: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny, copy)
+    plan = tmp_path / "plan.json"
+    assert alphaq("plan", copy, "--bits", "2", "-o", plan).code == 0
+    shard = next(copy.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-(1 << 20) :] = b"\xff\x7f" * (1 << 19)  # NaN in bfloat16
+    shard.write_bytes(data)
+    ran = alphaq("quantize", copy, "--plan", plan, "-o", tmp_path / "out")
+    assert ran.code == 2
+    assert "NaN" in ran.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "plan.json"]
