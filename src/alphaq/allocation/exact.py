@@ -18,6 +18,7 @@ import numpy as np
 
 from alphaq.errors import BudgetError
 from alphaq.records import Solution
+from alphaq.simd import kernel
 
 RELATIVE_TOLERANCE = 1e-12  # a gap below this is rounding, not loss
 BISECTIONS = 200
@@ -67,30 +68,37 @@ def solve_exact(losses: np.ndarray, costs: np.ndarray, budget: int) -> Solution:
     return Solution(columns, upper, min(bound, upper), int(costs[units, columns].sum()))
 
 
-def _choose(losses: np.ndarray, steps: np.ndarray, price: float) -> tuple[np.ndarray, int]:
-    """Each unit's own best column at a price, the cheapest among equals, and the total cost."""
-    reduced = losses + price * steps
-    tied = reduced == reduced.min(axis=1, keepdims=True)
-    columns = np.where(tied, steps, np.iinfo(np.int64).max).argmin(axis=1)
-    return columns, int(steps[np.arange(len(steps)), columns].sum())
+@kernel
+def _choose(losses, steps, price, columns):  # type: ignore[no-untyped-def]
+    """Each unit's own best column at a price, the cheapest among equals, into `columns`; returns the total cost."""
+    total = 0
+    for unit in range(len(losses)):
+        best = losses[unit, 0] + price * steps[unit, 0]
+        chosen = 0
+        for column in range(1, losses.shape[1]):
+            value = losses[unit, column] + price * steps[unit, column]
+            if value < best or (value == best and steps[unit, column] < steps[unit, chosen]):
+                best, chosen = value, column
+        columns[unit] = chosen
+        total += steps[unit, chosen]
+    return total
 
 
 def _best_price(losses: np.ndarray, steps: np.ndarray, room: int) -> tuple[float, np.ndarray]:
     """Smallest price at which the units' own choices fit, by bisection; and those choices."""
-    columns, cost = _choose(losses, steps, 0.0)
-    if cost <= room:
+    columns, candidate = np.empty((2, len(losses)), np.int64)
+    if _choose(losses, steps, 0.0, columns) <= room:
         return 0.0, columns
     low, high = 0.0, max(float(np.ptp(losses)), 1e-300)
-    while (fitting := _choose(losses, steps, high))[1] > room:
+    while _choose(losses, steps, high, columns) > room:
         low, high = high, high * 4
-    columns = fitting[0]
     for _ in range(BISECTIONS):
         middle = (low * high) ** 0.5 if low > 0 else high / 1024
         if not low < middle < high:
             break
-        candidate, cost = _choose(losses, steps, middle)
+        cost = _choose(losses, steps, middle, candidate)
         if cost <= room:
-            high, columns = middle, candidate
+            high, columns, candidate = middle, candidate, columns
         else:
             low = middle
         if high - low <= 4e-16 * high or cost == room:
@@ -101,23 +109,33 @@ def _best_price(losses: np.ndarray, steps: np.ndarray, room: int) -> tuple[float
 def _fill(losses: np.ndarray, steps: np.ndarray, columns: np.ndarray, room: int) -> np.ndarray:
     """Spend what is left greedily, best loss per cost first: a good plan to start from, not yet the best."""
     columns = columns.copy()
-    units = np.arange(len(steps))
+    left = room - int(np.take_along_axis(steps, columns[:, None], 1).sum())
+    target, rate = np.empty(len(steps), np.int64), np.empty(len(steps))
     for _ in range(steps.shape[1]):
-        left = room - int(steps[units, columns].sum())
-        extra = steps - steps[units, columns][:, None]
-        gain = losses[units, columns][:, None] - losses
-        usable = (gain > 0) & (extra <= left)
-        rate = np.where(usable, gain / np.maximum(extra, 0.5), -np.inf)
-        target = rate.argmax(axis=1)
-        order = np.flatnonzero(np.isfinite(rate[units, target]))
-        order = order[np.argsort(-rate[order, target[order]], kind="stable")]
+        _upgrades(losses, steps, columns, left, target, rate)
+        order = np.flatnonzero(rate > 0)
         if not len(order):
             break
-        needed = extra[order, target[order]]
+        order = order[np.argsort(-rate[order], kind="stable")]
+        needed = steps[order, target[order]] - steps[order, columns[order]]
         prefix = np.cumsum(needed) <= left
-        taken = order[: len(order) if prefix.all() else max(1, int(prefix.argmin()))]
-        columns[taken] = target[taken]
+        taken = len(order) if prefix.all() else max(1, int(prefix.argmin()))
+        columns[order[:taken]] = target[order[:taken]]
+        left -= int(needed[:taken].sum())
     return columns
+
+
+@kernel
+def _upgrades(losses, steps, columns, left, target, rate):  # type: ignore[no-untyped-def]
+    """The column of most loss saved per cost that still fits, and that rate, for each unit; 0 where there is none."""
+    for unit in range(len(losses)):
+        rate[unit] = 0.0
+        now = columns[unit]
+        for column in range(losses.shape[1]):
+            gain = losses[unit, now] - losses[unit, column]
+            extra = steps[unit, column] - steps[unit, now]
+            if gain > 0 and extra <= left and gain / max(float(extra), 0.5) > rate[unit]:
+                target[unit], rate[unit] = column, gain / max(float(extra), 0.5)
 
 
 def _search_core(
