@@ -40,12 +40,18 @@ class Timing:
         return f"{1e3 * self.median_s:,.1f} ({1e3 * self.best_s:,.1f})"
 
 
+PAUSE_S = 0.1
+TURN_S = 0.2
+
+
 def alternate(
     contestants: Mapping[str, Callable[[], Any]], rounds: int = 7, limit_s: float = 60.0, warm_up: bool = True
 ) -> tuple[dict[str, Timing], dict[str, Any]]:
     """Time contestants in turn, ours first; returns their timings and what each last returned.
 
-    No round begins after `limit_s`, so that something slow is timed once. A warm-up call is not counted.
+    A turn is as many calls as fit into `TURN_S`, after a pause in which the threads of the one before it
+    go to sleep (torch's keep a core busy while they wait for more). No round begins after `limit_s`, so
+    that something slow is timed once. A warm-up call is not counted.
     """
     returned = {name: work() for name, work in contestants.items()} if warm_up else {}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -54,9 +60,12 @@ def alternate(
         if done and time.perf_counter() - began > limit_s:
             break
         for name, work in contestants.items():
-            start = time.perf_counter()
-            returned[name] = work()
-            seconds[name].append(time.perf_counter() - start)
+            time.sleep(PAUSE_S)
+            calls, start = 0, time.perf_counter()
+            while not calls or time.perf_counter() - start < TURN_S:
+                returned[name] = work()
+                calls += 1
+            seconds[name].append((time.perf_counter() - start) / calls)
     ours = next(iter(seconds.values()))
     timings = {
         name: Timing(

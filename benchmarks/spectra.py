@@ -1,8 +1,8 @@
 """Tail exponent α of one matrix: AlphaQ against an SVD per block and against batched eigenvalues in torch.
 
 All three see the same sampled blocks and end with the same Hill estimate. The loop is how the method's
-reference code does it; the batch is the best that stock torch offers. AlphaQ's time includes the check
-for bad weights and the variance, which the others leave out.
+reference code does it; the batch is the best that stock torch offers. All find the variance of the
+weights too, which a cost table needs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ SHAPES = ((1408, 2048), (14336, 4096), (768, 2048))
 QUICK_SHAPES = ((256, 384),)
 ABOUT = """\
 One matrix, at most 256 blocks of 128 × 128, all cores. The loop calls `torch.linalg.svdvals` on each block, as the
-reference code does; the batch calls `torch.linalg.eigvalsh` once on all Gram matrices. Milliseconds, median (best); a
-ratio is how many times longer the other one takes. Δα is the largest difference between any two of the three."""
+reference code does; the batch, which is also what `--device cuda` uses, calls `torch.linalg.eigvalsh` once on all Gram
+matrices. All three find the variance of all weights too. Milliseconds, median (best); a ratio is how many times longer
+the other one takes. Δα is the largest difference between any two of the three."""
 
 
 def heavy_tailed(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -40,12 +41,14 @@ def heavy_tailed(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
 
 def loop_alpha(weight: torch.Tensor, name: str) -> float:
     """One SVD call per block."""
+    weight.var()
     squares = [torch.linalg.svdvals(block).square() for block in blocks(weight, name).float()]
     return hill_exponent(torch.cat(squares).sort().values)
 
 
 def batched_alpha(weight: torch.Tensor, name: str) -> float:
     """One eigenvalue call for all blocks."""
+    weight.var()
     cut = blocks(weight, name).float()
     eigenvalues = torch.linalg.eigvalsh(cut @ cut.transpose(1, 2))
     return hill_exponent(eigenvalues.clamp_min_(0).flatten().sort().values)
@@ -87,10 +90,7 @@ def cpu_rows(shapes: tuple[tuple[int, int], ...], rounds: int) -> list[dict[str,
 
 
 def gpu_rows(shapes: tuple[tuple[int, int], ...], rounds: int) -> list[dict[str, Any]]:
-    """The same on a GPU, weights there already; `hill_exponent` waits for the result. None without CUDA.
-
-    Ours joins at the front of `contestants` once it takes a device.
-    """
+    """What torch does on a GPU, weights there already; `hill_exponent` waits for the result. None without CUDA."""
     if not torch.cuda.is_available():
         return []
     contestants: dict[str, Callable[[torch.Tensor, str], Any]] = {"batch": batched_alpha}

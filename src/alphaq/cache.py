@@ -54,10 +54,14 @@ class Cache:
             self.spectra[name] = spectrum
         self.errors.update({(name, str(choice)): error for choice, error in errors.items()})
 
+    def close(self) -> None:
+        """Let other processes use the cache."""
+        self._journal.close()
+
     def __enter__(self) -> Cache:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._journal.close()
+        self.close()

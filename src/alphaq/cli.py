@@ -161,7 +161,11 @@ def _means(
     with ExitStack() as stack:
         cache = None
         if checkpoint is not None and not no_cache:
-            identity = {"fingerprint": checkpoint.fingerprint, "contents": checkpoint.contents(hash_contents)}
+            identity = {
+                "fingerprint": checkpoint.fingerprint,
+                "contents": checkpoint.contents(hash_contents),
+                "device": device.partition(":")[0],
+            }
             cache = stack.enter_context(Cache(cache_folder(), identity))
         yield stack.enter_context(Workers(workers or sensible_count(nbytes), checkpoint)), cache
 
@@ -308,15 +312,8 @@ def quantize(
 
     check_absent(output)
     if plan_file is not None:
-        if conflicting := _given(context) - {
-            "model",
-            "output",
-            "plan_file",
-            "revision",
-            "as_json",
-            "workers",
-            "restart",
-        }:
+        beside = {"model", "output", "plan_file", "revision", "as_json", "workers", "restart"}
+        if conflicting := _given(context) - beside:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(conflicting))
             raise BudgetError(f"--plan already decides everything that {names} would. Drop one or the other.")
         if not plan_file.is_file():
@@ -335,6 +332,8 @@ def quantize(
     with _means(checkpoint, workers, no_cache or plan_file is not None, hash_contents, device) as (pool, cache):
         if plan_file is None:
             made = _build_plan(checkpoint, config, stats, pool, cache, device)
+        if cache is not None:
+            cache.close()  # others may measure while this one writes
         result = pipeline.quantize(checkpoint, made, output, progress, pool, restart)
     summary = (
         f"{output}: {human_bytes(result['size_bytes'])} of weights, was {human_bytes(result['source_bytes'])}; "
@@ -451,7 +450,7 @@ def main(arguments: list[str] | None = None) -> None:
     except AlphaQError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted; the same command goes on where this one stopped", highlight=False)
+        err.print("interrupted; the same command goes on from what was finished", highlight=False)
         sys.exit(130)
     except Exception as error:
         # Typer's usage errors share no public base class across its versions, but all can format themselves.

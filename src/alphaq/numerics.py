@@ -95,7 +95,8 @@ def in_threads(work: Callable[[S], T], parts: Sequence[S]) -> list[T]:
     helpers = [_threads(threads - 1).submit(take) for _ in range(threads - 1)]
     take()
     for helper in helpers:
-        helper.result()
+        if not helper.cancel():  # one that has not begun by now has nothing left to take
+            helper.result()
     return [results[number] for number in range(len(parts))]
 
 

@@ -94,7 +94,7 @@ def store(checkpoint: Checkpoint, task: StoreTask) -> TensorRecord:
     assert task.choice is not None  # a matrix always has one
     weight = checkpoint.read(task.source)
     stored, error = _quantized(weight, task.choice, task.source.name)
-    digest = write_at(task.path, task.place.begin, [memoryview(flat(stored).view(np.uint8))])
+    digest = write_at(task.path, task.place.begin, [flat(stored).view(np.uint8).data])
     return TensorRecord(blake2b=digest, relative_error=_relative(error, weight))
 
 

@@ -76,7 +76,7 @@ def _place(context: Any, builder: Any, array_type: Any, array: Any, offset: Any,
 
 @intrinsic
 def load(typing: Any, array: Any, offset: Any) -> Any:
-    """Lanes array[offset : offset + 16] of a flat array: float32, or bits of float16 (as int16) or bfloat16 (uint16)."""
+    """Lanes array[offset : offset + 16]: of float32, or of the bits of float16 (int16) or bfloat16 (uint16)."""
 
     def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         element = _ELEMENTS[sig.args[0].dtype]

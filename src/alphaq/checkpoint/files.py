@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,29 +19,28 @@ class PlainFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+        self._file = path.open("rb", buffering=0)
+        self._lock = threading.Lock()
 
     def read(self, begin: int, nbytes: int) -> torch.Tensor:
         """Bytes [begin, begin + nbytes) as uint8. Raises CheckpointError if the file is shorter."""
         data = torch.empty(nbytes, dtype=torch.uint8)
-        self.read_into(begin, memoryview(data.numpy()))  # type: ignore[arg-type]
+        self.read_into(begin, data.numpy().data)
         return data
 
     def read_into(self, begin: int, data: memoryview) -> None:
         """Fill a buffer with the bytes from `begin` on. Raises CheckpointError if the file is shorter."""
         done = 0
-        while done < len(data):
+        with self._lock:
             try:
-                count = os.preadv(self._descriptor, [data[done:]], begin + done)
+                self._file.seek(begin)
+                while done < len(data):
+                    count = self._file.readinto(data[done:])
+                    if not count:
+                        raise CheckpointError(f"{self.path} was cut short while it was read. Restore the file.")
+                    done += count
             except OSError as error:
                 raise CheckpointError(f"{self.path} cannot be read: {error.strerror}. Check the disk.") from error
-            if count == 0:
-                raise CheckpointError(f"{self.path} was cut short while it was read. Restore the file.")
-            done += count
 
     def chunks(self, begin: int, nbytes: int) -> Iterator[memoryview]:
         """The same bytes piece by piece, in one buffer that is used again."""
@@ -50,12 +50,17 @@ class PlainFile:
             self.read_into(begin + offset, piece)
             yield piece
 
-    def advise(self, begin: int, nbytes: int, advice: str) -> None:
-        """Pass WILLNEED or DONTNEED on to the system; nbytes 0 means to the end. A no-op where there is none."""
+    def expect(self, begin: int, nbytes: int) -> None:
+        """Tell the system that these bytes will be read soon, where there is a way to."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, begin, nbytes, getattr(os, f"POSIX_FADV_{advice}"))
+            os.posix_fadvise(self._file.fileno(), begin, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def forget(self) -> None:
+        """Tell the system to drop the file from its cache, where there is a way to."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def memory_bytes() -> int:
-    """Physical memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Physical memory of this machine; 0 where the system does not tell."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0

@@ -119,12 +119,12 @@ class Checkpoint:
 
     def expect(self, matrix: MatrixRef) -> None:
         """Tell the system that a matrix will be read soon."""
-        self.file(self.shard_of[matrix.tensor]).advise(*self.place(matrix), "WILLNEED")
+        self.file(self.shard_of[matrix.tensor]).expect(*self.place(matrix))
 
     def forget(self, shard: str) -> None:
         """Tell the system that a shard is done with; only where the checkpoint does not fit into memory anyway."""
         if self.nbytes > memory_bytes() // 2:
-            self.file(shard).advise(0, 0, "DONTNEED")
+            self.file(shard).forget()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}  # each process opens its own

@@ -1,9 +1,8 @@
 """Quantize, pack and unpack at memory speed: a group is read once, searched in registers, written packed.
 
 The search tries sixteen steps at a time, one per vector lane, so that no sum crosses lanes and a
-group may have any length. Codes go straight into the packed
-stream, least significant bit first.
-`rtn.search` in torch is the readable reference that tests compare with.
+group may have any length. Codes go straight into the packed stream, least significant bit first.
+The tests' oracle is the same search in plain torch.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _LOW_32 = np.uint64(0x00000000FFFFFFFF)
 
 
 @kernel
-def quantize_rows(weight, columns, bits, group_size, symmetric, shrinks, packed, scales, offsets, largest):  # type: ignore[no-untyped-def]
+def quantize_rows(weight, columns, bits, group_size, symmetric, shrinks, packed, scales, offsets, largest):
     """Quantize whole rows of a flat matrix; returns Σ(w − ŵ)² in float64.
 
     weight: float32, float16 or bfloat16 bits. shrinks: float32 [16], fractions of the full range to try.
@@ -80,7 +79,7 @@ def quantize_rows(weight, columns, bits, group_size, symmetric, shrinks, packed,
 
 
 @kernel
-def _search(values, count, bits, symmetric, shrinks, codes):  # type: ignore[no-untyped-def]
+def _search(values, count, bits, symmetric, shrinks, codes):
     """Best step of one group: scale, zero point and squared error; codes become q."""
     top = np.float32(2**bits - 1)
     low, high = splat(np.float32(0)), splat(np.float32(0))
@@ -114,13 +113,13 @@ def _search(values, count, bits, symmetric, shrinks, codes):  # type: ignore[no-
 
 
 @kernel
-def _inverse(scale):  # type: ignore[no-untyped-def]
+def _inverse(scale):
     """1/scale; a scale of 0 (a group of zeros, or float16 underflow) makes every level 0."""
     return np.float32(1) / scale if scale > 0 else np.float32(0)
 
 
 @kernel
-def _errors(values, count, scale, inverse, lowest, highest):  # type: ignore[no-untyped-def]
+def _errors(values, count, scale, inverse, lowest, highest):
     """Σ(w − ŵ)² for sixteen scales, one per lane."""
     even, odd = splat(np.float32(0)), splat(np.float32(0))
     down = splat(np.float32(0)) - scale
@@ -139,7 +138,7 @@ def _errors(values, count, scale, inverse, lowest, highest):  # type: ignore[no-
 
 
 @kernel
-def _least_squares(values, count, scale, lowest, highest):  # type: ignore[no-untyped-def]
+def _least_squares(values, count, scale, lowest, highest):
     """The step that fits the levels of a step best: Σ w·(q − z) / Σ (q − z)², as stored."""
     inverse, bottom, top = splat(_inverse(scale)), splat(lowest), splat(highest)
     product, square = splat(np.float32(0)), splat(np.float32(0))
@@ -152,7 +151,7 @@ def _least_squares(values, count, scale, lowest, highest):  # type: ignore[no-un
 
 
 @kernel
-def _encode(values, count, scale, zero, top, codes):  # type: ignore[no-untyped-def]
+def _encode(values, count, scale, zero, top, codes):
     """Write the codes q of one scale; returns Σ(w − ŵ)². Padding is 0 and costs nothing."""
     inverse, step, shift = splat(_inverse(scale)), splat(scale), splat(zero)
     bottom, ceiling = splat(-zero), splat(top - zero)
@@ -167,7 +166,7 @@ def _encode(values, count, scale, zero, top, codes):  # type: ignore[no-untyped-
 
 
 @kernel
-def _one_bit(values, count, symmetric, codes):  # type: ignore[no-untyped-def]
+def _one_bit(values, count, symmetric, codes):
     """Two levels offset ± scale split at the mean (at zero if symmetric): scale, offset, squared error."""
     length = np.float32(count)
     zero, one = splat(np.float32(0)), splat(np.float32(1))
@@ -203,7 +202,7 @@ def _one_bit(values, count, symmetric, codes):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _pack(codes, eights, count, bits, packed, at, end):  # type: ignore[no-untyped-def]
+def _pack(codes, eights, count, bits, packed, at, end):
     """Write codes as a stream of bits from byte `at` on, eight codes becoming `bits` bytes at a time.
 
     eights: the codes seen as uint64. Three steps halve the number of gaps between the codes.
@@ -224,7 +223,7 @@ def _pack(codes, eights, count, bits, packed, at, end):  # type: ignore[no-untyp
 
 
 @kernel
-def _unpack(packed, at, end, count, bits, eights):  # type: ignore[no-untyped-def]
+def _unpack(packed, at, end, count, bits, eights):
     """The inverse of `_pack`."""
     width = np.uint64(bits)
     first, second, third = np.uint64(8) - width, np.uint64(16) - 2 * width, np.uint64(32) - 4 * width
@@ -240,7 +239,7 @@ def _unpack(packed, at, end, count, bits, eights):  # type: ignore[no-untyped-de
 
 
 @kernel
-def dequantize_rows(packed, columns, bits, group_size, scales, offsets, out):  # type: ignore[no-untyped-def]
+def dequantize_rows(packed, columns, bits, group_size, scales, offsets, out):
     """Values of whole packed rows, float32 [rows · columns]: s·(q − z), or offset ± s for 1 bit.
 
     packed: uint8 [rows · bytes per row]. scales, offsets: float32 [rows · groups].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from alphaq.simd import LANES, flat
 from alphaq.spectra import kernels
 from alphaq.spectra.farms import corners
 from alphaq.spectra.tail import tail_count
+
+_own = threading.local()
 
 
 def block_eigenvalues(blocks: torch.Tensor) -> torch.Tensor:
@@ -49,19 +52,19 @@ def largest_eigenvalues(weight: torch.Tensor, name: str, mean_square: float) -> 
     off_squared = np.empty_like(diagonal)
     source = flat(weight.contiguous())
 
-    def reduce(part: np.ndarray) -> None:
-        first, last = part[0], part[-1] + 1
+    def reduce(group: int) -> None:
         kernels.tridiagonals(
             source,
             columns,
-            padded[first * LANES : last * LANES],
+            padded[group * LANES : (group + 1) * LANES],
             size,
             np.float32(scale),
-            diagonal[first:last].reshape(-1),
-            off_squared[first:last].reshape(-1),
+            _scratch(2 * (size + 1) * kernels.row_length(size)),
+            diagonal[group].reshape(-1),
+            off_squared[group].reshape(-1),
         )
 
-    in_threads(reduce, np.array_split(np.arange(groups), min(groups, torch.get_num_threads())))
+    in_threads(reduce, range(groups))
     if len(starts) % LANES:
         diagonal[-1, :, len(starts) % LANES :], off_squared[-1, :, len(starts) % LANES :] = -1, 0
     count = len(starts) * size
@@ -75,3 +78,12 @@ def largest_eigenvalues(weight: torch.Tensor, name: str, mean_square: float) -> 
         slices(len(owner), 8 * kernels.PANEL),
     )
     return torch.from_numpy(np.sort(found).astype(np.float64) / scale**2), count
+
+
+def _scratch(length: int) -> np.ndarray:
+    """This thread's working memory, float32, at a multiple of 64 bytes, so that no vector crosses a cache line."""
+    if not hasattr(_own, "memory") or len(_own.memory) < length:
+        raw = np.empty(4 * length + 64, np.uint8)
+        _own.memory = raw[-raw.ctypes.data % 64 :][: 4 * length].view(np.float32)
+    memory: np.ndarray = _own.memory[:length]
+    return memory

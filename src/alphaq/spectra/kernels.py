@@ -22,44 +22,51 @@ PANEL = 4 * LANES  # eigenvalues bisected together: enough independent divisions
 _TINY = np.float32(1e-30)
 
 
-@kernel
-def tridiagonals(weight, columns, corners, size, scale, diagonal, off_squared):  # type: ignore[no-untyped-def]
-    """Tridiagonal forms of the Gram matrices of square blocks of a flat [rows · columns] matrix.
+def row_length(size):
+    """Floats from one row of sixteen interleaved matrices to the next: one vector more than they need,
+    or rows would lie a power of two apart and drive one another out of the cache."""
+    return (size + 1) * LANES
 
-    weight: float32, or uint16 bits of bfloat16. corners: offsets of the blocks' first elements, int64
-    [groups · 16]. diagonal, off_squared: float32 [groups · size · 16], filled; off_squared[0] unused.
+
+_row_length = kernel(row_length)
+
+
+@kernel
+def tridiagonals(weight, columns, corners, size, scale, scratch, diagonal, off_squared):
+    """Tridiagonal forms of the Gram matrices of sixteen square blocks of a flat [rows · columns] matrix.
+
+    weight: float32, or bits of float16 or bfloat16. corners: offsets of the blocks' first elements, int64
+    [16]. scratch: float32 [2 · (size + 1) · row_length(size)], best aligned to 64 bytes.
+    diagonal, off_squared: float32 [size · 16], filled; off_squared[0] unused.
     """
-    length = size * size * LANES
-    blocks = np.empty(length, np.float32)
-    gram = np.empty(length, np.float32)
-    partner = np.empty(size * LANES, np.float32)
-    product = np.empty(size * LANES, np.float32)
-    for group in range(corners.size // LANES):
-        _interleave(weight, columns, corners[group * LANES : (group + 1) * LANES], size, scale, blocks)
-        _gram(blocks, size, gram)
-        start, stop = group * size * LANES, (group + 1) * size * LANES
-        _tridiagonalise(gram, size, diagonal[start:stop], off_squared[start:stop], partner, product)
+    row = _row_length(size)
+    blocks, gram = scratch[: size * row], scratch[size * row : 2 * size * row]
+    _interleave(weight, columns, corners, size, scale, blocks)
+    _gram(blocks, size, gram)
+    partner, product = scratch[2 * size * row : (2 * size + 1) * row], scratch[(2 * size + 1) * row :]
+    _tridiagonalise(gram, size, diagonal, off_squared, partner, product)
 
 
 @kernel
-def _interleave(weight, columns, corners, size, scale, out):  # type: ignore[no-untyped-def]
+def _interleave(weight, columns, corners, size, scale, out):
     """out[k, i, l] = scale · element (k, i) of block l."""
     line = np.empty(size, np.float32)
     factor = splat(scale)
+    row = _row_length(size)
     for lane in range(LANES):
         for k in range(size):
             source = corners[lane] + k * columns
             for i in range(0, size, LANES):
                 store(line, i, load(weight, source + i) * factor)
-            target = k * size * LANES + lane
+            target = k * row + lane
             for i in range(size):
                 out[target + i * LANES] = line[i]
 
 
 @kernel
-def _gram(blocks, size, gram):  # type: ignore[no-untyped-def]
+def _gram(blocks, size, gram):
     """Lower triangles gram[i, j, l] = Σₖ blocks[k, i, l]·blocks[k, j, l], in tiles of 4 rows × 4 terms."""
-    row = size * LANES
+    row = _row_length(size)
     zero = splat(np.float32(0))
     for i in range(0, size, 4):
         for tile_row in range(4):
@@ -88,7 +95,7 @@ def _gram(blocks, size, gram):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _four(array, offset):  # type: ignore[no-untyped-def]
+def _four(array, offset):
     return (
         load(array, offset),
         load(array, offset + LANES),
@@ -98,7 +105,7 @@ def _four(array, offset):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _reflector(matrix, base, count):  # type: ignore[no-untyped-def]
+def _reflector(matrix, base, count):
     """Make row elements 0 … count − 1 the vector v that annihilates all but the last.
 
     Returns |x|² and β = 1/(|x|² + |x_last|·|x|), for which (I − β v vᵀ) x = ∓|x| e.
@@ -116,12 +123,12 @@ def _reflector(matrix, base, count):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _tridiagonalise(a, size, diagonal, off_squared, w, y):  # type: ignore[no-untyped-def]
+def _tridiagonalise(a, size, diagonal, off_squared, w, y):
     """Reduce lower triangles a[i, j, l] from the last row up; row i keeps its reflection's v.
 
     With p = β A v and w = (β/2)(pᵀv) v − p the reflection is A ← A + v wᵀ + w vᵀ.
     """
-    row = size * LANES
+    row = _row_length(size)
     zero = splat(np.float32(0))
     half = splat(np.float32(0.5))
     last = size - 1
@@ -192,18 +199,18 @@ def _tridiagonalise(a, size, diagonal, off_squared, w, y):  # type: ignore[no-un
 
 
 @kernel
-def _pivot(shifted, off, previous):  # type: ignore[no-untyped-def]
+def _pivot(shifted, off, previous):
     """Next pivot d − x − e²/q of the factorisation of T − xI."""
     return _not_zero(shifted - off / previous)
 
 
 @kernel
-def _not_zero(value):  # type: ignore[no-untyped-def]
+def _not_zero(value):
     return where_less(magnitude(value), splat(_TINY), splat(-_TINY), value)
 
 
 @kernel
-def count_below(diagonal, off_squared, size, shift, counts):  # type: ignore[no-untyped-def]
+def count_below(diagonal, off_squared, size, shift, counts):
     """counts[block] = eigenvalues below `shift`; returns their sum. One vector per group of 16 blocks."""
     x = splat(np.float32(shift))
     zero, one = splat(np.float32(0)), splat(np.float32(1))
@@ -222,7 +229,7 @@ def count_below(diagonal, off_squared, size, shift, counts):  # type: ignore[no-
 
 
 @kernel
-def tail_start(diagonal, off_squared, size, tail_count):  # type: ignore[no-untyped-def]
+def tail_start(diagonal, off_squared, size, tail_count):
     """Bracket the pooled eigenvalue that has `tail_count` above it, and list those above the bracket.
 
     Returns the bracket's ends, an upper bound of all eigenvalues, and for each one above the bracket its
@@ -268,7 +275,7 @@ def tail_start(diagonal, off_squared, size, tail_count):  # type: ignore[no-unty
 
 
 @kernel
-def bisect(diagonal, off_squared, size, owner, rank, low, high, result):  # type: ignore[no-untyped-def]
+def bisect(diagonal, off_squared, size, owner, rank, low, high, result):
     """result[n] = eigenvalue number rank[n] of block owner[n], all of them between low and high."""
     d = np.empty(size * PANEL, np.float32)
     e = np.empty(size * PANEL, np.float32)
@@ -315,7 +322,7 @@ def bisect(diagonal, off_squared, size, owner, rank, low, high, result):  # type
 
 
 @kernel
-def _narrow(lows, highs, ranks, at, x, below):  # type: ignore[no-untyped-def]
+def _narrow(lows, highs, ranks, at, x, below):
     """Keep the half of each interval that holds the eigenvalue of that rank."""
     wanted = load(ranks, at)
     store(lows, at, where_less(wanted, below, load(lows, at), x))
