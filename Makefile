@@ -35,8 +35,9 @@ style: setup  ## apply formatting and safe fixes
 	$(BIN)/ruff format src tests scripts benchmarks
 	$(BIN)/ruff check --fix src tests scripts benchmarks
 
-bench: setup  ## side-by-side timings into benchmarks/results/
-	$(BIN)/python benchmarks/pipeline.py
+bench: setup  ## side by side with peers, into benchmarks/results/ and docs/benchmarks.md; half an hour, 45 GB of disk
+	$(PIP) --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python benchmarks/run.py
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from alphaq.cache import Cache
@@ -11,7 +12,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.quantizers.base import squared_error
 from alphaq.records import Choice, MatrixRef, Spectrum
 from alphaq.spectra.device import device_spectra
-from alphaq.spectra.measure import spectrum
+from alphaq.spectra.measure import PANEL_VALUES, spectrum, streamed_spectrum
 from alphaq.workers import Workers
 
 T = TypeVar("T")
@@ -26,9 +27,14 @@ class MeasureTask:
     choices: tuple[Choice, ...]
 
     @property
+    def streamed(self) -> bool:
+        """Whether the matrix is large and can be measured without being held."""
+        return not self.choices and not self.matrix.transposed and self.matrix.parameters > 2 * PANEL_VALUES
+
+    @property
     def nbytes(self) -> int:
         """Bytes held while the task runs."""
-        return 4 * self.matrix.parameters
+        return 4 * (PANEL_VALUES if self.streamed else self.matrix.parameters)
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,10 @@ class Measured:
 
 def measure_one(checkpoint: Checkpoint, task: MeasureTask) -> Measured:
     """Read one matrix and measure it. Raises QuantizationError if it holds NaN or infinity."""
-    weight = checkpoint.read(task.matrix)
     name = task.matrix.name
+    if task.streamed:
+        return Measured(streamed_spectrum(partial(checkpoint.read_rows, task.matrix), task.matrix.shape, name), {})
+    weight = checkpoint.read(task.matrix)
     return Measured(
         spectrum(weight, name) if task.spectrum else None,
         {choice: squared_error(weight, choice, name) for choice in task.choices},

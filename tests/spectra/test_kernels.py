@@ -11,7 +11,7 @@ from alphaq.numerics import squared_distance, squared_norm, sums
 from alphaq.spectra.device import device_spectra
 from alphaq.spectra.eigenvalues import largest_eigenvalues, pooled_eigenvalues
 from alphaq.spectra.farms import blocks
-from alphaq.spectra.measure import spectrum
+from alphaq.spectra.measure import spectrum, streamed_spectrum
 from alphaq.spectra.tail import hill_exponent
 
 SHAPES = [(64, 64), (100, 130), (256, 256), (300, 700), (512, 640), (768, 2048), (2304, 2304), (8, 64), (40, 24)]
@@ -66,6 +66,19 @@ def test_few_dominant_blocks_are_found_in_full() -> None:
     largest, _ = largest_eigenvalues(weight, "x", squared_norm(weight) / weight.numel())
     reference = pooled_eigenvalues(blocks(weight, "x").double())[-len(largest) :]
     assert torch.allclose(largest, reference, rtol=1e-5, atol=1e-7 * float(reference[-1]))
+
+
+@pytest.mark.parametrize("shape", [(3000, 256), (2048, 640), (5000, 24)], ids=str)
+def test_a_matrix_read_in_pieces_has_the_same_spectrum(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alphaq.spectra.measure.PANEL_VALUES", 1 << 17)
+    weight = heavy(*shape).bfloat16()
+    asked: list[slice] = []
+    found = streamed_spectrum(lambda part: asked.append(part) or weight[part], shape, "x")
+    whole = spectrum(weight, "x")
+    assert found.alpha == whole.alpha
+    assert found.variance == pytest.approx(whole.variance, rel=1e-12)
+    assert [row for part in asked for row in range(part.start, part.stop)] == list(range(shape[0]))
+    assert len(asked) > 1 or shape[1] == 24
 
 
 def test_spectrum_does_not_depend_on_the_number_of_threads() -> None:

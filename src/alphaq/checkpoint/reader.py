@@ -96,14 +96,20 @@ class Checkpoint:
 
     def read(self, matrix: MatrixRef) -> torch.Tensor:
         """One matrix, contiguous [rows, columns], in its stored dtype; of a fused tensor only its slice is read."""
-        shard = self.shard_of[matrix.tensor]
-        dtype = TORCH_DTYPES[matrix.dtype]
-        begin, nbytes = self.place(matrix)
-        values = self.file(shard).read(begin, nbytes).view(dtype)
         if not matrix.transposed:
-            return values.view(matrix.shape)
+            return self.read_rows(matrix, slice(0, matrix.shape[0]))
+        begin, nbytes = self.place(matrix)
+        values = self.file(self.shard_of[matrix.tensor]).read(begin, nbytes).view(TORCH_DTYPES[matrix.dtype])
         stored = values.view(matrix.shape[1], -1)
         return stored[:, matrix.row_start : matrix.row_start + matrix.shape[0]].T.contiguous()
+
+    def read_rows(self, matrix: MatrixRef, part: slice) -> torch.Tensor:
+        """Some rows of a matrix that is not stored transposed."""
+        dtype = TORCH_DTYPES[matrix.dtype]
+        row_bytes = matrix.shape[1] * dtype.itemsize
+        begin = self.place(matrix)[0] + part.start * row_bytes
+        values = self.file(self.shard_of[matrix.tensor]).read(begin, (part.stop - part.start) * row_bytes)
+        return values.view(dtype).view(-1, matrix.shape[1])
 
     def place(self, matrix: MatrixRef) -> tuple[int, int]:
         """First byte in its shard and number of bytes to read for a matrix."""

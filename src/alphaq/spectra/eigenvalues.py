@@ -44,13 +44,18 @@ def largest_eigenvalues(weight: torch.Tensor, name: str, mean_square: float) -> 
     if cut is None:
         count = min(rows, columns)
         return pooled_eigenvalues(weight[None])[-tail_count(count) - 1 :].double(), count
-    starts, size = cut
+    return largest_of_blocks(flat(weight.contiguous()), columns, *cut, mean_square)
+
+
+def largest_of_blocks(
+    source: np.ndarray, columns: int, starts: np.ndarray, size: int, mean_square: float
+) -> tuple[torch.Tensor, int]:
+    """`largest_eigenvalues` of the [size, size] blocks of a flat matrix whose first elements are at `starts`."""
     groups = -(-len(starts) // LANES)
     padded = np.pad(starts, (0, groups * LANES - len(starts)))  # with any block: its results are replaced below
     scale = 2.0 ** -round(math.log2(mean_square) / 2) if mean_square > 0 else 1.0
     diagonal = np.empty((groups, size, LANES), np.float32)
     off_squared = np.empty_like(diagonal)
-    source = flat(weight.contiguous())
 
     def reduce(group: int) -> None:
         kernels.tridiagonals(

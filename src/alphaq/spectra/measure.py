@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from alphaq.errors import QuantizationError, SpectrumError, StatsError
-from alphaq.numerics import sums
-from alphaq.records import MatrixRef, Role, Spectrum
-from alphaq.spectra.eigenvalues import largest_eigenvalues
+from alphaq.numerics import slices, sums
+from alphaq.records import MatrixRef, Role, Shape, Spectrum
+from alphaq.simd import flat
+from alphaq.spectra.eigenvalues import largest_eigenvalues, largest_of_blocks
+from alphaq.spectra.farms import corners
 from alphaq.spectra.tail import tail_count, tail_exponent
 
 COLUMNS = (
@@ -35,6 +38,9 @@ COLUMNS = (
 )
 
 
+PANEL_VALUES = 1 << 23  # a larger matrix is read in pieces of about this many weights
+
+
 def spectrum(weight: torch.Tensor, name: str) -> Spectrum:
     """Measure a [rows, columns] matrix. `name` seeds the block sampling.
 
@@ -44,12 +50,37 @@ def spectrum(weight: torch.Tensor, name: str) -> Spectrum:
     return describe(mean, mean_square, *largest_eigenvalues(weight, name, mean_square))
 
 
+def streamed_spectrum(read: Callable[[slice], torch.Tensor], shape: Shape, name: str) -> Spectrum:
+    """`spectrum` of a matrix too large to hold: `read` returns some of its rows, each is asked for once."""
+    rows, columns = shape
+    cut = corners(rows, columns, name)
+    if cut is None:  # a few columns, and very many rows
+        return spectrum(read(slice(0, rows)), name)
+    starts, size = cut
+    parts: list[tuple[float, float]] = []
+    tiles: list[torch.Tensor] = []
+    for part in slices(rows, max(1, PANEL_VALUES // (columns * size)) * size):
+        panel = read(part)
+        parts.append(sums(panel))
+        inside = starts[(starts >= part.start * columns) & (starts < part.stop * columns)] - part.start * columns
+        tiles.extend(panel[at // columns :, at % columns :][:size, :size].clone() for at in inside.tolist())
+    total, squares = (math.fsum(column) for column in zip(*parts, strict=True))
+    mean, mean_square = _moments(total, squares, rows * columns, name)
+    source = flat(torch.cat(tiles))
+    return describe(
+        mean, mean_square, *largest_of_blocks(source, size, np.arange(len(tiles)) * size**2, size, mean_square)
+    )
+
+
 def moments(weight: torch.Tensor, name: str) -> tuple[float, float]:
     """Mean and mean square of a matrix. Raises QuantizationError if it holds NaN or infinity."""
-    total, squares = sums(weight)
+    return _moments(*sums(weight), weight.numel(), name)
+
+
+def _moments(total: float, squares: float, count: int, name: str) -> tuple[float, float]:
     if not math.isfinite(squares):
         raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
-    return total / weight.numel(), squares / weight.numel()
+    return total / count, squares / count
 
 
 def describe(mean: float, mean_square: float, largest: torch.Tensor, count: int) -> Spectrum:
