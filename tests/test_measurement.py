@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,32 @@ def test_nothing_is_measured_twice(checkpoint: Checkpoint, tmp_path: Path, reads
         assert len(reads) == 6
     assert [one.spectrum for one in more] == [one.spectrum for one in first]
     assert [one.squared_errors[CHOICES[0]] for one in more] == [one.squared_errors[CHOICES[0]] for one in first]
+
+
+def test_a_device_gives_the_same_in_the_same_order(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The merging of what a device and what the workers find, with part of it known: on a "device" that is the CPU."""
+    matrices = checkpoint.with_role(Role.EXPERT)[:7]
+    workers = Workers(1, checkpoint)
+    plain = list(measure(matrices, workers, choices=CHOICES))
+    with Cache(tmp_path, {}) as cache:
+        list(measure(matrices[:3], workers, cache, choices=CHOICES[:1], device="cpu:0"))
+        list(measure(matrices[5:6], workers, cache, spectra=False, choices=CHOICES, device="cpu:0"))
+        found = list(measure(matrices, workers, cache, choices=CHOICES, device="cpu:0"))
+    for one, other in zip(plain, found, strict=True):
+        assert one.squared_errors == other.squared_errors
+        assert one.spectrum is not None and other.spectrum is not None
+        assert one.spectrum.alpha == pytest.approx(other.spectrum.alpha, abs=1e-4)
+        assert one.spectrum.variance == other.spectrum.variance
+
+
+def test_a_full_disk_under_the_cache_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Journal, entry: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Cache(tmp_path, {}) as cache:
+        monkeypatch.setattr(Journal, "append", full)
+        with pytest.raises(JournalError, match=r"No space left.*--no-cache"):
+            cache.add("x", None, {})
 
 
 def test_other_weights_have_another_cache(checkpoint: Checkpoint, tmp_path: Path, reads: list[str]) -> None:
@@ -172,18 +197,13 @@ def test_a_killed_worker_is_an_error_with_a_remedy() -> None:
         list(workers.map(die, range(3)))
 
 
-def test_look_ahead_is_bounded() -> None:
+@pytest.mark.parametrize(("size", "most"), [(0, 9), (1 << 40, 3)])
+def test_large_tasks_keep_every_process_busy_and_no_more(size: int, most: int) -> None:
     taken: list[int] = []
-
-    def tasks() -> Iterator[int]:
-        for number in range(1000):
-            taken.append(number)
-            yield number
-
     with Workers(2, 1) as workers:
-        results = workers.map(double, tasks())
+        results = workers.map(double, (taken.append(n) or n for n in range(100)), lambda task: size)
         next(results)
-        assert len(taken) <= 10
+        assert 2 <= len(taken) <= most
         results.close()  # type: ignore[attr-defined]
 
 

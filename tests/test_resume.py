@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from alphaq import pipeline
 from alphaq.checkpoint.writer import JOURNAL_NAME
+from alphaq.errors import CheckpointError
 from alphaq.journal import Journal
 
 PARTIAL = ".out.partial"
@@ -34,7 +36,10 @@ def progress(folder: Path, cache: Path) -> int:
 
 
 def kill_after(lines: int, run: list[str], folder: Path, cache: Path, delay_s: float = 0.0) -> bool:
-    """Start a run in a session of its own and kill all of it once it has noted so many lines; True if it was killed."""
+    """Start a run and kill its main process once it has noted so many lines; True if it was killed.
+
+    Its workers are left to notice by themselves, as they would be.
+    """
     process = subprocess.Popen(run, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while process.poll() is None and progress(folder, cache) < lines:
         time.sleep(0.0005)
@@ -133,6 +138,31 @@ def test_two_runs_at_once_are_refused(alphaq: Any, tiny: Path, unfinished: Path)
         ran = alphaq("quantize", tiny, "--bits", "2.5", "--attention-bits", "8", "-o", unfinished)
     assert ran.code == 2
     assert "Another alphaq is at work" in ran.err
+
+
+@pytest.mark.parametrize("error", [CheckpointError("the disk coughed"), OSError(28, "No space left on device")])
+def test_a_passing_error_keeps_what_was_written(
+    alphaq: Any,
+    tiny: Path,
+    tmp_path: Path,
+    undisturbed: dict[str, bytes],
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = ("quantize", tiny, "--bits", "2.5", "--attention-bits", "8", "-o", tmp_path / "out", "--workers", "1")
+    real, calls = pipeline.store, []
+
+    def store(checkpoint: Any, task: Any) -> Any:
+        calls.append(task.found)
+        if len(calls) == 40:
+            raise error
+        return real(checkpoint, task)
+
+    monkeypatch.setattr(pipeline, "store", store)
+    assert alphaq(*options).code == 2
+    assert alphaq(*options).code == 0
+    assert sum(found is not None for found in calls[40:]) == 39
+    assert contents(tmp_path / "out") == undisturbed
 
 
 def test_damaged_input_leaves_nothing(alphaq: Any, tiny: Path, tmp_path: Path) -> None:

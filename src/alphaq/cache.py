@@ -26,14 +26,13 @@ class Cache:
 
     def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
         key = json.dumps({"version": MEASUREMENT_VERSION, **identity}, sort_keys=True)
+        self.folder = folder
         path = folder / hashlib.sha256(key.encode()).hexdigest()[:32]
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(path / "measurements.jsonl")
         except OSError as error:
-            raise JournalError(
-                f"The cache {folder} cannot be used ({error.strerror}). Set ALPHAQ_CACHE to another, or use --no-cache."
-            ) from None
+            raise self._unusable(error) from None
         self.spectra: dict[str, Spectrum] = {}
         self.errors: dict[tuple[str, str], float] = {}
         for entry in self._journal.entries:
@@ -41,15 +40,25 @@ class Cache:
                 self.spectra[entry["name"]] = Spectrum(**entry["spectrum"])
             self.errors.update({(entry["name"], key): value for key, value in entry["errors"].items()})
 
+        self._journal.entries.clear()
+
+    def _unusable(self, error: OSError) -> JournalError:
+        return JournalError(
+            f"The cache {self.folder} cannot be used ({error.strerror}). "
+            "Set ALPHAQ_CACHE to another, or use --no-cache."
+        )
+
     def add(self, name: str, spectrum: Spectrum | None, errors: Mapping[Choice, float]) -> None:
         """Keep what was measured of one matrix."""
-        self._journal.append(
-            {
-                "name": name,
-                "spectrum": None if spectrum is None else asdict(spectrum),
-                "errors": {str(choice): error for choice, error in errors.items()},
-            }
-        )
+        entry = {
+            "name": name,
+            "spectrum": None if spectrum is None else asdict(spectrum),
+            "errors": {str(choice): error for choice, error in errors.items()},
+        }
+        try:
+            self._journal.append(entry)
+        except OSError as error:
+            raise self._unusable(error) from None
         if spectrum is not None:
             self.spectra[name] = spectrum
         self.errors.update({(name, str(choice)): error for choice, error in errors.items()})

@@ -312,7 +312,7 @@ def quantize(
 
     check_absent(output)
     if plan_file is not None:
-        beside = {"model", "output", "plan_file", "revision", "as_json", "workers", "restart"}
+        beside = {"model", "output", "plan_file", "revision", "as_json", "workers", "hash_contents", "restart"}
         if conflicting := _given(context) - beside:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(conflicting))
             raise BudgetError(f"--plan already decides everything that {names} would. Drop one or the other.")
@@ -334,7 +334,7 @@ def quantize(
             made = _build_plan(checkpoint, config, stats, pool, cache, device)
         if cache is not None:
             cache.close()  # others may measure while this one writes
-        result = pipeline.quantize(checkpoint, made, output, progress, pool, restart)
+        result = pipeline.quantize(checkpoint, made, output, progress, pool, restart, hash_contents)
     summary = (
         f"{output}: {human_bytes(result['size_bytes'])} of weights, was {human_bytes(result['source_bytes'])}; "
         f"{result['tensors']} tensors re-read and correct"
@@ -450,7 +450,7 @@ def main(arguments: list[str] | None = None) -> None:
     except AlphaQError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted; the same command goes on from what was finished", highlight=False)
+        err.print("interrupted; what was measured and quantized is kept for the next run", highlight=False)
         sys.exit(130)
     except Exception as error:
         # Typer's usage errors share no public base class across its versions, but all can format themselves.

@@ -16,7 +16,7 @@ except ImportError:  # Windows has no such lock; two runs at once are then the u
 
 
 class Journal:
-    """An append-only file of JSON objects, opened by one process at a time.
+    """An append-only file of JSON objects, opened by one process at a time; `entries` is what it held then.
 
     Raises JournalError if another process has it open. The lock ends with the process, however it ends.
     """
@@ -26,9 +26,11 @@ class Journal:
         try:
             if fcntl is not None:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._file.close()
             raise JournalError(f"Another alphaq is at work on {path.parent}. Wait for it to end.") from None
+        except OSError:
+            pass  # some network file systems have no locks either
         self.entries = self._recover()
 
     def _recover(self) -> list[dict[str, Any]]:
@@ -54,7 +56,6 @@ class Journal:
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add an object; it survives this process from here on."""
-        self.entries.append(entry)
         self._file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
         self._file.flush()
 

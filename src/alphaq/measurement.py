@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -34,7 +34,7 @@ class MeasureTask:
     @property
     def nbytes(self) -> int:
         """Bytes held while the task runs."""
-        return 4 * (PANEL_VALUES if self.streamed else self.matrix.parameters)
+        return 2 * (PANEL_VALUES if self.streamed else self.matrix.parameters)
 
 
 @dataclass(frozen=True)
@@ -70,36 +70,54 @@ def measure(
     device: where eigenvalues are computed; "cpu" is the workers' own kernel, anything else torch's name of it.
     """
     checkpoint: Checkpoint = workers.shared
-    on_device = device != "cpu"
     known_spectra = {} if cache is None else cache.spectra
     known_errors = {} if cache is None else cache.errors
-    tasks: dict[str, MeasureTask] = {}
+    tasks = {}
     for matrix in matrices:
         missing = tuple(choice for choice in choices if (matrix.name, str(choice)) not in known_errors)
         wanted = spectra and matrix.name not in known_spectra
         if wanted or missing:
             tasks[matrix.name] = MeasureTask(matrix, wanted, missing)
-    apart = iter(device_spectra(checkpoint, [t.matrix for t in tasks.values() if t.spectrum and on_device], device))
-    local = [task for task in tasks.values() if task.choices or not on_device]
-    local = [MeasureTask(t.matrix, t.spectrum and not on_device, t.choices) for t in local]
-    results = workers.map(measure_one, ahead(local, lambda task: checkpoint.expect(task.matrix)), lambda t: t.nbytes)
-    shard = None
+    found = _found(workers, list(tasks.values()), device)
+    results = leaving(((checkpoint.shard_of[t.matrix.tensor], next(found)) for t in tasks.values()), checkpoint.forget)
     for matrix in matrices:
-        task = tasks.get(matrix.name)
-        if task is not None:
-            found = next(results) if task.choices or not on_device else Measured(None, {})
-            if task.spectrum and on_device:
-                found = Measured(next(apart), found.squared_errors)
-            if cache is not None:
-                cache.add(matrix.name, found.spectrum, found.squared_errors)
-            if shard not in (None, checkpoint.shard_of[matrix.tensor]):
-                checkpoint.forget(shard)
-            shard = checkpoint.shard_of[matrix.tensor]
-        else:
-            found = Measured(None, {})
-        kept = {c: known_errors[matrix.name, str(c)] for c in choices if c not in found.squared_errors}
-        known = known_spectra[matrix.name] if spectra and found.spectrum is None else found.spectrum
-        yield Measured(known, {choice: (found.squared_errors | kept)[choice] for choice in choices})
+        one = next(results) if matrix.name in tasks else Measured(None, {})
+        if cache is not None and matrix.name in tasks:
+            cache.add(matrix.name, one.spectrum, one.squared_errors)
+        errors = {choice: known_errors.get((matrix.name, str(choice))) for choice in choices} | one.squared_errors
+        yield Measured(one.spectrum or (known_spectra[matrix.name] if spectra else None), errors)  # type: ignore[arg-type]
+    yield from results  # none is left, but the last shard is to be forgotten
+
+
+def _found(workers: Workers, tasks: list[MeasureTask], device: str) -> Iterator[Measured]:
+    """Results of the tasks in order: by the workers, or their spectra by a device and only the rest by the workers."""
+    checkpoint: Checkpoint = workers.shared
+    apart = device != "cpu"
+    local = [replace(task, spectrum=False) for task in tasks if task.choices] if apart else tasks
+    measured = workers.map(
+        measure_one,
+        ahead(local, lambda task: checkpoint.expect(task.matrix)),
+        lambda task: task.nbytes,
+    )
+    if not apart:
+        yield from measured
+        return
+    spectra = device_spectra(checkpoint, [task.matrix for task in tasks if task.spectrum], device)
+    for task in tasks:
+        errors = next(measured).squared_errors if task.choices else {}
+        yield Measured(next(spectra) if task.spectrum else None, errors)
+
+
+def leaving(items: Iterable[tuple[str, T]], forget: Callable[[str], None]) -> Iterator[T]:
+    """The items without the shard each came from, a shard forgotten once all of it has passed."""
+    current = None
+    for shard, item in items:
+        if current not in (None, shard):
+            forget(current)
+        current = shard
+        yield item
+    if current is not None:
+        forget(current)
 
 
 def ahead(items: Iterable[T], announce: Callable[[T], None]) -> Iterator[T]:

@@ -33,7 +33,7 @@ from alphaq.engines.native_files import (
     write_rest,
 )
 from alphaq.errors import AlphaQError, PlanError, StatsError
-from alphaq.measurement import ahead, measure
+from alphaq.measurement import ahead, leaving, measure
 from alphaq.quantization import CheckTask, StoreTask, check, plan_choices, store, store_tasks
 from alphaq.records import Choice, Fidelity, MatrixRef, Plan, Spectrum
 from alphaq.report.html import write_report
@@ -206,6 +206,7 @@ def quantize(
     wrap: Wrap = silent,
     workers: Workers | None = None,
     restart: bool = False,
+    hash_contents: bool = False,
 ) -> dict[str, Any]:
     """Quantize by a plan, write the native checkpoint, re-read it against the source, then publish it.
 
@@ -220,7 +221,7 @@ def quantize(
     plan = plan.model_copy(update={"size_bytes": size, "source": checkpoint.identity})
     workers = workers or Workers(1, checkpoint)
     job = {
-        "checkpoint": f"{checkpoint.fingerprint} {checkpoint.contents()}",
+        "checkpoint": f"{checkpoint.fingerprint} {checkpoint.contents(hash_contents)}",
         "plan": hashlib.sha256(plan.to_json().encode()).hexdigest(),
         "alphaq version": alphaq.__version__,
     }
@@ -232,20 +233,17 @@ def quantize(
         }
         places = create_shards(folder, checkpoint, choices)
         tasks = list(store_tasks(checkpoint, choices, folder, places, done))
-        records = workers.map(
-            store, ahead((task for _, task in tasks), partial(_expect, checkpoint)), lambda task: task.nbytes
-        )
+        expected = ahead((task for _, task in tasks), partial(_expect, checkpoint))
+        records = workers.map(store, expected, lambda task: task.nbytes)
+        shards = (shard for shard, _ in tasks)
+        results = leaving(zip(shards, records, strict=True), checkpoint.forget)
         manifest: dict[str, TensorRecord] = {}
         weight_map: dict[str, str] = {}
-        current = None
-        for (shard, task), record in zip(tasks, wrap(records, len(tasks), "quantize"), strict=True):
+        for (_, task), record in zip(tasks, wrap(results, len(tasks), "quantize"), strict=True):
             manifest[task.place.name] = record
             weight_map[task.place.name] = task.path.name
             if record != task.found:
                 journal.append({"name": task.place.name, "record": record.model_dump(exclude_none=True)})
-            if current not in (None, shard):
-                checkpoint.forget(current)
-            current = shard
         write_rest(folder, checkpoint, plan, manifest, weight_map)
         checked = verify(folder, checkpoint, wrap, workers)
     return {"out": str(out), "size_bytes": size, "source_bytes": checkpoint.nbytes, **checked}
@@ -286,6 +284,11 @@ def verify(
                 CheckTask(info, folder / shard, record, choice, sources.get(info.name), expected.get(info.name))
             )
     results = (workers or Workers(1, source)).map(check, tasks, lambda task: task.nbytes)
+    if source is not None:
+        # Output files mirror the source's, one to one and in order.
+        mirrored = dict(zip(opened.shards, source.shards, strict=False))
+        shards = (mirrored[task.path.name] for task in tasks)
+        results = leaving(zip(shards, results, strict=True), source.forget)
     faults += [fault for fault in wrap(results, len(tasks), "verify") if fault is not None]
     raise_faults(folder, faults)
     errors = [record.relative_error for record in opened.manifest.values() if record.relative_error is not None]

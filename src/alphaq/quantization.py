@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorInfo, TensorSpec
 from alphaq.checkpoint.writer import checksum, write_at
 from alphaq.engines.native_files import TensorRecord, fault_of, restore
-from alphaq.errors import PlanError
+from alphaq.errors import PlanError, QuantizationError
 from alphaq.numerics import squared_distance, squared_norm
 from alphaq.quantizers.base import QUANTIZERS, sixteen_bits
 from alphaq.quantizers.packing import decode, encode, restored_error
@@ -61,7 +62,7 @@ class StoreTask:
     @property
     def nbytes(self) -> int:
         """Bytes of source held while the task runs."""
-        return CHUNK_BYTES if isinstance(self.source, str) else 4 * self.source.parameters
+        return CHUNK_BYTES if isinstance(self.source, str) else 2 * self.source.parameters
 
 
 def store_tasks(
@@ -102,7 +103,10 @@ def _quantized(weight: torch.Tensor, choice: Choice, name: str) -> tuple[torch.T
     """The tensor to store and its Σ(w − ŵ)²."""
     if choice.bits == 16:
         kept = sixteen_bits(weight)
-        return kept, squared_distance(weight, kept)
+        error = squared_distance(weight, kept)
+        if not math.isfinite(error):
+            raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
+        return kept, error
     matrix = QUANTIZERS["rtn"](weight, choice, name)
     assert matrix.squared_error is not None
     return encode(matrix), matrix.squared_error
@@ -128,7 +132,7 @@ class CheckTask:
     @property
     def nbytes(self) -> int:
         """Bytes held while the task runs."""
-        return CHUNK_BYTES if not isinstance(self.source, MatrixRef) else 4 * self.source.parameters
+        return CHUNK_BYTES if not isinstance(self.source, MatrixRef) else 2 * self.source.parameters
 
 
 def check(source: Checkpoint | None, task: CheckTask) -> str | None:

@@ -45,8 +45,12 @@ class _Model(models.PrimitiveModel):
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function that releases the interpreter lock; compiled once per machine, kept on disk."""
-    return numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
+    """Compile a function that releases the interpreter lock; kept on disk where there is a place for it."""
+    options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # neither the package's folder nor the user's can be written: compile in each process
+        return numba.njit(**options)(function)
 
 
 def _arithmetic(symbol: Any, instruction: str) -> None:
@@ -204,11 +208,14 @@ def as_half(typing: Any, value: Any) -> Any:
 
 
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+_READABLE = {torch.float32, *_BITS}
 
 
 def flat(weight: torch.Tensor) -> np.ndarray:
-    """A contiguous tensor as kernels read it: one axis, 16-bit floats as their bits. No copy."""
+    """A contiguous tensor as kernels read it: one axis, 16-bit floats as their bits. Copies only rarer floats."""
     values = weight.reshape(-1)
+    if values.is_floating_point() and values.dtype not in _READABLE:
+        values = values.float()
     return values.view(_BITS.get(values.dtype, values.dtype)).numpy()
 
 

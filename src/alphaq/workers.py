@@ -24,7 +24,7 @@ from alphaq.errors import WorkerError
 S = TypeVar("S")
 T = TypeVar("T")
 
-MAX_BYTES = 256 << 20  # of source data in flight; a single larger task still runs, alone
+MAX_BYTES = 256 << 20  # of source data waiting or in work, beyond one task for each process
 BYTES_PER_WORKER = 1 << 29  # below this, starting a process costs more than it gains
 _shared: Any = None
 
@@ -75,7 +75,7 @@ class Workers:
         try:
             for task in tasks:
                 nbytes = size(task)
-                while waiting and (len(waiting) >= 4 * self.count or in_flight + nbytes > MAX_BYTES):
+                while len(waiting) >= (self.count if in_flight + nbytes > MAX_BYTES else 4 * self.count):
                     future, freed = waiting.popleft()
                     yield future.result()
                     in_flight -= freed
@@ -85,7 +85,7 @@ class Workers:
                 yield waiting.popleft()[0].result()
         except BrokenProcessPool:
             raise WorkerError(
-                "A worker process was killed, most likely for lack of memory. "
+                "A worker process could not start or was killed, most likely for lack of memory. "
                 "Run the same command again with fewer --workers; finished work is kept."
             ) from None
 

@@ -59,6 +59,17 @@ def test_rank_one_has_no_tail() -> None:
     assert "rank is too low" in spectrum(weight, "x").reason
 
 
+@pytest.mark.parametrize("noise", [1e-9, 1e-10, 3e-11, 1e-11, 1e-13, 0.0])
+def test_one_huge_weight_over_tiny_ones_is_measured_safely(noise: float) -> None:
+    """The other blocks' squares leave the range of float32; that must neither crash nor invent eigenvalues."""
+    weight = torch.randn(512, 640, generator=torch.Generator().manual_seed(0)) * noise
+    weight[3, 5] = 1.0
+    largest, _ = largest_eigenvalues(weight, "x", squared_norm(weight) / weight.numel())
+    assert torch.isfinite(largest).all()
+    assert float(largest[-1]) == pytest.approx(1.0, rel=1e-5)
+    assert float(largest[-2]) < 1e-6
+
+
 def test_few_dominant_blocks_are_found_in_full() -> None:
     """Nearly the whole tail lies in two of sixty-four blocks."""
     weight = heavy(1024, 1024)

@@ -1,4 +1,4 @@
-"""Open a checkpoint (a folder or a hub id) and read its matrices lazily by memory map.
+"""Open a checkpoint (a folder or a hub id) and read its matrices one at a time.
 
 Only safetensors is read: a pickle runs code when it is loaded.
 """
@@ -87,12 +87,6 @@ class Checkpoint:
         if shard not in self._files:
             self._files[shard] = PlainFile(self.folder / shard)
         return self._files[shard]
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A stored tensor in its own dtype and shape."""
-        shard = self.shard_of[name]
-        info = self.shards[shard][name]
-        return self.file(shard).read(info.begin, info.nbytes).view(TORCH_DTYPES[info.dtype]).view(info.shape)
 
     def read(self, matrix: MatrixRef) -> torch.Tensor:
         """One matrix, contiguous [rows, columns], in its stored dtype; of a fused tensor only its slice is read."""

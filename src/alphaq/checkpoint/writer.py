@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from alphaq.checkpoint.safetensors_format import TensorInfo, TensorSpec, layout
-from alphaq.errors import AlphaQError, OutputError, WorkerError
+from alphaq.errors import OutputError, QuantizationError
 from alphaq.journal import Journal
 
 JOURNAL_NAME = "journal.jsonl"
@@ -78,7 +78,8 @@ def resumable_folder(out: Path, job: Mapping[str, str], restart: bool = False) -
     """Like `atomic_folder`, but what an interrupted run has written stays, with its journal, for the next one.
 
     job: what the output depends on. Raises OutputError if an unfinished run of another job is there,
-    unless told to `restart`. An error of the input removes the folder: nothing in it can be of use.
+    unless told to `restart`. A matrix that cannot be
+    quantized removes the folder: nothing in it can be of use.
     """
     check_absent(out)
     partial = out.absolute().parent / f".{out.name}.partial"
@@ -93,7 +94,7 @@ def resumable_folder(out: Path, job: Mapping[str, str], restart: bool = False) -
                     if path != journal:
                         path.unlink()
                 lines.append({"job": dict(job)})
-            earlier = lines.entries[0].get("job", {})
+            earlier = lines.entries[0].get("job", {}) if lines.entries else job
             if changed := [key for key in job if earlier.get(key) != job[key]]:
                 raise OutputError(
                     f"An unfinished run of {out} is there, but its {' and '.join(changed)} changed since. "
@@ -101,16 +102,14 @@ def resumable_folder(out: Path, job: Mapping[str, str], restart: bool = False) -
                 )
             try:
                 yield partial, lines
-            except (OutputError, WorkerError):
-                raise
-            except AlphaQError:
+            except QuantizationError:
                 shutil.rmtree(partial)
                 raise
             for path in [*partial.iterdir(), partial]:
                 _sync(path)
             check_absent(out)
-            journal.unlink()
             partial.rename(out)
+            (out / JOURNAL_NAME).unlink()
         _sync(out.absolute().parent)
     except OSError as error:
         raise OutputError(

@@ -94,7 +94,7 @@ def read_manifest(path: Path) -> dict[str, TensorRecord]:
 
 
 class NativeFiles:
-    """A native checkpoint opened for reading: plan, manifest and lazily mapped tensors."""
+    """A native checkpoint opened for reading: plan, manifest and tensors one at a time."""
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():

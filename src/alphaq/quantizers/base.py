@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from alphaq.numerics import squared_norm
+from alphaq.numerics import squared_distance
 from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.records import Choice, QuantizedMatrix
 
@@ -28,7 +28,7 @@ def sixteen_bits(weight: torch.Tensor) -> torch.Tensor:
 def squared_error(weight: torch.Tensor, choice: Choice, name: str, quantizer: Quantizer = quantize_rtn) -> float:
     """Σ(w − ŵ)² after a round trip through the real quantizer; float64."""
     if choice.bits == 16:
-        return squared_norm(weight.float() - sixteen_bits(weight).float())
+        return squared_distance(weight, sixteen_bits(weight))
     error = quantizer(weight, choice, name).squared_error
     assert error is not None  # only matrices read from files lack it
     return error

@@ -33,13 +33,15 @@ def check_device(device: str) -> torch.device:
     """A device that torch can use. Raises DeviceError otherwise."""
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise DeviceError(
-            f"--device {device} cannot be used ({reason}). Use cpu, or a device of this machine."
-        ) from None
+        torch.linalg.eigvalsh(torch.eye(2, device=found))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise _unusable(device, error) from None
     return found
+
+
+def _unusable(device: str, error: BaseException) -> DeviceError:
+    reason = str(error).splitlines()[0]
+    return DeviceError(f"--device {device} cannot be used ({reason}). Use cpu, or a device of this machine.")
 
 
 def device_spectra(checkpoint: Checkpoint, matrices: Iterable[MatrixRef], device: str) -> Iterator[Spectrum]:
@@ -72,13 +74,18 @@ def device_spectra(checkpoint: Checkpoint, matrices: Iterable[MatrixRef], device
     threading.Thread(target=gather, daemon=True).start()
     try:
         while (batch := ready.get()) is not None:
+            if isinstance(batch, RuntimeError):
+                raise _unusable(device, batch) from batch
             if isinstance(batch, BaseException):
                 raise batch
-            found = block_eigenvalues(batch.blocks)
+            try:
+                found = block_eigenvalues(batch.blocks)
+            except RuntimeError as error:
+                raise _unusable(device, error) from None
             for own, (mean, mean_square) in zip(found.split(batch.counts), batch.moments, strict=True):
                 count = own.numel()
                 largest = own.flatten().topk(tail_count(count) + 1).values.flip(0) if count > 1 else own.flatten()
-                yield describe(mean, mean_square, largest.double().cpu(), count)
+                yield describe(mean, mean_square, largest.cpu().double(), count)
     finally:
         stopped.set()
 

@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import torch
 
+from alphaq.errors import SpectrumError
 from alphaq.numerics import in_threads, slices
 from alphaq.simd import LANES, flat
 from alphaq.spectra import kernels
@@ -72,6 +73,8 @@ def largest_of_blocks(
     in_threads(reduce, range(groups))
     if len(starts) % LANES:
         diagonal[-1, :, len(starts) % LANES :], off_squared[-1, :, len(starts) % LANES :] = -1, 0
+    if not (np.isfinite(diagonal).all() and np.isfinite(off_squared).all()):
+        raise SpectrumError("The eigenvalues are not finite. This is a defect of alphaq: please report it.")
     count = len(starts) * size
     tail = tail_count(count)
     forms = diagonal.reshape(-1), off_squared.reshape(-1), size

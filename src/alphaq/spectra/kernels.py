@@ -20,6 +20,7 @@ from alphaq.simd import LANES, copysign, fma, kernel, load, magnitude, splat, sq
 TOLERANCE = 1e-6  # relative width at which an eigenvalue counts as found
 PANEL = 4 * LANES  # eigenvalues bisected together: enough independent divisions to hide their latency
 _TINY = np.float32(1e-30)
+_SMALLEST = np.float32(1e-37)  # below it a reciprocal overflows, and a reflection would change nothing
 
 
 def row_length(size):
@@ -37,7 +38,7 @@ def tridiagonals(weight, columns, corners, size, scale, scratch, diagonal, off_s
 
     weight: float32, or bits of float16 or bfloat16. corners: offsets of the blocks' first elements, int64
     [16]. scratch: float32 [2 · (size + 1) · row_length(size)], best aligned to 64 bytes.
-    diagonal, off_squared: float32 [size · 16], filled; off_squared[0] unused.
+    diagonal, off_squared: float32 [size · 16], filled; off_squared[0] is 0.
     """
     row = _row_length(size)
     blocks, gram = scratch[: size * row], scratch[size * row : 2 * size * row]
@@ -119,7 +120,7 @@ def _reflector(matrix, base, count):
     length = copysign(square_root(total), last)
     store(matrix, base + (count - 1) * LANES, last + length)
     divisor = fma(last, length, total)
-    return total, where_less(zero, divisor, splat(np.float32(1)) / divisor, zero)
+    return total, where_less(splat(_SMALLEST), divisor, splat(np.float32(1)) / divisor, zero)
 
 
 @kernel
@@ -132,6 +133,7 @@ def _tridiagonalise(a, size, diagonal, off_squared, w, y):
     zero = splat(np.float32(0))
     half = splat(np.float32(0.5))
     last = size - 1
+    store(off_squared, 0, zero)
     store(diagonal, last * LANES, load(a, last * row + last * LANES))
     for j in range(size):
         store(w, j * LANES, zero)
