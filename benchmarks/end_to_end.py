@@ -37,7 +37,7 @@ its first layers. Each command is started with the checkpoint out of the page ca
 files, the least that any tool needs. Each size begins with an empty cache, and a command may use what those above it
 measured. `quantize` includes the re-reading of what it wrote against the source. CPU seconds are user and system time
 of the process and its children. Private memory is what the system cannot drop (anonymous and shared pages); resident
-memory also counts pages of the memory-mapped checkpoint, which it can. Both are sums over the process tree, at their
+memory also counts the pages of libraries, once for every process. Both are sums over the process tree, at their
 peak. Read and written are bytes that came from or went to the disk."""
 
 

@@ -1,8 +1,7 @@
 """Tail exponent α of one matrix: AlphaQ against an SVD per block and against batched eigenvalues in torch.
 
 All three see the same sampled blocks and end with the same Hill estimate. The loop is how the method's
-reference code does it; the batch is the best that stock torch offers. All find the variance of the
-weights too, which a cost table needs.
+reference code does it; the batch is the best that stock torch offers.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ import numpy as np
 import torch
 from common import alternate, markdown_table, parser, save
 
+from alphaq.spectra.eigenvalues import largest_eigenvalues
 from alphaq.spectra.farms import blocks
 from alphaq.spectra.measure import spectrum
-from alphaq.spectra.tail import hill_exponent
+from alphaq.spectra.tail import hill_exponent, tail_exponent
 
 TITLE = "Measuring α"
 SHAPES = ((1408, 2048), (14336, 4096), (768, 2048))
@@ -25,7 +25,8 @@ QUICK_SHAPES = ((256, 384),)
 ABOUT = """\
 One matrix, at most 256 blocks of 128 × 128, all cores. The loop calls `torch.linalg.svdvals` on each block, as the
 reference code does; the batch, which is also what `--device cuda` uses, calls `torch.linalg.eigvalsh` once on all Gram
-matrices. All three find the variance of all weights too. Milliseconds, median (best); a ratio is how many times longer
+matrices. With the variance of all weights, which a cost table needs too, or
+without. Milliseconds, median (best); a ratio is how many times longer
 the other one takes. Δα is the largest difference between any two of the three."""
 
 
@@ -41,21 +42,34 @@ def heavy_tailed(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
 
 def loop_alpha(weight: torch.Tensor, name: str) -> float:
     """One SVD call per block."""
-    weight.var()
     squares = [torch.linalg.svdvals(block).square() for block in blocks(weight, name).float()]
     return hill_exponent(torch.cat(squares).sort().values)
 
 
 def batched_alpha(weight: torch.Tensor, name: str) -> float:
     """One eigenvalue call for all blocks."""
-    weight.var()
     cut = blocks(weight, name).float()
     eigenvalues = torch.linalg.eigvalsh(cut @ cut.transpose(1, 2))
     return hill_exponent(eigenvalues.clamp_min_(0).flatten().sort().values)
 
 
-def alphaq_alpha(weight: torch.Tensor, name: str) -> float | None:
-    """Ours."""
+def alphaq_alpha(weight: torch.Tensor, name: str) -> float:
+    """Ours, given the mean square that scales the weights."""
+    return tail_exponent(*largest_eigenvalues(weight, name, 1e-3))
+
+
+def with_variance(alpha: Callable[[torch.Tensor, str], float]) -> Callable[[torch.Tensor, str], float]:
+    """The same, and torch's variance of all weights."""
+
+    def both(weight: torch.Tensor, name: str) -> float:
+        weight.var()
+        return alpha(weight, name)
+
+    return both
+
+
+def alphaq_spectrum(weight: torch.Tensor, name: str) -> float | None:
+    """Ours: everything a cost table needs."""
     return spectrum(weight, name).alpha
 
 
@@ -81,11 +95,19 @@ def compare(
 
 def cpu_rows(shapes: tuple[tuple[int, int], ...], rounds: int) -> list[dict[str, Any]]:
     """Every shape from float32 and from bfloat16 weights."""
-    contestants = {"alphaq": alphaq_alpha, "batch": batched_alpha, "loop": loop_alpha}
+    kinds: dict[str, dict[str, Callable[[torch.Tensor, str], Any]]] = {
+        "α": {"alphaq": alphaq_alpha, "batch": batched_alpha, "loop": loop_alpha},
+        "α, variance": {
+            "alphaq": alphaq_spectrum,
+            "batch": with_variance(batched_alpha),
+            "loop": with_variance(loop_alpha),
+        },
+    }
     return [
-        compare("cpu", heavy_tailed(shape, dtype), contestants, rounds)
+        compare("cpu", heavy_tailed(shape, dtype), contestants, rounds) | {"finds": finds}
         for shape in shapes
         for dtype in (torch.float32, torch.bfloat16)
+        for finds, contestants in kinds.items()
     ]
 
 
@@ -96,13 +118,26 @@ def gpu_rows(shapes: tuple[tuple[int, int], ...], rounds: int) -> list[dict[str,
     contestants: dict[str, Callable[[torch.Tensor, str], Any]] = {"batch": batched_alpha}
     return [
         compare(torch.cuda.get_device_name(), heavy_tailed(shape, torch.bfloat16).cuda(), contestants, rounds)
+        | {"finds": "α"}
         for shape in shapes
     ]
 
 
 def render(rows: list[dict[str, Any]]) -> str:
     """Rows as Markdown."""
-    header = ["matrix", "stored as", "device", "AlphaQ", "batch", "loop", "batch ÷ AlphaQ", "loop ÷ AlphaQ", "α", "Δα"]
+    header = [
+        "matrix",
+        "stored as",
+        "device",
+        "finds",
+        "AlphaQ",
+        "batch",
+        "loop",
+        "batch ÷ AlphaQ",
+        "loop ÷ AlphaQ",
+        "α",
+        "Δα",
+    ]
     lines = []
     for row in rows:
         shown, timings = row["milliseconds"], row["timings"]
@@ -114,6 +149,7 @@ def render(rows: list[dict[str, Any]]) -> str:
                 " × ".join(map(str, row["shape"])),
                 row["dtype"],
                 row["device"],
+                row["finds"],
                 *(shown.get(label, "–") for label in ("alphaq", "batch", "loop")),
                 *ratios,
                 f"{next(iter(row['alpha'].values())):.4f}",

@@ -192,14 +192,19 @@ def test_verify_finds_other_source_weights(damaged: Path, save_family: Callable[
         pipeline.verify(damaged, open_checkpoint(save_family("qwen2_moe")))
 
 
-def test_failed_quantization_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_its_check_is_not_published_and_can_be_repaired(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise VerificationError("broken")
 
     monkeypatch.setattr(pipeline, "verify", fail)
     with pytest.raises(VerificationError):
         pipeline.quantize(open_checkpoint(tiny), plan_of(tiny), tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    pipeline.quantize(open_checkpoint(tiny), plan_of(tiny), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
