@@ -199,12 +199,16 @@ lane_maximum = _across(lambda builder, a, b: _call(builder, "maxnum", (a, b)))
 
 @intrinsic
 def as_half(typing: Any, value: Any) -> Any:
-    """A float32 rounded to what float16 can hold."""
+    """A float32, or each of sixteen lanes, rounded to what float16 can hold."""
+    narrow, wide = ir.HalfType(), ir.FloatType()
+    if value == float32x16:
+        narrow, wide = ir.VectorType(narrow, LANES), _VECTOR
 
     def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.fpext(builder.fptrunc(args[0], ir.HalfType()), ir.FloatType())
+        return builder.fpext(builder.fptrunc(args[0], narrow), wide)
 
-    return types.float32(types.float32), code
+    kind = float32x16 if value == float32x16 else types.float32
+    return kind(kind), code
 
 
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}

@@ -93,17 +93,12 @@ def _search(values, count, bits, symmetric, shrinks, codes):
     else:
         widest = (highest - lowest) / top
         zero = min(top, np.float32(np.rint(-lowest / widest))) if widest > 0 else np.float32(0)
-    best, best_error = np.float32(0), np.float32(np.inf)
-    candidates = np.empty(LANES, np.float32)
-    inverses = np.empty(LANES, np.float32)
-    for lane in range(LANES):
-        candidates[lane] = as_half(widest * shrinks[lane])
-        inverses[lane] = _inverse(candidates[lane])
-    errors = _errors(values, count, load(candidates, 0), load(inverses, 0), splat(-zero), splat(top - zero))
-    store(inverses, 0, errors)
-    for lane in range(LANES):
-        if inverses[lane] < best_error:
-            best, best_error = candidates[lane], inverses[lane]
+    none = splat(np.float32(0))
+    candidates = as_half(splat(widest) * load(shrinks, 0))
+    inverses = where_less(none, candidates, splat(np.float32(1)) / candidates, none)
+    errors = _errors(values, count, candidates, inverses, splat(-zero), splat(top - zero))
+    best_error = lane_minimum(errors)
+    best = lane_maximum(where_less(splat(best_error), errors, none, candidates))
     fitted = _least_squares(values, count, best, -zero, top - zero)
     refined = _encode(values, count, fitted, zero, top, codes)
     if not refined < best_error:
