@@ -58,18 +58,20 @@ def streamed_spectrum(read: Callable[[slice], torch.Tensor], shape: Shape, name:
         return spectrum(read(slice(0, rows)), name)
     starts, size = cut
     parts: list[tuple[float, float]] = []
-    tiles: list[torch.Tensor] = []
+    tiles: torch.Tensor | None = None  # made once: small pieces between large ones would keep the heap from shrinking
     for part in slices(rows, max(1, PANEL_VALUES // (columns * size)) * size):
         panel = read(part)
         parts.append(sums(panel))
-        inside = starts[(starts >= part.start * columns) & (starts < part.stop * columns)] - part.start * columns
-        tiles.extend(panel[at // columns :, at % columns :][:size, :size].clone() for at in inside.tolist())
+        if tiles is None:
+            tiles = torch.empty(len(starts), size, size, dtype=panel.dtype)
+        for number in np.flatnonzero((starts >= part.start * columns) & (starts < part.stop * columns)).tolist():
+            row, column = divmod(int(starts[number]), columns)
+            tiles[number] = panel[row - part.start :, column:][:size, :size]
     total, squares = (math.fsum(column) for column in zip(*parts, strict=True))
     mean, mean_square = _moments(total, squares, rows * columns, name)
-    source = flat(torch.cat(tiles))
-    return describe(
-        mean, mean_square, *largest_of_blocks(source, size, np.arange(len(tiles)) * size**2, size, mean_square)
-    )
+    assert tiles is not None  # there are rows
+    places = np.arange(len(starts)) * size**2
+    return describe(mean, mean_square, *largest_of_blocks(flat(tiles), size, places, size, mean_square))
 
 
 def moments(weight: torch.Tensor, name: str) -> tuple[float, float]:
