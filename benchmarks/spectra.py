@@ -25,9 +25,8 @@ QUICK_SHAPES = ((256, 384),)
 ABOUT = """\
 One matrix, at most 256 blocks of 128 × 128, all cores. The loop calls `torch.linalg.svdvals` on each block, as the
 reference code does; the batch, which is also what `--device cuda` uses, calls `torch.linalg.eigvalsh` once on all Gram
-matrices. With the variance of all weights, which a cost table needs too, or
-without. Milliseconds, median (best); a ratio is how many times longer
-the other one takes. Δα is the largest difference between any two of the three."""
+matrices. With the variance of all weights, which a cost table needs too, or without. Milliseconds, median (best); a
+ratio is how many times longer the other one takes. Δα is the largest difference between any two of the three."""
 
 
 def heavy_tailed(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
