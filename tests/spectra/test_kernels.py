@@ -48,6 +48,12 @@ def test_equal_eigenvalues_have_no_tail() -> None:
     assert "equal" in found.reason or "rank" in found.reason
 
 
+def test_rarer_float_types_are_measured_as_float32() -> None:
+    """A router or head may be stored so; experts may not."""
+    weight = heavy(256, 256)
+    assert spectrum(weight.double(), "x") == spectrum(weight, "x")
+
+
 def test_zeros_have_no_tail() -> None:
     found = spectrum(torch.zeros(256, 256), "x")
     assert found.alpha is None
