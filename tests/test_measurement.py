@@ -13,7 +13,7 @@ from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import CheckpointError, JournalError, QuantizationError, WorkerError
 from alphaq.journal import Journal
-from alphaq.measurement import measure
+from alphaq.measurement import leaving, measure
 from alphaq.records import Choice, Role
 from alphaq.workers import Workers
 
@@ -236,3 +236,73 @@ def _alive(pid: int) -> bool:
         return "zombie" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def test_finished_shards_are_dropped_only_where_memory_is_short(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[str] = []
+    original = PlainFile.forget
+    monkeypatch.setattr(PlainFile, "forget", lambda self: dropped.append(self.path.name) or original(self))
+    list(measure(checkpoint.matrices[:4], Workers(1, checkpoint)))
+    assert dropped == []
+    monkeypatch.setattr("alphaq.checkpoint.reader.memory_bytes", lambda: 1)
+    list(measure(checkpoint.matrices[:4], Workers(1, checkpoint)))
+    assert dropped == [checkpoint.shard_of[checkpoint.matrices[0].tensor]]
+
+
+def test_leaving_forgets_every_shard_once_it_has_passed() -> None:
+    events: list[str] = []
+    for item in leaving([("a", 1), ("a", 2), ("b", 3)], lambda shard: events.append(f"forget {shard}")):
+        events.append(str(item))
+    assert events == ["1", "2", "forget a", "3", "forget b"]
+
+
+def test_device_option_reaches_the_spectra(alphaq: Any, tiny: Path, tmp_path: Path) -> None:
+    plain, other = tmp_path / "a.csv", tmp_path / "b.csv"
+    usual = alphaq("analyze", tiny, "-o", plain, "--json").json
+    found = alphaq("analyze", tiny, "-o", other, "--device", "cpu:0", "--no-cache", "--json").json
+    assert found["alpha_median"] == pytest.approx(usual["alpha_median"], abs=1e-4)
+    assert len(other.read_text().splitlines()) == len(plain.read_text().splitlines())
+    refused = alphaq("plan", tiny, "--bits", "2", "--device", "nonsense")
+    assert refused.code == 2
+    assert "--device nonsense cannot be used" in refused.err
+
+
+def test_hashed_contents_recognise_a_touched_copy(alphaq: Any, tiny: Path, tmp_path: Path, reads: list[str]) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny, copy)
+    plan = ("plan", copy, "--bits", "2", "--workers", "1", "--hash-contents")
+    assert alphaq(*plan).code == 0
+    os.utime(next(copy.glob("*.safetensors")), ns=(1, 1))
+    reads.clear()
+    assert alphaq(*plan).code == 0
+    assert reads == []
+
+
+def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with Journal(tmp_path / "j") as journal:
+        journal.append({"n": 1})
+    assert Journal(tmp_path / "j").entries == [{"n": 1}]
+
+
+def test_kernels_compile_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numba
+
+    from alphaq.simd import kernel
+
+    def njit(*arguments: Any, _real: Any = numba.njit, **options: Any) -> Any:
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return _real(*arguments, **options)
+
+    monkeypatch.setattr(numba, "njit", njit)
+    assert kernel(double)(3, 4) == 12

@@ -180,3 +180,20 @@ def test_damaged_input_leaves_nothing(alphaq: Any, tiny: Path, tmp_path: Path) -
     assert ran.code == 2
     assert "NaN" in ran.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "plan.json"]
+
+
+def test_damaged_matrix_kept_in_16_bits_is_refused_too(alphaq: Any, tiny: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny, copy)
+    plan = json.loads(alphaq("plan", copy, "--bits", "2", "--json").out)
+    plan |= {"choices": dict.fromkeys(plan["choices"], "16"), "assignment": {}, "size_bytes": None, "source": None}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    shard = next(copy.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-(1 << 20) :] = b"\xff\x7f" * (1 << 19)
+    shard.write_bytes(data)
+    ran = alphaq("quantize", copy, "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
+    assert ran.code == 2
+    assert "holds NaN" in ran.err
