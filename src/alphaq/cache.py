@@ -8,38 +8,53 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from alphaq.errors import JournalError
 from alphaq.journal import Journal
-from alphaq.records import Choice, Spectrum
+from alphaq.records import Choice, Spectrum, WeightStatistics
 
-MEASUREMENT_VERSION = 1
+MEASUREMENT_VERSION = 2
 """Raise it whenever the same weights would be measured differently."""
 
 
+@dataclass(frozen=True)
+class Known:
+    """What has been measured: spectra by matrix name and variant, squared errors by name and choice, statistics."""
+
+    spectra: dict[tuple[str, str], Spectrum] = field(default_factory=dict)
+    errors: dict[tuple[str, str], float] = field(default_factory=dict)
+    statistics: dict[str, WeightStatistics] = field(default_factory=dict)
+
+    def learn(self, entry: dict[str, Any]) -> None:
+        """Take in what one journal line holds."""
+        name = entry["name"]
+        if found := entry.get("spectrum"):
+            self.spectra[name, entry["variant"]] = Spectrum(**found)
+        if found := entry.get("statistics"):
+            self.statistics[name] = WeightStatistics(**found)
+        self.errors.update({(name, choice): error for choice, error in entry["errors"].items()})
+
+
 class Cache:
-    """Spectra by matrix name, and squared errors by matrix name and choice. Raises JournalError if in use."""
+    """Measurements of one checkpoint, kept in a folder. Raises JournalError if another process has it."""
 
     def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
         key = json.dumps({"version": MEASUREMENT_VERSION, **identity}, sort_keys=True)
         self.folder = folder
-        path = folder / hashlib.sha256(key.encode()).hexdigest()[:32]
+        self.path = folder / hashlib.sha256(key.encode()).hexdigest()[:32]
+        self.known = Known()
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._journal = Journal(path / "measurements.jsonl")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._journal = Journal(self.path / "measurements.jsonl")
         except OSError as error:
             raise self._unusable(error) from None
-        self.spectra: dict[str, Spectrum] = {}
-        self.errors: dict[tuple[str, str], float] = {}
         for entry in self._journal.entries:
-            if entry.get("spectrum"):
-                self.spectra[entry["name"]] = Spectrum(**entry["spectrum"])
-            self.errors.update({(entry["name"], key): value for key, value in entry["errors"].items()})
-
+            self.known.learn(entry)
         self._journal.entries.clear()
 
     def _unusable(self, error: OSError) -> JournalError:
@@ -48,20 +63,41 @@ class Cache:
             "Set ALPHAQ_CACHE to another, or use --no-cache."
         )
 
-    def add(self, name: str, spectrum: Spectrum | None, errors: Mapping[Choice, float]) -> None:
+    def add(
+        self,
+        name: str,
+        spectrum: Spectrum | None,
+        errors: Mapping[Choice, float],
+        statistics: WeightStatistics | None = None,
+        variant: str = "",
+    ) -> None:
         """Keep what was measured of one matrix."""
         entry = {
             "name": name,
             "spectrum": None if spectrum is None else asdict(spectrum),
             "errors": {str(choice): error for choice, error in errors.items()},
+            "statistics": None if statistics is None else asdict(statistics),
+            "variant": variant,
         }
         try:
             self._journal.append(entry)
         except OSError as error:
             raise self._unusable(error) from None
-        if spectrum is not None:
-            self.spectra[name] = spectrum
-        self.errors.update({(name, str(choice)): error for choice, error in errors.items()})
+        self.known.learn(entry)
+
+    def text(self, name: str, make: Callable[[], str]) -> str:
+        """A text kept under a name, made if it is not there. Written whole or not at all."""
+        path = self.path / name
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        made = make()
+        unfinished = path.with_suffix(".partial")
+        try:
+            unfinished.write_text(made, encoding="utf-8")
+            unfinished.replace(path)
+        except OSError as error:
+            raise self._unusable(error) from None
+        return made
 
     def close(self) -> None:
         """Let other processes use the cache."""

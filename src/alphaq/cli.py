@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 from pydantic import ValidationError
@@ -22,10 +25,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from alphaq import __version__
-from alphaq.config import Budget, PlanConfig
+from alphaq.config import Blocks, Budget, Noise, PlanConfig, Rule, Tail
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.records import Plan, first_fault
-from alphaq.registry import lookup, unknown
+from alphaq.registry import unknown
 
 T = TypeVar("T")
 PIPED_WIDTH = 120
@@ -41,33 +44,149 @@ app = typer.Typer(
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a safetensors checkpoint.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-BitsOption = Annotated[float | None, typer.Option(help="Budget: average code bits per expert weight.")]
-BpwOption = Annotated[
-    float | None, typer.Option(help="Budget: stored bits per expert weight, scales and zeros included.")
-]
-SizeOption = Annotated[str | None, typer.Option(help="Budget: total size of the weight files, e.g. 9.5MiB, 12GiB.")]
-StatsOption = Annotated[
-    Path | None, typer.Option(help="Scores from a CSV (name, alpha, variance) instead of measuring.")
-]
-ChoicesOption = Annotated[str, typer.Option(help="Candidates: bits, or bits and a group size (3g64,4g128).")]
-GammaOption = Annotated[float, typer.Option(help="Exponent of the importance (α₀/α)^γ; 0 ignores the spectra.")]
-NoiseOption = Annotated[
-    str | None,
-    typer.Option(help="analytic (Var·2^-2b) or measured (round trip; the default where weights are given)."),
-]
-MethodOption = Annotated[str, typer.Option(help="alphaq or uniform.")]
-GroupOption = Annotated[int, typer.Option(help="Columns per scale, for choices that name none: 32, 64 or 128.")]
-SymmetricOption = Annotated[bool, typer.Option("--symmetric", help="Store no zero points.")]
-AttentionOption = Annotated[int, typer.Option(help="Bits of attention projections (16 keeps them).")]
-SharedOption = Annotated[int, typer.Option(help="Bits of shared experts and dense MLPs (16 keeps them).")]
 WorkersOption = Annotated[
     int | None, typer.Option(min=1, help="Processes; all cores by default, fewer for a small model. Same result.")
 ]
-NoCacheOption = Annotated[bool, typer.Option("--no-cache", help="Measure anew and keep nothing for the next run.")]
-HashOption = Annotated[
-    bool, typer.Option("--hash-contents", help="Recognise weights by their contents, not by when they were written.")
-]
-DeviceOption = Annotated[str, typer.Option(help="Where eigenvalues are computed: cpu, cuda, cuda:1.")]
+BUDGET, CHOICES, SCORES, LIMITS = "Budget (one of)", "Choices", "Scores", "Limits"
+
+
+def _plan_settings(
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Average bits per expert weight: the bytes of a plain mix of that width (group 128 in native).",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    bpw: Annotated[
+        float | None,
+        typer.Option(help="Stored bits per expert weight, scales and zeros included.", rich_help_panel=BUDGET),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Total size of the weight files, e.g. 9.5MiB, 12GiB.", rich_help_panel=BUDGET),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="Engine to plan for; see `alphaq engines`.", rich_help_panel=CHOICES)
+    ] = "native",
+    choices: Annotated[
+        str | None,
+        typer.Option(
+            help="Candidates: bits, bits and group size, ggml types (2,3g64,4g128s,Q4_K); all the engine's by default.",
+            rich_help_panel=CHOICES,
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Columns per scale, for choices that name none: 32, 64 or 128.", rich_help_panel=CHOICES),
+    ] = None,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="Store no zero points.", rich_help_panel=CHOICES)
+    ] = False,
+    attention_bits: Annotated[
+        int, typer.Option(help="Bits of attention projections (16 keeps them).", rich_help_panel=CHOICES)
+    ] = 4,
+    shared_bits: Annotated[
+        int, typer.Option(help="Bits of shared experts and dense MLPs (16 keeps them).", rich_help_panel=CHOICES)
+    ] = 4,
+    method: Annotated[str, typer.Option(help="Allocator; see `alphaq methods`.", rich_help_panel=SCORES)] = "auto",
+    gamma: Annotated[
+        str, typer.Option(help="Exponent of (α₀/α)^γ in method alphaq: a number, or auto.", rich_help_panel=SCORES)
+    ] = "auto",
+    noise: Annotated[
+        str | None,
+        typer.Option(
+            help="analytic (Var·2^-2b) or measured (round trip; the default where weights are given).",
+            rich_help_panel=SCORES,
+        ),
+    ] = None,
+    spectrum: Annotated[
+        str, typer.Option(help="Eigenvalues of farms (blocks) or of the whole matrix.", rich_help_panel=SCORES)
+    ] = "farms",
+    tail: Annotated[
+        str, typer.Option(help="Where the tail starts: hill, median, finger or ks.", rich_help_panel=SCORES)
+    ] = "hill",
+    stats: Annotated[
+        Path | None,
+        typer.Option(help="Scores from a CSV (name, alpha, variance) instead of measuring.", rich_help_panel=SCORES),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text for methods that need one.", rich_help_panel=SCORES)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of method random.", rich_help_panel=SCORES)] = 0,
+    unweighted: Annotated[
+        bool,
+        typer.Option(
+            "--unweighted", help="Count matrices, not weights, as the paper's code does.", rich_help_panel=SCORES
+        ),
+    ] = False,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(help="PATTERN=CHOICE, e.g. 'layers.0.*=8', attention=16. Repeat.", rich_help_panel=LIMITS),
+    ] = None,
+    min_bits: Annotated[
+        list[str] | None,
+        typer.Option(help="Least bits, of all or of PATTERN=BITS, e.g. 2, down=3. Repeat.", rich_help_panel=LIMITS),
+    ] = None,
+    max_bits: Annotated[
+        list[str] | None,
+        typer.Option(help="Most bits, of all or of PATTERN=BITS. Repeat.", rich_help_panel=LIMITS),
+    ] = None,
+    min_sqnr: Annotated[
+        str | None,
+        typer.Option(help="Least signal-to-noise ratio of a matrix, e.g. 9dB.", rich_help_panel=LIMITS),
+    ] = None,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="One budget for each layer.", rich_help_panel=LIMITS)
+    ] = False,
+) -> None:
+    """Everything that decides a plan apart from the checkpoint; commands that plan share it."""
+
+
+def _means_settings(
+    revision: RevisionOption = None,
+    workers: WorkersOption = None,
+    device: Annotated[str, typer.Option(help="Where eigenvalues are computed: cpu, cuda, cuda:1.")] = "cpu",
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Measure anew and keep nothing for the next run.")
+    ] = False,
+    hash_contents: Annotated[
+        bool,
+        typer.Option("--hash-contents", help="Recognise weights by their contents, not by when they were written."),
+    ] = False,
+) -> None:
+    """How the work is done, which changes no result; commands that read weights share it."""
+
+
+def with_options(
+    leaving_out: frozenset[str] = frozenset(), **groups: Callable[..., None]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add groups of options to a command: it takes each group as one dictionary under the group's name."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = signature(command, eval_str=True).parameters
+        shared = {
+            group: {
+                name: parameter
+                for name, parameter in signature(options, eval_str=True).parameters.items()
+                if name not in leaving_out
+            }
+            for group, options in groups.items()
+        }
+
+        @wraps(command)
+        def run(**given: Any) -> None:
+            collected = {group: {name: given.pop(name) for name in names} for group, names in shared.items()}
+            command(**given, **collected)
+
+        every = [parameter for name, parameter in own.items() if name not in groups]
+        every += [parameter for names in shared.values() for parameter in names.values()]
+        parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in every]
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
 
 
 def progress(items: Iterable[T], total: int, label: str) -> Iterable[T]:
@@ -101,42 +220,50 @@ def show(as_json: bool, data: Any, *tables: Any) -> None:
             console.print(table, markup=False, highlight=False, soft_wrap=isinstance(table, str))
 
 
-def plan_config(
-    bits: float | None,
-    bpw: float | None,
-    size: str | None,
-    choices: str,
-    gamma: float,
-    noise: str | None,
-    method: str,
-    group_size: int,
-    symmetric: bool,
-    attention_bits: int,
-    shared_bits: int,
-) -> PlanConfig:
+def plan_config(settings: Mapping[str, Any], with_model: bool = True) -> PlanConfig:
     """Check everything a plan is asked for before any work. Raises AlphaQError."""
-    from alphaq.allocation.problem import SOLVERS
+    from alphaq.planning import resolve
 
-    if noise not in (None, "analytic", "measured"):
-        raise AlphaQError(unknown("--noise", noise, ("analytic", "measured")))
-    lookup("--method", SOLVERS, method)
+    given = dict(settings)
+    for name, known in (("noise", get_args(Noise)), ("spectrum", get_args(Blocks)), ("tail", get_args(Tail))):
+        if given[name] is not None and given[name] not in known:
+            raise AlphaQError(unknown(f"--{name}", given[name], known))
+    budget = Budget.of(given.pop("bits"), given.pop("bpw"), given.pop("size"))
+    stats, calibration = given.pop("stats"), given.pop("calibration")
+    if stats is not None and (given["spectrum"], given["tail"]) != ("farms", "hill"):
+        raise AlphaQError("--stats already holds α, so --spectrum and --tail decide nothing. Drop one or the other.")
+    if calibration is not None and not calibration.is_file():
+        raise AlphaQError(f"No text file {calibration}. Give a UTF-8 text with --calibration.")
+    sqnr = given.pop("min_sqnr")
     try:
         config = PlanConfig(
-            budget=Budget.of(bits, bpw, size),
-            choices=choices,
-            gamma=gamma,
-            noise=noise,  # type: ignore[arg-type]
-            method=method,
-            group_size=group_size,
-            symmetric=symmetric,
-            attention_bits=attention_bits,
-            shared_bits=shared_bits,
+            budget=budget,
+            gamma=_gamma(given.pop("gamma")),  # type: ignore[arg-type]
+            pins=tuple(Rule.parse(text, "--pin") for text in given.pop("pin") or ()),
+            min_bits=tuple(Rule.parse(text, "--min-bits", "*") for text in given.pop("min_bits") or ()),
+            max_bits=tuple(Rule.parse(text, "--max-bits", "*") for text in given.pop("max_bits") or ()),
+            min_sqnr_db=None if sqnr is None else _decibels(sqnr),
+            calibration=None if calibration is None else calibration.name,
+            **given,
         )
     except ValidationError as error:
         raise BudgetError(f"{first_fault(error)}. See `alphaq plan --help`.") from None
-    config.candidates()
-    config.fixed_choices()
+    resolve(config, with_model)
     return config
+
+
+def _gamma(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise BudgetError(f"--gamma {text!r} is neither a number nor auto. Try --gamma auto.") from None
+
+
+def _decibels(text: str) -> float:
+    match = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,6})?)\s*(?:dB)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise BudgetError(f"--min-sqnr {text!r} is no ratio in decibels. Write for example 9dB.")
+    return float(match[1])
 
 
 def cache_folder() -> Path:
@@ -148,7 +275,12 @@ def cache_folder() -> Path:
 
 @contextmanager
 def _means(
-    checkpoint: Any, workers: int | None, no_cache: bool = True, hash_contents: bool = False, device: str = "cpu"
+    checkpoint: Any,
+    workers: int | None,
+    no_cache: bool = True,
+    hash_contents: bool = False,
+    device: str = "cpu",
+    revision: str | None = None,
 ) -> Iterator[tuple[Any, Any]]:
     """The processes to work with, and what earlier runs have measured of the checkpoint."""
     from alphaq.cache import Cache
@@ -170,16 +302,23 @@ def _means(
         yield stack.enter_context(Workers(workers or sensible_count(nbytes), checkpoint)), cache
 
 
-def _build_plan(checkpoint: Any, config: PlanConfig, stats: Path | None, workers: Any, cache: Any, device: str) -> Plan:
-    from alphaq import pipeline
+def _build_plan(
+    checkpoint: Any, config: PlanConfig, settings: Mapping[str, Any], workers: Any, cache: Any, device: str
+) -> Plan:
+    from alphaq import planning
 
-    found = pipeline.measure_for_plan(checkpoint, config, stats, progress, workers, cache, device)
-    plan = pipeline.make_plan(checkpoint, config, found)
+    request = planning.resolve(config, checkpoint is not None)
+    found = planning.measure_for_plan(
+        checkpoint, request, settings["stats"], progress, workers, cache, device, settings["calibration"]
+    )
+    plan = planning.make_plan(checkpoint, request, found)
     for name, reason in [*plan.unplanned.items(), *plan.neutral.items()][:5]:
         err.print(f"note: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
-    if config.budget.bits is not None and (plan.average_bits or 0) < 0.99 * config.budget.bits:
-        why = "uniform is one choice for all" if config.method == "uniform" else "no choice offered is wider"
-        err.print(f"note: {plan.average_bits:.4g} of {config.budget.bits:g} bits are used; {why}", highlight=False)
+    if plan.lower_bound is not None and plan.gap > 1e-6:
+        err.print(f"note: this plan is proven to be within {plan.gap:.2g} (relative) of the best one", highlight=False)
+    widest = max(request.offered).bits
+    if config.budget.bits is not None and config.budget.bits > widest:
+        err.print(f"note: no choice offered is wider than {widest} bits, so the budget is not used up", highlight=False)
     return plan
 
 
@@ -200,25 +339,26 @@ def inspect(model: ModelArgument, revision: RevisionOption = None, as_json: Json
 
 
 @app.command()
+@with_options(means=_means_settings)
 def analyze(
     model: ModelArgument,
+    means: Any,
     output: Annotated[Path, typer.Option("--output", "-o", help="CSV to write.")] = Path("stats.csv"),
-    revision: RevisionOption = None,
-    workers: WorkersOption = None,
-    device: DeviceOption = "cpu",
-    no_cache: NoCacheOption = False,
-    hash_contents: HashOption = False,
+    spectrum: Annotated[str, typer.Option(help="Eigenvalues of farms (blocks) or of the whole matrix.")] = "farms",
+    tail: Annotated[str, typer.Option(help="Where the tail starts: hill, median, finger or ks.")] = "hill",
     as_json: JsonOption = False,
 ) -> None:
     """Measure every matrix's weight spectrum and write one CSV row each."""
     from alphaq import pipeline
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.checkpoint.writer import check_file
+    from alphaq.spectra.variants import SpectrumVariant
 
+    variant = SpectrumVariant(spectrum, tail)  # type: ignore[arg-type]
     check_file(output)
-    checkpoint = open_checkpoint(model, revision)
-    with _means(checkpoint, workers, no_cache, hash_contents, device) as (pool, cache):
-        rows = pipeline.analyze(checkpoint, output, progress, pool, cache, device)
+    checkpoint = open_checkpoint(model, means["revision"])
+    with _means(checkpoint, **means) as (pool, cache):
+        rows = pipeline.analyze(checkpoint, output, progress, pool, cache, means["device"], variant)
     alphas = sorted(found.alpha for _, found in rows if found.alpha is not None)
     summary = {
         "model": checkpoint.name,
@@ -236,71 +376,41 @@ def analyze(
 
 
 @app.command()
+@with_options(settings=_plan_settings, means=_means_settings)
 def plan(
+    settings: Any,
+    means: Any,
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Folder or hub id.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Plan file to write.")] = None,
-    bits: BitsOption = None,
-    bpw: BpwOption = None,
-    size: SizeOption = None,
-    stats: StatsOption = None,
-    choices: ChoicesOption = "1,2,3,4",
-    gamma: GammaOption = 1.0,
-    noise: NoiseOption = None,
-    method: MethodOption = "alphaq",
-    group_size: GroupOption = 128,
-    symmetric: SymmetricOption = False,
-    attention_bits: AttentionOption = 4,
-    shared_bits: SharedOption = 4,
-    revision: RevisionOption = None,
-    workers: WorkersOption = None,
-    device: DeviceOption = "cpu",
-    no_cache: NoCacheOption = False,
-    hash_contents: HashOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Choose bits for every expert matrix under a budget; shows the plan, and writes it with -o."""
-    config = plan_config(
-        bits, bpw, size, choices, gamma, noise, method, group_size, symmetric, attention_bits, shared_bits
-    )
+    config = plan_config(settings, model is not None)
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.checkpoint.writer import atomic_file, check_file
     from alphaq.report.tables import plan_table
 
     if output is not None:
         check_file(output)
-    checkpoint = None if model is None else open_checkpoint(model, revision)
-    with _means(checkpoint, workers, no_cache, hash_contents, device) as (pool, cache):
-        made = _build_plan(checkpoint, config, stats, pool, cache, device)
+    checkpoint = None if model is None else open_checkpoint(model, means["revision"])
+    with _means(checkpoint, **means) as (pool, cache):
+        made = _build_plan(checkpoint, config, settings, pool, cache, means["device"])
     if output is not None:
         with atomic_file(output) as partial:
             partial.write_text(made.to_json(), encoding="utf-8")
         err.print(f"Plan written to {output}", markup=False, highlight=False, soft_wrap=True)
-    show(as_json, json.loads(made.to_json()), plan_table(made))
+    show(as_json, made.model_dump(mode="json", exclude={"table"}), plan_table(made))
 
 
 @app.command()
+@with_options(settings=_plan_settings, means=_means_settings)
 def quantize(
     context: typer.Context,
     model: ModelArgument,
+    settings: Any,
+    means: Any,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Use this plan instead of making one.")] = None,
-    bits: BitsOption = None,
-    bpw: BpwOption = None,
-    size: SizeOption = None,
-    stats: StatsOption = None,
-    choices: ChoicesOption = "1,2,3,4",
-    gamma: GammaOption = 1.0,
-    noise: NoiseOption = None,
-    method: MethodOption = "alphaq",
-    group_size: GroupOption = 128,
-    symmetric: SymmetricOption = False,
-    attention_bits: AttentionOption = 4,
-    shared_bits: SharedOption = 4,
-    revision: RevisionOption = None,
-    workers: WorkersOption = None,
-    device: DeviceOption = "cpu",
-    no_cache: NoCacheOption = False,
-    hash_contents: HashOption = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard an unfinished run instead of resuming it.")
     ] = False,
@@ -312,8 +422,7 @@ def quantize(
 
     check_absent(output)
     if plan_file is not None:
-        beside = {"model", "output", "plan_file", "revision", "as_json", "workers", "hash_contents", "restart"}
-        if conflicting := _given(context) - beside:
+        if conflicting := _given(context) & {*settings, "no_cache", "device"}:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(conflicting))
             raise BudgetError(f"--plan already decides everything that {names} would. Drop one or the other.")
         if not plan_file.is_file():
@@ -322,26 +431,80 @@ def quantize(
             )
         made = Plan.from_json(plan_file.read_bytes(), str(plan_file))
     else:
-        config = plan_config(
-            bits, bpw, size, choices, gamma, noise, method, group_size, symmetric, attention_bits, shared_bits
-        )
+        config = plan_config(settings)
+        if config.engine != "native":
+            raise AlphaQError(
+                f"This version writes native checkpoints only. `alphaq plan --engine {config.engine}` makes the plan."
+            )
     from alphaq import pipeline
     from alphaq.checkpoint.reader import open_checkpoint
 
-    checkpoint = open_checkpoint(model, revision)
-    with _means(checkpoint, workers, no_cache or plan_file is not None, hash_contents, device) as (pool, cache):
+    checkpoint = open_checkpoint(model, means["revision"])
+    means["no_cache"] |= plan_file is not None
+    with _means(checkpoint, **means) as (pool, cache):
         if plan_file is None:
-            made = _build_plan(checkpoint, config, stats, pool, cache, device)
+            made = _build_plan(checkpoint, config, settings, pool, cache, means["device"])
         if cache is not None:
             cache.close()  # others may measure while this one writes
-        result = pipeline.quantize(checkpoint, made, output, progress, pool, restart, hash_contents)
+        result = pipeline.quantize(checkpoint, made, output, progress, pool, restart, means["hash_contents"])
     summary = (
         f"{output}: {human_bytes(result['size_bytes'])} of weights, was {human_bytes(result['source_bytes'])}; "
         f"{result['tensors']} tensors re-read and correct"
     )
     tables = [summary] if made.average_bits is None else [plan_table(made), summary]
-    figures = json.loads(made.to_json())
-    show(as_json, figures | result, *tables)
+    show(as_json, made.model_dump(mode="json", exclude={"table"}) | result, *tables)
+
+
+@app.command()
+def engines(as_json: JsonOption = False) -> None:
+    """List the engines that a plan can be made for, what shares a choice in each, and the choices."""
+    from alphaq.engines.profiles import ENGINES
+    from alphaq.report.tables import engines_table
+
+    rows = [
+        {
+            "engine": one.name,
+            "summary": one.summary,
+            "unit": one.unit,
+            "choices": [str(choice) for choice in one.choices],
+            "defaults": [str(choice) for choice in one.defaults],
+            "writes": one.exports,
+        }
+        for one in ENGINES.values()
+    ]
+    show(as_json, rows, engines_table(rows))
+
+
+@app.command()
+def methods(as_json: JsonOption = False) -> None:
+    """List the allocators, what each goes by and what it needs."""
+    from alphaq.report.tables import methods_table
+    from alphaq.sensitivity.methods import METHODS
+
+    rows = [
+        {"method": name, "summary": one.summary, "needs_text": one.needs_text, "kind": one.kind}
+        for name, one in METHODS.items()
+    ]
+    show(as_json, rows, methods_table(rows))
+
+
+@app.command()
+def explain(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file, or folder that holds plan.json.")],
+    pattern: Annotated[
+        str | None, typer.Argument(metavar="[PATTERN]", help="Matrices to explain, e.g. 'layers.0.*down_proj'.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Units to show at most.")] = 10,
+    as_json: JsonOption = False,
+) -> None:
+    """Why matrices got their bits: loss at each choice, gain per byte against the price, what would move them."""
+    from alphaq.report.explanation import explain_plan, explanation_tables
+
+    path = plan_file / "plan.json" if plan_file.is_dir() else plan_file
+    if not path.is_file():
+        raise AlphaQError(f"No plan file {path}. Make one with `alphaq plan MODEL --bits 2.5 -o {path.name}`.")
+    explained = explain_plan(Plan.from_json(path.read_bytes(), str(path)), pattern, limit)
+    show(as_json, explained, *explanation_tables(explained))
 
 
 @app.command()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
+from fnmatch import fnmatchcase
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from alphaq.errors import BudgetError
-from alphaq.records import Choice, Role
+from alphaq.records import MatrixRef, Role
 
 Noise = Literal["analytic", "measured"]
+Blocks = Literal["farms", "whole"]
+Tail = Literal["hill", "median", "finger", "ks"]
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
@@ -61,36 +65,85 @@ class Budget(BaseModel):
         return f"{self.size_bytes} bytes"
 
 
+class Rule(BaseModel):
+    """A choice or a number for the matrices that a pattern names; the later of two rules wins.
+
+    pattern: a role ("attention"), a projection ("down") or a glob on the matrix name, which may leave out the
+    name's beginning and its final `.weight`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pattern: str
+    value: str
+
+    @classmethod
+    def parse(cls, text: str, option: str, default_pattern: str | None = None) -> Rule:
+        """Read 'PATTERN=VALUE', or only a value where a default pattern is given. Raises BudgetError."""
+        pattern, separator, value = text.rpartition("=")
+        if not separator and default_pattern is not None:
+            pattern = default_pattern
+        if not pattern.strip() or not value.strip():
+            raise BudgetError(f"{option} {text!r} is not PATTERN=VALUE, for example {option} 'layers.0.*=8'.")
+        return cls(pattern=pattern.strip(), value=value.strip())
+
+    def matches(self, matrix: MatrixRef) -> bool:
+        """Whether the pattern names this matrix."""
+        names = (matrix.role.value, matrix.projection)
+        globs = (self.pattern, f"*.{self.pattern}", f"{self.pattern}.weight", f"*.{self.pattern}.weight")
+        return self.pattern in names or any(fnmatchcase(matrix.name, glob) for glob in globs)
+
+    def number(self, option: str) -> float:
+        """The value as bits. Raises BudgetError."""
+        try:
+            bits = float(self.value)
+        except ValueError:
+            bits = math.nan
+        if not 0 < bits <= 32:
+            raise BudgetError(f"{option} {self.value!r} is no number of bits. Write for example {option} 2.")
+        return bits
+
+
 class PlanConfig(BaseModel):
     """Everything that decides a plan, apart from the checkpoint itself."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     budget: Budget
-    method: str = "alphaq"
+    engine: str = "native"
+    method: str = "auto"
     noise: Noise | None = None
-    """None: measured where the weights are at hand, analytic where only stats are."""
-    gamma: float = Field(default=1.0, allow_inf_nan=False)
-    choices: str = "1,2,3,4"
-    group_size: int = 128
+    """None: measured where the weights are at hand and the engine's quantizer is ours, analytic elsewhere."""
+    gamma: float | Literal["auto"] = "auto"
+    spectrum: Blocks = "farms"
+    tail: Tail = "hill"
+    choices: str | None = None
+    """None: what the method or the engine's profile offers by default."""
+    group_size: int | None = None
+    """None: the engine's usual one, 128 for native."""
     symmetric: bool = False
     attention_bits: int = 4
     shared_bits: int = 4
+    pins: tuple[Rule, ...] = ()
+    min_bits: tuple[Rule, ...] = ()
+    max_bits: tuple[Rule, ...] = ()
+    min_sqnr_db: float | None = Field(default=None, allow_inf_nan=False)
+    per_layer: bool = False
+    """One budget for each layer, in proportion to its weights, instead of one for the model."""
+    unweighted: bool = False
+    """Every matrix counts once, and bits are code bits: the reference implementation's accounting."""
+    seed: int = 0
+    calibration: str | None = None
+    """Name of the text that calibrated methods used."""
 
-    def candidates(self) -> tuple[Choice, ...]:
-        """The parsed `choices`, narrowest first, duplicates removed. Raises ChoiceError."""
-        parsed = {
-            Choice.parse(text, self.group_size, self.symmetric) for text in self.choices.split(",") if text.strip()
-        }
-        if not parsed:
-            raise BudgetError("--choices is empty. Give at least one, for example 1,2,3,4.")
-        return tuple(sorted(parsed))
+    @field_validator("gamma")
+    @classmethod
+    def _finite(cls, gamma: float | str) -> float | str:
+        if isinstance(gamma, float) and not math.isfinite(gamma):
+            raise ValueError("gamma must be a finite number or auto")
+        return gamma
 
-    def fixed_choices(self) -> dict[Role, Choice]:
-        """Roles outside the budget that are quantized at a fixed width; every other role is kept."""
-        widths = {
-            Role.ATTENTION: self.attention_bits,
-            Role.SHARED_EXPERT: self.shared_bits,
-            Role.DENSE_MLP: self.shared_bits,
-        }
-        return {role: Choice.parse(str(bits), self.group_size, self.symmetric) for role, bits in widths.items()}
+    def roles(self) -> dict[Role, int]:
+        """Bit-width of each role that is quantized outside the budget; every other role is kept."""
+        shared = self.shared_bits
+        return {Role.ATTENTION: self.attention_bits, Role.SHARED_EXPERT: shared, Role.DENSE_MLP: shared}

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from alphaq.cache import Cache
+from alphaq.cache import Cache, Known
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.quantizers.base import squared_error
-from alphaq.records import Choice, MatrixRef, Spectrum
+from alphaq.records import Choice, MatrixRef, Spectrum, WeightStatistics
 from alphaq.spectra.device import device_spectra
 from alphaq.spectra.measure import PANEL_VALUES, spectrum, streamed_spectrum
+from alphaq.spectra.statistics import weight_statistics
+from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant, variant_spectrum
 from alphaq.workers import Workers
 
 T = TypeVar("T")
@@ -25,11 +27,14 @@ class MeasureTask:
     matrix: MatrixRef
     spectrum: bool
     choices: tuple[Choice, ...]
+    statistics: bool = False
+    variant: SpectrumVariant = FAST_VARIANT
 
     @property
     def streamed(self) -> bool:
         """Whether the matrix is large and can be measured without being held."""
-        return not self.choices and not self.matrix.transposed and self.matrix.parameters > 2 * PANEL_VALUES
+        whole = self.choices or self.statistics or self.variant != FAST_VARIANT or self.matrix.transposed
+        return not whole and self.matrix.parameters > 2 * PANEL_VALUES
 
     @property
     def nbytes(self) -> int:
@@ -39,10 +44,11 @@ class MeasureTask:
 
 @dataclass(frozen=True)
 class Measured:
-    """Spectrum (None if not asked for) and Σ(w − ŵ)² by choice of one matrix."""
+    """Spectrum and statistics (None if not asked for) and Σ(w − ŵ)² by choice of one matrix."""
 
     spectrum: Spectrum | None
     squared_errors: dict[Choice, float]
+    statistics: WeightStatistics | None = None
 
 
 def measure_one(checkpoint: Checkpoint, task: MeasureTask) -> Measured:
@@ -51,9 +57,11 @@ def measure_one(checkpoint: Checkpoint, task: MeasureTask) -> Measured:
     if task.streamed:
         return Measured(streamed_spectrum(partial(checkpoint.read_rows, task.matrix), task.matrix.shape, name), {})
     weight = checkpoint.read(task.matrix)
+    own = spectrum if task.variant == FAST_VARIANT else partial(variant_spectrum, variant=task.variant)
     return Measured(
-        spectrum(weight, name) if task.spectrum else None,
+        own(weight, name) if task.spectrum else None,
         {choice: squared_error(weight, choice, name) for choice in task.choices},
+        weight_statistics(weight, name) if task.statistics else None,
     )
 
 
@@ -64,36 +72,49 @@ def measure(
     spectra: bool = True,
     choices: tuple[Choice, ...] = (),
     device: str = "cpu",
+    statistics: bool = False,
+    variant: SpectrumVariant = FAST_VARIANT,
 ) -> Iterator[Measured]:
     """Measure matrices of the workers' checkpoint in order, leaving out what the cache knows.
 
     device: where eigenvalues are computed; "cpu" is the workers' own kernel, anything else torch's name of it.
     """
     checkpoint: Checkpoint = workers.shared
-    known_spectra = {} if cache is None else cache.spectra
-    known_errors = {} if cache is None else cache.errors
+    known = Known() if cache is None else cache.known
+    kind = str(variant)
     tasks = {}
     for matrix in matrices:
-        missing = tuple(choice for choice in choices if (matrix.name, str(choice)) not in known_errors)
-        wanted = spectra and matrix.name not in known_spectra
-        if wanted or missing:
-            tasks[matrix.name] = MeasureTask(matrix, wanted, missing)
+        name = matrix.name
+        missing = tuple(choice for choice in choices if (name, str(choice)) not in known.errors)
+        task = MeasureTask(
+            matrix,
+            spectra and (name, kind) not in known.spectra,
+            missing,
+            statistics and name not in known.statistics,
+            variant,
+        )
+        if task.spectrum or task.choices or task.statistics:
+            tasks[name] = task
     found = _found(workers, list(tasks.values()), device)
     results = leaving(((checkpoint.shard_of[t.matrix.tensor], next(found)) for t in tasks.values()), checkpoint.forget)
     for matrix in matrices:
-        one = next(results) if matrix.name in tasks else Measured(None, {})
-        if cache is not None and matrix.name in tasks:
-            cache.add(matrix.name, one.spectrum, one.squared_errors)
-        errors = {choice: known_errors.get((matrix.name, str(choice))) for choice in choices} | one.squared_errors
-        yield Measured(one.spectrum or (known_spectra[matrix.name] if spectra else None), errors)  # type: ignore[arg-type]
+        name = matrix.name
+        one = next(results) if name in tasks else Measured(None, {})
+        if cache is not None and name in tasks:
+            cache.add(name, one.spectrum, one.squared_errors, one.statistics, kind)
+        yield Measured(
+            one.spectrum or (known.spectra[name, kind] if spectra else None),
+            {c: one.squared_errors[c] if c in one.squared_errors else known.errors[name, str(c)] for c in choices},
+            one.statistics or (known.statistics[name] if statistics else None),
+        )
     yield from results  # none is left, but the last shard is to be forgotten
 
 
 def _found(workers: Workers, tasks: list[MeasureTask], device: str) -> Iterator[Measured]:
     """Results of the tasks in order: by the workers, or their spectra by a device and only the rest by the workers."""
     checkpoint: Checkpoint = workers.shared
-    apart = device != "cpu"
-    local = [replace(task, spectrum=False) for task in tasks if task.choices] if apart else tasks
+    apart = device != "cpu" and all(task.variant == FAST_VARIANT for task in tasks)
+    local = [replace(task, spectrum=False) for task in tasks if task.choices or task.statistics] if apart else tasks
     measured = workers.map(
         measure_one,
         ahead(local, lambda task: checkpoint.expect(task.matrix)),
@@ -104,8 +125,8 @@ def _found(workers: Workers, tasks: list[MeasureTask], device: str) -> Iterator[
         return
     spectra = device_spectra(checkpoint, [task.matrix for task in tasks if task.spectrum], device)
     for task in tasks:
-        errors = next(measured).squared_errors if task.choices else {}
-        yield Measured(next(spectra) if task.spectrum else None, errors)
+        rest = next(measured) if task.choices or task.statistics else Measured(None, {})
+        yield replace(rest, spectrum=next(spectra) if task.spectrum else None)
 
 
 def leaving(items: Iterable[tuple[str, T]], forget: Callable[[str], None]) -> Iterator[T]:

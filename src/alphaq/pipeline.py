@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-import numpy as np
-
 import alphaq
-from alphaq.allocation.problem import budget_costs, solve
 from alphaq.cache import Cache
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
@@ -32,14 +27,14 @@ from alphaq.engines.native_files import (
     raise_faults,
     write_rest,
 )
-from alphaq.errors import AlphaQError, PlanError, StatsError
+from alphaq.errors import AlphaQError, PlanError
 from alphaq.measurement import ahead, leaving, measure
+from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantization import CheckTask, StoreTask, check, plan_choices, store, store_tasks
-from alphaq.records import Choice, Fidelity, MatrixRef, Plan, Spectrum
+from alphaq.records import Fidelity, MatrixRef, Plan, Spectrum
 from alphaq.report.html import write_report
-from alphaq.sensitivity.costs import cost_table
-from alphaq.sensitivity.distortion import analytic_noise
-from alphaq.spectra.measure import read_stats, write_stats
+from alphaq.spectra.measure import write_stats
+from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant
 from alphaq.workers import Workers
 
 T = TypeVar("T")
@@ -52,19 +47,6 @@ def silent(items: Iterable[T], total: int, label: str) -> Iterable[T]:
     return items
 
 
-@dataclass(frozen=True)
-class Measurements:
-    """What was measured of the matrices to plan; enough for any number of budgets.
-
-    noise: mean squared error [matrices, choices]. weights: parameters, or ones where unknown.
-    """
-
-    spectra: dict[str, Spectrum]
-    noise: np.ndarray
-    weights: np.ndarray
-    left_out: dict[str, str]
-
-
 def analyze(
     checkpoint: Checkpoint,
     out: Path,
@@ -72,10 +54,11 @@ def analyze(
     workers: Workers | None = None,
     cache: Cache | None = None,
     device: str = "cpu",
+    variant: SpectrumVariant = FAST_VARIANT,
 ) -> list[tuple[MatrixRef, Spectrum]]:
     """Measure every matrix and write the stats CSV."""
     matrices = checkpoint.matrices
-    found = measure(matrices, workers or Workers(1, checkpoint), cache, device=device)
+    found = measure(matrices, workers or Workers(1, checkpoint), cache, device=device, variant=variant)
     rows = [
         (matrix, one.spectrum)
         for matrix, one in zip(matrices, wrap(found, len(matrices), "analyze"), strict=True)
@@ -84,119 +67,6 @@ def analyze(
     with atomic_file(out) as unfinished:
         write_stats(unfinished, rows)
     return rows
-
-
-def measure_for_plan(
-    checkpoint: Checkpoint | None,
-    config: PlanConfig,
-    stats: Path | None = None,
-    wrap: Wrap = silent,
-    workers: Workers | None = None,
-    cache: Cache | None = None,
-    device: str = "cpu",
-) -> Measurements:
-    """Spectra and noise of the matrices to plan, from the weights, a stats file, or both.
-
-    Raises StatsError if the stats lack a matrix of the checkpoint, or noise is to be measured without one.
-    """
-    choices = config.candidates()
-    noise_kind = resolved_noise(checkpoint, config)
-    given = read_stats(stats) if stats is not None else None
-    if checkpoint is None:
-        if given is None:
-            raise StatsError("Nothing to plan. Give MODEL, or --stats with columns name, alpha, variance.")
-        if noise_kind == "measured":
-            raise StatsError("--noise measured needs the weights. Give MODEL, or use --noise analytic.")
-        noise = np.array([analytic_noise(found, choices) for found in given.spectra.values()])
-        known = given.parameters.keys() >= given.spectra.keys()
-        weights = np.array([given.parameters[name] if known else 1 for name in given.spectra], dtype=np.int64)
-        return Measurements(given.spectra, noise, weights, given.left_out)
-
-    matrices = native.planned_matrices(checkpoint)
-    weights = np.array([matrix.parameters for matrix in matrices], dtype=np.int64)
-    native_problem(checkpoint, config, weights)  # an infeasible budget is told before any measuring
-    if given is not None:
-        for matrix in matrices:
-            if matrix.name not in given.spectra:
-                reason = given.left_out.get(matrix.name, "no row")
-                raise StatsError(f"{stats} has no usable row for {matrix.name!r} ({reason}). Analyze this model again.")
-    real = choices if noise_kind == "measured" else ()
-    results = measure(matrices, workers or Workers(1, checkpoint), cache, given is None, real, device)
-    spectra, noise_rows = {}, []
-    for matrix, found in zip(matrices, wrap(results, len(matrices), "measure"), strict=True):
-        own = found.spectrum or (given.spectra[matrix.name] if given is not None else None)
-        assert own is not None  # measured unless given
-        spectra[matrix.name] = own
-        noise_rows.append(
-            [found.squared_errors[choice] / matrix.parameters for choice in choices]
-            if real
-            else analytic_noise(own, choices)
-        )
-    left_out = {} if given is None else {n: why for n, why in given.left_out.items() if "not an expert" not in why}
-    return Measurements(spectra, np.array(noise_rows), weights, left_out)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A budget in whole units: costs [matrices, choices] and their limit; choices fixed by role beside it."""
-
-    costs: np.ndarray
-    limit: int
-    block_bytes: np.ndarray | None
-    fixed: dict[str, Choice]
-
-
-def native_problem(checkpoint: Checkpoint | None, config: PlanConfig, weights: np.ndarray) -> Problem:
-    """What the budget allows, from shapes alone. Raises BudgetError if it is infeasible."""
-    choices = config.candidates()
-    if checkpoint is None:
-        return Problem(*budget_costs(config.budget, choices, weights, None, None, 0), None, {})
-    matrices = native.planned_matrices(checkpoint)
-    block_bytes, file_bytes = native.byte_tables(matrices, choices)
-    fixed = native.fixed_matrices(checkpoint, config.fixed_choices())
-    narrowest = {matrix.name: choices[0] for matrix in matrices}
-    fixed_bytes = native.size_bytes(checkpoint, fixed | narrowest) - int(file_bytes[:, 0].sum())
-    costs, limit = budget_costs(config.budget, choices, weights, block_bytes, file_bytes, fixed_bytes)
-    return Problem(costs, limit, block_bytes, fixed)
-
-
-def resolved_noise(checkpoint: Checkpoint | None, config: PlanConfig) -> str:
-    """The config's noise, or what it means when left open."""
-    return config.noise or ("analytic" if checkpoint is None else "measured")
-
-
-def make_plan(checkpoint: Checkpoint | None, config: PlanConfig, found: Measurements) -> Plan:
-    """Solve the budget and describe the result in all three units. Raises BudgetError if infeasible."""
-    choices = config.candidates()
-    problem = native_problem(checkpoint, config, found.weights)
-    table = cost_table(found.spectra, found.noise, choices, config.gamma, found.weights)
-    solution = solve(table, problem.costs, problem.limit, config.method)
-
-    chosen = {name: choices[column] for name, column in zip(table.names, solution.columns, strict=True)}
-    units = np.arange(len(table.names))
-    parameters = int(found.weights.sum())
-    resolved = config.model_copy(update={"noise": resolved_noise(checkpoint, config)})
-    unit = next(name for name, value in config.budget.model_dump().items() if value is not None)
-    return Plan(
-        alphaq_version=alphaq.__version__,
-        source=None if checkpoint is None else checkpoint.identity,
-        config=resolved.model_dump(mode="json"),
-        average_bits=float(found.weights @ [choice.bits for choice in chosen.values()] / parameters),
-        bits_per_weight=None
-        if problem.block_bytes is None
-        else float(8 * problem.block_bytes[units, solution.columns].sum() / parameters),
-        size_bytes=None if checkpoint is None else native.size_bytes(checkpoint, problem.fixed | chosen),
-        budget_unit=unit,
-        budget_slack=float(problem.limit - solution.cost),
-        objective=solution.objective,
-        lower_bound=solution.lower_bound,
-        histogram=dict(sorted(Counter(choice.bits for choice in chosen.values()).items())),
-        assignment={name: choice.bits for name, choice in chosen.items()},
-        choices={name: str(choice) for name, choice in (chosen | problem.fixed).items()},
-        alpha={name: s.alpha for name, s in found.spectra.items() if s.alpha is not None},
-        unplanned=found.left_out,
-        neutral={name: s.reason for name, s in found.spectra.items() if s.alpha is None},
-    )
 
 
 def quantize(
@@ -214,6 +84,10 @@ def quantize(
     was when it is started again with the same checkpoint and plan. Raises OutputError if they differ,
     unless told to `restart`.
     """
+    if plan.engine != native.PROFILE.name:
+        raise PlanError(
+            f"The plan is for {plan.engine}; this version writes native checkpoints only. Plan with --engine native."
+        )
     choices = plan_choices(plan, checkpoint)
     size = native.size_bytes(checkpoint, choices)
     if plan.size_bytes not in (None, size):
@@ -296,8 +170,8 @@ def verify(
         "tensors": len(opened.manifest),
         "quantized": len(opened.plan.choices),
         "against_source": source is not None,
-        "mean_relative_error": float(np.mean(errors)) if errors else 0.0,
-        "max_relative_error": float(np.max(errors)) if errors else 0.0,
+        "mean_relative_error": sum(errors) / len(errors) if errors else 0.0,
+        "max_relative_error": max(errors, default=0.0),
     }
 
 
@@ -343,7 +217,7 @@ def fidelity_json(fidelity: Fidelity) -> dict[str, Any]:
     return {"texts": texts, "geomean_perplexity": fidelity.geomean_perplexity, "mean_kl": fidelity.mean_kl}
 
 
-DEMO_RUNS = (("uniform 2", "uniform", 2.0), ("AlphaQ 2.5", "alphaq", 2.5), ("uniform 3", "uniform", 3.0))
+DEMO_RUNS = (("uniform 2", "uniform", 2.0), ("AlphaQ 2.5", "auto", 2.5), ("uniform 3", "uniform", 3.0))
 DEMO_MAX_TOKENS = 4096
 
 
@@ -357,7 +231,7 @@ def demo(out: Path, wrap: Wrap = silent) -> dict[str, Any]:
         model, texts = data / "tiny", sorted((data / "texts").glob("*.txt"))
         checkpoint = open_checkpoint(model)
         config = PlanConfig(budget=Budget(bits=2.5))
-        found = measure_for_plan(checkpoint, config, wrap=wrap)
+        found = measure_for_plan(checkpoint, resolve(config), wrap=wrap)
         rows = [
             _demo_row(
                 "bf16",
@@ -369,10 +243,9 @@ def demo(out: Path, wrap: Wrap = silent) -> dict[str, Any]:
         ]
         plans = {}
         for label, method, bits in DEMO_RUNS:
-            plan = make_plan(
-                checkpoint, config.model_copy(update={"budget": Budget(bits=bits), "method": method}), found
-            )
-            target = folder / "model" if method == "alphaq" else Path(scratch) / label
+            request = resolve(config.model_copy(update={"budget": Budget(bits=bits), "method": method}))
+            plan = make_plan(checkpoint, request, found)
+            target = folder / "model" if method == "auto" else Path(scratch) / label
             written = quantize(checkpoint, plan, target, wrap)
             fidelity = evaluate(target, texts, model, max_tokens=DEMO_MAX_TOKENS, wrap=wrap)
             assert plan.average_bits is not None and plan.bits_per_weight is not None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alphaq.errors import ChoiceError, PlanError
+from alphaq.ggml import GGML_BLOCKS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,20 +81,40 @@ class Spectrum:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class WeightStatistics:
+    """Moments of one matrix W, all dimensionless except mean_absolute and root_mean_square (units of W)."""
+
+    mean_absolute: float
+    root_mean_square: float
+    kurtosis: float
+    """E[(w − μ)⁴] / Var²; 3 for a Gaussian."""
+    outlier: float
+    """max over input columns j of max|W₍:,ⱼ₎| / mean|W₍:,ⱼ₎|; at least 1."""
+    stable_rank: float
+    """‖W‖²_F / σ₁²; from 1 to the smaller side."""
+
+
 @dataclass(frozen=True, order=True)
 class Choice:
     """One way to store a matrix: `bits` per code, one scale (and offset) per `group_size` columns.
 
     bits 16 means "kept": two bytes per weight, no group. A symmetric choice stores no offsets; an
-    asymmetric one stores a `bits`-wide zero point per group, or a 16-bit mean if bits is 1.
+    asymmetric one stores a `bits`-wide zero point per group, or a 16-bit mean if bits is 1. A `scheme`
+    names a storage type that is not plain integers (llama.cpp's Q4_K, IQ2_S, …); bits are then nominal
+    and the group is its block. How many bytes a choice takes is the engine profile's to say.
     """
 
     bits: int
     group_size: int = 0
     symmetric: bool = False
+    scheme: str = ""
 
     def __post_init__(self) -> None:
-        if self.bits == 16:
+        if self.scheme:
+            if GGML_BLOCKS.get(self.scheme, ())[:2] != (self.bits, self.group_size) or self.symmetric:
+                raise ChoiceError(f"{self.scheme!r} is no storage type with {self.bits} bits. Write only its name.")
+        elif self.bits == 16:
             if self.group_size or self.symmetric:
                 raise ChoiceError("A 16-bit choice has no group size and no symmetry: write it as '16'.")
         elif self.bits not in CHOICE_BITS:
@@ -103,11 +124,15 @@ class Choice:
 
     @classmethod
     def parse(cls, text: str, default_group_size: int = 128, symmetric: bool = False) -> Choice:
-        """Read '3', '3g64', '4g128s' or '16'. Raises ChoiceError for anything else."""
+        """Read '3', '3g64', '4g128s', '16' or 'Q4_K'. Raises ChoiceError for anything else."""
+        name = text.strip().upper()
+        if name in GGML_BLOCKS:
+            return cls(*GGML_BLOCKS[name][:2], scheme=name)
         match = re.fullmatch(r"(\d{1,2})(?:g(\d{1,4}))?(s)?", text.strip())
         if match is None:
             raise ChoiceError(
-                f"{text!r} is not a storage choice. Write bits, or bits and a group size: 3, 3g64, 4g128s, 16."
+                f"{text!r} is not a storage choice. Write bits, bits and a group size, or a ggml type: "
+                "3, 3g64, 4g128s, 16, Q4_K."
             )
         bits = int(match[1])
         if bits == 16:
@@ -115,6 +140,8 @@ class Choice:
         return cls(bits, int(match[2] or default_group_size), match[3] is not None or symmetric)
 
     def __str__(self) -> str:
+        if self.scheme:
+            return self.scheme
         return "16" if self.bits == 16 else f"{self.bits}g{self.group_size}{'s' if self.symmetric else ''}"
 
     def groups(self, columns: int) -> int:
@@ -163,13 +190,15 @@ class CostTable:
 class Solution:
     """What a solver returns: one column per unit, and a certificate.
 
-    objective - lower_bound is the proven optimality gap, in units of loss.
+    objective - lower_bound is the proven optimality gap, in units of loss. price: Lagrange multiplier, the loss per
+    unit of cost at which the plan's last upgrades were bought; 0 if the budget does not bind.
     """
 
     columns: np.ndarray
     objective: float
     lower_bound: float
     cost: int
+    price: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -199,6 +228,22 @@ class SourceIdentity(BaseModel):
     """SHA-256 over shard names, sizes and headers."""
 
 
+class PlanTable(BaseModel):
+    """What the decision was made of: the loss and the cost of each unit at each choice.
+
+    losses: unit → loss per choice, None where a pin, a bound or the engine forbids it. costs: the distinct rows of
+    costs in the budget's unit; cost_of: which row is each unit's. members: matrices of units that hold several.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    choices: tuple[str, ...]
+    losses: dict[str, tuple[float | None, ...]]
+    costs: tuple[tuple[int, ...], ...]
+    cost_of: tuple[int, ...]
+    members: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+
+
 class Plan(BaseModel):
     """The decision: which choice each matrix gets, for which budget and engine, and why."""
 
@@ -216,6 +261,9 @@ class Plan(BaseModel):
     budget_slack: float | None = None
     objective: float | None = None
     lower_bound: float | None = None
+    """Proven: no plan under these constraints has less loss. None for methods that follow an order."""
+    price: float | None = None
+    """Loss that one more unit of the budget's cost would save (the Lagrange multiplier)."""
     histogram: dict[int, int] = Field(default_factory=dict)
     assignment: dict[str, int] = Field(default_factory=dict)
     """Bits of each matrix that the budget decided on."""
@@ -226,6 +274,7 @@ class Plan(BaseModel):
     """Matrices in the stats that were not planned, and why."""
     neutral: dict[str, str] = Field(default_factory=dict)
     """Planned matrices whose α is undefined, and why; they get the importance of a median matrix."""
+    table: PlanTable | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> Plan:
@@ -237,6 +286,23 @@ class Plan(BaseModel):
         for name in self.choices:
             self.choice(name)
         return self
+
+    @property
+    def gap(self) -> float:
+        """Proven distance from the best plan, relative to its loss; 0 if it is the best. NaN without a bound."""
+        if self.objective is None or self.lower_bound is None:
+            return math.nan
+        return (self.objective - self.lower_bound) / abs(self.objective) if self.objective else 0.0
+
+    @property
+    def cost_unit(self) -> str:
+        """What costs and slack are counted in."""
+        return "code bits" if self.budget_unit == "bits" and self.counts_codes else "bytes"
+
+    @property
+    def counts_codes(self) -> bool:
+        """Whether bits were counted without scales: stats alone, or every matrix once."""
+        return self.source is None or bool(self.config.get("unweighted"))
 
     def choice(self, name: str) -> Choice:
         """The choice of one quantized matrix."""

@@ -10,6 +10,10 @@ unit i is worse than that unit's best at price λ, any plan has
 so a plan within `gap` of L(λ) uses only choices with r < gap: almost every unit is settled, and a
 dynamic program over the Pareto front (cost, Σ r) of the few open ones finds the optimum. The gap
 searched is widened until a plan is found in it, so the front stays small (core idea: Pisinger, 1995).
+
+Where losses are nearly proportional to costs and the costs share no step (a subset-sum problem), r is
+about 0 everywhere and the front has no bound. Then the plan is improved over a few units at a time,
+which shrinks the gap to search, and if even that is too wide the plan is returned with the bound proven.
 """
 
 from __future__ import annotations
@@ -22,50 +26,85 @@ from alphaq.simd import kernel
 
 RELATIVE_TOLERANCE = 1e-12  # a gap below this is rounding, not loss
 BISECTIONS = 200
-FRONT_LIMIT = 4_000_000
+FRONT_LIMIT = 2_000_000  # candidate states of one unit; tables of real models need a few thousand
+POLISH_LIMIT = 200_000
+POLISH_PAIRS = 20
+POLISH_ROUNDS = 4
+
+
+class _FrontTooLarge(Exception):
+    """The dynamic program would need more than its limit of states."""
 
 
 def solve_exact(losses: np.ndarray, costs: np.ndarray, budget: int) -> Solution:
     """Optimal columns for losses [units, choices] (float64) and costs [units, choices] (int64).
 
-    Ties go to the cheaper plan, then to the lower column. Raises BudgetError if even the cheapest choices exceed
-    the budget, or if the losses are not finite.
+    The objective is proven to equal `lower_bound` but for rounding, except where the losses are nearly proportional
+    to uneven costs: there a gap (objective − lower_bound) may stay, usually of one cost step. Ties go to the cheaper
+    plan, then to the lower column. Raises BudgetError if even the cheapest choices exceed the budget, or if the
+    losses are not finite.
     """
-    if not np.isfinite(losses).all():
-        raise BudgetError("A loss is NaN or infinite, so no plan can be optimal. Check the stats for bad values.")
+    steps, unit, room = _common_steps(losses, costs, budget)
     units = np.arange(len(losses))
-    floor = costs.min(axis=1)
-    if int(floor.sum()) > budget:
-        raise BudgetError(f"The budget of {budget} is below {int(floor.sum())}, the cost of the cheapest choices.")
-    # Only differences matter: shift every unit to cost 0 and measure in the largest common step.
-    steps = costs - floor[:, None]
-    unit = int(np.gcd.reduce(steps, axis=None)) or 1
-    steps //= unit
-    room = (budget - int(floor.sum())) // unit
-
     price, columns = _best_price(losses, steps, room)
     columns = _fill(losses, steps, columns, room)
     reduced = losses + price * steps
     best = reduced.min(axis=1)
     reduced = reduced - best[:, None]
-    bound = float(best.sum() - price * room)
+    settled = reduced.argmin(axis=1)
+    relaxed = float(best.sum() - price * room)
     upper = float(losses[units, columns].sum())
-    tolerance = RELATIVE_TOLERANCE * max(abs(upper), np.abs(losses).max(initial=0.0), 1e-300)
-    gap = upper - bound
-    width = gap / 64
-    while gap > tolerance:
-        found = _search_core(losses, steps, reduced, price, room, min(width, gap) * (1 + 1e-9))
+    # Not of the largest loss: one forbidding loss of 1e12 must not make the others' differences rounding.
+    tolerance = RELATIVE_TOLERANCE * abs(upper)
+    proven = 0.0  # no plan is within this of `relaxed`
+    width = (upper - relaxed) / 64
+    while (gap := upper - relaxed) > max(tolerance, proven):
+        width = min(width, gap)
+        core = np.flatnonzero((reduced <= width).sum(axis=1) > 1)
+        try:
+            found = _search_core(steps, reduced, price, room, width * (1 + 1e-9), core, settled)
+        except _FrontTooLarge:
+            columns = _polish(steps, reduced, price, room, gap, columns)
+            upper = float(losses[units, columns].sum())
+            if upper - relaxed < width:
+                continue
+            break
         if found is not None:
             if losses[units, found].sum() < upper:
                 columns = found
                 upper = float(losses[units, columns].sum())
-            bound = upper
+            proven = upper - relaxed
             break
-        if width >= gap:
-            bound = upper  # nothing better exists inside the gap: what we have is optimal
-            break
+        proven = width
         width *= 4
-    return Solution(columns, upper, min(bound, upper), int(costs[units, columns].sum()))
+    bound = upper if proven >= upper - relaxed else relaxed + proven
+    return Solution(columns, upper, min(bound, upper), int(costs[units, columns].sum()), price / unit)
+
+
+def relaxation_price(losses: np.ndarray, costs: np.ndarray, budget: int) -> float:
+    """The price λ ≥ 0, in loss per unit of cost, at which the units' own choices just fit the budget.
+
+    losses [units, choices] float64, costs [units, choices] int64. 0 if the budget does not bind. Raises BudgetError
+    as `solve_exact` does.
+    """
+    steps, unit, room = _common_steps(losses, costs, budget)
+    return _best_price(losses, steps, room)[0] / unit
+
+
+def _common_steps(losses: np.ndarray, costs: np.ndarray, budget: int) -> tuple[np.ndarray, int, int]:
+    """Costs above each unit's cheapest, in the largest common step; that step; and the budget left, in steps.
+
+    Only differences matter to the solver. Raises BudgetError for losses that are not finite or too small a budget.
+    """
+    if not np.isfinite(losses).all():
+        raise BudgetError("A loss is NaN or infinite, so no plan can be optimal. Check the stats for bad values.")
+    floor = costs.min(axis=1)
+    if int(floor.sum()) > budget:
+        raise BudgetError(f"The budget of {budget} is below {int(floor.sum())}, the cost of the cheapest choices.")
+    steps = costs - floor[:, None]
+    unit = int(np.gcd.reduce(steps, axis=None)) or 1
+    steps //= unit
+    return steps, unit, (budget - int(floor.sum())) // unit
 
 
 @kernel
@@ -93,7 +132,7 @@ def _best_price(losses: np.ndarray, steps: np.ndarray, room: int) -> tuple[float
     while _choose(losses, steps, high, columns) > room:
         low, high = high, high * 4
     for _ in range(BISECTIONS):
-        middle = (low * high) ** 0.5 if low > 0 else high / 1024
+        middle = low**0.5 * high**0.5 if low > 0 else high / 1024
         if not low < middle < high:
             break
         cost = _choose(losses, steps, middle, candidate)
@@ -138,13 +177,37 @@ def _upgrades(losses, steps, columns, left, target, rate):  # type: ignore[no-un
                 target[unit], rate[unit] = column, gain / max(float(extra), 0.5)
 
 
+def _polish(
+    steps: np.ndarray, reduced: np.ndarray, price: float, room: int, width: float, columns: np.ndarray
+) -> np.ndarray:
+    """A plan at least as good, by re-choosing a few units at a time: those that move at the least added excess."""
+    now, excess = (np.take_along_axis(table, columns[:, None], 1) for table in (steps, reduced))
+    dearer, cheaper = (np.where(move, reduced - excess, np.inf).min(axis=1) for move in (steps > now, steps < now))
+    # As many that can take more as can give up some: either alone only fills the slack, and that is done.
+    pairs = np.stack([np.argsort(dearer, kind="stable"), np.argsort(cheaper, kind="stable")], axis=1)
+    for start in range(0, min(len(pairs), POLISH_ROUNDS * POLISH_PAIRS), POLISH_PAIRS):
+        core = np.unique(pairs[start : start + POLISH_PAIRS])
+        found = _search_core(steps, reduced, price, room, width * (1 + 1e-9), core, columns, thin=True)
+        columns = columns if found is None else found
+    return columns
+
+
 def _search_core(
-    losses: np.ndarray, steps: np.ndarray, reduced: np.ndarray, price: float, room: int, width: float
+    steps: np.ndarray,
+    reduced: np.ndarray,
+    price: float,
+    room: int,
+    width: float,
+    core: np.ndarray,
+    settled: np.ndarray,
+    thin: bool = False,
 ) -> np.ndarray | None:
-    """Best plan among those within `width` of the bound, or None if there is none."""
+    """Best plan within `width` of the bound that differs from `settled` only in the units `core`; None without one.
+
+    A front too large raises _FrontTooLarge, or with `thin` loses states evenly: what is found then is only a good plan.
+    """
     open_choices = reduced <= width
-    settled = reduced.argmin(axis=1)
-    core = np.flatnonzero(open_choices.sum(axis=1) > 1)
+    open_choices[core, settled[core]] = True
     fixed = np.setdiff1d(np.arange(len(steps)), core, assume_unique=True)
     # States: cost so far and excess Σ r so far. Suffix ranges of cost discard states that can no
     # longer fit, or that would leave more slack than `width` pays for.
@@ -153,10 +216,17 @@ def _search_core(
     rest_low = np.append(np.cumsum(lowest[::-1])[::-1][1:], 0) if len(core) else np.zeros(0, np.int64)
     rest_high = np.append(np.cumsum(highest[::-1])[::-1][1:], 0) if len(core) else np.zeros(0, np.int64)
     cost = np.array([int(steps[fixed, settled[fixed]].sum())])
-    excess = np.zeros(1)
+    excess = np.array([reduced[fixed, settled[fixed]].sum()])
     history: list[tuple[np.ndarray, np.ndarray]] = []
     for position, unit in enumerate(core):
         options = np.flatnonzero(open_choices[unit])
+        limit = POLISH_LIMIT if thin else FRONT_LIMIT
+        if len(cost) * len(options) > limit:
+            if not thin:
+                raise _FrontTooLarge
+            kept = np.linspace(0, len(cost) - 1, limit // len(options)).astype(np.int64)
+            cost, excess = cost[kept], excess[kept]
+            history[-1] = history[-1][0][kept], history[-1][1][kept]
         new_cost = (cost[:, None] + steps[unit, options]).ravel()
         new_excess = (excess[:, None] + reduced[unit, options]).ravel()
         parent = np.repeat(np.arange(len(cost)), len(options))
@@ -173,10 +243,6 @@ def _search_core(
         history.append((parent[front], option[front]))
         if not len(cost):
             return None
-        if len(cost) > FRONT_LIMIT:
-            raise BudgetError(
-                f"The exact solver's front passed {FRONT_LIMIT} states. Use fewer --choices or round losses."
-            )
     total = excess + price * (room - cost)
     state = int(np.argmin(np.where(cost <= room, total, np.inf)))
     if not (cost[state] <= room and total[state] <= width):

@@ -1,78 +1,180 @@
-"""From a cost table and a budget in any of its three units to a solved problem."""
+"""From losses, bytes and limits to a solved plan.
+
+Matrices that must agree form a unit. A choice that a pin, a bound or the engine forbids to a unit is not
+removed from its row but replaced by a copy of one that is allowed, so that tables stay rectangular and
+every solver sees only what may be chosen.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-from alphaq.allocation.baselines import solve_uniform
+from alphaq.allocation.baselines import solve_ratio, solve_uniform_mix
 from alphaq.allocation.exact import solve_exact
-from alphaq.config import Budget
+from alphaq.allocation.milp import SideConstraint, solve_milp
 from alphaq.errors import BudgetError
-from alphaq.records import GROUP_SIZES, Choice, CostTable, Solution
-from alphaq.registry import lookup
-
-Solver = Callable[[np.ndarray, np.ndarray, int], Solution]
-SOLVERS: dict[str, Solver] = {"alphaq": solve_exact, "uniform": solve_uniform}
+from alphaq.records import Choice, Solution
 
 
-def budget_costs(
-    budget: Budget,
-    choices: tuple[Choice, ...],
-    weights: np.ndarray,
-    block_bytes: np.ndarray | None,
-    file_bytes: np.ndarray | None,
-    fixed_bytes: int,
-) -> tuple[np.ndarray, int]:
-    """Costs int64 [units, choices] and limit in the budget's unit: code bits, stored bits or file bytes.
+@dataclass(frozen=True)
+class Problem:
+    """What a budget allows.
 
-    weights: parameters of each unit. block_bytes: stored bytes of each unit at each choice without file
-    headers; file_bytes: with them; both None where shapes are unknown. fixed_bytes: what the weight
-    files take whatever is chosen. Raises BudgetError with the smallest feasible value.
+    owner: int [matrices], the unit of each matrix. costs: int64 [matrices, choices], in the budget's unit. allowed:
+    bool [matrices, choices]. limit: in the costs' unit. layers: int [units], −1 outside layers. ladder: columns of
+    the plain choices from narrow to wide, for allocators that follow an order.
     """
-    parameters = int(weights.sum())
-    if budget.bits is not None:
-        costs = weights[:, None] * np.array([choice.bits for choice in choices], dtype=np.int64)
-        limit = math.floor(budget.bits * parameters + 1e-9)
-        least = f"--bits {_round_up(costs.min(axis=1).sum() / parameters)}"
-    elif block_bytes is None or file_bytes is None:
-        raise BudgetError("Stats alone know no bytes. State the budget as --bits, or give MODEL.")
-    elif budget.bpw is not None:
-        costs, limit = 8 * block_bytes, math.floor(budget.bpw * parameters + 1e-9)
-        least = f"--bpw {_round_up(costs.min(axis=1).sum() / parameters)}"
-    else:
-        assert budget.size_bytes is not None
-        costs, limit = file_bytes, budget.size_bytes - fixed_bytes
-        least = f"--size {int(costs.min(axis=1).sum()) + fixed_bytes}"
-    if int(costs.min(axis=1).sum()) > limit:
-        narrowest = choices[int(costs.sum(axis=0).argmin())]
-        raise BudgetError(
-            f"A budget of {budget} is below the least these choices can reach, {least} with every expert at "
-            f"{narrowest}. {_remedy(narrowest, budget)}"
-        )
-    return costs, limit
+
+    units: tuple[str, ...]
+    owner: np.ndarray
+    choices: tuple[Choice, ...]
+    costs: np.ndarray
+    allowed: np.ndarray
+    limit: int
+    layers: np.ndarray
+    ladder: tuple[int, ...]
+
+    def per_unit(self, values: np.ndarray) -> np.ndarray:
+        """Sums over each unit's matrices, [units, …] of [matrices, …]."""
+        totals = np.zeros((len(self.units), *values.shape[1:]), values.dtype)
+        np.add.at(totals, self.owner, values)
+        return totals
+
+    @cached_property
+    def unit_allowed(self) -> np.ndarray:
+        """bool [units, choices]: allowed to every matrix of the unit. Raises BudgetError for a unit without choice."""
+        forbidden = self.per_unit((~self.allowed).astype(np.int64))
+        empty = np.flatnonzero((forbidden > 0).all(axis=1))
+        if len(empty):
+            raise BudgetError(
+                f"No choice is left for {self.units[empty[0]]!r}"
+                + (f" and {len(empty) - 1} more" if len(empty) > 1 else "")
+                + ": pins, bounds, --min-sqnr and what the engine can store exclude each other. Offer more with "
+                "--choices (16 keeps a matrix), or relax one of them."
+            )
+        return forbidden == 0
+
+    @cached_property
+    def source(self) -> np.ndarray:
+        """int [units, choices]: the column that stands for each choice, itself where allowed."""
+        columns = np.arange(len(self.choices))
+        costs = self.per_unit(self.costs)
+        cheapest = np.where(self.unit_allowed, costs, np.iinfo(np.int64).max).argmin(axis=1)
+        return np.where(self.unit_allowed, columns, cheapest[:, None])
+
+    def allowed_only(self, table: np.ndarray) -> np.ndarray:
+        """[units, choices] with forbidden entries replaced by their stand-in's."""
+        return np.take_along_axis(table, self.source, axis=1)
+
+    @cached_property
+    def unit_costs(self) -> np.ndarray:
+        """int64 [units, choices], only what is allowed."""
+        return self.allowed_only(self.per_unit(self.costs))
+
+    def chosen(self, columns: np.ndarray) -> np.ndarray:
+        """int [matrices]: the column of each matrix for columns of units as a solver gives them."""
+        return self.source[np.arange(len(self.units)), columns][self.owner]
+
+    def check(self, describe: str, least: str) -> None:
+        """Raise BudgetError if even the cheapest plan exceeds the limit. `least` is a template for that cost."""
+        floor = int(self.unit_costs.min(axis=1).sum())
+        if floor > self.limit:
+            raise BudgetError(f"A budget of {describe} is below the least these choices can reach, {least}.")
 
 
-def _remedy(narrowest: Choice, budget: Budget) -> str:
-    ways = ["Raise it"]
-    if narrowest.bits > 1:
-        ways.append("allow narrower --choices")
-    if budget.bits is None and narrowest.group_size in GROUP_SIZES[:-1]:
-        ways.append("use a larger --group-size")
-    return ", or ".join(ways) + "."
+def solve_losses(problem: Problem, losses: np.ndarray, per_layer: bool = False) -> Solution:
+    """Least total loss for losses float64 [matrices, choices], exactly.
 
-
-def _round_up(bits: float) -> str:
-    return f"{math.ceil(bits * 1e4 - 1e-6) / 1e4:g}"
-
-
-def solve(table: CostTable, costs: np.ndarray, limit: int, method: str) -> Solution:
-    """Choose for every unit by a method of `SOLVERS`. Raises BudgetError naming a loss that is no number."""
-    bad = np.flatnonzero(~np.isfinite(table.losses).all(axis=1))
+    per_layer: each layer may spend only its share of the budget, in proportion to its share of the plain widest
+    choice's cost. Raises BudgetError if a loss is no number, naming it, or nothing fits.
+    """
+    totals = problem.per_unit(losses)
+    bad = np.flatnonzero(~np.isfinite(totals).all(axis=1))
     if len(bad):
         raise BudgetError(
-            f"The loss of {table.names[bad[0]]!r} is NaN or infinite. Check its alpha and variance, or lower --gamma."
+            f"The loss of {problem.units[bad[0]]!r} is NaN or infinite. Check its alpha and variance, or lower --gamma."
         )
-    return lookup("method", SOLVERS, method)(table.losses, costs, limit)
+    table = problem.allowed_only(totals)
+    if not per_layer:
+        return solve_exact(table, problem.unit_costs, problem.limit)
+    return solve_milp(table, problem.unit_costs, problem.limit, layer_budgets(problem))
+
+
+def layer_budgets(problem: Problem) -> list[SideConstraint]:
+    """One constraint per layer: its share of the limit, in proportion to what its units cost at the widest rung."""
+    weights = problem.per_unit(problem.costs)[:, problem.ladder[-1]]
+    found = []
+    for layer in sorted(set(problem.layers.tolist())):
+        members = np.flatnonzero(problem.layers == layer)
+        share = int(problem.limit * int(weights[members].sum()) // int(weights.sum()))
+        costs = problem.unit_costs[members].astype(float)
+        found.append(SideConstraint(f"the budget of layer {layer}", members, costs, -np.inf, share))
+    return found
+
+
+def solve_experts(problem: Problem, losses: np.ndarray, experts: Sequence[object]) -> Solution:
+    """PMQ's problem: one choice per expert, equal budgets per layer, in each an expert at 3 bits and one at 2.
+
+    experts: for each matrix the expert it belongs to. losses: float64 [matrices, choices]. Columns come back per
+    unit of `problem`. The two counts are asked for only where the layer's budget lies between 2 and 3 bits: below
+    and above, 2 and 3 bits would be far from what PMQ intends. Raises BudgetError if units span experts.
+    """
+    names = {key: number for number, key in enumerate(dict.fromkeys(experts))}
+    owner = np.array([names[key] for key in experts])
+    first = np.unique(owner, return_index=True)[1]
+    whole = replace(
+        problem,
+        units=tuple(str(key) for key in names),
+        owner=owner,
+        layers=problem.layers[problem.owner[first]],
+        allowed=problem.allowed & np.isin(np.arange(len(problem.choices)), problem.ladder),
+    )
+    if len(set(zip(problem.owner.tolist(), owner.tolist(), strict=True))) != len(problem.units):
+        raise BudgetError("pmq chooses per expert, but this engine lets experts share a choice. Use another --method.")
+    constraints = layer_budgets(whole)
+    for layer_constraint in list(constraints):
+        members = layer_constraint.units
+        costs = whole.per_unit(whole.costs)[members]
+        for bits in (2, 3):
+            columns = [column for column in problem.ladder if problem.choices[column].bits == bits]
+            between = [
+                int(costs[:, column].sum()) for column in problem.ladder if problem.choices[column].bits in (2, 3)
+            ]
+            if columns and len(between) == 2 and between[0] < layer_constraint.upper < between[1]:
+                counts = np.zeros((len(members), len(problem.choices)))
+                counts[:, columns] = 1
+                counts = counts[np.arange(len(members))[:, None], whole.source[members]]
+                label = f"an expert at {bits} bits in {layer_constraint.label.removeprefix('the budget of ')}"
+                constraints.append(SideConstraint(label, members, counts, 1, np.inf))
+    solution = solve_milp(whole.allowed_only(whole.per_unit(losses)), whole.unit_costs, whole.limit, constraints)
+    of_matrix = whole.chosen(solution.columns)
+    per_unit = of_matrix[np.unique(problem.owner, return_index=True)[1]]
+    return replace(solution, columns=per_unit)
+
+
+def solve_order(problem: Problem, scores: np.ndarray | None, losses: np.ndarray) -> Solution:
+    """Lift units above the widest rung that fits for all, highest score [matrices] first; None spreads evenly."""
+    order = None if scores is None else np.argsort(-_mean(problem, scores), kind="stable")
+    columns = solve_uniform_mix(order, problem.ladder, problem.unit_costs, problem.limit)
+    return _described(problem, columns, losses)
+
+
+def solve_shares(problem: Problem, scores: np.ndarray, losses: np.ndarray) -> Solution:
+    """The reference's fixed ratio: lowest quarter of scores [matrices] one rung up, highest one rung down."""
+    columns = solve_ratio(_mean(problem, scores), problem.ladder, problem.unit_costs, problem.limit)
+    return _described(problem, columns, losses)
+
+
+def _mean(problem: Problem, scores: np.ndarray) -> np.ndarray:
+    return problem.per_unit(scores) / np.bincount(problem.owner)
+
+
+def _described(problem: Problem, columns: np.ndarray, losses: np.ndarray) -> Solution:
+    """An order minimises nothing, so its bound is −∞; its loss is told all the same."""
+    units = np.arange(len(problem.units))
+    objective = float(problem.allowed_only(problem.per_unit(losses))[units, columns].sum())
+    return Solution(columns, objective, -np.inf, int(problem.unit_costs[units, columns].sum()))

@@ -117,6 +117,15 @@ class Checkpoint:
         row_bytes = matrix.shape[1] * TORCH_DTYPES[info.dtype].itemsize
         return begin + matrix.row_start * row_bytes, matrix.shape[0] * row_bytes
 
+    def stored_bytes(self, matrix: MatrixRef) -> int:
+        """Bytes of a matrix's own weights on disk."""
+        return matrix.parameters * TORCH_DTYPES[matrix.dtype].itemsize
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The language model's part of the config, which multi-modal models nest."""
+        return self.config.get("text_config") or self.config
+
     def expect(self, matrix: MatrixRef) -> None:
         """Tell the system that a matrix will be read soon."""
         self.file(self.shard_of[matrix.tensor]).expect(*self.place(matrix))

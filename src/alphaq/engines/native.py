@@ -12,7 +12,8 @@ import numpy as np
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec, stored_bytes, total_bytes
-from alphaq.records import Choice, MatrixRef, Role
+from alphaq.engines.profile import Profile
+from alphaq.records import CHOICE_BITS, GROUP_SIZES, Choice, MatrixRef, Role
 
 
 def matrix_spec(matrix: MatrixRef, choice: Choice) -> TensorSpec:
@@ -65,3 +66,19 @@ def byte_tables(matrices: list[MatrixRef], choices: tuple[Choice, ...]) -> tuple
     blocks = np.array([[choice.storage_bytes(matrix.shape) for choice in choices] for matrix in matrices])
     in_file = [[stored_bytes(matrix.name, matrix_spec(matrix, choice)) for choice in choices] for matrix in matrices]
     return blocks.astype(np.int64), np.array(in_file, dtype=np.int64)
+
+
+_ASYMMETRIC = tuple(Choice(bits, group_size) for bits in CHOICE_BITS for group_size in GROUP_SIZES)
+_SYMMETRIC = tuple(Choice(bits, group_size, symmetric=True) for bits in CHOICE_BITS for group_size in GROUP_SIZES)
+
+PROFILE = Profile(
+    name="native",
+    summary="safetensors for our own runtime: 1 to 8 bit, each expert and projection on its own",
+    unit="matrix",
+    choices=(*_ASYMMETRIC, *_SYMMETRIC, Choice(16)),
+    defaults=_ASYMMETRIC,
+    with_bits=lambda bits: Choice(bits, 0 if bits == 16 else 128),
+    storage_bytes=Choice.storage_bytes,
+    obstacle=lambda choice, matrix: None,
+    exports=True,
+)

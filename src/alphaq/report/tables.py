@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from alphaq.records import Fidelity, Plan
+from alphaq.records import Choice, Fidelity, Plan
 
 
 def human_bytes(count: float) -> str:
@@ -20,7 +21,8 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} TiB"
 
 
-def _table(title: str, *columns: str) -> Table:
+def plain_table(title: str, *columns: str) -> Table:
+    """A table with a bold title; the first column left, the others right."""
     table = Table(title=Text(title, style="bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position == 0 else "right", no_wrap=True)
@@ -33,7 +35,7 @@ def inspect_table(summary: dict[str, Any]) -> Table:
         f"{summary['model']}: {summary['architecture']}, {summary['layers']} layers × "
         f"{summary['experts_per_layer']} experts, {summary['parameters']:,} parameters"
     )
-    table = _table(title, "role", "matrices", "parameters", "size")
+    table = plain_table(title, "role", "matrices", "parameters", "size")
     for role, counts in summary["roles"].items():
         table.add_row(role, f"{counts['matrices']:,}", f"{counts['parameters']:,}", human_bytes(counts["bytes"]))
     table.add_section()
@@ -44,16 +46,22 @@ def inspect_table(summary: dict[str, Any]) -> Table:
 
 def plan_table(plan: Plan) -> Table:
     """A plan in all three units, and its histogram."""
-    table = _table(f"Plan for {plan.engine}: {len(plan.assignment):,} matrices", "", "")
+    table = plain_table(f"Plan for {plan.engine}: {len(plan.assignment):,} matrices", "", "")
     table.add_row("average bits per weight (codes)", f"{plan.average_bits:.4f}")
     if plan.bits_per_weight is not None:
         table.add_row("stored bits per weight", f"{plan.bits_per_weight:.4f}")
     if plan.size_bytes is not None:
         table.add_row("weight files", f"{human_bytes(plan.size_bytes)} ({plan.size_bytes:,} bytes)")
     table.add_row("expected loss (objective)", f"{plan.objective:.6g}")
+    if plan.lower_bound is not None:
+        table.add_row("proven gap to the best plan", "0" if plan.gap < 1e-9 else f"{100 * plan.gap:.2g} %")
+    if plan.budget_slack is not None:
+        unused = f"{plan.budget_slack:,.0f}"
+        table.add_row("left of the budget", unused if plan.source is None else f"{unused} {plan.cost_unit}")
     table.add_section()
-    for bits, count in plan.histogram.items():
-        table.add_row(f"matrices at {bits} bit{'s' if bits > 1 else ''}", f"{count:,}")
+    counts = Counter(plan.choices[name] for name in plan.assignment)
+    for choice in sorted(counts, key=Choice.parse):
+        table.add_row(f"matrices at {choice}", f"{counts[choice]:,}")
     if plan.unplanned:
         table.add_row("not planned (see unplanned)", f"{len(plan.unplanned):,}")
     if plan.neutral:
@@ -63,7 +71,7 @@ def plan_table(plan: Plan) -> Table:
 
 def fidelity_table(fidelity: Fidelity) -> Table:
     """One row per text."""
-    table = _table("Fidelity", "text", "tokens", "perplexity", "95 % interval", "KL", "top-1", "EAR")
+    table = plain_table("Fidelity", "text", "tokens", "perplexity", "95 % interval", "KL", "top-1", "EAR")
     for name, text in fidelity.texts.items():
         low, high = text.perplexity_interval
         against = (
@@ -79,7 +87,7 @@ def fidelity_table(fidelity: Fidelity) -> Table:
 def demo_table(rows: list[dict[str, Any]]) -> Table:
     """The compared runs."""
     names = list(rows[0]["texts"])
-    table = _table("Perplexity on held-out text", "model", "bits", "bpw", "size", *names, "mean", "KL")
+    table = plain_table("Perplexity on held-out text", "model", "bits", "bpw", "size", *names, "mean", "KL")
     for row in rows:
         table.add_row(
             row["label"],
@@ -91,4 +99,23 @@ def demo_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['mean_kl']:.4f}",
             style="bold" if row["label"].startswith("AlphaQ") else "",
         )
+    return table
+
+
+def engines_table(rows: list[dict[str, Any]]) -> Table:
+    """Engines and what each lets a plan choose."""
+    table = plain_table("Engines that a plan can be made for", "engine", "one choice for each", "writes", "choices")
+    table.columns[3].justify = "left"
+    table.columns[3].no_wrap = False
+    for row in rows:
+        table.add_row(row["engine"], row["unit"], "yes" if row["writes"] else "plan only", row["summary"])
+    return table
+
+
+def methods_table(rows: list[dict[str, Any]]) -> Table:
+    """Allocators and what each needs."""
+    table = plain_table("Methods", "method", "needs", "goes by")
+    table.columns[2].justify = "left"
+    for row in rows:
+        table.add_row(row["method"], "text" if row["needs_text"] else "nothing", row["summary"])
     return table

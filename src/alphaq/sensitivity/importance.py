@@ -9,15 +9,16 @@ from __future__ import annotations
 import numpy as np
 
 from alphaq.errors import BudgetError
-from alphaq.records import Spectrum
+
+SPREAD = 0.15
+"""Standard deviation of ln F that `--gamma auto` aims at (docs/LOG.md has the grid it was read from)."""
 
 
-def alpha_importance(spectra: list[Spectrum], gamma: float) -> np.ndarray:
-    """F(α) of each matrix, float64 [n]; 1 where α is undefined, the importance of a median matrix.
+def alpha_importance(alphas: np.ndarray, gamma: float) -> np.ndarray:
+    """F(α) of each matrix, float64 [n]; 1 where α is NaN (undefined), the importance of a median matrix.
 
     Raises BudgetError if γ is so large that the importances leave the range of floats.
     """
-    alphas = np.array([np.nan if found.alpha is None else found.alpha for found in spectra])
     defined = ~np.isnan(alphas)
     importance = np.ones(len(alphas))
     if defined.any():
@@ -26,3 +27,13 @@ def alpha_importance(spectra: list[Spectrum], gamma: float) -> np.ndarray:
     if not np.isfinite(importance).all():
         raise BudgetError(f"--gamma {gamma:g} overflows (α₀/α)^γ. Use a smaller one; the paper's best are 10 to 200.")
     return importance
+
+
+def automatic_gamma(alphas: np.ndarray) -> float:
+    """γ at which ln F has the spread `SPREAD`, so that one setting suits narrow and wide distributions of α.
+
+    0 if fewer than two α are defined or all are equal: there is nothing to tell apart.
+    """
+    defined = alphas[~np.isnan(alphas)]
+    spread = float(np.log(defined).std()) if len(defined) > 1 else 0.0
+    return SPREAD / spread if spread > 1e-9 else 0.0

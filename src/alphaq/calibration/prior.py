@@ -1,0 +1,97 @@
+"""Which experts a router prefers, from the weights alone.
+
+Hidden states leave a layer's norm as a direction times the norm's weights g, so random directions
+h ~ N(0, I), stretched to x = h ⊙ g, stand for the text that is not there. The layer's own MoE block
+routes them: softmax, sigmoid, groups and selection biases are what its class makes of them. Only the
+norm and the router are read. How far to trust the outcome is another matter: it follows real use in
+layers with unbalanced experts and says little about balanced ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+
+from alphaq.calibration.stream import HollowModel, LayerTraffic, traffic_of
+from alphaq.calibration.traffic import Expert, ExpertUse, expert_uses
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.errors import CheckpointError
+from alphaq.records import Role
+
+SAMPLES = 16_384
+NORM = "post_attention_layernorm"
+
+
+class _Routed(Exception):
+    """Carries the routing out of the block, whose remaining weights are not there."""
+
+    def __init__(self, traffic: LayerTraffic) -> None:
+        self.traffic = traffic
+
+
+def routing_prior(checkpoint: Checkpoint) -> dict[Expert, ExpertUse]:
+    """Uses of every routed expert by (layer, expert), over 16 384 samples whose seed is the layer's name.
+
+    Raises CheckpointError if the norm before the experts cannot be found, and as `HollowModel` does.
+    """
+    hollow = HollowModel(checkpoint)
+    count = checkpoint.architecture.experts_per_layer(checkpoint.config)
+    uses: dict[Expert, ExpertUse] = {}
+    for layer, experts in hollow.experts.items():
+        traffic = _route(hollow, layer, experts)
+        for number, use in enumerate(expert_uses(traffic.experts, traffic.weights, count)):
+            uses[layer, number] = use
+    return uses
+
+
+@torch.no_grad()
+def _route(hollow: HollowModel, layer: int, experts: str) -> LayerTraffic:
+    """What the router makes of one layer's samples."""
+    block_name = experts.rpartition(".")[0]
+    block: Any = hollow.model.get_submodule(block_name)
+    scale = _norm_scale(hollow, layer)
+    hollow.fill(block_name, without=(Role.EXPERT, Role.SHARED_EXPERT))
+    for child in block.children():
+        state = child.state_dict(keep_vars=True).values()
+        if child is not hollow.model.get_submodule(experts) and any(value.is_meta for value in state):
+            child.forward = torch.zeros_like  # a shared expert may run before the router, whose input it leaves alone
+
+    def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Routed(traffic_of(layer, module, args, kwargs))
+
+    hollow.model.get_submodule(experts).register_forward_pre_hook(stop, with_kwargs=True)
+    seed = int.from_bytes(hashlib.sha256(block_name.encode()).digest()[:8], "little")
+    random = np.random.Generator(np.random.PCG64(seed))
+    samples = torch.from_numpy(random.standard_normal((SAMPLES, len(scale)), np.float32))
+    try:
+        block((samples * scale)[None])
+    except _Routed as routed:
+        return routed.traffic
+    finally:
+        hollow.empty(block_name)
+    raise CheckpointError(
+        f"{block_name} of {hollow.checkpoint.name} does not call its experts, so its routing cannot be seen. "
+        "Calibrate with text instead."
+    )
+
+
+def _norm_scale(hollow: HollowModel, layer: int) -> torch.Tensor:
+    """Weights [hidden] of the norm that feeds a layer's MoE block."""
+    name = f"{hollow.layers[layer]}.{NORM}"
+    try:
+        norm: Any = hollow.model.get_submodule(name)
+    except AttributeError:
+        norm = None
+    if norm is None or getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is not None:
+        raise CheckpointError(
+            f"{name} of {hollow.checkpoint.name} is no norm with weights only, so what its router sees cannot be "
+            "guessed from the weights. Calibrate with text instead."
+        )
+    hollow.fill(name)
+    # Asked of the module, because some families store g and some store g − 1.
+    scale = norm(torch.ones(norm.weight.shape))
+    hollow.empty(name)
+    return scale

@@ -1,0 +1,267 @@
+"""One forward pass through a model that need not fit into memory: layer by layer, straight from disk.
+
+The model's own class is built on the meta device, where parameters have shapes but no bytes. A hook
+before each decoder layer reads that layer's tensors, a hook after it drops them, so a single call of
+the model's own forward carries all windows through one layer at a time. Names and layouts (experts
+apart or fused, Mixtral's other names) are translated by the functions with which transformers' own
+`from_pretrained` does it, so whatever it loads can be streamed. The head is never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alphaq.checkpoint.files import PlainFile
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
+from alphaq.errors import AlphaQError, CheckpointError
+from alphaq.records import Role
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTraffic:
+    """What one MoE layer saw: `weights` are as the layer multiplies its experts' outputs.
+
+    inputs: float32 [tokens, hidden]. experts: int64 [tokens, top_k]. weights: float32 [tokens, top_k].
+    residual: float64 [tokens], squared norm of the stream that the layer's output has joined; None if not run.
+    """
+
+    layer: int
+    inputs: Tensor
+    experts: Tensor
+    weights: Tensor
+    activation: Callable[[Tensor], Tensor]
+    residual: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    """A tensor that is read when it is sliced, as transformers expects of what it loads."""
+
+    file: PlainFile
+    info: TensorInfo
+
+    def __getitem__(self, index: Any) -> Tensor:
+        values = self.file.read(self.info.begin, self.info.nbytes).view(TORCH_DTYPES[self.info.dtype])
+        return values.view(self.info.shape)[index]
+
+
+class HollowModel:
+    """A model without weights whose modules are filled from disk, in float32, and emptied again.
+
+    layers: name of each decoder layer. experts: name of each MoE layer's experts module, by layer.
+    Raises CheckpointError if transformers cannot build the model or no experts module is in it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        self.checkpoint = checkpoint
+        try:
+            config = AutoConfig.from_pretrained(checkpoint.folder)
+            with torch.device("meta"):
+                # Attention is left to transformers: sdpa where the class has it, which skips the mask of windows
+                # without padding. "eager" goes expert by expert; the others copy every token once per expert.
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
+        except (OSError, ValueError, KeyError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"transformers cannot build the model of {checkpoint.folder} ({reason}). Check config.json, or "
+                "update transformers."
+            ) from error
+        self.model: Any = model.eval()
+        self.base: Any = model.base_model
+        names = {module: name for name, module in self.model.named_modules()}
+        layers = list(getattr(self.base, "layers", ()))
+        self.layers = [names[layer] for layer in layers]
+        self.experts = {
+            number: names[module]
+            for number, layer in enumerate(layers)
+            for module in layer.modules()
+            if all(getattr(getattr(module, part, None), "ndim", 0) == 3 for part in ("gate_up_proj", "down_proj"))
+        }
+        if not self.experts:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {type(self.base).__name__} has no module with fused gate_up_proj and down_proj "
+                "in its layers, so routing cannot be seen. Use a Mixture-of-Experts model, or update transformers."
+            )
+        self.parts = [names[part] for part in self.base.children() if part is not self.base.layers] + self.layers
+        mapping: Any = get_model_conversion_mapping(model)
+        self._loading = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping)
+        self._sources = self._match_stored_tensors()
+        self._compute_buffers()
+
+    def _match_stored_tensors(self) -> dict[str, list[str]]:
+        """Stored tensors by the parameter that they make up; tensors of no parameter are left out."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        mapping = self._loading.weight_mapping or []
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        parameters = self.model.state_dict()
+        prefix = self.model.base_model_prefix
+        sources: dict[str, list[str]] = {}
+        for name in self.checkpoint.shard_of:
+            target = rename_source_key(name, renamings, converters, prefix, parameters)[0]
+            if target not in parameters and name in parameters:
+                target = name
+            if target in parameters:
+                sources.setdefault(target, []).append(name)
+        return sources
+
+    def _compute_buffers(self) -> None:
+        """Rotary frequencies and the like are in no file: the class computes them, as in `from_pretrained`."""
+        for module in self.model.modules():
+            computed = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
+            for name in computed:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+            if computed:
+                self.model._init_weights(module)
+
+    def fill(self, name: str, without: Container[Role] = ()) -> None:
+        """Read a module's tensors, except those of some roles. Raises CheckpointError if any is missing or unfit."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+        left_out = set()
+        for target, sources in self._sources.items():
+            if not target.startswith(f"{name}."):
+                continue
+            if self.checkpoint.roles[sources[0]] in without:
+                left_out.add(target)
+                continue
+            # One parameter at a time: fused experts take three times their bytes while they are put together.
+            tensors = {source: self._stored(source) for source in sources}
+            with _no_progress_bars():
+                found, _ = convert_and_load_state_dict_in_model(self.model, tensors, self._loading)
+            if found.conversion_errors or found.mismatched_keys:
+                what = "; ".join(error.strip().splitlines()[-1] for error in found.conversion_errors.values())
+                unfit = "; ".join(f"{key}: {list(is_)} is not {list(be)}" for key, is_, be in found.mismatched_keys)
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: {target} cannot be made of {sources[0]} ({what or unfit}). "
+                    "Download the checkpoint again or correct config.json."
+                )
+        state = self.model.get_submodule(name).state_dict(prefix=f"{name}.", keep_vars=True)
+        missing = [key for key, value in state.items() if value.is_meta and key not in left_out]
+        if missing:
+            raise CheckpointError(
+                f"{self.checkpoint.folder} stores no tensor for {missing[0]} ({len(missing)} missing in {name}). "
+                "Complete the download, or update transformers if the names are new to it."
+            )
+
+    def _stored(self, name: str) -> _StoredTensor:
+        shard = self.checkpoint.shard_of[name]
+        return _StoredTensor(self.checkpoint.file(shard), self.checkpoint.shards[shard][name])
+
+    def empty(self, name: str) -> None:
+        """Drop what `fill` read of a module; computed buffers stay."""
+        for module in self.model.get_submodule(name).modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[key] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
+            for key, buffer in module._buffers.items():
+                if buffer is not None and key not in module._non_persistent_buffers_set:
+                    module._buffers[key] = torch.empty_like(buffer, device="meta")
+
+
+def stream_forward(checkpoint: Checkpoint, ids: Tensor, visit: Callable[[LayerTraffic], None]) -> None:
+    """Run int64 token ids [windows, length] through the model and show `visit` each MoE layer's traffic, in order.
+
+    Memory: one layer's weights in float32, and the activations of all windows in one layer. Tokens are
+    in row-major order of the windows. Raises CheckpointError as `HollowModel` does, and AlphaQError for
+    ids that are no windows of this model's tokens.
+    """
+    hollow = HollowModel(checkpoint)
+    vocabulary = hollow.base.get_input_embeddings().num_embeddings
+    if ids.ndim != 2 or not ids.numel() or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise AlphaQError(
+            f"Token ids of shape {list(ids.shape)} are no windows over the {vocabulary} tokens of {checkpoint.name}. "
+            "Give [windows, length] ids from this model's own tokenizer."
+        )
+
+    def fill(name: str) -> Callable[..., None]:
+        return lambda module, arguments: hollow.fill(name)
+
+    def empty(name: str) -> Callable[..., None]:
+        return lambda module, arguments, output: hollow.empty(name)
+
+    seen: dict[int, LayerTraffic] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        return lambda module, args, kwargs: seen.update({layer: traffic_of(layer, module, args, kwargs)})
+
+    def show(layer: int) -> Callable[..., None]:
+        def finish(module: nn.Module, arguments: Any, output: Any) -> None:
+            stream = output[0] if isinstance(output, tuple) else output
+            visit(replace(seen.pop(layer), residual=stream.flatten(0, -2).square().sum(-1, dtype=torch.float64)))
+
+        return finish
+
+    for layer, name in hollow.experts.items():
+        hollow.model.get_submodule(name).register_forward_pre_hook(keep(layer), with_kwargs=True)
+        hollow.model.get_submodule(hollow.layers[layer]).register_forward_hook(show(layer))
+    for name in hollow.parts:
+        part = hollow.model.get_submodule(name)
+        part.register_forward_pre_hook(fill(name))
+        part.register_forward_hook(empty(name))
+    with torch.no_grad():  # not inference mode, whose tensors `visit` could not change in threads of its own
+        hollow.base(input_ids=ids, use_cache=False)
+
+
+def traffic_of(layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerTraffic:
+    """The arguments of an experts module's forward, however they were passed."""
+    names = ("hidden_states", "top_k_index", "top_k_weights")
+    inputs, experts, weights = (*args, *(kwargs[name] for name in names[len(args) :]))
+    return LayerTraffic(layer, inputs.float(), experts.long(), weights.float(), module.act_fn)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers shows one per load, which here is hundreds."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def read_windows(tokenizer_folder: str | Path, text: str, length: int, max_tokens: int) -> Tensor:
+    """A text's first tokens as int64 [windows, length], whole windows only.
+
+    Raises CheckpointError if the tokenizer cannot be loaded, AlphaQError if there is not one whole window.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"transformers cannot load the tokenizer of {tokenizer_folder} ({reason}). Restore tokenizer.json and "
+            "tokenizer_config.json."
+        ) from error
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0, :max_tokens].long()
+    count = len(ids) // length
+    if not count:
+        raise AlphaQError(
+            f"The text gives {len(ids)} tokens (at most {max_tokens} are taken), fewer than one window of {length}. "
+            "Give a longer text, more tokens or shorter windows."
+        )
+    return ids[: count * length].view(count, length)
+
+
+def random_windows(vocabulary: int, windows: int, length: int, seed: int = 0) -> Tensor:
+    """Uniformly random tokens, int64 [windows, length]: hidden states of the model without any text."""
+    return torch.randint(vocabulary, (windows, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,291 @@
+"""What the tokens of a text do to each expert, reduced at once to a few numbers per matrix.
+
+A routed expert computes y = D·(act(G·x) ⊙ U·x) and the layer adds w·y for each of its tokens, so an
+error of y counts w² times its square. Every sum over tokens below is weighted so, and divided by the
+tokens of the whole layer, which makes experts comparable: one that is rarely chosen matters little.
+
+BAQ's constant (arXiv 2506.05664): a weight that is off by δ costs δ² / (2·[H⁻¹]ⱼⱼ) after the columns
+not yet rounded have made up for it, with H the Hessian of the layer's squared error. A uniform
+quantizer with range R has δ² = R²·2^(−2b) / 12 on average, so the matrix costs c·2^(−2b) with
+c = Σᵢ Rᵢ² · Σⱼ 1 / [H⁻¹]ⱼⱼ / 24. As in the paper's code, Rᵢ is the range of row i, zero included: the
+range of a group would tie c to one group size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from alphaq.calibration.stream import LayerTraffic, stream_forward
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.errors import ChoiceError, StatsError
+from alphaq.numerics import squared_distance, squared_norm
+from alphaq.quantizers.base import QUANTIZERS, sixteen_bits
+from alphaq.quantizers.packing import dequantize
+from alphaq.records import Choice, MatrixRef, Role
+
+DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
+PROJECTIONS = ("gate", "up", "down")
+FORMAT_VERSION = 1
+PROBE = Choice(2, 128)
+"""The rounding at which `signal` is measured; being relative, it hardly depends on it."""
+SMALLEST_RESIDUAL = 1e-30
+
+Expert = tuple[int, int]
+"""Layer and number of a routed expert."""
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """How a layer's router uses one expert. All are 0 for an expert without tokens."""
+
+    frequency: float
+    """Share of the layer's (token, slot) pairs, 0 to 1; sums to 1 over the layer."""
+    mean_weight: float
+    """Mean routing weight over its own tokens."""
+    mean_square_weight: float
+    """Mean of the squared routing weight over all tokens, 0 where the expert is not chosen."""
+    tokens: int
+
+
+@dataclass(frozen=True)
+class MatrixUse:
+    """What one expert matrix sees and what rounding it does. All are 0 for an expert without tokens."""
+
+    input_mean_square: float
+    """Mean of x² over the expert's tokens and the matrix's columns."""
+    hessian_trace: float
+    """Σ w²‖x‖² over the expert's tokens, per token of the layer and per column."""
+    baq: float
+    """BAQ's c, a squared output error per token of the layer; 0 if not asked for."""
+    output_errors: dict[Choice, float]
+    """Σ w²‖y − ŷ‖² per token of the layer, with only this matrix of the expert stored at the choice."""
+    signal: float = 0.0
+    """Σ w²‖y − ŷ‖² / ‖h‖² per token of the layer, h the stream after it, per relative squared error of the matrix;
+    0 if not asked for."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One pass's numbers: experts by (layer, expert), matrices by name.
+
+    block_errors: √Σ w²‖y − ŷ‖² with the expert's three matrices at one choice, PMQ's ε (arXiv 2410.06270).
+    """
+
+    experts: dict[Expert, ExpertUse] = field(default_factory=dict)
+    matrices: dict[str, MatrixUse] = field(default_factory=dict)
+    block_errors: dict[Expert, dict[Choice, float]] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Indented JSON with a final newline; every float comes back as it was."""
+        data = {
+            "format_version": FORMAT_VERSION,
+            "experts": {_key(expert): vars(use) for expert, use in self.experts.items()},
+            "matrices": {
+                name: vars(use) | {"output_errors": _named(use.output_errors)} for name, use in self.matrices.items()
+            },
+            "block_errors": {_key(expert): _named(errors) for expert, errors in self.block_errors.items()},
+        }
+        return json.dumps(data, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = "calibration") -> Calibration:
+        """The inverse of `to_json`. Raises StatsError naming `where` if the text is anything else."""
+        try:
+            data = json.loads(text)
+            if data["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format_version {data['format_version']} is not {FORMAT_VERSION}")
+            return cls(
+                {_expert(key): ExpertUse(**use) for key, use in data["experts"].items()},
+                {
+                    name: MatrixUse(**use | {"output_errors": _parsed(use["output_errors"])})
+                    for name, use in data["matrices"].items()
+                },
+                {_expert(key): _parsed(errors) for key, errors in data["block_errors"].items()},
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, ChoiceError) as error:
+            raise StatsError(f"{where} holds no calibration ({error!r}). Delete it and calibrate again.") from error
+
+
+def _key(expert: Expert) -> str:
+    return f"{expert[0]}.{expert[1]}"
+
+
+def _expert(key: str) -> Expert:
+    layer, expert = key.split(".")
+    return int(layer), int(expert)
+
+
+def _named(errors: Mapping[Choice, float]) -> dict[str, float]:
+    return {str(choice): error for choice, error in errors.items()}
+
+
+def _parsed(errors: Mapping[str, float]) -> dict[Choice, float]:
+    return {Choice.parse(name): error for name, error in errors.items()}
+
+
+def gather(
+    checkpoint: Checkpoint,
+    ids: Tensor,
+    choices: tuple[Choice, ...] = (),
+    with_baq: bool = False,
+    with_signal: bool = False,
+) -> Calibration:
+    """Run token ids [windows, length] through the model and measure every routed expert.
+
+    Memory: that of `stream_forward`, and one expert's matrices and activations. Raises ChoiceError for a
+    choice that round-to-nearest cannot store, QuantizationError for weights that it cannot, and what
+    `stream_forward` raises.
+    """
+    for choice in choices:
+        if choice.scheme:
+            raise ChoiceError(f"{choice} is not rounded to nearest here. Give bits and a group size, such as 3g64.")
+    layers: dict[int, dict[int, dict[str, MatrixRef]]] = {}
+    for matrix in checkpoint.with_role(Role.EXPERT):
+        assert matrix.layer is not None and matrix.expert is not None and matrix.projection is not None
+        layers.setdefault(matrix.layer, {}).setdefault(matrix.expert, {})[matrix.projection] = matrix
+    found = Calibration()
+
+    def visit(traffic: LayerTraffic) -> None:
+        experts = layers[traffic.layer]
+        uses = expert_uses(traffic.experts, traffic.weights, len(experts))
+        for number, use in enumerate(uses):
+            matrices, block_errors = _Expert(checkpoint, experts[number], traffic, number).measure(
+                choices, with_baq, with_signal
+            )
+            found.experts[traffic.layer, number] = use
+            found.matrices.update(matrices)
+            found.block_errors[traffic.layer, number] = block_errors
+
+    stream_forward(checkpoint, ids, visit)
+    return found
+
+
+def expert_uses(experts: Tensor, weights: Tensor, count: int) -> list[ExpertUse]:
+    """Uses of a layer's `count` experts from indices and weights [tokens, top_k]."""
+    slots, weight = experts.reshape(-1), weights.reshape(-1).double()
+    tokens = torch.bincount(slots, minlength=count).tolist()
+    sums = torch.bincount(slots, weight, count).tolist()
+    squares = torch.bincount(slots, weight.square(), count).tolist()
+    return [
+        ExpertUse(n / len(slots), total / max(n, 1), square / len(experts), n)
+        for n, total, square in zip(tokens, sums, squares, strict=True)
+    ]
+
+
+class _Expert:
+    """One expert's tokens of a layer, and what its matrices make of them.
+
+    inputs: [n, hidden]. square_weights: float64 [n], squared routing weights over the layer's tokens.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, refs: dict[str, MatrixRef], traffic: LayerTraffic, number: int) -> None:
+        token, slot = torch.where(traffic.experts == number)
+        self.checkpoint, self.refs = checkpoint, refs
+        self.activation = traffic.activation
+        self.inputs = traffic.inputs[token]
+        self.square_weights = traffic.weights[token, slot].double().square() / len(traffic.inputs)
+        assert traffic.residual is not None  # the layer has been run
+        self.relative_weights = self.square_weights / traffic.residual[token].clamp(min=SMALLEST_RESIDUAL)
+        self.all_tokens = len(traffic.inputs)
+
+    def measure(
+        self, choices: tuple[Choice, ...], with_baq: bool, with_signal: bool
+    ) -> tuple[dict[str, MatrixUse], dict[Choice, float]]:
+        """Uses of the three matrices by name, and the errors of the expert as a whole."""
+        if not len(self.inputs):
+            none = dict.fromkeys(choices, 0.0)
+            return {self.refs[part].name: MatrixUse(0.0, 0.0, 0.0, none.copy()) for part in PROJECTIONS}, none
+        stored = {part: self.checkpoint.read(self.refs[part]) for part in PROJECTIONS}
+        gate, up, down = (stored[part].float() for part in PROJECTIONS)
+        gate_out, up_out = self.activation(self.inputs @ gate.T), self.inputs @ up.T
+        hidden = gate_out * up_out
+        output = hidden @ down.T
+        errors: dict[str, dict[Choice, float]] = {part: {} for part in PROJECTIONS}
+        block_errors = {}
+        signals = dict.fromkeys(PROJECTIONS, 0.0)
+
+        def moved(choice: Choice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            """Rounded matrices, and how each alone moves the output; "block" with all three together."""
+            rounded = {part: self._rounded(part, stored[part], choice) for part in PROJECTIONS}
+            new_gate = self.activation(self.inputs @ rounded["gate"].T)
+            new_up = self.inputs @ rounded["up"].T
+            return rounded, {
+                "gate": ((new_gate - gate_out) * up_out) @ down.T,
+                "up": (gate_out * (new_up - up_out)) @ down.T,
+                "down": hidden @ (rounded["down"] - down).T,
+                "block": (new_gate * new_up) @ rounded["down"].T - output,
+            }
+
+        for choice in choices:
+            if choice.bits == 16 and all(sixteen_bits(matrix) is matrix for matrix in stored.values()):
+                misses = dict.fromkeys((*PROJECTIONS, "block"), 0.0)  # kept as it is, so nothing moves
+            else:
+                misses = {part: _weighted(self.square_weights, miss) for part, miss in moved(choice)[1].items()}
+            block_errors[choice] = math.sqrt(misses["block"] * self.all_tokens)
+            for part in PROJECTIONS:
+                errors[part][choice] = misses[part]
+        if with_signal:
+            rounded, misses_of = moved(PROBE)
+            for part in PROJECTIONS:
+                error, energy = squared_distance(stored[part], rounded[part]), squared_norm(stored[part])
+                signals[part] = _weighted(self.relative_weights, misses_of[part]) * energy / error if error else 0.0
+        seen = {"gate": self.inputs, "up": self.inputs, "down": hidden}
+        curvatures = {"gate": 0.0, "up": 0.0, "down": 0.0}
+        if with_baq:
+            curvatures["gate"] = curvatures["up"] = curvature(self.inputs, self.square_weights)
+            curvatures["down"] = curvature(hidden, self.square_weights)
+        uses = {
+            self.refs[part].name: MatrixUse(
+                input_mean_square=float(seen[part].square().mean(dtype=torch.float64)),
+                hessian_trace=_weighted(self.square_weights, seen[part]) / seen[part].shape[1],
+                baq=squared_row_ranges(stored[part]) * curvatures[part] / 24,
+                output_errors=errors[part],
+                signal=signals[part],
+            )
+            for part in PROJECTIONS
+        }
+        return uses, block_errors
+
+    def _rounded(self, part: str, weight: Tensor, choice: Choice) -> Tensor:
+        if choice.bits == 16:
+            return sixteen_bits(weight).float()
+        return dequantize(QUANTIZERS["rtn"](weight, choice, self.refs[part].name))
+
+
+def _weighted(weights: Tensor, values: Tensor) -> float:
+    """Σ weight·‖v‖² over rows [n, anything]; weights float64 [n]."""
+    return float(weights @ values.square().sum(1, dtype=torch.float64))
+
+
+def squared_row_ranges(weight: Tensor) -> float:
+    """Σᵢ (max(wᵢ, 0) − min(wᵢ, 0))² over the rows of a matrix."""
+    low, high = weight.double().aminmax(dim=1)
+    return float((high.clamp(min=0) - low.clamp(max=0)).square().sum())
+
+
+def curvature(inputs: Tensor, square_weights: Tensor) -> float:
+    """Σⱼ 1 / [H⁻¹]ⱼⱼ with H = 2·Σ w²·x·xᵀ over rows x of inputs [n, columns], plus 1 % of its mean diagonal.
+
+    square_weights: [n]. 0 if the inputs are. With AᵀA = H before damping λ, an expert with fewer tokens
+    than columns is solved in the space of its tokens: H⁻¹ = (1 − Aᵀ(λ + AAᵀ)⁻¹A) / λ.
+    """
+    scaled = inputs.double() * (2 * square_weights).sqrt()[:, None]
+    tokens, columns = scaled.shape
+    damping = DAMPING * float(scaled.square().sum()) / columns
+    if damping == 0:
+        return 0.0
+    gram = scaled @ scaled.T if tokens < columns else scaled.T @ scaled
+    gram.diagonal().add_(damping)
+    factor = torch.linalg.cholesky(gram)
+    if tokens < columns:
+        explained = torch.linalg.solve_triangular(factor, scaled, upper=False).square().sum(0)
+        diagonal = (1 - explained) / damping
+    else:
+        diagonal = torch.cholesky_inverse(factor).diagonal()
+    return float((1 / diagonal).sum())

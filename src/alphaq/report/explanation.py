@@ -1,0 +1,155 @@
+"""Why a unit got its choice, from the plan file alone.
+
+At price μ per unit of cost every unit takes the choice of least loss + μ·cost. Multiplying one unit's losses by t
+moves it to a dearer choice j once t·(loss − lossⱼ) > μ·(costⱼ − cost), so the least such t says how far it is
+from moving up; the largest t below 1 with the opposite sign, how far from moving down.
+"""
+
+from __future__ import annotations
+
+import math
+from fnmatch import fnmatchcase
+from typing import Any
+
+from rich.table import Table
+
+from alphaq.errors import PlanError
+from alphaq.records import Plan
+from alphaq.report.tables import plain_table
+
+
+def explain_plan(plan: Plan, pattern: str | None, limit: int = 10) -> dict[str, Any]:
+    """Figures of the units that `pattern` names; without one, of those nearest to moving.
+
+    Raises PlanError if the plan holds no table, or nothing matches.
+    """
+    table = plan.table
+    if table is None:
+        raise PlanError("The plan does not say what it was made of (no table). Make it again with `alphaq plan`.")
+    alphas = sorted(plan.alpha.values())
+    units = []
+    for position, (unit, losses) in enumerate(table.losses.items()):
+        members = table.members.get(unit, (unit,))
+        if pattern is not None and not any(_matches(name, pattern) for name in (unit, *members)):
+            continue
+        costs = table.costs[table.cost_of[position]]
+        chosen = plan.choices[members[0]]
+        units.append(_explained(plan, unit, members, chosen, losses, costs, alphas))
+    if not units:
+        raise PlanError(f"No planned matrix matches {pattern!r}. Names look like {next(iter(table.losses))!r}.")
+    matched = len(units)
+    if pattern is None:
+        units.sort(key=_distance)
+    return {
+        "engine": plan.engine,
+        "method": plan.config.get("method"),
+        "budget": plan.config.get("budget"),
+        "objective": plan.objective,
+        "lower_bound": plan.lower_bound,
+        "price": plan.price,
+        "matched": matched,
+        "units": units[:limit],
+    }
+
+
+def _matches(name: str, pattern: str) -> bool:
+    globs = (pattern, f"*.{pattern}", f"{pattern}.weight", f"*.{pattern}.weight")
+    return pattern in name or any(fnmatchcase(name, glob) for glob in globs)
+
+
+def _distance(unit: dict[str, Any]) -> float:
+    ways = [abs(math.log(unit[key])) for key in ("moves_up_at", "moves_down_at") if unit[key]]
+    return min(ways, default=math.inf)
+
+
+def _explained(
+    plan: Plan,
+    unit: str,
+    members: tuple[str, ...],
+    chosen: str,
+    losses: tuple[float | None, ...],
+    costs: tuple[int, ...],
+    alphas: list[float],
+) -> dict[str, Any]:
+    assert plan.table is not None  # checked before
+    at = plan.table.choices.index(chosen)
+    loss, cost = losses[at], costs[at]
+    assert loss is not None  # a chosen choice is allowed
+    choices: list[dict[str, Any]] = []
+    up, down = math.inf, 0.0
+    for name, other, other_cost in zip(plan.table.choices, losses, costs, strict=True):
+        if other is None:
+            choices.append({"choice": name, "loss": None, "cost": other_cost, "gain_per_cost": None})
+            continue
+        gain, extra = loss - other, other_cost - cost
+        rate = gain / extra if extra else None
+        choices.append({"choice": name, "loss": other, "cost": other_cost, "gain_per_cost": rate})
+        if plan.price and extra > 0 and gain > 0:
+            up = min(up, plan.price * extra / gain)
+        if plan.price and extra < 0 and gain < 0:
+            down = max(down, plan.price * extra / gain)
+    own = [plan.alpha[name] for name in members if name in plan.alpha]
+    alpha = sum(own) / len(own) if own else None
+    return {
+        "unit": unit,
+        "matrices": len(members),
+        "choice": chosen,
+        "alpha": alpha,
+        "alpha_rank": None if alpha is None else 1 + sum(other < alpha for other in alphas),
+        "alphas": len(alphas),
+        "loss": loss,
+        "cost": cost,
+        "moves_up_at": None if math.isinf(up) else up,
+        "moves_down_at": down or None,
+        "choices": choices,
+    }
+
+
+def explanation_tables(explained: dict[str, Any]) -> list[Any]:
+    """What `alphaq explain` prints: the price, and for each unit its choices and its distance from moving."""
+    price = explained["price"]
+    order = f"method {explained['method']} follows an order, so there is no price" if price is None else ""
+    lines: list[Any] = [
+        f"{explained['engine']} plan by {explained['method']}: "
+        + (order or f"one more byte would save {price:.4g} of a loss of {explained['objective']:.6g}"),
+        f"{explained['matched']:,} units match; showing {len(explained['units'])}",
+    ]
+    lines += [_unit_table(unit, price) for unit in explained["units"]]
+    return lines
+
+
+def _unit_table(unit: dict[str, Any], price: float | None) -> Table:
+    alpha = (
+        "α undefined"
+        if unit["alpha"] is None
+        else f"α {unit['alpha']:.3f} (rank {unit['alpha_rank']:,} of {unit['alphas']:,}; 1 is the heaviest tail)"
+    )
+    table = plain_table(f"{unit['unit']}: {unit['choice']}, {alpha}", "choice", "loss", "cost", "gain per cost", "")
+    for row in unit["choices"]:
+        if row["loss"] is None:
+            table.add_row(row["choice"], "–", f"{row['cost']:,}", "–", "not allowed")
+            continue
+        here = row["choice"] == unit["choice"]
+        rate = row["gain_per_cost"]
+        verdict = "chosen" if here else ""
+        if price and rate is not None and not here:
+            if row["cost"] > unit["cost"]:
+                verdict = f"{rate / price:.2f} × the price: too little" if rate < price else "would pay"
+            else:
+                verdict = f"saves at {rate / price:.2f} × the price"
+        table.add_row(
+            row["choice"],
+            f"{row['loss']:.4g}",
+            f"{row['cost']:,}",
+            "" if rate is None else f"{rate:.4g}",
+            verdict,
+            style="bold" if here else "",
+        )
+    moves = []
+    if unit["moves_up_at"]:
+        moves.append(f"up if its losses were {unit['moves_up_at']:.3g} × as large")
+    if unit["moves_down_at"]:
+        moves.append(f"down at {unit['moves_down_at']:.3g} ×")
+    table.caption = "moves " + ", ".join(moves) if moves else None
+    table.caption_justify = "left"
+    return table
