@@ -31,7 +31,7 @@ from alphaq.records import Plan, first_fault
 from alphaq.registry import unknown
 
 T = TypeVar("T")
-PIPED_WIDTH = 120
+PIPED_WIDTH, WIDEST = 120, 400
 err = Console(stderr=True)
 app = typer.Typer(
     name="alphaq",
@@ -217,6 +217,9 @@ def show(as_json: bool, data: Any, *tables: Any) -> None:
     else:
         console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
         for table in tables:
+            if not sys.stdout.isatty():  # nothing is cut off in a file
+                console.width = WIDEST
+                console.width = max(PIPED_WIDTH, console.measure(table).maximum)
             console.print(table, markup=False, highlight=False, soft_wrap=isinstance(table, str))
 
 
@@ -320,6 +323,12 @@ def _build_plan(
     if config.budget.bits is not None and config.budget.bits > widest:
         err.print(f"note: no choice offered is wider than {widest} bits, so the budget is not used up", highlight=False)
     return plan
+
+
+def _check_dtype(dtype: str) -> None:
+    known = ("auto", "float32", "bfloat16", "float16")
+    if dtype not in known:
+        raise AlphaQError(unknown("--dtype", dtype, known))
 
 
 def _given(context: typer.Context) -> set[str]:
@@ -456,6 +465,83 @@ def quantize(
 
 
 @app.command()
+@with_options(
+    frozenset({"bits", "bpw", "size", "engine", "method", "stats", "unweighted", "device"}),
+    settings=_plan_settings,
+    means=_means_settings,
+)
+def compare(
+    model: ModelArgument,
+    settings: Any,
+    means: Any,
+    text: Annotated[list[Path], typer.Option("--text", help="UTF-8 text file to evaluate on; may be repeated.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results; a run there is gone on with.")],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="Further text files.")] = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Allocators, comma-separated, or all (see `alphaq methods`); also with settings: alphaq:gamma=2."
+        ),
+    ] = "uniform,random,first-layers,structure,distortion,alphaq,paper,auto",
+    bits: Annotated[str, typer.Option(help="Budgets: bits per expert weight, comma-separated.")] = "2,2.5,3,3.5",
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each text to use; all by default.")] = None,
+    skip_tokens: Annotated[int, typer.Option(min=0, help="Tokens to leave out at the start of each text.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the GPU if there is one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Allocators side by side at the same bytes: perplexity, KL, EAR, top-1, with paired confidence intervals."""
+    from dataclasses import asdict
+
+    from alphaq.sensitivity.methods import METHODS, method
+
+    names = list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",") if name.strip()]
+    if settings["calibration"] is None and methods == "all":
+        names = [name for name in names if not METHODS[name].needs_text]
+    for name in names:
+        method(name.partition(":")[0])
+    try:
+        budgets = [float(part) for part in bits.split(",")]
+    except ValueError:
+        raise BudgetError(f"--bits {bits!r} is no list of numbers. Write for example --bits 2,2.5,3.") from None
+    if not names or not budgets:
+        raise AlphaQError("Nothing to compare. Give --methods and --bits, for example --bits 2,2.5.")
+    fixed = {"bits": min(budgets), "bpw": None, "size": None, "engine": "native", "stats": None, "unweighted": False}
+    config = plan_config(settings | fixed | {"method": "distortion"})
+    _check_dtype(dtype)
+    from alphaq.checkpoint.reader import open_checkpoint
+    from alphaq.comparison import compare as run
+    from alphaq.report.tables import comparison_table
+
+    checkpoint = open_checkpoint(model, means["revision"])
+    with _means(checkpoint, **means) as (pool, cache):
+        rows = run(
+            checkpoint,
+            names,
+            budgets,
+            [*text, *(more or ())],
+            output,
+            config,
+            settings["calibration"],
+            window,
+            max_tokens,
+            skip_tokens,
+            dtype,
+            device,
+            progress,
+            pool,
+            cache,
+        )
+    found = [asdict(row) for row in rows]
+    for row in found:
+        if row["error"]:
+            err.print(f"note: {row['method']} at {row['bits']:g} bits: {row['error']}", markup=False, soft_wrap=True)
+    show(as_json, found, comparison_table(found))
+    err.print(f"Results in {output}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def engines(as_json: JsonOption = False) -> None:
     """List the engines that a plan can be made for, what shares a choice in each, and the choices."""
     from alphaq.engines.profiles import ENGINES
@@ -542,8 +628,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity per text with its interval; with --reference also KL, top-1 agreement and EAR."""
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise AlphaQError(unknown("--dtype", dtype, ("auto", "float32", "bfloat16", "float16")))
+    _check_dtype(dtype)
     from alphaq import pipeline
     from alphaq.report.tables import fidelity_table
 

@@ -77,8 +77,13 @@ def quantize(
     workers: Workers | None = None,
     restart: bool = False,
     hash_contents: bool = False,
+    shared: Path | None = None,
+    check: bool = True,
 ) -> dict[str, Any]:
     """Quantize by a plan, write the native checkpoint, re-read it against the source, then publish it.
+
+    shared: a folder in which runs on the same checkpoint leave quantized matrices to one another. check: False leaves
+    out the re-reading, for files that are only looked at once.
 
     Returns sizes and errors. `out` appears complete or not at all; an interrupted run goes on where it
     was when it is started again with the same checkpoint and plan. Raises OutputError if they differ,
@@ -106,7 +111,7 @@ def quantize(
             if "record" in entry
         }
         places = create_shards(folder, checkpoint, choices)
-        tasks = list(store_tasks(checkpoint, choices, folder, places, done))
+        tasks = list(store_tasks(checkpoint, choices, folder, places, done, shared))
         expected = ahead((task for _, task in tasks), partial(_expect, checkpoint))
         records = workers.map(store, expected, lambda task: task.nbytes)
         shards = (shard for shard, _ in tasks)
@@ -119,7 +124,7 @@ def quantize(
             if record != task.found:
                 journal.append({"name": task.place.name, "record": record.model_dump(exclude_none=True)})
         write_rest(folder, checkpoint, plan, manifest, weight_map)
-        checked = verify(folder, checkpoint, wrap, workers)
+        checked = verify(folder, checkpoint, wrap, workers) if check else {}
     return {"out": str(out), "size_bytes": size, "source_bytes": checkpoint.nbytes, **checked}
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -158,6 +159,8 @@ class Measurements:
     weights: np.ndarray
     left_out: dict[str, str]
     evidence: Evidence
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time that each need took in this run; what the cache held took next to none."""
 
 
 def measure_for_plan(
@@ -193,6 +196,7 @@ def measure_for_plan(
         raise StatsError(f"--method {config.method} needs a text. Give one with --calibration FILE.")
     real = tuple(choice for choice in choices if choice.bits != 16) if config.noise == "measured" else ()
     variant = SpectrumVariant(config.spectrum, config.tail)
+    begin = time.perf_counter()
     results = measure(
         matrices,
         workers or Workers(1, checkpoint),
@@ -212,10 +216,21 @@ def measure_for_plan(
         rows.append([found.squared_errors.get(c, _expected(own, c, energy, matrix.parameters)) for c in choices])
         if found.statistics is not None:
             statistics.append(found.statistics)
+    seconds = {"errors": time.perf_counter() - begin}
     weights = np.array([matrix.parameters for matrix in matrices], dtype=np.int64)
     errors = np.array(rows)
     left_out = {} if given is None else {n: why for n, why in given.left_out.items() if "not an expert" not in why}
-    prior = routing_prior(checkpoint) if "prior" in wanted else None
+    passes: dict[Need, Callable[[], Any]] = {
+        "prior": lambda: routing_prior(checkpoint),
+        "synthetic": lambda: _synthetic_pass(checkpoint, cache, wrap),
+        "text": lambda: _text_pass(checkpoint, cast(Path, calibration), choices, cache, wrap),
+    }
+    seen: dict[Need, Any] = {}
+    for need, run in passes.items():
+        if need in wanted:
+            begin = time.perf_counter()
+            seen[need] = run()
+            seconds[need] = time.perf_counter() - begin
     evidence = Evidence(
         tuple(spectra),
         choices,
@@ -225,11 +240,11 @@ def measure_for_plan(
         _alphas(spectra),
         tuple(matrices),
         tuple(statistics) if statistics else None,
-        prior,
-        _synthetic_pass(checkpoint, cache, wrap) if "synthetic" in wanted else None,
-        _text_pass(checkpoint, calibration, choices, cache, wrap) if "text" in wanted and calibration else None,
+        seen.get("prior"),
+        seen.get("synthetic"),
+        seen.get("text"),
     )
-    return Measurements(spectra, choices, errors, weights, left_out, evidence)
+    return Measurements(spectra, choices, errors, weights, left_out, evidence, seconds)
 
 
 def _from_stats(request: Request, wanted: set[Need], given: Any) -> Measurements:
@@ -365,7 +380,8 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, found: Measureme
 def _least(problem: Problem, config: PlanConfig, parameters: int, fixed_bytes: int) -> str:
     """The smallest feasible budget as the option that would state it, and the ways out."""
     floor = int(problem.unit_costs.min(axis=1).sum())
-    narrowest = problem.choices[int(problem.unit_costs.sum(axis=0).argmin())]
+    cheapest = problem.chosen(problem.unit_costs.argmin(axis=1))
+    narrowest = problem.choices[int(np.bincount(cheapest).argmax())]
     if config.budget.size_bytes is not None:
         least = f"--size {floor + fixed_bytes}"
     elif config.budget.bpw is not None:
@@ -377,7 +393,7 @@ def _least(problem: Problem, config: PlanConfig, parameters: int, fixed_bytes: i
         ways.append("allow narrower --choices")
     if narrowest.group_size in (32, 64):
         ways.append("use a larger --group-size")
-    return f"{least} with every expert at {narrowest}. {', or '.join(ways)}"
+    return f"{least} with most experts at {narrowest}. {', or '.join(ways)}"
 
 
 def allowed_choices(request: Request, matrices: Sequence[MatrixRef]) -> np.ndarray:
@@ -488,6 +504,14 @@ def size_bytes(checkpoint: Checkpoint, request: Request, chosen: dict[str, Choic
     replaced = sum(checkpoint.stored_bytes(by_name[name]) for name in choices)
     stored = sum(request.profile.storage_bytes(choice, by_name[name].shape) for name, choice in choices.items())
     return checkpoint.nbytes - replaced + stored
+
+
+def plain_size(checkpoint: Checkpoint, request: Request, bits: float) -> int:
+    """`--size` that holds a plain mix of `bits` on average exactly: what all methods get when they are compared."""
+    matrices = native.planned_matrices(checkpoint)
+    kept = {matrix.name: Choice(16) for matrix in matrices}
+    data, _ = byte_tables(request.profile, matrices, (Choice(16),))
+    return size_bytes(checkpoint, request, kept) - int(data.sum()) + nominal_bytes(request, matrices, bits)
 
 
 def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measurements) -> Plan:

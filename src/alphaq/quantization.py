@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ class StoreTask:
     place: TensorInfo
     found: TensorRecord | None = None
     """What an interrupted run has noted of it."""
+    shared: Path | None = None
+    """Folder of quantized matrices that several runs on the same checkpoint share."""
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +74,7 @@ def store_tasks(
     folder: Path,
     places: Mapping[str, Mapping[str, TensorInfo]],
     done: Mapping[str, TensorRecord],
+    shared: Path | None = None,
 ) -> Iterator[tuple[str, StoreTask]]:
     """Every output tensor in the order of the source files, with its source shard; fused tensors come apart."""
     within = checkpoint.matrices_by_tensor(choices)
@@ -78,7 +82,7 @@ def store_tasks(
         for stored in tensors:
             for source in within.get(stored, [stored]):
                 name = source if isinstance(source, str) else source.name
-                yield shard, StoreTask(source, choices.get(name), folder / output, infos[name], done.get(name))
+                yield shard, StoreTask(source, choices.get(name), folder / output, infos[name], done.get(name), shared)
 
 
 def store(checkpoint: Checkpoint, task: StoreTask) -> TensorRecord:
@@ -93,10 +97,36 @@ def store(checkpoint: Checkpoint, task: StoreTask) -> TensorRecord:
         pieces = checkpoint.file(shard).chunks(info.begin, info.nbytes)
         return TensorRecord(blake2b=write_at(task.path, task.place.begin, pieces))
     assert task.choice is not None  # a matrix always has one
+    kept = None if task.shared is None else _shared_name(task.shared, task.source.name, task.choice)
+    if kept is not None and (record := _kept_record(kept)) is not None:
+        write_at(task.path, task.place.begin, PlainFile(kept).chunks(0, task.place.nbytes))
+        return record
     weight = checkpoint.read(task.source)
     stored, error = _quantized(weight, task.choice, task.source.name)
-    digest = write_at(task.path, task.place.begin, [flat(stored).view(np.uint8).data])
-    return TensorRecord(blake2b=digest, relative_error=_relative(error, weight))
+    data = flat(stored).view(np.uint8).data
+    record = TensorRecord(
+        blake2b=write_at(task.path, task.place.begin, [data]), relative_error=_relative(error, weight)
+    )
+    if kept is not None:
+        kept.write_bytes(data)
+        kept.with_suffix(".json").write_text(
+            record.model_dump_json(), encoding="utf-8"
+        )  # last: it vouches for the data
+    return record
+
+
+def _shared_name(folder: Path, name: str, choice: Choice) -> Path:
+    return folder / f"{hashlib.sha256(f'{name} {choice}'.encode()).hexdigest()[:32]}.block"
+
+
+def _kept_record(kept: Path) -> TensorRecord | None:
+    """The record of a shared block, or None if it is not there or damaged."""
+    try:
+        record = TensorRecord.model_validate_json(kept.with_suffix(".json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    found = PlainFile(kept)
+    return record if checksum(found.chunks(0, kept.stat().st_size)) == record.blake2b else None
 
 
 def _quantized(weight: torch.Tensor, choice: Choice, name: str) -> tuple[torch.Tensor, float]:

@@ -8,11 +8,13 @@ from q would be accepted as one from p (SLQ). The interval treats windows as the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from alphaq.errors import AlphaQError
@@ -33,9 +35,9 @@ class WindowScore:
     ear: float = 0.0
 
 
-def windows(tokenizer: Any, text: str, length: int, max_tokens: int | None) -> list[torch.Tensor]:
+def windows(tokenizer: Any, text: str, length: int, max_tokens: int | None, skip_tokens: int = 0) -> list[torch.Tensor]:
     """Token ids cut into consecutive windows [1, ≤ length]; a rest shorter than two tokens is left out."""
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :max_tokens]
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, skip_tokens:][:, :max_tokens]
     return [part for part in ids.split(length, dim=1) if part.shape[1] >= 2]
 
 
@@ -100,6 +102,76 @@ def read_texts(paths: list[Path]) -> dict[str, str]:
     return texts
 
 
+def score_texts(
+    model: Any,
+    tokenizer: Any,
+    texts: dict[str, str],
+    reference: Any | None = None,
+    window: int = 512,
+    max_tokens: int | None = None,
+    skip_tokens: int = 0,
+    wrap: Wrap = lambda items, total, label: items,
+) -> Iterator[tuple[str, list[WindowScore]]]:
+    """Scores per text, window by window, after its first `skip_tokens`; at most `max_tokens` of it.
+
+    `wrap` may show progress. Raises AlphaQError if fewer than two tokens are left of a text.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None) or window
+    for name, text in texts.items():
+        parts = windows(tokenizer, text, min(window, limit), max_tokens, skip_tokens)
+        if not parts:
+            raise AlphaQError(f"Text {name!r} has fewer than two tokens to score. Give a longer text.")
+        yield name, [score_window(model, reference, ids) for ids in wrap(parts, len(parts), f"evaluate {name}")]
+
+
+class Remembered:
+    """A reference model that runs each window once: its logits are kept, up to a limit of bytes."""
+
+    def __init__(self, model: Any, limit_bytes: int = 2 << 30) -> None:
+        self._model, self._room = model, limit_bytes
+        self._kept: dict[bytes, torch.Tensor] = {}
+        self.device, self.config = model.device, model.config
+
+    def __call__(self, ids: torch.Tensor) -> Any:
+        key = ids.cpu().numpy().tobytes()
+        if key not in self._kept:
+            logits = self._model(ids).logits
+            if logits.numel() * logits.element_size() > self._room:
+                return SimpleNamespace(logits=logits)
+            self._room -= logits.numel() * logits.element_size()
+            self._kept[key] = logits
+        return SimpleNamespace(logits=self._kept[key])
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """How much a model's perplexity lies above another's on the same windows, as a ratio − 1, with a 95 % interval."""
+
+    ratio: float
+    interval: tuple[float, float]
+
+
+def paired_bootstrap(
+    scores: Mapping[str, list[WindowScore]], against: Mapping[str, list[WindowScore]], draws: int = 2000
+) -> PairedDifference:
+    """Ratio − 1 of geometric mean perplexities over texts, resampling each text's windows in pairs (fixed seed).
+
+    Pairing removes what both models find hard alike, so small differences show on few windows.
+    """
+    generator = np.random.default_rng(0)
+    centre, samples = 0.0, np.zeros(draws)
+    for name, own in scores.items():
+        tokens = np.array([score.tokens for score in own], dtype=float)
+        loss = [score.negative_log_likelihood for score in own]
+        other = [score.negative_log_likelihood for score in against[name]]
+        difference = np.subtract(loss, other)
+        centre += difference.sum() / tokens.sum()
+        picks = generator.integers(0, len(own), (draws, len(own)))
+        samples += difference[picks].sum(axis=1) / tokens[picks].sum(axis=1)
+    low, high = np.quantile(np.expm1(samples / len(scores)), [0.025, 0.975])
+    return PairedDifference(math.expm1(centre / len(scores)), (float(low), float(high)))
+
+
 def evaluate_texts(
     model: Any,
     tokenizer: Any,
@@ -109,11 +181,6 @@ def evaluate_texts(
     max_tokens: int | None = None,
     wrap: Wrap = lambda items, total, label: items,
 ) -> Iterator[tuple[str, TextFidelity]]:
-    """Fidelity per text. `wrap` may show progress. Raises AlphaQError for a text of under two tokens."""
-    limit = getattr(model.config, "max_position_embeddings", None) or window
-    for name, text in texts.items():
-        parts = windows(tokenizer, text, min(window, limit), max_tokens)
-        if not parts:
-            raise AlphaQError(f"Text {name!r} has fewer than two tokens. Give a longer text.")
-        scores = [score_window(model, reference, ids) for ids in wrap(parts, len(parts), f"evaluate {name}")]
+    """Fidelity per text, as `score_texts` finds it."""
+    for name, scores in score_texts(model, tokenizer, texts, reference, window, max_tokens, wrap=wrap):
         yield name, summarize_windows(scores, reference is not None)

@@ -119,3 +119,46 @@ def methods_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         table.add_row(row["method"], "text" if row["needs_text"] else "nothing", row["summary"])
     return table
+
+
+def comparison_table(rows: list[dict[str, Any]]) -> Table:
+    """Methods side by side, budget by budget; the least perplexity of each budget in bold."""
+    texts = list(next((row["perplexity"] for row in rows if row["perplexity"]), {}))
+    table = plain_table(
+        "Methods at the same bytes",
+        *("method", "bits", "bytes", *texts, "mean", "against uniform (95 %)", "KL", "EAR", "top-1", "plan"),
+    )
+    best = {
+        width: min(
+            (row["mean_perplexity"] for row in rows if row["bits"] == width and row["mean_perplexity"]), default=0
+        )
+        for width in {row["bits"] for row in rows}
+    }
+    last = None
+    for row in rows:
+        if last not in (None, row["bits"]):
+            table.add_section()
+        last = row["bits"]
+        if row["error"]:
+            table.add_row(row["method"], f"{row['bits']:g}", "no plan", *("–" for _ in range(len(texts) + 6)))
+            continue
+        against = "–"
+        if row["difference"] is not None:
+            against = (
+                f"{100 * row['difference']:+.2f} % ({100 * row['difference_low']:+.2f} … "
+                f"{100 * row['difference_high']:+.2f})"
+            )
+        table.add_row(
+            row["method"],
+            f"{row['bits']:g}",
+            f"{row['size_bytes']:,}",
+            *(f"{row['perplexity'][text]:.3f}" for text in texts),
+            f"{row['mean_perplexity']:.3f}",
+            against,
+            f"{row['kl']:.4f}",
+            f"{row['ear']:.4f}",
+            f"{100 * row['top1']:.1f} %",
+            "–" if row["seconds_to_plan"] is None else f"{row['seconds_to_plan']:.1f} s",
+            style="bold" if row["mean_perplexity"] == best[row["bits"]] and row["method"] != "reference" else "",
+        )
+    return table

@@ -1,0 +1,323 @@
+"""Many allocators, one model, the same bytes: plan, quantize, evaluate, side by side.
+
+Every method gets the bytes of a plain mix of the budget's width, to the byte. What is measured of the
+weights is measured once; a matrix quantized for one method is taken over by the next; equal plans are
+evaluated once; and results are kept in a journal, so a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import alphaq
+from alphaq import pipeline
+from alphaq.cache import Cache
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.checkpoint.writer import atomic_file
+from alphaq.config import Budget, PlanConfig
+from alphaq.errors import AlphaQError, BudgetError, OutputError, StatsError
+from alphaq.evaluation.fidelity import (
+    Remembered,
+    WindowScore,
+    paired_bootstrap,
+    read_texts,
+    score_texts,
+    summarize_windows,
+)
+from alphaq.journal import Journal
+from alphaq.planning import Measurements, Request, make_plan, measure_for_plan, plain_size, resolve
+from alphaq.records import Fidelity, Plan, first_fault
+from alphaq.registry import unknown
+from alphaq.runtime.loading import load_model
+from alphaq.workers import Workers
+
+Wrap = Callable[[Iterable[Any], int, str], Iterable[Any]]
+BASELINE = "uniform"
+REFERENCE = "reference"
+Scores = dict[str, list[WindowScore]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one budget. `error` instead of figures where it has no plan. Differences are to `uniform`."""
+
+    method: str
+    bits: float
+    budget_bytes: int
+    size_bytes: int | None = None
+    average_bits: float | None = None
+    bits_per_weight: float | None = None
+    seconds_to_plan: float | None = None
+    perplexity: Mapping[str, float] | None = None
+    mean_perplexity: float | None = None
+    kl: float | None = None
+    ear: float | None = None
+    top1: float | None = None
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    error: str = ""
+
+
+def compare(
+    checkpoint: Checkpoint,
+    methods: Sequence[str],
+    bits: Sequence[float],
+    texts: Sequence[Path],
+    out: Path,
+    config: PlanConfig | None = None,
+    calibration: Path | None = None,
+    window: int = 512,
+    max_tokens: int | None = None,
+    skip_tokens: int = 0,
+    dtype: str = "float32",
+    device: str | None = None,
+    wrap: Wrap = pipeline.silent,
+    workers: Workers | None = None,
+    cache: Cache | None = None,
+) -> list[Row]:
+    """Run the comparison in the folder `out` and write `comparison.csv` and `comparison.json` there.
+
+    config: settings common to all methods (its budget and method are replaced). Raises OutputError if `out` holds a
+    comparison of something else.
+    """
+    base = config or PlanConfig(budget=Budget(bits=bits[0]))
+    contents = read_texts(list(texts))
+    requests = _requests(base, methods, calibration)
+    job = _job(checkpoint, base, contents, calibration) | {
+        "window": window,
+        "max_tokens": max_tokens,
+        "skip_tokens": skip_tokens,
+        "dtype": dtype,
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"Cannot write {out}: {error.strerror}. Choose another output.") from error
+    with Journal(out / "results.jsonl") as journal:
+        if journal.entries and journal.entries[0] != {"job": job}:
+            raise OutputError(f"{out} holds a comparison of another model, texts or settings. Choose another output.")
+        if not journal.entries:
+            journal.append({"job": job})
+        entries = {(entry["method"], entry["bits"]): entry for entry in journal.entries[1:]}
+        wanted = [(REFERENCE, 16.0), *((name, width) for width in bits for name in methods)]
+        missing = [key for key in wanted if key not in entries]
+        if missing:
+            runs = _runs(checkpoint, requests, missing, calibration, wrap, workers, cache)
+            score = partial(score_texts, texts=contents, window=window, max_tokens=max_tokens, skip_tokens=skip_tokens)
+            runner = _Runner(checkpoint, score, out, dtype, wrap, workers, device)
+            runner.known = {entry["digest"]: entry["scores"] for entry in entries.values() if "scores" in entry}
+            for key, plan, entry in runs:
+                entries[key] = entry | ({} if "error" in entry else runner.run(plan))
+                journal.append(entries[key])
+    shutil.rmtree(out / "blocks", ignore_errors=True)
+    rows = _rows([entries[key] for key in wanted])
+    _write(out, rows, job)
+    return rows
+
+
+SETTINGS = ("gamma", "noise", "spectrum", "tail", "seed", "min_sqnr_db", "per_layer", "unweighted", "symmetric")
+
+
+def variant_of(base: PlanConfig, name: str) -> PlanConfig:
+    """The config of a method as `compare` names it: `alphaq`, or with its own settings, `alphaq:gamma=2:tail=ks`.
+
+    Raises AlphaQError for a setting that is not one of `SETTINGS`, or a bad value.
+    """
+    method, *settings = name.split(":")
+    changes: dict[str, Any] = {"method": method}
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        key = key.strip().replace("-", "_")
+        if not separator or key not in SETTINGS:
+            raise AlphaQError(unknown(f"setting of method {method}", key, SETTINGS) + " Write method:name=value.")
+        changes[key] = value
+    try:
+        return PlanConfig.model_validate(base.model_dump() | changes)
+    except ValueError as error:
+        raise AlphaQError(f"Method {name!r}: {first_fault(error)}.") from None
+
+
+def _requests(base: PlanConfig, methods: Sequence[str], calibration: Path | None) -> dict[str, Request]:
+    """Every method's request, all over the same columns. Raises AlphaQError before any work."""
+    found = {}
+    for name in methods:
+        found[name] = resolve(variant_of(base, name))
+        if found[name].method.needs_text and calibration is None:
+            raise StatsError(f"Method {name} needs a text. Give one with --calibration FILE, or leave it out.")
+    columns = tuple(sorted({choice for request in found.values() for choice in request.choices}))
+    return {name: replace(request, choices=columns) for name, request in found.items()}
+
+
+def _job(
+    checkpoint: Checkpoint,
+    base: PlanConfig,
+    contents: Mapping[str, str],
+    calibration: Path | None,
+) -> dict[str, Any]:
+    """What results depend on, apart from method and budget."""
+    digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in contents.items()}
+    given = None if calibration is None else hashlib.sha256(calibration.read_bytes()).hexdigest()[:16]
+    settings = base.model_dump(mode="json", exclude={"budget", "method", "calibration"})
+    return {
+        "checkpoint": checkpoint.fingerprint,
+        "contents": checkpoint.contents(),
+        "texts": digests,
+        "calibration": given,
+        "settings": settings,
+        "alphaq": alphaq.__version__,
+    }
+
+
+def _runs(
+    checkpoint: Checkpoint,
+    requests: Mapping[str, Request],
+    missing: Sequence[tuple[str, float]],
+    calibration: Path | None,
+    wrap: Wrap,
+    workers: Workers | None,
+    cache: Cache | None,
+) -> Iterable[tuple[tuple[str, float], Plan | None, dict[str, Any]]]:
+    """For each missing result its plan (None for the reference) and the entry so far."""
+    measured: dict[tuple[str | None, ...], Measurements] = {}
+    for name, width in missing:
+        if name == REFERENCE:
+            size = checkpoint.nbytes
+            yield (name, width), None, {"method": name, "bits": width, "budget_bytes": size, "size_bytes": size}
+            continue
+        request = requests[name]
+        kind = _kind(request)
+        if kind not in measured:
+            needs = {need for other in requests.values() if _kind(other) == kind for need in other.method.needs}
+            measured[kind] = measure_for_plan(
+                checkpoint, request, None, wrap, workers, cache, calibration=calibration, needs=needs
+            )
+        found = measured[kind]
+        size = plain_size(checkpoint, request, width)
+        entry: dict[str, Any] = {"method": name, "bits": width, "budget_bytes": size}
+        budget = {"budget": Budget(size_bytes=size)}
+        begin = time.perf_counter()
+        try:
+            plan = make_plan(checkpoint, replace(request, config=request.config.model_copy(update=budget)), found)
+        except BudgetError as error:
+            yield (name, width), None, entry | {"error": str(error)}
+            continue
+        seconds = time.perf_counter() - begin + sum(found.seconds.get(need, 0.0) for need in request.method.needs)
+        entry |= {
+            "size_bytes": plan.size_bytes,
+            "average_bits": plan.average_bits,
+            "bits_per_weight": plan.bits_per_weight,
+            "seconds_to_plan": seconds,
+        }
+        yield (name, width), plan, entry
+
+
+def _kind(request: Request) -> tuple[str | None, ...]:
+    """Requests of one kind can share measurements."""
+    return request.config.noise, request.config.spectrum, request.config.tail
+
+
+class _Runner:
+    """Quantizes and evaluates plans of one checkpoint, each distinct one once."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        score: Callable[..., Iterable[tuple[str, list[WindowScore]]]],
+        out: Path,
+        dtype: str,
+        wrap: Wrap,
+        workers: Workers | None,
+        device: str | None,
+    ) -> None:
+        self.checkpoint, self.score, self.out, self.dtype = checkpoint, score, out, dtype
+        self.wrap, self.workers, self.device = wrap, workers, device
+        self.known: dict[str, Any] = {}
+        self.blocks = out / "blocks"
+        self.blocks.mkdir(exist_ok=True)
+        model, self.tokenizer = load_model(checkpoint.folder, dtype, device)
+        self.reference = Remembered(model)
+
+    def run(self, plan: Plan | None) -> dict[str, Any]:
+        """Digest of the plan's choices, and the scores of its model by text and window."""
+        choices = {} if plan is None else plan.choices
+        digest = hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:32]
+        if digest not in self.known:
+            if plan is None:
+                self.known[digest] = self._scores(self.reference)
+            else:
+                with TemporaryDirectory(dir=self.out) as scratch:
+                    folder = Path(scratch) / "model"
+                    pipeline.quantize(
+                        self.checkpoint, plan, folder, workers=self.workers, shared=self.blocks, check=False
+                    )
+                    model, _ = load_model(folder, self.dtype, self.device)
+                self.known[digest] = self._scores(model)
+        return {"digest": digest, "scores": self.known[digest]}
+
+    def _scores(self, model: Any) -> dict[str, list[list[float]]]:
+        found = self.score(model, self.tokenizer, reference=self.reference, wrap=self.wrap)
+        return {name: [list(asdict(score).values()) for score in scores] for name, scores in found}
+
+
+def _rows(entries: Sequence[Mapping[str, Any]]) -> list[Row]:
+    scores: dict[tuple[str, float], Scores] = {
+        (entry["method"], entry["bits"]): {
+            text: [WindowScore(int(values[0]), *values[1:]) for values in windows]
+            for text, windows in entry["scores"].items()
+        }
+        for entry in entries
+        if "scores" in entry
+    }
+    rows = []
+    for entry in entries:
+        kept = {key: value for key, value in entry.items() if key not in ("scores", "digest")}
+        own = scores.get((entry["method"], entry["bits"]))
+        if own is None:
+            rows.append(Row(**kept))
+            continue
+        fidelity = Fidelity({text: summarize_windows(windows, True) for text, windows in own.items()})
+        found = list(fidelity.texts.values())
+        figures: dict[str, Any] = {
+            "perplexity": {text: one.perplexity for text, one in fidelity.texts.items()},
+            "mean_perplexity": fidelity.geomean_perplexity,
+            "kl": fidelity.mean_kl,
+            "ear": sum(one.ear or 0.0 for one in found) / len(found),
+            "top1": sum(one.top1 or 0.0 for one in found) / len(found),
+        }
+        if (plain := scores.get((BASELINE, entry["bits"]))) is not None and entry["method"] != BASELINE:
+            paired = paired_bootstrap(own, plain)
+            figures |= {
+                "difference": paired.ratio,
+                "difference_low": paired.interval[0],
+                "difference_high": paired.interval[1],
+            }
+        rows.append(Row(**kept, **figures))
+    return rows
+
+
+def _write(out: Path, rows: Sequence[Row], job: Mapping[str, Any]) -> None:
+    """comparison.json and comparison.csv; a text's perplexity is a column of its own in the latter."""
+    with atomic_file(out / "comparison.json") as unfinished:
+        content = {"job": job, "rows": [asdict(row) for row in rows]}
+        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    texts = list(next((row.perplexity for row in rows if row.perplexity), {}))
+    with atomic_file(out / "comparison.csv") as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+        table: list[dict[str, Any]] = []
+        for row in rows:
+            cells = asdict(row)
+            by_text = cells.pop("perplexity") or {}
+            table.append(cells | {f"perplexity_{text}": by_text.get(text) for text in texts})
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
