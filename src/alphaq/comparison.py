@@ -113,7 +113,11 @@ def compare(
         wanted = [(REFERENCE, 16.0), *((name, width) for width in bits for name in methods)]
         missing = [key for key in wanted if key not in entries]
         if missing:
-            runs = _runs(checkpoint, requests, missing, calibration, wrap, workers, cache)
+            asked = {name: request for name, request in requests.items() if any(key[0] == name for key in missing)}
+            measured = _measured(checkpoint, asked, calibration, wrap, workers, cache)
+            if cache is not None:
+                cache.close()  # others may measure while this one evaluates
+            runs = _runs(checkpoint, requests, measured, missing)
             score = partial(score_texts, texts=contents, window=window, max_tokens=max_tokens, skip_tokens=skip_tokens)
             runner = _Runner(checkpoint, score, out, dtype, wrap, workers, device)
             runner.known = {entry["digest"]: entry["scores"] for entry in entries.values() if "scores" in entry}
@@ -179,30 +183,40 @@ def _job(
     }
 
 
-def _runs(
+def _measured(
     checkpoint: Checkpoint,
     requests: Mapping[str, Request],
-    missing: Sequence[tuple[str, float]],
     calibration: Path | None,
     wrap: Wrap,
     workers: Workers | None,
     cache: Cache | None,
+) -> dict[tuple[str | None, ...], Measurements]:
+    """What the requests need to know, once for all of a kind."""
+    found: dict[tuple[str | None, ...], Measurements] = {}
+    for request in requests.values():
+        kind = _kind(request)
+        if kind not in found:
+            needs = {need for other in requests.values() if _kind(other) == kind for need in other.method.needs}
+            found[kind] = measure_for_plan(
+                checkpoint, request, None, wrap, workers, cache, calibration=calibration, needs=needs
+            )
+    return found
+
+
+def _runs(
+    checkpoint: Checkpoint,
+    requests: Mapping[str, Request],
+    measured: Mapping[tuple[str | None, ...], Measurements],
+    missing: Sequence[tuple[str, float]],
 ) -> Iterable[tuple[tuple[str, float], Plan | None, dict[str, Any]]]:
     """For each missing result its plan (None for the reference) and the entry so far."""
-    measured: dict[tuple[str | None, ...], Measurements] = {}
     for name, width in missing:
         if name == REFERENCE:
             size = checkpoint.nbytes
             yield (name, width), None, {"method": name, "bits": width, "budget_bytes": size, "size_bytes": size}
             continue
         request = requests[name]
-        kind = _kind(request)
-        if kind not in measured:
-            needs = {need for other in requests.values() if _kind(other) == kind for need in other.method.needs}
-            measured[kind] = measure_for_plan(
-                checkpoint, request, None, wrap, workers, cache, calibration=calibration, needs=needs
-            )
-        found = measured[kind]
+        found = measured[_kind(request)]
         size = plain_size(checkpoint, request, width)
         entry: dict[str, Any] = {"method": name, "bits": width, "budget_bytes": size}
         budget = {"budget": Budget(size_bytes=size)}

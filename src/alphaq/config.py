@@ -35,8 +35,9 @@ def parse_size(text: str) -> int:
 class Budget(BaseModel):
     """How much may be spent: exactly one of three units.
 
-    bits: average code bits of the planned experts (the papers' number). bpw: stored bits per
-    planned weight, scales and zero points included. size: bytes of all weight files together.
+    bits: the bytes that a plain mix of so many bits on average takes; from stats alone, or where matrices are
+    counted instead of weights, average code bits (the papers' number). bpw: stored bits per planned weight, scales
+    and zero points included. size: bytes of all weight files together.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

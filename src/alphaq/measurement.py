@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from alphaq.cache import Cache, Known
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.quantizers.base import squared_error
+from alphaq.quantizers.base import squared_errors
 from alphaq.records import Choice, MatrixRef, Spectrum, WeightStatistics
 from alphaq.spectra.device import device_spectra
 from alphaq.spectra.measure import PANEL_VALUES, spectrum, streamed_spectrum
@@ -60,7 +60,7 @@ def measure_one(checkpoint: Checkpoint, task: MeasureTask) -> Measured:
     own = spectrum if task.variant == FAST_VARIANT else partial(variant_spectrum, variant=task.variant)
     return Measured(
         own(weight, name) if task.spectrum else None,
-        {choice: squared_error(weight, choice, name) for choice in task.choices},
+        squared_errors(weight, task.choices, name),
         weight_statistics(weight, name) if task.statistics else None,
     )
 

@@ -70,18 +70,25 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
         config = config.model_copy(update={"method": "alphaq"})
     chosen = method(config.method)
     profile = engine_profile(config.engine)
-    preset = {key: value for key, value in chosen.preset.items() if getattr(config, key) in (None, "auto", False)}
+    preset = {key: value for key, value in chosen.preset.items() if _is_unset(getattr(config, key))}
     config = config.model_copy(update=preset)
     if config.choices is None:
-        given = [_styled(choice, config) for choice in profile.defaults]
+        given = [_storable(_styled(choice, config), profile) for choice in profile.defaults]
     else:
         given = [parse_choice(text, profile, config) for text in config.choices.split(",") if text.strip()]
         if not given:
             raise BudgetError("--choices is empty. Give at least one, for example 1,2,3,4.")
     ladder = _ladder(profile, config, given)
-    if chosen.kind in ("order", "ratio", "expert"):
+    # Code bits see no scales, so that the finest groups would come for nothing.
+    codes_only = config.choices is None and config.budget.bits is not None and (config.unweighted or not with_model)
+    if chosen.kind in ("order", "ratio", "expert") or codes_only:
         widths = {choice.bits for choice in given}
         given = [choice for choice in ladder if choice.bits in widths]
+        if not given:
+            raise BudgetError(
+                f"--method {config.method} goes by plain widths, and {profile.name} has none of "
+                f"{', '.join(map(str, sorted(widths)))} bits. Offer other --choices."
+            )
     offered = frozenset(given)
     pinned = {parse_choice(rule.value, profile, config) for rule in config.pins}
     choices = tuple(sorted(offered | pinned))
@@ -103,6 +110,11 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
     return Request(config, profile, chosen, choices, offered, ladder)
 
 
+def _is_unset(setting: Any) -> bool:
+    """Whether a setting is at its default; a 0 is not, though it equals False."""
+    return setting is None or setting is False or setting == "auto"
+
+
 def parse_choice(text: str, profile: Profile, config: PlanConfig) -> Choice:
     """'3' is the engine's usual 3-bit choice (at --group-size, --symmetric); '3g64', '4g128s', 'Q4_K', '16' are exact.
 
@@ -113,6 +125,10 @@ def parse_choice(text: str, profile: Profile, config: PlanConfig) -> Choice:
         choice = _styled(profile.with_bits(int(text)), config)
     else:
         choice = Choice.parse(text, config.group_size or 128, config.symmetric)
+    return _storable(choice, profile)
+
+
+def _storable(choice: Choice, profile: Profile) -> Choice:
     if choice not in profile.choices:
         raise ChoiceError(f"{profile.name} cannot store {choice}. Available: {', '.join(map(str, profile.choices))}.")
     return choice
@@ -296,7 +312,10 @@ def _text_pass(
     checkpoint: Checkpoint, path: Path, choices: tuple[Choice, ...], cache: Cache | None, wrap: Wrap
 ) -> Calibration:
     """What the tokens of a user's text do to each expert."""
-    content = path.read_text(encoding="utf-8")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StatsError(f"{path} is no UTF-8 text ({error}). Give one with --calibration.") from error
     digest = hashlib.sha256(f"{content}{choices}{CALIBRATION_LENGTH}{CALIBRATION_TOKENS}".encode()).hexdigest()[:24]
 
     def run() -> str:
@@ -335,20 +354,20 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, found: Measureme
             np.arange(len(names)),
             choices,
             costs,
-            np.ones(costs.shape, bool),
+            _clear_enough(config, found),
             limit,
             np.full(len(names), -1),
             ladder,
         )
-        problem.check(str(config.budget), _least(problem, config, int(counted.sum()), 0))
+        floor = int(problem.unit_costs.min(axis=1).sum())
+        problem.check(str(config.budget), _least(problem, config, f"--bits {_up(floor / int(counted.sum()))}"))
         return problem
 
     matrices = native.planned_matrices(checkpoint)
+    fixed_choices(checkpoint, request)  # a pin that names nothing is told before any measuring
     allowed = allowed_choices(request, matrices)
-    if config.min_sqnr_db is not None and found is not None:
-        evidence = found.evidence
-        vetoed = evidence.relative_errors > 10 ** (-config.min_sqnr_db / 10)
-        allowed &= ~vetoed
+    if found is not None:
+        allowed &= _clear_enough(config, found)
     units = [profile.unit_of(matrix) for matrix in matrices]
     names = tuple(dict.fromkeys(units))
     numbers = {name: number for number, name in enumerate(names)}
@@ -373,22 +392,36 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, found: Measureme
         fixed_bytes -= int(kept.sum())
         costs, limit = in_file, config.budget.size_bytes - fixed_bytes
     problem = Problem(names, owner, choices, costs, allowed, limit, layers, ladder)
-    problem.check(str(config.budget), _least(problem, config, parameters, fixed_bytes))
-    return problem
-
-
-def _least(problem: Problem, config: PlanConfig, parameters: int, fixed_bytes: int) -> str:
-    """The smallest feasible budget as the option that would state it, and the ways out."""
     floor = int(problem.unit_costs.min(axis=1).sum())
-    cheapest = problem.chosen(problem.unit_costs.argmin(axis=1))
-    narrowest = problem.choices[int(np.bincount(cheapest).argmax())]
     if config.budget.size_bytes is not None:
         least = f"--size {floor + fixed_bytes}"
     elif config.budget.bpw is not None:
-        least = f"--bpw {math.ceil(8e4 * floor / parameters - 1e-6) / 1e4:g}"
+        least = f"--bpw {_up(8 * floor / parameters)}"
+    elif config.unweighted:
+        least = f"--bits {_up(floor / len(matrices))}"
     else:
-        least = f"--bits {narrowest.bits}"
+        least = f"--bits {_up(_nominal_bits(request, matrices, floor))}"
+    problem.check(str(config.budget), _least(problem, config, least))
+    return problem
+
+
+def _clear_enough(config: PlanConfig, found: Measurements) -> np.ndarray:
+    """bool [matrices, choices]: no noisier than --min-sqnr allows."""
+    most = math.inf if config.min_sqnr_db is None else 10 ** (-config.min_sqnr_db / 10)
+    return found.evidence.relative_errors <= most
+
+
+def _up(bits: float) -> str:
+    return f"{math.ceil(bits * 1e4 - 1e-6) / 1e4:g}"
+
+
+def _least(problem: Problem, config: PlanConfig, least: str) -> str:
+    """The smallest feasible budget, the choice that most experts have in it, and the ways out."""
+    cheapest = problem.chosen(problem.unit_costs.argmin(axis=1))
+    narrowest = problem.choices[int(np.bincount(cheapest).argmax())]
     ways = ["Raise it"]
+    if config.min_bits or config.pins or config.min_sqnr_db is not None:
+        ways.append("relax pins and bounds")
     if narrowest.bits > 1:
         ways.append("allow narrower --choices")
     if narrowest.group_size in (32, 64):
@@ -484,8 +517,8 @@ def nominal_bytes(request: Request, matrices: Sequence[MatrixRef], bits: float) 
     if not rungs or bits < rungs[0].bits:
         least = rungs[0].bits if rungs else 16
         raise BudgetError(
-            f"A budget of {bits:g} bits is below {least}, the narrowest usual width of {request.profile.name}. "
-            f"Raise --bits, or state the bytes with --size or --bpw."
+            f"A budget of {bits:g} bits is below --bits {least}, the narrowest usual width of {request.profile.name}. "
+            f"Raise it, or state the bytes with --size or --bpw."
         )
     low = max((choice for choice in rungs if choice.bits <= bits), key=lambda choice: choice.bits)
     high = min((choice for choice in rungs if choice.bits >= bits), key=lambda choice: choice.bits, default=low)
@@ -493,6 +526,13 @@ def nominal_bytes(request: Request, matrices: Sequence[MatrixRef], bits: float) 
     table, _ = byte_tables(request.profile, matrices, (low, high))
     totals = table.sum(axis=0)
     return math.floor((1 - share) * int(totals[0]) + share * int(totals[1]) + 1e-6)
+
+
+def _nominal_bits(request: Request, matrices: Sequence[MatrixRef], nbytes: int) -> float:
+    """The inverse of `nominal_bytes`: bits per weight of the plain mix that takes so many bytes."""
+    rungs = sorted(request.ladder, key=lambda choice: choice.bits)
+    totals = byte_tables(request.profile, matrices, tuple(rungs))[0].sum(axis=0)
+    return float(np.interp(nbytes, totals, [choice.bits for choice in rungs]))
 
 
 def size_bytes(checkpoint: Checkpoint, request: Request, chosen: dict[str, Choice]) -> int:
@@ -584,7 +624,7 @@ def _solve(problem: Problem, request: Request, evidence: Evidence) -> tuple[Solu
     with np.errstate(over="ignore", invalid="ignore"):  # the solver refuses what is not finite, by name
         losses = rule(evidence)
     if kind == "expert":
-        experts = [(matrix.layer, matrix.expert) for matrix in evidence.matrices]
+        experts = [f"layers.{matrix.layer}.experts.{matrix.expert}" for matrix in evidence.matrices]
         return solve_experts(problem, losses, experts), losses
     return solve_losses(problem, losses, per_layer), losses
 

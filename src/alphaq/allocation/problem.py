@@ -2,7 +2,8 @@
 
 Matrices that must agree form a unit. A choice that a pin, a bound or the engine forbids to a unit is not
 removed from its row but replaced by a copy of one that is allowed, so that tables stay rectangular and
-every solver sees only what may be chosen.
+every solver sees only what may be chosen. The copy is of the dearest that costs no more, so that a ladder from
+narrow to wide never gets cheaper on the way up.
 """
 
 from __future__ import annotations
@@ -61,10 +62,13 @@ class Problem:
     @cached_property
     def source(self) -> np.ndarray:
         """int [units, choices]: the column that stands for each choice, itself where allowed."""
-        columns = np.arange(len(self.choices))
-        costs = self.per_unit(self.costs)
-        cheapest = np.where(self.unit_allowed, costs, np.iinfo(np.int64).max).argmin(axis=1)
-        return np.where(self.unit_allowed, columns, cheapest[:, None])
+        costs, allowed = self.per_unit(self.costs), self.unit_allowed
+        found = np.where(allowed, costs, np.iinfo(np.int64).max).argmin(axis=1)[:, None].repeat(costs.shape[1], axis=1)
+        for column in range(costs.shape[1]):
+            within = np.where(allowed & (costs <= costs[:, [column]]), costs, -1)
+            affordable = within.max(axis=1) >= 0
+            found[affordable, column] = within.argmax(axis=1)[affordable]
+        return np.where(allowed, np.arange(costs.shape[1]), found)
 
     def allowed_only(self, table: np.ndarray) -> np.ndarray:
         """[units, choices] with forbidden entries replaced by their stand-in's."""
@@ -106,7 +110,7 @@ def solve_losses(problem: Problem, losses: np.ndarray, per_layer: bool = False) 
 
 def layer_budgets(problem: Problem) -> list[SideConstraint]:
     """One constraint per layer: its share of the limit, in proportion to what its units cost at the widest rung."""
-    weights = problem.per_unit(problem.costs)[:, problem.ladder[-1]]
+    weights = problem.per_unit(problem.costs)[:, problem.ladder[-1] if problem.ladder else -1]
     found = []
     for layer in sorted(set(problem.layers.tolist())):
         members = np.flatnonzero(problem.layers == layer)
@@ -116,10 +120,10 @@ def layer_budgets(problem: Problem) -> list[SideConstraint]:
     return found
 
 
-def solve_experts(problem: Problem, losses: np.ndarray, experts: Sequence[object]) -> Solution:
+def solve_experts(problem: Problem, losses: np.ndarray, experts: Sequence[str]) -> Solution:
     """PMQ's problem: one choice per expert, equal budgets per layer, in each an expert at 3 bits and one at 2.
 
-    experts: for each matrix the expert it belongs to. losses: float64 [matrices, choices]. Columns come back per
+    experts: for each matrix the name of its expert. losses: float64 [matrices, choices]. Columns come back per
     unit of `problem`. The two counts are asked for only where the layer's budget lies between 2 and 3 bits: below
     and above, 2 and 3 bits would be far from what PMQ intends. Raises BudgetError if units span experts.
     """
@@ -128,10 +132,9 @@ def solve_experts(problem: Problem, losses: np.ndarray, experts: Sequence[object
     first = np.unique(owner, return_index=True)[1]
     whole = replace(
         problem,
-        units=tuple(str(key) for key in names),
+        units=tuple(names),
         owner=owner,
         layers=problem.layers[problem.owner[first]],
-        allowed=problem.allowed & np.isin(np.arange(len(problem.choices)), problem.ladder),
     )
     if len(set(zip(problem.owner.tolist(), owner.tolist(), strict=True))) != len(problem.units):
         raise BudgetError("pmq chooses per expert, but this engine lets experts share a choice. Use another --method.")

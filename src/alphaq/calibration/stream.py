@@ -4,7 +4,8 @@ The model's own class is built on the meta device, where parameters have shapes 
 before each decoder layer reads that layer's tensors, a hook after it drops them, so a single call of
 the model's own forward carries all windows through one layer at a time. Names and layouts (experts
 apart or fused, Mixtral's other names) are translated by the functions with which transformers' own
-`from_pretrained` does it, so whatever it loads can be streamed. The head is never run.
+`from_pretrained` does it, so whatever it loads can be streamed. The head is never run. Routed experts
+are most of a layer (45 GB in float32 in DeepSeek-V3), so they are read and run one at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
 from alphaq.errors import AlphaQError, CheckpointError
-from alphaq.records import Role
+from alphaq.records import MatrixRef, Role
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +57,10 @@ class _StoredTensor:
 class HollowModel:
     """A model without weights whose modules are filled from disk, in float32, and emptied again.
 
-    layers: name of each decoder layer. experts: name of each MoE layer's experts module, by layer.
-    Raises CheckpointError if transformers cannot build the model or no experts module is in it.
+    layers: name of each decoder layer. experts: name of each MoE layer's experts module, by layer. matrices: those
+    of each routed expert, by layer, expert and projection.
+    Raises CheckpointError if transformers cannot build the model, no experts module is in it, or its experts are
+    not down(act(gate(x)) · up(x)).
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -94,6 +97,26 @@ class HollowModel:
                 f"{checkpoint.folder}: {type(self.base).__name__} has no module with fused gate_up_proj and down_proj "
                 "in its layers, so routing cannot be seen. Use a Mixture-of-Experts model, or update transformers."
             )
+        for name in self.experts.values():
+            module: Any = self.model.get_submodule(name)
+            own_gate = getattr(type(module), "_apply_gate", None)
+            plain = own_gate is None or own_gate.__name__ == "_default_apply_gate"
+            if not plain or getattr(module, "has_bias", False) or not hasattr(module, "act_fn"):
+                raise CheckpointError(
+                    f"{name} of {checkpoint.folder} ({type(module).__name__}) has biases or a gate of its own, so its "
+                    "experts cannot be run one at a time. Use a --method that needs no forward pass, such as alphaq."
+                )
+        self.matrices: dict[int, dict[int, dict[str, MatrixRef]]] = {}
+        for matrix in checkpoint.with_role(Role.EXPERT):
+            assert matrix.layer is not None and matrix.expert is not None and matrix.projection is not None
+            self.matrices.setdefault(matrix.layer, {}).setdefault(matrix.expert, {})[matrix.projection] = matrix
+            down = self.model.get_submodule(self.experts[matrix.layer]).down_proj.shape[1:]
+            expected = tuple(down if matrix.projection == "down" else reversed(down))
+            if matrix.shape != expected:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {matrix.name} has shape {list(matrix.shape)}, the model's class expects "
+                    f"{list(expected)}. Download the checkpoint again or correct config.json."
+                )
         self.parts = [names[part] for part in self.base.children() if part is not self.base.layers] + self.layers
         mapping: Any = get_model_conversion_mapping(model)
         self._loading = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping)
@@ -175,7 +198,8 @@ class HollowModel:
 def stream_forward(checkpoint: Checkpoint, ids: Tensor, visit: Callable[[LayerTraffic], None]) -> None:
     """Run int64 token ids [windows, length] through the model and show `visit` each MoE layer's traffic, in order.
 
-    Memory: one layer's weights in float32, and the activations of all windows in one layer. Tokens are
+    Memory: a layer's weights without its routed experts and one of these, in float32, and the activations of all
+    windows in one layer. Tokens are
     in row-major order of the windows. Raises CheckpointError as `HollowModel` does, and AlphaQError for
     ids that are no windows of this model's tokens.
     """
@@ -188,7 +212,7 @@ def stream_forward(checkpoint: Checkpoint, ids: Tensor, visit: Callable[[LayerTr
         )
 
     def fill(name: str) -> Callable[..., None]:
-        return lambda module, arguments: hollow.fill(name)
+        return lambda module, arguments: hollow.fill(name, without=(Role.EXPERT,))
 
     def empty(name: str) -> Callable[..., None]:
         return lambda module, arguments, output: hollow.empty(name)
@@ -206,7 +230,9 @@ def stream_forward(checkpoint: Checkpoint, ids: Tensor, visit: Callable[[LayerTr
         return finish
 
     for layer, name in hollow.experts.items():
-        hollow.model.get_submodule(name).register_forward_pre_hook(keep(layer), with_kwargs=True)
+        experts = hollow.model.get_submodule(name)
+        experts.register_forward_pre_hook(keep(layer), with_kwargs=True)
+        experts.forward = lambda *args, layer=layer, **kwargs: run_experts(hollow, seen[layer])
         hollow.model.get_submodule(hollow.layers[layer]).register_forward_hook(show(layer))
     for name in hollow.parts:
         part = hollow.model.get_submodule(name)
@@ -214,6 +240,20 @@ def stream_forward(checkpoint: Checkpoint, ids: Tensor, visit: Callable[[LayerTr
         part.register_forward_hook(empty(name))
     with torch.no_grad():  # not inference mode, whose tensors `visit` could not change in threads of its own
         hollow.base(input_ids=ids, use_cache=False)
+
+
+def run_experts(hollow: HollowModel, traffic: LayerTraffic) -> Tensor:
+    """Σ w·down(act(gate(x)) · up(x)) over each token's experts, float32 [tokens, hidden], an expert at a time."""
+    output = torch.zeros_like(traffic.inputs)
+    for number, matrices in hollow.matrices[traffic.layer].items():
+        token, slot = torch.where(traffic.experts == number)
+        if not len(token):
+            continue
+        gate, up, down = (hollow.checkpoint.read(matrices[part]).float() for part in ("gate", "up", "down"))
+        inputs = traffic.inputs[token]
+        hidden = traffic.activation(inputs @ gate.T) * (inputs @ up.T)
+        output.index_add_(0, token, (hidden @ down.T) * traffic.weights[token, slot, None])
+    return output
 
 
 def traffic_of(layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerTraffic:

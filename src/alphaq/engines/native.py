@@ -6,6 +6,7 @@ the size of the files. Output shards mirror the source's, tensor by tensor, what
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec, stored_bytes, total_bytes
 from alphaq.engines.profile import Profile
-from alphaq.records import CHOICE_BITS, GROUP_SIZES, Choice, MatrixRef, Role
+from alphaq.records import CHOICE_BITS, GROUP_SIZES, Choice, MatrixRef, Role, Shape
 
 
 def matrix_spec(matrix: MatrixRef, choice: Choice) -> TensorSpec:
@@ -63,9 +64,17 @@ def fixed_matrices(checkpoint: Checkpoint, fixed: Mapping[Role, Choice]) -> dict
 def byte_tables(matrices: list[MatrixRef], choices: tuple[Choice, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Bytes of each matrix at each choice, int64 [matrices, choices]: the block alone, and what it
     adds to a file (block and header entry)."""
-    blocks = np.array([[choice.storage_bytes(matrix.shape) for choice in choices] for matrix in matrices])
-    in_file = [[stored_bytes(matrix.name, matrix_spec(matrix, choice)) for choice in choices] for matrix in matrices]
-    return blocks.astype(np.int64), np.array(in_file, dtype=np.int64)
+    known: dict[tuple[Shape, str, int, Choice], tuple[int, int]] = {}  # a header entry depends on the name's length
+
+    def sizes(matrix: MatrixRef, choice: Choice) -> tuple[int, int]:
+        key = (matrix.shape, matrix.dtype, len(json.dumps(matrix.name)), choice)
+        if key not in known:
+            in_file = stored_bytes(matrix.name, matrix_spec(matrix, choice))
+            known[key] = choice.storage_bytes(matrix.shape), in_file
+        return known[key]
+
+    table = np.array([[sizes(matrix, choice) for choice in choices] for matrix in matrices], dtype=np.int64)
+    return table[:, :, 0], table[:, :, 1]
 
 
 _ASYMMETRIC = tuple(Choice(bits, group_size) for bits in CHOICE_BITS for group_size in GROUP_SIZES)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
-from alphaq.numerics import squared_distance
+from alphaq.numerics import squared_distance, squared_norm
 from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.records import Choice, QuantizedMatrix
+
+SAMPLE_VALUES = 1 << 18
+SAMPLE_ROWS = 64
 
 
 class Quantizer(Protocol):
@@ -32,3 +38,22 @@ def squared_error(weight: torch.Tensor, choice: Choice, name: str, quantizer: Qu
     error = quantizer(weight, choice, name).squared_error
     assert error is not None  # only matrices read from files lack it
     return error
+
+
+def squared_errors(weight: torch.Tensor, choices: Sequence[Choice], name: str) -> dict[Choice, float]:
+    """`squared_error` at every choice; of a matrix beyond `SAMPLE_VALUES` weights estimated from a sample of rows.
+
+    A row's error is nearly proportional to its energy, so the sample's ratio Σ(w − ŵ)²/Σw² times the whole energy is
+    typically within one per cent of the truth (at most 3.5 % was seen, on Student's t with 4 degrees of freedom and on
+    rows and columns of outliers). Rows are drawn without repetition, seeded by the name.
+    """
+    sample, scale = weight, 1.0
+    rows, columns = weight.shape
+    count = max(SAMPLE_ROWS, SAMPLE_VALUES // columns)
+    if weight.numel() > SAMPLE_VALUES and count < rows:
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+        drawn = np.sort(np.random.Generator(np.random.PCG64(seed)).choice(rows, count, replace=False))
+        part = weight[torch.from_numpy(drawn)]
+        if (energy := squared_norm(part)) > 0:
+            sample, scale = part, squared_norm(weight) / energy
+    return {choice: scale * squared_error(sample, choice, name) for choice in choices}

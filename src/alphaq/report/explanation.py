@@ -33,7 +33,12 @@ def explain_plan(plan: Plan, pattern: str | None, limit: int = 10) -> dict[str, 
         if pattern is not None and not any(_matches(name, pattern) for name in (unit, *members)):
             continue
         costs = table.costs[table.cost_of[position]]
-        chosen = plan.choices[members[0]]
+        chosen = plan.choices.get(members[0], "")
+        if chosen not in table.choices or losses[table.choices.index(chosen)] is None:
+            raise PlanError(
+                f"The plan's table does not offer {unit!r} its choice {chosen!r}, so the plan was edited since it was "
+                "made. Make it again with `alphaq plan`."
+            )
         units.append(_explained(plan, unit, members, chosen, losses, costs, alphas))
     if not units:
         raise PlanError(f"No planned matrix matches {pattern!r}. Names look like {next(iter(table.losses))!r}.")
@@ -47,6 +52,7 @@ def explain_plan(plan: Plan, pattern: str | None, limit: int = 10) -> dict[str, 
         "objective": plan.objective,
         "lower_bound": plan.lower_bound,
         "price": plan.price,
+        "cost_unit": plan.cost_unit,
         "matched": matched,
         "units": units[:limit],
     }
@@ -107,11 +113,11 @@ def _explained(
 
 def explanation_tables(explained: dict[str, Any]) -> list[Any]:
     """What `alphaq explain` prints: the price, and for each unit its choices and its distance from moving."""
-    price = explained["price"]
+    price, unit = explained["price"], explained["cost_unit"].removesuffix("s")
     order = f"method {explained['method']} follows an order, so there is no price" if price is None else ""
     lines: list[Any] = [
         f"{explained['engine']} plan by {explained['method']}: "
-        + (order or f"one more byte would save {price:.4g} of a loss of {explained['objective']:.6g}"),
+        + (order or f"one more {unit} would save {price:.4g} of a loss of {explained['objective']:.6g}"),
         f"{explained['matched']:,} units match; showing {len(explained['units'])}",
     ]
     lines += [_unit_table(unit, price) for unit in explained["units"]]

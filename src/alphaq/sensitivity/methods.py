@@ -20,7 +20,7 @@ from alphaq.registry import lookup
 from alphaq.sensitivity import aimer, calibrated, kurtosis, outlier, router, signal, stable_rank, structure
 from alphaq.sensitivity.importance import alpha_importance, automatic_gamma
 
-Need = Literal["errors", "alpha", "statistics", "prior", "synthetic", "text"]
+Need = Literal["errors", "alpha", "places", "statistics", "prior", "synthetic", "text"]
 Kind = Literal["loss", "order", "ratio", "expert"]
 
 
@@ -131,6 +131,7 @@ METHODS: dict[str, Method] = {
         "the same, first layers and down projections first",
         "order",
         lambda evidence: structure.score(evidence.matrices),
+        ("errors", "places"),
     ),
     "alpha-ratio": Method(
         "lowest-α quarter one bit up, highest-α quarter one bit down",
