@@ -98,11 +98,12 @@ def tiny_quantized(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     from alphaq import pipeline
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.config import Budget, PlanConfig
+    from alphaq.planning import resolve
 
     out = tmp_path_factory.mktemp("quantized") / "out"
     checkpoint = open_checkpoint(tiny)
-    config = PlanConfig(budget=Budget(bits=2.5))
-    plan = pipeline.make_plan(checkpoint, config, pipeline.measure_for_plan(checkpoint, config))
+    request = resolve(PlanConfig(budget=Budget(bits=2.5)))
+    plan = pipeline.make_plan(checkpoint, request, pipeline.measure_for_plan(checkpoint, request))
     pipeline.quantize(checkpoint, plan, out)
     return out
 

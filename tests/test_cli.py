@@ -31,9 +31,10 @@ def test_analyze_writes_one_row_per_matrix_and_plan_reads_them(alphaq: Run, tiny
         rows = list(csv.DictReader(file))
     assert len(rows) == summary["matrices"]
     assert list(rows[0])[:5] == ["name", "layer", "expert", "projection", "role"]
-    given = alphaq("plan", tiny, "--stats", tmp_path / "s.csv", "--bits", "2.5", "--json").json
-    measured = alphaq("plan", tiny, "--bits", "2.5", "--json").json
-    assert given["assignment"] == measured["assignment"]
+    options = ("--method", "alphaq", "--bits", "2.5", "--json")
+    given = alphaq("plan", tiny, "--stats", tmp_path / "s.csv", *options).json
+    measured = alphaq("plan", tiny, *options).json
+    assert given["choices"] == measured["choices"]
     alone = alphaq("plan", "--stats", tmp_path / "s.csv", "--bits", "2.5", "--json").json
     assert set(alone["assignment"]) == set(measured["assignment"])
     assert alone["average_bits"] <= 2.5
@@ -43,13 +44,18 @@ def test_plan_prints_the_promised_keys_and_file_equals_output(alphaq: Run, tiny:
     ran = alphaq("plan", tiny, "--bits", "2.5", "-o", tmp_path / "p.json", "--json")
     wanted = {"average_bits", "bits_per_weight", "size_bytes", "objective", "histogram", "assignment"}
     assert wanted <= set(ran.json)
-    assert ran.json == json.loads((tmp_path / "p.json").read_text())
+    written = json.loads((tmp_path / "p.json").read_text())
+    table = written.pop("table")
+    assert ran.json == written
+    assert set(table["losses"]) == set(written["assignment"])
     assert all(isinstance(bits, int) for bits in ran.json["assignment"].values())
     assert ran.json["objective"] == pytest.approx(ran.json["lower_bound"], rel=1e-9)
 
 
 def test_gamma_moves_bits_to_heavier_tails(alphaq: Run, tiny: Path) -> None:
-    plan = alphaq("plan", tiny, "--bits", "2.5", "--gamma", "20", "--noise", "analytic", "--json").json
+    plan = alphaq(
+        "plan", tiny, "--bits", "2.5", "--method", "alphaq", "--gamma", "20", "--noise", "analytic", "--json"
+    ).json
     names = list(plan["assignment"])
     bits, alphas = ([plan[key][name] for name in names] for key in ("assignment", "alpha"))
     assert np.corrcoef(bits, alphas)[0, 1] < -0.7
@@ -176,7 +182,7 @@ def other_architecture(folder: Path) -> None:
         (damage_nothing, ["--bits", "2", "--group-size", "100"], ["100", "32, 64, 128"]),
         (damage_nothing, ["--bits", "2", "--attention-bits", "0"], ["0 bits"]),
         (damage_nothing, ["--bits", "2", "--gamma", "nan"], ["gamma"]),
-        (damage_nothing, ["--bits", "2", "--gamma", "1e6"], ["--gamma"]),
+        (damage_nothing, ["--bits", "2", "--method", "alphaq", "--gamma", "1e6"], ["--gamma"]),
         (damage_nothing, ["--bits", "2", "--stats", "absent.csv"], ["absent.csv"]),
         (damage_nothing, ["--plan", "absent.json"], ["absent.json"]),
         (damage_nothing, ["--plan", "absent.json", "--bits", "2"], ["--plan"]),
@@ -224,7 +230,7 @@ def test_evaluating_against_another_tokenizer_is_refused(alphaq: Run, tiny: Path
 def test_names_are_printed_as_they_are(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     """Square brackets are markup to the table library, and part of a name to a user."""
     out = tmp_path / "a[b].json"
-    assert "a[b].json" in alphaq("plan", tiny, "--bits", "2", "-o", out).err
+    assert "a[b].json" in alphaq("plan", tiny, "--bits", "2", "--method", "distortion", "-o", out).err
     assert out.is_file()
 
 
@@ -234,10 +240,19 @@ def test_piped_tables_are_not_cut(alphaq: Run, tiny: Path) -> None:
     assert ran.err == ""
 
 
-def test_uniform_says_what_it_leaves_unused(alphaq: Run, tiny: Path) -> None:
+def test_uniform_uses_its_budget_up_with_a_mix(alphaq: Run, tiny: Path) -> None:
     ran = alphaq("plan", tiny, "--bits", "2.5", "--method", "uniform", "--json")
-    assert ran.json["average_bits"] == 2.0
-    assert "2 of 2.5 bits are used" in ran.err
+    assert ran.json["average_bits"] == 2.5
+    assert ran.json["budget_slack"] == 0
+    assert ran.json["histogram"] == {"2": 48, "3": 48}
+    assert ran.err == ""
+
+
+def test_a_budget_wider_than_every_choice_says_what_it_leaves_unused(alphaq: Run, tiny: Path) -> None:
+    ran = alphaq("plan", tiny, "--bits", "4", "--choices", "2,3", "--method", "uniform", "--json")
+    assert ran.json["average_bits"] == 3.0
+    assert ran.json["budget_slack"] > 0
+    assert "no choice offered is wider than 3 bits" in ran.err
 
 
 @pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
@@ -248,6 +263,7 @@ def test_a_stopped_run_keeps_its_work_and_shows_no_output(tiny: Path, tmp_path: 
         "main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, "quantize", str(tiny), "--bits", "2", "-o", str(tmp_path / "out")]
+    command += ["--method", "alphaq"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == {"SIGTERM": 143, "SIGINT": 130}[signal_name]
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
@@ -276,7 +292,8 @@ def test_json_output_is_alone_on_stdout(tiny: Path, tmp_path: Path) -> None:
         "--json",
     ]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(ran.stdout)["average_bits"] == 2.0
+    size = sum(path.stat().st_size for path in (tmp_path / "o").glob("*.safetensors"))
+    assert json.loads(ran.stdout)["size_bytes"] == size
 
 
 @pytest.mark.slow

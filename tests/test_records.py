@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from alphaq.config import Budget, PlanConfig, parse_size
 from alphaq.errors import BudgetError, ChoiceError, PlanError
+from alphaq.planning import resolve
 from alphaq.records import Choice, Plan
 
 choices = st.builds(Choice, st.integers(1, 8), st.sampled_from((32, 64, 128)), st.booleans()) | st.just(Choice(16))
@@ -69,8 +70,8 @@ def test_senseless_bits_are_refused(bits: float) -> None:
 
 
 def test_candidates_are_sorted_and_unique() -> None:
-    config = PlanConfig(budget=Budget(bits=2), choices="4, 2,2,3g64", group_size=32)
-    assert [str(choice) for choice in config.candidates()] == ["2g32", "3g64", "4g32"]
+    request = resolve(PlanConfig(budget=Budget(bits=2), choices="4, 2,2,3g64", group_size=32))
+    assert [str(choice) for choice in request.choices] == ["2g32", "3g64", "4g32"]
 
 
 def test_plan_round_trips_and_is_stable() -> None:

@@ -18,11 +18,11 @@ from alphaq.errors import CheckpointError
 from alphaq.journal import Journal
 
 PARTIAL = ".out.partial"
+OPTIONS = ("--bits", "2.5", "--attention-bits", "8", "--method", "alphaq")
 
 
 def command(model: Path, out: Path, *more: str) -> list[str]:
-    options = ["--bits", "2.5", "--attention-bits", "8", *more]
-    return [sys.executable, "-m", "alphaq", "quantize", str(model), "-o", str(out), *options]
+    return [sys.executable, "-m", "alphaq", "quantize", str(model), "-o", str(out), *OPTIONS, *more]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -50,21 +50,43 @@ def kill_after(lines: int, run: list[str], folder: Path, cache: Path, delay_s: f
     return process.returncode == -signal.SIGKILL
 
 
-@pytest.fixture
-def undisturbed(tiny: Path, tmp_path: Path) -> dict[str, bytes]:
-    subprocess.run(command(tiny, tmp_path / "whole", "--no-cache"), check=True, capture_output=True)
-    return contents(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    whole = tmp_path_factory.mktemp("undisturbed") / "whole"
+    subprocess.run(command(tiny, whole, "--no-cache"), check=True, capture_output=True)
+    return contents(whole)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_killed_run_resumes_to_identical_bytes(
-    tiny: Path, tmp_path: Path, undisturbed: dict[str, bytes], workers: str, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, undisturbed: dict[str, bytes], workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = sorted(random.Random(workers).sample(range(1, 250), 4))
+    kill_and_resume(tiny, tmp_path, undisturbed, workers, lines, monkeypatch)
+
+
+def test_killed_run_that_runs_the_model_resumes_to_identical_bytes(
+    tiny: Path, tmp_path: Path, tiny_quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = ("--method", "auto", "--attention-bits", "4")
+    lines = [96, 150]  # all matrices are measured and the model begins to run; files are being written
+    kill_and_resume(tiny, tmp_path, contents(tiny_quantized), 2, lines, monkeypatch, *default)
+
+
+def kill_and_resume(
+    tiny: Path,
+    tmp_path: Path,
+    undisturbed: dict[str, bytes],
+    workers: int,
+    moments: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    *options: str,
 ) -> None:
     cache = tmp_path / "cache"
     monkeypatch.setenv("ALPHAQ_CACHE", str(cache))
-    run = command(tiny, tmp_path / "out", "--workers", workers)
+    run = command(tiny, tmp_path / "out", "--workers", str(workers), *options)
     kills = 0
-    for lines in sorted(random.Random(int(workers)).sample(range(1, 250), 4)):
+    for lines in moments:
         kills += kill_after(lines, run, tmp_path, cache)
         assert not (tmp_path / "out").exists() or kills == 0 or contents(tmp_path / "out") == undisturbed
         if (tmp_path / "out").exists():
@@ -104,12 +126,12 @@ def unfinished(tiny: Path, tmp_path: Path) -> Path:
 
 
 def test_another_plan_is_refused_until_told_to_restart(alphaq: Any, tiny: Path, unfinished: Path) -> None:
-    ran = alphaq("quantize", tiny, "--bits", "3", "-o", unfinished)
+    ran = alphaq("quantize", tiny, *OPTIONS, "--bits", "3", "-o", unfinished)
     assert ran.code == 2
     assert "its plan changed since" in ran.err
     assert "--restart" in ran.err
-    assert alphaq("quantize", tiny, "--bits", "3", "-o", unfinished, "--restart").code == 0
-    assert json.loads((unfinished / "plan.json").read_text())["average_bits"] == 3.0
+    assert alphaq("quantize", tiny, *OPTIONS, "--bits", "3", "-o", unfinished, "--restart").code == 0
+    assert json.loads((unfinished / "plan.json").read_text())["config"]["budget"]["bits"] == 3.0
 
 
 def test_changed_weights_are_refused(alphaq: Any, tiny: Path, unfinished: Path, tmp_path: Path) -> None:
@@ -118,7 +140,7 @@ def test_changed_weights_are_refused(alphaq: Any, tiny: Path, unfinished: Path, 
     copy = tmp_path / "tiny"
     shutil.copytree(tiny, copy)
     os.utime(next(copy.glob("*.safetensors")), ns=(1, 1))
-    ran = alphaq("quantize", copy, "--bits", "2.5", "--attention-bits", "8", "-o", unfinished)
+    ran = alphaq("quantize", copy, *OPTIONS, "-o", unfinished)
     assert ran.code == 2
     assert "its checkpoint" in ran.err
 
@@ -135,7 +157,7 @@ def test_what_was_damaged_meanwhile_is_made_again(tiny: Path, unfinished: Path, 
 
 def test_two_runs_at_once_are_refused(alphaq: Any, tiny: Path, unfinished: Path) -> None:
     with Journal(unfinished.parent / PARTIAL / JOURNAL_NAME):
-        ran = alphaq("quantize", tiny, "--bits", "2.5", "--attention-bits", "8", "-o", unfinished)
+        ran = alphaq("quantize", tiny, *OPTIONS, "-o", unfinished)
     assert ran.code == 2
     assert "Another alphaq is at work" in ran.err
 
@@ -149,7 +171,7 @@ def test_a_passing_error_keeps_what_was_written(
     error: Exception,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = ("quantize", tiny, "--bits", "2.5", "--attention-bits", "8", "-o", tmp_path / "out", "--workers", "1")
+    options = ("quantize", tiny, *OPTIONS, "-o", tmp_path / "out", "--workers", "1")
     real, calls = pipeline.store, []
 
     def store(checkpoint: Any, task: Any) -> Any:
@@ -171,7 +193,7 @@ def test_damaged_input_leaves_nothing(alphaq: Any, tiny: Path, tmp_path: Path) -
     copy = tmp_path / "copy"
     shutil.copytree(tiny, copy)
     plan = tmp_path / "plan.json"
-    assert alphaq("plan", copy, "--bits", "2", "-o", plan).code == 0
+    assert alphaq("plan", copy, "--bits", "2", "--method", "distortion", "-o", plan).code == 0
     shard = next(copy.glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-(1 << 20) :] = b"\xff\x7f" * (1 << 19)  # NaN in bfloat16
@@ -187,7 +209,7 @@ def test_damaged_matrix_kept_in_16_bits_is_refused_too(alphaq: Any, tiny: Path, 
 
     copy = tmp_path / "copy"
     shutil.copytree(tiny, copy)
-    plan = json.loads(alphaq("plan", copy, "--bits", "2", "--json").out)
+    plan = json.loads(alphaq("plan", copy, "--bits", "2", "--method", "distortion", "--json").out)
     plan |= {"choices": dict.fromkeys(plan["choices"], "16"), "assignment": {}, "size_bytes": None, "source": None}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     shard = next(copy.glob("*.safetensors"))

@@ -315,7 +315,8 @@ def _build_plan(
         checkpoint, request, settings["stats"], progress, workers, cache, device, settings["calibration"]
     )
     plan = planning.make_plan(checkpoint, request, found)
-    for name, reason in [*plan.unplanned.items(), *plan.neutral.items()][:5]:
+    missed = {name: reason for name, reason in plan.unplanned.items() if "not an expert" not in reason}
+    for name, reason in [*missed.items(), *plan.neutral.items()][:5]:
         err.print(f"note: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
     if plan.lower_bound is not None and plan.gap > 1e-6:
         err.print(f"note: this plan is proven to be within {plan.gap:.2g} (relative) of the best one", highlight=False)

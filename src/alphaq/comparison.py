@@ -117,7 +117,9 @@ def compare(
             measured = _measured(checkpoint, asked, calibration, wrap, workers, cache)
             if cache is not None:
                 cache.close()  # others may measure while this one evaluates
-            runs = _runs(checkpoint, requests, measured, missing)
+            plain = resolve(base.model_copy(update={"method": BASELINE}))
+            sizes = {width: plain_size(checkpoint, plain, width) for width in bits}
+            runs = _runs(checkpoint, requests, measured, missing, sizes)
             score = partial(score_texts, texts=contents, window=window, max_tokens=max_tokens, skip_tokens=skip_tokens)
             runner = _Runner(checkpoint, score, out, dtype, wrap, workers, device)
             runner.known = {entry["digest"]: entry["scores"] for entry in entries.values() if "scores" in entry}
@@ -208,6 +210,7 @@ def _runs(
     requests: Mapping[str, Request],
     measured: Mapping[tuple[str | None, ...], Measurements],
     missing: Sequence[tuple[str, float]],
+    sizes: Mapping[float, int],
 ) -> Iterable[tuple[tuple[str, float], Plan | None, dict[str, Any]]]:
     """For each missing result its plan (None for the reference) and the entry so far."""
     for name, width in missing:
@@ -217,7 +220,7 @@ def _runs(
             continue
         request = requests[name]
         found = measured[_kind(request)]
-        size = plain_size(checkpoint, request, width)
+        size = sizes[width]
         entry: dict[str, Any] = {"method": name, "bits": width, "budget_bytes": size}
         budget = {"budget": Budget(size_bytes=size)}
         begin = time.perf_counter()

@@ -70,6 +70,11 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
         config = config.model_copy(update={"method": "alphaq"})
     chosen = method(config.method)
     profile = engine_profile(config.engine)
+    if chosen.kind == "expert" and profile.unit != "matrix":
+        raise BudgetError(
+            f"--method {config.method} chooses per expert, but in {profile.name} experts share a choice. "
+            "Use another method or engine."
+        )
     preset = {key: value for key, value in chosen.preset.items() if _is_unset(getattr(config, key))}
     config = config.model_copy(update=preset)
     if config.choices is None:
@@ -92,6 +97,11 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
     offered = frozenset(given)
     pinned = {parse_choice(rule.value, profile, config) for rule in config.pins}
     choices = tuple(sorted(offered | pinned))
+    if "outputs" in chosen.needs and any(choice.scheme for choice in choices):
+        raise BudgetError(
+            f"--method {config.method} needs every choice's output, and {profile.name}'s quantizer is not ours. Use "
+            "another method, such as hessian."
+        )
     if config.noise is None:
         schemes = any(choice.scheme for choice in choices)
         config = config.model_copy(update={"noise": "measured" if with_model and not schemes else "analytic"})
@@ -239,7 +249,9 @@ def measure_for_plan(
     passes: dict[Need, Callable[[], Any]] = {
         "prior": lambda: routing_prior(checkpoint),
         "synthetic": lambda: _synthetic_pass(checkpoint, cache, wrap),
-        "text": lambda: _text_pass(checkpoint, cast(Path, calibration), choices, cache, wrap),
+        "text": lambda: _text_pass(
+            checkpoint, cast(Path, calibration), choices if "outputs" in wanted else (), cache, wrap
+        ),
     }
     seen: dict[Need, Any] = {}
     for need, run in passes.items():
@@ -555,7 +567,16 @@ def plain_size(checkpoint: Checkpoint, request: Request, bits: float) -> int:
 
 
 def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measurements) -> Plan:
-    """Solve the budget and describe the result. Raises BudgetError if it is infeasible."""
+    """Solve the budget and describe the result.
+
+    `found` may hold more choices than are asked for. Raises BudgetError if it lacks one, or nothing fits.
+    """
+    if lacking := set(request.choices) - set(found.choices):
+        raise BudgetError(
+            f"{', '.join(map(str, sorted(lacking)))} was not measured. Measure for this request, or plan with the "
+            "same choices."
+        )
+    request = replace(request, choices=found.choices)
     config, choices = request.config, request.choices
     problem = problem_of(checkpoint, request, found)
     evidence = _accounted(replace(found.evidence, gamma=config.gamma, seed=config.seed), request)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from alphaq import pipeline
+from alphaq import pipeline, planning
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines import native
 from alphaq.engines.native_files import MANIFEST_NAME, PLAN_NAME, NativeFiles, restore
 from alphaq.errors import BudgetError, CheckpointError, PlanError, VerificationError
+from alphaq.planning import resolve
 from alphaq.quantizers.packing import dequantize
 from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.records import Plan, Role
@@ -21,10 +22,10 @@ from conftest import FAMILIES
 
 
 def plan_of(folder: Path, **config: object) -> Plan:
-    budget = config.pop("budget", Budget(bits=2.5))
-    checkpoint = open_checkpoint(folder)
-    settings = PlanConfig(budget=budget, group_size=32, **config)  # type: ignore[arg-type]
-    return pipeline.make_plan(checkpoint, settings, pipeline.measure_for_plan(checkpoint, settings))
+    """A plan by a method that needs no forward pass, unless told otherwise."""
+    settings = {"budget": Budget(bits=2.5), "group_size": 32, "method": "alphaq", **config}
+    checkpoint, request = open_checkpoint(folder), resolve(PlanConfig.model_validate(settings))
+    return pipeline.make_plan(checkpoint, request, pipeline.measure_for_plan(checkpoint, request))
 
 
 def weight_bytes(folder: Path) -> int:
@@ -44,20 +45,22 @@ def test_files_have_exactly_the_promised_size(
 
 def test_every_size_budget_is_kept_and_used_up(tiny: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny)
-    config = PlanConfig(budget=Budget(bits=2.0))
-    found = pipeline.measure_for_plan(checkpoint, config)
+    config = PlanConfig(budget=Budget(bits=2.0), choices="1,2,3,4,5,6,7,8", method="alphaq")
+    choices = resolve(config).choices
+    found = pipeline.measure_for_plan(checkpoint, resolve(config))
     matrices = native.planned_matrices(checkpoint)
-    _, file_bytes = native.byte_tables(matrices, config.candidates())
+    _, file_bytes = native.byte_tables(matrices, choices)
     widest = file_bytes.max(axis=1)
-    low = pipeline.make_plan(checkpoint, config.model_copy(update={"budget": Budget(bits=1.0)}), found).size_bytes
-    high = pipeline.make_plan(checkpoint, config.model_copy(update={"budget": Budget(bits=4.0)}), found).size_bytes
+
+    def plan_within(budget: Budget) -> Plan:
+        return pipeline.make_plan(checkpoint, resolve(config.model_copy(update={"budget": budget})), found)
+
+    low, high = plan_within(Budget(bits=1.0)).size_bytes, plan_within(Budget(bits=8.0)).size_bytes
     assert low is not None
     assert high is not None
-    labels = [str(choice) for choice in config.candidates()]
+    labels = [str(choice) for choice in choices]
     for limit in np.linspace(low, high, 12).astype(int):
-        plan = pipeline.make_plan(
-            checkpoint, config.model_copy(update={"budget": Budget(size_bytes=int(limit))}), found
-        )
+        plan = plan_within(Budget(size_bytes=int(limit)))
         assert plan.size_bytes is not None
         slack = int(limit) - plan.size_bytes
         assert slack >= 0
@@ -111,9 +114,8 @@ def test_stored_values_are_the_quantizer_s(
 
 
 def test_quantizing_twice_gives_identical_bytes(tiny: Path, tiny_quantized: Path, tmp_path: Path) -> None:
-    config = PlanConfig(budget=Budget(bits=2.5))
-    checkpoint = open_checkpoint(tiny)
-    plan = pipeline.make_plan(checkpoint, config, pipeline.measure_for_plan(checkpoint, config))
+    checkpoint, request = open_checkpoint(tiny), resolve(PlanConfig(budget=Budget(bits=2.5)))
+    plan = pipeline.make_plan(checkpoint, request, pipeline.measure_for_plan(checkpoint, request))
     pipeline.quantize(checkpoint, plan, tmp_path / "out")
     files = sorted(path.name for path in tiny_quantized.iterdir())
     assert files == sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -216,13 +218,14 @@ def test_damaged_manifest_is_refused(damaged: Path, content: str) -> None:
         pipeline.verify(damaged)
 
 
-def test_plan_does_not_depend_on_the_number_of_threads(tiny: Path) -> None:
+@pytest.mark.parametrize("method", ["auto", "alphaq"])
+def test_plan_does_not_depend_on_the_number_of_threads(tiny: Path, method: str) -> None:
     before = torch.get_num_threads()
     try:
         plans = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            plans.append(plan_of(tiny).to_json())
+            plans.append(plan_of(tiny, method=method).to_json())
     finally:
         torch.set_num_threads(before)
     assert plans[0] == plans[1]
@@ -232,6 +235,8 @@ def test_an_infeasible_budget_is_told_before_measuring(tiny: Path, monkeypatch: 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(pipeline, "measure", never)
+    monkeypatch.setattr(planning, "measure", never)
+    monkeypatch.setattr(planning, "gather", never)
+    monkeypatch.setattr(planning, "routing_prior", never)
     with pytest.raises(BudgetError, match="below"):
-        plan_of(tiny, budget=Budget(size_bytes=1000))
+        plan_of(tiny, budget=Budget(size_bytes=1000), method="auto")

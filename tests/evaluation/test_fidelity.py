@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from alphaq.errors import AlphaQError
-from alphaq.evaluation.fidelity import WindowScore, evaluate_texts, read_texts, score_window, summarize_windows
+from alphaq.evaluation.fidelity import WindowScore, evaluate_texts, read_texts, score_windows, summarize_windows
 from alphaq.runtime.loading import load_model
 from conftest import DATA
 
@@ -52,7 +52,7 @@ class Fixed(torch.nn.Module):
 
 def test_distances_of_known_distributions() -> None:
     p, q = [0.5, 0.3, 0.2], [0.25, 0.25, 0.5]
-    score = score_window(Fixed(q), Fixed(p), torch.tensor([[0, 1, 2, 0, 1]]))
+    [score] = score_windows(Fixed(q), Fixed(p), torch.tensor([[0, 1, 2, 0, 1]]))
     assert score.tokens == 4
     assert score.kl / 4 == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)), abs=1e-6)
     assert score.ear / 4 == pytest.approx(0.25 + 0.25 + 0.2, abs=1e-6)

@@ -9,6 +9,7 @@ from alphaq import pipeline
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines.native_files import NativeFiles, restore
+from alphaq.planning import resolve
 from conftest import FAMILIES
 
 
@@ -30,8 +31,8 @@ def check_logits(source: Path, tmp_path: Path, group_size: int, choices: str = "
     from transformers import AutoModelForCausalLM
 
     checkpoint = open_checkpoint(source)
-    config = PlanConfig(budget=Budget(bits=2.5), group_size=group_size, choices=choices)
-    plan = pipeline.make_plan(checkpoint, config, pipeline.measure_for_plan(checkpoint, config))
+    request = resolve(PlanConfig(budget=Budget(bits=2.5), group_size=group_size, choices=choices, method="alphaq"))
+    plan = pipeline.make_plan(checkpoint, request, pipeline.measure_for_plan(checkpoint, request))
     pipeline.quantize(checkpoint, plan, tmp_path / "out")
     plain = dequantized_folder(checkpoint, tmp_path / "out", tmp_path / "plain")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()

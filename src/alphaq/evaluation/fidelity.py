@@ -21,6 +21,8 @@ from alphaq.errors import AlphaQError
 from alphaq.records import TextFidelity
 
 Wrap = Callable[[Iterable[Any], int, str], Iterable[Any]]
+WINDOWS_AT_ONCE = 8  # of one forward pass: small models are slow on many small steps
+LOGITS_AT_ONCE = 1 << 25
 POSITIONS_AT_ONCE = 128  # bounds the float32 copies of [positions, vocabulary]
 
 
@@ -42,24 +44,38 @@ def windows(tokenizer: Any, text: str, length: int, max_tokens: int | None, skip
 
 
 @torch.inference_mode()
-def score_window(model: Any, reference: Any | None, ids: torch.Tensor) -> WindowScore:
-    """Score every token of a window but the first, given those before it."""
+def score_windows(model: Any, reference: Any | None, ids: torch.Tensor) -> list[WindowScore]:
+    """Score every token but the first of each window [windows, length], given those before it."""
     ids = ids.to(model.device)
-    logits = model(ids).logits[0, :-1]
-    against = None if reference is None else reference(ids.to(reference.device)).logits[0, :-1].to(model.device)
-    targets = ids[0, 1:]
-    loss = kl = top1 = ear = 0.0
-    for start in range(0, len(targets), POSITIONS_AT_ONCE):
-        part = slice(start, start + POSITIONS_AT_ONCE)
-        log_q = logits[part].float().log_softmax(-1)
-        loss -= float(log_q.gather(1, targets[part, None]).sum(dtype=torch.float64))
-        if against is not None:
-            log_p = against[part].float().log_softmax(-1)
-            p, q = log_p.exp(), log_q.exp()
-            kl += float((p * (log_p - log_q)).sum(dtype=torch.float64))
-            top1 += float((p.argmax(-1) == q.argmax(-1)).sum())
-            ear += float(torch.minimum(p, q).sum(dtype=torch.float64))
-    return WindowScore(len(targets), loss, kl, top1, ear)
+    logits = model(ids).logits[:, :-1]
+    against = None if reference is None else reference(ids.to(reference.device)).logits[:, :-1].to(model.device)
+    found = []
+    for window, targets in enumerate(ids[:, 1:]):
+        loss = kl = top1 = ear = 0.0
+        for start in range(0, len(targets), POSITIONS_AT_ONCE):
+            part = slice(start, start + POSITIONS_AT_ONCE)
+            log_q = logits[window, part].float().log_softmax(-1)
+            loss -= float(log_q.gather(1, targets[part, None]).sum(dtype=torch.float64))
+            if against is not None:
+                log_p = against[window, part].float().log_softmax(-1)
+                p, q = log_p.exp(), log_q.exp()
+                kl += float((p * (log_p - log_q)).sum(dtype=torch.float64))
+                top1 += float((p.argmax(-1) == q.argmax(-1)).sum())
+                ear += float(torch.minimum(p, q).sum(dtype=torch.float64))
+        found.append(WindowScore(len(targets), loss, kl, top1, ear))
+    return found
+
+
+def batches(parts: list[torch.Tensor], vocabulary: int) -> list[torch.Tensor]:
+    """Windows [1, length] put together to [windows, length] where lengths agree and the logits stay small."""
+    found: list[torch.Tensor] = []
+    for part in parts:
+        room = LOGITS_AT_ONCE // (part.shape[1] * vocabulary)
+        if found and found[-1].shape[1] == part.shape[1] and len(found[-1]) < min(room, WINDOWS_AT_ONCE):
+            found[-1] = torch.cat([found[-1], part])
+        else:
+            found.append(part)
+    return found
 
 
 def summarize_windows(scores: list[WindowScore], with_reference: bool) -> TextFidelity:
@@ -121,7 +137,9 @@ def score_texts(
         parts = windows(tokenizer, text, min(window, limit), max_tokens, skip_tokens)
         if not parts:
             raise AlphaQError(f"Text {name!r} has fewer than two tokens to score. Give a longer text.")
-        yield name, [score_window(model, reference, ids) for ids in wrap(parts, len(parts), f"evaluate {name}")]
+        groups = batches(parts, model.config.get_text_config().vocab_size)
+        shown = wrap(groups, len(groups), f"evaluate {name}")
+        yield name, [score for ids in shown for score in score_windows(model, reference, ids)]
 
 
 class Remembered:

@@ -154,7 +154,9 @@ def _unit_table(unit: dict[str, Any], price: float | None) -> Table:
     moves = []
     if unit["moves_up_at"]:
         moves.append(f"up if its losses were {unit['moves_up_at']:.3g} × as large")
-    if unit["moves_down_at"]:
+    if (unit["moves_down_at"] or 0) > 1 + 1e-9:
+        moves.append("nowhere down: it took bytes that were left over")
+    elif unit["moves_down_at"]:
         moves.append(f"down at {unit['moves_down_at']:.3g} ×")
     table.caption = "moves " + ", ".join(moves) if moves else None
     table.caption_justify = "left"

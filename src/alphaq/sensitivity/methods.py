@@ -20,7 +20,7 @@ from alphaq.registry import lookup
 from alphaq.sensitivity import aimer, calibrated, kurtosis, outlier, router, signal, stable_rank, structure
 from alphaq.sensitivity.importance import alpha_importance, automatic_gamma
 
-Need = Literal["errors", "alpha", "places", "statistics", "prior", "synthetic", "text"]
+Need = Literal["errors", "alpha", "places", "statistics", "prior", "synthetic", "text", "outputs"]
 Kind = Literal["loss", "order", "ratio", "expert"]
 
 
@@ -139,10 +139,14 @@ METHODS: dict[str, Method] = {
         lambda evidence: np.where(np.isnan(evidence.alphas), np.nanmedian(evidence.alphas), evidence.alphas),
         ("errors", "alpha"),
     ),
-    "pmq": Method("frequency × routing weight × block error, per layer", "expert", calibrated.pmq, ("errors", "text")),
+    "pmq": Method(
+        "frequency × routing weight × block error, per layer", "expert", calibrated.pmq, ("errors", "text", "outputs")
+    ),
     "baq": Method("range² and inverse Hessian, equal marginal loss", "loss", calibrated.baq, ("errors", "text")),
     "hessian": Method("trace of the Hessian × error", "loss", calibrated.hessian, ("errors", "text")),
-    "mse-output": Method("squared error of the block's output", "loss", calibrated.output_error, ("errors", "text")),
+    "mse-output": Method(
+        "squared error of the block's output", "loss", calibrated.output_error, ("errors", "text", "outputs")
+    ),
 }
 
 
