@@ -80,7 +80,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("measured")
 
     for name in ("measure", "gather", "routing_prior"):
-        monkeypatch.setattr(planning, name, never)
+        monkeypatch.setattr(planning.evidence, name, never)
 
 
 def data_bytes(plan: Plan, matrices: dict[str, MatrixRef], layer: int | None = None) -> int:
@@ -188,7 +188,7 @@ def test_methods_that_need_a_text_say_so_and_plan_with_one(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model was run again")
 
-    monkeypatch.setattr(planning, "gather", never)
+    monkeypatch.setattr(planning.evidence, "gather", never)
     assert plan(text, **settings) == made
     other = plan(text, **settings, budget=Budget(bits=2.25))
     assert other.objective is not None and made.objective is not None
@@ -204,7 +204,7 @@ def test_another_text_runs_the_model_again(
     def noted(*_: object, **__: object) -> None:
         raise RuntimeError("run")
 
-    monkeypatch.setattr(planning, "gather", noted)
+    monkeypatch.setattr(planning.evidence, "gather", noted)
     with pytest.raises(RuntimeError, match="run"):
         plan(tmp_path / "other.txt", method="hessian", choices="1,2,3")
 
@@ -222,7 +222,7 @@ def test_the_default_runs_the_model_once(plan: MakePlan, monkeypatch: pytest.Mon
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model was run again")
 
-    monkeypatch.setattr(planning, "gather", never)
+    monkeypatch.setattr(planning.evidence, "gather", never)
     assert plan(method="auto") == made
 
 

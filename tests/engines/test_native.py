@@ -235,8 +235,8 @@ def test_an_infeasible_budget_is_told_before_measuring(tiny: Path, monkeypatch: 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(planning, "measure", never)
-    monkeypatch.setattr(planning, "gather", never)
-    monkeypatch.setattr(planning, "routing_prior", never)
+    monkeypatch.setattr(planning.evidence, "measure", never)
+    monkeypatch.setattr(planning.evidence, "gather", never)
+    monkeypatch.setattr(planning.evidence, "routing_prior", never)
     with pytest.raises(BudgetError, match="below"):
         plan_of(tiny, budget=Budget(size_bytes=1000), method="auto")

@@ -1,0 +1,207 @@
+"""What must be known for a plan: spectra, errors, statistics, and passes through the model, each only if needed."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from alphaq.cache import Cache
+from alphaq.calibration.prior import routing_prior
+from alphaq.calibration.stream import random_windows, read_windows
+from alphaq.calibration.traffic import Calibration, gather
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.engines import native
+from alphaq.engines.llama_cpp import GAUSSIAN_ERROR
+from alphaq.errors import StatsError
+from alphaq.measurement import measure
+from alphaq.planning.limits import problem_of
+from alphaq.planning.request import Request
+from alphaq.records import Choice, Spectrum
+from alphaq.sensitivity.distortion import analytic_noise
+from alphaq.sensitivity.methods import Evidence, Need
+from alphaq.spectra.measure import read_stats
+from alphaq.spectra.variants import SpectrumVariant
+from alphaq.workers import Workers
+
+Wrap = Callable[[Iterable[Any], int, str], Iterable[Any]]
+SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH = 8, 256
+CALIBRATION_LENGTH = 512
+CALIBRATION_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What was measured of the matrices to plan; enough for any number of budgets and methods that need no more.
+
+    squared_errors: expected Σ(w − ŵ)² [matrices, choices]. weights: parameters, or ones where unknown.
+    """
+
+    spectra: dict[str, Spectrum]
+    choices: tuple[Choice, ...]
+    squared_errors: np.ndarray
+    weights: np.ndarray
+    left_out: dict[str, str]
+    evidence: Evidence
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time that each need took in this run; what the cache held took next to none."""
+
+
+def measure_for_plan(
+    checkpoint: Checkpoint | None,
+    request: Request,
+    stats: Path | None = None,
+    wrap: Wrap = lambda items, total, label: items,
+    workers: Workers | None = None,
+    cache: Cache | None = None,
+    device: str = "cpu",
+    calibration: Path | None = None,
+    needs: Iterable[Need] | None = None,
+) -> Measurements:
+    """What the request's method needs to know of the matrices to plan, from the weights, a stats file, or both.
+
+    needs: measure for these instead of the method's own. Raises StatsError if the stats lack a matrix of the
+    checkpoint, or the method needs weights or a text that were not given.
+    """
+    config, choices = request.config, request.choices
+    wanted = set(request.method.needs if needs is None else needs)
+    given = read_stats(stats) if stats is not None else None
+    if checkpoint is None:
+        return _from_stats(request, wanted, given)
+
+    matrices = native.planned_matrices(checkpoint)
+    problem_of(checkpoint, request)  # an infeasible budget is told before any measuring
+    if given is not None:
+        for matrix in matrices:
+            if matrix.name not in given.spectra:
+                reason = given.left_out.get(matrix.name, "no row")
+                raise StatsError(f"{stats} has no usable row for {matrix.name!r} ({reason}). Analyze this model again.")
+    if "text" in wanted and calibration is None:
+        raise StatsError(f"--method {config.method} needs a text. Give one with --calibration FILE.")
+    real = tuple(choice for choice in choices if choice.bits != 16) if config.noise == "measured" else ()
+    variant = SpectrumVariant(config.spectrum, config.tail)
+    begin = time.perf_counter()
+    results = measure(
+        matrices,
+        workers or Workers(1, checkpoint),
+        cache,
+        given is None,
+        real,
+        device,
+        "statistics" in wanted,
+        variant,
+    )
+    spectra, rows, statistics = {}, [], []
+    for matrix, found in zip(matrices, wrap(results, len(matrices), "measure"), strict=True):
+        own = found.spectrum or (given.spectra[matrix.name] if given is not None else None)
+        assert own is not None  # measured unless given
+        spectra[matrix.name] = own
+        energy = own.mean_square * matrix.parameters
+        rows.append([found.squared_errors.get(c, _expected(own, c, energy, matrix.parameters)) for c in choices])
+        if found.statistics is not None:
+            statistics.append(found.statistics)
+    seconds = {"errors": time.perf_counter() - begin}
+    weights = np.array([matrix.parameters for matrix in matrices], dtype=np.int64)
+    errors = np.array(rows)
+    left_out = {} if given is None else {n: why for n, why in given.left_out.items() if "not an expert" not in why}
+    passes: dict[Need, Callable[[], Any]] = {
+        "prior": lambda: routing_prior(checkpoint),
+        "synthetic": lambda: _synthetic_pass(checkpoint, cache, wrap),
+        "text": lambda: _text_pass(
+            checkpoint, cast(Path, calibration), choices if "outputs" in wanted else (), cache, wrap
+        ),
+    }
+    seen: dict[Need, Any] = {}
+    for need, run in passes.items():
+        if need in wanted:
+            begin = time.perf_counter()
+            seen[need] = run()
+            seconds[need] = time.perf_counter() - begin
+    evidence = Evidence(
+        tuple(spectra),
+        choices,
+        errors,
+        np.array([found.mean_square for found in spectra.values()]) * weights,
+        weights,
+        _alphas(spectra),
+        tuple(matrices),
+        tuple(statistics) if statistics else None,
+        seen.get("prior"),
+        seen.get("synthetic"),
+        seen.get("text"),
+    )
+    return Measurements(spectra, choices, errors, weights, left_out, evidence, seconds)
+
+
+def _from_stats(request: Request, wanted: set[Need], given: Any) -> Measurements:
+    config, choices = request.config, request.choices
+    if given is None:
+        raise StatsError("Nothing to plan. Give MODEL, or --stats with columns name, alpha, variance.")
+    if config.noise == "measured":
+        raise StatsError("--noise measured needs the weights. Give MODEL, or use --noise analytic.")
+    if beyond := wanted - {"errors", "alpha"}:
+        raise StatsError(f"--method {config.method} needs the weights ({', '.join(sorted(beyond))}). Give MODEL.")
+    known = given.parameters.keys() >= given.spectra.keys()
+    weights = np.array([given.parameters[name] if known else 1 for name in given.spectra], dtype=np.int64)
+    errors = np.array(
+        [
+            [_expected(own, choice, own.variance * weight, weight) for choice in choices]
+            for own, weight in zip(given.spectra.values(), weights.tolist(), strict=True)
+        ]
+    )
+    energies = np.array([found.variance for found in given.spectra.values()]) * weights
+    evidence = Evidence(tuple(given.spectra), choices, errors, energies, weights, _alphas(given.spectra))
+    return Measurements(given.spectra, choices, errors, weights, given.left_out, evidence)
+
+
+def _alphas(spectra: dict[str, Spectrum]) -> np.ndarray:
+    return np.array([np.nan if found.alpha is None else found.alpha for found in spectra.values()])
+
+
+def _expected(spectrum: Spectrum, choice: Choice, energy: float, parameters: int) -> float:
+    """Σ(w − ŵ)² from a formula: a ggml type's error on Gaussian weights, or Var(W)·2^(−2b)."""
+    if choice.scheme or choice.bits == 16:
+        return GAUSSIAN_ERROR[str(choice)] * energy
+    return float(analytic_noise(spectrum, (choice,))[0]) * parameters
+
+
+def _synthetic_pass(checkpoint: Checkpoint, cache: Cache | None, wrap: Wrap) -> Calibration:
+    """How errors join the signal, seen with random tokens."""
+
+    def run() -> str:
+        vocabulary = int(checkpoint.text_config["vocab_size"])
+        ids = random_windows(vocabulary, SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH)
+        return gather(checkpoint, ids, with_signal=True).to_json()
+
+    key = f"synthetic-{SYNTHETIC_WINDOWS}x{SYNTHETIC_LENGTH}.json"
+    text = _kept(cache, key, run, wrap, "random tokens")
+    return Calibration.from_json(text, key)
+
+
+def _text_pass(
+    checkpoint: Checkpoint, path: Path, choices: tuple[Choice, ...], cache: Cache | None, wrap: Wrap
+) -> Calibration:
+    """What the tokens of a user's text do to each expert."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StatsError(f"{path} is no UTF-8 text ({error}). Give one with --calibration.") from error
+    digest = hashlib.sha256(f"{content}{choices}{CALIBRATION_LENGTH}{CALIBRATION_TOKENS}".encode()).hexdigest()[:24]
+
+    def run() -> str:
+        ids = read_windows(checkpoint.folder, content, CALIBRATION_LENGTH, CALIBRATION_TOKENS)
+        return gather(checkpoint, ids, choices, with_baq=True).to_json()
+
+    key = f"text-{digest}.json"
+    return Calibration.from_json(_kept(cache, key, run, wrap, f"calibrate on {path.name}"), key)
+
+
+def _kept(cache: Cache | None, key: str, run: Callable[[], str], wrap: Wrap, label: str) -> str:
+    for _ in wrap([key], 1, label):
+        text = run() if cache is None else cache.text(key, run)
+    return text

@@ -1,0 +1,242 @@
+"""What the budget allows: exact bytes of every choice, and what pins, bounds and the engine leave open."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from alphaq.allocation.problem import Problem
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.config import PlanConfig, Rule
+from alphaq.engines import native
+from alphaq.engines.profile import Profile
+from alphaq.errors import BudgetError
+from alphaq.planning.request import Request
+from alphaq.records import Choice, MatrixRef
+from alphaq.sensitivity.methods import Evidence
+
+
+def problem_of(checkpoint: Checkpoint | None, request: Request, evidence: Evidence | None = None) -> Problem:
+    """What the budget allows, from shapes alone, and from `evidence` where a bound needs measured errors.
+
+    Raises BudgetError if it is infeasible, a pin names nothing, or a unit is left without a choice.
+    """
+    config, choices, profile = request.config, request.choices, request.profile
+    ladder = tuple(choices.index(choice) for choice in request.ladder if choice in request.offered)
+    if checkpoint is None:
+        assert evidence is not None  # stats are read before
+        names = evidence.names
+        counted = np.ones(len(names), np.int64) if config.unweighted else evidence.weights
+        costs = counted[:, None] * np.array([choice.bits for choice in choices], dtype=np.int64)
+        if config.budget.bits is None:
+            raise BudgetError("Stats alone know no bytes. State the budget as --bits, or give MODEL.")
+        if config.engine != "native" or config.pins or config.min_bits or config.max_bits or config.per_layer:
+            raise BudgetError("--engine, pins, bounds and --per-layer need to know the matrices. Give MODEL.")
+        limit = math.floor(config.budget.bits * int(counted.sum()) + 1e-9)
+        problem = Problem(
+            names,
+            np.arange(len(names)),
+            choices,
+            costs,
+            _clear_enough(config, evidence),
+            limit,
+            np.full(len(names), -1),
+            ladder,
+        )
+        floor = int(problem.unit_costs.min(axis=1).sum())
+        problem.check(str(config.budget), _least(problem, config, f"--bits {_up(floor / int(counted.sum()))}"))
+        return problem
+
+    matrices = native.planned_matrices(checkpoint)
+    fixed_choices(checkpoint, request)  # a pin that names nothing is told before any measuring
+    allowed = allowed_choices(request, matrices)
+    if evidence is not None:
+        pinned = [any(rule.matches(matrix) for rule in config.pins) for matrix in matrices]
+        allowed &= _clear_enough(config, evidence) | np.array(pinned)[:, None]
+    units = [profile.unit_of(matrix) for matrix in matrices]
+    names = tuple(dict.fromkeys(units))
+    numbers = {name: number for number, name in enumerate(names)}
+    owner = np.array([numbers[unit] for unit in units])
+    layers = np.full(len(names), -1)
+    for number, matrix in zip(owner, matrices, strict=True):
+        layers[number] = -1 if matrix.layer is None else matrix.layer
+    blocks, in_file = byte_tables(profile, matrices, choices)
+    parameters = sum(matrix.parameters for matrix in matrices)
+    fixed_bytes = 0
+    if config.budget.bits is not None and config.unweighted:
+        costs = np.tile(np.array([choice.bits for choice in choices], dtype=np.int64), (len(matrices), 1))
+        limit = math.floor(config.budget.bits * len(matrices) + 1e-9)
+    elif config.budget.bits is not None:
+        costs, limit = blocks, nominal_bytes(request, matrices, config.budget.bits)
+    elif config.budget.bpw is not None:
+        costs, limit = blocks, math.floor(config.budget.bpw * parameters / 8 + 1e-9)
+    else:
+        assert config.budget.size_bytes is not None
+        fixed_bytes = size_bytes(checkpoint, request, {matrix.name: Choice(16) for matrix in matrices})
+        kept = byte_tables(profile, matrices, (Choice(16),))[1]
+        fixed_bytes -= int(kept.sum())
+        costs, limit = in_file, config.budget.size_bytes - fixed_bytes
+    problem = Problem(names, owner, choices, costs, allowed, limit, layers, ladder)
+    floor = int(problem.unit_costs.min(axis=1).sum())
+    if config.budget.size_bytes is not None:
+        least = f"--size {floor + fixed_bytes}"
+    elif config.budget.bpw is not None:
+        least = f"--bpw {_up(8 * floor / parameters)}"
+    elif config.unweighted:
+        least = f"--bits {_up(floor / len(matrices))}"
+    else:
+        least = f"--bits {_up(_nominal_bits(request, matrices, floor))}"
+    problem.check(str(config.budget), _least(problem, config, least))
+    return problem
+
+
+def _clear_enough(config: PlanConfig, evidence: Evidence) -> np.ndarray:
+    """bool [matrices, choices]: no noisier than --min-sqnr allows."""
+    most = math.inf if config.min_sqnr_db is None else 10 ** (-config.min_sqnr_db / 10)
+    return evidence.relative_errors <= most
+
+
+def _up(bits: float) -> str:
+    return f"{math.ceil(bits * 1e4 - 1e-6) / 1e4:g}"
+
+
+def _least(problem: Problem, config: PlanConfig, least: str) -> str:
+    """The smallest feasible budget, the choice that most experts have in it, and the ways out."""
+    cheapest = problem.chosen(problem.unit_costs.argmin(axis=1))
+    narrowest = problem.choices[int(np.bincount(cheapest).argmax())]
+    ways = ["Raise it"]
+    if config.min_bits or config.pins or config.min_sqnr_db is not None:
+        ways.append("relax pins and bounds")
+    if narrowest.bits > 1:
+        ways.append("allow narrower --choices")
+    if narrowest.group_size in (32, 64):
+        ways.append("use a larger --group-size")
+    return f"{least} with most experts at {narrowest}. {', or '.join(ways)}"
+
+
+def allowed_choices(request: Request, matrices: Sequence[MatrixRef]) -> np.ndarray:
+    """bool [matrices, choices] after offers, bounds, pins and what the engine can store.
+
+    Raises BudgetError for a rule that names no matrix.
+    """
+    config, choices = request.config, request.choices
+    allowed = np.tile([choice in request.offered for choice in choices], (len(matrices), 1))
+    bits = np.array([choice.bits for choice in choices])
+    for option, rules, keeps in (
+        ("--min-bits", config.min_bits, lambda least: bits >= least),
+        ("--max-bits", config.max_bits, lambda most: bits <= most),
+    ):
+        for rule in rules:
+            allowed[_named(rule, option, matrices)] &= keeps(rule.number(option))
+    for rule in config.pins:
+        rows = [number for number, matrix in enumerate(matrices) if rule.matches(matrix)]
+        allowed[rows] = [choice == request.choice(rule.value) for choice in choices]
+    shapes: dict[tuple[Any, Choice], bool] = {}
+    for number, matrix in enumerate(matrices):
+        for column, choice in enumerate(choices):
+            key = (matrix.shape, choice)
+            if key not in shapes:
+                shapes[key] = request.profile.obstacle(choice, matrix) is None
+            allowed[number, column] &= shapes[key]
+    return allowed
+
+
+def _named(rule: Rule, option: str, matrices: Sequence[MatrixRef]) -> list[int]:
+    rows = [number for number, matrix in enumerate(matrices) if rule.matches(matrix)]
+    if not rows:
+        raise BudgetError(
+            f"{option} {rule.pattern!r} names no matrix of the budget. Write a projection (down), a role (expert) or "
+            f"a glob on names such as {matrices[0].name!r}."
+        )
+    return rows
+
+
+def fixed_choices(checkpoint: Checkpoint, request: Request) -> dict[str, Choice]:
+    """Choices of matrices outside the budget: by role, or by a pin. Raises BudgetError for a pin that names nothing."""
+    widths = {role: str(bits) for role, bits in request.config.roles().items()}
+    quantizable = [matrix for matrix in checkpoint.matrices if matrix.role in widths]
+    found = {matrix.name: request.choice(widths[matrix.role]) for matrix in quantizable}
+    planned = native.planned_matrices(checkpoint)
+    for rule in request.config.pins:
+        outside = [matrix for matrix in quantizable if rule.matches(matrix)]
+        if not outside:
+            _named(rule, "--pin", planned)
+        found.update({matrix.name: request.choice(rule.value) for matrix in outside})
+    for matrix in quantizable:
+        if why := request.profile.obstacle(found[matrix.name], matrix):
+            raise BudgetError(
+                f"{request.profile.name} cannot store {matrix.name} as {found[matrix.name]}: {why}. Keep it with "
+                f"--pin '{matrix.name}=16', or its role with --attention-bits 16 or --shared-bits 16."
+            )
+    return found
+
+
+def byte_tables(
+    profile: Profile, matrices: Sequence[MatrixRef], choices: tuple[Choice, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of each matrix at each choice, int64 [matrices, choices]: its data alone, and what it adds to the files.
+
+    Only the native profile writes files whose headers are known before; elsewhere both are the data. A choice that
+    a matrix cannot take (see `Profile.obstacle`) is never chosen, and counted as 16 bits.
+    """
+    if profile.name == native.PROFILE.name:
+        return native.byte_tables(list(matrices), choices)
+    known: dict[Any, int] = {}
+    table = np.empty((len(matrices), len(choices)), np.int64)
+    for number, matrix in enumerate(matrices):
+        for column, choice in enumerate(choices):
+            key = (matrix.shape, choice)
+            if key not in known:
+                possible = profile.obstacle(choice, matrix) is None
+                known[key] = profile.storage_bytes(choice if possible else Choice(16), matrix.shape)
+            table[number, column] = known[key]
+    return table, table
+
+
+def nominal_bytes(request: Request, matrices: Sequence[MatrixRef], bits: float) -> int:
+    """Bytes of the experts at `bits` on average in plain choices: what a uniform mix of the engine's widths takes.
+
+    Raises BudgetError if the engine has no plain choice that narrow.
+    """
+    rungs = sorted(request.ladder, key=lambda choice: choice.bits)
+    if not rungs or bits < rungs[0].bits:
+        least = rungs[0].bits if rungs else 16
+        raise BudgetError(
+            f"A budget of {bits:g} bits is below --bits {least}, the narrowest usual width of {request.profile.name}. "
+            f"Raise it, or state the bytes with --size or --bpw."
+        )
+    low = max((choice for choice in rungs if choice.bits <= bits), key=lambda choice: choice.bits)
+    high = min((choice for choice in rungs if choice.bits >= bits), key=lambda choice: choice.bits, default=low)
+    share = 0.0 if high == low else (bits - low.bits) / (high.bits - low.bits)
+    table, _ = byte_tables(request.profile, matrices, (low, high))
+    totals = table.sum(axis=0)
+    return math.floor((1 - share) * int(totals[0]) + share * int(totals[1]) + 1e-6)
+
+
+def _nominal_bits(request: Request, matrices: Sequence[MatrixRef], nbytes: int) -> float:
+    """The inverse of `nominal_bytes`: bits per weight of the plain mix that takes so many bytes."""
+    rungs = sorted(request.ladder, key=lambda choice: choice.bits)
+    totals = byte_tables(request.profile, matrices, tuple(rungs))[0].sum(axis=0)
+    return float(np.interp(nbytes, totals, [choice.bits for choice in rungs]))
+
+
+def size_bytes(checkpoint: Checkpoint, request: Request, chosen: dict[str, Choice]) -> int:
+    """Bytes of all weight files (native, headers included) or of all tensors' data (other engines)."""
+    choices = fixed_choices(checkpoint, request) | chosen
+    if request.profile.name == native.PROFILE.name:
+        return native.size_bytes(checkpoint, choices)
+    by_name = {matrix.name: matrix for matrix in checkpoint.matrices}
+    replaced = sum(checkpoint.stored_bytes(by_name[name]) for name in choices)
+    stored = sum(request.profile.storage_bytes(choice, by_name[name].shape) for name, choice in choices.items())
+    return checkpoint.nbytes - replaced + stored
+
+
+def plain_size(checkpoint: Checkpoint, request: Request, bits: float) -> int:
+    """`--size` that holds a plain mix of `bits` on average exactly: what all methods get when they are compared."""
+    matrices = native.planned_matrices(checkpoint)
+    kept = {matrix.name: Choice(16) for matrix in matrices}
+    data, _ = byte_tables(request.profile, matrices, (Choice(16),))
+    return size_bytes(checkpoint, request, kept) - int(data.sum()) + nominal_bytes(request, matrices, bits)

@@ -1,0 +1,123 @@
+"""What is best: the problem solved, and the answer with its certificate and its reasons."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+
+import alphaq
+from alphaq.allocation.problem import Problem, solve_experts, solve_losses, solve_order, solve_shares
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.errors import BudgetError
+from alphaq.planning.evidence import Measurements
+from alphaq.planning.limits import byte_tables, fixed_choices, problem_of, size_bytes
+from alphaq.planning.request import Request
+from alphaq.records import Plan, PlanTable, Solution
+from alphaq.sensitivity.methods import Evidence, resolved_gamma
+
+
+def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measurements) -> Plan:
+    """Solve the budget and describe the result.
+
+    `found` may hold more choices than are asked for. Raises BudgetError if it lacks one, or nothing fits.
+    """
+    if lacking := set(request.choices) - set(found.choices):
+        raise BudgetError(
+            f"{', '.join(map(str, sorted(lacking)))} was not measured. Measure for this request, or plan with the "
+            "same choices."
+        )
+    request = replace(request, choices=found.choices)
+    config, choices = request.config, request.choices
+    problem = problem_of(checkpoint, request, found.evidence)
+    evidence = _accounted(replace(found.evidence, gamma=config.gamma, seed=config.seed), request)
+    solution, losses = _solve(problem, request, evidence)
+
+    columns = problem.chosen(solution.columns)
+    chosen = {name: choices[column] for name, column in zip(evidence.names, columns, strict=True)}
+    parameters = int(found.weights.sum())
+    fixed = {} if checkpoint is None else fixed_choices(checkpoint, request)
+    blocks = None
+    if checkpoint is not None:
+        table, _ = byte_tables(request.profile, evidence.matrices, choices)
+        blocks = int(table[np.arange(len(columns)), columns].sum())
+    resolved = config.model_copy(update={"gamma": resolved_gamma(evidence)} if config.method == "alphaq" else {})
+    unit = next(name for name, value in config.budget.model_dump().items() if value is not None)
+    bounded = np.isfinite(solution.lower_bound)
+    return Plan(
+        alphaq_version=alphaq.__version__,
+        engine=request.profile.name,
+        source=None if checkpoint is None else checkpoint.identity,
+        config=resolved.model_dump(mode="json"),
+        average_bits=float(found.weights @ [choice.bits for choice in chosen.values()] / parameters),
+        bits_per_weight=None if blocks is None else 8 * blocks / parameters,
+        size_bytes=None if checkpoint is None else size_bytes(checkpoint, request, chosen),
+        budget_unit=unit,
+        budget_slack=float(problem.limit - solution.cost),
+        objective=solution.objective,
+        lower_bound=solution.lower_bound if bounded else None,
+        price=solution.price if bounded else None,
+        histogram=dict(sorted(Counter(choice.bits for choice in chosen.values()).items())),
+        assignment={name: choice.bits for name, choice in chosen.items()},
+        choices={name: str(choice) for name, choice in (chosen | fixed).items()},
+        alpha={name: s.alpha for name, s in found.spectra.items() if s.alpha is not None},
+        unplanned=found.left_out,
+        neutral={name: s.reason for name, s in found.spectra.items() if s.alpha is None},
+        table=_table(problem, losses, evidence),
+    )
+
+
+def _accounted(evidence: Evidence, request: Request) -> Evidence:
+    """Per weight instead of per matrix where every matrix is to count once."""
+    if not request.config.unweighted:
+        return evidence
+    counts = evidence.weights
+    return replace(
+        evidence,
+        errors=evidence.errors / counts[:, None],
+        energies=evidence.energies / counts,
+        weights=np.ones_like(counts),
+    )
+
+
+def _solve(problem: Problem, request: Request, evidence: Evidence) -> tuple[Solution, np.ndarray]:
+    """The solution and the losses [matrices, choices] that it is judged by."""
+    kind, rule = request.method.kind, request.method.rule
+    per_layer = request.config.per_layer
+    if kind in ("order", "ratio"):
+        if per_layer:
+            raise BudgetError(f"--per-layer needs losses, and {request.config.method} only has an order. Drop it.")
+        scores = None if rule is None else rule(evidence)
+        if kind == "ratio":
+            assert scores is not None  # the table has a rule for it
+            return solve_shares(problem, scores, evidence.errors), evidence.errors
+        return solve_order(problem, scores, evidence.errors), evidence.errors
+    assert rule is not None  # losses come from a rule
+    with np.errstate(over="ignore", invalid="ignore"):  # the solver refuses what is not finite, by name
+        losses = rule(evidence)
+    if kind == "expert":
+        experts = [f"layers.{matrix.layer}.experts.{matrix.expert}" for matrix in evidence.matrices]
+        return solve_experts(problem, losses, experts), losses
+    return solve_losses(problem, losses, per_layer), losses
+
+
+def _table(problem: Problem, losses: np.ndarray, evidence: Evidence) -> PlanTable:
+    """Why the plan is as it is, unit by unit, for `alphaq explain` and reports."""
+    totals = problem.per_unit(losses)
+    costs = problem.per_unit(problem.costs)
+    kinds, kind = np.unique(costs, axis=0, return_inverse=True)
+    members: dict[str, list[str]] = {}
+    if len(problem.units) != len(evidence.names):
+        for number, name in zip(problem.owner, evidence.names, strict=True):
+            members.setdefault(problem.units[number], []).append(name)
+    return PlanTable(
+        choices=tuple(map(str, problem.choices)),
+        losses={
+            unit: tuple(float(f"{loss:.6g}") if may else None for loss, may in zip(row, mays, strict=True))
+            for unit, row, mays in zip(problem.units, totals.tolist(), problem.unit_allowed.tolist(), strict=True)
+        },
+        costs=tuple(map(tuple, kinds.tolist())),
+        cost_of=tuple(kind.reshape(-1).tolist()),
+        members={unit: tuple(names) for unit, names in members.items()},
+    )

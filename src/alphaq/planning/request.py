@@ -1,0 +1,147 @@
+"""A config made concrete: which engine, which method, which choices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from alphaq.config import PlanConfig
+from alphaq.engines.profile import Profile
+from alphaq.engines.profiles import profile as engine_profile
+from alphaq.errors import BudgetError, ChoiceError
+from alphaq.records import Choice
+from alphaq.sensitivity.methods import Method, method
+
+WIDTHS = (*range(1, 9), 16)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A config made concrete: which engine, which method, which choices, and how they are accounted.
+
+    choices: every column of the tables, pins included. ladder: the plain choice of each width that is a column.
+    offered: those that unpinned matrices may take.
+    """
+
+    config: PlanConfig
+    profile: Profile
+    method: Method
+    choices: tuple[Choice, ...]
+    offered: frozenset[Choice]
+    ladder: tuple[Choice, ...]
+
+    def choice(self, text: str) -> Choice:
+        """A choice as a user writes it, for this engine. Raises ChoiceError if it cannot be stored."""
+        return parse_choice(text, self.profile, self.config)
+
+
+def resolve(config: PlanConfig, with_model: bool = True) -> Request:
+    """Check a config as far as it can be without a checkpoint. Raises AlphaQError.
+
+    Without a model the default method is `alphaq`, since the others need weights.
+    """
+    if config.method == "auto" and not with_model:
+        config = config.model_copy(update={"method": "alphaq"})
+    chosen = method(config.method)
+    profile = engine_profile(config.engine)
+    if chosen.kind == "expert" and profile.unit != "matrix":
+        raise BudgetError(
+            f"--method {config.method} chooses per expert, but in {profile.name} experts share a choice. "
+            "Use another method or engine."
+        )
+    preset = {key: value for key, value in chosen.preset.items() if _is_unset(getattr(config, key))}
+    config = config.model_copy(update=preset)
+    if config.choices is None:
+        given = [_storable(_styled(choice, config), profile) for choice in profile.defaults]
+    else:
+        given = [parse_choice(text, profile, config) for text in config.choices.split(",") if text.strip()]
+        if not given:
+            raise BudgetError("--choices is empty. Give at least one, for example 1,2,3,4.")
+    ladder = _ladder(profile, config, given)
+    # Code bits see no scales, so that the finest groups would come for nothing.
+    codes_only = config.choices is None and config.budget.bits is not None and (config.unweighted or not with_model)
+    if chosen.kind in ("order", "ratio", "expert") or codes_only:
+        widths = {choice.bits for choice in given}
+        given = [choice for choice in ladder if choice.bits in widths]
+        if not given:
+            raise BudgetError(
+                f"--method {config.method} goes by plain widths, and {profile.name} has none of "
+                f"{', '.join(map(str, sorted(widths)))} bits. Offer other --choices."
+            )
+    offered = frozenset(given)
+    pinned = {parse_choice(rule.value, profile, config) for rule in config.pins}
+    choices = tuple(sorted(offered | pinned))
+    if "outputs" in chosen.needs and any(choice.scheme for choice in choices):
+        raise BudgetError(
+            f"--method {config.method} needs every choice's output, and {profile.name}'s quantizer is not ours. Use "
+            "another method, such as hessian."
+        )
+    if config.noise is None:
+        schemes = any(choice.scheme for choice in choices)
+        config = config.model_copy(update={"noise": "measured" if with_model and not schemes else "analytic"})
+    elif config.noise == "measured" and any(choice.scheme for choice in choices):
+        raise BudgetError(
+            f"--noise measured cannot be had for {profile.name}: its quantizer is not ours. Use --noise analytic, "
+            "which takes each type's error on Gaussian weights."
+        )
+    for option, rules in (("--min-bits", config.min_bits), ("--max-bits", config.max_bits)):
+        for rule in rules:
+            rule.number(option)
+    for bits in config.roles().values():
+        profile.with_bits(bits)
+    if config.unweighted and config.budget.bpw is not None:
+        raise BudgetError("--unweighted counts matrices, so stored bits per weight mean nothing. Use --bits or --size.")
+    return Request(config, profile, chosen, choices, offered, ladder)
+
+
+def _is_unset(setting: Any) -> bool:
+    """Whether a setting is at its default; a 0 is not, though it equals False."""
+    return setting is None or setting is False or setting == "auto"
+
+
+def parse_choice(text: str, profile: Profile, config: PlanConfig) -> Choice:
+    """'3' is the engine's usual 3-bit choice (at --group-size, --symmetric); '3g64', '4g128s', 'Q4_K', '16' are exact.
+
+    Raises ChoiceError if the engine cannot store it.
+    """
+    text = text.strip()
+    if text.isdigit():
+        choice = _styled(profile.with_bits(int(text)), config)
+    else:
+        choice = Choice.parse(text, config.group_size or 128, config.symmetric)
+    return _storable(choice, profile)
+
+
+def _storable(choice: Choice, profile: Profile) -> Choice:
+    if choice not in profile.choices:
+        raise ChoiceError(f"{profile.name} cannot store {choice}. Available: {', '.join(map(str, profile.choices))}.")
+    return choice
+
+
+def _styled(choice: Choice, config: PlanConfig) -> Choice:
+    """A plain choice with the group size and symmetry that the user asked for."""
+    if choice.scheme or choice.bits == 16:
+        return choice
+    return replace(
+        choice,
+        group_size=config.group_size or choice.group_size,
+        symmetric=config.symmetric or choice.symmetric,
+    )
+
+
+def _ladder(profile: Profile, config: PlanConfig, given: Sequence[Choice]) -> tuple[Choice, ...]:
+    """The plain choice of every width the engine has; in the coarsest groups offered, if the user named choices."""
+    groups = [choice.group_size for choice in given if not choice.scheme and choice.bits != 16]
+    rungs = []
+    for bits in WIDTHS:
+        try:
+            choice = _styled(profile.with_bits(bits), config)
+        except ChoiceError:
+            continue
+        if config.choices is not None and groups and not choice.scheme and choice.bits != 16:
+            symmetric = all(other.symmetric for other in given if other.bits != 16)
+            choice = replace(choice, group_size=max(groups), symmetric=symmetric)
+        if choice in profile.choices:
+            rungs.append(choice)
+    return tuple(rungs)
