@@ -8,10 +8,10 @@ import torch
 from changed_checkpoint import changed
 
 from alphaq.calibration import stream
-from alphaq.calibration.stream import LayerTraffic, random_windows, read_windows, stream_forward
+from alphaq.calibration.stream import LayerTraffic, random_windows, read_windows, rewritten, stream_forward
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import AlphaQError, CheckpointError
-from conftest import COMMON, FAMILIES
+from conftest import COMMON, FAMILIES, random_model
 
 IDS = random_windows(COMMON["vocab_size"], windows=3, length=24)
 
@@ -163,3 +163,17 @@ def test_random_windows_depend_on_the_seed_only() -> None:
     first = random_windows(1000, 4, 16)
     assert torch.equal(first, random_windows(1000, 4, 16)) and not torch.equal(first, random_windows(1000, 4, 16, 1))
     assert 0 <= int(first.min()) <= int(first.max()) < 1000 and first.unique().numel() > 50
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rewritten_tokens_are_samples_of_the_model_s_own_predictions(tmp_path: Path, tied: bool) -> None:
+    model = random_model("qwen2_moe", tie_word_embeddings=tied)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1000)  # all but certain, so that a sample is the likeliest token
+    model.save_pretrained(tmp_path / "model")
+    found = rewritten(open_checkpoint(tmp_path / "model"), IDS)
+    with torch.inference_mode():
+        expected = model.float()(IDS).logits[:, :-1].argmax(-1)
+    assert torch.equal(found[:, :1], IDS[:, :1])
+    assert (found[:, 1:] == expected).float().mean() > 0.95
+    assert torch.equal(found, rewritten(open_checkpoint(tmp_path / "model"), IDS))

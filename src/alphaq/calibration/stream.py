@@ -180,6 +180,10 @@ class HollowModel:
                 "Complete the download, or update transformers if the names are new to it."
             )
 
+    def stores(self, name: str) -> bool:
+        """Whether files hold tensors of a module's own."""
+        return any(target.startswith(f"{name}.") for target in self._sources)
+
     def _stored(self, name: str) -> _StoredTensor:
         shard = self.checkpoint.shard_of[name]
         return _StoredTensor(self.checkpoint.file(shard), self.checkpoint.shards[shard][name])
@@ -195,15 +199,19 @@ class HollowModel:
                     module._buffers[key] = torch.empty_like(buffer, device="meta")
 
 
-def stream_forward(checkpoint: Checkpoint, ids: Tensor, visit: Callable[[LayerTraffic], None]) -> None:
-    """Run int64 token ids [windows, length] through the model and show `visit` each MoE layer's traffic, in order.
+def stream_forward(
+    checkpoint: Checkpoint, ids: Tensor, visit: Callable[[LayerTraffic], None], hollow: HollowModel | None = None
+) -> Tensor:
+    """Final hidden states, float32 [windows, length, hidden]; on the way each MoE layer's traffic is shown.
+
+    Run int64 token ids [windows, length] through the model and show `visit` each MoE layer's traffic, in order.
 
     Memory: a layer's weights without its routed experts and one of these, in float32, and the activations of all
     windows in one layer. Tokens are
     in row-major order of the windows. Raises CheckpointError as `HollowModel` does, and AlphaQError for
     ids that are no windows of this model's tokens.
     """
-    hollow = HollowModel(checkpoint)
+    hollow = hollow or HollowModel(checkpoint)
     vocabulary = hollow.base.get_input_embeddings().num_embeddings
     if ids.ndim != 2 or not ids.numel() or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise AlphaQError(
@@ -239,7 +247,7 @@ def stream_forward(checkpoint: Checkpoint, ids: Tensor, visit: Callable[[LayerTr
         part.register_forward_pre_hook(fill(name))
         part.register_forward_hook(empty(name))
     with torch.no_grad():  # not inference mode, whose tensors `visit` could not change in threads of its own
-        hollow.base(input_ids=ids, use_cache=False)
+        return hollow.base(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def run_experts(hollow: HollowModel, traffic: LayerTraffic) -> Tensor:
@@ -305,3 +313,28 @@ def read_windows(tokenizer_folder: str | Path, text: str, length: int, max_token
 def random_windows(vocabulary: int, windows: int, length: int, seed: int = 0) -> Tensor:
     """Uniformly random tokens, int64 [windows, length]: hidden states of the model without any text."""
     return torch.randint(vocabulary, (windows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def rewritten(checkpoint: Checkpoint, ids: Tensor, seed: int = 0) -> Tensor:
+    """Each token but the first of a window replaced by a sample of what the model expects after those before it.
+
+    One pass turns random tokens into ones that the model itself would write after them, all positions at once: no
+    text, but frequencies and neighbours closer to it. Memory: as `stream_forward`, and the head's weights.
+    """
+    hollow = HollowModel(checkpoint)
+    states = stream_forward(checkpoint, ids, lambda traffic: None, hollow)[:, :-1]
+    name = next(name for name, module in hollow.model.named_modules() if module is hollow.model.get_output_embeddings())
+    if not hollow.stores(name):  # tied: the head is the embedding
+        embeddings = hollow.base.get_input_embeddings()
+        name = next(name for name, module in hollow.model.named_modules() if module is embeddings)
+    hollow.fill(name)
+    weight = hollow.model.get_submodule(name).weight
+    generator = torch.Generator().manual_seed(seed)
+    written = [ids[:, :1]]
+    with torch.no_grad():
+        for position in range(states.shape[1]):
+            chances = (states[:, position] @ weight.T).double().softmax(-1).cumsum(-1)
+            draw = torch.rand(len(ids), 1, generator=generator, dtype=torch.float64) * chances[:, -1:]
+            written.append(torch.searchsorted(chances, draw).clamp(max=chances.shape[1] - 1))
+    hollow.empty(name)
+    return torch.cat(written, dim=1)

@@ -13,7 +13,7 @@ import numpy as np
 
 from alphaq.cache import Cache
 from alphaq.calibration.prior import routing_prior
-from alphaq.calibration.stream import random_windows, read_windows
+from alphaq.calibration.stream import random_windows, read_windows, rewritten
 from alphaq.calibration.traffic import Calibration, gather
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines import native
@@ -171,14 +171,14 @@ def _expected(spectrum: Spectrum, choice: Choice, energy: float, parameters: int
 
 
 def _synthetic_pass(checkpoint: Checkpoint, cache: Cache | None, wrap: Wrap) -> Calibration:
-    """How errors join the signal, seen with random tokens."""
+    """How errors join the signal, seen with random tokens that the model has rewritten once."""
 
     def run() -> str:
         vocabulary = int(checkpoint.text_config["vocab_size"])
         ids = random_windows(vocabulary, SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH)
-        return gather(checkpoint, ids, with_signal=True).to_json()
+        return gather(checkpoint, rewritten(checkpoint, ids), with_signal=True).to_json()
 
-    key = f"synthetic-{SYNTHETIC_WINDOWS}x{SYNTHETIC_LENGTH}.json"
+    key = f"synthetic-{SYNTHETIC_WINDOWS}x{SYNTHETIC_LENGTH}-rewritten.json"
     text = _kept(cache, key, run, wrap, "random tokens")
     return Calibration.from_json(text, key)
 

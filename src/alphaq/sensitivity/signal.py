@@ -2,10 +2,10 @@
 
     loss = √S(layer, projection) · πₑ · (Σ(w − ŵ)² / Σw²)^κ · parameters,   κ = 1.4
 
-S is measured, not assumed: random tokens are sent through the model once, and S is the squared error that
-rounding puts on a layer's output, per unit of relative weight error, over the squared norm of the residual
-stream at that layer. It finds what is true of most models, early layers and down projections first, without
-being told. Random tokens overstate the first layers, hence the root. πₑ is the routing prior, averaged within
+S is measured, not assumed: random tokens, rewritten once by the model itself, are sent through it, and S is the
+squared error that rounding puts on a layer's output, per unit of relative weight error, over the squared norm of
+the residual stream at that layer. It finds what is true of most models, early layers and down projections first,
+without being told. Such tokens overstate the first layers, hence the root. πₑ is the routing prior, averaged within
 the layer. κ > 1 because the harm of coarse rounding grows faster than its squared error: with one matrix
 rounded at a time, the divergence of the model's output grew 4.5 times from 2 bits to 1 where the squared error
 grew 2.6 times, and 5.5 times from 3 bits to 2 where it grew 3.9 times. Experiments: docs/LOG.md.
