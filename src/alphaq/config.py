@@ -66,6 +66,12 @@ class Budget(BaseModel):
         return f"{self.size_bytes} bytes"
 
 
+def names(pattern: str, name: str) -> bool:
+    """Whether a glob names a matrix; it may leave out the name's beginning, at a dot, and its final `.weight`."""
+    globs = (pattern, f"*.{pattern}", f"{pattern}.weight", f"*.{pattern}.weight")
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
 class Rule(BaseModel):
     """A choice or a number for the matrices that a pattern names; the later of two rules wins.
 
@@ -90,9 +96,7 @@ class Rule(BaseModel):
 
     def matches(self, matrix: MatrixRef) -> bool:
         """Whether the pattern names this matrix."""
-        names = (matrix.role.value, matrix.projection)
-        globs = (self.pattern, f"*.{self.pattern}", f"{self.pattern}.weight", f"*.{self.pattern}.weight")
-        return self.pattern in names or any(fnmatchcase(matrix.name, glob) for glob in globs)
+        return self.pattern in (matrix.role.value, matrix.projection) or names(self.pattern, matrix.name)
 
     def number(self, option: str) -> float:
         """The value as bits. Raises BudgetError."""

@@ -13,9 +13,13 @@ constraints and objective are computed anew from the chosen columns.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +80,8 @@ def solve_milp(
     least = losses.min(axis=1)
     relaxed = losses[units, (losses + price * costs).argmin(axis=1)].sum()
     scale = _loss_scale(float((losses - least[:, None]).max(initial=0.0)), abs(float(relaxed)))
-    answer = _highs((losses - least[:, None]) * scale, costs, budget, constraints, time_limit_s)
+    with _stdout_kept_clean():
+        answer = _highs((losses - least[:, None]) * scale, costs, budget, constraints, time_limit_s)
     if answer.status == 2:
         raise BudgetError(_blame(costs, budget, constraints, deadline))
     if answer.x is None:
@@ -95,6 +100,21 @@ def solve_milp(
     # HiGHS has no bound, or −∞, if it was stopped early; the shifted losses are never below 0.
     bound = float(least.sum()) + max(answer.mip_dual_bound or 0.0, 0.0) / scale
     return Solution(columns, objective, min(bound, objective), cost, price)
+
+
+@contextmanager
+def _stdout_kept_clean() -> Iterator[None]:
+    """HiGHS prints some warnings from C, past `sys.stdout`; they go to stderr, since stdout may be somebody's JSON."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        if os.name == "posix":
+            ctypes.CDLL(None).fflush(None)  # C keeps lines back when it does not write to a terminal
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _check(constraint: SideConstraint, shape: tuple[int, ...]) -> None:

@@ -8,11 +8,11 @@ from moving up; the largest t below 1 with the opposite sign, how far from movin
 from __future__ import annotations
 
 import math
-from fnmatch import fnmatchcase
 from typing import Any
 
 from rich.table import Table
 
+from alphaq.config import names
 from alphaq.errors import PlanError
 from alphaq.records import Plan
 from alphaq.report.tables import plain_table
@@ -30,7 +30,7 @@ def explain_plan(plan: Plan, pattern: str | None, limit: int = 10) -> dict[str, 
     units = []
     for position, (unit, losses) in enumerate(table.losses.items()):
         members = table.members.get(unit, (unit,))
-        if pattern is not None and not any(_matches(name, pattern) for name in (unit, *members)):
+        if pattern is not None and not any(pattern in name or names(pattern, name) for name in (unit, *members)):
             continue
         costs = table.costs[table.cost_of[position]]
         chosen = plan.choices.get(members[0], "")
@@ -56,11 +56,6 @@ def explain_plan(plan: Plan, pattern: str | None, limit: int = 10) -> dict[str, 
         "matched": matched,
         "units": units[:limit],
     }
-
-
-def _matches(name: str, pattern: str) -> bool:
-    globs = (pattern, f"*.{pattern}", f"{pattern}.weight", f"*.{pattern}.weight")
-    return pattern in name or any(fnmatchcase(name, glob) for glob in globs)
 
 
 def _distance(unit: dict[str, Any]) -> float:
