@@ -11,7 +11,7 @@ import torch
 from alphaq import comparison, pipeline
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.comparison import Row, compare, variant_of
-from alphaq.config import Budget, PlanConfig
+from alphaq.config import Budget, PlanConfig, Rule
 from alphaq.errors import AlphaQError, OutputError, StatsError
 from alphaq.evaluation.fidelity import Remembered, WindowScore, paired_bootstrap, windows
 from conftest import DATA
@@ -68,7 +68,7 @@ def test_files_hold_the_rows(finished: tuple[Path, list[Row]]) -> None:
         lines = list(csv.DictReader(file))
     assert [line["method"] for line in lines] == [row.method for row in rows]
     assert float(lines[1][f"perplexity_{TEXTS[0].stem}"]) == rows[1].perplexity[TEXTS[0].stem]  # type: ignore[index]
-    assert not (out / "blocks").exists()
+    assert sorted(path.name for path in out.iterdir()) == ["comparison.csv", "comparison.json", "results.jsonl"]
 
 
 def test_finished_comparison_is_read_and_not_repeated(
@@ -167,3 +167,23 @@ def test_skipped_tokens_are_not_scored() -> None:
 
     parts = windows(tokenizer, "x" * 20, length=4, max_tokens=6, skip_tokens=10)
     assert [part.tolist() for part in parts] == [[[10, 11, 12, 13]], [[14, 15]]]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "results.jsonl"])
+def test_folder_of_something_else_is_left_alone(tiny: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "blocks").mkdir()
+    (tmp_path / name).write_text("mine\n")
+    with pytest.raises(OutputError, match="holds no comparison"):
+        run(tiny, tmp_path)
+    assert (tmp_path / name).read_text() == "mine\n" and (tmp_path / "blocks").is_dir()
+
+
+def test_infeasible_budget_costs_its_own_row_only(tiny: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"min_bits": (Rule(pattern="*", value="3"),)})
+    rows = compare(open_checkpoint(tiny), ("distortion",), [2.0, 3.0], TEXTS, tmp_path / "out", config, max_tokens=64)
+    assert [(row.method, row.bits, bool(row.error)) for row in rows[1:]] == [
+        ("uniform", 2.0, True),
+        ("distortion", 2.0, True),
+        ("uniform", 3.0, False),
+        ("distortion", 3.0, False),
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from alphaq.planning import make_plan, measure_for_plan, nominal_bytes, resolve
 from alphaq.records import MatrixRef, Plan, Role
 from alphaq.sensitivity.importance import SPREAD
 from alphaq.sensitivity.methods import METHODS
-from conftest import DATA
+from conftest import DATA, random_model
 
 MakePlan = Callable[..., Plan]
 WITHOUT_TEXT = [name for name, method in METHODS.items() if not method.needs_text]
@@ -506,3 +508,53 @@ def test_automatic_gamma_is_written_down_and_spreads_the_importance(plan: MakePl
     assert (made.config["gamma"] * np.log(alphas)).std() == pytest.approx(SPREAD)
     assert plan(method="alphaq", gamma=made.config["gamma"]).choices == made.choices
     assert plan(method="alphaq", gamma=0.0).choices == plan(method="distortion").choices
+
+
+def test_another_config_runs_the_model_again(
+    tiny: Path, tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    request = resolve(config_of(method="auto"))
+    measure_for_plan(open_checkpoint(folder), request, cache=cache)
+
+    def noted(*_: object, **__: object) -> None:
+        raise RuntimeError("run")
+
+    monkeypatch.setattr(planning.evidence, "gather", noted)
+    measure_for_plan(open_checkpoint(folder), request, cache=cache)
+    (folder / "config.json").write_text(json.dumps(settings | {"num_experts_per_tok": 3}))
+    with pytest.raises(RuntimeError, match="run"):
+        measure_for_plan(open_checkpoint(folder), request, cache=cache)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe", b'{"format_version": 1}'])
+def test_damaged_pass_in_the_cache_is_run_again(checkpoint: Checkpoint, tmp_path: Path, damage: bytes) -> None:
+    request = resolve(config_of(method="auto"))
+    with Cache(tmp_path, {}) as own:
+        made = make_plan(checkpoint, request, measure_for_plan(checkpoint, request, cache=own))
+        [kept] = own.path.glob("synthetic-*.json")
+        kept.write_bytes(damage)
+        assert make_plan(checkpoint, request, measure_for_plan(checkpoint, request, cache=own)) == made
+
+
+@pytest.mark.parametrize("engine", ["llama.cpp", "mlx", "gptqmodel"])
+def test_bits_mean_bits_where_rows_fit_no_usual_block(save_family: Callable[..., Path], engine: str) -> None:
+    narrow = open_checkpoint(save_family("qwen2_moe"))  # rows of 64 and 32: no block of 256, no group of 128
+    roles = {"attention_bits": 16, "shared_bits": 16}
+    request = resolve(config_of(engine=engine, budget=Budget(bits=4), **roles))
+    made = make_plan(narrow, request, measure_for_plan(narrow, request))
+    assert made.bits_per_weight is not None and made.bits_per_weight <= 5.5  # scales of small groups included
+
+
+def test_orders_follow_the_model_and_not_its_files(tmp_path: Path) -> None:
+    random_model("qwen2_moe", num_hidden_layers=12).save_pretrained(tmp_path / "model")
+    deep = open_checkpoint(tmp_path / "model")
+    assert [matrix.layer for matrix in native.planned_matrices(deep)] != sorted(
+        matrix.layer or 0 for matrix in native.planned_matrices(deep)
+    )
+    request = resolve(config_of(method="first-layers", group_size=32))
+    made = make_plan(deep, request, measure_for_plan(deep, request))
+    layers = {matrix.name: matrix.layer for matrix in native.planned_matrices(deep)}
+    assert {layers[name] for name, bits in made.assignment.items() if bits == 3} == set(range(6))

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-from alphaq.errors import JournalError
+from alphaq.errors import AlphaQError, JournalError
 from alphaq.journal import Journal
 from alphaq.records import Choice, Spectrum, WeightStatistics
 
-MEASUREMENT_VERSION = 2
+T = TypeVar("T")
+MEASUREMENT_VERSION = 3
 """Raise it whenever the same weights would be measured differently."""
 
 
@@ -85,19 +88,23 @@ class Cache:
             raise self._unusable(error) from None
         self.known.learn(entry)
 
-    def text(self, name: str, make: Callable[[], str]) -> str:
-        """A text kept under a name, made if it is not there. Written whole or not at all."""
+    def kept(self, name: str, make: Callable[[], str], parse: Callable[[str], T]) -> T:
+        """What `parse` makes of the text kept under a name; the text is made anew if it is missing or damaged."""
         path = self.path / name
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            with suppress(AlphaQError, UnicodeDecodeError):
+                return parse(path.read_text(encoding="utf-8"))
         made = make()
         unfinished = path.with_suffix(".partial")
         try:
-            unfinished.write_text(made, encoding="utf-8")
+            with unfinished.open("w", encoding="utf-8") as file:
+                file.write(made)
+                file.flush()
+                os.fsync(file.fileno())
             unfinished.replace(path)
         except OSError as error:
             raise self._unusable(error) from None
-        return made
+        return parse(made)
 
     def close(self) -> None:
         """Let other processes use the cache."""

@@ -311,6 +311,10 @@ def _build_plan(
     from alphaq import planning
 
     request = planning.resolve(config, checkpoint is not None)
+    if config.gamma != "auto" and request.config.method not in ("alphaq", "paper"):
+        raise BudgetError(f"--gamma is of methods alphaq and paper; {request.config.method} does not use it. Drop it.")
+    if settings["calibration"] is not None and not request.method.needs_text:
+        raise BudgetError(f"--calibration is of no use to method {request.config.method}. Drop it.")
     found = planning.measure_for_plan(
         checkpoint, request, settings["stats"], progress, workers, cache, device, settings["calibration"]
     )

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import alphaq
 from alphaq import pipeline
@@ -39,11 +39,14 @@ from alphaq.planning import Measurements, Request, make_plan, measure_for_plan, 
 from alphaq.records import Fidelity, Plan, first_fault
 from alphaq.registry import unknown
 from alphaq.runtime.loading import load_model
+from alphaq.sensitivity.methods import METHODS
 from alphaq.workers import Workers
 
 Wrap = Callable[[Iterable[Any], int, str], Iterable[Any]]
 BASELINE = "uniform"
 REFERENCE = "reference"
+JOURNAL_NAME = "results.jsonl"
+SCRATCH_NAME = ".alphaq-scratch"
 Scores = dict[str, list[WindowScore]]
 
 
@@ -88,9 +91,12 @@ def compare(
 ) -> list[Row]:
     """Run the comparison in the folder `out` and write `comparison.csv` and `comparison.json` there.
 
-    config: settings common to all methods (its budget and method are replaced). Raises OutputError if `out` holds a
-    comparison of something else.
+    `uniform` is always among the methods. The cache is closed once everything is measured. config: settings common
+    to all methods (its budget and method are replaced). Raises OutputError if `out` holds a comparison of something
+    else, or other files.
     """
+    bits = [cast(float, Budget.of(bits=width).bits) for width in dict.fromkeys(bits)]
+    methods = list(dict.fromkeys([*([] if BASELINE in methods else [BASELINE]), *methods]))
     base = config or PlanConfig(budget=Budget(bits=bits[0]))
     contents = read_texts(list(texts))
     requests = _requests(base, methods, calibration)
@@ -100,11 +106,8 @@ def compare(
         "skip_tokens": skip_tokens,
         "dtype": dtype,
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"Cannot write {out}: {error.strerror}. Choose another output.") from error
-    with Journal(out / "results.jsonl") as journal:
+    _claim(out)
+    with Journal(out / JOURNAL_NAME) as journal:
         if journal.entries and journal.entries[0] != {"job": job}:
             raise OutputError(f"{out} holds a comparison of another model, texts or settings. Choose another output.")
         if not journal.entries:
@@ -126,7 +129,7 @@ def compare(
             for key, plan, entry in runs:
                 entries[key] = entry | ({} if "error" in entry else runner.run(plan))
                 journal.append(entries[key])
-    shutil.rmtree(out / "blocks", ignore_errors=True)
+    shutil.rmtree(out / SCRATCH_NAME, ignore_errors=True)
     rows = _rows([entries[key] for key in wanted])
     _write(out, rows, job)
     return rows
@@ -154,11 +157,29 @@ def variant_of(base: PlanConfig, name: str) -> PlanConfig:
         raise AlphaQError(f"Method {name!r}: {first_fault(error)}.") from None
 
 
+def _claim(out: Path) -> None:
+    """Make the folder, or see that it is empty or a comparison's. Raises OutputError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            with (out / JOURNAL_NAME).open("rb") as file:
+                if not file.readline().startswith(b'{"job":'):
+                    raise FileNotFoundError
+        shutil.rmtree(out / SCRATCH_NAME, ignore_errors=True)  # of a killed run
+    except FileNotFoundError:
+        raise OutputError(f"{out} is not empty and holds no comparison. Choose another output.") from None
+    except OSError as error:
+        raise OutputError(f"Cannot write {out}: {error.strerror}. Choose another output.") from error
+
+
 def _requests(base: PlanConfig, methods: Sequence[str], calibration: Path | None) -> dict[str, Request]:
     """Every method's request, all over the same columns. Raises AlphaQError before any work."""
     found = {}
     for name in methods:
-        found[name] = resolve(variant_of(base, name))
+        config = variant_of(base, name)
+        if METHODS.get(config.method, METHODS[BASELINE]).kind in ("order", "ratio"):
+            config = config.model_copy(update={"per_layer": False})  # they have no losses to share out
+        found[name] = resolve(config)
         if found[name].method.needs_text and calibration is None:
             raise StatsError(f"Method {name} needs a text. Give one with --calibration FILE, or leave it out.")
     columns = tuple(sorted({choice for request in found.values() for choice in request.choices}))
@@ -178,6 +199,7 @@ def _job(
     return {
         "checkpoint": checkpoint.fingerprint,
         "contents": checkpoint.contents(),
+        "model_settings": checkpoint.settings_digest(),
         "texts": digests,
         "calibration": given,
         "settings": settings,
@@ -200,7 +222,15 @@ def _measured(
         if kind not in found:
             needs = {need for other in requests.values() if _kind(other) == kind for need in other.method.needs}
             found[kind] = measure_for_plan(
-                checkpoint, request, None, wrap, workers, cache, calibration=calibration, needs=needs
+                checkpoint,
+                request,
+                None,
+                wrap,
+                workers,
+                cache,
+                calibration=calibration,
+                needs=needs,
+                check_budget=False,  # an infeasible budget costs its own row only
             )
     return found
 
@@ -260,8 +290,8 @@ class _Runner:
         self.checkpoint, self.score, self.out, self.dtype = checkpoint, score, out, dtype
         self.wrap, self.workers, self.device = wrap, workers, device
         self.known: dict[str, Any] = {}
-        self.blocks = out / "blocks"
-        self.blocks.mkdir(exist_ok=True)
+        self.blocks = out / SCRATCH_NAME / "blocks"
+        self.blocks.mkdir(parents=True)
         model, self.tokenizer = load_model(checkpoint.folder, dtype, device)
         self.reference = Remembered(model)
 
@@ -273,7 +303,7 @@ class _Runner:
             if plan is None:
                 self.known[digest] = self._scores(self.reference)
             else:
-                with TemporaryDirectory(dir=self.out) as scratch:
+                with TemporaryDirectory(dir=self.blocks.parent) as scratch:
                     folder = Path(scratch) / "model"
                     pipeline.quantize(
                         self.checkpoint, plan, folder, workers=self.workers, shared=self.blocks, check=False

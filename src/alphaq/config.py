@@ -73,7 +73,7 @@ def names(pattern: str, name: str) -> bool:
 
 
 class Rule(BaseModel):
-    """A choice or a number for the matrices that a pattern names; the later of two rules wins.
+    """A choice or a number for the matrices that a pattern names. Of two pins the later wins; bounds all hold.
 
     pattern: a role ("attention"), a projection ("down") or a glob on the matrix name, which may leave out the
     name's beginning and its final `.weight`.
@@ -137,7 +137,7 @@ class PlanConfig(BaseModel):
     """One budget for each layer, in proportion to its weights, instead of one for the model."""
     unweighted: bool = False
     """Every matrix counts once, and bits are code bits: the reference implementation's accounting."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     calibration: str | None = None
     """Name of the text that calibrated methods used."""
 

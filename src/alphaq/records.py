@@ -63,6 +63,12 @@ class MatrixRef:
     """True if disk holds `[in, out]`."""
 
     @property
+    def place(self) -> tuple[float, float, str, str]:
+        """Sorts matrices as the model runs them: by layer, expert, projection."""
+        layer, expert = (math.inf if value is None else value for value in (self.layer, self.expert))
+        return layer, expert, self.projection or "", self.name
+
+    @property
     def parameters(self) -> int:
         """Number of weights."""
         return self.shape[0] * self.shape[1]
@@ -174,19 +180,6 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class CostTable:
-    """For every unit (row) and every choice (column): the expected loss.
-
-    losses: [units, choices], float64. weights: [units], int64, parameters of a unit (1 where unknown).
-    """
-
-    names: tuple[str, ...]
-    choices: tuple[Choice, ...]
-    losses: np.ndarray
-    weights: np.ndarray
-
-
-@dataclass(frozen=True)
 class Solution:
     """What a solver returns: one column per unit, and a certificate.
 
@@ -243,6 +236,15 @@ class PlanTable(BaseModel):
     cost_of: tuple[int, ...]
     members: dict[str, tuple[str, ...]] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _agree(self) -> PlanTable:
+        width = len(self.choices)
+        if any(len(row) != width for row in (*self.losses.values(), *self.costs)):
+            raise ValueError(f"table: a row of losses or costs has not {width} entries, one per choice")
+        if len(self.cost_of) != len(self.losses) or not all(0 <= row < len(self.costs) for row in self.cost_of):
+            raise ValueError("table: cost_of does not name a row of costs for every unit")
+        return self
+
 
 class Plan(BaseModel):
     """The decision: which choice each matrix gets, for which budget and engine, and why."""
@@ -263,7 +265,8 @@ class Plan(BaseModel):
     lower_bound: float | None = None
     """Proven: no plan under these constraints has less loss. None for methods that follow an order."""
     price: float | None = None
-    """Loss that one more unit of the budget's cost would save (the Lagrange multiplier)."""
+    """Loss that one more unit of the budget's cost would save (the Lagrange multiplier). None where an order
+    decides, or limits beside the budget do."""
     histogram: dict[int, int] = Field(default_factory=dict)
     assignment: dict[str, int] = Field(default_factory=dict)
     """Bits of each matrix that the budget decided on."""

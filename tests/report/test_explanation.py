@@ -180,7 +180,7 @@ def test_a_plan_by_an_order_has_no_price_to_explain(alphaq: Run, tiny: Path, tmp
     ran = alphaq("explain", tmp_path / "p.json", "--json").json
     assert ran["price"] is None
     assert all(unit["moves_up_at"] is None and unit["moves_down_at"] is None for unit in ran["units"])
-    assert "method uniform follows an order, so there is no price" in alphaq("explain", tmp_path / "p.json").out
+    assert "by uniform: it follows an order" in alphaq("explain", tmp_path / "p.json").out
 
 
 def test_code_bits_are_not_called_bytes(alphaq: Run, tiny: Path, tmp_path: Path) -> None:

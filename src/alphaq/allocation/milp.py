@@ -80,8 +80,7 @@ def solve_milp(
     least = losses.min(axis=1)
     relaxed = losses[units, (losses + price * costs).argmin(axis=1)].sum()
     scale = _loss_scale(float((losses - least[:, None]).max(initial=0.0)), abs(float(relaxed)))
-    with _stdout_kept_clean():
-        answer = _highs((losses - least[:, None]) * scale, costs, budget, constraints, time_limit_s)
+    answer = _highs((losses - least[:, None]) * scale, costs, budget, constraints, time_limit_s)
     if answer.status == 2:
         raise BudgetError(_blame(costs, budget, constraints, deadline))
     if answer.x is None:
@@ -105,8 +104,13 @@ def solve_milp(
 @contextmanager
 def _stdout_kept_clean() -> Iterator[None]:
     """HiGHS prints some warnings from C, past `sys.stdout`; they go to stderr, since stdout may be somebody's JSON."""
-    sys.stdout.flush()
-    kept = os.dup(1)
+    try:
+        kept = os.dup(1)
+    except OSError:  # stdout is closed: nothing to keep clean
+        yield
+        return
+    if sys.stdout is not None:
+        sys.stdout.flush()
     os.dup2(2, 1)
     try:
         yield
@@ -169,13 +173,14 @@ def _highs(
         values = constraint.coefficients.ravel().astype(float)
         row = csr_array((values, (np.zeros(len(places), int), places)), shape=(1, losses.size))
         add(row, constraint.lower, constraint.upper)
-    return milp(
-        losses.ravel(),
-        constraints=LinearConstraint(vstack(rows, format="csr"), np.concatenate(lower), np.concatenate(upper)),
-        integrality=np.ones(losses.size),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0, "time_limit": max(time_limit_s, 0.0)},
-    )
+    with _stdout_kept_clean():
+        return milp(
+            losses.ravel(),
+            constraints=LinearConstraint(vstack(rows, format="csr"), np.concatenate(lower), np.concatenate(upper)),
+            integrality=np.ones(losses.size),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0, "time_limit": max(time_limit_s, 0.0)},
+        )
 
 
 def _blame(costs: np.ndarray, budget: int, constraints: Sequence[SideConstraint], deadline: float) -> str:

@@ -74,7 +74,7 @@ def _route(hollow: HollowModel, layer: int, experts: str) -> LayerTraffic:
         hollow.empty(block_name)
     raise CheckpointError(
         f"{block_name} of {hollow.checkpoint.name} does not call its experts, so its routing cannot be seen. "
-        "Calibrate with text instead."
+        "Use --method alphaq, or calibrate with text."
     )
 
 
@@ -88,7 +88,7 @@ def _norm_scale(hollow: HollowModel, layer: int) -> torch.Tensor:
     if norm is None or getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is not None:
         raise CheckpointError(
             f"{name} of {hollow.checkpoint.name} is no norm with weights only, so what its router sees cannot be "
-            "guessed from the weights. Calibrate with text instead."
+            "guessed from the weights. Use --method alphaq, or calibrate with text."
         )
     hollow.fill(name)
     # Asked of the module, because some families store g and some store g − 1.

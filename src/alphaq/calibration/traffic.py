@@ -21,13 +21,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from alphaq.calibration.stream import LayerTraffic, stream_forward
+from alphaq.calibration.stream import HollowModel, LayerTraffic, stream_forward
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import ChoiceError, StatsError
 from alphaq.numerics import squared_distance, squared_norm
 from alphaq.quantizers.base import QUANTIZERS, sixteen_bits
 from alphaq.quantizers.packing import dequantize
-from alphaq.records import Choice, MatrixRef, Role
+from alphaq.records import Choice, MatrixRef
 
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
 PROJECTIONS = ("gate", "up", "down")
@@ -145,14 +145,11 @@ def gather(
     for choice in choices:
         if choice.scheme:
             raise ChoiceError(f"{choice} is not rounded to nearest here. Give bits and a group size, such as 3g64.")
-    layers: dict[int, dict[int, dict[str, MatrixRef]]] = {}
-    for matrix in checkpoint.with_role(Role.EXPERT):
-        assert matrix.layer is not None and matrix.expert is not None and matrix.projection is not None
-        layers.setdefault(matrix.layer, {}).setdefault(matrix.expert, {})[matrix.projection] = matrix
+    hollow = HollowModel(checkpoint)
     found = Calibration()
 
     def visit(traffic: LayerTraffic) -> None:
-        experts = layers[traffic.layer]
+        experts = hollow.matrices[traffic.layer]
         uses = expert_uses(traffic.experts, traffic.weights, len(experts))
         for number, use in enumerate(uses):
             matrices, block_errors = _Expert(checkpoint, experts[number], traffic, number).measure(
@@ -162,7 +159,7 @@ def gather(
             found.matrices.update(matrices)
             found.block_errors[traffic.layer, number] = block_errors
 
-    stream_forward(checkpoint, ids, visit)
+    stream_forward(checkpoint, ids, visit, hollow)
     return found
 
 

@@ -151,6 +151,14 @@ class Checkpoint:
 
         return ",".join(in_threads(mark, list(self.shards)))
 
+    def settings_digest(self) -> str:
+        """Hash of config and tokenizer, which decide what a forward pass computes beside the weights."""
+        digest = hashlib.sha256()
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+            path = self.folder / name
+            digest.update(f"{name} {path.is_file()}".encode() + (path.read_bytes() if path.is_file() else b""))
+        return digest.hexdigest()
+
     def side_files(self) -> list[Path]:
         """Tokenizer, generation config, licence and other small files to carry over."""
         found = {path for pattern in SIDE_FILES for path in self.folder.glob(pattern)}

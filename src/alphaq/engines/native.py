@@ -56,11 +56,6 @@ def planned_matrices(checkpoint: Checkpoint) -> list[MatrixRef]:
     return checkpoint.with_role(Role.EXPERT)
 
 
-def fixed_matrices(checkpoint: Checkpoint, fixed: Mapping[Role, Choice]) -> dict[str, Choice]:
-    """Matrices outside the budget that are quantized at their role's width."""
-    return {matrix.name: fixed[matrix.role] for matrix in checkpoint.matrices if matrix.role in fixed}
-
-
 def byte_tables(matrices: list[MatrixRef], choices: tuple[Choice, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Bytes of each matrix at each choice, int64 [matrices, choices]: the block alone, and what it
     adds to a file (block and header entry)."""

@@ -1,4 +1,4 @@
-"""What must be known for a plan: spectra, errors, statistics, and passes through the model, each only if needed."""
+"""What must be known for a plan: spectra and errors, and what a method asks for beyond: statistics, passes, text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from alphaq.cache import Cache
 from alphaq.calibration.prior import routing_prior
 from alphaq.calibration.stream import random_windows, read_windows, rewritten
-from alphaq.calibration.traffic import Calibration, gather
+from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, gather
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines import native
 from alphaq.engines.llama_cpp import GAUSSIAN_ERROR
@@ -62,10 +62,12 @@ def measure_for_plan(
     device: str = "cpu",
     calibration: Path | None = None,
     needs: Iterable[Need] | None = None,
+    check_budget: bool = True,
 ) -> Measurements:
     """What the request's method needs to know of the matrices to plan, from the weights, a stats file, or both.
 
-    needs: measure for these instead of the method's own. Raises StatsError if the stats lack a matrix of the
+    needs: measure for these instead of the method's own. check_budget: raise BudgetError before any work if the
+    request's budget is infeasible. Raises StatsError if the stats lack a matrix of the
     checkpoint, or the method needs weights or a text that were not given.
     """
     config, choices = request.config, request.choices
@@ -75,7 +77,8 @@ def measure_for_plan(
         return _from_stats(request, wanted, given)
 
     matrices = native.planned_matrices(checkpoint)
-    problem_of(checkpoint, request)  # an infeasible budget is told before any measuring
+    if check_budget:
+        problem_of(checkpoint, request)  # an infeasible budget is told before any measuring
     if given is not None:
         for matrix in matrices:
             if matrix.name not in given.spectra:
@@ -178,9 +181,7 @@ def _synthetic_pass(checkpoint: Checkpoint, cache: Cache | None, wrap: Wrap) -> 
         ids = random_windows(vocabulary, SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH)
         return gather(checkpoint, rewritten(checkpoint, ids), with_signal=True).to_json()
 
-    key = f"synthetic-{SYNTHETIC_WINDOWS}x{SYNTHETIC_LENGTH}-rewritten.json"
-    text = _kept(cache, key, run, wrap, "random tokens")
-    return Calibration.from_json(text, key)
+    return _pass(checkpoint, "synthetic", f"{SYNTHETIC_WINDOWS}x{SYNTHETIC_LENGTH}", run, cache, wrap, "random tokens")
 
 
 def _text_pass(
@@ -191,17 +192,28 @@ def _text_pass(
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise StatsError(f"{path} is no UTF-8 text ({error}). Give one with --calibration.") from error
-    digest = hashlib.sha256(f"{content}{choices}{CALIBRATION_LENGTH}{CALIBRATION_TOKENS}".encode()).hexdigest()[:24]
+    given = f"{content} {' '.join(map(str, choices))} {CALIBRATION_LENGTH} {CALIBRATION_TOKENS}"
 
     def run() -> str:
         ids = read_windows(checkpoint.folder, content, CALIBRATION_LENGTH, CALIBRATION_TOKENS)
         return gather(checkpoint, ids, choices, with_baq=True).to_json()
 
-    key = f"text-{digest}.json"
-    return Calibration.from_json(_kept(cache, key, run, wrap, f"calibrate on {path.name}"), key)
+    return _pass(checkpoint, "text", given, run, cache, wrap, f"calibrate on {path.name}")
 
 
-def _kept(cache: Cache | None, key: str, run: Callable[[], str], wrap: Wrap, label: str) -> str:
+def _pass(
+    checkpoint: Checkpoint,
+    kind: str,
+    given: str,
+    run: Callable[[], str],
+    cache: Cache | None,
+    wrap: Wrap,
+    label: str,
+) -> Calibration:
+    """A pass through the model, or what the cache keeps of one with the same model, code and input."""
+    depends_on = f"{given} {PROBE} {FORMAT_VERSION} {checkpoint.settings_digest()}"
+    key = f"{kind}-{hashlib.sha256(depends_on.encode()).hexdigest()[:24]}.json"
+    found = Calibration()
     for _ in wrap([key], 1, label):
-        text = run() if cache is None else cache.text(key, run)
-    return text
+        found = Calibration.from_json(run(), key) if cache is None else cache.kept(key, run, Calibration.from_json)
+    return found

@@ -57,7 +57,8 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, evidence: Eviden
         pinned = [any(rule.matches(matrix) for rule in config.pins) for matrix in matrices]
         allowed &= _clear_enough(config, evidence) | np.array(pinned)[:, None]
     units = [profile.unit_of(matrix) for matrix in matrices]
-    names = tuple(dict.fromkeys(units))
+    # In the model's order, not the files': shards sort layer 10 before layer 2.
+    names = tuple(dict.fromkeys(units[number] for number in sorted(range(len(units)), key=lambda n: matrices[n].place)))
     numbers = {name: number for number, name in enumerate(names)}
     owner = np.array([numbers[unit] for unit in units])
     layers = np.full(len(names), -1)
@@ -180,7 +181,7 @@ def byte_tables(
     """Bytes of each matrix at each choice, int64 [matrices, choices]: its data alone, and what it adds to the files.
 
     Only the native profile writes files whose headers are known before; elsewhere both are the data. A choice that
-    a matrix cannot take (see `Profile.obstacle`) is never chosen, and counted as 16 bits.
+    a matrix cannot take (see `Profile.obstacle`) is never chosen; it is counted as the next wider one that it can.
     """
     if profile.name == native.PROFILE.name:
         return native.byte_tables(list(matrices), choices)
@@ -190,10 +191,17 @@ def byte_tables(
         for column, choice in enumerate(choices):
             key = (matrix.shape, choice)
             if key not in known:
-                possible = profile.obstacle(choice, matrix) is None
-                known[key] = profile.storage_bytes(choice if possible else Choice(16), matrix.shape)
+                known[key] = profile.storage_bytes(_storable(profile, choice, matrix), matrix.shape)
             table[number, column] = known[key]
     return table, table
+
+
+def _storable(profile: Profile, choice: Choice, matrix: MatrixRef) -> Choice:
+    """The choice itself, or the smallest of at least its bits that the engine can store the matrix in."""
+    if profile.obstacle(choice, matrix) is None:
+        return choice
+    wider = [other for other in profile.choices if other.bits >= choice.bits and not profile.obstacle(other, matrix)]
+    return min(wider, key=lambda other: profile.storage_bytes(other, matrix.shape))
 
 
 def nominal_bytes(request: Request, matrices: Sequence[MatrixRef], bits: float) -> int:

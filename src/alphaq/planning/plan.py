@@ -45,6 +45,7 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
     resolved = config.model_copy(update={"gamma": resolved_gamma(evidence)} if config.method == "alphaq" else {})
     unit = next(name for name, value in config.budget.model_dump().items() if value is not None)
     bounded = np.isfinite(solution.lower_bound)
+    single = not config.per_layer and request.method.kind == "loss"  # one price for all: the budget is the only limit
     return Plan(
         alphaq_version=alphaq.__version__,
         engine=request.profile.name,
@@ -57,7 +58,7 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
         budget_slack=float(problem.limit - solution.cost),
         objective=solution.objective,
         lower_bound=solution.lower_bound if bounded else None,
-        price=solution.price if bounded else None,
+        price=solution.price if bounded and single else None,
         histogram=dict(sorted(Counter(choice.bits for choice in chosen.values()).items())),
         assignment={name: choice.bits for name, choice in chosen.items()},
         choices={name: str(choice) for name, choice in (chosen | fixed).items()},

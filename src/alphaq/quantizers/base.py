@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from alphaq.errors import QuantizationError
 from alphaq.numerics import squared_distance, squared_norm
 from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.records import Choice, QuantizedMatrix
@@ -50,10 +52,12 @@ def squared_errors(weight: torch.Tensor, choices: Sequence[Choice], name: str) -
     sample, scale = weight, 1.0
     rows, columns = weight.shape
     count = max(SAMPLE_ROWS, SAMPLE_VALUES // columns)
-    if weight.numel() > SAMPLE_VALUES and count < rows:
+    if weight.numel() > SAMPLE_VALUES and count < rows and choices:
+        if not math.isfinite(whole := squared_norm(weight)):  # the rows drawn might not show it
+            raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
         drawn = np.sort(np.random.Generator(np.random.PCG64(seed)).choice(rows, count, replace=False))
         part = weight[torch.from_numpy(drawn)]
         if (energy := squared_norm(part)) > 0:
-            sample, scale = part, squared_norm(weight) / energy
+            sample, scale = part, whole / energy
     return {choice: scale * squared_error(sample, choice, name) for choice in choices}

@@ -109,7 +109,7 @@ def _explained(
 def explanation_tables(explained: dict[str, Any]) -> list[Any]:
     """What `alphaq explain` prints: the price, and for each unit its choices and its distance from moving."""
     price, unit = explained["price"], explained["cost_unit"].removesuffix("s")
-    order = f"method {explained['method']} follows an order, so there is no price" if price is None else ""
+    order = "it follows an order, or has limits beside the budget, so there is no single price" if price is None else ""
     lines: list[Any] = [
         f"{explained['engine']} plan by {explained['method']}: "
         + (order or f"one more {unit} would save {price:.4g} of a loss of {explained['objective']:.6g}"),

@@ -89,12 +89,20 @@ def _alphaq(evidence: Evidence) -> np.ndarray:
     return alpha_importance(evidence.alphas, resolved_gamma(evidence))[:, None] * evidence.errors
 
 
+def _ranks(evidence: Evidence) -> np.ndarray:
+    """Position of each matrix in the model, whatever the order of the files; in a stats file as it is listed."""
+    numbers = range(len(evidence.names))
+    ranks = np.empty(len(evidence.names))
+    ranks[sorted(numbers, key=lambda n: evidence.matrices[n].place) if evidence.matrices else numbers] = numbers
+    return ranks
+
+
 def _random(evidence: Evidence) -> np.ndarray:
-    return np.random.default_rng(evidence.seed).random(len(evidence.names))
+    return np.random.default_rng(evidence.seed).random(len(evidence.names))[_ranks(evidence).astype(int)]
 
 
 def _first_layers(evidence: Evidence) -> np.ndarray:
-    return -np.arange(len(evidence.names), dtype=float)
+    return -_ranks(evidence)
 
 
 METHODS: dict[str, Method] = {
@@ -126,7 +134,7 @@ METHODS: dict[str, Method] = {
     "aimer": Method("AIMER's expert ranking × error", "loss", _scored(aimer.score), ("errors", "statistics")),
     "uniform": Method("one choice for all; what is left lifts evenly spread matrices", "order", None),
     "random": Method("the same, lifting matrices at random (--seed)", "order", _random),
-    "first-layers": Method("the same, lifting the first layers first", "order", _first_layers),
+    "first-layers": Method("the same, lifting the first layers first", "order", _first_layers, ("errors", "places")),
     "structure": Method(
         "the same, first layers and down projections first",
         "order",

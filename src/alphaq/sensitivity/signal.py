@@ -36,7 +36,8 @@ def signal_share(evidence: Evidence) -> np.ndarray:
     for place, matrix in zip(places, evidence.matrices, strict=True):
         found[place].append(synthetic.matrices[matrix.name].signal)
     means = {place: sum(values) / len(values) for place, values in found.items()}
-    values = np.array([means[place] for place in places])
+    # Four digits: the last ones differ between processors, and the plan should not.
+    values = np.array([float(f"{means[place]:.4g}") for place in places])
     average = values.mean()
     return values / average if average > 0 else np.ones(len(values))
 
