@@ -113,7 +113,8 @@ def explanation_tables(explained: dict[str, Any]) -> list[Any]:
     lines: list[Any] = [
         f"{explained['engine']} plan by {explained['method']}: "
         + (order or f"one more {unit} would save {price:.4g} of a loss of {explained['objective']:.6g}"),
-        f"{explained['matched']:,} units match; showing {len(explained['units'])}",
+        f"{explained['matched']:,} unit{'s match' if explained['matched'] > 1 else ' matches'}; "
+        f"showing {len(explained['units'])}",
     ]
     lines += [_unit_table(unit, price) for unit in explained["units"]]
     return lines
