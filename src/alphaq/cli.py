@@ -446,9 +446,7 @@ def quantize(
         made = Plan.from_json(plan_file.read_bytes(), str(plan_file))
     else:
         config = plan_config(settings)
-        from alphaq.engines.profiles import profile
-
-        if not profile(config.engine).exports:
+        if config.engine != "native":
             raise AlphaQError(
                 f"This version writes native checkpoints only. `alphaq plan --engine {config.engine}` makes the plan."
             )

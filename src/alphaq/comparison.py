@@ -40,8 +40,9 @@ from alphaq.records import Fidelity, Plan, first_fault
 from alphaq.registry import unknown
 from alphaq.runtime.loading import load_model
 from alphaq.sensitivity.methods import METHODS
-from alphaq.workers import Workers, Wrap
+from alphaq.workers import Workers
 
+Wrap = Callable[[Iterable[Any], int, str], Iterable[Any]]
 BASELINE = "uniform"
 REFERENCE = "reference"
 JOURNAL_NAME = "results.jsonl"

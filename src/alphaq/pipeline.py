@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -27,7 +27,6 @@ from alphaq.engines.native_files import (
     raise_faults,
     write_rest,
 )
-from alphaq.engines.profiles import profile
 from alphaq.errors import AlphaQError, PlanError
 from alphaq.measurement import ahead, leaving, measure
 from alphaq.planning import make_plan, measure_for_plan, resolve
@@ -36,9 +35,11 @@ from alphaq.records import Fidelity, MatrixRef, Plan, Spectrum
 from alphaq.report.html import write_report
 from alphaq.spectra.measure import write_stats
 from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant
-from alphaq.workers import Workers, Wrap
+from alphaq.workers import Workers
 
 T = TypeVar("T")
+Wrap = Callable[[Iterable[T], int, str], Iterable[T]]
+"""`wrap(items, total, label)` yields the items, showing progress or not."""
 
 
 def silent(items: Iterable[T], total: int, label: str) -> Iterable[T]:
@@ -88,7 +89,7 @@ def quantize(
     was when it is started again with the same checkpoint and plan. Raises OutputError if they differ,
     unless told to `restart`.
     """
-    if not profile(plan.engine).exports:
+    if plan.engine != native.PROFILE.name:
         raise PlanError(
             f"The plan is for {plan.engine}; this version writes native checkpoints only. Plan with --engine native."
         )

@@ -23,8 +23,6 @@ from alphaq.errors import WorkerError
 
 S = TypeVar("S")
 T = TypeVar("T")
-Wrap = Callable[[Iterable[T], int, str], Iterable[T]]
-"""`wrap(items, total, label)` yields the items, showing progress or not."""
 
 MAX_BYTES = 256 << 20  # of source data waiting or in work, beyond one task for each process
 BYTES_PER_WORKER = 1 << 29  # below this, starting a process costs more than it gains

@@ -114,6 +114,7 @@ def test_inputs_and_traces_equal_those_of_the_loaded_model(save_family: Callable
     found = gather(checkpoint, IDS)
     for projection, values in (("gate", x), ("up", x), ("down", hidden)):
         use = found.matrices[matrix_of(checkpoint, 1, 2, projection).name]
+        assert use.input_mean_square == pytest.approx(float(values.square().mean()), rel=1e-4)
         trace = float((w[:, None] * values).square().sum()) / (TOKENS * values.shape[1])
         assert use.hessian_trace == pytest.approx(trace, rel=1e-4)
         assert use.baq == 0 and use.output_errors == {}
@@ -143,7 +144,7 @@ def test_expert_without_tokens_has_finite_zeros(save_family: Callable[..., Path]
     for matrix in checkpoint.with_role(Role.EXPERT):
         assert matrix.layer is not None and matrix.expert is not None
         use = found.matrices[matrix.name]
-        numbers = [use.hessian_trace, use.baq, use.output_errors[TWO]]
+        numbers = [use.input_mean_square, use.hessian_trace, use.baq, use.output_errors[TWO]]
         numbers.append(found.block_errors[matrix.layer, matrix.expert][TWO])
         assert all(math.isfinite(number) for number in numbers)
         assert all(number > 0 if matrix.expert < 2 else number == 0 for number in numbers)
@@ -214,7 +215,7 @@ def test_json_gives_back_every_number(save_family: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"format_version": 9}', '{"format_version": 2, "experts": {"a": {}}}']
+    "text", ["", "[]", "{}", '{"format_version": 9}', '{"format_version": 1, "experts": {"a": {}}}']
 )
 def test_text_that_is_no_calibration_is_refused(text: str) -> None:
     with pytest.raises(StatsError, match=r"cache\.json holds no calibration .*calibrate again"):

@@ -31,7 +31,7 @@ from alphaq.records import Choice, MatrixRef
 
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
 PROJECTIONS = ("gate", "up", "down")
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 PROBE = Choice(2, 128)
 """The rounding at which `signal` is measured; being relative, it hardly depends on it."""
 SMALLEST_RESIDUAL = 1e-30
@@ -57,6 +57,8 @@ class ExpertUse:
 class MatrixUse:
     """What one expert matrix sees and what rounding it does. All are 0 for an expert without tokens."""
 
+    input_mean_square: float
+    """Mean of x² over the expert's tokens and the matrix's columns."""
     hessian_trace: float
     """Σ w²‖x‖² over the expert's tokens, per token of the layer and per column."""
     baq: float
@@ -195,7 +197,7 @@ class _Expert:
         """Uses of the three matrices by name, and the errors of the expert as a whole."""
         if not len(self.inputs):
             none = dict.fromkeys(choices, 0.0)
-            return {self.refs[part].name: MatrixUse(0.0, 0.0, none.copy()) for part in PROJECTIONS}, none
+            return {self.refs[part].name: MatrixUse(0.0, 0.0, 0.0, none.copy()) for part in PROJECTIONS}, none
         stored = {part: self.checkpoint.read(self.refs[part]) for part in PROJECTIONS}
         gate, up, down = (stored[part].float() for part in PROJECTIONS)
         gate_out, up_out = self.activation(self.inputs @ gate.T), self.inputs @ up.T
@@ -237,6 +239,7 @@ class _Expert:
             curvatures["down"] = curvature(hidden, self.square_weights)
         uses = {
             self.refs[part].name: MatrixUse(
+                input_mean_square=float(seen[part].square().mean(dtype=torch.float64)),
                 hessian_trace=_weighted(self.square_weights, seen[part]) / seen[part].shape[1],
                 baq=squared_row_ranges(stored[part]) * curvatures[part] / 24,
                 output_errors=errors[part],

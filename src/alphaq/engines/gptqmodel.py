@@ -7,7 +7,7 @@ place for zero. Source: GPTQModel's TorchLinear, which runs on any device.
 
 from __future__ import annotations
 
-from alphaq.engines.profile import Profile, ragged
+from alphaq.engines.profile import Profile
 from alphaq.errors import ChoiceError
 from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Shape
 
@@ -40,7 +40,9 @@ def obstacle(choice: Choice, matrix: MatrixRef) -> str | None:
     rows, columns = matrix.shape
     if rows % PACKED_ROWS or columns % PACKED_ROWS:
         return f"its shape {rows}×{columns} is not in multiples of {PACKED_ROWS}"
-    return ragged(choice, matrix)
+    if columns % choice.group_size:
+        return f"{columns} columns are not divisible by the group size {choice.group_size}"
+    return None
 
 
 _QUANTIZED = tuple(Choice(bits, group_size) for bits in BITS for group_size in GROUP_SIZES)

@@ -7,9 +7,9 @@ over in 16 bits. Source: mlx and mlx-lm 0.32.
 
 from __future__ import annotations
 
-from alphaq.engines.profile import Profile, ragged
+from alphaq.engines.profile import Profile
 from alphaq.errors import ChoiceError
-from alphaq.records import GROUP_SIZES, Choice, Shape
+from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Shape
 
 BITS = (2, 3, 4, 5, 6, 8)
 DEFAULT_GROUP_SIZE = 64  # mlx's own
@@ -32,6 +32,14 @@ def storage_bytes(choice: Choice, shape: Shape) -> int:
     return codes + 2 * scales
 
 
+def obstacle(choice: Choice, matrix: MatrixRef) -> str | None:
+    """MLX refuses ragged groups. Whole groups are whole words, since 32 divides every group size."""
+    columns = matrix.shape[1]
+    if choice.bits != 16 and columns % choice.group_size:
+        return f"{columns} columns are not divisible by the group size {choice.group_size}"
+    return None
+
+
 _QUANTIZED = tuple(Choice(bits, group_size) for bits in BITS for group_size in GROUP_SIZES)
 
 PROFILE = Profile(
@@ -42,5 +50,5 @@ PROFILE = Profile(
     defaults=_QUANTIZED,
     with_bits=with_bits,
     storage_bytes=storage_bytes,
-    obstacle=ragged,
+    obstacle=obstacle,
 )

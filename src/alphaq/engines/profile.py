@@ -15,14 +15,6 @@ from alphaq.records import Choice, MatrixRef, Shape
 Unit = Literal["matrix", "layer × projection", "layer"]
 
 
-def ragged(choice: Choice, matrix: MatrixRef) -> str | None:
-    """What is wrong with a matrix whose columns are no whole groups, or None."""
-    columns = matrix.shape[1]
-    if choice.bits != 16 and columns % choice.group_size:
-        return f"{columns} columns are not divisible by the group size {choice.group_size}"
-    return None
-
-
 @dataclass(frozen=True)
 class Profile:
     """One engine.

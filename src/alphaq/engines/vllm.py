@@ -8,9 +8,9 @@ size, which depends on the server, not the file. Source: vLLM 0.32.
 
 from __future__ import annotations
 
-from alphaq.engines.profile import Profile, ragged
+from alphaq.engines.profile import Profile
 from alphaq.errors import ChoiceError
-from alphaq.records import GROUP_SIZES, Choice, Shape
+from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Shape
 
 CHOICE_OF_BITS = {4: Choice(4, 128, symmetric=True), 8: Choice(8, 128, symmetric=True), 16: Choice(16)}
 WEIGHT_SHAPE_BYTES = 16  # int64[2]
@@ -30,6 +30,14 @@ def storage_bytes(choice: Choice, shape: Shape) -> int:
     return sum(choice.parts(shape)) + WEIGHT_SHAPE_BYTES
 
 
+def obstacle(choice: Choice, matrix: MatrixRef) -> str | None:
+    """vLLM refuses ragged groups."""
+    columns = matrix.shape[1]
+    if choice.bits != 16 and columns % choice.group_size:
+        return f"{columns} columns are not divisible by the group size {choice.group_size}"
+    return None
+
+
 _QUANTIZED = tuple(Choice(bits, group_size, symmetric=True) for bits in (4, 8) for group_size in GROUP_SIZES)
 
 PROFILE = Profile(
@@ -40,5 +48,5 @@ PROFILE = Profile(
     defaults=_QUANTIZED,
     with_bits=with_bits,
     storage_bytes=storage_bytes,
-    obstacle=ragged,
+    obstacle=obstacle,
 )

@@ -8,7 +8,7 @@ from q would be accepted as one from p (SLQ). The interval treats windows as the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +19,8 @@ import torch
 
 from alphaq.errors import AlphaQError
 from alphaq.records import TextFidelity
-from alphaq.workers import Wrap
 
+Wrap = Callable[[Iterable[Any], int, str], Iterable[Any]]
 WINDOWS_AT_ONCE = 8  # of one forward pass: small models are slow on many small steps
 LOGITS_AT_ONCE = 1 << 25
 POSITIONS_AT_ONCE = 128  # bounds the float32 copies of [positions, vocabulary]

@@ -27,8 +27,9 @@ from alphaq.sensitivity.distortion import analytic_noise
 from alphaq.sensitivity.methods import Evidence, Need
 from alphaq.spectra.measure import read_stats
 from alphaq.spectra.variants import SpectrumVariant
-from alphaq.workers import Workers, Wrap
+from alphaq.workers import Workers
 
+Wrap = Callable[[Iterable[Any], int, str], Iterable[Any]]
 SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH = 8, 256
 CALIBRATION_LENGTH = 512
 CALIBRATION_TOKENS = 16_384
