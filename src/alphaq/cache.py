@@ -18,19 +18,22 @@ from typing import Any, TypeVar
 
 from alphaq.errors import AlphaQError, JournalError
 from alphaq.journal import Journal
-from alphaq.records import Choice, Spectrum, WeightStatistics
+from alphaq.records import Spectrum, WeightStatistics
 
 T = TypeVar("T")
-MEASUREMENT_VERSION = 3
+MEASUREMENT_VERSION = 4
 """Raise it whenever the same weights would be measured differently."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """What has been measured: spectra by matrix name and variant, squared errors by name and choice, statistics."""
+    """What has been measured: spectra by matrix name and variant, statistics, squared errors by name and kind.
+
+    An error comes with its standard error, 0 where it is exact.
+    """
 
     spectra: dict[tuple[str, str], Spectrum] = field(default_factory=dict)
-    errors: dict[tuple[str, str], float] = field(default_factory=dict)
+    errors: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
     statistics: dict[str, WeightStatistics] = field(default_factory=dict)
 
     def learn(self, entry: dict[str, Any]) -> None:
@@ -40,7 +43,7 @@ class Known:
             self.spectra[name, entry["variant"]] = Spectrum(**found)
         if found := entry.get("statistics"):
             self.statistics[name] = WeightStatistics(**found)
-        self.errors.update({(name, choice): error for choice, error in entry["errors"].items()})
+        self.errors.update({(name, kind): (error, deviation) for kind, (error, deviation) in entry["errors"].items()})
 
 
 class Cache:
@@ -70,7 +73,7 @@ class Cache:
         self,
         name: str,
         spectrum: Spectrum | None,
-        errors: Mapping[Choice, float],
+        errors: Mapping[str, tuple[float, float]],
         statistics: WeightStatistics | None = None,
         variant: str = "",
     ) -> None:
@@ -78,7 +81,7 @@ class Cache:
         entry = {
             "name": name,
             "spectrum": None if spectrum is None else asdict(spectrum),
-            "errors": {str(choice): error for choice, error in errors.items()},
+            "errors": dict(errors),
             "statistics": None if statistics is None else asdict(statistics),
             "variant": variant,
         }

@@ -84,11 +84,20 @@ def _plan_settings(
         bool, typer.Option("--symmetric", help="Store no zero points.", rich_help_panel=CHOICES)
     ] = False,
     attention_bits: Annotated[
-        int, typer.Option(help="Bits of attention projections (16 keeps them).", rich_help_panel=CHOICES)
-    ] = 4,
+        int | None, typer.Option(help="Bits of attention projections (4; 16 keeps them).", rich_help_panel=CHOICES)
+    ] = None,
     shared_bits: Annotated[
-        int, typer.Option(help="Bits of shared experts and dense MLPs (16 keeps them).", rich_help_panel=CHOICES)
-    ] = 4,
+        int | None,
+        typer.Option(help="Bits of shared experts and dense MLPs (4; 16 keeps them).", rich_help_panel=CHOICES),
+    ] = None,
+    embedding_bits: Annotated[
+        int | None,
+        typer.Option(help="Bits of the token embedding (llama.cpp: 4; kept elsewhere).", rich_help_panel=CHOICES),
+    ] = None,
+    head_bits: Annotated[
+        int | None,
+        typer.Option(help="Bits of the output matrix (llama.cpp: 6; kept elsewhere).", rich_help_panel=CHOICES),
+    ] = None,
     method: Annotated[str, typer.Option(help="Allocator; see `alphaq methods`.", rich_help_panel=SCORES)] = "auto",
     gamma: Annotated[
         str, typer.Option(help="Exponent of (α₀/α)^γ in method alphaq: a number, or auto.", rich_help_panel=SCORES)
@@ -154,6 +163,10 @@ def _means_settings(
         bool,
         typer.Option("--hash-contents", help="Recognise weights by their contents, not by when they were written."),
     ] = False,
+    pre_tokenizer: Annotated[
+        str | None,
+        typer.Option(help="llama.cpp's name of the tokenizer's splitting rule, where it is not recognised."),
+    ] = None,
 ) -> None:
     """How the work is done, which changes no result; commands that read weights share it."""
 
@@ -276,6 +289,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alphaq"
 
 
+def _open(model: str, means: Mapping[str, Any]) -> Any:
+    """The checkpoint that a command is to work on."""
+    from dataclasses import replace
+
+    from alphaq.checkpoint.reader import open_checkpoint
+
+    return replace(open_checkpoint(model, means["revision"]), pre_tokenizer=means["pre_tokenizer"])
+
+
 @contextmanager
 def _means(
     checkpoint: Any,
@@ -283,7 +305,7 @@ def _means(
     no_cache: bool = True,
     hash_contents: bool = False,
     device: str = "cpu",
-    revision: str | None = None,
+    **opening: Any,
 ) -> Iterator[tuple[Any, Any]]:
     """The processes to work with, and what earlier runs have measured of the checkpoint."""
     from alphaq.cache import Cache
@@ -364,13 +386,12 @@ def analyze(
 ) -> None:
     """Measure every matrix's weight spectrum and write one CSV row each."""
     from alphaq import pipeline
-    from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.checkpoint.writer import check_file
     from alphaq.spectra.variants import SpectrumVariant
 
     variant = SpectrumVariant(spectrum, tail)  # type: ignore[arg-type]
     check_file(output)
-    checkpoint = open_checkpoint(model, means["revision"])
+    checkpoint = _open(model, means)
     with _means(checkpoint, **means) as (pool, cache):
         rows = pipeline.analyze(checkpoint, output, progress, pool, cache, means["device"], variant)
     alphas = sorted(found.alpha for _, found in rows if found.alpha is not None)
@@ -396,19 +417,31 @@ def plan(
     means: Any,
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Folder or hub id.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Plan file to write.")] = None,
+    write_type_file: Annotated[
+        Path | None,
+        typer.Option(help="Also write the types for `llama-quantize --tensor-type-file` (engine llama.cpp)."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Choose bits for every expert matrix under a budget; shows the plan, and writes it with -o."""
     config = plan_config(settings, model is not None)
-    from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.checkpoint.writer import atomic_file, check_file
+    from alphaq.engines import llama_cpp
     from alphaq.report.tables import plan_table
 
-    if output is not None:
-        check_file(output)
-    checkpoint = None if model is None else open_checkpoint(model, means["revision"])
+    for file in (output, write_type_file):
+        if file is not None:
+            check_file(file)
+    if write_type_file is not None and (model is None or config.engine != llama_cpp.PROFILE.name):
+        raise AlphaQError("--write-type-file is for llama.cpp and needs the model. Add MODEL and --engine llama.cpp.")
+    checkpoint = None if model is None else _open(model, means)
     with _means(checkpoint, **means) as (pool, cache):
         made = _build_plan(checkpoint, config, settings, pool, cache, means["device"])
+    if write_type_file is not None:
+        with atomic_file(write_type_file) as partial:
+            assert checkpoint is not None  # MODEL is given
+            partial.write_text(llama_cpp.type_file(checkpoint, made.every_choice()), encoding="utf-8")
+        err.print(f"Types written to {write_type_file}", markup=False, highlight=False, soft_wrap=True)
     if output is not None:
         with atomic_file(output) as partial:
             partial.write_text(made.to_json(), encoding="utf-8")
@@ -432,6 +465,7 @@ def quantize(
 ) -> None:
     """Plan and quantize a checkpoint, then re-read the result against the source."""
     from alphaq.checkpoint.writer import check_absent
+    from alphaq.engines.profiles import profile
     from alphaq.report.tables import human_bytes, plan_table
 
     check_absent(output)
@@ -446,14 +480,9 @@ def quantize(
         made = Plan.from_json(plan_file.read_bytes(), str(plan_file))
     else:
         config = plan_config(settings)
-        if config.engine != "native":
-            raise AlphaQError(
-                f"This version writes native checkpoints only. `alphaq plan --engine {config.engine}` makes the plan."
-            )
     from alphaq import pipeline
-    from alphaq.checkpoint.reader import open_checkpoint
 
-    checkpoint = open_checkpoint(model, means["revision"])
+    checkpoint = _open(model, means)
     means["no_cache"] |= plan_file is not None
     with _means(checkpoint, **means) as (pool, cache):
         if plan_file is None:
@@ -463,7 +492,7 @@ def quantize(
         result = pipeline.quantize(checkpoint, made, output, progress, pool, restart, means["hash_contents"])
     summary = (
         f"{output}: {human_bytes(result['size_bytes'])} of weights, was {human_bytes(result['source_bytes'])}; "
-        f"{result['tensors']} tensors re-read and correct"
+        f"{result['tensors']} tensors re-read and correct\n{profile(made.engine).writer.usage.format(out=output)}"
     )
     tables = [summary] if made.average_bits is None else [plan_table(made), summary]
     show(as_json, made.model_dump(mode="json", exclude={"table"}) | result, *tables)
@@ -515,11 +544,10 @@ def compare(
     fixed = {"bits": min(budgets), "bpw": None, "size": None, "engine": "native", "stats": None, "unweighted": False}
     config = plan_config(settings | fixed | {"method": "distortion"})
     _check_dtype(dtype)
-    from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.comparison import compare as run
     from alphaq.report.tables import comparison_table
 
-    checkpoint = open_checkpoint(model, means["revision"])
+    checkpoint = _open(model, means)
     with _means(checkpoint, **means) as (pool, cache):
         rows = run(
             checkpoint,
@@ -559,7 +587,7 @@ def engines(as_json: JsonOption = False) -> None:
             "unit": one.unit,
             "choices": [str(choice) for choice in one.choices],
             "defaults": [str(choice) for choice in one.defaults],
-            "writes": one.exports,
+            "writes": one.export is not None,
         }
         for one in ENGINES.values()
     ]

@@ -118,7 +118,7 @@ class PlanConfig(BaseModel):
     engine: str = "native"
     method: str = "auto"
     noise: Noise | None = None
-    """None: measured where the weights are at hand and the engine's quantizer is ours, analytic elsewhere."""
+    """None: measured where the weights are at hand, analytic elsewhere."""
     gamma: float | Literal["auto"] = "auto"
     spectrum: Blocks = "farms"
     tail: Tail = "hill"
@@ -127,8 +127,11 @@ class PlanConfig(BaseModel):
     group_size: int | None = None
     """None: the engine's usual one, 128 for native."""
     symmetric: bool = False
-    attention_bits: int = 4
-    shared_bits: int = 4
+    attention_bits: int | None = None
+    shared_bits: int | None = None
+    embedding_bits: int | None = None
+    head_bits: int | None = None
+    """Of each role outside the budget; None: the engine's usual ones."""
     pins: tuple[Rule, ...] = ()
     min_bits: tuple[Rule, ...] = ()
     max_bits: tuple[Rule, ...] = ()
@@ -149,6 +152,12 @@ class PlanConfig(BaseModel):
         return gamma
 
     def roles(self) -> dict[Role, int]:
-        """Bit-width of each role that is quantized outside the budget; every other role is kept."""
-        shared = self.shared_bits
-        return {Role.ATTENTION: self.attention_bits, Role.SHARED_EXPERT: shared, Role.DENSE_MLP: shared}
+        """Bit-widths that were asked for, of roles that are quantized outside the budget."""
+        given = {
+            Role.ATTENTION: self.attention_bits,
+            Role.SHARED_EXPERT: self.shared_bits,
+            Role.DENSE_MLP: self.shared_bits,
+            Role.EMBEDDING: self.embedding_bits,
+            Role.HEAD: self.head_bits,
+        }
+        return {role: bits for role, bits in given.items() if bits is not None}

@@ -59,3 +59,10 @@ class JournalError(AlphaQError):
 
 class DeviceError(AlphaQError):
     """A compute device is not there."""
+
+
+class MissingExtraError(AlphaQError):
+    """A package that only one of the extras brings is not installed."""
+
+    def __init__(self, extra: str, why: str) -> None:
+        super().__init__(f"{why}, which the plain install leaves out. Install it: pip install 'alphaq[{extra}]'.")

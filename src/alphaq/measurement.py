@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
 from alphaq.cache import Cache, Known
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.quantizers.base import squared_errors
+from alphaq.quantizers.base import QUANTIZERS, SAMPLE_VALUES, SquaredErrors, squared_errors
 from alphaq.records import Choice, MatrixRef, Spectrum, WeightStatistics
 from alphaq.spectra.device import device_spectra
 from alphaq.spectra.measure import PANEL_VALUES, spectrum, streamed_spectrum
@@ -29,6 +29,8 @@ class MeasureTask:
     choices: tuple[Choice, ...]
     statistics: bool = False
     variant: SpectrumVariant = FAST_VARIANT
+    quantizer: str = "rtn"
+    sample_values: int = SAMPLE_VALUES
 
     @property
     def streamed(self) -> bool:
@@ -46,8 +48,8 @@ class MeasureTask:
 class Measured:
     """Spectrum and statistics (None if not asked for) and Σ(w − ŵ)² by choice of one matrix."""
 
-    spectrum: Spectrum | None
-    squared_errors: dict[Choice, float]
+    spectrum: Spectrum | None = None
+    squared_errors: SquaredErrors = field(default_factory=SquaredErrors)
     statistics: WeightStatistics | None = None
 
 
@@ -55,14 +57,34 @@ def measure_one(checkpoint: Checkpoint, task: MeasureTask) -> Measured:
     """Read one matrix and measure it. Raises QuantizationError if it holds NaN or infinity."""
     name = task.matrix.name
     if task.streamed:
-        return Measured(streamed_spectrum(partial(checkpoint.read_rows, task.matrix), task.matrix.shape, name), {})
+        return Measured(streamed_spectrum(partial(checkpoint.read_rows, task.matrix), task.matrix.shape, name))
     weight = checkpoint.read(task.matrix)
     own = spectrum if task.variant == FAST_VARIANT else partial(variant_spectrum, variant=task.variant)
     return Measured(
         own(weight, name) if task.spectrum else None,
-        squared_errors(weight, task.choices, name),
+        squared_errors(weight, task.choices, name, QUANTIZERS[task.quantizer], task.sample_values),
         weight_statistics(weight, name) if task.statistics else None,
     )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How errors are to be measured: by which quantizer, on how many weights of a matrix, of which matrices.
+
+    matrices: names of those whose errors are measured, None for all.
+    """
+
+    quantizer: str = "rtn"
+    values: int = SAMPLE_VALUES
+    matrices: frozenset[str] | None = None
+
+    def key(self, choice: Choice) -> str:
+        """What the cache calls an error measured so."""
+        return str(choice) if self == Sampling() else f"{choice} {self.quantizer} {self.values}"
+
+    def of(self, name: str, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
+        """The choices to measure of one matrix."""
+        return choices if self.matrices is None or name in self.matrices else ()
 
 
 def measure(
@@ -74,6 +96,7 @@ def measure(
     device: str = "cpu",
     statistics: bool = False,
     variant: SpectrumVariant = FAST_VARIANT,
+    sampling: Sampling = Sampling(),
 ) -> Iterator[Measured]:
     """Measure matrices of the workers' checkpoint in order, leaving out what the cache knows.
 
@@ -85,13 +108,16 @@ def measure(
     tasks = {}
     for matrix in matrices:
         name = matrix.name
-        missing = tuple(choice for choice in choices if (name, str(choice)) not in known.errors)
+        wanted = sampling.of(name, choices)
+        missing = tuple(choice for choice in wanted if (name, sampling.key(choice)) not in known.errors)
         task = MeasureTask(
             matrix,
             spectra and (name, kind) not in known.spectra,
             missing,
             statistics and name not in known.statistics,
             variant,
+            sampling.quantizer,
+            sampling.values,
         )
         if task.spectrum or task.choices or task.statistics:
             tasks[name] = task
@@ -99,12 +125,18 @@ def measure(
     results = leaving(((checkpoint.shard_of[t.matrix.tensor], next(found)) for t in tasks.values()), checkpoint.forget)
     for matrix in matrices:
         name = matrix.name
-        one = next(results) if name in tasks else Measured(None, {})
+        one = next(results) if name in tasks else Measured()
+        fresh = one.squared_errors
+        pairs = {c: (error, fresh.deviation.get(c, 0.0)) for c, error in fresh.expected.items()}
         if cache is not None and name in tasks:
-            cache.add(name, one.spectrum, one.squared_errors, one.statistics, kind)
+            kept = {sampling.key(choice): pair for choice, pair in pairs.items()}
+            cache.add(name, one.spectrum, kept, one.statistics, kind)
+        for choice in sampling.of(name, choices):
+            if choice not in pairs:
+                pairs[choice] = known.errors[name, sampling.key(choice)]
         yield Measured(
             one.spectrum or (known.spectra[name, kind] if spectra else None),
-            {c: one.squared_errors[c] if c in one.squared_errors else known.errors[name, str(c)] for c in choices},
+            SquaredErrors({c: pair[0] for c, pair in pairs.items()}, {c: pair[1] for c, pair in pairs.items()}),
             one.statistics or (known.statistics[name] if statistics else None),
         )
     yield from results  # none is left, but the last shard is to be forgotten
@@ -125,7 +157,7 @@ def _found(workers: Workers, tasks: list[MeasureTask], device: str) -> Iterator[
         return
     spectra = device_spectra(checkpoint, [task.matrix for task in tasks if task.spectrum], device)
     for task in tasks:
-        rest = next(measured) if task.choices or task.statistics else Measured(None, {})
+        rest = next(measured) if task.choices or task.statistics else Measured()
         yield replace(rest, spectrum=next(spectra) if task.spectrum else None)
 
 

@@ -14,23 +14,15 @@ from typing import Any, TypeVar
 import alphaq
 from alphaq.cache import Cache
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.checkpoint.safetensors_format import TensorSpec
-from alphaq.checkpoint.writer import atomic_file, atomic_folder, resumable_folder
+from alphaq.checkpoint.writer import atomic_file, atomic_folder, create_file, resumable_folder
 from alphaq.config import Budget, PlanConfig
-from alphaq.engines import native
-from alphaq.engines.native_files import (
-    MANIFEST_NAME,
-    NativeFiles,
-    TensorRecord,
-    check_complete,
-    create_shards,
-    raise_faults,
-    write_rest,
-)
+from alphaq.engines.export import Entry, Layout
+from alphaq.engines.output import MANIFEST_NAME, Output, Record, raise_faults, write_manifest
+from alphaq.engines.profiles import profile
 from alphaq.errors import AlphaQError, PlanError
 from alphaq.measurement import ahead, leaving, measure
 from alphaq.planning import make_plan, measure_for_plan, resolve
-from alphaq.quantization import CheckTask, StoreTask, check, plan_choices, store, store_tasks
+from alphaq.quantization import CheckTask, StoreTask, check, plan_choices, store
 from alphaq.records import Fidelity, MatrixRef, Plan, Spectrum
 from alphaq.report.html import write_report
 from alphaq.spectra.measure import write_stats
@@ -80,7 +72,7 @@ def quantize(
     shared: Path | None = None,
     check: bool = True,
 ) -> dict[str, Any]:
-    """Quantize by a plan, write the native checkpoint, re-read it against the source, then publish it.
+    """Quantize by a plan, write what its engine loads, re-read it against the source, then publish it.
 
     shared: a folder in which runs on the same checkpoint leave quantized matrices to one another. check: False leaves
     out the re-reading, for files that are only looked at once.
@@ -89,15 +81,14 @@ def quantize(
     was when it is started again with the same checkpoint and plan. Raises OutputError if they differ,
     unless told to `restart`.
     """
-    if plan.engine != native.PROFILE.name:
-        raise PlanError(
-            f"The plan is for {plan.engine}; this version writes native checkpoints only. Plan with --engine native."
-        )
+    writer = profile(plan.engine).writer
     choices = plan_choices(plan, checkpoint)
-    size = native.size_bytes(checkpoint, choices)
-    if plan.size_bytes not in (None, size):
-        raise PlanError(f"The plan promises {plan.size_bytes} bytes but its choices take {size}. Make the plan again.")
-    plan = plan.model_copy(update={"size_bytes": size, "source": checkpoint.identity})
+    written = writer.layout(checkpoint, choices)
+    if plan.size_bytes not in (None, written.size_bytes):
+        raise PlanError(
+            f"The plan promises {plan.size_bytes} bytes but its choices take {written.size_bytes}. Make the plan again."
+        )
+    plan = plan.model_copy(update={"size_bytes": written.size_bytes, "source": checkpoint.identity})
     workers = workers or Workers(1, checkpoint)
     job = {
         "checkpoint": f"{checkpoint.fingerprint} {checkpoint.contents(hash_contents)}",
@@ -105,32 +96,40 @@ def quantize(
         "alphaq version": alphaq.__version__,
     }
     with resumable_folder(out, job, restart) as (folder, journal):
-        done = {
-            entry["name"]: TensorRecord.model_validate(entry["record"])
-            for entry in journal.entries
-            if "record" in entry
-        }
-        places = create_shards(folder, checkpoint, choices)
-        tasks = list(store_tasks(checkpoint, choices, folder, places, done, shared))
-        expected = ahead((task for _, task in tasks), partial(_expect, checkpoint))
+        done = {entry["name"]: Record.model_validate(entry["record"]) for entry in journal.entries if "record" in entry}
+        for file, (header, nbytes) in written.files.items():
+            create_file(folder / file, header, nbytes)
+        tasks = [StoreTask(entry, plan.engine, folder, done.get(entry.name), shared) for entry in written.entries]
+        expected = ahead(tasks, partial(_expect, checkpoint))
         records = workers.map(store, expected, lambda task: task.nbytes)
-        shards = (shard for shard, _ in tasks)
-        results = leaving(zip(shards, records, strict=True), checkpoint.forget)
-        manifest: dict[str, TensorRecord] = {}
-        weight_map: dict[str, str] = {}
-        for (_, task), record in zip(tasks, wrap(results, len(tasks), "quantize"), strict=True):
-            manifest[task.place.name] = record
-            weight_map[task.place.name] = task.path.name
+        results = leaving(
+            zip((_shard(checkpoint, task.entry) for task in tasks), records, strict=True), checkpoint.forget
+        )
+        manifest: dict[str, Record] = {}
+        for task, record in zip(tasks, wrap(results, len(tasks), "quantize"), strict=True):
+            manifest[task.entry.name] = record
             if record != task.found:
-                journal.append({"name": task.place.name, "record": record.model_dump(exclude_none=True)})
-        write_rest(folder, checkpoint, plan, manifest, weight_map)
+                journal.append({"name": task.entry.name, "record": record.model_dump(exclude_none=True)})
+        writer.write_rest(folder, checkpoint, plan, written)
+        write_manifest(folder, plan, manifest)
         checked = verify(folder, checkpoint, wrap, workers) if check else {}
-    return {"out": str(out), "size_bytes": size, "source_bytes": checkpoint.nbytes, **checked}
+    files = [str(out / file) for file in written.files]
+    return {
+        "out": str(out),
+        "files": files,
+        "size_bytes": written.size_bytes,
+        "source_bytes": checkpoint.nbytes,
+        **checked,
+    }
+
+
+def _shard(checkpoint: Checkpoint, entry: Entry) -> str:
+    return checkpoint.shard_of[entry.source if isinstance(entry.source, str) else entry.source.tensor]
 
 
 def _expect(checkpoint: Checkpoint, task: StoreTask) -> None:
-    if isinstance(task.source, MatrixRef):
-        checkpoint.expect(task.source)
+    if isinstance(task.entry.source, MatrixRef):
+        checkpoint.expect(task.entry.source)
 
 
 def verify(
@@ -140,36 +139,31 @@ def verify(
 
     Raises VerificationError naming the first fault.
     """
-    opened = NativeFiles(folder)
-    raise_faults(folder, check_complete(opened))
-    expected: dict[str, TensorSpec] = {}
-    sources: dict[str, MatrixRef | str] = {}
+    opened = Output(folder)
+    raise_faults(folder, opened.faults())
+    entries: dict[str, Entry] = {}
     if source is not None:
-        choices = plan_choices(opened.plan, source)
-        for specs in native.shard_specs(source, choices).values():
-            expected.update(specs)
-        sources = {name: name for name in source.shard_of} | {
-            matrix.name: matrix for matrix in source.matrices if matrix.name in choices
-        }
-    tasks, faults = [], []
-    for shard, infos in opened.shards.items():
-        for info in infos.values():
-            record = opened.manifest.get(info.name)
-            if record is None:
-                faults.append(f"{info.name} is not in {MANIFEST_NAME}")
-                continue
-            choice = opened.plan.choice(info.name) if info.name in opened.plan.choices else None
-            tasks.append(
-                CheckTask(info, folder / shard, record, choice, sources.get(info.name), expected.get(info.name))
-            )
+        written = opened.profile.writer.layout(source, plan_choices(opened.plan, source))
+        entries = {entry.name: entry for entry in written.entries}
+        raise_faults(folder, [*_differences(opened, written)])
+    tasks = [
+        CheckTask(
+            name,
+            opened.plan.engine,
+            folder,
+            record,
+            entries[name].choice if entries else opened.choice(name),
+            tuple(opened.stored[tensor] for tensor, _ in opened.parts(name)),
+            opened.places(name),
+            entries.get(name),
+        )
+        for name, record in _in_order(opened.manifest, entries)
+    ]
     results = (workers or Workers(1, source)).map(check, tasks, lambda task: task.nbytes)
     if source is not None:
-        # Output files mirror the source's, one to one and in order.
-        mirrored = dict(zip(opened.shards, source.shards, strict=False))
-        shards = (mirrored[task.path.name] for task in tasks)
+        shards = (_shard(source, entries[task.name]) for task in tasks)
         results = leaving(zip(shards, results, strict=True), source.forget)
-    faults += [fault for fault in wrap(results, len(tasks), "verify") if fault is not None]
-    raise_faults(folder, faults)
+    raise_faults(folder, [fault for fault in wrap(results, len(tasks), "verify") if fault is not None])
     errors = [record.relative_error for record in opened.manifest.values() if record.relative_error is not None]
     return {
         "tensors": len(opened.manifest),
@@ -178,6 +172,23 @@ def verify(
         "mean_relative_error": sum(errors) / len(errors) if errors else 0.0,
         "max_relative_error": max(errors, default=0.0),
     }
+
+
+def _in_order(manifest: dict[str, Record], entries: dict[str, Entry]) -> list[tuple[str, Record]]:
+    """Manifest entries in the order of the source files, where those are known."""
+    return [(name, manifest[name]) for name in entries] if entries else list(manifest.items())
+
+
+def _differences(opened: Output, written: Layout) -> Iterable[str]:
+    """What is not where, or not of the form, that the plan makes of the source."""
+    for entry in written.entries:
+        if entry.name not in opened.manifest:
+            yield f"{entry.name} is not in {MANIFEST_NAME}"
+        elif opened.parts(entry.name) != entry.parts or opened.places(entry.name) != entry.places:
+            found = [f"{one.dtype} {list(one.shape)}" for one in map(opened.stored.get, dict(entry.parts)) if one]
+            yield f"{entry.name} is {' and '.join(found)}, which is not what the plan makes of the source"
+    extra = opened.manifest.keys() - {entry.name for entry in written.entries}
+    yield from (f"{name} is not of the source" for name in sorted(extra))
 
 
 def evaluate(
@@ -199,10 +210,13 @@ def evaluate(
     against = None
     if reference is not None:
         against, other = load_model(reference, dtype, device)
-        if other.get_vocab() != tokenizer.get_vocab():
+        if tokenizer is not None and other.get_vocab() != tokenizer.get_vocab():
             raise AlphaQError(
                 f"{model} and {reference} have different tokenizers, so no KL is defined. Compare like with like."
             )
+        tokenizer = tokenizer or other
+    if tokenizer is None:
+        raise AlphaQError(f"transformers cannot make the tokenizer of {model}. Add --reference, whose will be used.")
     return Fidelity(dict(evaluate_texts(loaded, tokenizer, contents, against, window, max_tokens, wrap)))
 
 

@@ -1,10 +1,10 @@
-"""The stage between a plan and files: one task per output tensor, each needing only its own source in memory."""
+"""The stage between a plan and files: one task per matrix or kept tensor, each with only its own source in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +13,13 @@ import torch
 
 from alphaq.checkpoint.files import CHUNK_BYTES, PlainFile
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.checkpoint.safetensors_format import TensorInfo, TensorSpec
-from alphaq.checkpoint.writer import checksum, write_at
-from alphaq.engines.native_files import TensorRecord, fault_of, restore
-from alphaq.errors import PlanError, QuantizationError
+from alphaq.checkpoint.writer import Place, checksum, pieces_at, write_at
+from alphaq.engines.export import RAW, Entry, Export, Stored, squared_error_of
+from alphaq.engines.output import Record
+from alphaq.engines.profiles import profile
+from alphaq.errors import CheckpointError, PlanError, QuantizationError
 from alphaq.numerics import squared_distance, squared_norm
 from alphaq.quantizers.base import QUANTIZERS, sixteen_bits
-from alphaq.quantizers.packing import decode, encode, restored_error
 from alphaq.records import Choice, MatrixRef, Plan, Role
 from alphaq.simd import flat
 
@@ -36,7 +36,7 @@ def plan_choices(plan: Plan, checkpoint: Checkpoint) -> dict[str, Choice]:
             "Make a new plan for this checkpoint."
         )
     known = {matrix.name for matrix in checkpoint.matrices}
-    choices = {name: plan.choice(name) for name in plan.choices}
+    choices = plan.every_choice()
     for name in choices:
         if name not in known:
             raise PlanError(f"The plan names {name!r}, which {checkpoint.name} does not have. Make a new plan for it.")
@@ -51,13 +51,12 @@ def plan_choices(plan: Plan, checkpoint: Checkpoint) -> dict[str, Choice]:
 
 @dataclass(frozen=True)
 class StoreTask:
-    """One output tensor to make: a matrix by its choice, or a stored tensor kept as it is."""
+    """One entry of an output to make."""
 
-    source: MatrixRef | str
-    choice: Choice | None
-    path: Path
-    place: TensorInfo
-    found: TensorRecord | None = None
+    entry: Entry
+    engine: str
+    folder: Path
+    found: Record | None = None
     """What an interrupted run has noted of it."""
     shared: Path | None = None
     """Folder of quantized matrices that several runs on the same checkpoint share."""
@@ -65,81 +64,80 @@ class StoreTask:
     @property
     def nbytes(self) -> int:
         """Bytes of source held while the task runs."""
-        return CHUNK_BYTES if isinstance(self.source, str) else 2 * self.source.parameters
+        source = self.entry.source
+        return CHUNK_BYTES if isinstance(source, str) else 2 * source.parameters
 
 
-def store_tasks(
-    checkpoint: Checkpoint,
-    choices: Mapping[str, Choice],
-    folder: Path,
-    places: Mapping[str, Mapping[str, TensorInfo]],
-    done: Mapping[str, TensorRecord],
-    shared: Path | None = None,
-) -> Iterator[tuple[str, StoreTask]]:
-    """Every output tensor in the order of the source files, with its source shard; fused tensors come apart."""
-    within = checkpoint.matrices_by_tensor(choices)
-    for (shard, tensors), (output, infos) in zip(checkpoint.shards.items(), places.items(), strict=True):
-        for stored in tensors:
-            for source in within.get(stored, [stored]):
-                name = source if isinstance(source, str) else source.name
-                yield shard, StoreTask(source, choices.get(name), folder / output, infos[name], done.get(name), shared)
-
-
-def store(checkpoint: Checkpoint, task: StoreTask) -> TensorRecord:
-    """Quantize one matrix and put it at its place, unless it is there already; returns its manifest entry."""
-    if task.found is not None:
-        there = PlainFile(task.path).chunks(task.place.begin, task.place.nbytes)
-        if checksum(there) == task.found.blake2b:
-            return task.found
-    if isinstance(task.source, str):
-        shard = checkpoint.shard_of[task.source]
-        info = checkpoint.shards[shard][task.source]
-        pieces = checkpoint.file(shard).chunks(info.begin, info.nbytes)
-        return TensorRecord(blake2b=write_at(task.path, task.place.begin, pieces))
-    assert task.choice is not None  # a matrix always has one
-    kept = None if task.shared is None else _shared_name(task.shared, task.source.name, task.choice)
+def store(checkpoint: Checkpoint, task: StoreTask) -> Record:
+    """Make one entry and put it at its places, unless it is there already; returns its manifest entry."""
+    entry, source = task.entry, task.entry.source
+    if task.found is not None and checksum(pieces_at(task.folder, entry.places)) == task.found.blake2b:
+        return task.found
+    parts = None if entry.parts == ((entry.name, None),) else entry.parts
+    if isinstance(source, str):
+        return Record(
+            blake2b=write_at(task.folder, entry.places, kept_pieces(checkpoint, task.engine, source, entry.form)),
+            parts=parts,
+        )
+    assert entry.choice is not None  # a matrix always has one
+    kept = None if task.shared is None else _shared_name(task.shared, entry)
     if kept is not None and (record := _kept_record(kept)) is not None:
-        write_at(task.path, task.place.begin, PlainFile(kept).chunks(0, task.place.nbytes))
+        write_at(task.folder, entry.places, PlainFile(kept).chunks(0, kept.stat().st_size))
         return record
-    weight = checkpoint.read(task.source)
-    stored, error = _quantized(weight, task.choice, task.source.name)
-    data = flat(stored).view(np.uint8).data
-    record = TensorRecord(
-        blake2b=write_at(task.path, task.place.begin, [data]), relative_error=_relative(error, weight)
+    writer, quantizer = profile(task.engine).writer, profile(task.engine).quantizer
+    weight = writer.convert(checkpoint.read(source), entry.form, checkpoint)
+    tensors, error = _quantized(weight, entry.choice, entry.name, writer, quantizer)
+    data = [_bytes_of(tensor) for tensor in tensors]
+    record = Record(
+        blake2b=write_at(task.folder, entry.places, data), relative_error=_relative(error, weight), parts=parts
     )
     if kept is not None:
-        kept.write_bytes(data)
-        kept.with_suffix(".json").write_text(
-            record.model_dump_json(), encoding="utf-8"
-        )  # last: it vouches for the data
+        kept.write_bytes(b"".join(data))
+        # Last: it vouches for the data.
+        kept.with_suffix(".json").write_text(record.model_dump_json(), encoding="utf-8")
     return record
 
 
-def _shared_name(folder: Path, name: str, choice: Choice) -> Path:
-    return folder / f"{hashlib.sha256(f'{name} {choice}'.encode()).hexdigest()[:32]}.block"
+def kept_pieces(checkpoint: Checkpoint, engine: str, tensor: str, form: str) -> Iterator[memoryview]:
+    """The bytes to store for a tensor that is kept: its own, unless they are encoded or the engine wants others."""
+    shard = checkpoint.shard_of[tensor]
+    info = checkpoint.shards[shard][tensor]
+    if form != RAW and (form or info.encoding is not None):
+        return iter([_bytes_of(profile(engine).writer.convert(checkpoint.tensor(tensor), form, checkpoint))])
+    return checkpoint.file(shard).chunks(info.begin, info.nbytes)
 
 
-def _kept_record(kept: Path) -> TensorRecord | None:
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return flat(tensor.contiguous()).view(np.uint8).data
+
+
+def _shared_name(folder: Path, entry: Entry) -> Path:
+    return folder / f"{hashlib.sha256(f'{entry.name} {entry.choice}'.encode()).hexdigest()[:32]}.block"
+
+
+def _kept_record(kept: Path) -> Record | None:
     """The record of a shared block, or None if it is not there or damaged."""
     try:
-        record = TensorRecord.model_validate_json(kept.with_suffix(".json").read_bytes())
+        record = Record.model_validate_json(kept.with_suffix(".json").read_bytes())
     except (OSError, ValueError):
         return None
     found = PlainFile(kept)
     return record if checksum(found.chunks(0, kept.stat().st_size)) == record.blake2b else None
 
 
-def _quantized(weight: torch.Tensor, choice: Choice, name: str) -> tuple[torch.Tensor, float]:
-    """The tensor to store and its Σ(w − ŵ)²."""
+def _quantized(
+    weight: torch.Tensor, choice: Choice, name: str, writer: Export, quantizer: str
+) -> tuple[Sequence[torch.Tensor], float]:
+    """The tensors to store and their Σ(w − ŵ)²."""
     if choice.bits == 16:
         kept = sixteen_bits(weight)
         error = squared_distance(weight, kept)
         if not math.isfinite(error):
             raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
-        return kept, error
-    matrix = QUANTIZERS["rtn"](weight, choice, name)
+        return (kept,), error
+    matrix = QUANTIZERS[quantizer](weight, choice, name)
     assert matrix.squared_error is not None
-    return encode(matrix), matrix.squared_error
+    return writer.encode(matrix), matrix.squared_error
 
 
 def _relative(error: float, weight: torch.Tensor) -> float:
@@ -150,44 +148,51 @@ def _relative(error: float, weight: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class CheckTask:
-    """One written tensor to read again; `source` only if it is to be compared with the original."""
+    """One written entry to read again; `entry` only if it is to be compared with the original."""
 
-    info: TensorInfo
-    path: Path
-    record: TensorRecord
+    name: str
+    engine: str
+    folder: Path
+    record: Record
     choice: Choice | None
-    source: MatrixRef | str | None = None
-    expected: TensorSpec | None = None
+    stored: tuple[Stored, ...]
+    places: tuple[Place, ...]
+    entry: Entry | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held while the task runs."""
-        return CHUNK_BYTES if not isinstance(self.source, MatrixRef) else 2 * self.source.parameters
+        source = None if self.entry is None else self.entry.source
+        return 2 * source.parameters if isinstance(source, MatrixRef) else CHUNK_BYTES
 
 
 def check(source: Checkpoint | None, task: CheckTask) -> str | None:
-    """What is wrong with one written tensor (checksum, shape, choice, error against its source), or None."""
-    file, info = PlainFile(task.path), task.info
-    if checksum(file.chunks(info.begin, info.nbytes)) != task.record.blake2b:
-        return f"{info.name} does not have its checksum (the file is damaged)"
+    """What is wrong with one written entry (checksum, form, choice, error against its source), or None."""
+    if checksum(pieces_at(task.folder, task.places)) != task.record.blake2b:
+        return f"{task.name} does not have its checksum (the file is damaged)"
     if task.choice is None:
-        if source is None or not isinstance(task.source, str):
+        if source is None or task.entry is None or not isinstance(task.entry.source, str):
             return None
-        shard = source.shard_of[task.source]
-        original = source.shards[shard][task.source]
-        if checksum(source.file(shard).chunks(original.begin, original.nbytes)) != task.record.blake2b:
-            return f"{info.name} differs from its source"
-        return None
-    raw = file.read(info.begin, info.nbytes)
-    fault = fault_of(info, raw, task.choice, task.expected)
-    if fault is not None or source is None or not isinstance(task.source, MatrixRef):
+        original = kept_pieces(source, task.engine, task.entry.source, task.entry.form)
+        return None if checksum(original) == task.record.blake2b else f"{task.name} differs from its source"
+    writer = profile(task.engine).writer
+    parts = [
+        stored.typed(PlainFile(task.folder / place.file).read(place.begin, place.nbytes))
+        for stored, place in zip(task.stored, task.places, strict=True)
+    ]
+    fault = writer.fault(task.name, task.choice, task.stored, parts)
+    if fault is not None or source is None or task.entry is None:
         return fault
-    weight = source.read(task.source)
+    assert isinstance(task.entry.source, MatrixRef)
+    weight = writer.convert(source.read(task.entry.source), task.entry.form, source)
     if task.choice.bits == 16:
-        error = squared_distance(weight, restore(info, raw, False))
+        error = squared_distance(weight, parts[0].view(weight.shape))
     else:
-        error = restored_error(decode(raw, info.name), weight)
+        try:
+            error = squared_error_of(writer.reader(parts, task.choice, task.entry.source.shape, task.name), weight)
+        except CheckpointError as damaged:
+            return str(damaged)
     error, agreed = _relative(error, weight), task.record.relative_error or 0.0
     if abs(error - agreed) > 1e-6 * (1 + agreed):
-        return f"{info.name} has relative error {error:.3g} against its source, not {agreed:.3g}"
+        return f"{task.name} has relative error {error:.3g} against its source, not {agreed:.3g}"
     return None

@@ -277,6 +277,10 @@ class Plan(BaseModel):
     """Matrices in the stats that were not planned, and why."""
     neutral: dict[str, str] = Field(default_factory=dict)
     """Planned matrices whose α is undefined, and why; they get the importance of a median matrix."""
+    expected_error: dict[str, float] = Field(default_factory=dict)
+    """Σ(w − ŵ)²/Σw² of each planned matrix, as measured for the plan."""
+    sampling_error: float | None = None
+    """Standard error of the expected errors, relative, of the unit where it is largest; 0 if none was sampled."""
     table: PlanTable | None = None
 
     @model_validator(mode="after")
@@ -313,6 +317,10 @@ class Plan(BaseModel):
             return Choice.parse(self.choices[name])
         except ChoiceError as error:
             raise ValueError(f"{name}: {error}") from error
+
+    def every_choice(self) -> dict[str, Choice]:
+        """The choices of all quantized matrices."""
+        return {name: self.choice(name) for name in self.choices}
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Plan:

@@ -211,6 +211,24 @@ def as_half(typing: Any, value: Any) -> Any:
     return kind(kind), code
 
 
+@intrinsic
+def as_brain(typing: Any, value: Any) -> Any:
+    """A float32, or each of sixteen lanes, rounded to what bfloat16 can hold, ties to even; NaN is not kept."""
+    whole = ir.VectorType(_I32, LANES) if value == float32x16 else _I32
+    kind = float32x16 if value == float32x16 else types.float32
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        def number(value: int) -> Any:
+            return ir.Constant(whole, [value] * LANES if whole != _I32 else value)
+
+        bits = builder.bitcast(args[0], whole)
+        odd = builder.and_(builder.lshr(bits, number(16)), number(1))
+        rounded = builder.add(bits, builder.add(odd, number(0x7FFF)))
+        return builder.bitcast(builder.and_(rounded, number(0xFFFF0000)), args[0].type)
+
+    return kind(kind), code
+
+
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 _READABLE = {torch.float32, *_BITS}
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from alphaq.checkpoint.safetensors_format import TensorSpec, layout, read_header, total_bytes
-from alphaq.checkpoint.writer import create_shard, write_at
-from alphaq.errors import CheckpointError
+from alphaq.checkpoint.writer import Place, create_file, pieces_at, write_at
+from alphaq.errors import CheckpointError, OutputError
 
 
 def test_header_agrees_with_the_safetensors_library(tmp_path: Path) -> None:
@@ -30,9 +30,11 @@ def test_written_file_is_read_by_the_library_and_has_the_promised_size(tmp_path:
     names = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
     specs = {name: TensorSpec(names[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     path = tmp_path / "x.safetensors"
-    places = create_shard(path, specs)
+    header, places, nbytes = layout(specs)
+    create_file(path, header, nbytes)
     for name in reversed(specs):
-        write_at(path, places[name].begin, [memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())])
+        data = memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        write_at(tmp_path, [Place(path.name, places[name].begin, places[name].nbytes)], [data])
     assert path.stat().st_size == total_bytes(specs.items()) == layout(specs)[2]
     loaded = load_file(path)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
@@ -41,11 +43,27 @@ def test_written_file_is_read_by_the_library_and_has_the_promised_size(tmp_path:
 
 def test_creating_a_shard_again_keeps_its_data(tmp_path: Path) -> None:
     specs = {"a": TensorSpec("U8", (3,))}
-    place = create_shard(tmp_path / "x", specs)["a"]
-    write_at(tmp_path / "x", place.begin, [memoryview(b"abc")])
+    header, places, nbytes = layout(specs)
+    create_file(tmp_path / "x", header, nbytes)
+    write_at(tmp_path, [Place("x", places["a"].begin, 3)], [memoryview(b"abc")])
     before = (tmp_path / "x").read_bytes()
-    create_shard(tmp_path / "x", specs)
+    create_file(tmp_path / "x", header, nbytes)
     assert (tmp_path / "x").read_bytes() == before
+
+
+def test_places_are_filled_in_turn_by_pieces_of_any_size(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(10))
+    places = [Place("x", 6, 3), Place("x", 1, 4)]
+    checksums = {
+        write_at(tmp_path, places, [memoryview(piece) for piece in pieces])
+        for pieces in ([b"abcdefg"], [b"ab", b"cdef", b"g"], [b"abc", b"", b"defg"])
+    }
+    assert len(checksums) == 1
+    assert (tmp_path / "x").read_bytes() == b"\0defg\0abc\0"
+    assert b"".join(map(bytes, pieces_at(tmp_path, places))) == b"abcdefg"
+    for wrong in (b"abcdef", b"abcdefgh"):
+        with pytest.raises(OutputError):
+            write_at(tmp_path, places, [memoryview(wrong)])
 
 
 def write_raw(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:

@@ -12,13 +12,14 @@ from alphaq import pipeline, planning
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines import native
-from alphaq.engines.native_files import MANIFEST_NAME, PLAN_NAME, NativeFiles, restore
+from alphaq.engines.output import MANIFEST_NAME, PLAN_NAME
 from alphaq.errors import BudgetError, CheckpointError, PlanError, VerificationError
 from alphaq.planning import resolve
+from alphaq.planning.limits import byte_tables
 from alphaq.quantizers.packing import dequantize
 from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.records import Plan, Role
-from conftest import FAMILIES
+from conftest import FAMILIES, read_back
 
 
 def plan_of(folder: Path, **config: object) -> Plan:
@@ -49,7 +50,7 @@ def test_every_size_budget_is_kept_and_used_up(tiny: Path, tmp_path: Path) -> No
     choices = resolve(config).choices
     found = pipeline.measure_for_plan(checkpoint, resolve(config))
     matrices = native.planned_matrices(checkpoint)
-    _, file_bytes = native.byte_tables(matrices, choices)
+    _, file_bytes = byte_tables(native.PROFILE, matrices, choices)
     widest = file_bytes.max(axis=1)
 
     def plan_within(budget: Budget) -> Plan:
@@ -97,18 +98,16 @@ def test_stored_values_are_the_quantizer_s(
     checkpoint = open_checkpoint(source)
     plan = plan_of(source)
     pipeline.quantize(checkpoint, plan, tmp_path / "out")
-    opened = NativeFiles(tmp_path / "out")
     originals = {matrix.name: matrix for matrix in checkpoint.matrices}
     seen = set()
-    for info, raw in opened.tensors():
-        values = restore(info, raw, info.name in plan.choices)
-        if info.name in plan.choices:
-            weight = checkpoint.read(originals[info.name])
-            assert torch.equal(values, dequantize(quantize_rtn(weight, plan.choice(info.name))))
+    for name, values in read_back(tmp_path / "out", checkpoint).items():
+        if name in plan.choices:
+            weight = checkpoint.read(originals[name])
+            assert torch.equal(values, dequantize(quantize_rtn(weight, plan.choice(name))))
         else:
-            with safe_open(checkpoint.folder / checkpoint.shard_of[info.name], "pt") as file:
-                assert torch.equal(values, file.get_tensor(info.name))
-        seen.add(info.name)
+            with safe_open(checkpoint.folder / checkpoint.shard_of[name], "pt") as file:
+                assert torch.equal(values, file.get_tensor(name))
+        seen.add(name)
     assert set(plan.choices) <= seen
     assert {matrix.name for matrix in checkpoint.matrices} <= seen
 

@@ -8,9 +8,9 @@ import alphaq  # noqa: F401 - registers the plug-in
 from alphaq import pipeline
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.config import Budget, PlanConfig
-from alphaq.engines.native_files import NativeFiles, restore
+from alphaq.engines.output import Output
 from alphaq.planning import resolve
-from conftest import FAMILIES
+from conftest import FAMILIES, read_back
 
 
 def dequantized_folder(source: Checkpoint, quantized: Path, out: Path) -> Path:
@@ -19,10 +19,9 @@ def dequantized_folder(source: Checkpoint, quantized: Path, out: Path) -> Path:
 
     from safetensors.torch import save_file
 
-    opened = NativeFiles(quantized)
     out.mkdir()
     shutil.copy(source.folder / "config.json", out)
-    tensors = {info.name: restore(info, raw, info.name in opened.plan.choices) for info, raw in opened.tensors()}
+    tensors = read_back(quantized, source)
     save_file({n: t.float().contiguous() for n, t in tensors.items()}, out / "model.safetensors", {"format": "pt"})
     return out
 
@@ -73,7 +72,7 @@ def test_default_dtype_is_the_checkpoint_s_and_saving_gives_a_plain_model(tiny_q
 
 def open_checkpoint_of(folder: Path) -> list[str]:
     """Names of a native checkpoint's matrices."""
-    return [info.name for info, raw in NativeFiles(folder).tensors() if info.dtype == "U8" or len(info.shape) == 2]
+    return [name for name, one in Output(folder).stored.items() if one.dtype == "U8" or len(one.shape) == 2]
 
 
 def test_newer_format_is_refused(tiny_quantized: Path, tmp_path: Path) -> None:

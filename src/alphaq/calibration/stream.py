@@ -19,9 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
 from alphaq.errors import AlphaQError, CheckpointError
 from alphaq.records import MatrixRef, Role
 
@@ -46,12 +44,11 @@ class LayerTraffic:
 class _StoredTensor:
     """A tensor that is read when it is sliced, as transformers expects of what it loads."""
 
-    file: PlainFile
-    info: TensorInfo
+    checkpoint: Checkpoint
+    name: str
 
     def __getitem__(self, index: Any) -> Tensor:
-        values = self.file.read(self.info.begin, self.info.nbytes).view(TORCH_DTYPES[self.info.dtype])
-        return values.view(self.info.shape)[index]
+        return self.checkpoint.tensor(self.name)[index]
 
 
 class HollowModel:
@@ -70,7 +67,11 @@ class HollowModel:
 
         self.checkpoint = checkpoint
         try:
-            config = AutoConfig.from_pretrained(checkpoint.folder)
+            config = (
+                AutoConfig.from_pretrained(checkpoint.folder)
+                if checkpoint.gguf is None
+                else AutoConfig.for_model(**checkpoint.config)
+            )
             with torch.device("meta"):
                 # Attention is left to transformers: sdpa where the class has it, which skips the mask of windows
                 # without padding. "eager" goes expert by expert; the others copy every token once per expert.
@@ -104,7 +105,7 @@ class HollowModel:
             if not plain or getattr(module, "has_bias", False) or not hasattr(module, "act_fn"):
                 raise CheckpointError(
                     f"{name} of {checkpoint.folder} ({type(module).__name__}) has biases or a gate of its own, so its "
-                    "experts cannot be run one at a time. Use a --method that needs no forward pass, such as alphaq."
+                    "experts cannot be run one at a time. Use --method alphaq, or another that needs no forward pass."
                 )
         self.matrices: dict[int, dict[int, dict[str, MatrixRef]]] = {}
         for matrix in checkpoint.with_role(Role.EXPERT):
@@ -185,8 +186,7 @@ class HollowModel:
         return any(target.startswith(f"{name}.") for target in self._sources)
 
     def _stored(self, name: str) -> _StoredTensor:
-        shard = self.checkpoint.shard_of[name]
-        return _StoredTensor(self.checkpoint.file(shard), self.checkpoint.shards[shard][name])
+        return _StoredTensor(self.checkpoint, name)
 
     def empty(self, name: str) -> None:
         """Drop what `fill` read of a module; computed buffers stay."""

@@ -14,6 +14,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
+from alphaq.checkpoint.gguf_mapping import GgufMapping
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.errors import ArchitectureError
 from alphaq.records import MatrixRef, Role
@@ -45,6 +46,8 @@ class Architecture:
     projections: dict[str, str]
     moe_layer_rules: dict[str, str]
     rules: tuple[TensorRule, ...]
+    gguf: GgufMapping | None = None
+    """None for a family that GGUF has no name for."""
 
     @classmethod
     def parse(cls, text: str) -> Architecture:
@@ -68,6 +71,7 @@ class Architecture:
             projections,
             data.get("moe_layers", {}),
             rules,
+            GgufMapping.parse(data["gguf"]) if "gguf" in data else None,
         )
 
     def layers(self, config: Mapping[str, Any]) -> int:
@@ -182,7 +186,7 @@ def match_tensors(
             raise ArchitectureError(f"{tensor.name!r} has no elements, shape {list(tensor.shape)}. Download it again.")
         if rule.stacked:
             matrices.extend(_unstack(architecture, tensor, rule, layer, architecture.experts_per_layer(config)))
-        elif len(tensor.shape) == 2:
+        elif len(tensor.shape) == 2 and rule.role is not Role.OTHER:
             rows, columns = tensor.shape[::-1] if rule.transposed else tensor.shape
             projection = fields.get("projection")
             matrices.append(

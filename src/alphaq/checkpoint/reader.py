@@ -1,22 +1,36 @@
 """Open a checkpoint (a folder or a hub id) and read its matrices one at a time.
 
-Only safetensors is read: a pickle runs code when it is loaded.
+Only safetensors is read: a pickle runs code when it is loaded. Weights stored in FP8 or MXFP4 are decoded as they
+are read; only `encodings` knows how.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from alphaq.checkpoint.encodings import (
+    READABLE_METHODS,
+    Encoding,
+    bytes_on_disk,
+    decode,
+    decoded_shards,
+    rows_place,
+    stored_dtype,
+    stored_grid,
+)
 from alphaq.checkpoint.files import PlainFile, memory_bytes
+from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, metadata_bytes
+from alphaq.checkpoint.gguf_source import find_gguf, open_gguf
 from alphaq.checkpoint.matching import Architecture, architecture_of, match_tensors
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo, read_header
 from alphaq.errors import CheckpointError
@@ -42,7 +56,7 @@ QUANTIZABLE = (Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.DENSE_MLP)
 class Checkpoint:
     """An opened checkpoint: names, shapes and roles known, no weight loaded.
 
-    `tensors` is in file order, shard by shard; `matrices` holds the 2-D weights that have a role.
+    `shards` has each file's tensors in file order; `matrices` holds the 2-D weights that have a role.
     """
 
     folder: Path
@@ -53,6 +67,12 @@ class Checkpoint:
     matrices: tuple[MatrixRef, ...]
     roles: dict[str, Role]
     fingerprint: str
+    pre_tokenizer: str | None = None
+    """llama.cpp's name for the rule that cuts texts into words, where a user gives it."""
+    gguf: GgufFile | None = None
+    """The header of a model that came as GGUF; its tensors have their Hugging Face names all the same."""
+    gguf_names: dict[str, str] = field(default_factory=dict)
+    """Which GGUF tensor holds each tensor."""
     _files: dict[str, PlainFile] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -65,10 +85,16 @@ class Checkpoint:
         """Shard file of every stored tensor."""
         return {tensor: shard for shard, tensors in self.shards.items() for tensor in tensors}
 
+    @cached_property
+    def weight_files(self) -> list[str]:
+        """The shards, then files that hold nothing but scales."""
+        encodings = (info.encoding for tensors in self.shards.values() for info in tensors.values())
+        return list(dict.fromkeys([*self.shards, *(e.scales_shard for e in encodings if e and e.scales_shard)]))
+
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensors in self.shards.values() for tensor in tensors.values())
+        """Bytes of all tensors on disk."""
+        return sum(bytes_on_disk(tensor) for tensors in self.shards.values() for tensor in tensors.values())
 
     def with_role(self, role: Role) -> list[MatrixRef]:
         """Matrices of one role, in file order."""
@@ -88,38 +114,76 @@ class Checkpoint:
             self._files[shard] = PlainFile(self.folder / shard)
         return self._files[shard]
 
+    def info(self, tensor: str) -> TensorInfo:
+        """Where a tensor lies and how."""
+        return self.shards[self.shard_of[tensor]][tensor]
+
+    def gguf_tensor(self, name: str) -> GgufTensor:
+        """The tensor of a GGUF file, maybe a stack of experts, that holds one of this checkpoint's."""
+        if self.gguf is None:
+            raise CheckpointError(f"{self.name} is no GGUF file, so {name} has no place in one. Open a GGUF file.")
+        return self.gguf.tensors[self.gguf_names[name]]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor, decoded, in the dtype and shape that its `info` names."""
+        shard, info = self.shard_of[name], self.info(name)
+        if info.encoding is None:
+            return self.file(shard).read(info.begin, info.nbytes).view(TORCH_DTYPES[info.dtype]).view(info.shape)
+        slices, rows, columns = stored_grid(info)
+        sides = (columns, rows) if info.encoding.turned else (rows, columns)
+        whole = torch.empty((slices, *sides), dtype=TORCH_DTYPES[info.dtype])
+        for index, part in enumerate(whole):
+            stored = self._read(shard, info, index, 0, rows)
+            part.copy_(stored.T if info.encoding.turned else stored)
+        return whole.view(info.shape)
+
     def read(self, matrix: MatrixRef) -> torch.Tensor:
-        """One matrix, contiguous [rows, columns], in its stored dtype; of a fused tensor only its slice is read."""
-        if not matrix.transposed:
-            return self.read_rows(matrix, slice(0, matrix.shape[0]))
-        begin, nbytes = self.place(matrix)
-        values = self.file(self.shard_of[matrix.tensor]).read(begin, nbytes).view(TORCH_DTYPES[matrix.dtype])
-        stored = values.view(matrix.shape[1], -1)
-        return stored[:, matrix.row_start : matrix.row_start + matrix.shape[0]].T.contiguous()
+        """One matrix, contiguous [rows, columns], in its own dtype; of a fused tensor only its slice is read."""
+        shard, info = self.shard_of[matrix.tensor], self.info(matrix.tensor)
+        values = self._read(shard, info, matrix.index or 0, *_stored_rows(info, matrix))
+        if _as_stored(info, matrix):
+            return values
+        return values[:, matrix.row_start : matrix.row_start + matrix.shape[0]].T.contiguous()
 
     def read_rows(self, matrix: MatrixRef, part: slice) -> torch.Tensor:
-        """Some rows of a matrix that is not stored transposed."""
-        dtype = TORCH_DTYPES[matrix.dtype]
-        row_bytes = matrix.shape[1] * dtype.itemsize
-        begin = self.place(matrix)[0] + part.start * row_bytes
-        values = self.file(self.shard_of[matrix.tensor]).read(begin, (part.stop - part.start) * row_bytes)
-        return values.view(dtype).view(-1, matrix.shape[1])
+        """Some rows of a matrix; all of it is read if disk has its columns."""
+        shard, info = self.shard_of[matrix.tensor], self.info(matrix.tensor)
+        if not _as_stored(info, matrix):
+            return self.read(matrix)[part]
+        first = matrix.row_start
+        return self._read(shard, info, matrix.index or 0, first + part.start, first + part.stop)
+
+    def _read(self, shard: str, info: TensorInfo, index: int, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a slice as they lie on disk, decoded, [rows, columns]."""
+        encoding = info.encoding
+        if encoding is not None and encoding.head_rows:
+            return self._read_heads(shard, info, encoding, start, stop)
+        data = self.file(shard).read(*rows_place(info, index, start, stop)).view(stop - start, -1)
+        if encoding is None or encoding.scheme == "plain":
+            return data.view(TORCH_DTYPES[info.dtype])
+        scales = None
+        if encoding.scales is not None:
+            needed = encoding.scale_rows(start, stop)
+            scales = self._read(encoding.scales_shard or shard, encoding.scales, index, *needed)
+        return decode(encoding, data, scales, start % encoding.block[0])
+
+    def _read_heads(self, shard: str, info: TensorInfo, encoding: Encoding, start: int, stop: int) -> torch.Tensor:
+        """The same where rows of a head's halves lie in turns: whole heads are read and put in order."""
+        height = encoding.head_rows
+        first, last = start // height * height, -(-stop // height) * height
+        turns = self._read(shard, replace(info, encoding=replace(encoding, head_rows=0)), 0, first, last)
+        halves = turns.view(-1, height // 2, 2, turns.shape[1]).transpose(1, 2)
+        return halves.reshape(turns.shape)[start - first : stop - first]
 
     def place(self, matrix: MatrixRef) -> tuple[int, int]:
-        """First byte in its shard and number of bytes to read for a matrix."""
-        info = self.shards[self.shard_of[matrix.tensor]][matrix.tensor]
-        if matrix.index is None and not matrix.transposed and matrix.row_start == 0:
-            return info.begin, info.nbytes
-        slice_bytes = info.nbytes if matrix.index is None else info.nbytes // info.shape[0]
-        begin = info.begin + (matrix.index or 0) * slice_bytes
-        if matrix.transposed:
-            return begin, slice_bytes
-        row_bytes = matrix.shape[1] * TORCH_DTYPES[info.dtype].itemsize
-        return begin + matrix.row_start * row_bytes, matrix.shape[0] * row_bytes
+        """First byte in its shard and number of bytes to read for a matrix, scales not counted."""
+        info = self.info(matrix.tensor)
+        return rows_place(info, matrix.index or 0, *_stored_rows(info, matrix))
 
     def stored_bytes(self, matrix: MatrixRef) -> int:
-        """Bytes of a matrix's own weights on disk."""
-        return matrix.parameters * TORCH_DTYPES[matrix.dtype].itemsize
+        """Bytes of a matrix's own weights on disk, its scales included."""
+        info = self.info(matrix.tensor)
+        return bytes_on_disk(info) * matrix.parameters // math.prod(info.shape)
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -128,7 +192,13 @@ class Checkpoint:
 
     def expect(self, matrix: MatrixRef) -> None:
         """Tell the system that a matrix will be read soon."""
-        self.file(self.shard_of[matrix.tensor]).expect(*self.place(matrix))
+        shard, info = self.shard_of[matrix.tensor], self.info(matrix.tensor)
+        self.file(shard).expect(*self.place(matrix))
+        encoding = info.encoding
+        if encoding is not None and encoding.scales is not None:
+            needed = encoding.scale_rows(*_stored_rows(info, matrix))
+            scales = rows_place(encoding.scales, matrix.index or 0, *needed)
+            self.file(encoding.scales_shard or shard).expect(*scales)
 
     def forget(self, shard: str) -> None:
         """Tell the system that a shard is done with; only where the checkpoint does not fit into memory anyway."""
@@ -149,10 +219,12 @@ class Checkpoint:
                 digest.update(piece)
             return digest.hexdigest()
 
-        return ",".join(in_threads(mark, list(self.shards)))
+        return ",".join(in_threads(mark, self.weight_files))
 
     def settings_digest(self) -> str:
         """Hash of config and tokenizer, which decide what a forward pass computes beside the weights."""
+        if self.gguf is not None:
+            return hashlib.sha256(metadata_bytes(self.gguf.metadata)).hexdigest()
         digest = hashlib.sha256()
         for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
             path = self.folder / name
@@ -160,7 +232,9 @@ class Checkpoint:
         return digest.hexdigest()
 
     def side_files(self) -> list[Path]:
-        """Tokenizer, generation config, licence and other small files to carry over."""
+        """Tokenizer, generation config, licence and other small files to carry over; a GGUF file has none."""
+        if self.gguf is not None:
+            return []
         found = {path for pattern in SIDE_FILES for path in self.folder.glob(pattern)}
         skip = {"config.json", INDEX_NAME, "plan.json", "alphaq_manifest.json"}
         chosen = sorted(path for path in found if path.is_file() and path.name not in skip)
@@ -173,20 +247,42 @@ class Checkpoint:
         return chosen
 
 
-def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
-    """Open a local folder or a hub id such as `Qwen/Qwen1.5-MoE-A2.7B`.
+def open_checkpoint(model: str | Path, revision: str | None = None, quantized: bool = False) -> Checkpoint:
+    """Open a local folder, a GGUF file, or a hub id such as `Qwen/Qwen1.5-MoE-A2.7B`.
 
-    Every header is read and checked, no weight is. Raises CheckpointError or ArchitectureError.
+    quantized: whether a GGUF file may be, because it is only to be run. Every header is read and checked, no weight is. Raises CheckpointError or ArchitectureError.
     """
+    if (path := find_gguf(Path(model).expanduser())) is not None:
+        source = open_gguf(path, quantized)
+        opened = _checkpoint(
+            path.parent, source.file.name, source.config, source.architecture, source.shards, source.file.fingerprint
+        )
+        return replace(opened, gguf=source.file, gguf_names=source.names)
     folder = _resolve(str(model), revision)
     config = read_config(folder)
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+    quantization = config.pop("quantization_config", None)  # what is read is no longer quantized
+    if quantization is not None and quantization.get("quant_method") not in READABLE_METHODS:
+        method = quantization.get("quant_method", "unknown")
         raise CheckpointError(
-            f"{model} is already quantized (quant_method {method!r}). Start from the original 16-bit checkpoint."
+            f"{model} is already quantized (quant_method {method!r}). Start from the original 16-bit checkpoint; of "
+            f"quantized ones only {' and '.join(READABLE_METHODS)} can be read."
         )
     architecture = architecture_of(config)
     shards, fingerprint = read_shards(folder)
+    if quantization is not None:
+        shards = decoded_shards(shards, quantization)
+    return _checkpoint(folder, folder.resolve().name, config, architecture, shards, fingerprint)
+
+
+def _checkpoint(
+    folder: Path,
+    name: str,
+    config: dict[str, Any],
+    architecture: Architecture,
+    shards: dict[str, dict[str, TensorInfo]],
+    fingerprint: str,
+) -> Checkpoint:
+    """A checkpoint whose tensors have been matched with their roles."""
     matrices, roles = match_tensors(
         architecture, config, (tensor for tensors in shards.values() for tensor in tensors.values())
     )
@@ -196,7 +292,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
                 f"{matrix.name} is stored as {matrix.dtype}; readable: {', '.join(READABLE_WEIGHTS)}. "
                 "Convert the checkpoint to bf16 first."
             )
-    return Checkpoint(folder, folder.resolve().name, config, architecture, shards, tuple(matrices), roles, fingerprint)
+    return Checkpoint(folder, name, config, architecture, shards, tuple(matrices), roles, fingerprint)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -305,8 +401,8 @@ def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
             checkpoint.roles[name].value, {"tensors": 0, "matrices": 0, "parameters": 0, "bytes": 0}
         )
         role["tensors"] += 1
-        role["bytes"] += info.nbytes
-        role["parameters"] += info.nbytes // TORCH_DTYPES[info.dtype].itemsize
+        role["bytes"] += bytes_on_disk(info)
+        role["parameters"] += math.prod(info.shape)
     for matrix in checkpoint.matrices:
         roles[matrix.role.value]["matrices"] += 1
     experts = checkpoint.with_role(Role.EXPERT)
@@ -318,7 +414,7 @@ def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
         "experts_per_layer": checkpoint.architecture.experts_per_layer(checkpoint.config),
         "expert_matrices": len(experts),
         "expert_shapes": shapes,
-        "dtypes": sorted({info.dtype for _, info in _all_tensors(checkpoint)}),
+        "dtypes": sorted({stored_dtype(info) for _, info in _all_tensors(checkpoint)}),
         "parameters": sum(role["parameters"] for role in roles.values()),
         "bytes": checkpoint.nbytes,
         "shards": len(checkpoint.shards),
@@ -329,3 +425,15 @@ def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
 def _all_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, TensorInfo]]:
     for tensors in checkpoint.shards.values():
         yield from tensors.items()
+
+
+def _as_stored(info: TensorInfo, matrix: MatrixRef) -> bool:
+    """Whether the rows of a matrix are rows on disk."""
+    return matrix.transposed == (info.encoding is not None and info.encoding.turned)
+
+
+def _stored_rows(info: TensorInfo, matrix: MatrixRef) -> tuple[int, int]:
+    """First row and row after the last, on disk, that hold a matrix; all of its slice if disk has its columns."""
+    if _as_stored(info, matrix):
+        return matrix.row_start, matrix.row_start + matrix.shape[0]
+    return 0, matrix.shape[1]

@@ -12,11 +12,14 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from alphaq.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from alphaq.checkpoint.encodings import Encoding
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_DIMENSIONS = 8
@@ -30,6 +33,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
@@ -41,13 +45,17 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: bytes [begin, end) of its file, header included in the count."""
+    """Where a tensor lies: bytes [begin, end) of its file, header included in the count.
+
+    With an encoding, name, dtype and shape are those of the decoded tensor; the bytes are its codes'.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    encoding: Encoding | None = None
 
     @property
     def nbytes(self) -> int:

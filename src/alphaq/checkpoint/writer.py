@@ -8,9 +8,10 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from alphaq.checkpoint.safetensors_format import TensorInfo, TensorSpec, layout
+from alphaq.checkpoint.files import PlainFile
 from alphaq.errors import OutputError, QuantizationError
 from alphaq.journal import Journal
 
@@ -151,24 +152,49 @@ def checksum(pieces: Iterable[memoryview]) -> str:
     return digest.hexdigest()
 
 
-def create_shard(path: Path, specs: Mapping[str, TensorSpec]) -> dict[str, TensorInfo]:
-    """Write a safetensors file's header and reserve its size; returns where each tensor belongs.
+@dataclass(frozen=True)
+class Place:
+    """Bytes of a file in an output folder."""
 
-    A file of that size that is there already keeps its data.
-    """
-    header, places, nbytes = layout(specs)
+    file: str
+    begin: int
+    nbytes: int
+
+
+def create_file(path: Path, header: bytes, nbytes: int) -> None:
+    """Write a file's header and reserve its size; one of that size that is there already keeps its data."""
     with path.open("r+b" if path.exists() else "wb") as file:
         file.write(header)
         file.truncate(nbytes)
-    return places
 
 
-def write_at(path: Path, begin: int, pieces: Iterable[memoryview]) -> str:
-    """Put bytes at their place in a file that exists; returns their checksum."""
+def write_at(folder: Path, places: Iterable[Place], pieces: Iterable[memoryview]) -> str:
+    """Fill places in files that exist, one after the other, with bytes that come in any pieces; returns their checksum.
+
+    Raises OutputError unless they fill the places exactly.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    with path.open("r+b") as file:
-        file.seek(begin)
-        for piece in pieces:
-            file.write(piece)
-            digest.update(piece)
+    waiting = iter(pieces)
+    piece = memoryview(b"")
+    for place in places:
+        with (folder / place.file).open("r+b") as file:
+            file.seek(place.begin)
+            left = place.nbytes
+            while left:
+                while not len(piece):
+                    try:
+                        piece = next(waiting)
+                    except StopIteration:
+                        raise OutputError(f"{place.file} lacks {left} bytes of what it was laid out for.") from None
+                file.write(piece[:left])
+                digest.update(piece[:left])
+                piece, left = piece[left:], left - len(piece[:left])
+    if len(piece) or any(map(len, waiting)):
+        raise OutputError(f"{folder} has no place for all of an entry's bytes.")
     return digest.hexdigest()
+
+
+def pieces_at(folder: Path, places: Iterable[Place]) -> Iterator[memoryview]:
+    """The bytes at the places in turn, in a buffer that is used again."""
+    for place in places:
+        yield from PlainFile(folder / place.file).chunks(place.begin, place.nbytes)

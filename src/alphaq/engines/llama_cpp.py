@@ -1,15 +1,35 @@
 """The llama.cpp profile: one ggml type for a projection of all a layer's experts, stored as one 3-D tensor.
 
-A type stores whole blocks of a row, and a GGUF file pads each tensor to 32 bytes. The rest of the file
-(header, metadata, tokenizer) is not counted here. Source: the `gguf` package, which the tests compare.
+A type stores whole blocks of a row, and a GGUF file pads each tensor to 32 bytes. One file holds everything: metadata,
+tokenizer, tensors. Source: the `gguf` package, which the tests compare and `verify` reads with.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from alphaq.checkpoint.gguf_format import GgufTensor, GgufValue, layout, read_gguf
+from alphaq.checkpoint.gguf_source import READABLE_TYPES
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
+from alphaq.checkpoint.writer import Place
+from alphaq.engines.export import RAW, Entry, Export, Layout, Rows, Stored
+from alphaq.engines.gguf_model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
+from alphaq.engines.gguf_package import package
 from alphaq.engines.profile import Profile
-from alphaq.errors import ChoiceError
+from alphaq.errors import CheckpointError, ChoiceError, PlanError
 from alphaq.ggml import GGML_BLOCKS
-from alphaq.records import Choice, MatrixRef, Shape
+from alphaq.records import Choice, MatrixRef, Plan, Role, Shape
+
+FILE_NAME = "model.gguf"
+FILE_TYPE_KEY = "general.file_type"  # of the whole file; without it llama.cpp says what most tensors are
+ROLE_BITS = {Role.ATTENTION: 4, Role.SHARED_EXPERT: 4, Role.DENSE_MLP: 4, Role.EMBEDDING: 4, Role.HEAD: 6}
 
 ALIGNMENT_BYTES = 32
 
@@ -69,9 +89,134 @@ def storage_bytes(choice: Choice, shape: Shape) -> int:
 def obstacle(choice: Choice, matrix: MatrixRef) -> str | None:
     """llama.cpp stores no partial blocks."""
     columns = matrix.shape[1]
+    if choice.scheme and matrix.name.endswith("kv_b_proj.weight"):
+        return "llama.cpp takes latent attention's keys and values apart and transposes the keys"
     if choice.scheme and columns % choice.group_size:
         return f"rows of {columns} weights are not whole {choice.scheme} blocks of {choice.group_size}"
     return None
+
+
+def file_layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
+    """The one file. Raises PlanError if matrices of one tensor have several choices, or one that is no ggml type."""
+    recipes = gguf_tensors(checkpoint)
+    types = {recipe.name: _type(recipe, choices, checkpoint) for recipe in recipes}
+    header, places, nbytes = layout(_metadata(checkpoint), {r.name: (types[r.name], r.shape) for r in recipes})
+    entries: dict[str, Entry] = {}
+    for recipe in recipes:
+        place = _stored(places[recipe.name])
+        sources: Sequence[MatrixRef | str] = recipe.matrices or (recipe.vector,)
+        for number, source in enumerate(sources):
+            index = number if len(recipe.shape) == 3 and not recipe.transform else None
+            own = source if isinstance(source, str) else source.name
+            entry = _entry(recipe, types[recipe.name], source, checkpoint, place.share(index), index)
+            entries[own if own not in entries else recipe.name] = entry
+    order = {shard: number for number, shard in enumerate(checkpoint.shards)}
+
+    def where(entry: Entry) -> tuple[int, int]:
+        stored = entry.source if isinstance(entry.source, str) else entry.source.tensor
+        begin = checkpoint.info(stored).begin if isinstance(entry.source, str) else checkpoint.place(entry.source)[0]
+        return order[checkpoint.shard_of[stored]], begin
+
+    named = [replace(entry, name=name) for name, entry in entries.items()]
+    return Layout({FILE_NAME: (header, nbytes)}, tuple(sorted(named, key=where)))
+
+
+def _type(recipe: TensorRecipe, choices: Mapping[str, Choice], checkpoint: Checkpoint) -> str:
+    """What a tensor is stored as; one that is kept stays what it is in a GGUF file."""
+    found = {choices[matrix.name] for matrix in recipe.matrices if matrix.name in choices}
+    if recipe.type == "F32" or not found or found == {Choice(16)}:
+        held = recipe.matrices[0].tensor if recipe.matrices else recipe.vector
+        return recipe.type if checkpoint.gguf is None else checkpoint.gguf_tensor(held).type
+    if len(found) > 1 or any(matrix.name not in choices for matrix in recipe.matrices):
+        shown = ", ".join(sorted(map(str, found)))
+        raise PlanError(
+            f"{recipe.name} is one tensor in llama.cpp, but the plan gives its matrices {shown}. Choose one."
+        )
+    choice, first = found.pop(), recipe.matrices[0]
+    if not choice.scheme:
+        raise PlanError(f"{first.name}: {choice} is no ggml type. Plan with --engine llama.cpp.")
+    if why := obstacle(choice, first):
+        raise PlanError(f"llama.cpp cannot store {first.name} as {choice}: {why}. Choose another type.")
+    return choice.scheme
+
+
+def _entry(
+    recipe: TensorRecipe, type: str, source: MatrixRef | str, checkpoint: Checkpoint, place: Place, index: int | None
+) -> Entry:
+    """One matrix or vector of a tensor: quantized, copied, or converted."""
+    parts = ((recipe.name, index),)
+    own = source if isinstance(source, str) else source.tensor
+    if checkpoint.gguf is not None and type == checkpoint.gguf_tensor(own).type:
+        return Entry(own, own, None, (place,), parts, RAW)
+    if isinstance(source, MatrixRef) and type != "F32":
+        info = checkpoint.info(source.tensor)
+        whole = (info.dtype, info.encoding, recipe.transform, source.transposed) == (type, None, "", False)
+        if type in GGML_BLOCKS or not (whole and source.index is None and info.shape == source.shape):
+            choice = Choice.parse(type) if type in GGML_BLOCKS else Choice(16)
+            return Entry(source.name, source, choice, (place,), parts, recipe.transform)
+    info = checkpoint.info(own)
+    same = info.encoding is None and info.dtype == type and not recipe.transform
+    return Entry(own, own, None, (place,), parts, "" if same else f"{recipe.transform}>{type}")
+
+
+def convert(values: torch.Tensor, form: str, checkpoint: Checkpoint) -> torch.Tensor:
+    """Values laid out as llama.cpp wants them (`transform`), and in another type (`transform>type`)."""
+    transform, _, type = form.partition(">")
+    values = transformed(transform, values, checkpoint.config)
+    return values.to(TORCH_DTYPES[type]) if type else values
+
+
+_known_metadata: dict[tuple[str, ...], dict[str, GgufValue]] = {}
+
+
+def _metadata(checkpoint: Checkpoint) -> dict[str, GgufValue]:
+    """`gguf_metadata`, made once: a vocabulary takes a second, and a plan asks for the file's size several times."""
+    key = (str(checkpoint.folder), checkpoint.fingerprint, checkpoint.settings_digest(), str(checkpoint.pre_tokenizer))
+    if key not in _known_metadata:
+        _known_metadata.clear()
+        given = checkpoint.gguf
+        found = gguf_metadata(checkpoint, checkpoint.pre_tokenizer) if given is None else given.metadata
+        _known_metadata[key] = {name: value for name, value in found.items() if name != FILE_TYPE_KEY}
+    return _known_metadata[key]
+
+
+def reader(parts: Sequence[torch.Tensor], choice: Choice, shape: Shape, name: str) -> Rows:
+    """Rows by the `gguf` package's own code."""
+    gguf = package()
+    rows, columns = shape
+    _, block, nbytes = GGML_BLOCKS[choice.scheme]
+    if parts[0].numel() != rows * (columns // block) * nbytes:
+        raise CheckpointError(f"{name}: {choice} of shape {list(shape)} does not take {parts[0].numel()} bytes.")
+    codes = parts[0].view(rows, -1).numpy()
+    kind = gguf.GGMLQuantizationType[choice.scheme]
+    return lambda part: torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(codes[part], kind)))
+
+
+def stored(folder: Path) -> dict[str, Stored]:
+    """Tensors of the file in an output folder."""
+    return {name: _stored(tensor) for name, tensor in read_gguf(folder / FILE_NAME).tensors.items()}
+
+
+def _stored(tensor: GgufTensor) -> Stored:
+    return Stored(tensor.type, tensor.shape, Place(tensor.file or FILE_NAME, tensor.begin, tensor.nbytes))
+
+
+def fault(name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[torch.Tensor]) -> str | None:
+    """Why a tensor is not of the plan's type, or None."""
+    found = stored[0].dtype
+    kept = choice.bits == 16 and found in READABLE_TYPES
+    return None if kept or found == choice.scheme else f"{name} is stored as {found}, the plan says {choice}"
+
+
+def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout) -> None:
+    """Nothing: a GGUF file holds it all."""
+
+
+def type_file(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> str:
+    """What `llama-quantize --tensor-type-file` reads: a line `pattern=type` for every tensor that is quantized."""
+    types = {recipe.name: _type(recipe, choices, checkpoint) for recipe in gguf_tensors(checkpoint)}
+    lines = [f"^{re.escape(name)}$={type.lower()}" for name, type in types.items() if type in GGML_BLOCKS]
+    return "\n".join(lines) + "\n"
 
 
 def _is_beaten(name: str) -> bool:
@@ -92,5 +237,19 @@ PROFILE = Profile(
     defaults=tuple(Choice.parse(name) for name in GGML_BLOCKS if not _is_beaten(name)),
     with_bits=with_bits,
     storage_bytes=storage_bytes,
+    file_bytes=lambda matrix, choice: storage_bytes(choice, matrix.shape),
+    role_bits=ROLE_BITS,
+    joint=True,
     obstacle=obstacle,
+    quantizer="ggml",
+    export=Export(
+        layout=file_layout,
+        encode=lambda matrix: (matrix.codes,),
+        reader=reader,
+        stored=stored,
+        usage=f"Serve it: llama-server -m {{out}}/{FILE_NAME}",
+        write_rest=write_rest,
+        convert=convert,
+        fault=fault,
+    ),
 )

@@ -1,54 +1,36 @@
 """The native profile: every expert and projection chooses alone, files are safetensors.
 
-Which bytes a plan will write is decided here and nowhere else, so that the size a plan promises is
-the size of the files. Output shards mirror the source's, tensor by tensor, whatever the plan.
+A matrix becomes one self-describing uint8 block under its own name, so that transformers' conversions apply
+unchanged. Output shards mirror the source's, tensor by tensor, whatever the plan.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-import numpy as np
+import torch
 
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.checkpoint.safetensors_format import TensorSpec, stored_bytes, total_bytes
+from alphaq.checkpoint.safetensors_format import TensorSpec, stored_bytes
+from alphaq.engines.export import (
+    Export,
+    Layout,
+    Part,
+    Rows,
+    Stored,
+    kept_fault,
+    kept_part,
+    safetensors_layout,
+    safetensors_stored,
+    write_model_folder,
+)
 from alphaq.engines.profile import Profile
-from alphaq.records import CHOICE_BITS, GROUP_SIZES, Choice, MatrixRef, Role, Shape
+from alphaq.errors import CheckpointError
+from alphaq.quantizers.packing import decode, dequantized_rows, encode, read_block_header
+from alphaq.records import CHOICE_BITS, GROUP_SIZES, Choice, MatrixRef, Plan, Role, Shape
 
-
-def matrix_spec(matrix: MatrixRef, choice: Choice) -> TensorSpec:
-    """How a matrix is stored: a uint8 block, or 16-bit values in the source's shape."""
-    if choice.bits == 16:
-        return TensorSpec("BF16" if matrix.dtype == "F32" else matrix.dtype, matrix.shape)
-    return TensorSpec("U8", (choice.storage_bytes(matrix.shape),))
-
-
-def shard_specs(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> dict[str, dict[str, TensorSpec]]:
-    """Every tensor of every output shard. Matrices in `choices` are stored so, all others verbatim."""
-    within = checkpoint.matrices_by_tensor(choices)
-    return {
-        output_name(position, len(checkpoint.shards)): {
-            name: spec
-            for stored, info in tensors.items()
-            for name, spec in (
-                [(matrix.name, matrix_spec(matrix, choices[matrix.name])) for matrix in within[stored]]
-                if stored in within
-                else [(stored, TensorSpec(info.dtype, info.shape))]
-            )
-        }
-        for position, tensors in enumerate(checkpoint.shards.values(), start=1)
-    }
-
-
-def output_name(position: int, count: int) -> str:
-    """Shard file name by the Hugging Face convention."""
-    return f"model-{position:05d}-of-{count:05d}.safetensors"
-
-
-def size_bytes(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> int:
-    """Exact total size of the weight files, headers included."""
-    return sum(total_bytes(specs.items()) for specs in shard_specs(checkpoint, choices).values())
+QUANT_METHOD = "alphaq"
 
 
 def planned_matrices(checkpoint: Checkpoint) -> list[MatrixRef]:
@@ -56,20 +38,52 @@ def planned_matrices(checkpoint: Checkpoint) -> list[MatrixRef]:
     return checkpoint.with_role(Role.EXPERT)
 
 
-def byte_tables(matrices: list[MatrixRef], choices: tuple[Choice, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes of each matrix at each choice, int64 [matrices, choices]: the block alone, and what it
-    adds to a file (block and header entry)."""
-    known: dict[tuple[Shape, str, int, Choice], tuple[int, int]] = {}  # a header entry depends on the name's length
+def part(matrix: MatrixRef, choice: Choice) -> Part:
+    """A block of bytes, or 16-bit values."""
+    if choice.bits == 16:
+        return kept_part(matrix, matrix.name)
+    return Part(matrix.name, TensorSpec("U8", (choice.storage_bytes(matrix.shape),)))
 
-    def sizes(matrix: MatrixRef, choice: Choice) -> tuple[int, int]:
-        key = (matrix.shape, matrix.dtype, len(json.dumps(matrix.name)), choice)
-        if key not in known:
-            in_file = stored_bytes(matrix.name, matrix_spec(matrix, choice))
-            known[key] = choice.storage_bytes(matrix.shape), in_file
-        return known[key]
 
-    table = np.array([[sizes(matrix, choice) for choice in choices] for matrix in matrices], dtype=np.int64)
-    return table[:, :, 0], table[:, :, 1]
+def file_bytes(matrix: MatrixRef, choice: Choice) -> int:
+    """Bytes that a matrix adds to its file: data and header entry."""
+    one = part(matrix, choice)
+    return stored_bytes(one.tensor, one.spec)
+
+
+def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
+    """Every tensor of every output shard. Matrices in `choices` are stored so, all others verbatim."""
+    return safetensors_layout(checkpoint, choices, lambda matrix, choice: (part(matrix, choice),))
+
+
+def reader(parts: Sequence[torch.Tensor], choice: Choice, shape: Shape, name: str) -> Rows:
+    """Rows of a block. Raises CheckpointError if it is damaged or of another choice."""
+    if why := fault(name, choice, (), parts):
+        raise CheckpointError(f"{why}. Quantize the model again.")
+    matrix = decode(parts[0], name)
+    return lambda rows: dequantized_rows(matrix, rows)
+
+
+def fault(name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[torch.Tensor]) -> str | None:
+    """Why a block is not what the plan says, or None."""
+    if choice.bits == 16:
+        return kept_fault(name, stored)
+    try:
+        found, _ = read_block_header(parts[0], name)
+    except CheckpointError as error:
+        return str(error)
+    return None if found == choice else f"{name} is stored as {found}, the plan says {choice}"
+
+
+def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout) -> None:
+    """Config, index and tokenizer."""
+    quantization = {
+        "quant_method": QUANT_METHOD,
+        "format_version": 1,
+        "average_bits": plan.average_bits,
+        "bits_per_weight": plan.bits_per_weight,
+    }
+    write_model_folder(folder, checkpoint, written.entries, {"quantization_config": quantization})
 
 
 _ASYMMETRIC = tuple(Choice(bits, group_size) for bits in CHOICE_BITS for group_size in GROUP_SIZES)
@@ -83,6 +97,16 @@ PROFILE = Profile(
     defaults=_ASYMMETRIC,
     with_bits=lambda bits: Choice(bits, 0 if bits == 16 else 128),
     storage_bytes=Choice.storage_bytes,
+    file_bytes=file_bytes,
     obstacle=lambda choice, matrix: None,
-    exports=True,
+    quantizer="rtn",
+    export=Export(
+        layout=layout,
+        encode=lambda matrix: (encode(matrix),),
+        reader=reader,
+        stored=safetensors_stored,
+        usage='Try it: alphaq generate {out} "def main"',
+        write_rest=write_rest,
+        fault=fault,
+    ),
 )

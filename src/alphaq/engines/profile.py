@@ -1,18 +1,21 @@
 """What a plan may assume of the engine that will run it.
 
 No engine with fused kernels loads a bit-width per expert, so a plan is always made for an engine: which
-matrices must share a choice, which choices it can load, and how many bytes each takes.
+matrices must share a choice, which choices it can load, how many bytes each takes, and how files are written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
-from alphaq.records import Choice, MatrixRef, Shape
+from alphaq.engines.export import Export
+from alphaq.errors import PlanError
+from alphaq.records import Choice, MatrixRef, Role, Shape
 
 Unit = Literal["matrix", "layer × projection", "layer"]
+ROLE_BITS = {Role.ATTENTION: 4, Role.SHARED_EXPERT: 4, Role.DENSE_MLP: 4}
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,11 @@ class Profile:
 
     unit: what must share one choice. choices: every choice it can load for experts; defaults: those offered
     when the user names none. with_bits: the choice meant by a bare bit-width (`--attention-bits 4`), and for roles
-    outside the budget. storage_bytes: exact bytes of one matrix's tensors at a choice. obstacle: why a matrix
-    cannot be stored so, or None. exports: whether `alphaq quantize` can write it.
+    outside the budget. storage_bytes: exact bytes of one matrix's tensors at a choice. file_bytes: what they add to
+    the files, header entries included. obstacle: why a matrix cannot be stored so, or None. quantizer: the one whose
+    codes the engine reads, by name. role_bits: usual width of each role that is quantized outside the budget. joint:
+    whether a budget for all files (`--size`) chooses for those roles too. export: how files are written, None where
+    they cannot be yet.
     """
 
     name: str
@@ -32,8 +38,19 @@ class Profile:
     defaults: tuple[Choice, ...]
     with_bits: Callable[[int], Choice]
     storage_bytes: Callable[[Choice, Shape], int]
+    file_bytes: Callable[[MatrixRef, Choice], int]
     obstacle: Callable[[Choice, MatrixRef], str | None]
-    exports: bool = False
+    quantizer: str
+    role_bits: Mapping[Role, int] = field(default_factory=lambda: dict(ROLE_BITS))
+    joint: bool = False
+    export: Export | None = None
+
+    @property
+    def writer(self) -> Export:
+        """The export. Raises PlanError where there is none."""
+        if self.export is None:
+            raise PlanError(f"Plans for {self.name} cannot be written as files yet. Plan with --engine native.")
+        return self.export
 
     def unit_of(self, matrix: MatrixRef) -> str:
         """Name of the unit that a matrix belongs to."""
@@ -41,3 +58,11 @@ class Profile:
             return matrix.name
         layer = f"layers.{matrix.layer}.experts"
         return layer if self.unit == "layer" else f"{layer}.{matrix.projection}"
+
+
+def ragged(choice: Choice, matrix: MatrixRef) -> str | None:
+    """The obstacle of engines that have no ragged groups."""
+    columns = matrix.shape[1]
+    if choice.bits != 16 and columns % choice.group_size:
+        return f"{columns} columns are not divisible by the group size {choice.group_size}"
+    return None

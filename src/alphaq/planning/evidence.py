@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,10 +20,11 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines import native
 from alphaq.engines.llama_cpp import GAUSSIAN_ERROR
 from alphaq.errors import StatsError
-from alphaq.measurement import measure
+from alphaq.measurement import Sampling, measure
 from alphaq.planning.limits import problem_of
 from alphaq.planning.request import Request
-from alphaq.records import Choice, Spectrum
+from alphaq.quantizers.base import SAMPLE_VALUES
+from alphaq.records import Choice, MatrixRef, Spectrum
 from alphaq.sensitivity.distortion import analytic_noise
 from alphaq.sensitivity.methods import Evidence, Need
 from alphaq.spectra.measure import read_stats
@@ -31,6 +33,7 @@ from alphaq.workers import Workers
 
 Wrap = Callable[[Iterable[Any], int, str], Iterable[Any]]
 SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH = 8, 256
+SAMPLE_MEMBERS = 32  # matrices of a unit whose errors are measured
 CALIBRATION_LENGTH = 512
 CALIBRATION_TOKENS = 16_384
 
@@ -50,6 +53,8 @@ class Measurements:
     evidence: Evidence
     seconds: dict[str, float] = field(default_factory=dict)
     """Time that each need took in this run; what the cache held took next to none."""
+    deviations: np.ndarray | None = None
+    """Relative standard error of a unit's summed errors, for each of its matrices [matrices, choices]."""
 
 
 def measure_for_plan(
@@ -89,6 +94,9 @@ def measure_for_plan(
     real = tuple(choice for choice in choices if choice.bits != 16) if config.noise == "measured" else ()
     variant = SpectrumVariant(config.spectrum, config.tail)
     begin = time.perf_counter()
+    units: dict[str, list[MatrixRef]] = {}
+    for matrix in matrices:
+        units.setdefault(request.profile.unit_of(matrix), []).append(matrix)
     results = measure(
         matrices,
         workers or Workers(1, checkpoint),
@@ -98,19 +106,24 @@ def measure_for_plan(
         device,
         "statistics" in wanted,
         variant,
+        _sampling(request.profile.quantizer, units),
     )
-    spectra, rows, statistics = {}, [], []
+    spectra, rows, deviations, statistics = {}, [], [], []
     for matrix, found in zip(matrices, wrap(results, len(matrices), "measure"), strict=True):
         own = found.spectrum or (given.spectra[matrix.name] if given is not None else None)
         assert own is not None  # measured unless given
         spectra[matrix.name] = own
         energy = own.mean_square * matrix.parameters
-        rows.append([found.squared_errors.get(c, _expected(own, c, energy, matrix.parameters)) for c in choices])
+        measured = found.squared_errors
+        others = {c: _expected(own, c, energy, matrix.parameters) for c in choices if c not in real}
+        rows.append([others[c] if c in others else measured.expected.get(c, np.nan) for c in choices])
+        deviations.append([measured.deviation.get(c, 0.0) for c in choices])
         if found.statistics is not None:
             statistics.append(found.statistics)
     seconds = {"errors": time.perf_counter() - begin}
     weights = np.array([matrix.parameters for matrix in matrices], dtype=np.int64)
-    errors = np.array(rows)
+    energies = np.array([found.mean_square for found in spectra.values()]) * weights
+    errors, deviation = _by_unit(units, spectra, np.array(rows), np.array(deviations), energies)
     left_out = {} if given is None else {n: why for n, why in given.left_out.items() if "not an expert" not in why}
     passes: dict[Need, Callable[[], Any]] = {
         "prior": lambda: routing_prior(checkpoint),
@@ -129,7 +142,7 @@ def measure_for_plan(
         tuple(spectra),
         choices,
         errors,
-        np.array([found.mean_square for found in spectra.values()]) * weights,
+        energies,
         weights,
         _alphas(spectra),
         tuple(matrices),
@@ -138,7 +151,47 @@ def measure_for_plan(
         seen.get("synthetic"),
         seen.get("text"),
     )
-    return Measurements(spectra, choices, errors, weights, left_out, evidence, seconds)
+    return Measurements(spectra, choices, errors, weights, left_out, evidence, seconds, deviation)
+
+
+def _sampling(quantizer: str, units: dict[str, list[MatrixRef]]) -> Sampling:
+    """Where matrices share a choice, their errors are only needed in sum: less of each is enough."""
+    largest = max(map(len, units.values()))
+    if largest == 1:
+        return Sampling(quantizer)
+    drawn = [
+        matrix.name
+        for unit, members in units.items()
+        for matrix in random.Random(unit).sample(members, min(len(members), SAMPLE_MEMBERS))
+    ]
+    values = max(SAMPLE_VALUES // min(largest, SAMPLE_MEMBERS), SAMPLE_VALUES // SAMPLE_MEMBERS)
+    return Sampling(quantizer, values, None if len(drawn) == sum(map(len, units.values())) else frozenset(drawn))
+
+
+def _by_unit(
+    units: dict[str, list[MatrixRef]],
+    spectra: dict[str, Spectrum],
+    errors: np.ndarray,
+    deviations: np.ndarray,
+    energies: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Errors [matrices, choices] of matrices left out of the sample (NaN) from those of their unit, in proportion to
+    their energy; and the relative standard error [matrices, choices] of their unit's sum."""
+    numbers = {name: number for number, name in enumerate(spectra)}
+    errors, relative = errors.copy(), np.zeros_like(errors)
+    for members in units.values():
+        rows = np.array([numbers[matrix.name] for matrix in members])
+        seen = rows[np.isfinite(errors[rows]).all(axis=1)]
+        total, energy = errors[seen].sum(axis=0), energies[seen].sum()
+        ratio = total / energy if energy > 0 else np.zeros(errors.shape[1])
+        missing = np.setdiff1d(rows, seen)
+        spread = np.square(deviations[seen]).sum(axis=0)
+        if len(missing):  # and how much the members differ, as far as they were not all seen
+            misses = errors[seen] - ratio * energies[seen, None]
+            spread = spread + np.square(misses).sum(axis=0) * len(missing) / len(rows)
+        relative[rows] = np.sqrt(spread) / np.where(total > 0, total, 1.0)
+        errors[missing] = ratio * energies[missing, None]
+    return errors, relative
 
 
 def _from_stats(request: Request, wanted: set[Need], given: Any) -> Measurements:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -50,12 +51,13 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, evidence: Eviden
         problem.check(str(config.budget), _least(problem, config, f"--bits {_up(floor / int(counted.sum()))}"))
         return problem
 
-    matrices = native.planned_matrices(checkpoint)
-    fixed_choices(checkpoint, request)  # a pin that names nothing is told before any measuring
+    experts = native.planned_matrices(checkpoint)
+    fixed, joined = outside_experts(checkpoint, request)
+    matrices = [*experts, *joined]
     allowed = allowed_choices(request, matrices)
     if evidence is not None:
-        pinned = [any(rule.matches(matrix) for rule in config.pins) for matrix in matrices]
-        allowed &= _clear_enough(config, evidence) | np.array(pinned)[:, None]
+        pinned = [any(rule.matches(matrix) for rule in config.pins) for matrix in experts]
+        allowed[: len(experts)] &= _clear_enough(config, evidence) | np.array(pinned)[:, None]
     units = [profile.unit_of(matrix) for matrix in matrices]
     # In the model's order, not the files': shards sort layer 10 before layer 2.
     names = tuple(dict.fromkeys(units[number] for number in sorted(range(len(units)), key=lambda n: matrices[n].place)))
@@ -76,7 +78,8 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, evidence: Eviden
         costs, limit = blocks, math.floor(config.budget.bpw * parameters / 8 + 1e-9)
     else:
         assert config.budget.size_bytes is not None
-        fixed_bytes = size_bytes(checkpoint, request, {matrix.name: Choice(16) for matrix in matrices})
+        kept16 = {matrix.name: Choice(16) for matrix in matrices}
+        fixed_bytes = profile.writer.layout(checkpoint, fixed | kept16).size_bytes
         kept = byte_tables(profile, matrices, (Choice(16),))[1]
         fixed_bytes -= int(kept.sum())
         costs, limit = in_file, config.budget.size_bytes - fixed_bytes
@@ -155,24 +158,37 @@ def _named(rule: Rule, option: str, matrices: Sequence[MatrixRef]) -> list[int]:
     return rows
 
 
-def fixed_choices(checkpoint: Checkpoint, request: Request) -> dict[str, Choice]:
-    """Choices of matrices outside the budget: by role, or by a pin. Raises BudgetError for a pin that names nothing."""
-    widths = {role: str(bits) for role, bits in request.config.roles().items()}
-    quantizable = [matrix for matrix in checkpoint.matrices if matrix.role in widths]
-    found = {matrix.name: request.choice(widths[matrix.role]) for matrix in quantizable}
+def outside_experts(checkpoint: Checkpoint, request: Request) -> tuple[dict[str, Choice], list[MatrixRef]]:
+    """Choices of matrices outside the experts that are fixed, by role or by a pin, and those that join the budget.
+
+    Where the engine's usual width cannot be stored, the next wider one that can is taken. Raises BudgetError if one
+    that was asked for cannot be, or for a pin that names nothing.
+    """
+    profile, asked = request.profile, request.config.roles()
+    quantizable = [matrix for matrix in checkpoint.matrices if matrix.role in profile.role_bits]
+    wanted = {matrix.name: request.choice(str(asked[matrix.role])) for matrix in quantizable if matrix.role in asked}
     planned = native.planned_matrices(checkpoint)
     for rule in request.config.pins:
-        outside = [matrix for matrix in quantizable if rule.matches(matrix)]
-        if not outside:
+        named = [matrix for matrix in quantizable if rule.matches(matrix)]
+        if not named:
             _named(rule, "--pin", planned)
-        found.update({matrix.name: request.choice(rule.value) for matrix in outside})
+        wanted.update({matrix.name: request.choice(rule.value) for matrix in named})
+    fixed, joined = {}, []
     for matrix in quantizable:
-        if why := request.profile.obstacle(found[matrix.name], matrix):
-            raise BudgetError(
-                f"{request.profile.name} cannot store {matrix.name} as {found[matrix.name]}: {why}. Keep it with "
-                f"--pin '{matrix.name}=16', or its role with --attention-bits 16 or --shared-bits 16."
-            )
-    return found
+        choice = wanted.get(matrix.name)
+        if choice is not None:
+            if why := profile.obstacle(choice, matrix):
+                raise BudgetError(
+                    f"{profile.name} cannot store {matrix.name} as {choice}: {why}. Keep it with "
+                    f"--pin '{matrix.name}=16', or drop the width asked for."
+                )
+            fixed[matrix.name] = choice
+        elif request.joint and any(profile.obstacle(offered, matrix) is None for offered in request.offered):
+            joined.append(matrix)
+        else:
+            usual = request.choice(str(profile.role_bits[matrix.role]))
+            fixed[matrix.name] = _storable(profile, usual, matrix)
+    return fixed, joined
 
 
 def byte_tables(
@@ -180,20 +196,20 @@ def byte_tables(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bytes of each matrix at each choice, int64 [matrices, choices]: its data alone, and what it adds to the files.
 
-    Only the native profile writes files whose headers are known before; elsewhere both are the data. A choice that
-    a matrix cannot take (see `Profile.obstacle`) is never chosen; it is counted as the next wider one that it can.
+    A choice that a matrix cannot take (see `Profile.obstacle`) is never chosen; it is counted as the next
+    wider one that it can.
     """
-    if profile.name == native.PROFILE.name:
-        return native.byte_tables(list(matrices), choices)
-    known: dict[Any, int] = {}
-    table = np.empty((len(matrices), len(choices)), np.int64)
+    known: dict[Any, tuple[int, int]] = {}
+    table = np.empty((len(matrices), len(choices), 2), np.int64)
     for number, matrix in enumerate(matrices):
+        # A header entry depends on the name's length; that of a stack is counted with its first matrix.
+        kind = (matrix.shape, matrix.dtype, len(json.dumps(matrix.name)), matrix.expert in (0, None))
         for column, choice in enumerate(choices):
-            key = (matrix.shape, choice)
-            if key not in known:
-                known[key] = profile.storage_bytes(_storable(profile, choice, matrix), matrix.shape)
-            table[number, column] = known[key]
-    return table, table
+            if (kind, choice) not in known:
+                stored = _storable(profile, choice, matrix)
+                known[kind, choice] = profile.storage_bytes(stored, matrix.shape), profile.file_bytes(matrix, stored)
+            table[number, column] = known[kind, choice]
+    return table[:, :, 0], table[:, :, 1]
 
 
 def _storable(profile: Profile, choice: Choice, matrix: MatrixRef) -> Choice:
@@ -232,14 +248,9 @@ def _nominal_bits(request: Request, matrices: Sequence[MatrixRef], nbytes: int) 
 
 
 def size_bytes(checkpoint: Checkpoint, request: Request, chosen: dict[str, Choice]) -> int:
-    """Bytes of all weight files (native, headers included) or of all tensors' data (other engines)."""
-    choices = fixed_choices(checkpoint, request) | chosen
-    if request.profile.name == native.PROFILE.name:
-        return native.size_bytes(checkpoint, choices)
-    by_name = {matrix.name: matrix for matrix in checkpoint.matrices}
-    replaced = sum(checkpoint.stored_bytes(by_name[name]) for name in choices)
-    stored = sum(request.profile.storage_bytes(choice, by_name[name].shape) for name, choice in choices.items())
-    return checkpoint.nbytes - replaced + stored
+    """Bytes of all weight files, headers included."""
+    fixed, _ = outside_experts(checkpoint, request)
+    return request.profile.writer.layout(checkpoint, fixed | chosen).size_bytes
 
 
 def plain_size(checkpoint: Checkpoint, request: Request, bits: float) -> int:

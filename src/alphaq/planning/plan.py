@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,12 +11,15 @@ import numpy as np
 import alphaq
 from alphaq.allocation.problem import Problem, solve_experts, solve_losses, solve_order, solve_shares
 from alphaq.checkpoint.reader import Checkpoint
+from alphaq.engines.llama_cpp import GAUSSIAN_ERROR
 from alphaq.errors import BudgetError
 from alphaq.planning.evidence import Measurements
-from alphaq.planning.limits import byte_tables, fixed_choices, problem_of, size_bytes
+from alphaq.planning.limits import byte_tables, outside_experts, problem_of, size_bytes
 from alphaq.planning.request import Request
-from alphaq.records import Plan, PlanTable, Solution
+from alphaq.records import MatrixRef, Plan, PlanTable, Solution
 from alphaq.sensitivity.methods import Evidence, resolved_gamma
+from alphaq.sensitivity.roles import role_weights
+from alphaq.sensitivity.signal import HARM_EXPONENT
 
 
 def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measurements) -> Plan:
@@ -32,16 +36,21 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
     config, choices = request.config, request.choices
     problem = problem_of(checkpoint, request, found.evidence)
     evidence = _accounted(replace(found.evidence, gamma=config.gamma, seed=config.seed), request)
-    solution, losses = _solve(problem, request, evidence)
+    fixed, joined = ({}, []) if checkpoint is None else outside_experts(checkpoint, request)
+    solution, losses = _solve(problem, request, evidence, joined)
 
     columns = problem.chosen(solution.columns)
-    chosen = {name: choices[column] for name, column in zip(evidence.names, columns, strict=True)}
+    names = (*evidence.names, *(matrix.name for matrix in joined))
+    chosen = {name: choices[column] for name, column in zip(names, columns, strict=True)}
+    experts = columns[: len(evidence.names)]
     parameters = int(found.weights.sum())
-    fixed = {} if checkpoint is None else fixed_choices(checkpoint, request)
+    picked = np.arange(len(experts)), experts
     blocks = None
     if checkpoint is not None:
         table, _ = byte_tables(request.profile, evidence.matrices, choices)
-        blocks = int(table[np.arange(len(columns)), columns].sum())
+        blocks = int(table[picked].sum())
+    relative = found.evidence.relative_errors[picked].tolist()
+    deviation = None if found.deviations is None else float(f"{found.deviations[picked].max():.2g}")
     resolved = config.model_copy(update={"gamma": resolved_gamma(evidence)} if config.method == "alphaq" else {})
     unit = next(name for name, value in config.budget.model_dump().items() if value is not None)
     bounded = np.isfinite(solution.lower_bound)
@@ -51,7 +60,7 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
         engine=request.profile.name,
         source=None if checkpoint is None else checkpoint.identity,
         config=resolved.model_dump(mode="json"),
-        average_bits=float(found.weights @ [choice.bits for choice in chosen.values()] / parameters),
+        average_bits=float(found.weights @ [choices[column].bits for column in experts] / parameters),
         bits_per_weight=None if blocks is None else 8 * blocks / parameters,
         size_bytes=None if checkpoint is None else size_bytes(checkpoint, request, chosen),
         budget_unit=unit,
@@ -65,7 +74,9 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
         alpha={name: s.alpha for name, s in found.spectra.items() if s.alpha is not None},
         unplanned=found.left_out,
         neutral={name: s.reason for name, s in found.spectra.items() if s.alpha is None},
-        table=_table(problem, losses, evidence),
+        expected_error={name: float(f"{error:.4g}") for name, error in zip(evidence.names, relative, strict=True)},
+        sampling_error=deviation,
+        table=_table(problem, losses, names),
     )
 
 
@@ -82,8 +93,10 @@ def _accounted(evidence: Evidence, request: Request) -> Evidence:
     )
 
 
-def _solve(problem: Problem, request: Request, evidence: Evidence) -> tuple[Solution, np.ndarray]:
-    """The solution and the losses [matrices, choices] that it is judged by."""
+def _solve(
+    problem: Problem, request: Request, evidence: Evidence, joined: Sequence[MatrixRef]
+) -> tuple[Solution, np.ndarray]:
+    """The solution and the losses [matrices, choices] that it is judged by; `joined` come after the experts."""
     kind, rule = request.method.kind, request.method.rule
     per_layer = request.config.per_layer
     if kind in ("order", "ratio"):
@@ -100,17 +113,21 @@ def _solve(problem: Problem, request: Request, evidence: Evidence) -> tuple[Solu
     if kind == "expert":
         experts = [f"layers.{matrix.layer}.experts.{matrix.expert}" for matrix in evidence.matrices]
         return solve_experts(problem, losses, experts), losses
+    if joined:
+        relative = np.array([GAUSSIAN_ERROR[str(choice)] for choice in problem.choices])
+        weights = role_weights(joined, evidence.matrices)
+        losses = np.vstack([losses, weights[:, None] * relative**HARM_EXPONENT])
     return solve_losses(problem, losses, per_layer), losses
 
 
-def _table(problem: Problem, losses: np.ndarray, evidence: Evidence) -> PlanTable:
+def _table(problem: Problem, losses: np.ndarray, names: Sequence[str]) -> PlanTable:
     """Why the plan is as it is, unit by unit, for `alphaq explain` and reports."""
     totals = problem.per_unit(losses)
     costs = problem.per_unit(problem.costs)
     kinds, kind = np.unique(costs, axis=0, return_inverse=True)
     members: dict[str, list[str]] = {}
-    if len(problem.units) != len(evidence.names):
-        for number, name in zip(problem.owner, evidence.names, strict=True):
+    if len(problem.units) != len(names):
+        for number, name in zip(problem.owner, names, strict=True):
             members.setdefault(problem.units[number], []).append(name)
     return PlanTable(
         choices=tuple(map(str, problem.choices)),

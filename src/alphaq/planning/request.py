@@ -10,7 +10,7 @@ from alphaq.config import PlanConfig
 from alphaq.engines.profile import Profile
 from alphaq.engines.profiles import profile as engine_profile
 from alphaq.errors import BudgetError, ChoiceError
-from alphaq.records import Choice
+from alphaq.records import Choice, Role
 from alphaq.sensitivity.methods import Method, method
 
 WIDTHS = (*range(1, 9), 16)
@@ -30,6 +30,12 @@ class Request:
     choices: tuple[Choice, ...]
     offered: frozenset[Choice]
     ladder: tuple[Choice, ...]
+
+    @property
+    def joint(self) -> bool:
+        """Whether one budget covers the other roles too: where all files count and losses can be compared."""
+        sized = self.config.budget.size_bytes is not None and not self.config.per_layer
+        return sized and self.profile.joint and self.method.joint
 
     def choice(self, text: str) -> Choice:
         """A choice as a user writes it, for this engine. Raises ChoiceError if it cannot be stored."""
@@ -78,18 +84,16 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
             "another method, such as hessian."
         )
     if config.noise is None:
-        schemes = any(choice.scheme for choice in choices)
-        config = config.model_copy(update={"noise": "measured" if with_model and not schemes else "analytic"})
-    elif config.noise == "measured" and any(choice.scheme for choice in choices):
-        raise BudgetError(
-            f"--noise measured cannot be had for {profile.name}: its quantizer is not ours. Use --noise analytic, "
-            "which takes each type's error on Gaussian weights."
-        )
+        config = config.model_copy(update={"noise": "measured" if with_model else "analytic"})
     for option, rules in (("--min-bits", config.min_bits), ("--max-bits", config.max_bits)):
         for rule in rules:
             rule.number(option)
-    for bits in config.roles().values():
+    for role, bits in config.roles().items():
         profile.with_bits(bits)
+        if role not in profile.role_bits and role is not Role.DENSE_MLP:
+            raise BudgetError(
+                f"{profile.name} keeps the {role.value} in 16 bits; --{role.value}-bits is of no use. Drop it."
+            )
     if config.unweighted and config.budget.bpw is not None:
         raise BudgetError("--unweighted counts matrices, so stored bits per weight mean nothing. Use --bits or --size.")
     return Request(config, profile, chosen, choices, offered, ladder)

@@ -11,6 +11,7 @@ import numpy as np
 
 from alphaq.simd import (
     LANES,
+    as_brain,
     as_half,
     fma,
     kernel,
@@ -30,6 +31,7 @@ from alphaq.simd import (
     where_less,
 )
 
+REFITS = 4
 _LOW_8 = np.uint64(0x00FF00FF00FF00FF)
 _LOW_16 = np.uint64(0x0000FFFF0000FFFF)
 _LOW_32 = np.uint64(0x00000000FFFFFFFF)
@@ -263,3 +265,88 @@ def dequantize_rows(packed, columns, bits, group_size, scales, offsets, out):
                 store(values, 0, (load_bytes(codes, whole) - zero) * step + start)
                 for lane in range(count - whole):
                     out[target + whole + lane] = values[lane]
+
+
+@kernel
+def refit_rows(weight, columns, bits, group_size, symmetric, rounded, brain, packed, scales, offsets):
+    """Quantize rows again on the grids that 16-bit scales allow, from RTN's; returns Σ(w − ŵ)² in float64.
+
+    weight: as for `quantize_rows`. symmetric: ŵ = s·(q − 2^(b−1)); else ŵ = s·q + β with a free β. rounded: ŵ itself
+    has 16 bits. brain: 16 bits are bfloat16's, else float16's. packed: uint8 [rows · bytes per row]. scales, offsets:
+    float32 [rows · groups], RTN's scales and zero points, which become the scales and β of 16 bits.
+    """
+    rows = weight.size // columns
+    groups = -(-columns // group_size)
+    row_bytes = 4 * -(-columns * bits // 32)
+    values = np.empty(group_size, np.float32)
+    codes = np.empty(group_size, np.uint8)
+    eights = codes.view(np.uint64)
+    top = np.float32(2**bits - 1)
+    zero = np.float32(2 ** (bits - 1)) if symmetric else np.float32(0)
+    error = 0.0
+    for row in range(rows):
+        for group in range(groups):
+            begin = group * group_size
+            count = min(group_size, columns - begin)
+            for at in range(0, count, LANES):
+                store(values, at, load(weight, row * columns + begin + at))
+            place = row * groups + group
+            scale = _narrow(scales[place], brain)
+            offset = np.float32(0) if symmetric else _narrow(-scale * offsets[place], brain)
+            least = _encode_affine(values, count, scale, offset, zero, top, rounded, brain, codes)
+            for _ in range(REFITS):
+                better, start = _fit_affine(values, codes, count, zero, symmetric, brain)
+                found = _encode_affine(values, count, better, start, zero, top, rounded, brain, codes)
+                if not found < least:
+                    _encode_affine(values, count, scale, offset, zero, top, rounded, brain, codes)
+                    break
+                scale, offset, least = better, start, found
+            scales[place] = scale
+            offsets[place] = offset
+            error += least
+            _pack(codes, eights, count, bits, packed, row * row_bytes + begin * bits // 8, (row + 1) * row_bytes)
+    return error
+
+
+@kernel
+def _narrow(value, brain):
+    """Rounded to bfloat16 or float16."""
+    return as_brain(value) if brain else as_half(value)
+
+
+@kernel
+def _encode_affine(values, count, scale, offset, zero, top, rounded, brain, codes):
+    """Write the codes nearest to whole lanes of values on a grid scale·(q − zero) + offset; returns Σ(w − ŵ)²."""
+    inverse, step, start, shift = splat(_inverse(scale)), splat(scale), splat(offset), splat(zero)
+    bottom, ceiling = splat(-zero), splat(top - zero)
+    error = splat(np.float32(0))
+    for at in range(0, count, LANES):
+        value = load(values, at)
+        level = minimum(maximum(nearest((value - start) * inverse), bottom), ceiling)
+        restored = level * step + start
+        if rounded:
+            restored = _narrow(restored, brain)
+        miss = restored - value
+        error = fma(miss, miss, error)
+        store_bytes(codes, at, level + shift)
+    return np.float64(lane_sum(error))
+
+
+@kernel
+def _fit_affine(values, codes, count, zero, symmetric, brain):
+    """Least-squares scale and offset of given codes, in 16 bits; the offset is fitted to the rounded scale."""
+    shift, none = splat(zero), splat(np.float32(0))
+    total, product, sum_, square = none, none, none, none
+    for at in range(0, count, LANES):
+        value, level = load(values, at), load_bytes(codes, at) - shift
+        total = total + value
+        sum_ = sum_ + level
+        product = fma(value, level, product)
+        square = fma(level, level, square)
+    both, squares = np.float64(lane_sum(product)), np.float64(lane_sum(square))
+    if symmetric:
+        return _narrow(np.float32(both / max(squares, 1.0)), brain), np.float32(0)
+    middle, mean = np.float64(lane_sum(sum_)) / count, np.float64(lane_sum(total)) / count
+    spread = squares - count * middle * middle
+    scale = _narrow(np.float32((both - count * middle * mean) / spread if spread > 0 else 0.0), brain)
+    return scale, _narrow(np.float32(mean - scale * middle), brain)

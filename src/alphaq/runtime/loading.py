@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from alphaq.calibration.stream import HollowModel
+from alphaq.checkpoint.gguf_source import find_gguf
+from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import CheckpointError
 
 
 def load_model(model: str | Path, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
-    """Model in eval mode and tokenizer, from a folder or hub id. Never runs code from the checkpoint.
+    """Model in eval mode and tokenizer, from a folder, a GGUF file or a hub id. Never runs code from the checkpoint.
 
-    Raises CheckpointError in one line if transformers cannot load it.
+    A GGUF file's tokenizer is None if transformers cannot make it. Raises CheckpointError in one line if transformers
+    cannot load the model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if (path := find_gguf(Path(model).expanduser())) is not None:
+        loaded, tokenizer = _load_gguf(path, dtype)
+        return loaded.to(target), tokenizer
     if str(model).startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         raise CheckpointError(f"No folder {model}. Check the path, or give a hub id.")
     logging.disable_progress_bar()
@@ -30,13 +39,27 @@ def load_model(model: str | Path, dtype: str = "auto", device: str | None = None
         raise CheckpointError(
             f"transformers cannot load {model} ({reason}). Check it with `alphaq verify` or `alphaq inspect`."
         ) from error
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return loaded.to(target).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def _load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a GGUF file of any type, its weights restored; None for a tokenizer that cannot be had."""
+    from transformers import AutoTokenizer
+
+    hollow = HollowModel(open_checkpoint(path, quantized=True))
+    for name, _ in hollow.model.named_children():
+        hollow.fill(name)
+    tokenizer = None
+    with suppress(OSError, ValueError, KeyError, NotImplementedError):  # of families that transformers does not know
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return hollow.model.to(torch.float32 if dtype == "auto" else getattr(torch, dtype)), tokenizer
 
 
 def generate_text(model: str | Path, prompt: str, max_new_tokens: int, device: str | None = None) -> str:
     """Greedy continuation of a prompt, without the prompt."""
     loaded, tokenizer = load_model(model, device=device)
+    if tokenizer is None:
+        raise CheckpointError(f"transformers cannot make the tokenizer of {model}. Run the file with llama.cpp.")
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
     if inputs["input_ids"].shape[1] == 0:
         raise CheckpointError("The prompt has no tokens. Give at least one word.")

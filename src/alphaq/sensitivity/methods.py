@@ -59,6 +59,7 @@ class Method:
     kind: `loss` (rule gives [matrices, choices], solved exactly), `order` (rule gives a score [matrices], highest
     first; None spreads evenly), `ratio` (rule gives a score; the reference's fixed shares), `expert` (a loss whose
     unit is a whole expert, under PMQ's side constraints). preset: settings that belong to the method.
+    joint: whether its losses are per weight of an average expert, so that other roles can be weighed against them.
     """
 
     summary: str
@@ -66,6 +67,7 @@ class Method:
     rule: Callable[[Evidence], np.ndarray] | None
     needs: tuple[Need, ...] = ("errors",)
     preset: Mapping[str, Any] = field(default_factory=dict)
+    joint: bool = False
 
     @property
     def needs_text(self) -> bool:
@@ -111,6 +113,7 @@ METHODS: dict[str, Method] = {
         "loss",
         signal.losses,
         ("errors", "prior", "synthetic"),
+        joint=True,
     ),
     "alphaq": Method("(α₀/α)^γ × error: heavy-tailed spectra first", "loss", _alphaq, ("errors", "alpha")),
     "paper": Method(

@@ -1,0 +1,79 @@
+"""The `[gguf]` table of an architecture file: what its configs and tensors are called in a GGUF file.
+
+Both ways read it: an export goes from config and checkpoint names to GGUF's, opening a GGUF file goes back. See
+docs/architectures.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GgufKey:
+    """Where a metadata value comes from.
+
+    config: config keys, dots for nesting, of which the first present counts; the first is also what a GGUF file's
+    value is read back as, unless it is a formula such as `kv_lora_rank + qk_rope_head_dim`. values: what the config
+    says → what the file says, "" for nothing. default: what the config says by saying nothing; None if that is nothing.
+    """
+
+    config: tuple[str, ...]
+    values: dict[str, Any]
+    default: Any
+
+    @classmethod
+    def parse(cls, entry: Any) -> GgufKey:
+        """A name, a list of names, or a table."""
+        table = entry if isinstance(entry, dict) else {"config": entry}
+        return cls(_names(table.get("config", ())), table.get("values", {}), table.get("default"))
+
+
+@dataclass(frozen=True)
+class GgufTensorRule:
+    """A kind of tensor: its name in a GGUF file and in a checkpoint.
+
+    name: with the field `{layer}` if each layer has one. sources: templates of the checkpoint's names, of which the
+    first present counts; `{expert}` means one matrix per expert, stacked in the file. transform: how values change on
+    the way, "" if they do not.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    transform: str
+
+    @classmethod
+    def parse(cls, name: str, entry: Any) -> GgufTensorRule:
+        """A template, a list of templates, or a table."""
+        table = entry if isinstance(entry, dict) else {"source": entry}
+        return cls(name, _names(table["source"]), table.get("transform", ""))
+
+
+@dataclass(frozen=True)
+class GgufMapping:
+    """A family's `[gguf]` table.
+
+    arch: the architecture's name in GGUF. metadata: keys without the leading `arch.`. config: what llama.cpp takes for
+    granted about this family, as config keys and their values. tensors: in the order of an exported file.
+    """
+
+    arch: str
+    metadata: dict[str, GgufKey]
+    config: dict[str, Any]
+    tensors: tuple[GgufTensorRule, ...]
+
+    @classmethod
+    def parse(cls, table: Mapping[str, Any]) -> GgufMapping:
+        """Read the table."""
+        return cls(
+            table["arch"],
+            {key: GgufKey.parse(entry) for key, entry in table["metadata"].items()},
+            table.get("config", {}),
+            tuple(GgufTensorRule.parse(name, entry) for name, entry in table["tensors"].items()),
+        )
+
+
+def _names(entry: str | list[str]) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry)

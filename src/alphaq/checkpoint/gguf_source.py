@@ -1,0 +1,232 @@
+"""A GGUF file seen as a Hugging Face checkpoint, so that every later stage works on it unchanged.
+
+A stack of experts [experts, rows, columns] is as many matrices, each contiguous in the file, so it is shown as
+tensors of their own under the names that the family's checkpoints use. The config is made of the metadata. What is
+called what is in the `[gguf]` table of the architecture's file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alphaq.checkpoint.encodings import Encoding
+from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, GgufValue, Scalar, read_gguf
+from alphaq.checkpoint.gguf_mapping import GgufMapping
+from alphaq.checkpoint.matching import Architecture, architectures
+from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
+from alphaq.errors import ArchitectureError, CheckpointError
+from alphaq.ggml import GGML_TYPES
+
+READABLE_TYPES = ("BF16", "F16", "F32", "Q8_0")
+_HEADS = {"permute_q": "num_attention_heads", "permute_k": "num_key_value_heads"}
+"""Transforms that can be undone, with the config key of the heads whose rows they reorder."""
+
+_FUSED = {"blk.{layer}.ffn_gate_up_exps.weight": ("blk.{layer}.ffn_gate_exps.weight", "blk.{layer}.ffn_up_exps.weight")}
+"""Stacks of newer files whose experts' rows are those of two stacks."""
+
+_ROUTER_OF_ONE = "blk.{layer}.ffn_gate_inp_shexp.weight"
+"""A matrix of one row in a checkpoint, but in some files a vector."""
+
+_MAY_LACK = ("rope.", "attention.key_length", "attention.value_length", "attention.head_count_kv", "vocab_size")
+_ROPE_BASE = "rope.freq_base"
+_USUAL_ROPE_BASE = 10_000.0  # what llama.cpp takes if a file does not say
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """A GGUF file as a checkpoint. shards: tensors under their Hugging Face names, by the file that holds them.
+
+    names: Hugging Face name → the GGUF tensor that holds it.
+    """
+
+    file: GgufFile
+    architecture: Architecture
+    config: dict[str, Any]
+    shards: dict[str, dict[str, TensorInfo]]
+    names: dict[str, str]
+
+
+def find_gguf(model: Path) -> Path | None:
+    """The GGUF file that a path means: itself, or the only model of a folder that holds no other kind of weights.
+
+    Raises CheckpointError if a folder holds several.
+    """
+    if model.suffix == ".gguf" and not model.is_dir():
+        return model
+    if not model.is_dir() or (model / "config.json").exists():
+        return None
+    found = sorted(
+        path for path in model.glob("*.gguf") if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", path.name)
+    )
+    if len(found) > 1:
+        raise CheckpointError(f"{model} holds {len(found)} models, {found[0].name} among them. Name the file instead.")
+    return found[0] if found else None
+
+
+def open_gguf(path: Path, quantized: bool = False) -> GgufModel:
+    """Open a model's GGUF file, or the first of its parts. quantized: whether it may be of any type.
+
+    Raises CheckpointError if it is damaged or quantized, ArchitectureError if its family cannot be read from GGUF.
+    """
+    file = read_gguf(path)
+    where = file.files[0]
+    architecture, mapping = _architecture(file, where)
+    for tensor in file.tensors.values():
+        if tensor.type not in READABLE_TYPES and not quantized:
+            raise CheckpointError(
+                f"{where}: {tensor.name} is already quantized to {tensor.type}. Start from a file in "
+                f"{', '.join(READABLE_TYPES)}."
+            )
+    config = _config(file, mapping, where) | {"model_type": architecture.model_types[0]}
+    shards: dict[str, dict[str, TensorInfo]] = {part: {} for part in file.files}
+    names: dict[str, str] = {}
+    for tensor in file.tensors.values():
+        for info in _views(tensor, mapping, architecture, config, where):
+            if info.name in names:
+                raise CheckpointError(f"{where}: {tensor.name} and {names[info.name]} are the same. Convert it again.")
+            names[info.name] = tensor.name
+            shards[tensor.file][info.name] = info
+    return GgufModel(file, architecture, config, shards, names)
+
+
+def _architecture(file: GgufFile, where: str) -> tuple[Architecture, GgufMapping]:
+    name = file.metadata["general.architecture"].value if "general.architecture" in file.metadata else None
+    known = {
+        architecture.gguf.arch: (architecture, architecture.gguf)
+        for architecture in architectures().values()
+        if architecture.gguf is not None
+    }
+    readable = {
+        arch: found
+        for arch, found in known.items()
+        if all(not r.transform or r.transform in _HEADS for r in found[1].tensors)
+    }
+    if name in readable:
+        return readable[str(name)]
+    if name in known:
+        raise ArchitectureError(
+            f"{where}: GGUF stores the attention of {name!r} in another form than its Hugging Face checkpoints, which "
+            "cannot be undone. Start from the Hugging Face folder."
+        )
+    raise ArchitectureError(
+        f"{where}: its architecture {name!r} cannot be read. Readable: {', '.join(readable)}. "
+        "Start from the Hugging Face folder, or add a [gguf] table as docs/architectures.md explains."
+    )
+
+
+# -- metadata → config ----------------------------------------------------------------------------
+
+
+def _config(file: GgufFile, mapping: GgufMapping, where: str) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    for key, origin in mapping.metadata.items():
+        value = _scalar(file.metadata, f"{mapping.arch}.{key}", where)
+        if value is None and key == _ROPE_BASE:
+            value = _USUAL_ROPE_BASE
+        if value is None and not origin.values and not key.startswith(_MAY_LACK):
+            raise CheckpointError(
+                f"{where} lacks {mapping.arch}.{key}; it may hold another kind of model or come from an old converter. "
+                "Convert a Mixture-of-Experts model again with a current llama.cpp."
+            )
+        target = origin.config[0] if origin.config else ""
+        if not re.fullmatch(r"[\w.]+", target):
+            continue  # a formula, of values that other keys give
+        if origin.values:
+            meanings = {written: meant for meant, written in origin.values.items()}
+            if (value or "") not in meanings:
+                raise CheckpointError(
+                    f"{where}: {mapping.arch}.{key} is {value!r}; readable: {', '.join(map(repr, meanings))}. "
+                    "Start from the Hugging Face folder."
+                )
+            value = meanings[value or ""]
+        if value is not None:
+            _set(config, target, value, f"{where}: {mapping.arch}.{key}")
+    config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is not None and embedding.shape:
+        config.setdefault("vocab_size", embedding.shape[0])
+    return config | mapping.config | {"tie_word_embeddings": "output.weight" not in file.tensors}
+
+
+def _scalar(metadata: Mapping[str, GgufValue], key: str, where: str) -> Scalar | None:
+    if key not in metadata:
+        return None
+    value = metadata[key].value
+    if isinstance(value, tuple):
+        raise CheckpointError(
+            f"{where}: {key} differs by layer, which cannot be read. Start from the Hugging Face folder."
+        )
+    # The shortest number with the same bits, which is what the config said before it was rounded to 32 bits.
+    return float(str(np.float32(value))) if metadata[key].type == "float32" else value
+
+
+def _set(config: dict[str, Any], key: str, value: Any, where: str) -> None:
+    *tables, last = key.split(".")
+    for table in tables:
+        config = config.setdefault(table, {})
+    if config.setdefault(last, value) != value:
+        raise CheckpointError(
+            f"{where} is {value!r}, but another key says that {last} is {config[last]!r}, which no Hugging Face config "
+            "can say. Start from the Hugging Face folder."
+        )
+
+
+# -- tensors → tensors of a checkpoint ------------------------------------------------------------
+
+
+def _views(
+    tensor: GgufTensor, mapping: GgufMapping, architecture: Architecture, config: Mapping[str, Any], where: str
+) -> Iterator[TensorInfo]:
+    """What a GGUF tensor holds, under Hugging Face names."""
+    found = re.match(r"blk\.(0|[1-9]\d{0,5})\.", tensor.name)
+    template = tensor.name if found is None else f"blk.{{layer}}.{tensor.name[found.end() :]}"
+    rules = [rule for name in _FUSED.get(template, (template,)) for rule in mapping.tensors if rule.name == name]
+    if not rules:
+        raise ArchitectureError(
+            f"{where}: {tensor.name} is no known tensor of a {mapping.arch} model. Start from the Hugging Face folder."
+        )
+    stacked = "{expert}" in rules[0].sources[0]
+    experts = architecture.experts_per_layer(config) if stacked else 1
+    shape = tensor.shape[1:] if stacked else tensor.shape
+    if template == _ROUTER_OF_ONE and len(shape) == 1:
+        shape = (1, *shape)
+    fits = (len(shape) == 2 and tensor.shape[0] == experts) if stacked else len(shape) in (1, 2)
+    if not fits or 0 in shape or shape[0] % len(rules):
+        raise CheckpointError(
+            f"{where}: {tensor.name} has the shape {list(tensor.shape)}, unlike any in a {mapping.arch} model of "
+            f"{architecture.experts_per_layer(config)} experts. Convert the model again."
+        )
+    shape = (shape[0] // len(rules), *shape[1:])
+    nbytes = GGML_TYPES[tensor.type].storage_bytes(shape)
+    for number in range(experts * len(rules)):
+        expert, part = divmod(number, len(rules))
+        begin = tensor.begin + number * nbytes
+        yield TensorInfo(
+            rules[part].sources[0].format(layer=found and found[1], expert=expert),
+            tensor.type if tensor.type in TORCH_DTYPES else "F32",
+            shape,
+            begin,
+            begin + nbytes,
+            _encoding(tensor, rules[part].transform, config, where),
+        )
+
+
+def _encoding(tensor: GgufTensor, transform: str, config: Mapping[str, Any], where: str) -> Encoding | None:
+    head_rows = 0
+    if transform:
+        heads = config[_HEADS[transform]]
+        head_rows = tensor.shape[0] // heads if type(heads) is int and heads > 0 else 0
+        if not head_rows or tensor.shape[0] % (2 * heads):
+            raise CheckpointError(
+                f"{where}: {tensor.name} of shape {list(tensor.shape)} has no {heads!r} heads of two halves. "
+                "Convert the model again."
+            )
+    if tensor.type not in TORCH_DTYPES:
+        return Encoding(tensor.type, (1, GGML_TYPES[tensor.type].block_weights), head_rows=head_rows)
+    return Encoding("plain", (1, 1), head_rows=head_rows) if head_rows else None

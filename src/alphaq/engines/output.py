@@ -1,0 +1,118 @@
+"""What lies beside the weight files of every engine: the plan, and a manifest of what was written.
+
+The manifest holds, for every matrix and every kept tensor, where it went, a checksum, and the relative squared
+error if it was quantized, so that `verify` can tell damage from the loss that was agreed to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from alphaq.checkpoint.writer import Place
+from alphaq.engines.export import Stored
+from alphaq.engines.profiles import profile
+from alphaq.errors import CheckpointError, VerificationError
+from alphaq.records import Choice, Plan, first_fault
+
+PLAN_NAME = "plan.json"
+MANIFEST_NAME = "alphaq_manifest.json"
+
+
+class Record(BaseModel):
+    """A manifest entry: checksum of the bytes in the order of the parts, and Σ(w − ŵ)²/Σw² if it was quantized.
+
+    parts: output tensors, each with its place in a stack or None; a single tensor of the entry's own name is left out.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    blake2b: str
+    relative_error: float | None = None
+    parts: tuple[tuple[str, int | None], ...] | None = None
+
+
+class Manifest(BaseModel):
+    """What `alphaq_manifest.json` holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    tensors: dict[str, Record]
+
+
+def read_manifest(path: Path) -> dict[str, Record]:
+    """The entries by name. Raises CheckpointError naming the first fault."""
+    try:
+        return Manifest.model_validate_json(path.read_bytes()).tensors
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({first_fault(error)}). Copy the files again, or quantize again."
+        ) from None
+
+
+def write_manifest(folder: Path, plan: Plan, manifest: Mapping[str, Record]) -> None:
+    """Plan and manifest."""
+    (folder / MANIFEST_NAME).write_text(
+        Manifest(tensors=dict(sorted(manifest.items()))).model_dump_json(indent=1, exclude_none=True) + "\n",
+        encoding="utf-8",
+    )
+    (folder / PLAN_NAME).write_text(plan.to_json(), encoding="utf-8")
+
+
+class Output:
+    """What `alphaq quantize` wrote, opened for reading: plan, manifest, and every tensor's place."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise CheckpointError(f"No folder {folder}. Point to the output of `alphaq quantize`.")
+        for name in (PLAN_NAME, MANIFEST_NAME):
+            if not (folder / name).is_file():
+                raise CheckpointError(
+                    f"{folder} is no complete alphaq checkpoint: it has no {name}. Point to the output of "
+                    "`alphaq quantize`, complete the copy, or quantize again."
+                )
+        self.folder = folder
+        self.plan = Plan.from_json((folder / PLAN_NAME).read_bytes(), str(folder / PLAN_NAME))
+        self.profile = profile(self.plan.engine)
+        self.manifest = read_manifest(folder / MANIFEST_NAME)
+        self.stored: dict[str, Stored] = self.profile.writer.stored(folder)
+
+    def parts(self, name: str) -> tuple[tuple[str, int | None], ...]:
+        """Output tensors of one entry."""
+        return self.manifest[name].parts or ((name, None),)
+
+    def places(self, name: str) -> tuple[Place, ...]:
+        """Where one entry's bytes are. The entry must be complete (see `faults`)."""
+        return tuple(self.stored[tensor].share(index) for tensor, index in self.parts(name))
+
+    def choice(self, name: str) -> Choice | None:
+        """The plan's choice for one entry, None for a tensor that is kept."""
+        return self.plan.choice(name) if name in self.plan.choices else None
+
+    def faults(self) -> list[str]:
+        """What shows without reading data: missing or unexplained tensors, and a total size other than promised."""
+        expected = {tensor for name in self.manifest for tensor, _ in self.parts(name)}
+        faults = [f"{name} is missing" for name in sorted(expected - self.stored.keys())]
+        faults += [f"{name} is missing" for name in sorted(self.plan.choices.keys() - self.manifest.keys())]
+        faults += [f"{name} is not in {MANIFEST_NAME}" for name in sorted(self.stored.keys() - expected)]
+        for name in self.manifest:
+            for tensor, index in self.parts(name):
+                if index is not None and tensor in self.stored:
+                    shape = self.stored[tensor].shape
+                    if not shape or not 0 <= index < shape[0]:
+                        faults.append(f"{tensor} of shape {list(shape)} has no entry {index}")
+        real = sum((self.folder / file).stat().st_size for file in {one.place.file for one in self.stored.values()})
+        if self.plan.size_bytes is not None and real != self.plan.size_bytes:
+            faults.append(f"the weight files have {real} bytes, the plan promises {self.plan.size_bytes}")
+        return faults
+
+
+def raise_faults(folder: Path, faults: list[str]) -> None:
+    """VerificationError with the first fault and the count, if there is any."""
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise VerificationError(f"{folder}: {faults[0]}{more}. Copy the files again, or quantize again.")

@@ -1,0 +1,98 @@
+"""llama.cpp's own quantizers and their inverses, called in the shared object of the `xllamacpp` wheel.
+
+A row becomes blocks of 32 or 256 weights; which type is a choice's `scheme`. The types below 3 bits search for
+the codes of least Σ m·(w − ŵ)², with an importance m per column: ones, unless a user brings an importance
+matrix. Rows do not see one another, so any rows can be quantized apart, in any thread, to the same bytes.
+Source: ggml_quantize_chunk in ggml.h; the tests compare with the `gguf` package's dequantization.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from alphaq.errors import MissingExtraError, QuantizationError
+from alphaq.ggml import GGML_BLOCKS, GGML_TYPES
+from alphaq.numerics import in_threads, row_parts, squared_distance
+from alphaq.records import Choice, QuantizedMatrix
+
+
+@lru_cache(maxsize=1)
+def _library() -> Any:
+    found = find_spec("xllamacpp")
+    folders = [] if found is None else list(found.submodule_search_locations or ())
+    objects = [
+        path for folder in folders for ending in ("so", "dylib", "pyd") for path in Path(folder).glob(f"*.{ending}")
+    ]
+    if not objects:
+        raise MissingExtraError("gguf", "Quantizing for llama.cpp calls llama.cpp's own quantizers")
+    library = ctypes.CDLL(str(objects[0]))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        *[ctypes.c_void_p] * 2,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
+    return library
+
+
+@cache
+def _prepared(scheme: str) -> Any:
+    """The library once the tables of a type are built; some take seconds, and building is not thread-safe."""
+    library = _library()
+    library.ggml_quantize_init(GGML_TYPES[scheme].number)
+    return library
+
+
+def quantize_ggml(
+    weight: torch.Tensor, choice: Choice, name: str = "matrix", importance: np.ndarray | None = None
+) -> QuantizedMatrix:
+    """Blocks of a [rows, columns] matrix as codes uint8 [rows, bytes per row]; scales are inside.
+
+    importance: float32 [columns], positive. Raises QuantizationError naming the matrix if it is not finite or its
+    rows are not whole blocks.
+    """
+    rows, columns = weight.shape
+    _, block, nbytes = GGML_BLOCKS[choice.scheme]
+    if columns % block:
+        raise QuantizationError(f"{name}: rows of {columns} weights are not whole {choice} blocks of {block}.")
+    library, number = _prepared(choice.scheme), GGML_TYPES[choice.scheme].number
+    ones = np.ones(columns, np.float32) if importance is None else np.ascontiguousarray(importance, np.float32)
+    codes = np.empty((rows, columns // block * nbytes), np.uint8)
+
+    def quantize(part: slice) -> float:
+        values = weight[part].float().contiguous()
+        source = values.numpy()
+        if not np.isfinite(source).all():
+            raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
+        count = part.stop - part.start
+        library.ggml_quantize_chunk(
+            number, source.ctypes.data, codes[part].ctypes.data, 0, count, columns, ones.ctypes.data
+        )
+        return squared_distance(values, restore_rows(codes[part], choice, columns))
+
+    error = math.fsum(in_threads(quantize, row_parts(rows, columns)))
+    return QuantizedMatrix(choice, (rows, columns), torch.from_numpy(codes), None, None, error)
+
+
+def restore_rows(codes: np.ndarray, choice: Choice, columns: int) -> torch.Tensor:
+    """float32 [rows, columns] that blocks uint8 [rows, bytes per row] stand for, by llama.cpp's own code."""
+    values = np.empty((len(codes), columns), np.float32)
+    codes = np.ascontiguousarray(codes)
+    function = getattr(_library(), f"dequantize_row_{_suffix(choice.scheme)}")
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
+    function(codes.ctypes.data, values.ctypes.data, values.size)
+    return torch.from_numpy(values)
+
+
+def _suffix(scheme: str) -> str:
+    """q4_K, iq2_xxs: the C functions keep only the K in capitals."""
+    return scheme.lower().replace("_k", "_K")
