@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 from pydantic import ValidationError
@@ -29,6 +29,9 @@ from alphaq.config import Blocks, Budget, Noise, PlanConfig, Rule, Tail
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.records import Plan, first_fault
 from alphaq.registry import unknown
+
+if TYPE_CHECKING:
+    from alphaq.checkpoint.imatrix import ImportanceMatrix
 
 T = TypeVar("T")
 PIPED_WIDTH, WIDEST = 120, 400
@@ -121,6 +124,12 @@ def _plan_settings(
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Text for methods that need one.", rich_help_panel=SCORES)
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            help="llama.cpp's importance matrix, for its quantizers; ones by default.", rich_help_panel=SCORES
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of method random.", rich_help_panel=SCORES)] = 0,
     unweighted: Annotated[
@@ -246,6 +255,7 @@ def plan_config(settings: Mapping[str, Any], with_model: bool = True) -> PlanCon
             raise AlphaQError(unknown(f"--{name}", given[name], known))
     budget = Budget.of(given.pop("bits"), given.pop("bpw"), given.pop("size"))
     stats, calibration = given.pop("stats"), given.pop("calibration")
+    importance = _importance(given.pop("imatrix"))
     if stats is not None and (given["spectrum"], given["tail"]) != ("farms", "hill"):
         raise AlphaQError("--stats already holds α, so --spectrum and --tail decide nothing. Drop one or the other.")
     if calibration is not None and not calibration.is_file():
@@ -260,12 +270,19 @@ def plan_config(settings: Mapping[str, Any], with_model: bool = True) -> PlanCon
             max_bits=tuple(Rule.parse(text, "--max-bits", "*") for text in given.pop("max_bits") or ()),
             min_sqnr_db=None if sqnr is None else _decibels(sqnr),
             calibration=None if calibration is None else calibration.name,
+            imatrix=None if importance is None else f"{importance.name} {importance.digest}",
             **given,
         )
     except ValidationError as error:
         raise BudgetError(f"{first_fault(error)}. See `alphaq plan --help`.") from None
     resolve(config, with_model)
     return config
+
+
+def _importance(path: Path | None) -> ImportanceMatrix | None:
+    from alphaq.checkpoint.imatrix import read_imatrix
+
+    return None if path is None else read_imatrix(path)
 
 
 def _gamma(text: str) -> float | str:
@@ -295,7 +312,7 @@ def _open(model: str, means: Mapping[str, Any]) -> Any:
 
     from alphaq.checkpoint.reader import open_checkpoint
 
-    return replace(open_checkpoint(model, means["revision"]), pre_tokenizer=means["pre_tokenizer"])
+    return replace(open_checkpoint(model, means["revision"]), pre_tokenizer=means.get("pre_tokenizer"))
 
 
 @contextmanager
@@ -338,7 +355,15 @@ def _build_plan(
     if settings["calibration"] is not None and not request.method.needs_text:
         raise BudgetError(f"--calibration is of no use to method {request.config.method}. Drop it.")
     found = planning.measure_for_plan(
-        checkpoint, request, settings["stats"], progress, workers, cache, device, settings["calibration"]
+        checkpoint,
+        request,
+        settings["stats"],
+        progress,
+        workers,
+        cache,
+        device,
+        settings["calibration"],
+        imatrix=_importance(settings["imatrix"]),
     )
     plan = planning.make_plan(checkpoint, request, found)
     missed = {name: reason for name, reason in plan.unplanned.items() if "not an expert" not in reason}
@@ -470,7 +495,7 @@ def quantize(
 
     check_absent(output)
     if plan_file is not None:
-        if conflicting := _given(context) & {*settings, "no_cache", "device"}:
+        if conflicting := _given(context) & {*settings, "no_cache", "device"} - {"imatrix"}:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(conflicting))
             raise BudgetError(f"--plan already decides everything that {names} would. Drop one or the other.")
         if not plan_file.is_file():
@@ -489,7 +514,16 @@ def quantize(
             made = _build_plan(checkpoint, config, settings, pool, cache, means["device"])
         if cache is not None:
             cache.close()  # others may measure while this one writes
-        result = pipeline.quantize(checkpoint, made, output, progress, pool, restart, means["hash_contents"])
+        result = pipeline.quantize(
+            checkpoint,
+            made,
+            output,
+            progress,
+            pool,
+            restart,
+            means["hash_contents"],
+            imatrix=_importance(settings["imatrix"]),
+        )
     summary = (
         f"{output}: {human_bytes(result['size_bytes'])} of weights, was {human_bytes(result['source_bytes'])}; "
         f"{result['tensors']} tensors re-read and correct\n{profile(made.engine).writer.usage.format(out=output)}"
@@ -500,7 +534,7 @@ def quantize(
 
 @app.command()
 @with_options(
-    frozenset({"bits", "bpw", "size", "engine", "method", "stats", "unweighted", "device"}),
+    frozenset({"bits", "bpw", "size", "engine", "method", "stats", "unweighted", "device", "imatrix", "pre_tokenizer"}),
     settings=_plan_settings,
     means=_means_settings,
 )
@@ -541,7 +575,15 @@ def compare(
         raise BudgetError(f"--bits {bits!r} is no list of numbers. Write for example --bits 2,2.5,3.") from None
     if not names or not budgets:
         raise AlphaQError("Nothing to compare. Give --methods and --bits, for example --bits 2,2.5.")
-    fixed = {"bits": min(budgets), "bpw": None, "size": None, "engine": "native", "stats": None, "unweighted": False}
+    fixed = {
+        "bits": min(budgets),
+        "bpw": None,
+        "size": None,
+        "engine": "native",
+        "stats": None,
+        "unweighted": False,
+        "imatrix": None,
+    }
     config = plan_config(settings | fixed | {"method": "distortion"})
     _check_dtype(dtype)
     from alphaq.comparison import compare as run

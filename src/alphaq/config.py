@@ -143,6 +143,8 @@ class PlanConfig(BaseModel):
     seed: int = Field(default=0, ge=0)
     calibration: str | None = None
     """Name of the text that calibrated methods used."""
+    imatrix: str | None = None
+    """Name and digest of the importance matrix that llama.cpp's quantizers are to use."""
 
     @field_validator("gamma")
     @classmethod

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
+
 from alphaq.cache import Cache, Known
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.quantizers.base import QUANTIZERS, SAMPLE_VALUES, SquaredErrors, squared_errors
+from alphaq.quantizers.base import SAMPLE_VALUES, SquaredErrors, quantizer_of, squared_errors
 from alphaq.records import Choice, MatrixRef, Spectrum, WeightStatistics
 from alphaq.spectra.device import device_spectra
 from alphaq.spectra.measure import PANEL_VALUES, spectrum, streamed_spectrum
@@ -31,6 +33,7 @@ class MeasureTask:
     variant: SpectrumVariant = FAST_VARIANT
     quantizer: str = "rtn"
     sample_values: int = SAMPLE_VALUES
+    importance: np.ndarray | None = None
 
     @property
     def streamed(self) -> bool:
@@ -62,7 +65,7 @@ def measure_one(checkpoint: Checkpoint, task: MeasureTask) -> Measured:
     own = spectrum if task.variant == FAST_VARIANT else partial(variant_spectrum, variant=task.variant)
     return Measured(
         own(weight, name) if task.spectrum else None,
-        squared_errors(weight, task.choices, name, QUANTIZERS[task.quantizer], task.sample_values),
+        squared_errors(weight, task.choices, name, quantizer_of(task.quantizer, task.importance), task.sample_values),
         weight_statistics(weight, name) if task.statistics else None,
     )
 
@@ -71,16 +74,19 @@ def measure_one(checkpoint: Checkpoint, task: MeasureTask) -> Measured:
 class Sampling:
     """How errors are to be measured: by which quantizer, on how many weights of a matrix, of which matrices.
 
-    matrices: names of those whose errors are measured, None for all.
+    matrices: names of those whose errors are measured, None for all. importance: of the columns, by matrix; digest:
+    what tells it from others.
     """
 
     quantizer: str = "rtn"
     values: int = SAMPLE_VALUES
     matrices: frozenset[str] | None = None
+    importance: Mapping[str, np.ndarray] = field(default_factory=dict)
+    digest: str = ""
 
     def key(self, choice: Choice) -> str:
         """What the cache calls an error measured so."""
-        return str(choice) if self == Sampling() else f"{choice} {self.quantizer} {self.values}"
+        return f"{choice} {self.quantizer} {self.values} {self.digest}".rstrip()
 
     def of(self, name: str, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
         """The choices to measure of one matrix."""
@@ -118,6 +124,7 @@ def measure(
             variant,
             sampling.quantizer,
             sampling.values,
+            sampling.importance.get(name),
         )
         if task.spectrum or task.choices or task.statistics:
             tasks[name] = task

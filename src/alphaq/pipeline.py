@@ -13,10 +13,12 @@ from typing import Any, TypeVar
 
 import alphaq
 from alphaq.cache import Cache
+from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.checkpoint.writer import atomic_file, atomic_folder, create_file, resumable_folder
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines.export import Entry, Layout
+from alphaq.engines.llama_cpp import importance_of
 from alphaq.engines.output import MANIFEST_NAME, Output, Record, raise_faults, write_manifest
 from alphaq.engines.profiles import profile
 from alphaq.errors import AlphaQError, PlanError
@@ -71,6 +73,7 @@ def quantize(
     hash_contents: bool = False,
     shared: Path | None = None,
     check: bool = True,
+    imatrix: ImportanceMatrix | None = None,
 ) -> dict[str, Any]:
     """Quantize by a plan, write what its engine loads, re-read it against the source, then publish it.
 
@@ -83,6 +86,13 @@ def quantize(
     """
     writer = profile(plan.engine).writer
     choices = plan_choices(plan, checkpoint)
+    given = None if imatrix is None else f"{imatrix.name} {imatrix.digest}"
+    if plan.config.get("imatrix") != given and (plan.config or imatrix is not None):
+        raise PlanError(
+            f"The plan was made with the importance matrix {plan.config.get('imatrix') or 'of ones'}, not with "
+            f"{given or 'one of ones'}. Give --imatrix the same file, or make the plan again."
+        )
+    importance = {} if imatrix is None else importance_of(checkpoint, imatrix)
     written = writer.layout(checkpoint, choices)
     if plan.size_bytes not in (None, written.size_bytes):
         raise PlanError(
@@ -99,7 +109,10 @@ def quantize(
         done = {entry["name"]: Record.model_validate(entry["record"]) for entry in journal.entries if "record" in entry}
         for file, (header, nbytes) in written.files.items():
             create_file(folder / file, header, nbytes)
-        tasks = [StoreTask(entry, plan.engine, folder, done.get(entry.name), shared) for entry in written.entries]
+        tasks = [
+            StoreTask(entry, plan.engine, folder, done.get(entry.name), shared, importance.get(entry.name))
+            for entry in written.entries
+        ]
         expected = ahead(tasks, partial(_expect, checkpoint))
         records = workers.map(store, expected, lambda task: task.nbytes)
         results = leaving(

@@ -19,7 +19,7 @@ from alphaq.engines.output import Record
 from alphaq.engines.profiles import profile
 from alphaq.errors import CheckpointError, PlanError, QuantizationError
 from alphaq.numerics import squared_distance, squared_norm
-from alphaq.quantizers.base import QUANTIZERS, sixteen_bits
+from alphaq.quantizers.base import Quantizer, quantizer_of, sixteen_bits
 from alphaq.records import Choice, MatrixRef, Plan, Role
 from alphaq.simd import flat
 
@@ -60,6 +60,8 @@ class StoreTask:
     """What an interrupted run has noted of it."""
     shared: Path | None = None
     """Folder of quantized matrices that several runs on the same checkpoint share."""
+    importance: np.ndarray | None = None
+    """Of the columns, where a user brings it."""
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +86,7 @@ def store(checkpoint: Checkpoint, task: StoreTask) -> Record:
     if kept is not None and (record := _kept_record(kept)) is not None:
         write_at(task.folder, entry.places, PlainFile(kept).chunks(0, kept.stat().st_size))
         return record
-    writer, quantizer = profile(task.engine).writer, profile(task.engine).quantizer
+    writer, quantizer = profile(task.engine).writer, quantizer_of(profile(task.engine).quantizer, task.importance)
     weight = writer.convert(checkpoint.read(source), entry.form, checkpoint)
     tensors, error = _quantized(weight, entry.choice, entry.name, writer, quantizer)
     data = [_bytes_of(tensor) for tensor in tensors]
@@ -126,7 +128,7 @@ def _kept_record(kept: Path) -> Record | None:
 
 
 def _quantized(
-    weight: torch.Tensor, choice: Choice, name: str, writer: Export, quantizer: str
+    weight: torch.Tensor, choice: Choice, name: str, writer: Export, quantizer: Quantizer
 ) -> tuple[Sequence[torch.Tensor], float]:
     """The tensors to store and their Σ(w − ŵ)²."""
     if choice.bits == 16:
@@ -135,7 +137,7 @@ def _quantized(
         if not math.isfinite(error):
             raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
         return (kept,), error
-    matrix = QUANTIZERS[quantizer](weight, choice, name)
+    matrix = quantizer(weight, choice, name)
     assert matrix.squared_error is not None
     return writer.encode(matrix), matrix.squared_error
 

@@ -250,7 +250,8 @@ class Checkpoint:
 def open_checkpoint(model: str | Path, revision: str | None = None, quantized: bool = False) -> Checkpoint:
     """Open a local folder, a GGUF file, or a hub id such as `Qwen/Qwen1.5-MoE-A2.7B`.
 
-    quantized: whether a GGUF file may be, because it is only to be run. Every header is read and checked, no weight is. Raises CheckpointError or ArchitectureError.
+    quantized: whether a GGUF file may be, because it is only to be run. Every header is read and checked, no weight
+    is. Raises CheckpointError or ArchitectureError.
     """
     if (path := find_gguf(Path(model).expanduser())) is not None:
         source = open_gguf(path, quantized)

@@ -16,9 +16,10 @@ from alphaq.cache import Cache
 from alphaq.calibration.prior import routing_prior
 from alphaq.calibration.stream import random_windows, read_windows, rewritten
 from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, gather
+from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines import native
-from alphaq.engines.llama_cpp import GAUSSIAN_ERROR
+from alphaq.engines.llama_cpp import GAUSSIAN_ERROR, importance_of
 from alphaq.errors import StatsError
 from alphaq.measurement import Sampling, measure
 from alphaq.planning.limits import problem_of
@@ -68,6 +69,7 @@ def measure_for_plan(
     calibration: Path | None = None,
     needs: Iterable[Need] | None = None,
     check_budget: bool = True,
+    imatrix: ImportanceMatrix | None = None,
 ) -> Measurements:
     """What the request's method needs to know of the matrices to plan, from the weights, a stats file, or both.
 
@@ -94,6 +96,7 @@ def measure_for_plan(
     real = tuple(choice for choice in choices if choice.bits != 16) if config.noise == "measured" else ()
     variant = SpectrumVariant(config.spectrum, config.tail)
     begin = time.perf_counter()
+    importance = {} if imatrix is None else importance_of(checkpoint, imatrix)
     units: dict[str, list[MatrixRef]] = {}
     for matrix in matrices:
         units.setdefault(request.profile.unit_of(matrix), []).append(matrix)
@@ -106,7 +109,7 @@ def measure_for_plan(
         device,
         "statistics" in wanted,
         variant,
-        _sampling(request.profile.quantizer, units),
+        _sampling(request.profile.quantizer, units, importance, "" if imatrix is None else imatrix.digest),
     )
     spectra, rows, deviations, statistics = {}, [], [], []
     for matrix, found in zip(matrices, wrap(results, len(matrices), "measure"), strict=True):
@@ -154,18 +157,21 @@ def measure_for_plan(
     return Measurements(spectra, choices, errors, weights, left_out, evidence, seconds, deviation)
 
 
-def _sampling(quantizer: str, units: dict[str, list[MatrixRef]]) -> Sampling:
+def _sampling(
+    quantizer: str, units: dict[str, list[MatrixRef]], importance: dict[str, np.ndarray], digest: str
+) -> Sampling:
     """Where matrices share a choice, their errors are only needed in sum: less of each is enough."""
     largest = max(map(len, units.values()))
     if largest == 1:
-        return Sampling(quantizer)
+        return Sampling(quantizer, importance=importance, digest=digest)
     drawn = [
         matrix.name
         for unit, members in units.items()
         for matrix in random.Random(unit).sample(members, min(len(members), SAMPLE_MEMBERS))
     ]
     values = max(SAMPLE_VALUES // min(largest, SAMPLE_MEMBERS), SAMPLE_VALUES // SAMPLE_MEMBERS)
-    return Sampling(quantizer, values, None if len(drawn) == sum(map(len, units.values())) else frozenset(drawn))
+    members = None if len(drawn) == sum(map(len, units.values())) else frozenset(drawn)
+    return Sampling(quantizer, values, members, importance, digest)
 
 
 def _by_unit(

@@ -88,6 +88,8 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
     for option, rules in (("--min-bits", config.min_bits), ("--max-bits", config.max_bits)):
         for rule in rules:
             rule.number(option)
+    if config.imatrix is not None and profile.quantizer != "ggml":
+        raise BudgetError(f"--imatrix is for llama.cpp's quantizers; {profile.name} has none. Drop it.")
     for role, bits in config.roles().items():
         profile.with_bits(bits)
         if role not in profile.role_bits and role is not Role.DENSE_MLP:

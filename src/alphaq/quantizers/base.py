@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -24,7 +25,10 @@ SAMPLE_BATCHES = 4
 
 
 class Quantizer(Protocol):
-    """Turns [rows, columns] weights into codes; deterministic; refuses NaN and infinity by name."""
+    """Turns [rows, columns] weights into codes; deterministic; refuses NaN and infinity by name.
+
+    Some also take the importance of each column (`importance`, float32 [columns]).
+    """
 
     def __call__(self, weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix: ...
 
@@ -35,6 +39,12 @@ QUANTIZERS: dict[str, Quantizer] = {
     "symmetric16": quantize_symmetric16,
     "affine": quantize_affine,
 }
+
+
+def quantizer_of(name: str, importance: np.ndarray | None = None) -> Quantizer:
+    """A quantizer by its name, for columns of some importance [columns] where that is known."""
+    chosen: Callable[..., QuantizedMatrix] = QUANTIZERS[name]
+    return chosen if importance is None else partial(chosen, importance=importance)
 
 
 def sixteen_bits(weight: torch.Tensor) -> torch.Tensor:

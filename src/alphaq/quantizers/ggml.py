@@ -64,8 +64,7 @@ def quantize_ggml(
     _, block, nbytes = GGML_BLOCKS[choice.scheme]
     if columns % block:
         raise QuantizationError(f"{name}: rows of {columns} weights are not whole {choice} blocks of {block}.")
-    library, number = _prepared(choice.scheme), GGML_TYPES[choice.scheme].number
-    ones = np.ones(columns, np.float32) if importance is None else np.ascontiguousarray(importance, np.float32)
+    weights = np.ones(columns, np.float32) if importance is None else importance
     codes = np.empty((rows, columns // block * nbytes), np.uint8)
 
     def quantize(part: slice) -> float:
@@ -73,14 +72,23 @@ def quantize_ggml(
         source = values.numpy()
         if not np.isfinite(source).all():
             raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
-        count = part.stop - part.start
-        library.ggml_quantize_chunk(
-            number, source.ctypes.data, codes[part].ctypes.data, 0, count, columns, ones.ctypes.data
-        )
+        blocks_of(source, choice.scheme, weights, codes[part])
         return squared_distance(values, restore_rows(codes[part], choice, columns))
 
     error = math.fsum(in_threads(quantize, row_parts(rows, columns)))
     return QuantizedMatrix(choice, (rows, columns), torch.from_numpy(codes), None, None, error)
+
+
+def blocks_of(values: np.ndarray, scheme: str, importance: np.ndarray | None, out: np.ndarray) -> None:
+    """Quantize float32 rows [rows, columns] into `out`, uint8 [rows, bytes per row].
+
+    importance: float32 [columns]; None lets llama.cpp weigh errors by its own rules, which some types refuse.
+    """
+    rows, columns = values.shape
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    pointer = None if weights is None else weights.ctypes.data
+    number = GGML_TYPES[scheme].number
+    _prepared(scheme).ggml_quantize_chunk(number, values.ctypes.data, out.ctypes.data, 0, rows, columns, pointer)
 
 
 def restore_rows(codes: np.ndarray, choice: Choice, columns: int) -> torch.Tensor:
