@@ -682,11 +682,15 @@ def verify(
     original = None if source is None else open_checkpoint(source)
     with _means(original, workers) as (pool, _):
         result = pipeline.verify(output, original, progress, pool)
+    beside = ""
+    if result["mean_relative_error_expected"] is not None:
+        found, expected = (result[f"mean_relative_error_{kind}"] for kind in ("planned", "expected"))
+        beside = f"; of planned matrices {found:.4g}, expected {expected:.4g}"
     show(
         as_json,
         {"ok": True, **result},
         f"{output}: all {result['tensors']} tensors are as planned ({result['quantized']} quantized, "
-        f"mean relative error {result['mean_relative_error']:.4g})",
+        f"mean relative error {result['mean_relative_error']:.4g}{beside})",
     )
 
 

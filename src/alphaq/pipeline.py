@@ -178,12 +178,16 @@ def verify(
         results = leaving(zip(shards, results, strict=True), source.forget)
     raise_faults(folder, [fault for fault in wrap(results, len(tasks), "verify") if fault is not None])
     errors = [record.relative_error for record in opened.manifest.values() if record.relative_error is not None]
+    expected = opened.plan.expected_error
+    real = [opened.manifest[name].relative_error or 0.0 for name in expected]
     return {
         "tensors": len(opened.manifest),
         "quantized": len(opened.plan.choices),
         "against_source": source is not None,
         "mean_relative_error": sum(errors) / len(errors) if errors else 0.0,
         "max_relative_error": max(errors, default=0.0),
+        "mean_relative_error_planned": sum(real) / len(real) if real else None,
+        "mean_relative_error_expected": sum(expected.values()) / len(expected) if expected else None,
     }
 
 

@@ -66,8 +66,14 @@ class StoreTask:
     @property
     def nbytes(self) -> int:
         """Bytes of source held while the task runs."""
-        source = self.entry.source
-        return CHUNK_BYTES if isinstance(source, str) else 2 * source.parameters
+        return _held_bytes(self.entry)
+
+
+def _held_bytes(entry: Entry) -> int:
+    """A kept tensor is copied in chunks, unless its values change on the way; then it is held, twice at most."""
+    if isinstance(entry.source, MatrixRef):
+        return 2 * entry.source.parameters
+    return max(CHUNK_BYTES, 2 * sum(place.nbytes for place in entry.places)) if entry.form else CHUNK_BYTES
 
 
 def store(checkpoint: Checkpoint, task: StoreTask) -> Record:
@@ -164,8 +170,7 @@ class CheckTask:
     @property
     def nbytes(self) -> int:
         """Bytes held while the task runs."""
-        source = None if self.entry is None else self.entry.source
-        return 2 * source.parameters if isinstance(source, MatrixRef) else CHUNK_BYTES
+        return CHUNK_BYTES if self.entry is None else _held_bytes(self.entry)
 
 
 def check(source: Checkpoint | None, task: CheckTask) -> str | None:

@@ -55,6 +55,8 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("expected loss (objective)", f"{plan.objective:.6g}")
     if plan.lower_bound is not None:
         table.add_row("proven gap to the best plan", "0" if plan.gap < 1e-9 else f"{100 * plan.gap:.2g} %")
+    if plan.sampling_error:
+        table.add_row("standard error of the errors (sampled)", f"at most {100 * plan.sampling_error:.2g} %")
     if plan.budget_slack is not None:
         unused = f"{plan.budget_slack:,.0f}"
         table.add_row("left of the budget", unused if plan.source is None else f"{unused} {plan.cost_unit}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, MergeModulelist, Transpose, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -76,6 +76,22 @@ class AlphaQQuantizer(HfQuantizer):
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         """Dequantize before the model's own conversions."""
         return {"dequantize": DequantizeBlocks}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Add what transformers lacks for a family that is published with its experts fused: putting them together."""
+        if model.config.model_type == "gpt_oss":
+            weight_conversions = [
+                *weight_conversions,
+                *(
+                    WeightConverter(
+                        source_patterns=f"mlp.experts.*.{part}.weight",
+                        target_patterns=f"mlp.experts.{part}",
+                        operations=[MergeModulelist(dim=0), Transpose(1, 2)],
+                    )
+                    for part in ("gate_up_proj", "down_proj")
+                ),
+            ]
+        return super().update_weight_conversions(weight_conversions, model)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         # Nothing is quantized any more: saving must not look for the inverse of dequantizing.
