@@ -34,7 +34,7 @@ from alphaq.workers import Workers
 TITLE = "GGUF at equal size"
 RECIPES = ("Q2_K", "Q3_K_M", "Q4_K_M")
 K_TYPES = "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q8_0"
-MAX_TOKENS = 8192
+MAX_TOKENS = 4096
 ABOUT = """\
 Same bytes for every column of a row: the whole GGUF file, header and tokenizer included, as llama.cpp's stock recipe
 makes it. KL in nats per token against the 16-bit model, the mean over the texts; perplexity is their geometric mean.
@@ -129,14 +129,19 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("models", nargs="*", type=Path, metavar="MODEL", help="the bundled one by default")
     arguments.add_argument("--text", nargs="+", type=Path, help="the bundled ones by default")
+    arguments.add_argument("--skip", type=int, default=0, help="characters to leave out at the start of each text")
     given = arguments.parse_args()
-    texts = given.text or sorted((data / "texts").glob("*.txt"))
     recipes, tokens = (RECIPES[:1], 512) if given.quick else (RECIPES, MAX_TOKENS)
     rows = []
-    for model in given.models or [data / "tiny"]:
-        checkpoint = open_checkpoint(model)
-        with TemporaryDirectory() as folder, Cache(Path(folder), {"fingerprint": checkpoint.fingerprint}) as cache:
-            rows += [compare(model, recipe, texts, cache, tokens) for recipe in recipes]
+    with TemporaryDirectory() as folder:
+        texts = []
+        for path in given.text or sorted((data / "texts").glob("*.txt")):
+            texts.append(Path(folder) / path.name)
+            texts[-1].write_text(path.read_text(encoding="utf-8")[given.skip :], encoding="utf-8")
+        for model in given.models or [data / "tiny"]:
+            checkpoint = open_checkpoint(model)
+            with Cache(Path(folder), {"fingerprint": checkpoint.fingerprint}) as cache:
+                rows += [compare(model, recipe, texts, cache, tokens) for recipe in recipes]
     save("gguf_quality", TITLE, rows, rendered(rows), given.quick)
 
 

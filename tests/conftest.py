@@ -164,8 +164,8 @@ def read_back(folder: Path, source: Any) -> dict[str, torch.Tensor]:
             for one, place in zip(stored, opened.places(entry.name), strict=True)
         ]
         if entry.choice is None or entry.choice.bits == 16:
-            shape = stored[0].shape if isinstance(entry.source, str) else entry.source.shape
-            values[entry.name] = parts[0].view(shape)
+            stacked = entry.parts[0][1] is not None
+            values[entry.name] = parts[0].view(stored[0].shape[1:] if stacked else stored[0].shape)
         else:
             rows = opened.profile.writer.reader(parts, entry.choice, entry.source.shape, entry.name)
             values[entry.name] = rows(slice(0, entry.source.shape[0]))

@@ -259,7 +259,7 @@ def test_a_budget_wider_than_every_choice_says_what_it_leaves_unused(alphaq: Run
 def test_a_stopped_run_keeps_its_work_and_shows_no_output(tiny: Path, tmp_path: Path, signal_name: str) -> None:
     code = (
         "import os, signal, sys, time; from alphaq import pipeline; from alphaq.cli import main\n"
-        f"pipeline.write_rest = lambda *a: (os.kill(os.getpid(), signal.{signal_name}), time.sleep(9))\n"
+        f"pipeline.write_manifest = lambda *a: (os.kill(os.getpid(), signal.{signal_name}), time.sleep(9))\n"
         "main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, "quantize", str(tiny), "--bits", "2", "-o", str(tmp_path / "out")]

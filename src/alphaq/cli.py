@@ -44,7 +44,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a safetensors checkpoint.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or hub id of a safetensors checkpoint, or a GGUF file.")
+]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 WorkersOption = Annotated[

@@ -40,9 +40,8 @@ from alphaq.records import Fidelity, Plan, first_fault
 from alphaq.registry import unknown
 from alphaq.runtime.loading import load_model
 from alphaq.sensitivity.methods import METHODS
-from alphaq.workers import Workers
+from alphaq.workers import Workers, Wrap, silent
 
-Wrap = Callable[[Iterable[Any], int, str], Iterable[Any]]
 BASELINE = "uniform"
 REFERENCE = "reference"
 JOURNAL_NAME = "results.jsonl"
@@ -85,7 +84,7 @@ def compare(
     skip_tokens: int = 0,
     dtype: str = "float32",
     device: str | None = None,
-    wrap: Wrap = pipeline.silent,
+    wrap: Wrap = silent,
     workers: Workers | None = None,
     cache: Cache | None = None,
 ) -> list[Row]:

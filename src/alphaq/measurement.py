@@ -74,13 +74,13 @@ def measure_one(checkpoint: Checkpoint, task: MeasureTask) -> Measured:
 class Sampling:
     """How errors are to be measured: by which quantizer, on how many weights of a matrix, of which matrices.
 
-    matrices: names of those whose errors are measured, None for all. importance: of the columns, by matrix; digest:
-    what tells it from others.
+    matrices: at which choices the errors of each are measured, None for all. importance: of the columns, by matrix;
+    digest: what tells it from others.
     """
 
     quantizer: str = "rtn"
     values: int = SAMPLE_VALUES
-    matrices: frozenset[str] | None = None
+    matrices: Mapping[str, frozenset[Choice]] | None = None
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
     digest: str = ""
 
@@ -90,7 +90,9 @@ class Sampling:
 
     def of(self, name: str, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
         """The choices to measure of one matrix."""
-        return choices if self.matrices is None or name in self.matrices else ()
+        if self.matrices is None:
+            return choices
+        return tuple(choice for choice in choices if choice in self.matrices.get(name, ()))
 
 
 def measure(

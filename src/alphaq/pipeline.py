@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 import alphaq
 from alphaq.cache import Cache
@@ -29,16 +29,7 @@ from alphaq.records import Fidelity, MatrixRef, Plan, Spectrum
 from alphaq.report.html import write_report
 from alphaq.spectra.measure import write_stats
 from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant
-from alphaq.workers import Workers
-
-T = TypeVar("T")
-Wrap = Callable[[Iterable[T], int, str], Iterable[T]]
-"""`wrap(items, total, label)` yields the items, showing progress or not."""
-
-
-def silent(items: Iterable[T], total: int, label: str) -> Iterable[T]:
-    """No progress shown."""
-    return items
+from alphaq.workers import Workers, Wrap, silent
 
 
 def analyze(
@@ -85,6 +76,11 @@ def quantize(
     unless told to `restart`.
     """
     writer = profile(plan.engine).writer
+    if checkpoint.gguf is not None and not writer.from_gguf:
+        raise PlanError(
+            f"{checkpoint.name} is a GGUF file, whose tokenizer and config only --engine llama.cpp carries over. Start "
+            f"from the Hugging Face folder for {plan.engine}."
+        )
     choices = plan_choices(plan, checkpoint)
     given = None if imatrix is None else f"{imatrix.name} {imatrix.digest}"
     if plan.config.get("imatrix") != given and (plan.config or imatrix is not None):

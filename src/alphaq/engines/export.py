@@ -113,7 +113,7 @@ class Export:
     with, by the engine's own library where it has one. stored: a folder's tensors by name. usage: a command that runs
     the folder {out}. write_rest: (folder, checkpoint, plan, layout), config and tokenizer. convert: (values, form,
     checkpoint) → values to store or quantize. fault: (name, choice, its stored tensors, their bytes) → why they are
-    not of that choice, as far as shows without the source.
+    not of that choice, as far as shows without the source. from_gguf: whether a GGUF file has all that is needed.
     """
 
     layout: Callable[[Checkpoint, Mapping[str, Choice]], Layout]
@@ -124,6 +124,7 @@ class Export:
     write_rest: Callable[[Path, Checkpoint, Plan, Layout], None]
     convert: Callable[[torch.Tensor, str, Checkpoint], torch.Tensor] = _as_it_is
     fault: Callable[[str, Choice, Sequence[Stored], Sequence[torch.Tensor]], str | None] = lambda *_: None
+    from_gguf: bool = False
 
 
 def squared_error_of(rows: Rows, weight: torch.Tensor) -> float:
@@ -135,8 +136,12 @@ def safetensors_layout(
     checkpoint: Checkpoint,
     choices: Mapping[str, Choice],
     parts_of: Callable[[MatrixRef, Choice], Sequence[Part]],
+    renamed: Callable[[str], str] = str,
 ) -> Layout:
-    """Output shards that mirror the source's: a matrix's parts where it was, a stack where its first matrix was."""
+    """Output shards that mirror the source's: a matrix's parts where it was, a stack where its first matrix was.
+
+    renamed: what the engine calls a tensor that is kept.
+    """
     within = checkpoint.matrices_by_tensor(choices)
     parts = {matrix.name: parts_of(matrix, choices[matrix.name]) for matrices in within.values() for matrix in matrices}
     stacked = Counter(part.tensor for each in parts.values() for part in each if part.index is not None)
@@ -147,7 +152,7 @@ def safetensors_layout(
         specs: dict[str, TensorSpec] = {}
         for stored, info in tensors.items():
             if stored not in within:
-                specs[stored] = TensorSpec(info.dtype, info.shape)
+                specs[renamed(stored)] = TensorSpec(info.dtype, info.shape)
             for part in (part for matrix in within.get(stored, ()) for part in parts[matrix.name]):
                 if home.setdefault(part.tensor, file) == file:
                     count = () if part.index is None else (stacked[part.tensor],)
@@ -159,7 +164,8 @@ def safetensors_layout(
     for tensors in checkpoint.shards.values():
         for stored in tensors:
             if stored not in within:
-                entries.append(Entry(stored, stored, None, (places[stored].place,), ((stored, None),)))
+                kept = renamed(stored)
+                entries.append(Entry(stored, stored, None, (places[kept].place,), ((kept, None),)))
             for matrix in within.get(stored, ()):
                 own = tuple((part.tensor, part.index) for part in parts[matrix.name])
                 spots = tuple(places[tensor].share(index) for tensor, index in own)
@@ -234,6 +240,12 @@ def module_name(tensor: str) -> str:
     return tensor.removesuffix(".weight")
 
 
+def as_published(checkpoint: Checkpoint, tensor: str) -> str:
+    """A tensor's name as the family's own checkpoints have it: transformers 5 calls every MoE block `mlp`."""
+    block = checkpoint.architecture.expert_name.partition(".experts.")[0].rpartition(".")[2]
+    return tensor.replace(".mlp.", f".{block}.")
+
+
 def require_family(checkpoint: Checkpoint, engine: str, families: Iterable[str]) -> None:
     """Raise PlanError unless the export knows what the engine calls the tensors of this architecture."""
     if checkpoint.architecture.name not in families:
@@ -259,13 +271,11 @@ def require_agreement(
                 )
 
 
-def linear_choices(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> dict[str, Choice]:
-    """The choice of every linear module by name, 16 for those that the plan does not quantize."""
-    return {
-        module_name(matrix.name): choices.get(matrix.name, KEPT)
-        for matrix in checkpoint.matrices
-        if matrix.role in LINEAR
-    }
+def linear_choices(
+    checkpoint: Checkpoint, choices: Mapping[str, Choice], called: Callable[[MatrixRef], str]
+) -> dict[str, Choice]:
+    """The choice of every linear module by what it is `called`, 16 for those that the plan does not quantize."""
+    return {called(matrix): choices.get(matrix.name, KEPT) for matrix in checkpoint.matrices if matrix.role in LINEAR}
 
 
 def module_patterns(modules: Iterable[str], known: Iterable[str]) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alphaq.checkpoint.gguf_format import GgufTensor, GgufValue, layout, read_gguf
+from alphaq.checkpoint.gguf_format import ALIGNMENT_KEY, GgufTensor, GgufValue, layout, read_gguf
 from alphaq.checkpoint.gguf_source import READABLE_TYPES
 from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
@@ -29,7 +29,8 @@ from alphaq.ggml import GGML_BLOCKS
 from alphaq.records import Choice, MatrixRef, Plan, Role, Shape
 
 FILE_NAME = "model.gguf"
-FILE_TYPE_KEY = "general.file_type"  # of the whole file; without it llama.cpp says what most tensors are
+# Of the file, not of the model: without the first llama.cpp says what most tensors are, and places are our own.
+OF_ONE_FILE = ("general.file_type", ALIGNMENT_KEY)
 ROLE_BITS = {Role.ATTENTION: 4, Role.SHARED_EXPERT: 4, Role.DENSE_MLP: 4, Role.EMBEDDING: 4, Role.HEAD: 6}
 
 ALIGNMENT_BYTES = 32
@@ -84,7 +85,18 @@ def storage_bytes(choice: Choice, shape: Shape) -> int:
     size = (
         rows * (columns // choice.group_size) * GGML_BLOCKS[choice.scheme][2] if choice.scheme else 2 * rows * columns
     )
-    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return _padded(size)
+
+
+def kept_bytes(checkpoint: Checkpoint, matrix: MatrixRef) -> int:
+    """Bytes of a matrix that is kept: what it is in a GGUF file (Q8_0, F32), 16 bits from elsewhere."""
+    return (
+        storage_bytes(Choice(16), matrix.shape) if checkpoint.gguf is None else _padded(checkpoint.stored_bytes(matrix))
+    )
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def obstacle(choice: Choice, matrix: MatrixRef) -> str | None:
@@ -125,6 +137,8 @@ def file_layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout
 def _type(recipe: TensorRecipe, choices: Mapping[str, Choice], checkpoint: Checkpoint) -> str:
     """What a tensor is stored as; one that is kept stays what it is in a GGUF file."""
     found = {choices[matrix.name] for matrix in recipe.matrices if matrix.name in choices}
+    if recipe.type == "F32" and found - {Choice(16)}:
+        raise PlanError(f"llama.cpp keeps {recipe.name} in F32. Leave {recipe.matrices[0].name} out of the plan.")
     if recipe.type == "F32" or not found or found == {Choice(16)}:
         held = recipe.matrices[0].tensor if recipe.matrices else recipe.vector
         return recipe.type if checkpoint.gguf is None else checkpoint.gguf_tensor(held).type
@@ -177,7 +191,7 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, GgufValue]:
         _known_metadata.clear()
         given = checkpoint.gguf
         found = gguf_metadata(checkpoint, checkpoint.pre_tokenizer) if given is None else given.metadata
-        _known_metadata[key] = {name: value for name, value in found.items() if name != FILE_TYPE_KEY}
+        _known_metadata[key] = {name: value for name, value in found.items() if name not in OF_ONE_FILE}
     return _known_metadata[key]
 
 
@@ -264,6 +278,7 @@ PROFILE = Profile(
     file_bytes=lambda matrix, choice: storage_bytes(choice, matrix.shape),
     role_bits=ROLE_BITS,
     joint=True,
+    kept_bytes=kept_bytes,
     obstacle=obstacle,
     quantizer="ggml",
     export=Export(
@@ -275,5 +290,6 @@ PROFILE = Profile(
         write_rest=write_rest,
         convert=convert,
         fault=fault,
+        from_gguf=True,
     ),
 )

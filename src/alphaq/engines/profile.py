@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.export import Export
 from alphaq.errors import PlanError
 from alphaq.records import Choice, MatrixRef, Role, Shape
@@ -25,7 +26,8 @@ class Profile:
     unit: what must share one choice. choices: every choice it can load for experts; defaults: those offered
     when the user names none. with_bits: the choice meant by a bare bit-width (`--attention-bits 4`), and for roles
     outside the budget. storage_bytes: exact bytes of one matrix's tensors at a choice. file_bytes: what they add to
-    the files, header entries included. obstacle: why a matrix cannot be stored so, or None. quantizer: the one whose
+    the files, header entries included. kept_bytes: what a matrix that is kept adds to them, where that depends on the
+    source; None if file_bytes says it. obstacle: why a matrix cannot be stored so, or None. quantizer: the one whose
     codes the engine reads, by name. role_bits: usual width of each role that is quantized outside the budget. joint:
     whether a budget for all files (`--size`) chooses for those roles too. export: how files are written, None where
     they cannot be yet.
@@ -43,6 +45,7 @@ class Profile:
     quantizer: str
     role_bits: Mapping[Role, int] = field(default_factory=lambda: dict(ROLE_BITS))
     joint: bool = False
+    kept_bytes: Callable[[Checkpoint, MatrixRef], int] | None = None
     export: Export | None = None
 
     @property
@@ -53,8 +56,8 @@ class Profile:
         return self.export
 
     def unit_of(self, matrix: MatrixRef) -> str:
-        """Name of the unit that a matrix belongs to."""
-        if self.unit == "matrix":
+        """Name of the unit that a matrix belongs to; outside the routed experts each is one of its own."""
+        if self.unit == "matrix" or matrix.role is not Role.EXPERT:
             return matrix.name
         layer = f"layers.{matrix.layer}.experts"
         return layer if self.unit == "layer" else f"{layer}.{matrix.projection}"

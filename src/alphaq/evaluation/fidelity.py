@@ -8,7 +8,7 @@ from q would be accepted as one from p (SLQ). The interval treats windows as the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +19,8 @@ import torch
 
 from alphaq.errors import AlphaQError
 from alphaq.records import TextFidelity
+from alphaq.workers import Wrap, silent
 
-Wrap = Callable[[Iterable[Any], int, str], Iterable[Any]]
 WINDOWS_AT_ONCE = 8  # of one forward pass: small models are slow on many small steps
 LOGITS_AT_ONCE = 1 << 25
 POSITIONS_AT_ONCE = 128  # bounds the float32 copies of [positions, vocabulary]
@@ -126,7 +126,7 @@ def score_texts(
     window: int = 512,
     max_tokens: int | None = None,
     skip_tokens: int = 0,
-    wrap: Wrap = lambda items, total, label: items,
+    wrap: Wrap = silent,
 ) -> Iterator[tuple[str, list[WindowScore]]]:
     """Scores per text, window by window, after its first `skip_tokens`; at most `max_tokens` of it.
 
@@ -197,7 +197,7 @@ def evaluate_texts(
     reference: Any | None = None,
     window: int = 512,
     max_tokens: int | None = None,
-    wrap: Wrap = lambda items, total, label: items,
+    wrap: Wrap = silent,
 ) -> Iterator[tuple[str, TextFidelity]]:
     """Fidelity per text, as `score_texts` finds it."""
     for name, scores in score_texts(model, tokenizer, texts, reference, window, max_tokens, wrap=wrap):

@@ -30,9 +30,8 @@ from alphaq.sensitivity.distortion import analytic_noise
 from alphaq.sensitivity.methods import Evidence, Need
 from alphaq.spectra.measure import read_stats
 from alphaq.spectra.variants import SpectrumVariant
-from alphaq.workers import Workers
+from alphaq.workers import Workers, Wrap, silent
 
-Wrap = Callable[[Iterable[Any], int, str], Iterable[Any]]
 SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH = 8, 256
 SAMPLE_MEMBERS = 32  # matrices of a unit whose errors are measured
 CALIBRATION_LENGTH = 512
@@ -62,7 +61,7 @@ def measure_for_plan(
     checkpoint: Checkpoint | None,
     request: Request,
     stats: Path | None = None,
-    wrap: Wrap = lambda items, total, label: items,
+    wrap: Wrap = silent,
     workers: Workers | None = None,
     cache: Cache | None = None,
     device: str = "cpu",
@@ -85,7 +84,9 @@ def measure_for_plan(
 
     matrices = native.planned_matrices(checkpoint)
     if check_budget:
-        problem_of(checkpoint, request)  # an infeasible budget is told before any measuring
+        # An infeasible budget, or a model that the engine's files cannot hold, is told before any measuring.
+        problem_of(checkpoint, request)
+        request.profile.writer.layout(checkpoint, {})
     if given is not None:
         for matrix in matrices:
             if matrix.name not in given.spectra:
@@ -97,6 +98,8 @@ def measure_for_plan(
     variant = SpectrumVariant(config.spectrum, config.tail)
     begin = time.perf_counter()
     importance = {} if imatrix is None else importance_of(checkpoint, imatrix)
+    obstacle = request.profile.obstacle
+    possible = {matrix.name: frozenset(c for c in real if obstacle(c, matrix) is None) for matrix in matrices}
     units: dict[str, list[MatrixRef]] = {}
     for matrix in matrices:
         units.setdefault(request.profile.unit_of(matrix), []).append(matrix)
@@ -109,7 +112,7 @@ def measure_for_plan(
         device,
         "statistics" in wanted,
         variant,
-        _sampling(request.profile.quantizer, units, importance, "" if imatrix is None else imatrix.digest),
+        _sampling(request.profile.quantizer, units, possible, importance, "" if imatrix is None else imatrix.digest),
     )
     spectra, rows, deviations, statistics = {}, [], [], []
     for matrix, found in zip(matrices, wrap(results, len(matrices), "measure"), strict=True):
@@ -118,7 +121,8 @@ def measure_for_plan(
         spectra[matrix.name] = own
         energy = own.mean_square * matrix.parameters
         measured = found.squared_errors
-        others = {c: _expected(own, c, energy, matrix.parameters) for c in choices if c not in real}
+        formula = (c for c in choices if c not in possible[matrix.name])
+        others = {c: _expected(own, c, energy, matrix.parameters) for c in formula}
         rows.append([others[c] if c in others else measured.expected.get(c, np.nan) for c in choices])
         deviations.append([measured.deviation.get(c, 0.0) for c in choices])
         if found.statistics is not None:
@@ -158,20 +162,20 @@ def measure_for_plan(
 
 
 def _sampling(
-    quantizer: str, units: dict[str, list[MatrixRef]], importance: dict[str, np.ndarray], digest: str
+    quantizer: str,
+    units: dict[str, list[MatrixRef]],
+    possible: dict[str, frozenset[Choice]],
+    importance: dict[str, np.ndarray],
+    digest: str,
 ) -> Sampling:
     """Where matrices share a choice, their errors are only needed in sum: less of each is enough."""
-    largest = max(map(len, units.values()))
-    if largest == 1:
-        return Sampling(quantizer, importance=importance, digest=digest)
-    drawn = [
-        matrix.name
+    drawn = {
+        matrix.name: possible[matrix.name]
         for unit, members in units.items()
         for matrix in random.Random(unit).sample(members, min(len(members), SAMPLE_MEMBERS))
-    ]
-    values = max(SAMPLE_VALUES // min(largest, SAMPLE_MEMBERS), SAMPLE_VALUES // SAMPLE_MEMBERS)
-    members = None if len(drawn) == sum(map(len, units.values())) else frozenset(drawn)
-    return Sampling(quantizer, values, members, importance, digest)
+    }
+    values = SAMPLE_VALUES // min(max(map(len, units.values())), SAMPLE_MEMBERS)
+    return Sampling(quantizer, values, drawn, importance, digest)
 
 
 def _by_unit(

@@ -80,8 +80,12 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, evidence: Eviden
         assert config.budget.size_bytes is not None
         kept16 = {matrix.name: Choice(16) for matrix in matrices}
         fixed_bytes = profile.writer.layout(checkpoint, fixed | kept16).size_bytes
-        kept = byte_tables(profile, matrices, (Choice(16),))[1]
+        kept = byte_tables(profile, matrices, (Choice(16),))[1][:, 0]
+        if profile.kept_bytes is not None:
+            kept = np.array([profile.kept_bytes(checkpoint, matrix) for matrix in matrices])
         fixed_bytes -= int(kept.sum())
+        if Choice(16) in choices:
+            in_file[:, choices.index(Choice(16))] = kept
         costs, limit = in_file, config.budget.size_bytes - fixed_bytes
     problem = Problem(names, owner, choices, costs, allowed, limit, layers, ladder)
     floor = int(problem.unit_costs.min(axis=1).sum())

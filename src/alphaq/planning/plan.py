@@ -19,7 +19,7 @@ from alphaq.planning.request import Request
 from alphaq.records import MatrixRef, Plan, PlanTable, Solution
 from alphaq.sensitivity.methods import Evidence, resolved_gamma
 from alphaq.sensitivity.roles import role_weights
-from alphaq.sensitivity.signal import HARM_EXPONENT
+from alphaq.sensitivity.signal import exponents
 
 
 def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measurements) -> Plan:
@@ -116,7 +116,7 @@ def _solve(
     if joined:
         relative = np.array([GAUSSIAN_ERROR[str(choice)] for choice in problem.choices])
         weights = role_weights(joined, evidence.matrices)
-        losses = np.vstack([losses, weights[:, None] * relative**HARM_EXPONENT])
+        losses = np.vstack([losses, weights[:, None] * relative ** exponents(problem.choices)[1]])
     return solve_losses(problem, losses, per_layer), losses
 
 

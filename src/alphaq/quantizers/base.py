@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from alphaq.errors import QuantizationError
-from alphaq.numerics import squared_distance, squared_norm
+from alphaq.numerics import in_threads, squared_distance, squared_norm
 from alphaq.quantizers.affine import quantize_affine, quantize_symmetric16
 from alphaq.quantizers.ggml import quantize_ggml
 from alphaq.quantizers.rtn import quantize_rtn
@@ -84,9 +84,14 @@ def squared_errors(
     standard error comes from the spread of the ratio over batches of the rows.
     """
     rows, columns = weight.shape
+
+    def whole_errors() -> dict[Choice, float]:
+        found = in_threads(lambda choice: squared_error(weight, choice, name, quantizer), choices)
+        return dict(zip(choices, found, strict=True))
+
     count = max(sample_values // columns, min(SAMPLE_ROWS, sample_values // 64), SAMPLE_BATCHES)
     if not choices or weight.numel() <= sample_values or count >= rows:
-        return SquaredErrors({choice: squared_error(weight, choice, name, quantizer) for choice in choices})
+        return SquaredErrors(whole_errors())
     if not math.isfinite(whole := squared_norm(weight)):  # the rows drawn might not show it
         raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
@@ -94,10 +99,11 @@ def squared_errors(
     batches = [weight[torch.from_numpy(np.sort(batch))] for batch in np.array_split(drawn, SAMPLE_BATCHES)]
     energies = np.array([squared_norm(batch) for batch in batches])
     if not (energy := energies.sum()) > 0:  # nothing but zeros drawn
-        return SquaredErrors({choice: squared_error(weight, choice, name, quantizer) for choice in choices})
+        return SquaredErrors(whole_errors())
+    pairs = [(choice, batch) for choice in choices for batch in batches]
+    measured = np.array(in_threads(lambda pair: squared_error(pair[1], pair[0], name, quantizer), pairs))
     expected, deviation = {}, {}
-    for choice in choices:
-        errors = np.array([squared_error(batch, choice, name, quantizer) for batch in batches])
+    for choice, errors in zip(choices, measured.reshape(len(choices), -1), strict=True):
         ratio = errors.sum() / energy
         misses = errors - ratio * energies
         expected[choice] = float(ratio * whole)

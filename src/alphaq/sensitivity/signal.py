@@ -8,16 +8,20 @@ the residual stream at that layer. It finds what is true of most models, early l
 without being told. Such tokens overstate the first layers, hence the root. πₑ is the routing prior, averaged within
 the layer. κ > 1 because the harm of coarse rounding grows faster than its squared error: with one matrix
 rounded at a time, the divergence of the model's output grew 4.5 times from 2 bits to 1 where the squared error
-grew 2.6 times, and 5.5 times from 3 bits to 2 where it grew 3.9 times. Experiments: docs/LOG.md.
+grew 2.6 times, and 5.5 times from 3 bits to 2 where it grew 3.9 times. llama.cpp's types are another matter: there
+divergence grew as the squared error did (4.1 times from Q3_K to Q2_K, 3.8 from Q4_K to Q3_K, where the error grew 3.4
+and 4.2 times), so for them the loss is S · πₑ · error · parameters, without a root. Experiments: docs/LOG.md.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from alphaq.records import Choice
 from alphaq.sensitivity.router import relative_use
 
 if TYPE_CHECKING:
@@ -25,6 +29,11 @@ if TYPE_CHECKING:
 
 HARM_EXPONENT = 1.4
 SIGNAL_EXPONENT = 0.5
+
+
+def exponents(choices: Sequence[Choice]) -> tuple[float, float]:
+    """Of S and of the relative error, for integer grids or for ggml types."""
+    return (1.0, 1.0) if any(choice.scheme for choice in choices) else (SIGNAL_EXPONENT, HARM_EXPONENT)
 
 
 def signal_share(evidence: Evidence) -> np.ndarray:
@@ -44,5 +53,6 @@ def signal_share(evidence: Evidence) -> np.ndarray:
 
 def losses(evidence: Evidence) -> np.ndarray:
     """Expected loss, float64 [matrices, choices]."""
-    score = signal_share(evidence) ** SIGNAL_EXPONENT * relative_use(evidence) * evidence.weights
-    return score[:, None] * evidence.relative_errors**HARM_EXPONENT
+    of_signal, of_error = exponents(evidence.choices)
+    score = signal_share(evidence) ** of_signal * relative_use(evidence) * evidence.weights
+    return score[:, None] * evidence.relative_errors**of_error

@@ -24,11 +24,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 
+from alphaq.config import Blocks, Tail
 from alphaq.errors import SpectrumError
 from alphaq.numerics import PART_VALUES, slices
 from alphaq.records import Spectrum
@@ -37,9 +38,6 @@ from alphaq.spectra.eigenvalues import pooled_eigenvalues
 from alphaq.spectra.farms import blocks
 from alphaq.spectra.measure import moments
 from alphaq.spectra.tail import hill_exponent, tail_count
-
-Blocks = Literal["farms", "whole"]
-Tail = Literal["hill", "median", "finger", "ks"]
 
 MAX_CANDIDATES = 512
 HISTOGRAM_BINS = 100
