@@ -48,7 +48,8 @@ def test_nothing_is_measured_twice(checkpoint: Checkpoint, tmp_path: Path, reads
         more = measured(checkpoint, cache, (*CHOICES, Choice(4, 128)))
         assert len(reads) == 6
     assert [one.spectrum for one in more] == [one.spectrum for one in first]
-    assert [one.squared_errors.expected[CHOICES[0]] for one in more] == [one.squared_errors.expected[CHOICES[0]] for one in first]
+    for one, other in zip(more, first, strict=True):
+        assert one.squared_errors.expected[CHOICES[0]] == other.squared_errors.expected[CHOICES[0]]
 
 
 def test_a_device_gives_the_same_in_the_same_order(checkpoint: Checkpoint, tmp_path: Path) -> None:

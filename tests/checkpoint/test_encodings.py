@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import INDEX_NAME, Checkpoint, open_checkpoint, summarize
 from alphaq.errors import CheckpointError
 from alphaq.records import MatrixRef, Role
-from conftest import COMMON, Ran
+from conftest import COMMON, Ran, read_back
 
 Tensors = dict[str, Tensor]
 BLOCK = (24, 40)  # divides no side of the tiny models' matrices
@@ -360,3 +361,29 @@ def test_fp8_codes_alone_are_no_weights(fp8_and_bf16: tuple[Path, Path], tmp_pat
     codes = {name: value for name, value in tensors.items() if not name.endswith("_scale_inv")}
     with pytest.raises(CheckpointError, match=r"is stored as F8_E4M3; readable"):
         open_checkpoint(save(tmp_path / "out", config, {"model-1.safetensors": codes}))
+
+
+def test_native_copy_of_mxfp4_loads_with_the_restored_logits(
+    mxfp4_and_bf16: tuple[Path, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import alphaq  # noqa: F401 - registers the plug-in
+    from alphaq import pipeline
+    from alphaq.records import Choice, Plan
+
+    source = open_checkpoint(mxfp4_and_bf16[0])
+    choices = {matrix.name: str(Choice(5, 32)) for matrix in source.with_role(Role.EXPERT)}
+    pipeline.quantize(source, Plan(choices=choices), tmp_path / "out")
+    loaded, expected = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (tmp_path / "out", mxfp4_and_bf16[1])
+    )
+    with torch.no_grad():
+        for name, values in read_back(tmp_path / "out", source).items():
+            if ".experts." in name and values.ndim == 2 and "bias" not in name:
+                layer, expert, part = re.findall(r"layers\.(\d+).*experts\.(\d+)\.(\w+)\.", name)[0]
+                experts = expected.model.layers[int(layer)].mlp.experts
+                getattr(experts, part)[int(expert)] = values.T
+        ids = torch.randint(0, 128, (1, 16), generator=torch.Generator().manual_seed(0))
+        assert float((loaded(ids).logits - expected(ids).logits).abs().max()) < 1e-4

@@ -1,0 +1,130 @@
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from alphaq.checkpoint.imatrix import read_imatrix
+from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.engines.llama_cpp import importance_of
+from alphaq.errors import CheckpointError
+
+GATES = "blk.0.ffn_gate_exps.weight"
+HEAD = "output.weight"
+
+
+def write_gguf(path: Path, entries: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Path:
+    """As llama-imatrix writes: sums [experts, columns] and counts [experts, 1]."""
+    writer = gguf.GGUFWriter(path, "")
+    writer.add_type("imatrix")
+    for name, (sums, counts) in entries.items():
+        writer.add_tensor(f"{name}.in_sum2", sums.astype(np.float32))
+        writer.add_tensor(f"{name}.counts", counts.astype(np.float32).reshape(-1, 1))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_binary(path: Path, entries: Mapping[str, tuple[int, np.ndarray]]) -> Path:
+    """As llama-imatrix wrote before it took to GGUF."""
+    data = struct.pack("<i", len(entries))
+    for name, (calls, values) in entries.items():
+        data += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", calls, values.size)
+        data += values.astype("<f4").tobytes()
+    path.write_bytes(data)
+    return path
+
+
+@pytest.fixture
+def sums() -> np.ndarray:
+    return np.random.default_rng(0).uniform(1, 9, (8, 256))
+
+
+def test_means_are_sums_over_counts(tmp_path: Path, sums: np.ndarray) -> None:
+    counts = np.arange(1, 9)
+    found = read_imatrix(write_gguf(tmp_path / "i.gguf", {GATES: (sums, counts)})).tensors[GATES]
+    assert np.allclose(found, sums / counts[:, None])
+
+
+def test_both_formats_mean_the_same_matrices(tmp_path: Path, tiny: Path, sums: np.ndarray) -> None:
+    checkpoint = open_checkpoint(tiny)
+    new = read_imatrix(write_gguf(tmp_path / "i.gguf", {GATES: (sums, np.full(8, 2)), HEAD: (sums[:1], np.ones(1))}))
+    old = read_imatrix(write_binary(tmp_path / "i.dat", {GATES: (2, sums), HEAD: (1, sums[0])}))
+    first, second = importance_of(checkpoint, new), importance_of(checkpoint, old)
+    assert first.keys() == second.keys()
+    assert len(first) == 8 + 1
+    assert all(np.allclose(first[name], second[name]) for name in first)
+    assert np.allclose(first["model.layers.0.mlp.experts.3.gate_proj.weight"], sums[3] / 2)
+
+
+def test_experts_never_reached_count_as_ones_and_dead_columns_a_little(tmp_path: Path, sums: np.ndarray) -> None:
+    sums[2] = 0
+    sums[3, 7] = 0
+    counts = np.where(np.arange(8) == 2, 0, 1)
+    found = read_imatrix(write_gguf(tmp_path / "i.gguf", {GATES: (sums, counts)})).tensors[GATES]
+    assert (found[2] == 1).all()
+    assert 0 < found[3, 7] < 1e-4
+    assert (found > 0).all()
+
+
+def test_importance_moves_the_error_to_columns_that_matter_less(tmp_path: Path, tiny: Path) -> None:
+    from alphaq.quantizers.ggml import quantize_ggml, restore_rows
+    from alphaq.records import Choice, Role
+
+    weight = open_checkpoint(tiny).with_role(Role.EXPERT)[0]
+    values = open_checkpoint(tiny).read(weight).float()
+    importance = np.where(np.arange(256) < 128, 100.0, 1.0).astype(np.float32)
+    errors = []
+    for given in (None, importance):
+        quantized = quantize_ggml(values, Choice.parse("Q2_K"), importance=given)
+        miss = (restore_rows(quantized.codes.numpy(), quantized.choice, 256) - values) ** 2
+        errors.append(miss.sum(dim=0))
+    assert errors[1][:128].sum() < errors[0][:128].sum()
+
+
+def test_one_of_another_model_is_refused(tmp_path: Path, tiny: Path, sums: np.ndarray) -> None:
+    narrow = read_imatrix(write_gguf(tmp_path / "n.gguf", {GATES: (sums[:, :128], np.ones(8))}))
+    with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_gate_exps\.weight has 1024 values, not 256"):
+        importance_of(open_checkpoint(tiny), narrow)
+    other = read_imatrix(write_gguf(tmp_path / "o.gguf", {"blk.0.ffn_gate.weight": (sums, np.ones(8))}))
+    with pytest.raises(CheckpointError, match="names no tensor"):
+        importance_of(open_checkpoint(tiny), other)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x01",
+        struct.pack("<i", -1),
+        struct.pack("<i", 2**30),
+        struct.pack("<ii", 1, 2**30),
+        struct.pack("<ii", 1, 1) + b"x" + struct.pack("<ii", 1, 2**30),
+        struct.pack("<ii", 1, 1) + b"\xff" + struct.pack("<ii", 1, 1) + struct.pack("<f", 1),
+        struct.pack("<ii", 1, 1) + b"x" + struct.pack("<ii", 1, 1) + struct.pack("<f", float("nan")),
+        b"GGUF" + bytes(20),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "i.dat").write_bytes(data)
+    with pytest.raises(CheckpointError):
+        read_imatrix(tmp_path / "i.dat")
+
+
+def test_plan_and_quantize_must_have_the_same_one(alphaq, tmp_path: Path, tiny: Path, sums: np.ndarray) -> None:  # type: ignore[no-untyped-def]
+    given = write_gguf(tmp_path / "i.gguf", {GATES: (sums, np.ones(8))})
+    common = ("--engine", "llama.cpp", "--bits", "3", "--choices", "Q2_K,Q3_K,Q4_K", "--method", "alphaq")
+    planned = alphaq("plan", tiny, *common, "--imatrix", given, "-o", tmp_path / "plan.json")
+    assert planned.code == 0, planned.err
+    without = alphaq("quantize", tiny, "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
+    assert without.code == 2
+    assert "importance matrix i.gguf" in without.err
+    made = alphaq("quantize", tiny, "--plan", tmp_path / "plan.json", "--imatrix", given, "-o", tmp_path / "out")
+    assert made.code == 0, made.err
+    refused = alphaq("plan", tiny, "--bits", "3", "--imatrix", given)
+    assert refused.code == 2
+    assert "--imatrix is for llama.cpp" in refused.err
