@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from alphaq import pipeline, planning
 from alphaq.cache import Cache
@@ -17,9 +18,11 @@ from alphaq.config import Budget, PlanConfig, Rule
 from alphaq.engines import native
 from alphaq.engines.profiles import ENGINES
 from alphaq.errors import AlphaQError, BudgetError, ChoiceError, StatsError
-from alphaq.planning import make_plan, measure_for_plan, nominal_bytes, resolve
+from alphaq.planning import Measurements, make_plan, measure_for_plan, nominal_bytes, resolve
 from alphaq.planning.limits import outside_experts
-from alphaq.records import MatrixRef, Plan, Role
+from alphaq.quantizers.base import QUANTIZERS
+from alphaq.quantizers.ggml import quantize_ggml
+from alphaq.records import Choice, MatrixRef, Plan, QuantizedMatrix, Role
 from alphaq.sensitivity.importance import SPREAD
 from alphaq.sensitivity.methods import METHODS
 from conftest import DATA, random_model
@@ -440,6 +443,141 @@ def test_a_role_that_an_engine_cannot_store_is_named_with_the_remedy(save_family
         measure_for_plan(checkpoint, request)
     fixed, _ = outside_experts(checkpoint, resolve(config_of(**settings)))
     assert {str(choice) for choice in fixed.values()} == {"4g64s"}  # the usual one only has to be as wide
+
+
+# Other roles under one budget
+
+
+def outside(checkpoint: Checkpoint) -> dict[str, Role]:
+    """Roles of the matrices beside the experts that llama.cpp's profile quantizes."""
+    roles = ENGINES["llama.cpp"].role_bits
+    return {matrix.name: matrix.role for matrix in checkpoint.matrices if matrix.role in roles}
+
+
+def test_a_size_budget_of_llama_cpp_covers_every_role_each_matrix_alone(
+    plan: MakePlan, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    settings: dict[str, object] = {"engine": "llama.cpp", "method": "auto", "choices": FAST}
+    made, ample = (plan(**settings, budget=Budget(size_bytes=limit)) for limit in (5_200_000, 8_000_000))
+    assert made.table is not None
+    assert outside(checkpoint).keys() <= made.assignment.keys()
+    assert outside(checkpoint).keys() <= made.table.losses.keys()
+    assert len(made.table.losses) == 4 * 3 + len(outside(checkpoint))
+    for role in set(outside(checkpoint).values()):
+        bits = [
+            [one.assignment[name] for name, its in outside(checkpoint).items() if its is role] for one in (made, ample)
+        ]
+        assert sum(bits[0]) < sum(bits[1]), role
+    pipeline.quantize(checkpoint, made, tmp_path / "out")
+    written = (tmp_path / "out" / "model.gguf").stat().st_size
+    assert written == made.size_bytes
+    assert made.budget_slack == 5_200_000 - written >= 0
+
+
+def test_a_role_that_was_given_its_bits_leaves_the_budget(plan: MakePlan, checkpoint: Checkpoint) -> None:
+    made = plan(
+        engine="llama.cpp",
+        method="auto",
+        choices=FAST,
+        budget=Budget(size_bytes=6_000_000),
+        head_bits=8,
+        pins=["attention=Q6_K"],
+    )
+    for name, role in outside(checkpoint).items():
+        fixed = {Role.HEAD: "Q8_0", Role.ATTENTION: "Q6_K"}.get(role)
+        assert (name in made.assignment) == (fixed is None)
+        assert fixed in (None, made.choices[name])
+    assert made.size_bytes is not None and made.size_bytes <= 6_000_000
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": "auto"}, {"method": "distortion", "budget": Budget(size_bytes=6_000_000)}],
+    ids=["bits", "size"],
+)
+def test_without_a_joint_budget_roles_get_the_engine_s_usual_types(
+    plan: MakePlan, checkpoint: Checkpoint, settings: dict[str, object]
+) -> None:
+    made = plan(**{"engine": "llama.cpp", "choices": FAST, "budget": Budget(bits=3.0), **settings})
+    for name, role in outside(checkpoint).items():
+        assert made.choices[name] == ("Q6_K" if role is Role.HEAD else "Q4_K")
+        assert name not in made.assignment
+
+
+def test_bits_for_a_role_that_an_engine_keeps_are_refused() -> None:
+    with pytest.raises(BudgetError, match=r"native keeps the embedding in 16 bits; --embedding-bits is of no use"):
+        resolve(config_of(embedding_bits=4))
+
+
+# Errors from samples
+
+
+def unit_errors(plan: Measurements, units: np.ndarray) -> np.ndarray:
+    """Σ(w − ŵ)² of each unit at each choice."""
+    totals = np.zeros((units.max() + 1, plan.squared_errors.shape[1]))
+    np.add.at(totals, units, plan.squared_errors)
+    return totals
+
+
+@pytest.mark.parametrize("members", [8, 5])  # of eight
+def test_sampled_errors_of_a_unit_are_near_those_of_all_its_weights(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, members: int
+) -> None:
+    request = resolve(config_of(engine="llama.cpp", choices=FAST))
+    names = [request.profile.unit_of(matrix) for matrix in native.planned_matrices(checkpoint)]
+    units = np.array([list(dict.fromkeys(names)).index(name) for name in names])
+    monkeypatch.setattr(planning.evidence, "SAMPLE_MEMBERS", members)
+    sampled = measure_for_plan(checkpoint, request)
+    monkeypatch.setattr(planning.evidence, "SAMPLE_MEMBERS", 8)
+    monkeypatch.setattr(planning.evidence, "SAMPLE_VALUES", 1 << 40)
+    whole = measure_for_plan(checkpoint, request)
+    real, found = unit_errors(whole, units), unit_errors(sampled, units)
+    assert sampled.deviations is not None and whole.deviations is not None
+    deviations = np.array([sampled.deviations[units == unit][0] for unit in range(units.max() + 1)])
+    assert (np.abs(found / real - 1) <= np.minimum(4 * deviations, 0.03)).all()
+    assert (deviations > 0).all()
+    assert (whole.deviations == 0).all()
+    assert make_plan(checkpoint, request, whole).sampling_error == 0
+    told = make_plan(checkpoint, request, sampled).sampling_error
+    assert told is not None and 0 < told <= deviations.max() * 1.01
+
+
+def test_of_a_large_unit_only_a_sample_of_matrices_is_measured_and_stands_for_the_rest(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, cache: Cache
+) -> None:
+    seen: set[str] = set()
+
+    def noting(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
+        seen.add(name)
+        return quantize_ggml(weight, choice, name)
+
+    monkeypatch.setitem(QUANTIZERS, "ggml", noting)
+    monkeypatch.setattr(planning.evidence, "SAMPLE_MEMBERS", 3)
+    request = resolve(config_of(engine="llama.cpp", choices="Q3_K,Q5_K,Q8_0", budget=Budget(bits=4.0)))
+    found = measure_for_plan(checkpoint, request, cache=cache)
+    units: dict[str, list[int]] = {}
+    for number, matrix in enumerate(native.planned_matrices(checkpoint)):
+        units.setdefault(request.profile.unit_of(matrix), []).append(number)
+    names = list(found.spectra)
+    for rows in units.values():
+        drawn = [row for row in rows if names[row] in seen]
+        rest = [row for row in rows if names[row] not in seen]
+        assert (len(drawn), len(rest)) == (3, 5)
+        pooled = found.squared_errors[drawn].sum(axis=0) / found.evidence.energies[drawn].sum()
+        assert found.evidence.relative_errors[rest] == pytest.approx(np.tile(pooled, (5, 1)))
+    seen.clear()
+    again = measure_for_plan(checkpoint, request, cache=cache)
+    assert not seen
+    assert (again.squared_errors == found.squared_errors).all()
+
+
+def test_types_that_rows_do_not_fit_are_never_measured(tmp_path: Path) -> None:
+    narrow = open_checkpoint(save_runnable(tmp_path, "mixtral"))  # rows of 96 in one projection, of 64 in the others
+    request = resolve(config_of(engine="llama.cpp", choices="Q4_0,Q4_K,Q8_0"))
+    found = measure_for_plan(narrow, request)
+    assert np.isfinite(found.squared_errors).all()
+    made = make_plan(narrow, request, found)
+    assert {made.choices[name] for name in found.spectra} <= {"Q4_0", "Q8_0"}
 
 
 # The published method and the exponent

@@ -18,7 +18,7 @@ from alphaq.errors import CheckpointError
 from alphaq.journal import Journal
 
 PARTIAL = ".out.partial"
-OPTIONS = ("--bits", "2.5", "--attention-bits", "8", "--method", "alphaq")
+OPTIONS = ("--bits", "2.5", "--method", "alphaq")
 
 
 def command(model: Path, out: Path, *more: str) -> list[str]:
@@ -68,9 +68,8 @@ def test_killed_run_resumes_to_identical_bytes(
 def test_killed_run_that_runs_the_model_resumes_to_identical_bytes(
     tiny: Path, tmp_path: Path, tiny_quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    default = ("--method", "auto", "--attention-bits", "4")
     lines = [96, 150]  # all matrices are measured and the model begins to run; files are being written
-    kill_and_resume(tiny, tmp_path, contents(tiny_quantized), 2, lines, monkeypatch, *default)
+    kill_and_resume(tiny, tmp_path, contents(tiny_quantized), 2, lines, monkeypatch, "--method", "auto")
 
 
 def kill_and_resume(

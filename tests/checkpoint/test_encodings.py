@@ -13,13 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from alphaq import pipeline
 from alphaq.calibration.stream import HollowModel, LayerTraffic, random_windows, stream_forward
 from alphaq.checkpoint.encodings import Encoding, decode
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import INDEX_NAME, Checkpoint, open_checkpoint, summarize
 from alphaq.errors import CheckpointError
-from alphaq.records import MatrixRef, Role
+from alphaq.records import MatrixRef, Plan, Role
 from conftest import COMMON, Ran, read_back
+from runnable import byte_level, save_runnable, save_tokenizer
 
 Tensors = dict[str, Tensor]
 BLOCK = (24, 40)  # divides no side of the tiny models' matrices
@@ -68,9 +70,10 @@ def is_linear(name: str, value: Tensor) -> bool:
 
 
 @pytest.fixture(scope="module")
-def fp8_and_bf16(save_family: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny DeepSeek-V3 in FP8, and the same weights decoded in bf16."""
-    config, tensors = load(save_family("deepseek_v3"))
+def fp8_and_bf16(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny DeepSeek-V3 in FP8, and the same weights decoded in bf16; both with a tokenizer."""
+    base = tmp_path_factory.mktemp("fp8")
+    config, tensors = load(save_runnable(base / "source", "deepseek_v3"))
     codes, decoded = {}, dict(tensors)
     for name, value in tensors.items():
         if is_linear(name, value):
@@ -78,11 +81,11 @@ def fp8_and_bf16(save_family: Callable[..., Path], tmp_path_factory: pytest.Temp
             codes.update(stored)
         else:
             codes[name] = value
-    base = tmp_path_factory.mktemp("fp8")
-    return (
-        save(base / "model-fp8", config | {"quantization_config": FP8}, {"model-1.safetensors": codes}),
-        save(base / "model", config, {"model-1.safetensors": decoded}),
-    )
+    fp8 = save(base / "model-fp8", config | {"quantization_config": FP8}, {"model-1.safetensors": codes})
+    bf16 = save(base / "model", config, {"model-1.safetensors": decoded})
+    for folder in (fp8, bf16):
+        save_tokenizer(folder, byte_level(), add_bos_token=False)
+    return fp8, bf16
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +254,23 @@ def test_analysis_and_plan_are_those_of_the_decoded_weights(
     assert choices[0] == choices[1]
 
 
+@pytest.mark.parametrize(("engine", "choice"), [("native", "3g32"), ("llama.cpp", "Q4_0")])
+def test_files_for_an_engine_hold_the_decoded_weights(
+    engine: str, choice: str, fp8_and_bf16: tuple[Path, Path], tmp_path: Path
+) -> None:
+    written = []
+    for folder in fp8_and_bf16:
+        source, out = open_checkpoint(folder), tmp_path / folder.name
+        choices = {matrix.name: choice for matrix in source.with_role(Role.EXPERT)}
+        pipeline.quantize(source, Plan(engine=engine, choices=choices), out)
+        assert pipeline.verify(out)["tensors"] == pipeline.verify(out, source)["tensors"]
+        written.append(read_back(out, source))
+    fp8, bf16 = written
+    assert fp8.keys() == bf16.keys()
+    for name, values in fp8.items():
+        assert values.dtype == bf16[name].dtype and torch.equal(values, bf16[name]), name
+
+
 def test_summary_counts_weights_and_names_what_they_are_stored_as(
     fp8_and_bf16: tuple[Path, Path], mxfp4_and_bf16: tuple[Path, Path]
 ) -> None:
@@ -363,13 +383,10 @@ def test_fp8_codes_alone_are_no_weights(fp8_and_bf16: tuple[Path, Path], tmp_pat
         open_checkpoint(save(tmp_path / "out", config, {"model-1.safetensors": codes}))
 
 
-def test_native_copy_of_mxfp4_loads_with_the_restored_logits(
-    mxfp4_and_bf16: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_native_copy_of_mxfp4_loads_with_the_restored_logits(mxfp4_and_bf16: tuple[Path, Path], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     import alphaq  # noqa: F401 - registers the plug-in
-    from alphaq import pipeline
     from alphaq.records import Choice, Plan
 
     source = open_checkpoint(mxfp4_and_bf16[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import shutil
@@ -17,8 +18,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from llama import Llama
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from alphaq import pipeline
 from alphaq.checkpoint.gguf_format import GgufValue, layout, read_gguf
@@ -28,22 +30,22 @@ from alphaq.engines import llama_cpp
 from alphaq.engines.gguf_model import gguf_metadata, gguf_tensors, transformed
 from alphaq.engines.llama_cpp import FILE_NAME, OF_ONE_FILE, PROFILE
 from alphaq.engines.output import MANIFEST_NAME, PLAN_NAME, read_manifest
-from alphaq.errors import BudgetError, CheckpointError, PlanError, VerificationError
+from alphaq.errors import CheckpointError, PlanError, VerificationError
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.planning.limits import outside_experts
 from alphaq.quantizers import ggml
+from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.ggml import quantize_ggml, restore_rows
-from alphaq.records import Choice, MatrixRef, Plan, Role
+from alphaq.records import Choice, MatrixRef, Plan, QuantizedMatrix, Role
 from alphaq.runtime.loading import load_model
 from conftest import DATA, FAMILIES, Ran, read_back
-from llama import Llama
 from runnable import save_runnable
 
 pytestmark = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="llama.cpp comes with `pip install xllamacpp`")
 
 FAST = "Q2_K,Q3_K,Q4_K,Q6_K,Q8_0"  # the others search for seconds
 SMALL = ("Q4_0", "Q8_0", "Q5_1", "IQ4_NL")  # blocks of 32
-LOGIT_STEPS = 64
+GREEDY_STEPS = 64
 TEXTS = [path.read_text(encoding="utf-8") for path in sorted((DATA / "texts").glob("*.txt"))]
 
 
@@ -210,6 +212,26 @@ def test_quantizing_twice_gives_identical_bytes(out: Path, tiny: Path, tmp_path:
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+def test_interrupted_run_goes_on_where_it_was(
+    out: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan.from_json((out / PLAN_NAME).read_bytes(), PLAN_NAME)
+    stops = iter([*[None] * 60, KeyboardInterrupt])
+
+    def stopping(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
+        if stop := next(stops):
+            raise stop
+        return quantize_ggml(weight, choice, name)
+
+    monkeypatch.setitem(QUANTIZERS, "ggml", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.quantize(open_checkpoint(tiny), plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    stops = iter([None] * (len(plan.choices) - 60))  # one more would raise StopIteration
+    pipeline.quantize(open_checkpoint(tiny), plan, tmp_path / "out")
+    assert (tmp_path / "out" / FILE_NAME).read_bytes() == (out / FILE_NAME).read_bytes()
+
+
 # -- the real llama.cpp ---------------------------------------------------------------------------
 
 
@@ -238,7 +260,7 @@ def distance(llama: Llama, model: Any, windows: list[list[int]]) -> Distance:
 def greedy(model: Any, ids: list[int]) -> list[int]:
     """transformers' likeliest continuation."""
     with torch.inference_mode():
-        return model.generate(torch.tensor([ids]), max_new_tokens=LOGIT_STEPS, do_sample=False)[0, len(ids) :].tolist()
+        return model.generate(torch.tensor([ids]), max_new_tokens=GREEDY_STEPS, do_sample=False)[0, len(ids) :].tolist()
 
 
 def check_agreement(source: Path, path: Path, scratch: Path) -> None:
@@ -255,7 +277,7 @@ def check_agreement(source: Path, path: Path, scratch: Path) -> None:
         assert exact.largest_log <= 1e-3
         assert float(exact.kl.mean()) <= 1e-8
         prompt = windows[0][:32]
-        assert llama.greedy(prompt, LOGIT_STEPS) == greedy(model, prompt)
+        assert llama.greedy(prompt, GREEDY_STEPS) == greedy(model, prompt)
     with Llama(path, context=512) as llama:
         rounded = distance(llama, model, windows)
         assert float(rounded.kl.median()) <= 1e-3
@@ -318,13 +340,14 @@ def write_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Writ
         if (family, fused) not in written or overrides:
             folder = save_runnable(tmp_path_factory.mktemp("family") / family, family, fused, **overrides)
             source = open_checkpoint(folder)
-            choices: dict[str, str] = {}
-            types, of_unit = cycle(SMALL), {}
-            for matrix in sorted(source.matrices, key=lambda one: one.place):
-                if matrix.role in PROFILE.role_bits and PROFILE.obstacle(Choice.parse("Q4_0"), matrix) is None:
-                    unit = PROFILE.unit_of(matrix)
-                    choices[matrix.name] = of_unit.setdefault(unit, next(types) if unit not in of_unit else "")
-            plan = Plan(engine="llama.cpp", choices=choices)
+            possible = [
+                matrix
+                for matrix in sorted(source.matrices, key=lambda one: one.place)
+                if matrix.role in (Role.EXPERT, *PROFILE.role_bits)
+                and PROFILE.obstacle(Choice.parse(SMALL[0]), matrix) is None
+            ]
+            types = dict(zip(dict.fromkeys(map(PROFILE.unit_of, possible)), cycle(SMALL), strict=False))
+            plan = Plan(engine="llama.cpp", choices={one.name: types[PROFILE.unit_of(one)] for one in possible})
             pipeline.quantize(source, plan, folder.parent / "out")
             one = Written(folder, source, plan, folder.parent / "out")
             if overrides:
@@ -494,10 +517,9 @@ def test_type_file_names_exactly_what_is_quantized(tiny: Path, tmp_path: Path, a
     lines = (tmp_path / "types").read_text().split()
     assert all(re.fullmatch(r"[^=\s]+=[^=\s]+", line) for line in lines)
     types = dict(line.split("=") for line in lines)
-    library = ggml._library()
-    library.ggml_type_name.restype = __import__("ctypes").c_char_p
-    known = {library.ggml_type_name(number).decode().lower() for number in gguf.GGMLQuantizationType}
-    assert set(types.values()) <= known
+    name_of = ggml._library().ggml_type_name
+    name_of.restype = ctypes.c_char_p
+    assert set(types.values()) <= {name_of(kind).decode().lower() for kind in gguf.GGMLQuantizationType}
     assert alphaq("quantize", tiny, "--plan", tmp_path / "p", "-o", tmp_path / "out").code == 0
     for name, tensor in read_gguf(tmp_path / "out" / FILE_NAME).tensors.items():
         matching = [type for pattern, type in types.items() if re.search(pattern, name)]
@@ -549,7 +571,7 @@ def test_model_that_no_file_can_hold_is_told_before_measuring(
         raise AssertionError("measured")
 
     monkeypatch.setattr("alphaq.planning.evidence.measure", never)
-    with pytest.raises(CheckpointError, match="has no tokenizer that llama.cpp can be given"):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer that llama\.cpp can be given"):
         plan_of(open_checkpoint(save_family("qwen2_moe")), budget=Budget(bits=4), choices="Q4_0,Q8_0")
 
 

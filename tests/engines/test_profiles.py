@@ -1,5 +1,6 @@
 """Every engine profile keeps the same promises, and counts bytes as the engine's own library does."""
 
+from dataclasses import replace
 from itertools import groupby, pairwise
 
 import gguf
@@ -116,6 +117,14 @@ def test_units_hold_exactly_what_must_agree(engine: Profile) -> None:
     assert all(len({matrix.layer for matrix in unit}) == 1 for unit in units.values())
     if engine.unit == "layer × projection":
         assert all(len({matrix.projection for matrix in unit}) == 1 for unit in units.values())
+
+
+@every_profile
+def test_outside_the_experts_each_matrix_is_a_unit(engine: Profile) -> None:
+    """A shared expert's gate is no member of the experts' gates, nor the embedding of the output matrix."""
+    roles = [Role.SHARED_EXPERT, Role.ATTENTION, Role.EMBEDDING, Role.HEAD]
+    matrices = [replace(matrix_of((256, 256)), name=role.value, role=role, expert=None) for role in roles]
+    assert [engine.unit_of(matrix) for matrix in matrices] == [matrix.name for matrix in matrices]
 
 
 @every_profile

@@ -292,8 +292,8 @@ def module_patterns(modules: Iterable[str], known: Iterable[str]) -> list[str]:
             block += rf"experts\.{numbers}\."
         layers[stem, block, leaf].append(layer)
     leaves: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for (stem, block, leaf), numbers in layers.items():
-        leaves[stem + (_either(sorted(numbers, key=int)) + r"\." if stem else ""), block].append(leaf)
+    for (stem, block, leaf), listed in layers.items():
+        leaves[stem + (_either(sorted(listed, key=int)) + r"\." if stem else ""), block].append(leaf)
     return [before + block + _either(names) for (before, block), names in leaves.items()]
 
 

@@ -1,16 +1,50 @@
 """The MLX profile: affine groups with a scale and a bias each, one choice per layer and projection.
 
-w ≈ scale·q + bias, q unsigned: our asymmetric choice, with 16 bits for the offset instead of a zero point.
-Sizes hold for 16-bit scales and biases; `mlx.core.quantize` keeps its input's type, so weights are handed
-over in 16 bits. Source: mlx and mlx-lm 0.32.
+w ≈ scale·q + bias, q unsigned: our asymmetric choice, with 16 bits for the offset instead of a zero point. Files are
+those of mlx-lm: `weight` (uint32 [out, in·b/32], least significant bits first along a row), `scales` and `biases`
+(the model's 16-bit type, [out, in/g]); the experts of a layer are stacked under `switch_mlp`, and config.json names
+every module whose choice is not the usual one. Source: mlx and mlx-lm 0.32.
 """
 
 from __future__ import annotations
 
-from alphaq.engines.profile import Profile
-from alphaq.errors import ChoiceError
-from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Shape
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.checkpoint.safetensors_format import TensorSpec
+from alphaq.engines.export import (
+    KEPT,
+    Export,
+    Layout,
+    Part,
+    Rows,
+    Stored,
+    added_bytes,
+    as_published,
+    kept_dtype,
+    kept_fault,
+    kept_part,
+    module_name,
+    require_agreement,
+    require_family,
+    safetensors_layout,
+    safetensors_stored,
+    shape_fault,
+    write_model_folder,
+)
+from alphaq.engines.profile import Profile, ragged
+from alphaq.errors import ChoiceError, MissingExtraError, PlanError
+from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
+
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
 BITS = (2, 3, 4, 5, 6, 8)
 DEFAULT_GROUP_SIZE = 64  # mlx's own
 
@@ -32,12 +66,117 @@ def storage_bytes(choice: Choice, shape: Shape) -> int:
     return codes + 2 * scales
 
 
-def obstacle(choice: Choice, matrix: MatrixRef) -> str | None:
-    """MLX refuses ragged groups. Whole groups are whole words, since 32 divides every group size."""
-    columns = matrix.shape[1]
-    if choice.bits != 16 and columns % choice.group_size:
-        return f"{columns} columns are not divisible by the group size {choice.group_size}"
-    return None
+def module_path(matrix: MatrixRef) -> str:
+    """mlx-lm's name of the module that holds a matrix; one module holds a projection of all a layer's experts."""
+    module = module_name(matrix.name)
+    if matrix.role is Role.EXPERT:
+        return re.sub(r"experts\.\d+\.\w+$", f"switch_mlp.{matrix.projection}_proj", module)
+    return module
+
+
+def parts(matrix: MatrixRef, choice: Choice) -> tuple[Part, ...]:
+    """The tensors of one matrix, or its share of them."""
+    module, (rows, columns) = module_path(matrix), matrix.shape
+    if choice.bits == 16:
+        return (kept_part(matrix, f"{module}.weight", matrix.expert),)
+    per_group = TensorSpec(kept_dtype(matrix.dtype), (rows, choice.groups(columns)))
+    return (
+        Part(f"{module}.weight", TensorSpec("U32", (rows, choice.row_bytes(columns) // 4)), matrix.expert),
+        Part(f"{module}.scales", per_group, matrix.expert),
+        Part(f"{module}.biases", per_group, matrix.expert),
+    )
+
+
+def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
+    """Every tensor of every output shard. Raises PlanError for what mlx-lm could not load."""
+    require_family(checkpoint, "MLX", FAMILIES)
+    require_agreement(checkpoint, choices, "MLX", PROFILE.unit_of)
+    if checkpoint.architecture.name == "deepseek_v3":
+        again = [name for name, choice in choices.items() if name.endswith("kv_b_proj.weight") and choice != KEPT]
+        if again:
+            raise PlanError(
+                f"mlx-lm splits {again[0]} by head and would quantize it a second time. Keep it, and those of the "
+                "other layers, with --pin '*.kv_b_proj=16'."
+            )
+    return safetensors_layout(checkpoint, choices, parts, partial(as_published, checkpoint))
+
+
+def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> dict[str, Any]:
+    """What config.json says: the most common choice, and every module that has another. Empty if none is quantized."""
+    modules = {module_path(matrix): choices.get(matrix.name, KEPT) for matrix in checkpoint.matrices}
+    quantized = {module: choice for module, choice in modules.items() if choice != KEPT}
+    if not quantized:
+        return {}
+    (usual, _), *_ = Counter(quantized.values()).most_common(1)
+    others = {module: _settings(choice) for module, choice in quantized.items() if choice != usual}
+    return {**_settings(usual), "mode": "affine", **others}
+
+
+def _settings(choice: Choice) -> dict[str, Any]:
+    return {"group_size": choice.group_size, "bits": choice.bits}
+
+
+def older_names(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Settings that mlx-lm looks for under their older names, where config.json only has those of transformers 5.
+
+    It takes its own default for a rotary base that it does not find, and says nothing.
+    """
+    config, keys = checkpoint.config, checkpoint.architecture.num_experts_keys
+    rope = dict(config.get("rope_parameters") or {})
+    found = {keys[0]: checkpoint.architecture.experts_per_layer(config), "rope_theta": rope.pop("rope_theta", None)}
+    kind = rope.pop("rope_type", "default")
+    if kind != "default":
+        found["rope_scaling"] = {"type": kind, "rope_type": kind, **rope}
+    return {key: value for key, value in found.items() if value is not None and config.get(key) is None}
+
+
+def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout) -> None:
+    """Config, index and tokenizer. The quantization appears twice, as mlx-lm writes it."""
+    config = older_names(checkpoint)
+    if quantization := quantization_config(checkpoint, {name: plan.choice(name) for name in plan.choices}):
+        config |= {"quantization": quantization, "quantization_config": quantization}
+    write_model_folder(folder, checkpoint, written.entries, config)
+
+
+def encode(matrix: QuantizedMatrix) -> tuple[Any, ...]:
+    """Packed codes, scales and biases. Raises MissingExtraError now rather than when all is to be read back."""
+    _library()
+    return matrix.codes.view(torch.uint32), matrix.scales, matrix.offsets
+
+
+def _library() -> Any:
+    try:
+        import mlx.core
+    except ImportError:
+        raise MissingExtraError("mlx", "Files for MLX are read back by MLX itself") from None
+    return mlx.core
+
+
+def reader(parts: Sequence[torch.Tensor], choice: Choice, shape: Shape, name: str) -> Rows:
+    """Rows in float32, by MLX's own code.
+
+    Its Metal kernels compute in float32 from 16-bit scales and biases, so these are handed over as float32: given
+    16 bits, the CPU would round in between.
+    """
+    mx = _library()
+    words = parts[0].view(shape[0], -1).numpy()
+    scales, biases = (part.view(shape[0], -1) for part in parts[1:])
+
+    def rows(part: slice) -> torch.Tensor:
+        arrays = (words[part], scales[part].float().numpy(), biases[part].float().numpy())
+        values = mx.dequantize(*map(mx.array, arrays), group_size=choice.group_size, bits=choice.bits, stream=mx.cpu)
+        return torch.from_numpy(np.array(values))
+
+    return rows
+
+
+def fault(name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[torch.Tensor]) -> str | None:
+    """Why a matrix is not what the plan says, or None."""
+    if choice.bits == 16:
+        return kept_fault(name, stored)
+    *before, groups = stored[1].shape
+    words = choice.row_bytes(groups * choice.group_size) // 4
+    return shape_fault(name, choice, stored, ((*before, words), (*before, groups), (*before, groups)))
 
 
 _QUANTIZED = tuple(Choice(bits, group_size) for bits in BITS for group_size in GROUP_SIZES)
@@ -50,5 +189,16 @@ PROFILE = Profile(
     defaults=_QUANTIZED,
     with_bits=with_bits,
     storage_bytes=storage_bytes,
-    obstacle=obstacle,
+    file_bytes=lambda matrix, choice: added_bytes(parts(matrix, choice)),
+    obstacle=ragged,
+    quantizer="affine",
+    export=Export(
+        layout=layout,
+        encode=encode,
+        reader=reader,
+        stored=safetensors_stored,
+        usage="Run it: mlx_lm.generate --model {out} --prompt '…'",
+        write_rest=write_rest,
+        fault=fault,
+    ),
 )

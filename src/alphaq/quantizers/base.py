@@ -21,7 +21,7 @@ from alphaq.records import Choice, QuantizedMatrix
 
 SAMPLE_VALUES = 1 << 18
 SAMPLE_ROWS = 64
-SAMPLE_BATCHES = 4
+SAMPLE_BATCHES = 8  # of fewer the standard error is itself too uncertain
 
 
 class Quantizer(Protocol):

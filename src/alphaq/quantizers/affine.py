@@ -1,0 +1,74 @@
+"""Round to nearest with scales (and offsets) in the model's own 16-bit type, as engines store them beside the codes.
+
+bfloat16 has 8 significant bits, so a step chosen in float16 moves by up to 0.2 % when it is stored: enough to shift
+the outer 8-bit codes by a quarter of a step. RTN finds a grid; its numbers are rounded to what can be stored and the
+codes rounded again to the grid that is really there. Least squares then fit the grid to the codes, and codes are
+rounded to it, as long as that lowers the error (Lloyd's iteration). The error is that of the bytes written.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from alphaq.errors import QuantizationError
+from alphaq.numerics import in_threads, row_parts
+from alphaq.quantizers.kernels import refit_rows
+from alphaq.quantizers.rtn import quantize_rtn
+from alphaq.records import Choice, QuantizedMatrix
+from alphaq.simd import LANES, flat
+
+
+def quantize_symmetric16(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
+    """ŵ = s·(q − 2^(b−1)) rounded to 16 bits, as compressed-tensors decodes; scales [rows, groups] in 16 bits.
+
+    weight: [rows, columns]. Raises QuantizationError naming the matrix if it cannot be stored.
+    """
+    return _refitted(weight, choice, name, rounded=True)
+
+
+def quantize_affine(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
+    """ŵ = s·q + β in float32, as MLX's kernels decode; scales and β (as offsets) [rows, groups] in 16 bits.
+
+    weight: [rows, columns]. Raises QuantizationError naming the matrix if it cannot be stored.
+    """
+    return _refitted(weight, choice, name, rounded=False)
+
+
+def _refitted(weight: torch.Tensor, choice: Choice, name: str, rounded: bool) -> QuantizedMatrix:
+    rows, columns = weight.shape
+    if columns % LANES:
+        raise QuantizationError(f"{name}: rows of {columns} weights are not in multiples of {LANES}. Keep it: '16'.")
+    found = quantize_rtn(weight, choice, name)
+    source, packed = flat(weight.contiguous()), found.codes.numpy()
+    scales = found.scales.float().numpy()
+    offsets = np.zeros_like(scales) if found.offsets is None else found.offsets.float().numpy()
+    stored = torch.float16 if weight.dtype == torch.float16 else torch.bfloat16
+
+    def refit(part: slice) -> float:
+        return refit_rows(
+            source[part.start * columns : part.stop * columns],
+            columns,
+            choice.bits,
+            choice.group_size,
+            choice.symmetric,
+            rounded,
+            stored == torch.bfloat16,
+            packed[part].reshape(-1),
+            scales[part].reshape(-1),
+            offsets[part].reshape(-1),
+        )
+
+    error = math.fsum(in_threads(refit, row_parts(rows, columns)))
+    if not math.isfinite(error):
+        raise QuantizationError(f"{name} holds weights too large for {stored} scales. Keep this matrix in 16 bits.")
+    return QuantizedMatrix(
+        choice,
+        (rows, columns),
+        found.codes,
+        torch.from_numpy(scales).to(stored),
+        None if choice.symmetric else torch.from_numpy(offsets).to(stored),
+        error,
+    )
