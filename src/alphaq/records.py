@@ -199,8 +199,9 @@ class QuantizedMatrix:
     """Codes, offsets and scales of one matrix.
 
     codes: packed uint8 [rows, choice.row_bytes(columns)]. scales: float16 [rows, groups]. offsets: uint8
-    zero points [rows, groups]; float16 means if bits is 1; None if symmetric. squared_error: Σ(w − ŵ)²
-    against the weights it was made of; None if it comes from a file.
+    zero points [rows, groups]; float16 means if bits is 1; None if symmetric. Engines that store scales and biases in
+    the model's own type have bfloat16 there; of a ggml type there are only codes, whole blocks. squared_error:
+    Σ(w − ŵ)² against the weights it was made of; None if it comes from a file.
     """
 
     choice: Choice

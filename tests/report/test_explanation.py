@@ -22,7 +22,8 @@ Run = Callable[..., Ran]
 
 def plan_of(tiny: Path, engine: str = "native", method: str = "distortion", bits: float = 2.5) -> Plan:
     checkpoint = open_checkpoint(tiny)
-    request = resolve(PlanConfig(budget=Budget(bits=bits), engine=engine, method=method))
+    noise = "analytic" if engine == "llama.cpp" else None  # its quantizers take a minute
+    request = resolve(PlanConfig(budget=Budget(bits=bits), engine=engine, method=method, noise=noise))
     return make_plan(checkpoint, request, measure_for_plan(checkpoint, request))
 
 

@@ -23,7 +23,6 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import AlphaQError, CheckpointError
 from alphaq.records import MatrixRef, Role
 
-
 HEAD_TOKENS = 128  # whose chances are held at once, in float64: 155 MB with 152 000 words
 
 

@@ -163,7 +163,7 @@ def _settings(choice: Choice) -> dict[str, int]:
 
 def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout) -> None:
     """Config, twice as GPTQModel writes it, index and tokenizer."""
-    config = quantization_config(checkpoint, {name: plan.choice(name) for name in plan.choices})
+    config = quantization_config(checkpoint, plan.every_choice())
     write_model_folder(folder, checkpoint, written.entries, {"quantization_config": config} if config else {})
     if config:
         write_json(folder / "quantize_config.json", config)

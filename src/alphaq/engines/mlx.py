@@ -133,7 +133,7 @@ def older_names(checkpoint: Checkpoint) -> dict[str, Any]:
 def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout) -> None:
     """Config, index and tokenizer. The quantization appears twice, as mlx-lm writes it."""
     config = older_names(checkpoint)
-    if quantization := quantization_config(checkpoint, {name: plan.choice(name) for name in plan.choices}):
+    if quantization := quantization_config(checkpoint, plan.every_choice()):
         config |= {"quantization": quantization, "quantization_config": quantization}
     write_model_folder(folder, checkpoint, written.entries, config)
 

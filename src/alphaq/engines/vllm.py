@@ -153,7 +153,7 @@ def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -
 
 def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout) -> None:
     """Config, index and tokenizer."""
-    choices = {name: plan.choice(name) for name in plan.choices}
+    choices = plan.every_choice()
     config = quantization_config(checkpoint, choices)
     write_model_folder(
         folder, checkpoint, written.entries, {"quantization_config": config} if config["config_groups"] else {}

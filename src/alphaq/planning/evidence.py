@@ -198,7 +198,8 @@ def _by_unit(
         spread = np.square(deviations[seen]).sum(axis=0)
         if len(missing):  # and how much the members differ, as far as they were not all seen
             misses = errors[seen] - ratio * energies[seen, None]
-            spread = spread + np.square(misses).sum(axis=0) * len(missing) / len(rows)
+            bessel = len(seen) / max(1, len(seen) - 1)
+            spread = spread + np.square(misses).sum(axis=0) * bessel * len(missing) / len(rows)
         relative[rows] = np.sqrt(spread) / np.where(total > 0, total, 1.0)
         errors[missing] = ratio * energies[missing, None]
     return errors, relative
