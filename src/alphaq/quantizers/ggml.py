@@ -46,7 +46,7 @@ def _library() -> Any:
 
 @cache
 def _prepared(scheme: str) -> Any:
-    """The library once the tables of a type are built, which takes seconds for some; llama.cpp lets one thread build."""
+    """The library once a type's tables are built, which takes seconds for some; llama.cpp lets one thread build."""
     library = _library()
     library.ggml_quantize_init(GGML_TYPES[scheme].number)
     return library
