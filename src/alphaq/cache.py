@@ -21,7 +21,7 @@ from alphaq.journal import Journal
 from alphaq.records import Spectrum, WeightStatistics
 
 T = TypeVar("T")
-MEASUREMENT_VERSION = 4
+MEASUREMENT_VERSION = 5
 """Raise it whenever the same weights would be measured differently."""
 
 

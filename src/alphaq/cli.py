@@ -510,6 +510,7 @@ def quantize(
     from alphaq import pipeline
 
     checkpoint = _open(model, means)
+    pipeline.check_source(checkpoint, made.engine if plan_file is not None else config.engine)
     means["no_cache"] |= plan_file is not None
     with _means(checkpoint, **means) as (pool, cache):
         if plan_file is None:

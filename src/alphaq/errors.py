@@ -65,4 +65,8 @@ class MissingExtraError(AlphaQError):
     """A package that only one of the extras brings is not installed."""
 
     def __init__(self, extra: str, why: str) -> None:
+        self.given = extra, why
         super().__init__(f"{why}, which the plain install leaves out. Install it: pip install 'alphaq[{extra}]'.")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), self.given  # a worker sends it by what it was made of

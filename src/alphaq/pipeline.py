@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -13,18 +14,20 @@ from typing import Any
 
 import alphaq
 from alphaq.cache import Cache
+from alphaq.checkpoint.gguf_source import find_gguf
 from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.checkpoint.writer import atomic_file, atomic_folder, create_file, resumable_folder
+from alphaq.checkpoint.writer import Place, atomic_file, atomic_folder, create_file, resumable_folder
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines.export import Entry, Layout
 from alphaq.engines.llama_cpp import importance_of
-from alphaq.engines.output import MANIFEST_NAME, Output, Record, raise_faults, write_manifest
+from alphaq.engines.output import MANIFEST_NAME, Output, Record, header_of, raise_faults, write_manifest
 from alphaq.engines.profiles import profile
 from alphaq.errors import AlphaQError, PlanError
 from alphaq.measurement import ahead, leaving, measure
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantization import CheckTask, StoreTask, check, plan_choices, store
+from alphaq.quantizers.base import quantizer_version
 from alphaq.records import Fidelity, MatrixRef, Plan, Spectrum
 from alphaq.report.html import write_report
 from alphaq.spectra.measure import write_stats
@@ -54,6 +57,15 @@ def analyze(
     return rows
 
 
+def check_source(checkpoint: Checkpoint, engine: str) -> None:
+    """Raise PlanError if the engine's files need what the source lacks."""
+    if checkpoint.gguf is not None and not profile(engine).writer.from_gguf:
+        raise PlanError(
+            f"{checkpoint.name} is a GGUF file, whose tokenizer and config only --engine llama.cpp carries over. Start "
+            f"from the Hugging Face folder for {engine}."
+        )
+
+
 def quantize(
     checkpoint: Checkpoint,
     plan: Plan,
@@ -76,17 +88,13 @@ def quantize(
     unless told to `restart`.
     """
     writer = profile(plan.engine).writer
-    if checkpoint.gguf is not None and not writer.from_gguf:
-        raise PlanError(
-            f"{checkpoint.name} is a GGUF file, whose tokenizer and config only --engine llama.cpp carries over. Start "
-            f"from the Hugging Face folder for {plan.engine}."
-        )
+    check_source(checkpoint, plan.engine)
     choices = plan_choices(plan, checkpoint)
-    given = None if imatrix is None else f"{imatrix.name} {imatrix.digest}"
-    if plan.config.get("imatrix") != given and (plan.config or imatrix is not None):
+    planned = plan.config.get("imatrix") or ""
+    if planned.rpartition(" ")[2] != (imatrix.digest if imatrix else "") and (plan.config or imatrix is not None):
         raise PlanError(
-            f"The plan was made with the importance matrix {plan.config.get('imatrix') or 'of ones'}, not with "
-            f"{given or 'one of ones'}. Give --imatrix the same file, or make the plan again."
+            f"The plan was made with the importance matrix {planned or 'of ones'}, not with "
+            f"{imatrix.name if imatrix else 'one of ones'}. Give --imatrix the same file, or make the plan again."
         )
     importance = {} if imatrix is None else importance_of(checkpoint, imatrix)
     written = writer.layout(checkpoint, choices)
@@ -100,6 +108,7 @@ def quantize(
         "checkpoint": f"{checkpoint.fingerprint} {checkpoint.contents(hash_contents)}",
         "plan": hashlib.sha256(plan.to_json().encode()).hexdigest(),
         "alphaq version": alphaq.__version__,
+        "quantizer": quantizer_version(profile(plan.engine).quantizer),
     }
     with resumable_folder(out, job, restart) as (folder, journal):
         done = {entry["name"]: Record.model_validate(entry["record"]) for entry in journal.entries if "record" in entry}
@@ -120,7 +129,7 @@ def quantize(
             if record != task.found:
                 journal.append({"name": task.entry.name, "record": record.model_dump(exclude_none=True)})
         writer.write_rest(folder, checkpoint, plan, written)
-        write_manifest(folder, plan, manifest)
+        write_manifest(folder, plan, manifest, {file: header_of(header) for file, (header, _) in written.files.items()})
         checked = verify(folder, checkpoint, wrap, workers) if check else {}
     files = [str(out / file) for file in written.files]
     return {
@@ -152,7 +161,9 @@ def verify(
     raise_faults(folder, opened.faults())
     entries: dict[str, Entry] = {}
     if source is not None:
-        written = opened.profile.writer.layout(source, plan_choices(opened.plan, source))
+        # What tells files apart by their header only, a folder's name say, is not compared; so any rule does here.
+        unnamed = replace(source, pre_tokenizer=source.pre_tokenizer or "default")
+        written = opened.profile.writer.layout(unnamed, plan_choices(opened.plan, source))
         entries = {entry.name: entry for entry in written.entries}
         raise_faults(folder, [*_differences(opened, written)])
     tasks = [
@@ -197,11 +208,15 @@ def _differences(opened: Output, written: Layout) -> Iterable[str]:
     for entry in written.entries:
         if entry.name not in opened.manifest:
             yield f"{entry.name} is not in {MANIFEST_NAME}"
-        elif opened.parts(entry.name) != entry.parts or opened.places(entry.name) != entry.places:
+        elif opened.parts(entry.name) != entry.parts or _sizes(opened.places(entry.name)) != _sizes(entry.places):
             found = [f"{one.dtype} {list(one.shape)}" for one in map(opened.stored.get, dict(entry.parts)) if one]
             yield f"{entry.name} is {' and '.join(found)}, which is not what the plan makes of the source"
     extra = opened.manifest.keys() - {entry.name for entry in written.entries}
     yield from (f"{name} is not of the source" for name in sorted(extra))
+
+
+def _sizes(places: Iterable[Place]) -> list[int]:
+    return [place.nbytes for place in places]
 
 
 def evaluate(
@@ -219,6 +234,8 @@ def evaluate(
     from alphaq.runtime.loading import load_model
 
     contents = read_texts(texts)
+    if dtype == "auto" and any(one and find_gguf(Path(one).expanduser()) for one in (model, reference)):
+        dtype = "float32"  # both alike, and as restored
     loaded, tokenizer = load_model(model, dtype, device)
     against = None
     if reference is not None:

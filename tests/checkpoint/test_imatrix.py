@@ -39,26 +39,39 @@ def write_binary(path: Path, entries: Mapping[str, tuple[int, np.ndarray]]) -> P
     return path
 
 
+def every_stack(values: np.ndarray) -> dict[str, np.ndarray]:
+    """The same for each of the bundled model's stacks of experts."""
+    return {f"blk.{layer}.ffn_{part}_exps.weight": values for layer in range(4) for part in ("gate", "up", "down")}
+
+
 @pytest.fixture
 def sums() -> np.ndarray:
     return np.random.default_rng(0).uniform(1, 9, (8, 256))
 
 
-def test_means_are_sums_over_counts(tmp_path: Path, sums: np.ndarray) -> None:
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_importance_is_the_mean_square_of_each_column_over_that_of_all(
+    tmp_path: Path, sums: np.ndarray, scale: float
+) -> None:
     counts = np.arange(1, 9)
-    found = read_imatrix(write_gguf(tmp_path / "i.gguf", {GATES: (sums, counts)})).tensors[GATES]
-    assert np.allclose(found, sums / counts[:, None])
+    found = read_imatrix(write_gguf(tmp_path / "i.gguf", {GATES: (scale * sums, counts)})).tensors[GATES]
+    assert np.allclose(found, sums / sums.mean(axis=1, keepdims=True))
 
 
 def test_both_formats_mean_the_same_matrices(tmp_path: Path, tiny: Path, sums: np.ndarray) -> None:
     checkpoint = open_checkpoint(tiny)
-    new = read_imatrix(write_gguf(tmp_path / "i.gguf", {GATES: (sums, np.full(8, 2)), HEAD: (sums[:1], np.ones(1))}))
-    old = read_imatrix(write_binary(tmp_path / "i.dat", {GATES: (2, sums), HEAD: (1, sums[0])}))
+    stacks = every_stack(sums)
+    twos = {name: (values, np.full(8, 2)) for name, values in stacks.items()}
+    new = read_imatrix(write_gguf(tmp_path / "i.gguf", twos | {HEAD: (sums[:1], np.ones(1))}))
+    calls = {name: (2, values) for name, values in stacks.items()}
+    old = read_imatrix(write_binary(tmp_path / "i.dat", calls | {HEAD: (1, sums[0])}))
     first, second = importance_of(checkpoint, new), importance_of(checkpoint, old)
     assert first.keys() == second.keys()
-    assert len(first) == 8 + 1
-    assert all(np.allclose(first[name], second[name]) for name in first)
-    assert np.allclose(first["model.layers.0.mlp.experts.3.gate_proj.weight"], sums[3] / 2)
+    assert len(first) == 4 * 8 * 3 + 1
+    one = "model.layers.0.mlp.experts.3.gate_proj.weight"
+    assert np.allclose(first[one], sums[3] / sums[3].mean())
+    # The older format has one count for all experts, and one mean.
+    assert np.allclose(second[one] / second[one].mean(), first[one])
 
 
 def test_experts_never_reached_count_as_ones_and_dead_columns_a_little(tmp_path: Path, sums: np.ndarray) -> None:
@@ -87,12 +100,14 @@ def test_importance_moves_the_error_to_columns_that_matter_less(tmp_path: Path, 
 
 
 def test_one_of_another_model_is_refused(tmp_path: Path, tiny: Path, sums: np.ndarray) -> None:
-    narrow = read_imatrix(write_gguf(tmp_path / "n.gguf", {GATES: (sums[:, :128], np.ones(8))}))
+    ones = np.ones(8)
+    whole = {name: (values, ones) for name, values in every_stack(sums).items()}
+    narrow = read_imatrix(write_gguf(tmp_path / "n.gguf", whole | {GATES: (sums[:, :128], ones)}))
     with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_gate_exps\.weight has 1024 values, not 256"):
         importance_of(open_checkpoint(tiny), narrow)
-    other = read_imatrix(write_gguf(tmp_path / "o.gguf", {"blk.0.ffn_gate.weight": (sums, np.ones(8))}))
-    with pytest.raises(CheckpointError, match="names no tensor"):
-        importance_of(open_checkpoint(tiny), other)
+    whole.pop("blk.3.ffn_up_exps.weight")
+    with pytest.raises(CheckpointError, match=r"lacks blk\.3\.ffn_up_exps\.weight"):
+        importance_of(open_checkpoint(tiny), read_imatrix(write_gguf(tmp_path / "o.gguf", whole)))
 
 
 @pytest.mark.parametrize(
@@ -116,15 +131,17 @@ def test_damaged_files_are_refused(tmp_path: Path, data: bytes) -> None:
 
 
 def test_plan_and_quantize_must_have_the_same_one(alphaq, tmp_path: Path, tiny: Path, sums: np.ndarray) -> None:  # type: ignore[no-untyped-def]
-    given = write_gguf(tmp_path / "i.gguf", {GATES: (sums, np.ones(8))})
+    stacks = {name: (values, np.ones(8)) for name, values in every_stack(sums).items()}
+    given = write_gguf(tmp_path / "i.gguf", stacks | {"output_norm.weight": (sums[:1], np.ones(1))})
     common = ("--engine", "llama.cpp", "--bits", "3", "--choices", "Q2_K,Q3_K,Q4_K", "--method", "alphaq")
     planned = alphaq("plan", tiny, *common, "--imatrix", given, "-o", tmp_path / "plan.json")
     assert planned.code == 0, planned.err
     without = alphaq("quantize", tiny, "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
     assert without.code == 2
     assert "importance matrix i.gguf" in without.err
-    made = alphaq("quantize", tiny, "--plan", tmp_path / "plan.json", "--imatrix", given, "-o", tmp_path / "out")
+    renamed = given.rename(tmp_path / "other.gguf")
+    made = alphaq("quantize", tiny, "--plan", tmp_path / "plan.json", "--imatrix", renamed, "-o", tmp_path / "out")
     assert made.code == 0, made.err
-    refused = alphaq("plan", tiny, "--bits", "3", "--imatrix", given)
+    refused = alphaq("plan", tiny, "--bits", "3", "--imatrix", renamed)
     assert refused.code == 2
     assert "--imatrix is for llama.cpp" in refused.err

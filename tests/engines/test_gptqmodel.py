@@ -142,7 +142,7 @@ def test_every_family_is_read_back_as_quantized(
     stored = {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
     assert not any("block_sparse_moe" in name for name in stored)
     originals = {matrix.name: matrix for matrix in checkpoint.matrices}
-    records = read_manifest(out / "alphaq_manifest.json")
+    records = read_manifest(out / "alphaq_manifest.json").tensors
     for name, values in read_back(out, checkpoint).items():
         if name not in plan.choices:
             assert torch.equal(values, checkpoint.tensor(name))

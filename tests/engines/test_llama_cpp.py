@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import pickle
 import re
 import shutil
 import sys
@@ -30,7 +31,7 @@ from alphaq.engines import llama_cpp
 from alphaq.engines.gguf_model import gguf_metadata, gguf_tensors, transformed
 from alphaq.engines.llama_cpp import FILE_NAME, OF_ONE_FILE, PROFILE
 from alphaq.engines.output import MANIFEST_NAME, PLAN_NAME, read_manifest
-from alphaq.errors import CheckpointError, PlanError, VerificationError
+from alphaq.errors import CheckpointError, MissingExtraError, PlanError, VerificationError
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.planning.limits import outside_experts
 from alphaq.quantizers import ggml
@@ -142,7 +143,7 @@ def test_verify_accepts_what_was_written(out: Path, tiny: Path, alphaq: Callable
     ran = alphaq("verify", out, "--source", tiny, "--json")
     assert ran.code == 0, ran.err
     assert ran.json["against_source"] is True
-    assert ran.json["tensors"] == len(read_manifest(out / MANIFEST_NAME))
+    assert ran.json["tensors"] == len(read_manifest(out / MANIFEST_NAME).tensors)
 
 
 def test_every_reader_finds_the_quantizer_s_values(out: Path, tiny: Path) -> None:
@@ -163,7 +164,7 @@ def test_every_reader_finds_the_quantizer_s_values(out: Path, tiny: Path) -> Non
 def test_manifest_holds_the_real_errors(out: Path, tiny: Path) -> None:
     source, written = open_checkpoint(tiny), open_checkpoint(out, quantized=True)
     plan = Plan.from_json((out / PLAN_NAME).read_bytes(), PLAN_NAME)
-    records = read_manifest(out / MANIFEST_NAME)
+    records = read_manifest(out / MANIFEST_NAME).tensors
     for matrix in source.matrices:
         weight = source.read(matrix).double()
         error = (written.tensor(matrix.name).double() - weight).square().sum() / weight.square().sum()
@@ -510,7 +511,9 @@ def test_size_budget_counts_what_a_gguf_source_keeps(
 # -- type files for llama-quantize ----------------------------------------------------------------
 
 
-def test_type_file_names_exactly_what_is_quantized(tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
+def test_type_file_names_every_matrix_that_is_not_in_float32(
+    tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran]
+) -> None:
     options = ("--engine", "llama.cpp", "--choices", FAST, "--noise", "analytic", "--method", "alphaq")
     ran = alphaq("plan", tiny, "--bits", 3.4, *options, "-o", tmp_path / "p", "--write-type-file", tmp_path / "types")
     assert ran.code == 0, ran.err
@@ -523,7 +526,7 @@ def test_type_file_names_exactly_what_is_quantized(tiny: Path, tmp_path: Path, a
     assert alphaq("quantize", tiny, "--plan", tmp_path / "p", "-o", tmp_path / "out").code == 0
     for name, tensor in read_gguf(tmp_path / "out" / FILE_NAME).tensors.items():
         matching = [type for pattern, type in types.items() if re.search(pattern, name)]
-        assert matching == ([] if tensor.type in ("F32", "BF16") else [tensor.type.lower()]), name
+        assert matching == ([] if tensor.type == "F32" else [tensor.type.lower()]), name
 
 
 def test_type_file_is_refused_for_other_engines(tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
@@ -607,3 +610,51 @@ def test_missing_gguf_is_named_before_measuring(
     ran = alphaq("plan", tiny, "--bits", 4, "--engine", "llama.cpp", "--choices", FAST, "--method", "alphaq")
     assert ran.code == 2
     assert EXTRA in ran.err
+
+
+# -- what a review found ----------------------------------------------------------------------------
+
+
+def test_verify_finds_metadata_that_were_changed(damaged: Path) -> None:
+    data = bytearray((damaged / FILE_NAME).read_bytes())
+    place = data.index(b"qwen2moe.rope.freq_base") + len(b"qwen2moe.rope.freq_base") + 4
+    data[place : place + 4] = np.float32(500_000).tobytes()
+    (damaged / FILE_NAME).write_bytes(data)
+    with pytest.raises(VerificationError, match=r"header of model\.gguf is not the one that was written"):
+        pipeline.verify(damaged)
+
+
+def test_verify_accepts_a_source_that_was_moved(out: Path, tiny: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(tiny, tmp_path / "a-rather-long-name-for-the-same-model"))
+    assert pipeline.verify(out, open_checkpoint(moved))["against_source"] is True
+
+
+def test_tied_embedding_is_counted_in_both_its_places(tiny: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tied = Path(shutil.copytree(tiny, tmp_path / "tied"))
+    tensors = load_file(tied / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tied / "model.safetensors", {"format": "pt"})
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    checkpoint = open_checkpoint(tied)
+    plan = plan_of(checkpoint, budget=Budget(size_bytes=4_000_000), method="auto", choices=FAST, noise="analytic")
+    assert plan.size_bytes is not None
+    assert plan.budget_slack is not None
+    assert plan.size_bytes + plan.budget_slack == pytest.approx(4_000_000, abs=4096)
+    assert plan.size_bytes <= 4_000_000
+
+
+def test_bounds_hold_for_every_role_of_a_joint_budget(tiny: Path) -> None:
+    settings = {"budget": Budget(size_bytes=5_500_000), "method": "auto", "choices": FAST, "noise": "analytic"}
+    plan = plan_of(open_checkpoint(tiny), min_sqnr_db=15.0, **settings)
+    assert "Q2_K" not in plan.choices.values()
+    assert (
+        "Q2_K" in plan_of(open_checkpoint(tiny), **settings | {"budget": Budget(size_bytes=4_400_000)}).choices.values()
+    )
+
+
+def test_error_of_a_missing_extra_survives_a_worker() -> None:
+    error = pickle.loads(pickle.dumps(MissingExtraError("gguf", "Writing needs it")))
+    assert "pip install 'alphaq[gguf]'" in str(error)

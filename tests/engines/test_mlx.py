@@ -133,7 +133,7 @@ def test_every_family_is_read_back_as_quantized(
     plan = Plan.from_json((out / PLAN_NAME).read_bytes(), "plan")
     assert weight_bytes(out) == plan.size_bytes
     originals = {matrix.name: matrix for matrix in checkpoint.matrices}
-    records = read_manifest(out / "alphaq_manifest.json")
+    records = read_manifest(out / "alphaq_manifest.json").tensors
     for name, values in read_back(out, checkpoint).items():
         if name not in plan.choices:
             assert torch.equal(values, checkpoint.tensor(name))

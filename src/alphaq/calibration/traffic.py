@@ -31,7 +31,7 @@ from alphaq.records import Choice, MatrixRef
 
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
 PROJECTIONS = ("gate", "up", "down")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PROBE = Choice(2, 128)
 """The rounding at which `signal` is measured; being relative, it hardly depends on it."""
 SMALLEST_RESIDUAL = 1e-30

@@ -19,11 +19,12 @@ from alphaq.checkpoint.gguf_format import MAGIC, read_gguf
 from alphaq.errors import CheckpointError
 
 MAX_ENTRIES = 100_000
+MAX_BYTES = 1 << 30  # that of DeepSeek-V3 has 0.6 GB
 
 
 @dataclass(frozen=True)
 class ImportanceMatrix:
-    """Importance by GGUF tensor name, float32 [experts, columns] (one row where there are no experts), positive.
+    """Importance by GGUF tensor name, float32 [experts, columns] (one row where there are no experts), mean 1.
 
     Rows of experts that the text never reached are ones: they know no better.
     """
@@ -36,6 +37,8 @@ class ImportanceMatrix:
 def read_imatrix(path: Path) -> ImportanceMatrix:
     """Read either format. Raises CheckpointError naming the file if it is neither, or damaged."""
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise CheckpointError(f"{path} is too large for an importance matrix. Check the path of --imatrix.")
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. Check the path of --imatrix.") from None
@@ -92,8 +95,9 @@ def _from_binary(path: Path, data: bytes) -> dict[str, np.ndarray]:
 def _means(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     if not (np.isfinite(sums).all() and (sums >= 0).all() and np.isfinite(counts).all() and (counts >= 0).all()):
         raise CheckpointError(f"{path}: {name} holds numbers that no mean square can be. Make it again.")
-    means = sums / np.maximum(counts, 1)
+    means = sums.astype(np.float64) / np.maximum(counts, 1)
     reached = (means > 0).any(axis=1, keepdims=True)
-    # A column that was always 0 still must not be free to take any value.
-    floor = np.where(reached, means.mean(axis=1, keepdims=True), 1.0) * 1e-6
-    return np.where(reached, np.maximum(means, floor), 1.0).astype(np.float32)
+    # Only ratios count; the quantizers' sums must neither overflow nor vanish. A column that was always 0 still must
+    # not be free to take any value.
+    means /= np.where(reached, means.mean(axis=1, keepdims=True), 1.0)
+    return np.where(reached, np.clip(means, 1e-6, 1e6), 1.0).astype(np.float32)

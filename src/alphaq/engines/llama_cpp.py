@@ -61,6 +61,12 @@ GAUSSIAN_ERROR: dict[str, float] = {
     "16": 0.0,
 }
 
+
+def gaussian_errors(choices: Sequence[Choice]) -> np.ndarray:
+    """Relative errors on Gaussian weights, float64 [choices]: of matrices that are not measured."""
+    return np.array([GAUSSIAN_ERROR[str(choice)] for choice in choices])
+
+
 TYPE_OF_BITS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0", 16: "16"}
 
 
@@ -168,7 +174,8 @@ def _entry(
         whole = (info.dtype, info.encoding, recipe.transform, source.transposed) == (type, None, "", False)
         if type in GGML_BLOCKS or not (whole and source.index is None and info.shape == source.shape):
             choice = Choice.parse(type) if type in GGML_BLOCKS else Choice(16)
-            return Entry(source.name, source, choice, (place,), parts, recipe.transform)
+            cast = "" if choice.scheme or source.dtype == type else f">{type}"  # experts may differ in their dtype
+            return Entry(source.name, source, choice, (place,), parts, recipe.transform + cast)
     info = checkpoint.info(own)
     same = info.encoding is None and info.dtype == type and not recipe.transform
     return Entry(own, own, None, (place,), parts, "" if same else f"{recipe.transform}>{type}")
@@ -228,14 +235,21 @@ def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout
 
 
 def importance_of(checkpoint: Checkpoint, given: ImportanceMatrix) -> dict[str, np.ndarray]:
-    """Importance of the columns of each matrix, float32 [columns]; matrices that the file lacks are left out.
+    """Importance of the columns of each matrix, float32 [columns]; outside the experts some may be left out.
 
-    Raises CheckpointError if it is of another model.
+    Raises CheckpointError if it is of another model, or lacks a stack of experts.
     """
     found: dict[str, np.ndarray] = {}
     for recipe in gguf_tensors(checkpoint):
         rows = given.tensors.get(recipe.name)
-        if rows is None or recipe.transform.startswith("kv_b"):
+        if not recipe.matrices or recipe.transform.startswith("kv_b"):
+            continue
+        if rows is None:
+            if recipe.matrices[0].role is Role.EXPERT:
+                raise CheckpointError(
+                    f"{given.name} lacks {recipe.name}. Use an importance matrix of this model, made by a current "
+                    "llama-imatrix."
+                )
             continue
         # The older format has all experts' columns in one row.
         columns = rows.reshape(len(recipe.matrices), -1) if rows.size % max(1, len(recipe.matrices)) == 0 else rows
@@ -245,15 +259,13 @@ def importance_of(checkpoint: Checkpoint, given: ImportanceMatrix) -> dict[str, 
                 f"{len(recipe.matrices)} matrices. Use the importance matrix of this model."
             )
         found.update(zip((matrix.name for matrix in recipe.matrices), columns, strict=True))
-    if not found:
-        raise CheckpointError(f"{given.name} names no tensor of {checkpoint.name}. Use the one of this model.")
     return found
 
 
 def type_file(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> str:
-    """What `llama-quantize --tensor-type-file` reads: a line `pattern=type` for every tensor that is quantized."""
+    """What `llama-quantize --tensor-type-file` reads: a line `pattern=type` for every matrix that is not in F32."""
     types = {recipe.name: _type(recipe, choices, checkpoint) for recipe in gguf_tensors(checkpoint)}
-    lines = [f"^{re.escape(name)}$={type.lower()}" for name, type in types.items() if type in GGML_BLOCKS]
+    lines = [f"^{re.escape(name)}$={type.lower()}" for name, type in types.items() if type != "F32"]
     return "\n".join(lines) + "\n"
 
 

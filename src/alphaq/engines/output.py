@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from alphaq.checkpoint.writer import Place
+from alphaq.checkpoint.writer import Place, checksum, pieces_at
 from alphaq.engines.export import Stored
 from alphaq.engines.profiles import profile
 from alphaq.errors import CheckpointError, VerificationError
@@ -41,23 +41,35 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
+    headers: dict[str, tuple[int, str]] = Field(default_factory=dict)
+    """Length and checksum of what each weight file begins with, up to its tensors."""
     tensors: dict[str, Record]
 
 
-def read_manifest(path: Path) -> dict[str, Record]:
-    """The entries by name. Raises CheckpointError naming the first fault."""
+def read_manifest(path: Path) -> Manifest:
+    """Raises CheckpointError naming the first fault."""
     try:
-        return Manifest.model_validate_json(path.read_bytes()).tensors
+        return Manifest.model_validate_json(path.read_bytes())
     except ValueError as error:
         raise CheckpointError(
             f"{path} is damaged ({first_fault(error)}). Copy the files again, or quantize again."
         ) from None
 
 
-def write_manifest(folder: Path, plan: Plan, manifest: Mapping[str, Record]) -> None:
+def header_of(header: bytes) -> tuple[int, str]:
+    """A file's header as the manifest has it."""
+    return len(header), checksum([memoryview(header)])
+
+
+def write_manifest(
+    folder: Path, plan: Plan, manifest: Mapping[str, Record], headers: Mapping[str, tuple[int, str]]
+) -> None:
     """Plan and manifest."""
     (folder / MANIFEST_NAME).write_text(
-        Manifest(tensors=dict(sorted(manifest.items()))).model_dump_json(indent=1, exclude_none=True) + "\n",
+        Manifest(headers=dict(headers), tensors=dict(sorted(manifest.items()))).model_dump_json(
+            indent=1, exclude_none=True
+        )
+        + "\n",
         encoding="utf-8",
     )
     (folder / PLAN_NAME).write_text(plan.to_json(), encoding="utf-8")
@@ -78,7 +90,8 @@ class Output:
         self.folder = folder
         self.plan = Plan.from_json((folder / PLAN_NAME).read_bytes(), str(folder / PLAN_NAME))
         self.profile = profile(self.plan.engine)
-        self.manifest = read_manifest(folder / MANIFEST_NAME)
+        found = read_manifest(folder / MANIFEST_NAME)
+        self.manifest, self.headers = found.tensors, found.headers
         self.stored: dict[str, Stored] = self.profile.writer.stored(folder)
 
     def parts(self, name: str) -> tuple[tuple[str, int | None], ...]:
@@ -97,6 +110,13 @@ class Output:
         """What shows without reading data: missing or unexplained tensors, and a total size other than promised."""
         expected = {tensor for name in self.manifest for tensor, _ in self.parts(name)}
         faults = [f"{name} is missing" for name in sorted(expected - self.stored.keys())]
+        for file, (nbytes, digest) in self.headers.items():
+            if not (self.folder / file).is_file():
+                faults.append(f"{file} is missing")
+            elif checksum(pieces_at(self.folder, [Place(file, 0, nbytes)])) != digest:
+                faults.append(
+                    f"the header of {file} is not the one that was written (metadata or tensors were changed)"
+                )
         faults += [f"{name} is missing" for name in sorted(self.plan.choices.keys() - self.manifest.keys())]
         faults += [f"{name} is not in {MANIFEST_NAME}" for name in sorted(self.stored.keys() - expected)]
         for name in self.manifest:

@@ -24,7 +24,7 @@ from alphaq.errors import StatsError
 from alphaq.measurement import Sampling, measure
 from alphaq.planning.limits import problem_of
 from alphaq.planning.request import Request
-from alphaq.quantizers.base import SAMPLE_VALUES
+from alphaq.quantizers.base import SAMPLE_VALUES, quantizer_version
 from alphaq.records import Choice, MatrixRef, Spectrum
 from alphaq.sensitivity.distortion import analytic_noise
 from alphaq.sensitivity.methods import Evidence, Need
@@ -98,6 +98,7 @@ def measure_for_plan(
     variant = SpectrumVariant(config.spectrum, config.tail)
     begin = time.perf_counter()
     importance = {} if imatrix is None else importance_of(checkpoint, imatrix)
+    digest = f"{quantizer_version(request.profile.quantizer)} {imatrix.digest if imatrix else ''}".strip()
     obstacle = request.profile.obstacle
     possible = {matrix.name: frozenset(c for c in real if obstacle(c, matrix) is None) for matrix in matrices}
     units: dict[str, list[MatrixRef]] = {}
@@ -112,7 +113,7 @@ def measure_for_plan(
         device,
         "statistics" in wanted,
         variant,
-        _sampling(request.profile.quantizer, units, possible, importance, "" if imatrix is None else imatrix.digest),
+        _sampling(request.profile.quantizer, units, possible, importance, digest),
     )
     spectra, rows, deviations, statistics = {}, [], [], []
     for matrix, found in zip(matrices, wrap(results, len(matrices), "measure"), strict=True):

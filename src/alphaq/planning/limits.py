@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from alphaq.allocation.problem import Problem
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.config import PlanConfig, Rule
 from alphaq.engines import native
+from alphaq.engines.export import Layout
+from alphaq.engines.llama_cpp import gaussian_errors
 from alphaq.engines.profile import Profile
 from alphaq.errors import BudgetError
 from alphaq.planning.request import Request
@@ -58,6 +61,8 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, evidence: Eviden
     if evidence is not None:
         pinned = [any(rule.matches(matrix) for rule in config.pins) for matrix in experts]
         allowed[: len(experts)] &= _clear_enough(config, evidence) | np.array(pinned)[:, None]
+        if joined and config.min_sqnr_db is not None:
+            allowed[len(experts) :] &= gaussian_errors(choices) <= 10 ** (-config.min_sqnr_db / 10)
     units = [profile.unit_of(matrix) for matrix in matrices]
     # In the model's order, not the files': shards sort layer 10 before layer 2.
     names = tuple(dict.fromkeys(units[number] for number in sorted(range(len(units)), key=lambda n: matrices[n].place)))
@@ -79,11 +84,18 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, evidence: Eviden
     else:
         assert config.budget.size_bytes is not None
         kept16 = {matrix.name: Choice(16) for matrix in matrices}
-        fixed_bytes = profile.writer.layout(checkpoint, fixed | kept16).size_bytes
+        if_kept = profile.writer.layout(checkpoint, fixed | kept16)
         kept = byte_tables(profile, matrices, (Choice(16),))[1][:, 0]
-        if profile.kept_bytes is not None:
+        if profile.kept_bytes is None:
+            fixed_bytes = if_kept.size_bytes - int(kept.sum())
+        else:
+            # Padding is counted for each matrix below, so none of it may be taken off here.
+            uses, data = _entries_of(if_kept)
+            fixed_bytes = if_kept.size_bytes - sum(data[matrix.name] for matrix in matrices)
             kept = np.array([profile.kept_bytes(checkpoint, matrix) for matrix in matrices])
-        fixed_bytes -= int(kept.sum())
+            # A tied embedding is written twice where llama.cpp insists on it.
+            times = np.array([1] * len(experts) + [uses[matrix.name] for matrix in joined])
+            in_file, kept = in_file * times[:, None], kept * times
         if Choice(16) in choices:
             in_file[:, choices.index(Choice(16))] = kept
         costs, limit = in_file, config.budget.size_bytes - fixed_bytes
@@ -99,6 +111,16 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, evidence: Eviden
         least = f"--bits {_up(_nominal_bits(request, matrices, floor))}"
     problem.check(str(config.budget), _least(problem, config, least))
     return problem
+
+
+def _entries_of(layout: Layout) -> tuple[Counter[str], Counter[str]]:
+    """How many entries each matrix or kept tensor has, and how many bytes of data in all."""
+    uses, data = Counter[str](), Counter[str]()
+    for entry in layout.entries:
+        name = entry.source if isinstance(entry.source, str) else entry.source.name
+        uses[name] += 1
+        data[name] += sum(place.nbytes for place in entry.places)
+    return uses, data
 
 
 def _clear_enough(config: PlanConfig, evidence: Evidence) -> np.ndarray:
@@ -120,7 +142,7 @@ def _least(problem: Problem, config: PlanConfig, least: str) -> str:
         ways.append("relax pins and bounds")
     if narrowest.bits > 1:
         ways.append("allow narrower --choices")
-    if narrowest.group_size in (32, 64):
+    if narrowest.group_size in (32, 64) and not narrowest.scheme:
         ways.append("use a larger --group-size")
     return f"{least} with most experts at {narrowest}. {', or '.join(ways)}"
 
@@ -142,10 +164,10 @@ def allowed_choices(request: Request, matrices: Sequence[MatrixRef]) -> np.ndarr
     for rule in config.pins:
         rows = [number for number, matrix in enumerate(matrices) if rule.matches(matrix)]
         allowed[rows] = [choice == request.choice(rule.value) for choice in choices]
-    shapes: dict[tuple[Any, Choice], bool] = {}
+    shapes: dict[Any, bool] = {}
     for number, matrix in enumerate(matrices):
         for column, choice in enumerate(choices):
-            key = (matrix.shape, choice)
+            key = (matrix.shape, matrix.role, matrix.projection, choice)
             if key not in shapes:
                 shapes[key] = request.profile.obstacle(choice, matrix) is None
             allowed[number, column] &= shapes[key]
@@ -207,7 +229,8 @@ def byte_tables(
     table = np.empty((len(matrices), len(choices), 2), np.int64)
     for number, matrix in enumerate(matrices):
         # A header entry depends on the name's length; that of a stack is counted with its first matrix.
-        kind = (matrix.shape, matrix.dtype, len(json.dumps(matrix.name)), matrix.expert in (0, None))
+        place = (matrix.role, matrix.projection, matrix.expert in (0, None))
+        kind = (matrix.shape, matrix.dtype, len(json.dumps(matrix.name)), place)
         for column, choice in enumerate(choices):
             if (kind, choice) not in known:
                 stored = _storable(profile, choice, matrix)

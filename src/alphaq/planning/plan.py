@@ -11,12 +11,12 @@ import numpy as np
 import alphaq
 from alphaq.allocation.problem import Problem, solve_experts, solve_losses, solve_order, solve_shares
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.engines.llama_cpp import GAUSSIAN_ERROR
+from alphaq.engines.llama_cpp import gaussian_errors
 from alphaq.errors import BudgetError
 from alphaq.planning.evidence import Measurements
 from alphaq.planning.limits import byte_tables, outside_experts, problem_of, size_bytes
 from alphaq.planning.request import Request
-from alphaq.records import MatrixRef, Plan, PlanTable, Solution
+from alphaq.records import MatrixRef, Plan, PlanTable, Role, Solution
 from alphaq.sensitivity.methods import Evidence, resolved_gamma
 from alphaq.sensitivity.roles import role_weights
 from alphaq.sensitivity.signal import exponents
@@ -37,7 +37,7 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
     problem = problem_of(checkpoint, request, found.evidence)
     evidence = _accounted(replace(found.evidence, gamma=config.gamma, seed=config.seed), request)
     fixed, joined = ({}, []) if checkpoint is None else outside_experts(checkpoint, request)
-    solution, losses = _solve(problem, request, evidence, joined)
+    solution, losses = _solve(problem, request, evidence, checkpoint, joined)
 
     columns = problem.chosen(solution.columns)
     names = (*evidence.names, *(matrix.name for matrix in joined))
@@ -94,7 +94,11 @@ def _accounted(evidence: Evidence, request: Request) -> Evidence:
 
 
 def _solve(
-    problem: Problem, request: Request, evidence: Evidence, joined: Sequence[MatrixRef]
+    problem: Problem,
+    request: Request,
+    evidence: Evidence,
+    checkpoint: Checkpoint | None,
+    joined: Sequence[MatrixRef],
 ) -> tuple[Solution, np.ndarray]:
     """The solution and the losses [matrices, choices] that it is judged by; `joined` come after the experts."""
     kind, rule = request.method.kind, request.method.rule
@@ -114,8 +118,10 @@ def _solve(
         experts = [f"layers.{matrix.layer}.experts.{matrix.expert}" for matrix in evidence.matrices]
         return solve_experts(problem, losses, experts), losses
     if joined:
-        relative = np.array([GAUSSIAN_ERROR[str(choice)] for choice in problem.choices])
-        weights = role_weights(joined, evidence.matrices)
+        assert checkpoint is not None  # without one nothing joins
+        tied = not checkpoint.with_role(Role.HEAD)
+        weights = role_weights(joined, evidence.matrices, tied)
+        relative = gaussian_errors(problem.choices)
         losses = np.vstack([losses, weights[:, None] * relative ** exponents(problem.choices)[1]])
     return solve_losses(problem, losses, per_layer), losses
 

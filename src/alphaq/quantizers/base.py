@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
 import numpy as np
@@ -39,6 +40,16 @@ QUANTIZERS: dict[str, Quantizer] = {
     "symmetric16": quantize_symmetric16,
     "affine": quantize_affine,
 }
+
+
+def quantizer_version(name: str) -> str:
+    """Version of the library that a quantizer calls; other versions may leave other bytes. Empty for our own."""
+    if name != "ggml":
+        return ""
+    try:
+        return version("xllamacpp")
+    except PackageNotFoundError:
+        return ""
 
 
 def quantizer_of(name: str, importance: np.ndarray | None = None) -> Quantizer:

@@ -21,6 +21,7 @@ import torch
 from alphaq.errors import MissingExtraError, QuantizationError
 from alphaq.ggml import GGML_BLOCKS, GGML_TYPES
 from alphaq.numerics import in_threads, row_parts, squared_distance
+from alphaq.quantizers.rtn import FP16_MAX
 from alphaq.records import Choice, QuantizedMatrix
 
 
@@ -70,12 +71,17 @@ def quantize_ggml(
     def quantize(part: slice) -> float:
         values = weight[part].float().contiguous()
         source = values.numpy()
-        if not np.isfinite(source).all():
-            raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
+        if not np.abs(source).max(initial=0) <= FP16_MAX:  # llama.cpp would end the process, or store infinite scales
+            raise QuantizationError(
+                f"{name} holds NaN, infinite or too large weights (beyond {FP16_MAX:g}), which fp16 scales cannot "
+                "represent. The checkpoint is damaged, or keep this matrix with --pin."
+            )
         blocks_of(source, choice.scheme, weights, codes[part])
         return squared_distance(values, restore_rows(codes[part], choice, columns))
 
     error = math.fsum(in_threads(quantize, row_parts(rows, columns)))
+    if not math.isfinite(error):
+        raise QuantizationError(f"{name} cannot be stored as {choice}: its scales overflow. Choose another type.")
     return QuantizedMatrix(choice, (rows, columns), torch.from_numpy(codes), None, None, error)
 
 

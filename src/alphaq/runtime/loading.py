@@ -52,6 +52,9 @@ def _load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
     tokenizer = None
     with suppress(OSError, ValueError, KeyError, NotImplementedError):  # of families that transformers does not know
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if tokenizer is not None:
+        hollow.model.generation_config.eos_token_id = tokenizer.eos_token_id
+        hollow.model.generation_config.pad_token_id = tokenizer.pad_token_id
     return hollow.model.to(torch.float32 if dtype == "auto" else getattr(torch, dtype)), tokenizer
 
 

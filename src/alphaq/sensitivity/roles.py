@@ -20,10 +20,10 @@ ATTENTION_SHARES = {"q_proj": 0.17, "k_proj": 0.24, "v_proj": 0.39, "o_proj": 0.
 OTHER_ATTENTION_SHARE = 0.27  # of a projection that only some families have
 
 
-def role_weights(matrices: Sequence[MatrixRef], experts: Sequence[MatrixRef]) -> np.ndarray:
+def role_weights(matrices: Sequence[MatrixRef], experts: Sequence[MatrixRef], tied: bool = False) -> np.ndarray:
     """Loss per unit of relative error of each matrix, float64 [matrices], where that of all experts is their weights.
 
-    A dense MLP counts as much as the experts of one layer, with their shared one.
+    A dense MLP counts as much as the experts of one layer, with their shared one; a tied embedding as both that it is.
     """
     total = sum(matrix.parameters for matrix in experts)
     layers = len({matrix.layer for matrix in experts})
@@ -38,7 +38,8 @@ def role_weights(matrices: Sequence[MatrixRef], experts: Sequence[MatrixRef]) ->
             shares.append(dense)
             groups.append((matrix.role, matrix.layer))
         else:
-            shares.append(ROLE_SHARES[matrix.role])
+            both = tied and matrix.role is Role.EMBEDDING
+            shares.append(ROLE_SHARES[matrix.role] + both * ROLE_SHARES[Role.HEAD])
             groups.append((matrix.role, None))
     sizes = {group: 0 for group in groups}
     for group, matrix in zip(groups, matrices, strict=True):
