@@ -20,6 +20,7 @@ from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant, variant_spect
 from alphaq.workers import Workers
 
 T = TypeVar("T")
+ENERGY = "energy"  # what the cache calls Σw², beside the errors of choices
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,17 @@ def measure(
         pairs = {c: (error, fresh.deviation.get(c, 0.0)) for c, error in fresh.expected.items()}
         if cache is not None and name in tasks:
             kept = {sampling.key(choice): pair for choice, pair in pairs.items()}
+            if pairs:
+                kept[ENERGY] = fresh.energy, 0.0
             cache.add(name, one.spectrum, kept, one.statistics, kind)
         for choice in sampling.of(name, choices):
             if choice not in pairs:
                 pairs[choice] = known.errors[name, sampling.key(choice)]
+        expected, deviation = ({choice: pair[part] for choice, pair in pairs.items()} for part in (0, 1))
+        energy = fresh.energy or known.errors.get((name, ENERGY), (0.0, 0.0))[0]
         yield Measured(
             one.spectrum or (known.spectra[name, kind] if spectra else None),
-            SquaredErrors({c: pair[0] for c, pair in pairs.items()}, {c: pair[1] for c, pair in pairs.items()}),
+            SquaredErrors(expected, deviation, energy),
             one.statistics or (known.statistics[name] if statistics else None),
         )
     yield from results  # none is left, but the last shard is to be forgotten

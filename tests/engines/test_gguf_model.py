@@ -71,6 +71,8 @@ def save_sentencepiece(folder: Path) -> None:
         character_coverage=0.98,
         normalization_rule_name="identity",
         input_sentence_size=200,
+        shuffle_input_sentence=False,  # else each run learns other pieces
+        num_threads=1,
         minloglevel=2,
     )
     added = {

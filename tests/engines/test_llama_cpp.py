@@ -655,6 +655,18 @@ def test_bounds_hold_for_every_role_of_a_joint_budget(tiny: Path) -> None:
     )
 
 
+def test_every_role_of_a_joint_budget_is_measured(tiny: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    settings = {"budget": Budget(size_bytes=5_500_000), "method": "auto", "noise": "measured"}
+    plan = plan_of(checkpoint, choices="Q3_K,Q4_K,Q6_K", **settings)
+    head = next(matrix for matrix in checkpoint.matrices if matrix.role is Role.HEAD)
+    weight = checkpoint.read(head).float()
+    error = quantize_ggml(weight, plan.choice(head.name)).squared_error
+    assert error is not None
+    assert plan.expected_error.keys() == plan.assignment.keys()
+    assert plan.expected_error[head.name] == pytest.approx(error / float(weight.square().sum()), rel=0.03)
+
+
 def test_error_of_a_missing_extra_survives_a_worker() -> None:
     error = pickle.loads(pickle.dumps(MissingExtraError("gguf", "Writing needs it")))
     assert "pip install 'alphaq[gguf]'" in str(error)

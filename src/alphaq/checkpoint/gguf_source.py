@@ -35,6 +35,7 @@ _ROUTER_OF_ONE = "blk.{layer}.ffn_gate_inp_shexp.weight"
 
 _MAY_LACK = ("rope.", "attention.key_length", "attention.value_length", "attention.head_count_kv", "vocab_size")
 _ROPE_BASE = "rope.freq_base"
+MAX_NUMBER = 1e12
 _USUAL_ROPE_BASE = 10_000.0  # what llama.cpp takes if a file does not say
 
 
@@ -146,8 +147,14 @@ def _config(file: GgufFile, mapping: GgufMapping, where: str) -> dict[str, Any]:
                 )
             value = meanings[value or ""]
         if value is not None:
+            # Counts, sizes and rates: none is negative, infinite or beyond what a model could have.
+            if not isinstance(value, str) and not 0 <= value <= MAX_NUMBER:
+                raise CheckpointError(f"{where}: {mapping.arch}.{key} is {value!r}. Download the file again.")
             _set(config, target, value, f"{where}: {mapping.arch}.{key}")
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    for key in ("num_attention_heads", "num_key_value_heads", "hidden_size", "num_experts_per_tok"):
+        if type(config.get(key)) is not int or not config[key]:
+            raise CheckpointError(f"{where}: its {key} is {config.get(key)!r}, not a count. Download the file again.")
     embedding = file.tensors.get("token_embd.weight")
     if embedding is not None and embedding.shape:
         config.setdefault("vocab_size", embedding.shape[0])

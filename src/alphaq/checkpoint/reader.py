@@ -301,7 +301,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json. Point to a Hugging Face model folder.")
-    config = _read_json(path)
+    config = read_json(path)
     if not isinstance(config.get("quantization_config", {}), dict):
         raise CheckpointError(f"{path}: quantization_config is not an object. Restore the file.")
     return config
@@ -346,7 +346,7 @@ def shard_index(folder: Path) -> dict[str, str]:
                 "Convert them to safetensors first (`save_pretrained` in transformers does)."
             )
         raise CheckpointError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}. Complete the download.")
-    index = _read_json(folder / INDEX_NAME).get("weight_map")
+    index = read_json(folder / INDEX_NAME).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map. Download the index again.")
     for name, shard in index.items():
@@ -358,7 +358,8 @@ def shard_index(folder: Path) -> dict[str, str]:
     return index
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object. Raises CheckpointError naming the file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

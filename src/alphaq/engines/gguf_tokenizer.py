@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from alphaq.checkpoint.gguf_format import GgufValue
+from alphaq.checkpoint.reader import read_json
 from alphaq.engines.gguf_package import package, special_tokens
 from alphaq.errors import CheckpointError, MissingExtraError
 
@@ -220,12 +221,4 @@ def _parts(entry: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 
 def _json(path: Path) -> dict[str, Any]:
     """An object, empty if the file does not exist."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). Download it again.") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object. Download it again.")
-    return data
+    return read_json(path) if path.is_file() else {}

@@ -19,10 +19,10 @@ from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, gathe
 from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines import native
-from alphaq.engines.llama_cpp import GAUSSIAN_ERROR, importance_of
+from alphaq.engines.llama_cpp import GAUSSIAN_ERROR, gaussian_errors, importance_of
 from alphaq.errors import StatsError
 from alphaq.measurement import Sampling, measure
-from alphaq.planning.limits import problem_of
+from alphaq.planning.limits import outside_experts, problem_of
 from alphaq.planning.request import Request
 from alphaq.quantizers.base import SAMPLE_VALUES, quantizer_version
 from alphaq.records import Choice, MatrixRef, Spectrum
@@ -55,6 +55,8 @@ class Measurements:
     """Time that each need took in this run; what the cache held took next to none."""
     deviations: np.ndarray | None = None
     """Relative standard error of a unit's summed errors, for each of its matrices [matrices, choices]."""
+    joined: dict[str, np.ndarray] = field(default_factory=dict)
+    """Σ(w − ŵ)²/Σw² [choices] of matrices outside the experts that share their budget, where they were measured."""
 
 
 def measure_for_plan(
@@ -128,6 +130,19 @@ def measure_for_plan(
         deviations.append([measured.deviation.get(c, 0.0) for c in choices])
         if found.statistics is not None:
             statistics.append(found.statistics)
+    joined = {}
+    if request.joint and real:
+        others_too = outside_experts(checkpoint, request)[1]
+        able = {matrix.name: frozenset(c for c in real if obstacle(c, matrix) is None) for matrix in others_too}
+        whole = Sampling(request.profile.quantizer, SAMPLE_VALUES, able, importance, digest)
+        results = measure(others_too, workers or Workers(1, checkpoint), cache, False, real, sampling=whole)
+        usual = gaussian_errors(choices)
+        for matrix, found in zip(others_too, wrap(results, len(others_too), "measure the rest"), strict=True):
+            seen_errors, energy = found.squared_errors.expected, found.squared_errors.energy or 1.0
+            relative = [
+                seen_errors[c] / energy if c in seen_errors else error for c, error in zip(choices, usual, strict=True)
+            ]
+            joined[matrix.name] = np.array(relative)
     seconds = {"errors": time.perf_counter() - begin}
     weights = np.array([matrix.parameters for matrix in matrices], dtype=np.int64)
     energies = np.array([found.mean_square for found in spectra.values()]) * weights
@@ -159,7 +174,7 @@ def measure_for_plan(
         seen.get("synthetic"),
         seen.get("text"),
     )
-    return Measurements(spectra, choices, errors, weights, left_out, evidence, seconds, deviation)
+    return Measurements(spectra, choices, errors, weights, left_out, evidence, seconds, deviation, joined)
 
 
 def _sampling(

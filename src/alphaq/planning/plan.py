@@ -37,7 +37,9 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
     problem = problem_of(checkpoint, request, found.evidence)
     evidence = _accounted(replace(found.evidence, gamma=config.gamma, seed=config.seed), request)
     fixed, joined = ({}, []) if checkpoint is None else outside_experts(checkpoint, request)
-    solution, losses = _solve(problem, request, evidence, checkpoint, joined)
+    usual = gaussian_errors(choices) if joined else None
+    others = np.array([found.joined.get(matrix.name, usual) for matrix in joined])
+    solution, losses = _solve(problem, request, evidence, checkpoint, joined, others)
 
     columns = problem.chosen(solution.columns)
     names = (*evidence.names, *(matrix.name for matrix in joined))
@@ -50,6 +52,8 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
         table, _ = byte_tables(request.profile, evidence.matrices, choices)
         blocks = int(table[picked].sum())
     relative = found.evidence.relative_errors[picked].tolist()
+    if all(matrix.name in found.joined for matrix in joined):
+        relative += [row[column] for row, column in zip(others, columns[len(experts) :], strict=True)]
     deviation = None if found.deviations is None else float(f"{found.deviations[picked].max():.2g}")
     resolved = config.model_copy(update={"gamma": resolved_gamma(evidence)} if config.method == "alphaq" else {})
     unit = next(name for name, value in config.budget.model_dump().items() if value is not None)
@@ -74,7 +78,7 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
         alpha={name: s.alpha for name, s in found.spectra.items() if s.alpha is not None},
         unplanned=found.left_out,
         neutral={name: s.reason for name, s in found.spectra.items() if s.alpha is None},
-        expected_error={name: float(f"{error:.4g}") for name, error in zip(evidence.names, relative, strict=True)},
+        expected_error={name: float(f"{error:.4g}") for name, error in zip(names, relative, strict=False)},
         sampling_error=deviation,
         table=_table(problem, losses, names),
     )
@@ -99,8 +103,10 @@ def _solve(
     evidence: Evidence,
     checkpoint: Checkpoint | None,
     joined: Sequence[MatrixRef],
+    relative: np.ndarray,
 ) -> tuple[Solution, np.ndarray]:
-    """The solution and the losses [matrices, choices] that it is judged by; `joined` come after the experts."""
+    """The solution and the losses [matrices, choices] that it is judged by; `joined`, whose relative errors are
+    [joined, choices], come after the experts."""
     kind, rule = request.method.kind, request.method.rule
     per_layer = request.config.per_layer
     if kind in ("order", "ratio"):
@@ -121,7 +127,6 @@ def _solve(
         assert checkpoint is not None  # without one nothing joins
         tied = not checkpoint.with_role(Role.HEAD)
         weights = role_weights(joined, evidence.matrices, tied)
-        relative = gaussian_errors(problem.choices)
         losses = np.vstack([losses, weights[:, None] * relative ** exponents(problem.choices)[1]])
     return solve_losses(problem, losses, per_layer), losses
 

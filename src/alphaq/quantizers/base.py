@@ -74,10 +74,14 @@ def squared_error(weight: torch.Tensor, choice: Choice, name: str, quantizer: Qu
 
 @dataclass(frozen=True)
 class SquaredErrors:
-    """Σ(w − ŵ)² by choice, and the standard error of each where it was estimated from a sample of rows."""
+    """Σ(w − ŵ)² by choice, and the standard error of each where it was estimated from a sample of rows.
+
+    energy: Σw², 0 if nothing was measured.
+    """
 
     expected: dict[Choice, float] = field(default_factory=dict)
     deviation: dict[Choice, float] = field(default_factory=dict)
+    energy: float = 0.0
 
 
 def squared_errors(
@@ -94,23 +98,25 @@ def squared_errors(
     of freedom and on rows and columns of outliers). Rows are drawn without repetition, seeded by the name. The
     standard error comes from the spread of the ratio over batches of the rows.
     """
+    if not choices:
+        return SquaredErrors()
     rows, columns = weight.shape
-
-    def whole_errors() -> dict[Choice, float]:
-        found = in_threads(lambda choice: squared_error(weight, choice, name, quantizer), choices)
-        return dict(zip(choices, found, strict=True))
-
-    count = max(sample_values // columns, min(SAMPLE_ROWS, sample_values // 64), SAMPLE_BATCHES)
-    if not choices or weight.numel() <= sample_values or count >= rows:
-        return SquaredErrors(whole_errors())
     if not math.isfinite(whole := squared_norm(weight)):  # the rows drawn might not show it
         raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
+
+    def of_whole() -> SquaredErrors:
+        found = in_threads(lambda choice: squared_error(weight, choice, name, quantizer), choices)
+        return SquaredErrors(dict(zip(choices, found, strict=True)), energy=whole)
+
+    count = max(sample_values // columns, min(SAMPLE_ROWS, sample_values // 64), SAMPLE_BATCHES)
+    if weight.numel() <= sample_values or count >= rows:
+        return of_whole()
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     drawn = np.random.Generator(np.random.PCG64(seed)).choice(rows, count, replace=False)
     batches = [weight[torch.from_numpy(np.sort(batch))] for batch in np.array_split(drawn, SAMPLE_BATCHES)]
     energies = np.array([squared_norm(batch) for batch in batches])
     if not (energy := energies.sum()) > 0:  # nothing but zeros drawn
-        return SquaredErrors(whole_errors())
+        return of_whole()
     pairs = [(choice, batch) for choice in choices for batch in batches]
     measured = np.array(in_threads(lambda pair: squared_error(pair[1], pair[0], name, quantizer), pairs))
     expected, deviation = {}, {}
@@ -119,4 +125,4 @@ def squared_errors(
         misses = errors - ratio * energies
         expected[choice] = float(ratio * whole)
         deviation[choice] = float(np.sqrt(misses @ misses * len(batches) / (len(batches) - 1)) * whole / energy)
-    return SquaredErrors(expected, deviation)
+    return SquaredErrors(expected, deviation, whole)
