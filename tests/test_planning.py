@@ -15,7 +15,6 @@ from alphaq import pipeline, planning
 from alphaq.cache import Cache
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.config import Budget, PlanConfig, Rule
-from alphaq.engines import native
 from alphaq.engines.profiles import ENGINES
 from alphaq.errors import AlphaQError, BudgetError, ChoiceError, StatsError
 from alphaq.planning import Measurements, make_plan, measure_for_plan, nominal_bytes, resolve
@@ -52,7 +51,7 @@ def checkpoint(tiny: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def matrices(checkpoint: Checkpoint) -> dict[str, MatrixRef]:
-    return {matrix.name: matrix for matrix in native.planned_matrices(checkpoint)}
+    return {matrix.name: matrix for matrix in checkpoint.planned}
 
 
 @pytest.fixture(scope="module")
@@ -428,7 +427,7 @@ def test_what_an_engine_cannot_store_is_never_chosen(save_family: Callable[..., 
     checkpoint = open_checkpoint(save_family("mixtral"))  # down projections have 96 columns
     request = resolve(config_of(engine="mlx", choices="2g32,2g64,3g32,3g64,4g32", attention_bits=16))
     made = make_plan(checkpoint, request, measure_for_plan(checkpoint, request))
-    stored = {matrix.name: made.choice(matrix.name) for matrix in native.planned_matrices(checkpoint)}
+    stored = {matrix.name: made.choice(matrix.name) for matrix in checkpoint.planned}
     assert {choice.group_size for name, choice in stored.items() if ".w2." in name} == {32}
     assert made.table is not None
     down = next(losses for unit, losses in made.table.losses.items() if unit.endswith("down"))
@@ -524,7 +523,7 @@ def test_sampled_errors_of_a_unit_are_near_those_of_all_its_weights(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, members: int
 ) -> None:
     request = resolve(config_of(engine="llama.cpp", choices=FAST))
-    names = [request.profile.unit_of(matrix) for matrix in native.planned_matrices(checkpoint)]
+    names = [request.profile.unit_of(matrix) for matrix in checkpoint.planned]
     units = np.array([list(dict.fromkeys(names)).index(name) for name in names])
     monkeypatch.setattr(planning.evidence, "SAMPLE_MEMBERS", members)
     sampled = measure_for_plan(checkpoint, request)
@@ -556,7 +555,7 @@ def test_of_a_large_unit_only_a_sample_of_matrices_is_measured_and_stands_for_th
     request = resolve(config_of(engine="llama.cpp", choices="Q3_K,Q5_K,Q8_0", budget=Budget(bits=4.0)))
     found = measure_for_plan(checkpoint, request, cache=cache)
     units: dict[str, list[int]] = {}
-    for number, matrix in enumerate(native.planned_matrices(checkpoint)):
+    for number, matrix in enumerate(checkpoint.planned):
         units.setdefault(request.profile.unit_of(matrix), []).append(number)
     names = list(found.spectra)
     for rows in units.values():
@@ -700,10 +699,10 @@ def test_bits_mean_bits_where_rows_fit_no_usual_block(tmp_path: Path, engine: st
 def test_orders_follow_the_model_and_not_its_files(tmp_path: Path) -> None:
     random_model("qwen2_moe", num_hidden_layers=12).save_pretrained(tmp_path / "model")
     deep = open_checkpoint(tmp_path / "model")
-    assert [matrix.layer for matrix in native.planned_matrices(deep)] != sorted(
-        matrix.layer or 0 for matrix in native.planned_matrices(deep)
+    assert [matrix.layer for matrix in deep.planned] != sorted(
+        matrix.layer or 0 for matrix in deep.planned
     )
     request = resolve(config_of(method="first-layers", group_size=32))
     made = make_plan(deep, request, measure_for_plan(deep, request))
-    layers = {matrix.name: matrix.layer for matrix in native.planned_matrices(deep)}
+    layers = {matrix.name: matrix.layer for matrix in deep.planned}
     assert {layers[name] for name, bits in made.assignment.items() if bits == 3} == set(range(6))

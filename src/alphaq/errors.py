@@ -1,8 +1,20 @@
 """Errors a user can act on. Each message says what, where, why and the remedy, in one line."""
 
+LONGEST_MESSAGE = 2000
+
 
 class AlphaQError(Exception):
-    """Base of every error that is the input's or the user's; the command line exits with 2 on it."""
+    """Base of every error that is the input's or the user's; the command line exits with 2 on it.
+
+    Messages quote what strangers wrote, so they are cut short and hold nothing that a terminal would obey.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE // 2]} … {message[-LONGEST_MESSAGE // 2 :]}"
+        if not message.isprintable():
+            message = "".join(char if char.isprintable() or char.isspace() else "\ufffd" for char in message)
+        super().__init__(message)
 
 
 class CheckpointError(AlphaQError):

@@ -20,15 +20,14 @@ from alphaq.engines.profiles import profile
 from alphaq.errors import CheckpointError, PlanError, QuantizationError
 from alphaq.numerics import squared_distance, squared_norm
 from alphaq.quantizers.base import Quantizer, quantizer_of, sixteen_bits
-from alphaq.records import Choice, MatrixRef, Plan, Role
+from alphaq.records import Choice, MatrixRef, Plan
 from alphaq.simd import flat
 
 
 def plan_choices(plan: Plan, checkpoint: Checkpoint) -> dict[str, Choice]:
     """The plan's choices, checked against the checkpoint it is to be used on.
 
-    Raises PlanError if it was made for other weights, names a matrix that is not there, or leaves an
-    expert out.
+    Raises PlanError if it was made for other weights, names a matrix that is not there, or leaves one out.
     """
     if plan.source is not None and plan.source.fingerprint != checkpoint.fingerprint:
         raise PlanError(
@@ -40,10 +39,10 @@ def plan_choices(plan: Plan, checkpoint: Checkpoint) -> dict[str, Choice]:
     for name in choices:
         if name not in known:
             raise PlanError(f"The plan names {name!r}, which {checkpoint.name} does not have. Make a new plan for it.")
-    forgotten = [matrix.name for matrix in checkpoint.with_role(Role.EXPERT) if matrix.name not in choices]
+    forgotten = [matrix.name for matrix in checkpoint.planned if matrix.name not in choices]
     if forgotten:
         raise PlanError(
-            f"The plan leaves out {len(forgotten)} expert matrices, first {forgotten[0]!r}. "
+            f"The plan leaves out {len(forgotten)} matrices, first {forgotten[0]!r}. "
             "Give each a choice; '16' keeps a matrix as it is."
         )
     return choices

@@ -9,12 +9,14 @@ import enum
 import math
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alphaq.errors import ChoiceError, PlanError
 from alphaq.ggml import GGML_BLOCKS
+from alphaq.untrusted import SHOWN_CHARACTERS, parse_json, read_bounded, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +28,8 @@ BLOCK_ALIGNMENT = 16
 CHOICE_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 GROUP_SIZES = (32, 64, 128)
 PLAN_FORMAT_VERSION = 1
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Role(str, enum.Enum):
@@ -61,6 +65,8 @@ class MatrixRef:
     """First row of this matrix inside its (oriented) slice, e.g. `up` after `gate`."""
     transposed: bool = False
     """True if disk holds `[in, out]`."""
+    row_step: int = 1
+    """From one row of this matrix to the next, 2 where those of `gate` and `up` alternate."""
 
     @property
     def place(self) -> tuple[float, float, str, str]:
@@ -137,7 +143,7 @@ class Choice:
         match = re.fullmatch(r"(\d{1,2})(?:g(\d{1,4}))?(s)?", text.strip())
         if match is None:
             raise ChoiceError(
-                f"{text!r} is not a storage choice. Write bits, bits and a group size, or a ggml type: "
+                f"{shown(text)} is not a storage choice. Write bits, bits and a group size, or a ggml type: "
                 "3, 3g64, 4g128s, 16, Q4_K."
             )
         bits = int(match[1])
@@ -229,12 +235,12 @@ class PlanTable(BaseModel):
     costs in the budget's unit; cost_of: which row is each unit's. members: matrices of units that hold several.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     choices: tuple[str, ...]
     losses: dict[str, tuple[float | None, ...]]
-    costs: tuple[tuple[int, ...], ...]
-    cost_of: tuple[int, ...]
+    costs: tuple[tuple[Count, ...], ...]
+    cost_of: tuple[Count, ...]
     members: dict[str, tuple[str, ...]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -250,7 +256,7 @@ class PlanTable(BaseModel):
 class Plan(BaseModel):
     """The decision: which choice each matrix gets, for which budget and engine, and why."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     format_version: int = PLAN_FORMAT_VERSION
     alphaq_version: str = ""
@@ -288,9 +294,11 @@ class Plan(BaseModel):
     def _agree(self) -> Plan:
         if self.format_version != PLAN_FORMAT_VERSION:
             raise ValueError(f"format_version {self.format_version} is not {PLAN_FORMAT_VERSION}")
+        if not isinstance(self.config.get("imatrix"), (str, type(None))):
+            raise ValueError("config: imatrix is not text")
         for name, bits in self.assignment.items():
             if name not in self.choices or self.choice(name).bits != bits:
-                raise ValueError(f"assignment and choices disagree on {name!r}: edit both, or drop assignment")
+                raise ValueError(f"assignment and choices disagree on {shown(name)}: edit both, or drop assignment")
         for name in self.choices:
             self.choice(name)
         return self
@@ -317,7 +325,7 @@ class Plan(BaseModel):
         try:
             return Choice.parse(self.choices[name])
         except ChoiceError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise ValueError(f"{shown(name)}: {error}") from error
 
     def every_choice(self) -> dict[str, Choice]:
         """The choices of all quantized matrices."""
@@ -327,9 +335,17 @@ class Plan(BaseModel):
     def from_json(cls, text: str | bytes, where: str) -> Plan:
         """Parse and check a plan file. Raises PlanError naming the file and the first fault."""
         try:
-            return cls.model_validate_json(text)
+            return cls.model_validate(parse_json(text, strict=True))
         except ValueError as error:
             raise PlanError(f"{where} is not a valid plan: {first_fault(error)}.") from error
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Read and check a plan file. Raises PlanError."""
+        try:
+            return cls.from_json(read_bounded(path), str(path))
+        except OSError as error:
+            raise PlanError(f"{path} cannot be read: {error.strerror}. Check the path of the plan.") from None
 
     def to_json(self) -> str:
         """Indented JSON with a final newline; equal plans give equal bytes."""
@@ -342,7 +358,7 @@ def first_fault(error: ValueError) -> str:
     if details is None:
         return str(error).splitlines()[0].rstrip(".")
     first = details()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part)[:SHOWN_CHARACTERS] for part in first["loc"])
     message = re.sub(r"^Value error, ", "", first["msg"]).splitlines()[0].rstrip(".")
     return f"{where}: {message}" if where else message
 

@@ -1,6 +1,7 @@
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from changed_checkpoint import biased_to_first_two, changed
 
-from alphaq.calibration import prior, stream
+from alphaq.calibration import stream
 from alphaq.calibration.prior import SAMPLES, routing_prior
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import CheckpointError
@@ -89,10 +90,11 @@ def test_prior_leaves_no_weight_behind_and_repeats(save_family: Callable[..., Pa
     assert routing_prior(checkpoint) == routing_prior(checkpoint)
 
 
-def test_layer_without_the_norm_is_refused(save_family: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prior, "NORM", "pre_feedforward_layernorm")
-    with pytest.raises(CheckpointError, match=r"layers\.0\.pre_feedforward_layernorm .* is no norm with weights only"):
-        routing_prior(open_checkpoint(save_family("mixtral")))
+def test_layer_without_the_norm_is_refused(save_family: Callable[..., Path]) -> None:
+    checkpoint = open_checkpoint(save_family("mixtral"))
+    other = replace(checkpoint.architecture, router_norm="pre_feedforward_layernorm")
+    with pytest.raises(CheckpointError, match=r"has no model\.layers\.0\.pre_feedforward_layernorm, so what its router"):
+        routing_prior(replace(checkpoint, architecture=other))
 
 
 def test_block_that_never_calls_its_experts_is_refused(
@@ -101,5 +103,5 @@ def test_block_that_never_calls_its_experts_is_refused(
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
     monkeypatch.setattr(MixtralSparseMoeBlock, "forward", lambda self, hidden_states: hidden_states)
-    with pytest.raises(CheckpointError, match="does not call its experts"):
+    with pytest.raises(CheckpointError, match="does not lead from hidden states straight to its experts"):
         routing_prior(open_checkpoint(save_family("mixtral")))

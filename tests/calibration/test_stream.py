@@ -120,8 +120,9 @@ def test_model_without_experts_is_refused(save_family: Callable[..., Path], monk
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     dense = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1))
-    monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda *_, **__: dense)
-    with pytest.raises(CheckpointError, match=r"LlamaModel has no module with fused gate_up_proj"):
+    monkeypatch.setattr(type(dense), "_from_config", lambda *_, **__: dense)
+    monkeypatch.setattr(stream, "model_class", lambda config: type(dense))
+    with pytest.raises(CheckpointError, match=r"LlamaModel has no module in its layers whose experts"):
         streamed(save_family("mixtral"))
 
 

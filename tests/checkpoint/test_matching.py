@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.errors import ArchitectureError
 from alphaq.records import Role
 from conftest import EXPERTS, FAMILIES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 NORMS = {Role.NORM, Role.OTHER}
 
@@ -71,7 +77,7 @@ transposed = true
 
 
 def test_transposed_fused_tensors_come_apart_as_rows_and_columns() -> None:
-    toy = Architecture.parse(TRANSPOSED)
+    toy = Architecture.parse(tomllib.loads(TRANSPOSED))
     tensors = [
         TensorInfo("model.layers.0.experts.gate_up", "F32", (2, 8, 12), 0, 0),
         TensorInfo("model.layers.0.experts.down", "F32", (2, 6, 8), 0, 0),

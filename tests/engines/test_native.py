@@ -49,7 +49,7 @@ def test_every_size_budget_is_kept_and_used_up(tiny: Path, tmp_path: Path) -> No
     config = PlanConfig(budget=Budget(bits=2.0), choices="1,2,3,4,5,6,7,8", method="alphaq")
     choices = resolve(config).choices
     found = pipeline.measure_for_plan(checkpoint, resolve(config))
-    matrices = native.planned_matrices(checkpoint)
+    matrices = checkpoint.planned
     _, file_bytes = byte_tables(native.PROFILE, matrices, choices)
     widest = file_bytes.max(axis=1)
 

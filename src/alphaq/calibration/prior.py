@@ -22,7 +22,6 @@ from alphaq.errors import CheckpointError
 from alphaq.records import Role
 
 SAMPLES = 16_384
-NORM = "post_attention_layernorm"
 
 
 class _Routed(Exception):
@@ -35,8 +34,11 @@ class _Routed(Exception):
 def routing_prior(checkpoint: Checkpoint) -> dict[Expert, ExpertUse]:
     """Uses of every routed expert by (layer, expert), over 16 384 samples whose seed is the layer's name.
 
-    Raises CheckpointError if the norm before the experts cannot be found, and as `HollowModel` does.
+    Empty for a dense model, which has no router. Raises CheckpointError if the norm before the experts cannot be
+    found, and as `HollowModel` does.
     """
+    if checkpoint.planned_role is not Role.EXPERT:
+        return {}
     hollow = HollowModel(checkpoint)
     count = checkpoint.architecture.experts_per_layer(checkpoint.config)
     uses: dict[Expert, ExpertUse] = {}
@@ -52,7 +54,7 @@ def _route(hollow: HollowModel, layer: int, experts: str) -> LayerTraffic:
     """What the router makes of one layer's samples."""
     block_name = experts.rpartition(".")[0]
     block: Any = hollow.model.get_submodule(block_name)
-    scale = _norm_scale(hollow, layer)
+    norm_name, norm = _norm(hollow, layer)
     hollow.fill(block_name, without=(Role.EXPERT, Role.SHARED_EXPERT))
     for child in block.children():
         state = child.state_dict(keep_vars=True).values()
@@ -60,38 +62,41 @@ def _route(hollow: HollowModel, layer: int, experts: str) -> LayerTraffic:
             child.forward = torch.zeros_like  # a shared expert may run before the router, whose input it leaves alone
 
     def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Routed(traffic_of(layer, module, args, kwargs))
+        raise _Routed(traffic_of(hollow, layer, args, kwargs))
 
     hollow.model.get_submodule(experts).register_forward_pre_hook(stop, with_kwargs=True)
     seed = int.from_bytes(hashlib.sha256(block_name.encode()).digest()[:8], "little")
     random = np.random.Generator(np.random.PCG64(seed))
-    samples = torch.from_numpy(random.standard_normal((SAMPLES, len(scale)), np.float32))
+    samples = torch.from_numpy(random.standard_normal((SAMPLES, hollow.base.config.hidden_size), np.float32))
+    hollow.fill(norm_name)
+    if getattr(norm, "bias", None) is None:
+        # Asked of the module, because some families store g and some store g − 1.
+        samples *= norm(torch.ones_like(samples[:1]))
+    else:
+        samples = norm(samples)
+    hollow.empty(norm_name)
+    refused = (
+        f"{block_name} of {hollow.checkpoint.name} does not lead from hidden states straight to its experts, so its "
+        "routing cannot be seen. Use --method alphaq, or calibrate with text."
+    )
     try:
-        block((samples * scale)[None])
+        block(samples[None])
     except _Routed as routed:
         return routed.traffic
+    except (TypeError, AttributeError, NotImplementedError) as error:  # it takes more than hidden states
+        raise CheckpointError(refused) from error
     finally:
         hollow.empty(block_name)
-    raise CheckpointError(
-        f"{block_name} of {hollow.checkpoint.name} does not call its experts, so its routing cannot be seen. "
-        "Use --method alphaq, or calibrate with text."
-    )
+    raise CheckpointError(refused)
 
 
-def _norm_scale(hollow: HollowModel, layer: int) -> torch.Tensor:
-    """Weights [hidden] of the norm that feeds a layer's MoE block."""
-    name = f"{hollow.layers[layer]}.{NORM}"
+def _norm(hollow: HollowModel, layer: int) -> tuple[str, Any]:
+    """The norm that feeds a layer's MoE block, and its name."""
+    name = f"{hollow.layers[layer]}.{hollow.checkpoint.architecture.router_norm}"
     try:
-        norm: Any = hollow.model.get_submodule(name)
+        return name, hollow.model.get_submodule(name)
     except AttributeError:
-        norm = None
-    if norm is None or getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is not None:
         raise CheckpointError(
-            f"{name} of {hollow.checkpoint.name} is no norm with weights only, so what its router sees cannot be "
-            "guessed from the weights. Use --method alphaq, or calibrate with text."
-        )
-    hollow.fill(name)
-    # Asked of the module, because some families store g and some store g − 1.
-    scale = norm(torch.ones(norm.weight.shape))
-    hollow.empty(name)
-    return scale
+            f"{hollow.checkpoint.name} has no {name}, so what its router sees cannot be guessed from the weights. "
+            "Use --method alphaq, or calibrate with text."
+        ) from None

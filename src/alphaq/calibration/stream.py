@@ -10,7 +10,7 @@ are most of a layer (45 GB in float32 in DeepSeek-V3), so they are read and run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,43 @@ HEAD_TOKENS = 128  # whose chances are held at once, in float64: 155 MB with 152
 
 
 @dataclass(frozen=True, eq=False)
+class ExpertForm:
+    """What an expert of a module computes: down(gate(first(x))), with biases where the module has them.
+
+    first: projections whose outputs, one after the other, are what the module's gate takes.
+    """
+
+    module: Any
+    first: tuple[str, ...]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Projections in the order in which they run."""
+        return (*self.first, "down")
+
+    def hidden(self, products: Sequence[Tensor], expert: int) -> Tensor:
+        """Input of `down` from the outputs of the first projections, [tokens, width]."""
+        module, whole = self.module, torch.cat(tuple(products), dim=-1)
+        bias = self._bias("gate_up_proj_bias" if hasattr(module, "gate_up_proj_bias") else "up_proj_bias", expert)
+        whole = whole if bias is None else whole + bias
+        if hasattr(module, "_apply_gate") and getattr(module, "has_gate", True):
+            return module._apply_gate(whole)
+        if self.first == ("up",):
+            return module.act_fn(whole)
+        gate, up = whole.chunk(2, dim=-1)
+        return (getattr(module, "act_fn", None) or module.activation_fn)(gate) * up
+
+    def output(self, product: Tensor, expert: int) -> Tensor:
+        """What the expert gives from the output of `down`."""
+        bias = self._bias("down_proj_bias", expert)
+        return product if bias is None else product + bias
+
+    def _bias(self, name: str, expert: int) -> Tensor | None:
+        bias = getattr(self.module, name, None)
+        return None if bias is None else bias[expert]
+
+
+@dataclass(frozen=True, eq=False)
 class LayerTraffic:
     """What one MoE layer saw: `weights` are as the layer multiplies its experts' outputs.
 
@@ -38,7 +75,7 @@ class LayerTraffic:
     inputs: Tensor
     experts: Tensor
     weights: Tensor
-    activation: Callable[[Tensor], Tensor]
+    form: ExpertForm
     residual: Tensor | None = None
 
 
@@ -53,17 +90,76 @@ class _StoredTensor:
         return self.checkpoint.tensor(self.name)[index]
 
 
+def model_class(config: Any) -> Any:
+    """The class with a head for words that transformers has for a config. Raises CheckpointError if it has none."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    # A config with parts for images or sound belongs to a class for all of them, though one for text may exist.
+    tables = ["IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM"][:: 1 if config.sub_configs else -1]
+    for table in (*tables, "TOKEN_CLASSIFICATION"):
+        name = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").get(config.model_type)
+        if name is not None:
+            return getattr(transformers, name if isinstance(name, str) else name[0])
+    raise CheckpointError(
+        f"transformers {transformers.__version__} has no class that writes text for {config.model_type!r}. Update it."
+    )
+
+
+def _is_expert_module(module: nn.Module, role: Role) -> bool:
+    """Whether it holds a layer's routed experts, or is the MLP of a dense model."""
+    down = getattr(module, "down_proj", None)
+    first = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
+    if role is Role.DENSE_MLP:
+        return isinstance(down, nn.Linear) and isinstance(first, nn.Linear)
+    return getattr(down, "ndim", 0) == 3 == getattr(first, "ndim", 0)
+
+
+def _form_of(module: Any, experts: dict[int, dict[str, MatrixRef]], where: str) -> ExpertForm:
+    """The form of a module's experts. Raises CheckpointError if they have another, or matrices of other shapes."""
+    parts = experts[0].keys()
+    first = next((names for names in (("gate", "up"), ("gate_up",), ("up",)) if {*names, "down"} == parts), None)
+    dense = isinstance(module.down_proj, nn.Linear)
+    biased = dense and any(child.bias is not None for child in module.children() if isinstance(child, nn.Linear))
+    plain = dense or not any(True for child in module.children() if any(True for _ in child.parameters()))
+    act = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+    turned = not getattr(module, "is_concatenated", True) and first == ("gate", "up")
+    if first is None or biased or not plain or turned or not (act or hasattr(module, "_apply_gate")):
+        raise CheckpointError(
+            f"{where} ({type(module).__name__}) computes something of its own in its experts, so they cannot be run "
+            "one at a time. Use --method alphaq, or another that needs no forward pass."
+        )
+    if getattr(module, "zero_expert_num", 0):
+        raise CheckpointError(
+            f"{where} ({type(module).__name__}) has experts without weights, which are not run here. "
+            "Use --method alphaq, or another that needs no forward pass."
+        )
+    down = module.down_proj.weight.shape if dense else module.down_proj.shape[1:]
+    hidden, width = reversed(down) if getattr(module, "is_transposed", False) else down
+    for matrices in experts.values():
+        for part, matrix in matrices.items():
+            rows = 2 * width if part == "gate_up" else width
+            expected = (hidden, width) if part == "down" else (rows, hidden)
+            if matrix.shape != expected:
+                raise CheckpointError(
+                    f"{where}: {matrix.name} has shape {list(matrix.shape)}, the model's class expects "
+                    f"{list(expected)}. Download the checkpoint again or correct config.json."
+                )
+    return ExpertForm(module, first)
+
+
 class HollowModel:
     """A model without weights whose modules are filled from disk, in float32, and emptied again.
 
-    layers: name of each decoder layer. experts: name of each MoE layer's experts module, by layer. matrices: those
-    of each routed expert, by layer, expert and projection.
-    Raises CheckpointError if transformers cannot build the model, no experts module is in it, or its experts are
-    not down(act(gate(x)) · up(x)).
+    layers: name of each decoder layer. experts: name of each layer's module of routed experts, by layer; of a dense
+    model its MLP, which is one expert that all tokens go to. forms: what that module computes. matrices: those
+    of each expert, by layer, expert and projection.
+    Raises CheckpointError if transformers cannot build the model, no experts module is in it, or its experts
+    compute something else than an `ExpertForm`.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.modeling_utils import LoadStateDictConfig
 
@@ -77,49 +173,38 @@ class HollowModel:
             with torch.device("meta"):
                 # Attention is left to transformers: sdpa where the class has it, which skips the mask of windows
                 # without padding. "eager" goes expert by expert; the others copy every token once per expert.
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
-        except (OSError, ValueError, KeyError) as error:
+                model = model_class(config)._from_config(config, dtype=torch.float32, experts_implementation="eager")
+        except (OSError, ValueError, KeyError, TypeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(
                 f"transformers cannot build the model of {checkpoint.folder} ({reason}). Check config.json, or "
                 "update transformers."
             ) from error
         self.model: Any = model.eval()
-        self.base: Any = model.base_model
+        self.base: Any = model.get_decoder() or model.base_model
         names = {module: name for name, module in self.model.named_modules()}
         layers = list(getattr(self.base, "layers", ()))
         self.layers = [names[layer] for layer in layers]
+        self.planned_role = checkpoint.planned_role
+        self.matrices: dict[int, dict[int, dict[str, MatrixRef]]] = {}
+        for matrix in checkpoint.planned:
+            assert matrix.layer is not None and matrix.projection is not None
+            self.matrices.setdefault(matrix.layer, {}).setdefault(matrix.expert or 0, {})[matrix.projection] = matrix
         self.experts = {
             number: names[module]
             for number, layer in enumerate(layers)
             for module in layer.modules()
-            if all(getattr(getattr(module, part, None), "ndim", 0) == 3 for part in ("gate_up_proj", "down_proj"))
+            if number in self.matrices and _is_expert_module(module, checkpoint.planned_role)
         }
-        if not self.experts:
+        if self.experts.keys() != self.matrices.keys():
             raise CheckpointError(
-                f"{checkpoint.folder}: {type(self.base).__name__} has no module with fused gate_up_proj and down_proj "
-                "in its layers, so routing cannot be seen. Use a Mixture-of-Experts model, or update transformers."
+                f"{checkpoint.folder}: {type(self.base).__name__} has no module in its layers whose experts could be "
+                "run one at a time. Use --method alphaq, or another that needs no forward pass."
             )
-        for name in self.experts.values():
-            module: Any = self.model.get_submodule(name)
-            own_gate = getattr(type(module), "_apply_gate", None)
-            plain = own_gate is None or own_gate.__name__ == "_default_apply_gate"
-            if not plain or getattr(module, "has_bias", False) or not hasattr(module, "act_fn"):
-                raise CheckpointError(
-                    f"{name} of {checkpoint.folder} ({type(module).__name__}) has biases or a gate of its own, so its "
-                    "experts cannot be run one at a time. Use --method alphaq, or another that needs no forward pass."
-                )
-        self.matrices: dict[int, dict[int, dict[str, MatrixRef]]] = {}
-        for matrix in checkpoint.with_role(Role.EXPERT):
-            assert matrix.layer is not None and matrix.expert is not None and matrix.projection is not None
-            self.matrices.setdefault(matrix.layer, {}).setdefault(matrix.expert, {})[matrix.projection] = matrix
-            down = self.model.get_submodule(self.experts[matrix.layer]).down_proj.shape[1:]
-            expected = tuple(down if matrix.projection == "down" else reversed(down))
-            if matrix.shape != expected:
-                raise CheckpointError(
-                    f"{checkpoint.folder}: {matrix.name} has shape {list(matrix.shape)}, the model's class expects "
-                    f"{list(expected)}. Download the checkpoint again or correct config.json."
-                )
+        self.forms = {
+            layer: _form_of(self.model.get_submodule(name), self.matrices[layer], f"{name} of {checkpoint.folder}")
+            for layer, name in self.experts.items()
+        }
         self.parts = [names[part] for part in self.base.children() if part is not self.base.layers] + self.layers
         mapping: Any = get_model_conversion_mapping(model)
         self._loading = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping)
@@ -222,7 +307,7 @@ def stream_forward(
         )
 
     def fill(name: str) -> Callable[..., None]:
-        return lambda module, arguments: hollow.fill(name, without=(Role.EXPERT,))
+        return lambda module, arguments: hollow.fill(name, without=(hollow.planned_role,))
 
     def empty(name: str) -> Callable[..., None]:
         return lambda module, arguments, output: hollow.empty(name)
@@ -230,7 +315,7 @@ def stream_forward(
     seen: dict[int, LayerTraffic] = {}
 
     def keep(layer: int) -> Callable[..., None]:
-        return lambda module, args, kwargs: seen.update({layer: traffic_of(layer, module, args, kwargs)})
+        return lambda module, args, kwargs: seen.update({layer: traffic_of(hollow, layer, args, kwargs)})
 
     def show(layer: int) -> Callable[..., None]:
         def finish(module: nn.Module, arguments: Any, output: Any) -> None:
@@ -242,35 +327,43 @@ def stream_forward(
     for layer, name in hollow.experts.items():
         experts = hollow.model.get_submodule(name)
         experts.register_forward_pre_hook(keep(layer), with_kwargs=True)
-        experts.forward = lambda *args, layer=layer, **kwargs: run_experts(hollow, seen[layer])
+        experts.forward = lambda states, *args, layer=layer, **kwargs: run_experts(hollow, seen[layer]).view_as(states)
         hollow.model.get_submodule(hollow.layers[layer]).register_forward_hook(show(layer))
     for name in hollow.parts:
         part = hollow.model.get_submodule(name)
         part.register_forward_pre_hook(fill(name))
         part.register_forward_hook(empty(name))
-    with torch.no_grad():  # not inference mode, whose tensors `visit` could not change in threads of its own
-        return hollow.base(input_ids=ids, use_cache=False).last_hidden_state
+    try:
+        with torch.no_grad():  # not inference mode, whose tensors `visit` could not change in threads of its own
+            return hollow.base(input_ids=ids, use_cache=False).last_hidden_state
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"{type(hollow.base).__name__} of {checkpoint.name} cannot be run layer by layer ({str(error)[:200]}). "
+            "Use --method alphaq, or another that needs no forward pass."
+        ) from error
 
 
 def run_experts(hollow: HollowModel, traffic: LayerTraffic) -> Tensor:
-    """Σ w·down(act(gate(x)) · up(x)) over each token's experts, float32 [tokens, hidden], an expert at a time."""
-    output = torch.zeros_like(traffic.inputs)
+    """Σ w·expert(x) over each token's experts, float32 [tokens, hidden], an expert at a time."""
+    output, form = torch.zeros_like(traffic.inputs), traffic.form
     for number, matrices in hollow.matrices[traffic.layer].items():
         token, slot = torch.where(traffic.experts == number)
         if not len(token):
             continue
-        gate, up, down = (hollow.checkpoint.read(matrices[part]).float() for part in ("gate", "up", "down"))
-        inputs = traffic.inputs[token]
-        hidden = traffic.activation(inputs @ gate.T) * (inputs @ up.T)
-        output.index_add_(0, token, (hidden @ down.T) * traffic.weights[token, slot, None])
+        *first, down = (hollow.checkpoint.read(matrices[part]).float() for part in form.parts)
+        hidden = form.hidden([traffic.inputs[token] @ matrix.T for matrix in first], number)
+        output.index_add_(0, token, form.output(hidden @ down.T, number) * traffic.weights[token, slot, None])
     return output
 
 
-def traffic_of(layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerTraffic:
-    """The arguments of an experts module's forward, however they were passed."""
+def traffic_of(hollow: HollowModel, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerTraffic:
+    """The arguments of an experts module's forward, however they were passed; all tokens of a dense model's MLP."""
     names = ("hidden_states", "top_k_index", "top_k_weights")
-    inputs, experts, weights = (*args, *(kwargs[name] for name in names[len(args) :]))
-    return LayerTraffic(layer, inputs.float(), experts.long(), weights.float(), module.act_fn)
+    given = (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
+    inputs = given[0].float().flatten(0, -2)
+    experts, weights = given[1:3] if len(given) > 1 else (inputs.new_zeros(len(inputs), 1), inputs.new_ones(1, 1))
+    weights = weights.float().expand(experts.shape)
+    return LayerTraffic(layer, inputs, experts.long(), weights, hollow.forms[layer])
 
 
 @contextmanager
@@ -325,7 +418,13 @@ def rewritten(checkpoint: Checkpoint, ids: Tensor, seed: int = 0) -> Tensor:
     """
     hollow = HollowModel(checkpoint)
     states = stream_forward(checkpoint, ids, lambda traffic: None, hollow)[:, :-1]
-    name = next(name for name, module in hollow.model.named_modules() if module is hollow.model.get_output_embeddings())
+    head = hollow.model.get_output_embeddings()
+    name = next((name for name, module in hollow.model.named_modules() if module is head), None)
+    if name is None:
+        raise CheckpointError(
+            f"{type(hollow.model).__name__} of {checkpoint.name} has no head for words. Use --method alphaq, or "
+            "another that needs no forward pass."
+        )
     if not hollow.stores(name):  # tied: the head is the embedding
         embeddings = hollow.base.get_input_embeddings()
         name = next(name for name, module in hollow.model.named_modules() if module is embeddings)

@@ -1,8 +1,8 @@
 """What the tokens of a text do to each expert, reduced at once to a few numbers per matrix.
 
-A routed expert computes y = D·(act(G·x) ⊙ U·x) and the layer adds w·y for each of its tokens, so an
-error of y counts w² times its square. Every sum over tokens below is weighted so, and divided by the
-tokens of the whole layer, which makes experts comparable: one that is rarely chosen matters little.
+A routed expert computes y = D·(act(G·x) ⊙ U·x), or what its family makes of that, and the layer adds w·y for
+each of its tokens, so an error of y counts w² times its square. Every sum over tokens below is weighted so, and
+divided by the tokens of the whole layer, which makes experts comparable: one that is rarely chosen matters little.
 
 BAQ's constant (arXiv 2506.05664): a weight that is off by δ costs δ² / (2·[H⁻¹]ⱼⱼ) after the columns
 not yet rounded have made up for it, with H the Hessian of the layer's squared error. A uniform
@@ -30,7 +30,6 @@ from alphaq.quantizers.packing import dequantize
 from alphaq.records import Choice, MatrixRef
 
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
-PROJECTIONS = ("gate", "up", "down")
 FORMAT_VERSION = 2
 PROBE = Choice(2, 128)
 """The rounding at which `signal` is measured; being relative, it hardly depends on it."""
@@ -74,7 +73,7 @@ class MatrixUse:
 class Calibration:
     """One pass's numbers: experts by (layer, expert), matrices by name.
 
-    block_errors: √Σ w²‖y − ŷ‖² with the expert's three matrices at one choice, PMQ's ε (arXiv 2410.06270).
+    block_errors: √Σ w²‖y − ŷ‖² with the expert's matrices at one choice, PMQ's ε (arXiv 2410.06270).
     """
 
     experts: dict[Expert, ExpertUse] = field(default_factory=dict)
@@ -184,7 +183,7 @@ class _Expert:
     def __init__(self, checkpoint: Checkpoint, refs: dict[str, MatrixRef], traffic: LayerTraffic, number: int) -> None:
         token, slot = torch.where(traffic.experts == number)
         self.checkpoint, self.refs = checkpoint, refs
-        self.activation = traffic.activation
+        self.form, self.number = traffic.form, number
         self.inputs = traffic.inputs[token]
         self.square_weights = traffic.weights[token, slot].double().square() / len(traffic.inputs)
         assert traffic.residual is not None  # the layer has been run
@@ -194,48 +193,45 @@ class _Expert:
     def measure(
         self, choices: tuple[Choice, ...], with_baq: bool, with_signal: bool
     ) -> tuple[dict[str, MatrixUse], dict[Choice, float]]:
-        """Uses of the three matrices by name, and the errors of the expert as a whole."""
+        """Uses of the matrices by name, and the errors of the expert as a whole."""
+        first, parts = self.form.first, self.form.parts
         if not len(self.inputs):
             none = dict.fromkeys(choices, 0.0)
-            return {self.refs[part].name: MatrixUse(0.0, 0.0, 0.0, none.copy()) for part in PROJECTIONS}, none
-        stored = {part: self.checkpoint.read(self.refs[part]) for part in PROJECTIONS}
-        gate, up, down = (stored[part].float() for part in PROJECTIONS)
-        gate_out, up_out = self.activation(self.inputs @ gate.T), self.inputs @ up.T
-        hidden = gate_out * up_out
-        output = hidden @ down.T
-        errors: dict[str, dict[Choice, float]] = {part: {} for part in PROJECTIONS}
+            return {self.refs[part].name: MatrixUse(0.0, 0.0, 0.0, none.copy()) for part in parts}, none
+        stored = {part: self.checkpoint.read(self.refs[part]) for part in parts}
+        down = stored["down"].float()
+        products = {part: self.inputs @ stored[part].float().T for part in first}
+        hidden = self._hidden(products)
+        errors: dict[str, dict[Choice, float]] = {part: {} for part in parts}
         block_errors = {}
-        signals = dict.fromkeys(PROJECTIONS, 0.0)
+        signals = dict.fromkeys(parts, 0.0)
 
         def moved(choice: Choice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            """Rounded matrices, and how each alone moves the output; "block" with all three together."""
-            rounded = {part: self._rounded(part, stored[part], choice) for part in PROJECTIONS}
-            new_gate = self.activation(self.inputs @ rounded["gate"].T)
-            new_up = self.inputs @ rounded["up"].T
-            return rounded, {
-                "gate": ((new_gate - gate_out) * up_out) @ down.T,
-                "up": (gate_out * (new_up - up_out)) @ down.T,
-                "down": hidden @ (rounded["down"] - down).T,
-                "block": (new_gate * new_up) @ rounded["down"].T - output,
-            }
+            """Rounded matrices, and how each alone moves the output; "block" with all of them together."""
+            rounded = {part: self._rounded(part, stored[part], choice) for part in parts}
+            changed = {part: self.inputs @ rounded[part].T for part in first}
+            moves = {part: (self._hidden(products | {part: changed[part]}) - hidden) @ down.T for part in first}
+            moves["down"] = hidden @ (rounded["down"] - down).T
+            moves["block"] = self._hidden(changed) @ rounded["down"].T - hidden @ down.T
+            return rounded, moves
 
         for choice in choices:
             if choice.bits == 16 and all(sixteen_bits(matrix) is matrix for matrix in stored.values()):
-                misses = dict.fromkeys((*PROJECTIONS, "block"), 0.0)  # kept as it is, so nothing moves
+                misses = dict.fromkeys((*parts, "block"), 0.0)  # kept as it is, so nothing moves
             else:
                 misses = {part: _weighted(self.square_weights, miss) for part, miss in moved(choice)[1].items()}
             block_errors[choice] = math.sqrt(misses["block"] * self.all_tokens)
-            for part in PROJECTIONS:
+            for part in parts:
                 errors[part][choice] = misses[part]
         if with_signal:
             rounded, misses_of = moved(PROBE)
-            for part in PROJECTIONS:
+            for part in parts:
                 error, energy = squared_distance(stored[part], rounded[part]), squared_norm(stored[part])
                 signals[part] = _weighted(self.relative_weights, misses_of[part]) * energy / error if error else 0.0
-        seen = {"gate": self.inputs, "up": self.inputs, "down": hidden}
-        curvatures = {"gate": 0.0, "up": 0.0, "down": 0.0}
+        seen = dict.fromkeys(first, self.inputs) | {"down": hidden}
+        curvatures = dict.fromkeys(parts, 0.0)
         if with_baq:
-            curvatures["gate"] = curvatures["up"] = curvature(self.inputs, self.square_weights)
+            curvatures = dict.fromkeys(first, curvature(self.inputs, self.square_weights))
             curvatures["down"] = curvature(hidden, self.square_weights)
         uses = {
             self.refs[part].name: MatrixUse(
@@ -245,9 +241,12 @@ class _Expert:
                 output_errors=errors[part],
                 signal=signals[part],
             )
-            for part in PROJECTIONS
+            for part in parts
         }
         return uses, block_errors
+
+    def _hidden(self, products: Mapping[str, Tensor]) -> Tensor:
+        return self.form.hidden([products[part] for part in self.form.first], self.number)
 
     def _rounded(self, part: str, weight: Tensor, choice: Choice) -> Tensor:
         if choice.bits == 16:

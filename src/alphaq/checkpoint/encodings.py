@@ -141,7 +141,10 @@ def _decode_ggml(codes: Tensor, scheme: str) -> Tensor:
         import gguf
     except ImportError:
         raise MissingExtraError("gguf", f"Reading {scheme} weights needs the gguf package") from None
-    return torch.from_numpy(gguf.quants.dequantize(codes.numpy(), gguf.GGMLQuantizationType[scheme]))
+    try:
+        return torch.from_numpy(gguf.quants.dequantize(codes.numpy(), gguf.GGMLQuantizationType[scheme]))
+    except NotImplementedError:
+        raise CheckpointError(f"Weights stored as {scheme} cannot be decoded. Start from a file in F16.") from None
 
 
 def _decode_q8_0(codes: Tensor) -> Tensor:

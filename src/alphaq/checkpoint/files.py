@@ -1,46 +1,98 @@
-"""Read byte ranges of large files. Nothing is mapped, so memory is what the caller holds and no more."""
+"""Read files of checkpoints. Nothing is mapped, so memory is what the caller holds and no more."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import torch
 
 from alphaq.errors import CheckpointError
+from alphaq.untrusted import open_regular
 
 CHUNK_BYTES = 8 << 20
 
 
-class PlainFile:
-    """A file opened for reading at any place, from any thread."""
+class Stamp(NamedTuple):
+    """What tells whether a file was written since: only ever compared for equality, so clocks may step."""
 
-    def __init__(self, path: Path) -> None:
+    nbytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Stamp:
+        """The stamp in what the system says of a file."""
+        return cls(status.st_size, status.st_mtime_ns)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Tell what the system refuses meanwhile as a CheckpointError, of `path` unless the system names the file."""
+    try:
+        yield
+    except OSError as error:
+        where, why = error.filename or path, error.strerror or error
+        absent = isinstance(error, FileNotFoundError)
+        remedy = "Complete the download." if absent else "Check its permissions and the disk."
+        raise CheckpointError(f"{where} cannot be read: {why}. {remedy}") from error
+
+
+def open_file(path: Path, buffering: int = -1) -> BinaryIO:
+    """Open a regular file for reading. Raises CheckpointError."""
+    with reading(path):
+        return open_regular(path, buffering)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a regular file is there; False for names that no file can have."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def check_link(path: Path) -> None:
+    """CheckpointError if a file is a link out of its folder, to where its author has nothing to do.
+
+    The hub's cache links `snapshots/REVISION/…` to `blobs`; any other way out is not followed.
+    """
+    folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    blobs = [above.parent / "blobs" for above in folder.parents if above.name == "snapshots"]
+    if target.parent not in (folder, *blobs):
+        raise CheckpointError(f"{path} is a link out of its folder. Replace it by the file it should be.")
+
+
+class PlainFile:
+    """A file opened for reading at any place, from any thread. stamp: what it must have, where it must not change."""
+
+    def __init__(self, path: Path, stamp: Stamp | None = None) -> None:
         self.path = path
-        self._file = path.open("rb", buffering=0)
+        self.stamp = stamp
+        self._file = open_file(path, buffering=0)
         self._lock = threading.Lock()
 
     def read(self, begin: int, nbytes: int) -> torch.Tensor:
-        """Bytes [begin, begin + nbytes) as uint8. Raises CheckpointError if the file is shorter."""
+        """Bytes [begin, begin + nbytes) as uint8. Raises CheckpointError if the file is shorter, or has changed."""
         data = torch.empty(nbytes, dtype=torch.uint8)
         self.read_into(begin, data.numpy().data)
         return data
 
     def read_into(self, begin: int, data: memoryview) -> None:
-        """Fill a buffer with the bytes from `begin` on. Raises CheckpointError if the file is shorter."""
+        """Fill a buffer with the bytes from `begin` on. Raises CheckpointError as `read` does."""
         done = 0
-        with self._lock:
-            try:
-                self._file.seek(begin)
-                while done < len(data):
-                    count = self._file.readinto(data[done:])
-                    if not count:
-                        raise CheckpointError(f"{self.path} was cut short while it was read. Restore the file.")
-                    done += count
-            except OSError as error:
-                raise CheckpointError(f"{self.path} cannot be read: {error.strerror}. Check the disk.") from error
+        with self._lock, reading(self.path):
+            self._file.seek(begin)
+            while done < len(data):
+                count = self._file.readinto(data[done:])  # type: ignore[attr-defined]
+                if not count:
+                    raise CheckpointError(f"{self.path} was cut short while it was read. Restore the file.")
+                done += count
+            if self.stamp is not None and Stamp.of(os.fstat(self._file.fileno())) != self.stamp:
+                raise changed(self.path)
 
     def chunks(self, begin: int, nbytes: int) -> Iterator[memoryview]:
         """The same bytes piece by piece, in one buffer that is used again."""
@@ -53,12 +105,19 @@ class PlainFile:
     def expect(self, begin: int, nbytes: int) -> None:
         """Tell the system that these bytes will be read soon, where there is a way to."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), begin, nbytes, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):
+                os.posix_fadvise(self._file.fileno(), begin, nbytes, os.POSIX_FADV_WILLNEED)
 
     def forget(self) -> None:
         """Tell the system to drop the file from its cache, where there is a way to."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def changed(path: Path) -> CheckpointError:
+    """That a source has other bytes than when its run began."""
+    return CheckpointError(f"{path} was changed while it was read. Wait until it is complete, and repeat the command.")
 
 
 def memory_bytes() -> int:

@@ -10,14 +10,16 @@ checked before it is used. Format: https://github.com/ggml-org/ggml/blob/master/
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
+from alphaq.checkpoint.files import check_link, open_file
 from alphaq.errors import CheckpointError, OutputError
 from alphaq.ggml import GGML_TYPES
 
@@ -28,7 +30,8 @@ ALIGNMENT_KEY = "general.alignment"
 DEFAULT_ALIGNMENT = 32
 MAX_HEADER_BYTES = 100_000_000  # ten times that of a vocabulary of 250 000 tokens with its merges
 MAX_ENTRIES = 100_000  # a large model has a hundred keys and a few thousand tensors
-MAX_NAME_BYTES = 65_535
+MAX_TEXTS = 4_000_000  # of all arrays together; a large vocabulary with its merges has half a million
+MAX_NAME_BYTES = 1000  # llama.cpp's own limit for tensors is 63
 MAX_DIMENSIONS = 4  # ggml's own
 MAX_WRITTEN_NAME_BYTES = 63  # llama.cpp loads no longer name of a tensor
 
@@ -165,8 +168,9 @@ class _Header:
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path, self.file = path, file
-        self.size = path.stat().st_size
+        self.size = os.fstat(file.fileno()).st_size
         self.place = 0
+        self.texts = 0
 
     def damaged(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path.name} is damaged: {why}. Download the file again.")
@@ -227,6 +231,9 @@ class _Header:
                 raise self.damaged(f"{key} is an array of arrays, which no model has")
             count = self.count(f"values of {key}", 8 if element == "string" else struct.calcsize(_FORMATS[element]))
         if element == "string":
+            self.texts += count
+            if self.texts > MAX_TEXTS:
+                raise self.damaged(f"with {key} it claims {self.texts} texts, more than any vocabulary has")
             for _ in range(count):
                 self.text()
         else:
@@ -260,6 +267,8 @@ class _Header:
                     f"{self.path.name}: tensor {name!r} has the ggml type {number}, which cannot be read. Readable: "
                     f"{', '.join(GGML_TYPES)}. Convert the model again with a current llama.cpp."
                 )
+            if 0 in shape:
+                raise self.damaged(f"tensor {name!r} of shape {list(shape)} has no elements")
             type = _TYPE_NAMES[number]
             block = GGML_TYPES[type].block_weights
             if (shape[-1] if shape else 1) % block:
@@ -277,7 +286,7 @@ def read_gguf(path: Path) -> GgufFile:
     """
     opened = _read_part(path)
     parts = _count_of(opened, "split.count")
-    if parts is None or parts == 1:
+    if parts is None or parts < 2:
         return opened
     name = _PART_NAME.fullmatch(path.name)
     if name is None or int(name["parts"]) != parts:
@@ -285,21 +294,27 @@ def read_gguf(path: Path) -> GgufFile:
             f"{path.name} is part of a model split into {parts} files, but is not named so "
             f"(NAME-00001-of-{parts:05d}.gguf). Give the parts their original names."
         )
-    return _merge(
-        [
-            _read_part(path.with_name(f"{name['stem']}-{part:05d}-of-{name['parts']}.gguf"))
-            for part in range(1, parts + 1)
-        ]
-    )
+    return _merge(_parts(path, name["stem"], parts), parts)
 
 
-def _merge(parts: Sequence[GgufFile]) -> GgufFile:
-    first = parts[0]
+def _parts(path: Path, stem: str, count: int) -> Iterable[GgufFile]:
+    for part in range(1, count + 1):
+        beside = path.with_name(f"{stem}-{part:05d}-of-{count:05d}.gguf")
+        if beside != path:
+            check_link(beside)
+        yield _read_part(beside)
+
+
+def _merge(parts: Iterable[GgufFile], count: int) -> GgufFile:
+    first: GgufFile | None = None
+    files: list[str] = []
     tensors: dict[str, GgufTensor] = {}
     digest = hashlib.sha256()
     for number, part in enumerate(parts):
         (file,) = part.files
-        for key, expected in (("split.no", number), ("split.count", len(parts))):
+        files.append(file)
+        first = first or part
+        for key, expected in (("split.no", number), ("split.count", count)):
             if (found := _count_of(part, key)) != expected:
                 raise CheckpointError(f"{file}: {key} is {found}, not {expected}. Download the file again.")
         if twice := tensors.keys() & part.tensors.keys():
@@ -307,21 +322,22 @@ def _merge(parts: Sequence[GgufFile]) -> GgufFile:
             raise CheckpointError(f"{name!r} is in both {tensors[name].file} and {file}. Download the model again.")
         tensors |= part.tensors
         digest.update(part.fingerprint.encode())
+    assert first is not None  # there are at least two
     promised = _count_of(first, "split.tensors.count")
     if promised is not None and promised != len(tensors):
         raise CheckpointError(
             f"{first.files[0]} promises {promised} tensors, but its parts hold {len(tensors)}. Download them again."
         )
     metadata = {key: value for key, value in first.metadata.items() if not key.startswith("split.")}
-    files = tuple(file for part in parts for file in part.files)
-    return replace(first, files=files, metadata=metadata, tensors=tensors, fingerprint=digest.hexdigest())
+    return replace(first, files=tuple(files), metadata=metadata, tensors=tensors, fingerprint=digest.hexdigest())
 
 
 def _count_of(part: GgufFile, key: str) -> int | None:
     """A whole number in the metadata, None if the key is not there."""
     if key not in part.metadata:
         return None
-    value = part.metadata[key].value
+    given = part.metadata[key]
+    value = None if given.element else given.value
     if type(value) is not int or value < 0:
         raise CheckpointError(f"{part.files[0]}: {key} is not a count. Download the file again.")
     return value
@@ -329,7 +345,7 @@ def _count_of(part: GgufFile, key: str) -> int | None:
 
 def _read_part(path: Path) -> GgufFile:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return _parse(_Header(path, file))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. Complete the download.") from None
@@ -366,7 +382,7 @@ def _parse(header: _Header) -> GgufFile:
             raise header.damaged(f"tensor {tensor.name!r} ends at byte {end}, but the file has {header.size}")
         tensors[tensor.name] = replace(tensor, begin=begin, end=end)
         position = end
-    digest = hashlib.sha256(f"{path.name}\0{header.size}\0".encode())
+    digest = hashlib.sha256(os.fsencode(path.name) + f"\0{header.size}\0".encode())
     header.file.seek(0)
     digest.update(header.file.read(header.place))
     return GgufFile(path.parent, (path.name,), metadata, tensors, alignment, digest.hexdigest())
@@ -377,8 +393,8 @@ def _alignment(metadata: Mapping[str, GgufValue]) -> int | None:
     if ALIGNMENT_KEY not in metadata:
         return DEFAULT_ALIGNMENT
     given = metadata[ALIGNMENT_KEY]
-    value = given.value
-    return value if given.type == "uint32" and isinstance(value, int) and value.bit_count() == 1 else None
+    value = given.value if given.type == "uint32" else None
+    return value if isinstance(value, int) and value.bit_count() == 1 else None
 
 
 def _padded(nbytes: int, alignment: int) -> int:

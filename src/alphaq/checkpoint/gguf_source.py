@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from alphaq.checkpoint.encodings import Encoding
+from alphaq.checkpoint.files import check_link
 from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, GgufValue, Scalar, read_gguf
 from alphaq.checkpoint.gguf_mapping import GgufMapping
 from alphaq.checkpoint.matching import Architecture, architectures
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
 from alphaq.errors import ArchitectureError, CheckpointError
 from alphaq.ggml import GGML_TYPES
+from alphaq.untrusted import shown
 
 READABLE_TYPES = ("BF16", "F16", "F32", "Q8_0")
 _HEADS = {"permute_q": "num_attention_heads", "permute_k": "num_key_value_heads"}
@@ -36,6 +38,7 @@ _ROUTER_OF_ONE = "blk.{layer}.ffn_gate_inp_shexp.weight"
 _MAY_LACK = ("rope.", "attention.key_length", "attention.value_length", "attention.head_count_kv", "vocab_size")
 _ROPE_BASE = "rope.freq_base"
 MAX_NUMBER = 1e12
+MAX_MATRICES = 250_000  # four times those of the largest model
 _USUAL_ROPE_BASE = 10_000.0  # what llama.cpp takes if a file does not say
 
 
@@ -67,6 +70,8 @@ def find_gguf(model: Path) -> Path | None:
     )
     if len(found) > 1:
         raise CheckpointError(f"{model} holds {len(found)} models, {found[0].name} among them. Name the file instead.")
+    for path in found:
+        check_link(path)
     return found[0] if found else None
 
 
@@ -91,6 +96,8 @@ def open_gguf(path: Path, quantized: bool = False) -> GgufModel:
         for info in _views(tensor, mapping, architecture, config, where):
             if info.name in names:
                 raise CheckpointError(f"{where}: {tensor.name} and {names[info.name]} are the same. Convert it again.")
+            if len(names) >= MAX_MATRICES:
+                raise CheckpointError(f"{where} claims more than {MAX_MATRICES} matrices. Download the file again.")
             names[info.name] = tensor.name
             shards[tensor.file][info.name] = info
     return GgufModel(file, architecture, config, shards, names)
@@ -142,7 +149,7 @@ def _config(file: GgufFile, mapping: GgufMapping, where: str) -> dict[str, Any]:
             meanings = {written: meant for meant, written in origin.values.items()}
             if (value or "") not in meanings:
                 raise CheckpointError(
-                    f"{where}: {mapping.arch}.{key} is {value!r}; readable: {', '.join(map(repr, meanings))}. "
+                    f"{where}: {mapping.arch}.{key} is {shown(value)}; readable: {', '.join(map(repr, meanings))}. "
                     "Start from the Hugging Face folder."
                 )
             value = meanings[value or ""]
@@ -164,11 +171,12 @@ def _config(file: GgufFile, mapping: GgufMapping, where: str) -> dict[str, Any]:
 def _scalar(metadata: Mapping[str, GgufValue], key: str, where: str) -> Scalar | None:
     if key not in metadata:
         return None
-    value = metadata[key].value
-    if isinstance(value, tuple):
+    if metadata[key].element is not None:
         raise CheckpointError(
             f"{where}: {key} differs by layer, which cannot be read. Start from the Hugging Face folder."
         )
+    value = metadata[key].value
+    assert not isinstance(value, tuple)  # that of no array
     # The shortest number with the same bits, which is what the config said before it was rounded to 32 bits.
     return float(str(np.float32(value))) if metadata[key].type == "float32" else value
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from alphaq.checkpoint.files import PlainFile
-from alphaq.checkpoint.gguf_format import MAGIC, read_gguf
+from alphaq.checkpoint.gguf_format import MAGIC, MAX_NAME_BYTES, read_gguf
 from alphaq.errors import CheckpointError
+from alphaq.untrusted import read_bounded, shown
 
-MAX_ENTRIES = 100_000
+MAX_ENTRIES = 10_000  # a model has a dozen matrices to a layer
 MAX_BYTES = 1 << 30  # that of DeepSeek-V3 has 0.6 GB
 
 
@@ -37,9 +38,7 @@ class ImportanceMatrix:
 def read_imatrix(path: Path) -> ImportanceMatrix:
     """Read either format. Raises CheckpointError naming the file if it is neither, or damaged."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CheckpointError(f"{path} is too large for an importance matrix. Check the path of --imatrix.")
-        data = path.read_bytes()
+        data = read_bounded(path, MAX_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. Check the path of --imatrix.") from None
     found = _from_gguf(path) if data[:4] == MAGIC else _from_binary(path, data)
@@ -50,6 +49,9 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
 
 def _from_gguf(path: Path) -> dict[str, np.ndarray]:
     file = read_gguf(path)
+    if len(file.tensors) > 2 * MAX_ENTRIES:
+        raise CheckpointError(f"{path} has {len(file.tensors)} tensors, too many. Check the path of --imatrix.")
+    opened = {part: PlainFile(file.folder / part) for part in file.files}
     found = {}
     for name, tensor in file.tensors.items():
         if not name.endswith(".in_sum2"):
@@ -58,11 +60,8 @@ def _from_gguf(path: Path) -> dict[str, np.ndarray]:
         counts = file.tensors.get(f"{own}.counts")
         if counts is None or tensor.type != "F32" or counts.type != "F32":
             raise CheckpointError(f"{path}: {own} lacks sums or counts in F32. Make the importance matrix again.")
-        sums, calls = (
-            PlainFile(file.folder / one.file).read(one.begin, one.nbytes).numpy().view("<f4")
-            for one in (tensor, counts)
-        )
-        if not len(calls) or len(sums) % len(calls):
+        sums, calls = (opened[one.file].read(one.begin, one.nbytes).numpy().view("<f4") for one in (tensor, counts))
+        if len(sums) % len(calls):
             raise CheckpointError(f"{path}: {own} has {len(sums)} sums for {len(calls)} counts. Make it again.")
         found[own] = _means(path, own, sums.reshape(len(calls), -1), calls[:, None])
     return found
@@ -77,9 +76,11 @@ def _from_binary(path: Path, data: bytes) -> dict[str, np.ndarray]:
         place, found = 4, {}
         for _ in range(entries):
             (length,) = struct.unpack_from("<i", data, place)
-            if not 0 < length <= len(data) - place:
+            if not 0 < length <= min(len(data) - place, MAX_NAME_BYTES):
                 raise ValueError(f"a name of {length} bytes")
             name = data[place + 4 : place + 4 + length].decode()
+            if name in found or not name.isprintable():
+                raise ValueError(f"the name {shown(name)} is there twice or not printable")
             place += 4 + length
             calls, count = struct.unpack_from("<ii", data, place)
             if not 0 < count <= (len(data) - place) // 4:

@@ -1,6 +1,6 @@
 """From tensor names to matrices: architectures are TOML files, this module only reads them.
 
-A template such as `model.layers.{layer}.mlp.experts.{expert}.{projection}.weight` becomes a regular
+A template such as `{model}.layers.{layer}.mlp.experts.{expert}.{projection}.weight` becomes a regular
 expression; the first template that matches a name gives its role. See docs/architectures.md.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -29,10 +29,17 @@ else:
 class TensorRule:
     """One `[[tensors]]` entry of an architecture file."""
 
+    template: str
     pattern: re.Pattern[str]
     role: Role
     stacked: tuple[str, ...] = ()
     transposed: bool = False
+    columns: str | None = None
+    """Config key that counts the columns: where they come before the rows, the tensor is transposed."""
+    folded: bool = False
+    """Whether disk holds [experts · rows, columns]."""
+    alternating: bool = False
+    """Whether the rows of what is stacked take turns."""
 
 
 @dataclass(frozen=True)
@@ -41,76 +48,110 @@ class Architecture:
 
     name: str
     model_types: tuple[str, ...]
+    settings: tuple[str, ...]
+    """Where the config of a multi-modal model may hold the language model's part."""
+    num_layers_keys: tuple[str, ...]
     num_experts_keys: tuple[str, ...]
+    """Empty for a family without routed experts."""
     expert_name: str
     projections: dict[str, str]
-    moe_layer_rules: dict[str, str]
+    router_norm: str
+    """The norm whose output a layer's router sees."""
+    moe_layer_rules: dict[str, Any]
     rules: tuple[TensorRule, ...]
     gguf: GgufMapping | None = None
     """None for a family that GGUF has no name for."""
 
     @classmethod
-    def parse(cls, text: str) -> Architecture:
-        """Read one TOML description."""
-        data = tomllib.loads(text)
+    def parse(cls, data: Mapping[str, Any]) -> Architecture:
+        """From one description, with what it extends filled in."""
         projections = data["projections"]
         rules = tuple(
             TensorRule(
-                _compile(entry["template"], projections),
+                entry["template"],
+                _compile(entry["template"], projections, data.get("model", ["model"])),
                 Role(entry["role"]),
                 tuple(entry.get("stacked", ())),
                 entry.get("transposed", False),
+                entry.get("columns"),
+                entry.get("folded", False),
+                entry.get("alternating", False),
             )
             for entry in data["tensors"]
+            if set(entry.get("stacked", ())) <= set(projections.values())
         )
         return cls(
             data["name"],
             tuple(data["model_types"]),
+            tuple(data.get("settings", ["text_config"])),
+            tuple(data.get("num_layers", ["num_hidden_layers"])),
             tuple(data["num_experts"]),
             data["expert_name"],
             projections,
+            data.get("router_norm", "post_attention_layernorm"),
             data.get("moe_layers", {}),
             rules,
             GgufMapping.parse(data["gguf"]) if "gguf" in data else None,
         )
 
+    def first_match(self, name: str) -> tuple[TensorRule | None, re.Match[str] | None]:
+        """The rule that decides on a tensor, and what its template found in the name."""
+        for rule in self.rules:
+            if match := rule.pattern.fullmatch(name):
+                return rule, match
+        return None, None
+
+    def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The language model's part of a config, which multi-modal models nest."""
+        for path in self.settings:
+            if isinstance(part := _look_up(config, path), dict):
+                return part
+        return config
+
     def layers(self, config: Mapping[str, Any]) -> int:
         """Number of decoder layers; multi-token-prediction layers after them do not count."""
-        return _count(config, "num_hidden_layers")
+        return _first_count(self.text_config(config), self.num_layers_keys)
 
     def experts_per_layer(self, config: Mapping[str, Any]) -> int:
-        """Routed experts in one MoE layer."""
-        present = [key for key in self.num_experts_keys if key in config]
-        return _count(config, present[0] if present else self.num_experts_keys[0])
+        """Routed experts in one MoE layer; 0 of a dense model."""
+        return _first_count(self.text_config(config), self.num_experts_keys) if self.num_experts_keys else 0
 
     def moe_layers(self, config: Mapping[str, Any]) -> list[int]:
-        """Layers that hold routed experts, by the config's own rules."""
-        rules = self.moe_layer_rules
-        dense = config.get(rules.get("dense_list", "")) or []
-        if not isinstance(dense, list):
-            raise ArchitectureError(
-                f"config.json: {rules['dense_list']} is {dense!r}, not a list. Restore the original file."
-            )
-        every, first, frequency = (
-            _count(config, rules[rule]) if config.get(rules.get(rule, "")) else default
-            for rule, default in (("every", 1), ("first_dense", 0), ("frequency", 1))
+        """Layers that hold routed experts, by the config's own rules: its list of them if it has one."""
+        text, rules, layers = self.text_config(config), self.moe_layer_rules, self.layers(config)
+        kinds = next((kinds for key in rules.get("kinds", ()) if (kinds := _list(text, key))), [])
+        if kinds:
+            return [layer for layer, kind in enumerate(kinds[:layers]) if kind in rules["moe_kinds"]]
+        listed = _list(text, rules.get("list", ""))
+        if listed:
+            return sorted({layer for layer in listed if type(layer) is int and 0 <= layer < layers})
+        dense = _list(text, rules.get("dense_list", ""))
+        every, first, frequency, offset, last = (
+            default if _look_up(text, rules.get(rule, "")) in (None, 0, -1) else _count(text, rules[rule])
+            for rule, default in (("every", 1), ("first", 0), ("frequency", 1), ("offset", 0), ("last", layers))
         )
         return [
             layer
-            for layer in range(self.layers(config))
-            if layer not in dense and (layer + 1) % every == 0 and layer >= first and layer % frequency == 0
+            for layer in range(layers)
+            if layer not in dense
+            and (layer + 1) % every == 0
+            and first <= layer <= last
+            and layer % frequency == offset % frequency
         ]
 
 
 _INDEX = "0|[1-9][0-9]{0,5}"  # one spelling per number, and no number too long to convert
+_NUMBERED_LAYER = re.compile(rf"(?:.*\.)?(?:layers|blocks)\.({_INDEX})\..*")
 
 
-def _compile(template: str, projections: Mapping[str, str]) -> re.Pattern[str]:
+def _compile(template: str, projections: Mapping[str, str], model: Iterable[str]) -> re.Pattern[str]:
     fields = {
+        "model": f"(?P<model>{'|'.join(map(re.escape, model))})",
         "layer": rf"(?P<layer>{_INDEX})",
         "expert": rf"(?P<expert>{_INDEX})",
         "projection": f"(?P<projection>{'|'.join(map(re.escape, projections))})",
         "part": r"(?P<part>\w*)",
+        "any": ".*",
     }
     pieces = re.split(r"\{(\w+)\}", template)
     return re.compile("".join(fields[piece] if odd else re.escape(piece) for odd, piece in _alternate(pieces)))
@@ -120,8 +161,16 @@ def _alternate(pieces: Iterable[str]) -> Iterable[tuple[bool, str]]:
     return ((position % 2 == 1, piece) for position, piece in enumerate(pieces))
 
 
+def _look_up(config: Mapping[str, Any], path: str) -> Any:
+    """A config's value under a key or, with dots, deeper; None if it is not there."""
+    found: Any = config
+    for key in path.split("."):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
 def _count(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
+    value = _look_up(config, key)
     if type(value) is not int or not 0 < value < 10**5:
         raise ArchitectureError(
             f"config.json: {key} is {value!r}, not a positive count. Restore the model's original config.json."
@@ -129,25 +178,69 @@ def _count(config: Mapping[str, Any], key: str) -> int:
     return value
 
 
+def _first_count(config: Mapping[str, Any], keys: Sequence[str]) -> int:
+    """The count under the first key that is there; a list or a string counts its entries."""
+    key = next((key for key in keys if _look_up(config, key) is not None), keys[0])
+    value = _look_up(config, key)
+    return len(_list(config, key)) if isinstance(value, list | str) else _count(config, key)
+
+
+def _list(config: Mapping[str, Any], key: str) -> list[Any]:
+    """The list under a key, of the letters of a string; empty if there is none."""
+    value = _look_up(config, key) or []
+    value = list(value) if isinstance(value, str) else value
+    if not isinstance(value, list) or len(value) > 10**5:
+        raise ArchitectureError(f"config.json: {key} is {value!r:.60}, not a list. Restore the original file.")
+    return value
+
+
+@lru_cache(maxsize=1)
+def _described() -> dict[str, dict[str, Any]]:
+    """What every file of the folder says, by the file's name."""
+    folder = files("alphaq.checkpoint") / "architectures"
+    return {
+        file.name.removesuffix(".toml"): tomllib.loads(file.read_text(encoding="utf-8"))
+        for file in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        if file.name.endswith(".toml")
+    }
+
+
+def unsupported() -> dict[str, str]:
+    """Why a `model_type` with experts cannot be read, by `model_type`."""
+    return _described()["unsupported"]
+
+
 @lru_cache(maxsize=1)
 def architectures() -> dict[str, Architecture]:
     """All known architectures by `model_type`."""
-    folder = files("alphaq.checkpoint") / "architectures"
-    found = {}
-    for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if file.name.endswith(".toml"):
-            architecture = Architecture.parse(file.read_text(encoding="utf-8"))
+    found, described = {}, _described()
+    for data in described.values():
+        if data.get("model_types"):
+            architecture = Architecture.parse(_extended(data, described))
             found.update({model_type: architecture for model_type in architecture.model_types})
     return found
+
+
+def _extended(data: Mapping[str, Any], described: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A description with what it leaves out taken from the one it extends; its own templates come first."""
+    if "extends" not in data:
+        return data
+    base = {key: value for key, value in _extended(described[data["extends"]], described).items() if key != "gguf"}
+    return {**base, **data, "tensors": [*data.get("tensors", ()), *base["tensors"]]}
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """The architecture that a config names. Raises ArchitectureError listing the known ones."""
     model_type = config.get("model_type")
     known = architectures()
+    if isinstance(model_type, str) and model_type in unsupported():
+        raise ArchitectureError(
+            f"Architecture {model_type!r} (config.json, model_type) is not supported: {unsupported()[model_type]}. "
+            "Choose another model; docs/models.md lists those that are."
+        )
     if not isinstance(model_type, str) or model_type not in known:
         raise ArchitectureError(
-            f"Architecture {model_type!r} (config.json, model_type) is unknown. Known: {', '.join(known)}. "
+            f"Architecture {model_type!r:.80} (config.json, model_type) is unknown. Known: {', '.join(known)}. "
             "To add one, write a TOML file as docs/architectures.md explains."
         )
     return known[model_type]
@@ -163,14 +256,15 @@ def match_tensors(
     found are not exactly those the config promises.
     """
     layers = architecture.layers(config)
+    text = architecture.text_config(config)
     matrices: list[MatrixRef] = []
     roles: dict[str, Role] = {}
     for tensor in tensors:
-        rule, match = _first_match(architecture, tensor.name)
+        rule, match = architecture.first_match(tensor.name)
         fields = match.groupdict() if match else {}
-        layer = int(fields["layer"]) if fields.get("layer") else None
-        beyond = re.match(rf"model\.layers\.({_INDEX})\.", tensor.name)
-        if beyond and int(beyond[1]) >= layers:
+        numbered = _NUMBERED_LAYER.fullmatch(tensor.name)
+        layer = int(fields["layer"]) if fields.get("layer") else int(numbered[1]) if numbered else None
+        if layer is not None and layer >= layers:
             roles[tensor.name] = Role.OTHER
             continue
         if rule is None:
@@ -184,8 +278,11 @@ def match_tensors(
         roles[tensor.name] = rule.role
         if 0 in tensor.shape:
             raise ArchitectureError(f"{tensor.name!r} has no elements, shape {list(tensor.shape)}. Download it again.")
+        if rule.columns and len(tensor.shape) > 1:
+            columns = _count(text, rule.columns)
+            rule = replace(rule, transposed=tensor.shape[-1] != columns and tensor.shape[-2] == columns)
         if rule.stacked:
-            matrices.extend(_unstack(architecture, tensor, rule, layer, architecture.experts_per_layer(config)))
+            matrices.extend(_unstack(architecture, tensor, rule, fields, architecture.experts_per_layer(config)))
         elif len(tensor.shape) == 2 and rule.role is not Role.OTHER:
             rows, columns = tensor.shape[::-1] if rule.transposed else tensor.shape
             projection = fields.get("projection")
@@ -206,15 +303,28 @@ def match_tensors(
     return matrices, roles
 
 
-def _first_match(architecture: Architecture, name: str) -> tuple[TensorRule | None, re.Match[str] | None]:
-    for rule in architecture.rules:
-        if match := rule.pattern.fullmatch(name):
-            return rule, match
-    return None, None
+def unfolded(
+    architecture: Architecture, config: Mapping[str, Any], shards: Mapping[str, Mapping[str, TensorInfo]]
+) -> dict[str, dict[str, TensorInfo]]:
+    """Shards whose tensors [experts · rows, columns] are [experts, rows, columns], the same bytes."""
+
+    def unfold(tensor: TensorInfo) -> TensorInfo:
+        rule, _ = architecture.first_match(tensor.name)
+        if rule is None or not rule.folded or len(tensor.shape) != 2:
+            return tensor
+        experts = architecture.experts_per_layer(config)
+        rows, columns = tensor.shape
+        if rows % experts:
+            raise ArchitectureError(f"{tensor.name!r}: {rows} rows cannot hold {experts} experts. Correct config.json.")
+        return replace(tensor, shape=(experts, rows // experts, columns))
+
+    if not any(rule.folded for rule in architecture.rules):
+        return {shard: dict(tensors) for shard, tensors in shards.items()}
+    return {shard: {name: unfold(tensor) for name, tensor in tensors.items()} for shard, tensors in shards.items()}
 
 
 def _unstack(
-    architecture: Architecture, tensor: TensorInfo, rule: TensorRule, layer: int | None, per_layer: int
+    architecture: Architecture, tensor: TensorInfo, rule: TensorRule, fields: Mapping[str, str], per_layer: int
 ) -> Iterable[MatrixRef]:
     """Matrices of a fused tensor [experts, stacked · rows, columns] ([experts, columns, …] if transposed)."""
     parts = len(rule.stacked)
@@ -239,17 +349,20 @@ def _unstack(
     for expert in range(experts):
         for position, projection in enumerate(rule.stacked):
             yield MatrixRef(
-                architecture.expert_name.format(layer=layer, expert=expert, projection=stored_names[projection]),
+                architecture.expert_name.format_map(
+                    {**fields, "expert": expert, "projection": stored_names[projection]}
+                ),
                 (rows, columns),
                 tensor.dtype,
-                layer,
+                int(fields["layer"]),
                 expert,
                 projection,
                 rule.role,
                 tensor.name,
                 expert,
-                position * rows,
+                position if rule.alternating else position * rows,
                 rule.transposed,
+                parts if rule.alternating else 1,
             )
 
 
@@ -269,6 +382,8 @@ def _check_expert_count(architecture: Architecture, config: Mapping[str, Any], m
                 f"{matrix.name} has shape {list(matrix.shape)} but {first.name} has {list(first.shape)}. "
                 "Experts of a layer must agree; the checkpoint is damaged."
             )
+    if not architecture.num_experts_keys:
+        return
     projections = sorted(set(architecture.projections.values()))
     layers, per_layer = architecture.moe_layers(config), architecture.experts_per_layer(config)
     promised = len(layers) * per_layer * len(projections)

@@ -7,10 +7,10 @@ are read; only `encodings` knows how.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import os
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,14 +28,15 @@ from alphaq.checkpoint.encodings import (
     stored_dtype,
     stored_grid,
 )
-from alphaq.checkpoint.files import PlainFile, memory_bytes
+from alphaq.checkpoint.files import CHUNK_BYTES, PlainFile, Stamp, changed, check_link, is_file, memory_bytes, reading
 from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, metadata_bytes
 from alphaq.checkpoint.gguf_source import find_gguf, open_gguf
-from alphaq.checkpoint.matching import Architecture, architecture_of, match_tensors
+from alphaq.checkpoint.matching import Architecture, architecture_of, match_tensors, unfolded
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo, read_header
 from alphaq.errors import CheckpointError
 from alphaq.numerics import in_threads
 from alphaq.records import MatrixRef, Role, SourceIdentity
+from alphaq.untrusted import parse_json, read_bounded, shown
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -48,7 +49,12 @@ SIDE_FILES = (
     "LICENSE*",
     "README.md",
 )
+SAMPLES, SAMPLE_BYTES = 16, 4096  # of a weight file, to recognise it by
+SETTINGS_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 READABLE_WEIGHTS = ("F32", "F16", "BF16")
+_IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation")
+"""Keys by which transformers lets a config choose kernels, also those of any repository."""
+
 QUANTIZABLE = (Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.DENSE_MLP)
 
 
@@ -73,6 +79,8 @@ class Checkpoint:
     """The header of a model that came as GGUF; its tensors have their Hugging Face names all the same."""
     gguf_names: dict[str, str] = field(default_factory=dict)
     """Which GGUF tensor holds each tensor."""
+    stamps: Mapping[str, Stamp] = field(default_factory=dict, repr=False)
+    """Of each file when the checkpoint was opened."""
     _files: dict[str, PlainFile] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -100,6 +108,16 @@ class Checkpoint:
         """Matrices of one role, in file order."""
         return [matrix for matrix in self.matrices if matrix.role is role]
 
+    @property
+    def planned_role(self) -> Role:
+        """Role of the matrices that a plan is about: routed experts or, in a dense model, the MLP."""
+        return Role.EXPERT if self.architecture.num_experts_keys else Role.DENSE_MLP
+
+    @property
+    def planned(self) -> list[MatrixRef]:
+        """Matrices that the budget decides on."""
+        return self.with_role(self.planned_role)
+
     def matrices_by_tensor(self, names: Container[str]) -> dict[str, list[MatrixRef]]:
         """The named matrices, grouped by the stored tensor that holds them, in file order."""
         within: dict[str, list[MatrixRef]] = {}
@@ -111,7 +129,7 @@ class Checkpoint:
     def file(self, shard: str) -> PlainFile:
         """A weight file, opened once."""
         if shard not in self._files:
-            self._files[shard] = PlainFile(self.folder / shard)
+            self._files[shard] = PlainFile(self.folder / shard, self.stamps[shard])
         return self._files[shard]
 
     def info(self, tensor: str) -> TensorInfo:
@@ -142,13 +160,13 @@ class Checkpoint:
         shard, info = self.shard_of[matrix.tensor], self.info(matrix.tensor)
         values = self._read(shard, info, matrix.index or 0, *_stored_rows(info, matrix))
         if _as_stored(info, matrix):
-            return values
-        return values[:, matrix.row_start : matrix.row_start + matrix.shape[0]].T.contiguous()
+            return values[:: matrix.row_step].contiguous()
+        return values.T[matrix.row_start :: matrix.row_step][: matrix.shape[0]].contiguous()
 
     def read_rows(self, matrix: MatrixRef, part: slice) -> torch.Tensor:
         """Some rows of a matrix; all of it is read if disk has its columns."""
         shard, info = self.shard_of[matrix.tensor], self.info(matrix.tensor)
-        if not _as_stored(info, matrix):
+        if not _as_stored(info, matrix) or matrix.row_step > 1:
             return self.read(matrix)[part]
         first = matrix.row_start
         return self._read(shard, info, matrix.index or 0, first + part.start, first + part.stop)
@@ -188,7 +206,7 @@ class Checkpoint:
     @property
     def text_config(self) -> dict[str, Any]:
         """The language model's part of the config, which multi-modal models nest."""
-        return self.config.get("text_config") or self.config
+        return dict(self.architecture.text_config(self.config))
 
     def expect(self, matrix: MatrixRef) -> None:
         """Tell the system that a matrix will be read soon."""
@@ -209,26 +227,41 @@ class Checkpoint:
         return self.__dict__ | {"_files": {}}  # each process opens its own
 
     def contents(self, hashed: bool = False) -> str:
-        """What tells these weights from others of the same shapes: when each shard was last written, or its hash."""
+        """What tells these weights from others of the same shapes: each shard's hash, or when it was last written.
+
+        A time alone would not do, since some tools give all files the same; so a few of the bytes are hashed with it.
+        """
 
         def mark(shard: str) -> str:
-            if not hashed:
-                return str((self.folder / shard).stat().st_mtime_ns)
+            nbytes, modified_ns = self.stamps[shard]
+            places = range(0, nbytes, CHUNK_BYTES if hashed else max(SAMPLE_BYTES, nbytes // SAMPLES))
+            piece = CHUNK_BYTES if hashed else SAMPLE_BYTES
             digest = hashlib.blake2b(digest_size=16)
-            for piece in self.file(shard).chunks(0, (self.folder / shard).stat().st_size):
-                digest.update(piece)
-            return digest.hexdigest()
+            for begin in places:
+                digest.update(self.file(shard).read(begin, min(piece, nbytes - begin)).numpy().data)
+            return digest.hexdigest() if hashed else f"{modified_ns} {digest.hexdigest()}"
 
         return ",".join(in_threads(mark, self.weight_files))
+
+    def require_unchanged(self) -> None:
+        """Raise CheckpointError if weights, config or tokenizer are not those that were opened."""
+        names = [*self.weight_files, *([] if self.gguf is not None else (*SETTINGS_FILES, INDEX_NAME))]
+        now = _stamps(self.folder / name for name in names)
+        for name in names:
+            if now.get(name) != self.stamps.get(name):
+                raise changed(self.folder / name)
 
     def settings_digest(self) -> str:
         """Hash of config and tokenizer, which decide what a forward pass computes beside the weights."""
         if self.gguf is not None:
             return hashlib.sha256(metadata_bytes(self.gguf.metadata)).hexdigest()
         digest = hashlib.sha256()
-        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+        for name in SETTINGS_FILES:
             path = self.folder / name
-            digest.update(f"{name} {path.is_file()}".encode() + (path.read_bytes() if path.is_file() else b""))
+            digest.update(f"{name} {is_file(path)}".encode())
+            if is_file(path):
+                for piece in PlainFile(path).chunks(0, path.stat().st_size):
+                    digest.update(piece)
         return digest.hexdigest()
 
     def side_files(self) -> list[Path]:
@@ -237,13 +270,9 @@ class Checkpoint:
             return []
         found = {path for pattern in SIDE_FILES for path in self.folder.glob(pattern)}
         skip = {"config.json", INDEX_NAME, "plan.json", "alphaq_manifest.json"}
-        chosen = sorted(path for path in found if path.is_file() and path.name not in skip)
-        inside = self.folder.resolve()
-        # The hub's cache links its snapshots to blobs two folders up; any other way out is not followed.
-        allowed = (inside, inside.parent.parent / "blobs")
+        chosen = sorted(path for path in found if is_file(path) and path.name not in skip)
         for path in chosen:
-            if path.resolve().parent not in allowed:
-                raise CheckpointError(f"{path} is a link out of its folder. Replace it by the file it should be.")
+            check_link(path)
         return chosen
 
 
@@ -253,26 +282,41 @@ def open_checkpoint(model: str | Path, revision: str | None = None, quantized: b
     quantized: whether a GGUF file may be, because it is only to be run. Every header is read and checked, no weight
     is. Raises CheckpointError or ArchitectureError.
     """
-    if (path := find_gguf(Path(model).expanduser())) is not None:
-        source = open_gguf(path, quantized)
-        opened = _checkpoint(
-            path.parent, source.file.name, source.config, source.architecture, source.shards, source.file.fingerprint
-        )
-        return replace(opened, gguf=source.file, gguf_names=source.names)
-    folder = _resolve(str(model), revision)
+    with reading(Path(model)):
+        if (path := find_gguf(_expanded(model))) is not None:
+            return _open_gguf(path, quantized)
+        return _open_folder(_resolve(str(model), revision), model)
+
+
+def _open_gguf(path: Path, quantized: bool) -> Checkpoint:
+    stamps = _stamps(path.parent.glob("*.gguf"))
+    source = open_gguf(path, quantized)
+    opened = _checkpoint(
+        path.parent, source.file.name, source.config, source.architecture, source.shards, source.file.fingerprint
+    )
+    return replace(opened, gguf=source.file, gguf_names=source.names, stamps=stamps)
+
+
+def _open_folder(folder: Path, model: str | Path) -> Checkpoint:
+    stamps = _stamps(folder.iterdir())
     config = read_config(folder)
     quantization = config.pop("quantization_config", None)  # what is read is no longer quantized
     if quantization is not None and quantization.get("quant_method") not in READABLE_METHODS:
-        method = quantization.get("quant_method", "unknown")
+        method = shown(quantization.get("quant_method", "unknown"))
         raise CheckpointError(
-            f"{model} is already quantized (quant_method {method!r}). Start from the original 16-bit checkpoint; of "
+            f"{model} is already quantized (quant_method {method}). Start from the original 16-bit checkpoint; of "
             f"quantized ones only {' and '.join(READABLE_METHODS)} can be read."
         )
     architecture = architecture_of(config)
     shards, fingerprint = read_shards(folder)
     if quantization is not None:
         shards = decoded_shards(shards, quantization)
-    return _checkpoint(folder, folder.resolve().name, config, architecture, shards, fingerprint)
+    return replace(_checkpoint(folder, folder.resolve().name, config, architecture, shards, fingerprint), stamps=stamps)
+
+
+def _stamps(paths: Iterable[Path]) -> dict[str, Stamp]:
+    """By name, of those that are files."""
+    return {path.name: Stamp.of(path.stat()) for path in paths if is_file(path)}
 
 
 def _checkpoint(
@@ -284,6 +328,7 @@ def _checkpoint(
     fingerprint: str,
 ) -> Checkpoint:
     """A checkpoint whose tensors have been matched with their roles."""
+    shards = unfolded(architecture, config, shards)
     matrices, roles = match_tensors(
         architecture, config, (tensor for tensors in shards.values() for tensor in tensors.values())
     )
@@ -293,17 +338,21 @@ def _checkpoint(
                 f"{matrix.name} is stored as {matrix.dtype}; readable: {', '.join(READABLE_WEIGHTS)}. "
                 "Convert the checkpoint to bf16 first."
             )
-    return Checkpoint(folder, name, config, architecture, shards, tuple(matrices), roles, fingerprint)
+    named = os.fsencode(name).decode(errors="replace")  # plans and reports are UTF-8, names of files may be any bytes
+    return Checkpoint(folder, named, config, architecture, shards, tuple(matrices), roles, fingerprint)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The checkpoint's config.json as a dict. Raises CheckpointError."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"{folder} has no config.json. Point to a Hugging Face model folder.")
     config = read_json(path)
-    if not isinstance(config.get("quantization_config", {}), dict):
+    if not isinstance(config.get("quantization_config"), (dict, type(None))):
         raise CheckpointError(f"{path}: quantization_config is not an object. Restore the file.")
+    for key in _IMPLEMENTATIONS:
+        if "/" in str(config.get(key)):
+            raise CheckpointError(f"{path}: {key} asks for code from the hub, {shown(config[key])}. Remove the line.")
     return config
 
 
@@ -315,8 +364,9 @@ def read_shards(folder: Path) -> tuple[dict[str, dict[str, TensorInfo]], str]:
     promised = shard_index(folder)
     for shard in dict.fromkeys(promised.values()) if promised else [SINGLE_NAME]:
         path = folder / shard
-        if not path.is_file():
+        if not is_file(path):
             raise CheckpointError(f"{folder} lacks {shard}, which its index names. Complete the download.")
+        check_link(path)
         tensors, raw = read_header(path)
         for name in tensors:
             if name in owner:
@@ -329,16 +379,16 @@ def read_shards(folder: Path) -> tuple[dict[str, dict[str, TensorInfo]], str]:
     for name, shard in promised.items():
         if owner.get(name) != shard:
             raise CheckpointError(
-                f"{INDEX_NAME} places {name!r} in {shard}, but it is not there. Download the shard again."
+                f"{INDEX_NAME} places {shown(name)} in {shard}, but it is not there. Download the shard again."
             )
     return shards, digest.hexdigest()
 
 
 def shard_index(folder: Path) -> dict[str, str]:
     """Tensor name → shard file, empty for a single-file checkpoint. Shards must lie in the folder."""
-    if (folder / SINGLE_NAME).is_file() and not (folder / INDEX_NAME).is_file():
+    if is_file(folder / SINGLE_NAME) and not is_file(folder / INDEX_NAME):
         return {}
-    if not (folder / INDEX_NAME).is_file():
+    if not is_file(folder / INDEX_NAME):
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         if pickles:
             raise CheckpointError(
@@ -350,9 +400,9 @@ def shard_index(folder: Path) -> dict[str, str]:
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map. Download the index again.")
     for name, shard in index.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w.\-]+\.safetensors", shard):
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.\-]{1,240}\.safetensors", shard):
             raise CheckpointError(
-                f"{INDEX_NAME} places {name!r} in {shard!r}, which is not a safetensors file of this folder. "
+                f"{INDEX_NAME} places {shown(name)} in {shown(shard)}, which is not a safetensors file of this folder. "
                 "Do not use this checkpoint; its index may be hostile."
             )
     return index
@@ -360,9 +410,11 @@ def shard_index(folder: Path) -> dict[str, str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's object. Raises CheckpointError naming the file."""
+    check_link(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        with reading(path):
+            data = parse_json(read_bounded(path))
+    except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}). Download it again.") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is not a JSON object. Download it again.")
@@ -370,7 +422,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _resolve(model: str, revision: str | None) -> Path:
-    folder = Path(model).expanduser()
+    folder = _expanded(model)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -378,6 +430,16 @@ def _resolve(model: str, revision: str | None) -> Path:
     if not re.fullmatch(r"[\w\-][\w.\-]*/[\w.\-]+", model) or ".." in model:
         raise CheckpointError(f"No folder {model}. Check the path, or give a hub id such as Qwen/Qwen3-30B-A3B.")
     return _download(model, revision)
+
+
+def _expanded(model: str | Path) -> Path:
+    """The path that a user means. Raises CheckpointError if there can be none."""
+    try:
+        path = Path(model).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{model} is no path ({error}). Check it.") from None
+    return path
 
 
 def _download(model: str, revision: str | None) -> Path:
@@ -437,5 +499,5 @@ def _as_stored(info: TensorInfo, matrix: MatrixRef) -> bool:
 def _stored_rows(info: TensorInfo, matrix: MatrixRef) -> tuple[int, int]:
     """First row and row after the last, on disk, that hold a matrix; all of its slice if disk has its columns."""
     if _as_stored(info, matrix):
-        return matrix.row_start, matrix.row_start + matrix.shape[0]
+        return matrix.row_start, matrix.row_start + (matrix.shape[0] - 1) * matrix.row_step + 1
     return 0, matrix.shape[1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from alphaq.checkpoint.files import open_file
 from alphaq.errors import CheckpointError
+from alphaq.untrusted import parse_json, shown
 
 if TYPE_CHECKING:
     from alphaq.checkpoint.encodings import Encoding
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_DIMENSIONS = 8
+MAX_TENSOR_BYTES = 2**62  # sizes and places are 64-bit numbers
+MAX_NAME_CHARACTERS = 1000
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -63,25 +68,19 @@ class TensorInfo:
         return self.end - self.begin
 
 
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) != len(pairs):
-        raise ValueError("a key appears twice")
-    return keys
-
-
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
     """Parse and check a file's header without touching its data.
 
     Returns the tensors in file order and the raw header bytes. Raises CheckpointError with the file's
-    name if the header is longer than the file, is not JSON, or describes data that is not exactly there.
+    name if the file cannot be read, or the header is longer than the file, is not JSON, or describes data that is not
+    exactly there.
     """
 
     def damaged(why: str) -> CheckpointError:
         return CheckpointError(f"{path.name} is damaged: {why}. Download the file again.")
 
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if len(prefix) < 8:
             raise damaged(f"it has {size} bytes, too few for a safetensors header")
@@ -92,8 +91,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
             raise damaged(f"its header claims {length} bytes, more than the {MAX_HEADER_BYTES} allowed")
         raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_reject_duplicates)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(raw)
+    except ValueError as error:
         raise damaged(f"its header is not valid JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(header, dict):
         raise damaged("its header is not a JSON object")
@@ -102,22 +101,26 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if not name.isprintable():  # lone surrogates and control characters cannot be shown or written back
-            raise damaged(f"the tensor name {name!r} is not printable text")
+        if not name.isprintable() or not 0 < len(name) <= MAX_NAME_CHARACTERS:
+            raise damaged(
+                f"the tensor name {shown(name)} is not printable text of 1 to {MAX_NAME_CHARACTERS} characters"
+            )
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (KeyError, TypeError, ValueError):
             raise damaged(f"tensor {name!r} lacks dtype, shape or data_offsets") from None
         if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
             raise CheckpointError(
-                f"{path.name}: tensor {name!r} has dtype {dtype!r}, which cannot be read. "
+                f"{path.name}: tensor {name!r} has dtype {shown(dtype)}, which cannot be read. "
                 f"Readable: {', '.join(ITEM_BYTES)}. Convert the checkpoint to bf16 first."
             )
         numbers = (*shape, begin, end) if isinstance(shape, list) else (None,)
-        if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
+        if not all(type(number) is int and 0 <= number < MAX_TENSOR_BYTES for number in numbers):
             raise damaged(f"tensor {name!r} has a shape or offsets that are not counts")
         if len(shape) > MAX_DIMENSIONS:
             raise damaged(f"tensor {name!r} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
+        if math.prod(max(side, 1) for side in shape) * ITEM_BYTES[dtype] >= MAX_TENSOR_BYTES:  # a 0 hides the others
+            raise damaged(f"tensor {name!r} of shape {shape} is larger than any can be")
         if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
             raise damaged(f"tensor {name!r} of shape {shape} does not fill its {end - begin} bytes")
         tensors.append(TensorInfo(name, dtype, tuple(shape), 8 + length + begin, 8 + length + end))

@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
+import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from alphaq.checkpoint.files import PlainFile
-from alphaq.errors import OutputError, QuantizationError
+from alphaq.checkpoint.files import PlainFile, Stamp, reading
+from alphaq.errors import OutputError, QuantizationError, VerificationError
 from alphaq.journal import Journal
 
 JOURNAL_NAME = "journal.jsonl"
+UNFINISHED_NAME = "files"
+"""What is to become the output, inside the folder of an unfinished run."""
 
 
 def check_absent(out: Path) -> None:
-    """Raise OutputError if `out` exists or its parent does not."""
-    if out.exists() or out.is_symlink():
+    """Raise OutputError if `out` exists, or nothing can be put there."""
+    if os.path.lexists(out):
         raise OutputError(f"{out} already exists. Remove it or choose another output.")
-    if not out.absolute().parent.is_dir():
-        raise OutputError(f"{out.absolute().parent} is not a folder. Create it first.")
+    _check_parent(out)
 
 
 def check_file(out: Path) -> None:
     """Raise OutputError if a file cannot be put at `out`: it is a folder, or its parent is none."""
     if out.is_dir():
         raise OutputError(f"{out} is a folder. Name a file instead.")
-    if not out.absolute().parent.is_dir():
-        raise OutputError(f"{out.absolute().parent} is not a folder. Create it first.")
+    _check_parent(out)
 
 
-def _remove_abandoned(out: Path) -> None:
-    """Remove temporary folders of `out` whose process was killed before it could do so itself."""
-    for partial in out.absolute().parent.glob(f".{glob.escape(out.name)}.partial-*"):
-        owner = partial.name.rpartition("-")[2]
+def _check_parent(out: Path) -> None:
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise OutputError(f"{parent} is not a folder. Create it first.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{parent} cannot be written to. Choose another output, or change its permissions.")
+
+
+def _beside(out: Path) -> Path:
+    """A temporary name beside `out` for this process; what killed ones have left is removed."""
+    folder, stem = out.absolute().parent, f".{out.name}.partial-{platform.node()}-"
+    for left in folder.glob(f"{glob.escape(stem)}*"):
+        owner = left.name.removeprefix(stem)
         if owner.isdecimal() and not _is_running(int(owner)):
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(left)
+    return folder / f"{stem}{os.getpid()}"
 
 
 def _is_running(process: int) -> bool:
@@ -52,49 +64,53 @@ def _is_running(process: int) -> bool:
     return True
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes otherwise."""
     check_absent(out)
-    _remove_abandoned(out)
-    partial = out.absolute().parent / f".{out.name}.partial-{os.getpid()}"
+    partial = _beside(out)
     try:
         partial.mkdir()
         yield partial
-        for path in [*partial.iterdir(), partial]:
-            _sync(path)
-        check_absent(out)
-        partial.rename(out)
-        _sync(out.absolute().parent)
+        _sync_all(partial)
+        _publish(partial, out)
     except OSError as error:
         raise OutputError(
             f"Cannot write {out}: {error.strerror or error}. Free space or choose another output."
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
 
 
 @contextmanager
 def resumable_folder(out: Path, job: Mapping[str, str], restart: bool = False) -> Iterator[tuple[Path, Journal]]:
     """Like `atomic_folder`, but what an interrupted run has written stays, with its journal, for the next one.
 
-    job: what the output depends on. Raises OutputError if an unfinished run of another job is there,
-    unless told to `restart`. A matrix that cannot be
-    quantized removes the folder: nothing in it can be of use.
+    job: what the output depends on. Raises OutputError if an unfinished run of another job is there, unless told to
+    `restart`. A matrix that cannot be quantized removes the folder: nothing in it can be of use. After a failed
+    verification, or where the disk has refused what was written, the next run makes everything anew.
     """
     check_absent(out)
     partial = out.absolute().parent / f".{out.name}.partial"
-    journal = partial / JOURNAL_NAME
+    folder = partial / UNFINISHED_NAME
     try:
         partial.mkdir(exist_ok=True)
-        with Journal(journal) as lines:
-            if restart and lines.entries:
+        with Journal(partial / JOURNAL_NAME) as lines:
+            check_absent(out)  # by a run that has just ended
+            if restart or not lines.entries:
                 lines.clear()
-            if not lines.entries:
-                for path in partial.iterdir():
-                    if path != journal:
-                        path.unlink()
+                if folder.exists():
+                    shutil.rmtree(folder)
                 lines.append({"job": dict(job)})
+            folder.mkdir(exist_ok=True)
             earlier = lines.entries[0].get("job", {}) if lines.entries else job
             if changed := [key for key in job if earlier.get(key) != job[key]]:
                 raise OutputError(
@@ -102,16 +118,20 @@ def resumable_folder(out: Path, job: Mapping[str, str], restart: bool = False) -
                     "Repeat the earlier command to finish it, or add --restart to discard it."
                 )
             try:
-                yield partial, lines
+                yield folder, lines
             except QuantizationError:
                 shutil.rmtree(partial)
                 raise
-            for path in [*partial.iterdir(), partial]:
-                _sync(path)
-            check_absent(out)
-            partial.rename(out)
-            (out / JOURNAL_NAME).unlink()
-        _sync(out.absolute().parent)
+            except VerificationError:
+                lines.clear()
+                raise
+            try:
+                _sync_all(folder)
+            except OSError:
+                lines.clear()  # it would still read well from memory
+                raise
+            _publish(folder, out)
+            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise OutputError(
             f"Cannot write {out}: {error.strerror or error}. Free space and repeat the command, or choose another "
@@ -123,17 +143,30 @@ def resumable_folder(out: Path, job: Mapping[str, str], restart: bool = False) -
 def atomic_file(out: Path) -> Iterator[Path]:
     """A temporary path beside `out` that replaces it when the block ends well, and vanishes otherwise."""
     check_file(out)
-    partial = out.absolute().parent / f".{out.name}.partial-{os.getpid()}"
+    partial = _beside(out)
     try:
         yield partial
         _sync(partial)
         partial.replace(out)
+        _sync(out.absolute().parent)
     except OSError as error:
         raise OutputError(
             f"Cannot write {out}: {error.strerror or error}. Free space or choose another output."
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
+
+
+def _publish(folder: Path, out: Path) -> None:
+    """Give a folder that is wholly on the disk its final name."""
+    check_absent(out)
+    folder.rename(out)
+    _sync(out.absolute().parent)
+
+
+def _sync_all(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        _sync(path)
 
 
 def _sync(path: Path) -> None:
@@ -162,10 +195,19 @@ class Place:
 
 
 def create_file(path: Path, header: bytes, nbytes: int) -> None:
-    """Write a file's header and reserve its size; one of that size that is there already keeps its data."""
+    """Write a file's header and reserve its size; one of that size that is there already keeps its data.
+
+    The space is taken at once where the system can do so: a disk too small is told before the work, not after it.
+    """
     with path.open("r+b" if path.exists() else "wb") as file:
         file.write(header)
         file.truncate(nbytes)
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # file systems that cannot
+                    raise
 
 
 def write_at(folder: Path, places: Iterable[Place], pieces: Iterable[memoryview]) -> str:
@@ -192,6 +234,15 @@ def write_at(folder: Path, places: Iterable[Place], pieces: Iterable[memoryview]
     if len(piece) or any(map(len, waiting)):
         raise OutputError(f"{folder} has no place for all of an entry's bytes.")
     return digest.hexdigest()
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file. Raises CheckpointError if it cannot be read, or changes meanwhile."""
+    with reading(source):
+        stamp = Stamp.of(source.stat())
+    with path.open("wb") as file:
+        for piece in PlainFile(source, stamp).chunks(0, stamp.nbytes):
+            file.write(piece)
 
 
 def pieces_at(folder: Path, places: Iterable[Place]) -> Iterator[memoryview]:

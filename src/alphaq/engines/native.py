@@ -28,14 +28,9 @@ from alphaq.engines.export import (
 from alphaq.engines.profile import Profile
 from alphaq.errors import CheckpointError
 from alphaq.quantizers.packing import decode, dequantized_rows, encode, read_block_header
-from alphaq.records import CHOICE_BITS, GROUP_SIZES, Choice, MatrixRef, Plan, Role, Shape
+from alphaq.records import CHOICE_BITS, GROUP_SIZES, Choice, MatrixRef, Plan, Shape
 
 QUANT_METHOD = "alphaq"
-
-
-def planned_matrices(checkpoint: Checkpoint) -> list[MatrixRef]:
-    """Matrices that the budget decides on: every routed expert's projections."""
-    return checkpoint.with_role(Role.EXPERT)
 
 
 def part(matrix: MatrixRef, choice: Choice) -> Part:

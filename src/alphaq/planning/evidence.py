@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
+import torch
 
 from alphaq.cache import Cache
 from alphaq.calibration.prior import routing_prior
@@ -18,11 +20,11 @@ from alphaq.calibration.stream import random_windows, read_windows, rewritten
 from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, gather
 from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.engines import native
 from alphaq.engines.llama_cpp import GAUSSIAN_ERROR, gaussian_errors, importance_of
-from alphaq.errors import StatsError
+from alphaq.errors import QuantizationError, StatsError
 from alphaq.measurement import Sampling, measure
-from alphaq.planning.limits import outside_experts, problem_of
+from alphaq.numerics import squared_norm
+from alphaq.planning.limits import outside_experts, pinned, problem_of
 from alphaq.planning.request import Request
 from alphaq.quantizers.base import SAMPLE_VALUES, quantizer_version
 from alphaq.records import Choice, MatrixRef, Spectrum
@@ -32,6 +34,7 @@ from alphaq.spectra.measure import read_stats
 from alphaq.spectra.variants import SpectrumVariant
 from alphaq.workers import Workers, Wrap, silent
 
+T = TypeVar("T")
 SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH = 8, 256
 SAMPLE_MEMBERS = 32  # matrices of a unit whose errors are measured
 CALIBRATION_LENGTH = 512
@@ -84,7 +87,7 @@ def measure_for_plan(
     if checkpoint is None:
         return _from_stats(request, wanted, given)
 
-    matrices = native.planned_matrices(checkpoint)
+    matrices = checkpoint.planned
     if check_budget:
         # An infeasible budget, or a model that the engine's files cannot hold, is told before any measuring.
         problem_of(checkpoint, request)
@@ -102,7 +105,10 @@ def measure_for_plan(
     importance = {} if imatrix is None else importance_of(checkpoint, imatrix)
     digest = f"{quantizer_version(request.profile.quantizer)} {imatrix.digest if imatrix else ''}".strip()
     obstacle = request.profile.obstacle
-    possible = {matrix.name: frozenset(c for c in real if obstacle(c, matrix) is None) for matrix in matrices}
+    possible = {
+        matrix.name: frozenset(c for c in real if obstacle(c, matrix) is None and pinned(request, matrix) in (None, c))
+        for matrix in matrices
+    }
     units: dict[str, list[MatrixRef]] = {}
     for matrix in matrices:
         units.setdefault(request.profile.unit_of(matrix), []).append(matrix)
@@ -159,7 +165,7 @@ def measure_for_plan(
     for need, run in passes.items():
         if need in wanted:
             begin = time.perf_counter()
-            seen[need] = run()
+            seen[need] = _sound(checkpoint, run)
             seconds[need] = time.perf_counter() - begin
     evidence = Evidence(
         tuple(spectra),
@@ -279,6 +285,46 @@ def _text_pass(
         return gather(checkpoint, ids, choices, with_baq=True).to_json()
 
     return _pass(checkpoint, "text", given, run, cache, wrap, f"calibrate on {path.name}")
+
+
+def _sound(checkpoint: Checkpoint, run: Callable[[], T]) -> T:
+    """What a pass through the model found. Raises QuantizationError naming a damaged tensor if it met NaN or infinity.
+
+    Where sound weights overflow, the numbers stay as they are: methods take them for undefined or refuse them.
+    """
+    try:
+        found = run()
+    except torch.linalg.LinAlgError:
+        _refuse_damaged(checkpoint)
+        raise StatsError(
+            f"{checkpoint.name} does not run in float32 on this text: what its layers put out overflows. Use a method "
+            "that needs no text, such as alphaq."
+        ) from None
+    if not _finite(found):
+        _refuse_damaged(checkpoint)
+    return found
+
+
+def _finite(found: Any) -> bool:
+    if isinstance(found, float):
+        return math.isfinite(found)
+    if isinstance(found, Mapping):
+        return all(map(_finite, found.values()))
+    return all(map(_finite, vars(found).values())) if is_dataclass(found) else True
+
+
+def _refuse_damaged(checkpoint: Checkpoint) -> None:
+    """Raise QuantizationError for the first tensor with a weight that is no number, if there is one."""
+    held = {matrix.tensor for matrix in checkpoint.matrices}
+    for name in sorted(checkpoint.shard_of.keys() - held):
+        _refuse_if_damaged(checkpoint.tensor(name), name)
+    for matrix in checkpoint.matrices:
+        _refuse_if_damaged(checkpoint.read(matrix), matrix.name)
+
+
+def _refuse_if_damaged(values: torch.Tensor, name: str) -> None:
+    if values.is_floating_point() and not math.isfinite(squared_norm(values)):
+        raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
 
 
 def _pass(

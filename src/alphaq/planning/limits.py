@@ -13,7 +13,6 @@ import numpy as np
 from alphaq.allocation.problem import Problem
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.config import PlanConfig, Rule
-from alphaq.engines import native
 from alphaq.engines.export import Layout
 from alphaq.engines.llama_cpp import gaussian_errors
 from alphaq.engines.profile import Profile
@@ -54,7 +53,7 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, evidence: Eviden
         problem.check(str(config.budget), _least(problem, config, f"--bits {_up(floor / int(counted.sum()))}"))
         return problem
 
-    experts = native.planned_matrices(checkpoint)
+    experts = checkpoint.planned
     fixed, joined = outside_experts(checkpoint, request)
     matrices = [*experts, *joined]
     allowed = allowed_choices(request, matrices)
@@ -174,6 +173,12 @@ def allowed_choices(request: Request, matrices: Sequence[MatrixRef]) -> np.ndarr
     return allowed
 
 
+def pinned(request: Request, matrix: MatrixRef) -> Choice | None:
+    """What the last pin that names a matrix says."""
+    named = [rule.value for rule in request.config.pins if rule.matches(matrix)]
+    return request.choice(named[-1]) if named else None
+
+
 def _named(rule: Rule, option: str, matrices: Sequence[MatrixRef]) -> list[int]:
     rows = [number for number, matrix in enumerate(matrices) if rule.matches(matrix)]
     if not rows:
@@ -191,9 +196,10 @@ def outside_experts(checkpoint: Checkpoint, request: Request) -> tuple[dict[str,
     that was asked for cannot be, or for a pin that names nothing.
     """
     profile, asked = request.profile, request.config.roles()
-    quantizable = [matrix for matrix in checkpoint.matrices if matrix.role in profile.role_bits]
+    outside = profile.role_bits.keys() - {checkpoint.planned_role}
+    quantizable = [matrix for matrix in checkpoint.matrices if matrix.role in outside]
     wanted = {matrix.name: request.choice(str(asked[matrix.role])) for matrix in quantizable if matrix.role in asked}
-    planned = native.planned_matrices(checkpoint)
+    planned = checkpoint.planned
     for rule in request.config.pins:
         named = [matrix for matrix in quantizable if rule.matches(matrix)]
         if not named:
@@ -282,7 +288,7 @@ def size_bytes(checkpoint: Checkpoint, request: Request, chosen: dict[str, Choic
 
 def plain_size(checkpoint: Checkpoint, request: Request, bits: float) -> int:
     """`--size` that holds a plain mix of `bits` on average exactly: what all methods get when they are compared."""
-    matrices = native.planned_matrices(checkpoint)
+    matrices = checkpoint.planned
     kept = {matrix.name: Choice(16) for matrix in matrices}
     data, _ = byte_tables(request.profile, matrices, (Choice(16),))
     return size_bytes(checkpoint, request, kept) - int(data.sum()) + nominal_bytes(request, matrices, bits)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from alphaq.calibration.stream import HollowModel
+from alphaq.calibration.stream import HollowModel, model_class
 from alphaq.checkpoint.gguf_source import find_gguf
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import CheckpointError
@@ -20,7 +20,7 @@ def load_model(model: str | Path, dtype: str = "auto", device: str | None = None
     A GGUF file's tokenizer is None if transformers cannot make it. Raises CheckpointError in one line if transformers
     cannot load the model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,13 +33,19 @@ def load_model(model: str | Path, dtype: str = "auto", device: str | None = None
     source = str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else str(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        cls = model_class(AutoConfig.from_pretrained(source))
+        loaded, report = cls.from_pretrained(source, dtype=dtype, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"transformers cannot load {model} ({reason}). Check it with `alphaq verify` or `alphaq inspect`."
         ) from error
-    return loaded.to(target).eval(), tokenizer  # type: ignore[arg-type]
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"{model} stores nothing for {missing[0]} ({len(missing)} parameters of {cls.__name__} are missing). "
+            "Complete the download, or check it with `alphaq verify` or `alphaq inspect`."
+        )
+    return loaded.to(target).eval(), tokenizer
 
 
 def _load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:

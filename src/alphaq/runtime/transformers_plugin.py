@@ -7,14 +7,16 @@ Imported by the hook in `alphaq/__init__.py` when transformers loads its quantiz
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps, MergeModulelist, Transpose, WeightConverter
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, Transpose, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from alphaq.checkpoint.matching import architectures
 from alphaq.errors import CheckpointError
 from alphaq.quantizers.packing import decode, dequantize
 
@@ -61,6 +63,41 @@ class DequantizeBlocks(ConversionOps):
         }
 
 
+class Refold(ConversionOps):
+    """[experts, rows, columns] takes the parameter's own shape, which may be [experts · rows, columns]."""
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **_: Any
+    ) -> dict[str, Any]:
+        """{target: fused tensor} → the same, reshaped."""
+        shape = model.get_parameter_or_buffer(full_layer_name).shape
+        return {target: tensor.reshape(shape) for target, tensor in input_dict.items()}
+
+
+def fusions(model: Any, known: list[Any]) -> list[WeightConverter]:
+    """How the experts' own matrices become the model's fused parameters, where no known conversion says so."""
+    architecture = architectures().get(model.config.model_type)
+    if architecture is None:
+        return []
+    stored_names = {role: stored for stored, role in architecture.projections.items()}
+    fused = {architecture.first_match(name)[0] for name, _ in model.named_parameters()}
+    suffix = architecture.expert_name.partition("{layer}")[2]
+    merged = [pattern for entry in known if isinstance(entry, WeightConverter) for pattern in entry.source_patterns]
+    found = []
+    for rule in fused:
+        if rule is None or not rule.stacked:
+            continue
+        sources = [suffix.format(expert="*", projection=stored_names[part]) for part in rule.stacked]
+        if any(re.search(pattern.replace("*", "0"), sources[0].replace("*", "0")) for pattern in merged):
+            continue
+        operations: list[ConversionOps] = [MergeModulelist(dim=0)]
+        operations += [Concatenate(dim=1)] * (len(sources) > 1) + [Transpose(1, 2)] * rule.transposed
+        operations += [Refold()] * rule.folded
+        target = rule.template.partition("{layer}")[2]
+        found.append(WeightConverter(source_patterns=sources, target_patterns=target, operations=operations))
+    return found
+
+
 @register_quantizer("alphaq")
 class AlphaQQuantizer(HfQuantizer):
     """Loads native checkpoints by dequantizing; the model is then an ordinary 16- or 32-bit one."""
@@ -78,20 +115,9 @@ class AlphaQQuantizer(HfQuantizer):
         return {"dequantize": DequantizeBlocks}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Add what transformers lacks for a family that is published with its experts fused: putting them together."""
-        if model.config.model_type == "gpt_oss":
-            weight_conversions = [
-                *weight_conversions,
-                *(
-                    WeightConverter(
-                        source_patterns=f"mlp.experts.*.{part}.weight",
-                        target_patterns=f"mlp.experts.{part}",
-                        operations=[MergeModulelist(dim=0), Transpose(1, 2)],
-                    )
-                    for part in ("gate_up_proj", "down_proj")
-                ),
-            ]
-        return super().update_weight_conversions(weight_conversions, model)
+        """Add what transformers lacks for families that it keeps fused: putting their experts together."""
+        merging = fusions(model, weight_conversions)
+        return super().update_weight_conversions([*weight_conversions, *merging], model)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         # Nothing is quantized any more: saving must not look for the inverse of dequantizing.

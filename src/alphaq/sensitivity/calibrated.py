@@ -34,13 +34,13 @@ def pmq(evidence: Evidence) -> np.ndarray:
     for (number, _), use in found.experts.items():
         totals[number] = totals.get(number, 0.0) + use.mean_weight
     members: dict[object, int] = {}
-    keys = [(matrix.layer, matrix.expert) for matrix in evidence.matrices]
+    keys = [(matrix.layer, matrix.expert or 0) for matrix in evidence.matrices]
     for key in keys:
         members[key] = members.get(key, 0) + 1
     rows = []
     for key in keys:
         layer, expert = key
-        assert layer is not None and expert is not None  # only experts are planned
+        assert layer is not None  # what is planned lies in layers
         use = found.experts[layer, expert]
         weight = use.mean_weight / totals[layer] if totals[layer] else 0.0
         errors = found.block_errors[layer, expert]

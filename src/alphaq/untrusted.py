@@ -1,0 +1,100 @@
+"""Read what strangers wrote: regular files only, within bounds, and JSON that means one thing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MAX_JSON_BYTES = 100_000_000  # ten times the index of a model of a hundred thousand tensors
+MAX_JSON_VALUES = 5_000_000  # small values take far more memory than text
+MAX_JSON_DEPTH = 50
+SHOWN_CHARACTERS = 80
+
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Characters that a terminal obeys instead of showing them, changes of the writing direction included."""
+
+
+def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
+    """Open a file for reading. Raises OSError, also for pipes and devices, which may have no end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path.open("rb", buffering=buffering)
+
+
+def read_bounded(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
+    """All bytes of a file. Raises OSError, also if there are more than `most`."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(min(size, most) + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
+    return data
+
+
+def parse_json(raw: str | bytes, strict: bool = False) -> Any:
+    """What a JSON text says. strict: all numbers are finite and all text can be shown.
+
+    Raises ValueError for what is no JSON in UTF-8, for a key that appears twice, unpaired surrogates, and for more or
+    deeper values than there is memory for.
+    """
+    text = raw.decode() if isinstance(raw, bytes) else raw
+    if sum(map(text.count, ",[{")) > MAX_JSON_VALUES:
+        raise ValueError(f"it has more than {MAX_JSON_VALUES} values")
+    checks: dict[str, Any] = {"parse_constant": _finite, "parse_float": _finite} if strict else {}
+    try:
+        data = json.loads(text, object_pairs_hook=_unique, **checks)
+    except RecursionError:
+        raise _too_deep() from None
+    level = [[data]]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [inner for value in level if isinstance(value, (dict, list)) for inner in _inside(value, strict)]
+        if not level:
+            break
+    else:
+        raise _too_deep()
+    if _ESCAPED_SURROGATE.search(text):
+        json.dumps(data, ensure_ascii=False).encode()
+    return data
+
+
+def shown(text: object) -> str:
+    """The beginning of what strangers wrote, in quotes and without control characters."""
+    whole = str(text)
+    return repr(whole if len(whole) <= SHOWN_CHARACTERS else f"{whole[:SHOWN_CHARACTERS]}…")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {shown(twice)} appears twice")
+    return keys
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{shown(number)} is not a finite number")
+    return value
+
+
+def _inside(value: dict[str, Any] | list[Any], strict: bool) -> list[Any]:
+    """What a container holds; ValueError for text that cannot be shown, if that matters."""
+    inner = list(value.values()) if isinstance(value, dict) else value
+    if strict:
+        for text in (*value, *inner):
+            if isinstance(text, str) and _CONTROL.search(text):
+                raise ValueError(f"the text {shown(text)} has control characters")
+    return inner
+
+
+def _too_deep() -> ValueError:
+    return ValueError(f"it is nested more than {MAX_JSON_DEPTH} deep")
