@@ -17,15 +17,30 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 VALUES_AT_ONCE = 1 << 20
+SAFE_SQUARES = (1e-30, float(np.finfo(np.float32).max))  # means and sums of squares that float32 is sure to hold
 PART_VALUES = 1 << 17  # what one thread works on at a time: half a mebibyte of float32, inside its cache
 
 
 def sums(values: torch.Tensor) -> tuple[float, float]:
     """Σ v and Σ v² of a float tensor of any shape, accumulated in float64."""
     source = flat(values.contiguous())
-    parts = in_threads(lambda part: _sums(source[part]), slices(len(source), VALUES_AT_ONCE))
+    parts = slices(len(source), VALUES_AT_ONCE)
+    total, squares = _added(in_threads(lambda part: _sums(source[part]), parts))
+    if SAFE_SQUARES[0] * len(source) <= squares <= SAFE_SQUARES[1]:
+        return total, squares
+    flattened = values.reshape(-1)  # squares that float32 cannot hold, of weights below 1e-15 or beyond 1e19
+    return _added(in_threads(lambda part: _wide_sums(flattened[part]), parts))
+
+
+def _added(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     total, squares = (math.fsum(column) for column in zip(*parts, strict=True)) if parts else (0.0, 0.0)
     return total, squares
+
+
+def _wide_sums(values: torch.Tensor) -> tuple[float, float]:
+    wide = values.double().numpy()
+    with np.errstate(invalid="ignore"):  # NaN and infinity are the caller's to refuse
+        return float(wide.sum()), float((wide * wide).sum())
 
 
 def squared_norm(values: torch.Tensor) -> float:
@@ -36,7 +51,12 @@ def squared_norm(values: torch.Tensor) -> float:
 def squared_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     """Σ (a − b)² of two float tensors of one shape, in float64."""
     a, b = flat(first.contiguous()), flat(second.contiguous())
-    return math.fsum(in_threads(lambda part: _squared_distance(a[part], b[part]), slices(len(a), VALUES_AT_ONCE)))
+    parts = slices(len(a), VALUES_AT_ONCE)
+    total = math.fsum(in_threads(lambda part: _squared_distance(a[part], b[part]), parts))
+    if SAFE_SQUARES[0] * len(a) <= total <= SAFE_SQUARES[1] or (total == 0 and not (first != second).any()):
+        return total
+    one, other = first.reshape(-1), second.reshape(-1)
+    return _added(in_threads(lambda part: _wide_sums(one[part].double() - other[part].double()), parts))[1]
 
 
 @kernel

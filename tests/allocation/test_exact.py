@@ -1,5 +1,3 @@
-import itertools
-
 import numpy as np
 import pytest
 
@@ -48,12 +46,10 @@ def random_instance(seed: int, units: int, choices: int) -> Instance:
 
 
 def brute_force(losses: np.ndarray, costs: np.ndarray, budget: int) -> float:
-    units = range(len(losses))
-    return min(
-        sum(losses[i, j] for i, j in zip(units, columns, strict=True))
-        for columns in itertools.product(range(losses.shape[1]), repeat=len(losses))
-        if sum(costs[i, j] for i, j in zip(units, columns, strict=True)) <= budget
-    )
+    units = np.arange(len(losses))[:, None]
+    columns = np.indices([losses.shape[1]] * len(losses)).reshape(len(losses), -1)
+    fits = costs[units, columns].sum(axis=0) <= budget
+    return float(losses[units, columns].sum(axis=0)[fits].min())
 
 
 def check(instance: Instance, solution: Solution) -> None:

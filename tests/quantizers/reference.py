@@ -60,6 +60,9 @@ def _search(values: torch.Tensor, bits: int, symmetric: bool) -> Parts:
         attempt(widest * shrink)
     levels = _levels(values, best_scale, zero, top)
     attempt((values * levels).sum(1, keepdim=True) / levels.square().sum(1, keepdim=True).clamp_min_(1))
+    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    single = ((values == 0) | (values == torch.where(high > 0, high, low))).all(1, keepdim=True)
+    attempt(torch.where(single, values.abs().amax(1, keepdim=True), best_scale))
     codes = _levels(values, best_scale, zero, top).add_(zero).to(torch.uint8)
     return codes, best_scale.half(), None if symmetric else zero.to(torch.uint8)
 

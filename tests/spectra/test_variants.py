@@ -101,6 +101,7 @@ def test_alpha_does_not_depend_on_scale(variant: SpectrumVariant) -> None:
         assert variant_spectrum(weight * scale, "x", variant).alpha == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_alpha_of_a_gaussian_matrix_is_the_published_value() -> None:
     weight = gaussian(1408, 2048)
     assert variant_spectrum(weight, "x", SpectrumVariant("farms")).alpha == pytest.approx(6.34, abs=0.05)

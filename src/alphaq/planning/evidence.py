@@ -21,7 +21,7 @@ from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, gathe
 from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.llama_cpp import GAUSSIAN_ERROR, gaussian_errors, importance_of
-from alphaq.errors import QuantizationError, StatsError
+from alphaq.errors import CheckpointError, QuantizationError, StatsError
 from alphaq.measurement import Sampling, measure
 from alphaq.numerics import squared_norm
 from alphaq.planning.limits import outside_experts, pinned, problem_of
@@ -294,12 +294,10 @@ def _sound(checkpoint: Checkpoint, run: Callable[[], T]) -> T:
     """
     try:
         found = run()
-    except torch.linalg.LinAlgError:
-        _refuse_damaged(checkpoint)
-        raise StatsError(
-            f"{checkpoint.name} does not run in float32 on this text: what its layers put out overflows. Use a method "
-            "that needs no text, such as alphaq."
-        ) from None
+    except CheckpointError as error:
+        if isinstance(error.__cause__ or error.__context__, torch.linalg.LinAlgError):  # of NaN no matrix is positive
+            _refuse_damaged(checkpoint)
+        raise
     if not _finite(found):
         _refuse_damaged(checkpoint)
     return found

@@ -9,6 +9,7 @@ rounded to it, as long as that lowers the error (Lloyd's iteration). The error i
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import torch
 from alphaq.errors import QuantizationError
 from alphaq.numerics import in_threads, row_parts
 from alphaq.quantizers.kernels import refit_rows
-from alphaq.quantizers.rtn import quantize_rtn
+from alphaq.quantizers.rtn import BELOW_FP16, quantize_rtn
 from alphaq.records import Choice, QuantizedMatrix
 from alphaq.simd import LANES, flat
 
@@ -42,10 +43,13 @@ def _refitted(weight: torch.Tensor, choice: Choice, name: str, rounded: bool) ->
     if columns % LANES:
         raise QuantizationError(f"{name}: rows of {columns} weights are not in multiples of {LANES}. Keep it: '16'.")
     found = quantize_rtn(weight, choice, name)
+    stored = torch.float16 if weight.dtype == torch.float16 else torch.bfloat16
+    if not found.scales.any() and weight.abs().max() < BELOW_FP16:
+        zeros = torch.zeros(found.scales.shape, dtype=stored)
+        return replace(found, scales=zeros, offsets=None if choice.symmetric else zeros)
     source, packed = flat(weight.contiguous()), found.codes.numpy()
     scales = found.scales.float().numpy()
     offsets = np.zeros_like(scales) if found.offsets is None else found.offsets.float().numpy()
-    stored = torch.float16 if weight.dtype == torch.float16 else torch.bfloat16
 
     def refit(part: slice) -> float:
         return refit_rows(
@@ -63,7 +67,9 @@ def _refitted(weight: torch.Tensor, choice: Choice, name: str, rounded: bool) ->
 
     error = math.fsum(in_threads(refit, row_parts(rows, columns)))
     if not math.isfinite(error):
-        raise QuantizationError(f"{name} holds weights too large for {stored} scales. Keep this matrix in 16 bits.")
+        raise QuantizationError(
+            f"{name} holds weights too large for {stored} scales. Keep this matrix with --pin '{name}=16'."
+        )
     return QuantizedMatrix(
         choice,
         (rows, columns),

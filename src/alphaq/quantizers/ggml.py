@@ -21,7 +21,7 @@ import torch
 from alphaq.errors import MissingExtraError, QuantizationError
 from alphaq.ggml import GGML_BLOCKS, GGML_TYPES
 from alphaq.numerics import in_threads, row_parts, squared_distance
-from alphaq.quantizers.rtn import FP16_MAX
+from alphaq.quantizers.rtn import FP16_MAX, too_large
 from alphaq.records import Choice, QuantizedMatrix
 
 
@@ -72,10 +72,7 @@ def quantize_ggml(
         values = weight[part].float().contiguous()
         source = values.numpy()
         if not np.abs(source).max(initial=0) <= FP16_MAX:  # llama.cpp would end the process, or store infinite scales
-            raise QuantizationError(
-                f"{name} holds NaN, infinite or too large weights (beyond {FP16_MAX:g}), which fp16 scales cannot "
-                "represent. The checkpoint is damaged, or keep this matrix with --pin."
-            )
+            raise too_large(name, FP16_MAX)
         blocks_of(source, choice.scheme, weights, codes[part])
         return squared_distance(values, restore_rows(codes[part], choice, columns))
 

@@ -106,7 +106,25 @@ def _search(values, count, bits, symmetric, shrinks, codes):
     if not refined < best_error:
         refined = _encode(values, count, best, zero, top, codes)
         fitted = best
+    if refined > 0 and _is_one_value(values, count):
+        single = as_half(max(highest, -lowest))
+        exact = _encode(values, count, single, zero, top, codes)
+        if exact < refined:
+            return single, zero, np.float64(exact)
+        _encode(values, count, fitted, zero, top, codes)
     return fitted, zero, np.float64(refined)
+
+
+@kernel
+def _is_one_value(values, count):
+    """Whether all weights that are not 0 are equal."""
+    one = np.float32(0)
+    for at in range(count):
+        if values[at] != 0:
+            if one != 0 and values[at] != one:
+                return False
+            one = values[at]
+    return True
 
 
 @kernel

@@ -19,7 +19,7 @@ import torch
 from alphaq.errors import CheckpointError, ChoiceError
 from alphaq.numerics import in_threads, row_parts, squared_distance
 from alphaq.quantizers.kernels import dequantize_rows
-from alphaq.records import BLOCK_HEADER_BYTES, Choice, QuantizedMatrix, Shape
+from alphaq.records import BLOCK_HEADER_BYTES, CHOICE_BITS, Choice, QuantizedMatrix, Shape
 
 _HEADER = struct.Struct("<2sBBHHII")  # magic, version, bits, group size, flags, rows, columns
 _MAGIC = b"AQ"
@@ -61,11 +61,15 @@ def encode(matrix: QuantizedMatrix) -> torch.Tensor:
 def read_block_header(block: torch.Tensor, name: str) -> tuple[Choice, Shape]:
     """Choice and shape of a block. Raises CheckpointError if it is no block or has the wrong length."""
     try:
+        if block.dtype != torch.uint8 or block.ndim != 1:
+            raise ChoiceError(f"it is {block.dtype} {list(block.shape)}, not a row of bytes")
         magic, version, bits, group_size, flags, rows, columns = _HEADER.unpack(
             bytes(block[:BLOCK_HEADER_BYTES].tolist())
         )
-        if magic != _MAGIC or version != _VERSION:
+        if magic != _MAGIC or version != _VERSION or flags > _FLAG_SYMMETRIC or bits not in CHOICE_BITS:
             raise ChoiceError("it does not begin with the block header")
+        if not rows or not columns:
+            raise ChoiceError(f"a matrix of shape {[rows, columns]} has no elements")
         choice, shape = Choice(bits, group_size, bool(flags & _FLAG_SYMMETRIC)), (rows, columns)
         if choice.storage_bytes(shape) != block.numel():
             raise ChoiceError(f"{choice} of shape {shape} does not take {block.numel()} bytes")
@@ -95,6 +99,8 @@ def decode(block: torch.Tensor, name: str = "tensor") -> QuantizedMatrix:
             offsets = offset_part.copy().view("<f2").reshape(rows, groups)
         else:
             offsets = np.ascontiguousarray(unpack(offset_part.reshape(groups, -1), choice.bits, rows).T)
+    if not np.isfinite(scales).all() or (offsets is not None and not np.isfinite(offsets).all()):
+        raise CheckpointError(f"{name} has scales that are not finite. Quantize the model again.")
     return QuantizedMatrix(
         choice,
         shape,

@@ -3,6 +3,7 @@
 A group of weights w gets codes q = clamp(round(w/s) + z, 0, 2^b − 1) and is read back as s·(q − z).
 The full range [min w, max w] spends codes on rare outliers, so s is shrunk in steps and the one with
 the smallest Σ(w − s·(q − z))² is kept; one least-squares step s = Σ w(q − z) / Σ (q − z)² follows.
+A group whose weights are all 0 or one value has that value for a step: constants that fp16 can hold are exact.
 One bit has no grid: it stores sign(w − mean) with the mean and scale that fit best.
 """
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from alphaq.errors import QuantizationError
-from alphaq.numerics import in_threads, row_parts
+from alphaq.numerics import in_threads, row_parts, squared_norm
 from alphaq.quantizers.kernels import quantize_rows
 from alphaq.records import Choice, QuantizedMatrix
 from alphaq.simd import LANES, flat
@@ -22,6 +23,7 @@ from alphaq.simd import LANES, flat
 SEARCH_STEPS = LANES
 SMALLEST_SHRINK = {1: 1.0, 2: 0.3, 3: 0.4, 4: 0.55, 5: 0.65, 6: 0.75, 7: 0.85, 8: 0.9}
 FP16_MAX = 65504.0
+BELOW_FP16 = 2.0**-26  # no step or mean of smaller weights rounds to an fp16 above 0
 
 
 def quantize_rtn(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
@@ -51,18 +53,27 @@ def quantize_rtn(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> 
         )
 
     errors = in_threads(quantize, range(len(parts)))
-    if not largest.max() <= FP16_MAX:
-        raise QuantizationError(
-            f"{name} holds NaN, infinite or too large weights (beyond {FP16_MAX:g}), which fp16 scales cannot "
-            "represent. The checkpoint is damaged, or keep this matrix in 16 bits."
-        )
+    # Half a step beyond the largest weight, a third of it at most, must still be a number where fp16 is computed in.
+    most = FP16_MAX * 0.75 if weight.dtype == torch.float16 else FP16_MAX
+    if not largest.max() <= most:
+        raise too_large(name, most)
+    # Where all becomes 0, squares may be too small for the kernel's float32.
+    error = squared_norm(weight) if largest.max() < BELOW_FP16 else math.fsum(errors)
     return QuantizedMatrix(
         choice,
         (rows, columns),
         torch.from_numpy(packed),
         torch.from_numpy(scales.astype(np.float16)),
         None if choice.symmetric else torch.from_numpy(_stored_offsets(offsets, choice)),
-        math.fsum(errors),
+        error,
+    )
+
+
+def too_large(name: str, most: float) -> QuantizationError:
+    """The error of a matrix with weights beyond `most`, or with some that are no numbers."""
+    return QuantizationError(
+        f"{name} holds NaN, infinite or too large weights (beyond {most:g}), which fp16 scales cannot represent. The "
+        f"checkpoint is damaged, or keep this matrix with --pin '{name}=16'."
     )
 
 

@@ -77,6 +77,7 @@ def _explained(
     loss, cost = losses[at], costs[at]
     assert loss is not None  # a chosen choice is allowed
     choices: list[dict[str, Any]] = []
+    price = max(plan.price or 0.0, 0.0)
     up, down = math.inf, 0.0
     for name, other, other_cost in zip(plan.table.choices, losses, costs, strict=True):
         if other is None:
@@ -85,10 +86,10 @@ def _explained(
         gain, extra = loss - other, other_cost - cost
         rate = gain / extra if extra else None
         choices.append({"choice": name, "loss": other, "cost": other_cost, "gain_per_cost": rate})
-        if plan.price and extra > 0 and gain > 0:
-            up = min(up, plan.price * extra / gain)
-        if plan.price and extra < 0 and gain < 0:
-            down = max(down, plan.price * extra / gain)
+        if price and extra > 0 and gain > 0:
+            up = min(up, price * extra / gain)
+        if price and extra < 0 and gain < 0:
+            down = max(down, price * extra / gain)
     own = [plan.alpha[name] for name in members if name in plan.alpha]
     alpha = sum(own) / len(own) if own else None
     return {
@@ -109,10 +110,11 @@ def _explained(
 def explanation_tables(explained: dict[str, Any]) -> list[Any]:
     """What `alphaq explain` prints: the price, and for each unit its choices and its distance from moving."""
     price, unit = explained["price"], explained["cost_unit"].removesuffix("s")
+    total = "" if explained["objective"] is None else f" of a loss of {explained['objective']:.6g}"
     order = "it follows an order, or has limits beside the budget, so there is no single price" if price is None else ""
     lines: list[Any] = [
         f"{explained['engine']} plan by {explained['method']}: "
-        + (order or f"one more {unit} would save {price:.4g} of a loss of {explained['objective']:.6g}"),
+        + (order or f"one more {unit} would save {price:.4g}{total}"),
         f"{explained['matched']:,} unit{'s match' if explained['matched'] > 1 else ' matches'}; "
         f"showing {len(explained['units'])}",
     ]

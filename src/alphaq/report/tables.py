@@ -31,9 +31,10 @@ def plain_table(title: str, *columns: str) -> Table:
 
 def inspect_table(summary: dict[str, Any]) -> Table:
     """Roles of a checkpoint."""
+    experts = summary["experts_per_layer"]
     title = (
-        f"{summary['model']}: {summary['architecture']}, {summary['layers']} layers × "
-        f"{summary['experts_per_layer']} experts, {summary['parameters']:,} parameters"
+        f"{summary['model']}: {summary['architecture']}, {summary['layers']} layers"
+        f"{f' × {experts} experts' if experts else ''}, {summary['parameters']:,} parameters"
     )
     table = plain_table(title, "role", "matrices", "parameters", "size")
     for role, counts in summary["roles"].items():

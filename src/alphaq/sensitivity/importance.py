@@ -29,6 +29,12 @@ def alpha_importance(alphas: np.ndarray, gamma: float) -> np.ndarray:
     return importance
 
 
+def completed(alphas: np.ndarray) -> np.ndarray:
+    """α of each matrix, float64 [n], the median of the defined ones where it is NaN; all 1 if none is defined."""
+    defined = alphas[~np.isnan(alphas)]
+    return np.where(np.isnan(alphas), np.median(defined) if len(defined) else 1.0, alphas)
+
+
 def automatic_gamma(alphas: np.ndarray) -> float:
     """γ at which ln F has the spread `SPREAD`, so that one setting suits narrow and wide distributions of α.
 

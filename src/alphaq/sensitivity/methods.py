@@ -18,7 +18,7 @@ from alphaq.calibration.traffic import Calibration, Expert, ExpertUse
 from alphaq.records import Choice, MatrixRef, WeightStatistics
 from alphaq.registry import lookup
 from alphaq.sensitivity import aimer, calibrated, kurtosis, outlier, router, signal, stable_rank, structure
-from alphaq.sensitivity.importance import alpha_importance, automatic_gamma
+from alphaq.sensitivity.importance import alpha_importance, automatic_gamma, completed
 
 Need = Literal["errors", "alpha", "places", "statistics", "prior", "synthetic", "text", "outputs"]
 Kind = Literal["loss", "order", "ratio", "expert"]
@@ -147,7 +147,7 @@ METHODS: dict[str, Method] = {
     "alpha-ratio": Method(
         "lowest-α quarter one bit up, highest-α quarter one bit down",
         "ratio",
-        lambda evidence: np.where(np.isnan(evidence.alphas), np.nanmedian(evidence.alphas), evidence.alphas),
+        lambda evidence: completed(evidence.alphas),
         ("errors", "alpha"),
     ),
     "pmq": Method(

@@ -37,7 +37,7 @@ def exponents(choices: Sequence[Choice]) -> tuple[float, float]:
 
 
 def signal_share(evidence: Evidence) -> np.ndarray:
-    """S of each matrix's (layer, projection) over the mean S, float64 [matrices]."""
+    """S of each matrix's (layer, projection) over the mean S, float64 [matrices]; 1 where the pass overflowed."""
     synthetic = evidence.synthetic
     assert synthetic is not None  # methods that call this ask for it
     places = [(matrix.layer, matrix.projection) for matrix in evidence.matrices]
@@ -47,8 +47,9 @@ def signal_share(evidence: Evidence) -> np.ndarray:
     means = {place: sum(values) / len(values) for place, values in found.items()}
     # Four digits: the last ones differ between processors, and the plan should not.
     values = np.array([float(f"{means[place]:.4g}") for place in places])
-    average = values.mean()
-    return values / average if average > 0 else np.ones(len(values))
+    known = np.isfinite(values)
+    average = values[known].mean() if known.any() else 0.0
+    return np.where(known, values, average) / average if average > 0 else np.ones(len(values))
 
 
 def losses(evidence: Evidence) -> np.ndarray:

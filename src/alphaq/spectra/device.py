@@ -12,7 +12,7 @@ import torch
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import DeviceError
 from alphaq.records import MatrixRef, Spectrum
-from alphaq.spectra.eigenvalues import block_eigenvalues
+from alphaq.spectra.eigenvalues import block_eigenvalues, near_one
 from alphaq.spectra.farms import blocks
 from alphaq.spectra.measure import describe, moments
 from alphaq.spectra.tail import tail_count
@@ -25,6 +25,7 @@ class _Batch:
     """Blocks of one shape on the device, with the matrices they come from."""
 
     blocks: torch.Tensor
+    scales: torch.Tensor
     counts: list[int]
     moments: list[tuple[float, float]]
 
@@ -79,13 +80,13 @@ def device_spectra(checkpoint: Checkpoint, matrices: Iterable[MatrixRef], device
             if isinstance(batch, BaseException):
                 raise batch
             try:
-                found = block_eigenvalues(batch.blocks)
+                found = block_eigenvalues(batch.blocks, batch.scales)
             except RuntimeError as error:
                 raise _unusable(device, error) from None
             for own, (mean, mean_square) in zip(found.split(batch.counts), batch.moments, strict=True):
                 count = own.numel()
                 largest = own.flatten().topk(tail_count(count) + 1).values.flip(0) if count > 1 else own.flatten()
-                yield describe(mean, mean_square, largest.cpu().double(), count)
+                yield describe(mean, mean_square, largest.cpu().double() / near_one(mean_square) ** 2, count)
     finally:
         stopped.set()
 
@@ -104,7 +105,10 @@ def _batches(checkpoint: Checkpoint, matrices: Iterable[MatrixRef], target: torc
             with torch.cuda.stream(stream):
                 moved = gathered.pin_memory().to(target, non_blocking=True)
             stream.synchronize()  # in this thread: the other one computes meanwhile
-        return _Batch(moved, [len(part) for part in pending], list(found))
+        counts = [len(part) for part in pending]
+        scales = [near_one(mean_square) for _, mean_square in found]
+        of_blocks = torch.tensor(scales).repeat_interleave(torch.tensor(counts)).to(target)
+        return _Batch(moved, of_blocks, counts, list(found))
 
     for matrix in matrices:
         weight = checkpoint.read(matrix)

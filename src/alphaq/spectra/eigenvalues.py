@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from alphaq.errors import SpectrumError
-from alphaq.numerics import in_threads, slices
+from alphaq.numerics import PART_VALUES, in_threads, slices
 from alphaq.simd import LANES, flat
 from alphaq.spectra import kernels
 from alphaq.spectra.farms import corners
@@ -18,13 +18,19 @@ from alphaq.spectra.tail import tail_count
 _own = threading.local()
 
 
-def block_eigenvalues(blocks: torch.Tensor) -> torch.Tensor:
+def near_one(mean_square: float) -> float:
+    """The power of two that brings weights of that mean square near 1, before they are squared twice in float32."""
+    return 2.0 ** min(max(-round(math.log2(mean_square) / 2), -126), 127) if mean_square > 0 else 1.0
+
+
+def block_eigenvalues(blocks: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
     """Squared singular values of each block [blocks, rows, columns], ascending, float32 [blocks, min side].
 
-    The smaller of the two Gram matrices is used. Negative rounding errors are clamped to zero. Runs
-    where the blocks lie; float64 blocks stay float64.
+    scales: float32 [blocks], factors of the blocks' weights (see `near_one`). The smaller of the two Gram matrices is
+    used. Negative rounding errors are clamped to zero. Runs where the blocks lie; float64 blocks stay float64.
     """
-    values = blocks.float() if blocks.dtype.itemsize < 4 else blocks
+    values = blocks if scales is None else blocks * scales[:, None, None]
+    values = values.float() if values.dtype.itemsize < 4 else values
     if values.shape[1] > values.shape[2]:
         values = values.transpose(1, 2)
     return torch.linalg.eigvalsh(values @ values.transpose(1, 2)).clamp_min(0)
@@ -35,16 +41,30 @@ def pooled_eigenvalues(blocks: torch.Tensor) -> torch.Tensor:
     return block_eigenvalues(blocks).flatten().sort().values
 
 
+def whole_eigenvalues(weight: torch.Tensor) -> torch.Tensor:
+    """All eigenvalues λ = σ² of a matrix [rows, columns], ascending, float64 [smaller side].
+
+    The Gram matrix of the smaller side is added up by panels, so that the matrix is never held in float64.
+    """
+    wide = weight if weight.shape[0] <= weight.shape[1] else weight.T
+    side, length = wide.shape
+    gram = torch.zeros(side, side, dtype=torch.float64)
+    for part in slices(length, max(side, PART_VALUES // side)):  # panels no larger than the result
+        panel = wide[:, part].double()
+        gram.addmm_(panel, panel.T)
+    return torch.linalg.eigvalsh(gram).clamp_min(0)
+
+
 def largest_eigenvalues(weight: torch.Tensor, name: str, mean_square: float) -> tuple[torch.Tensor, int]:
     """The k + 1 largest eigenvalues of a matrix's blocks, ascending, float64, and how many there are in all.
 
-    mean_square: of the weights, to bring them near 1 before they are squared twice in float32.
+    mean_square: of the weights.
     """
     rows, columns = weight.shape
     cut = corners(rows, columns, name)
     if cut is None:
         count = min(rows, columns)
-        return pooled_eigenvalues(weight[None])[-tail_count(count) - 1 :].double(), count
+        return whole_eigenvalues(weight)[-tail_count(count) - 1 :], count
     return largest_of_blocks(flat(weight.contiguous()), columns, *cut, mean_square)
 
 
@@ -54,7 +74,7 @@ def largest_of_blocks(
     """`largest_eigenvalues` of the [size, size] blocks of a flat matrix whose first elements are at `starts`."""
     groups = -(-len(starts) // LANES)
     padded = np.pad(starts, (0, groups * LANES - len(starts)))  # with any block: its results are replaced below
-    scale = 2.0 ** -round(math.log2(mean_square) / 2) if mean_square > 0 else 1.0
+    scale = near_one(mean_square)
     diagonal = np.empty((groups, size, LANES), np.float32)
     off_squared = np.empty_like(diagonal)
 

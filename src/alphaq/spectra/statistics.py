@@ -23,6 +23,7 @@ from alphaq.spectra.measure import moments
 
 ACCURACY = 1e-5  # relative error at which σ₁² counts as found, by estimate; float32 products give about 1e-6
 MAX_STEPS = 128  # of Lanczos; a Gaussian matrix, whose top singular values crowd, asks for about 40
+MIN_STEPS = 8  # before the distance to the second value is believed: it may not have been found yet
 MAX_GROUPS = 32  # of panels: bounds what is kept of them until they are added up
 _NO_SPREAD = 1e-28  # variance / mean square that float64 rounding alone can leave
 
@@ -135,7 +136,7 @@ def _largest_eigenvalue(weight: torch.Tensor, scale: float) -> float:
         values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1))
         value = float(values[-1])
         error = residual * abs(float(vectors[-1, -1]))
-        if step and values[-1] > values[-2]:
+        if step >= MIN_STEPS and values[-1] > values[-2]:
             error = min(error, error * error / float(values[-1] - values[-2]))
         if error <= ACCURACY * value:
             break

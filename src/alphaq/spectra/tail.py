@@ -12,6 +12,10 @@ from alphaq.errors import SpectrumError
 
 TAIL_FRACTION = 0.1
 MIN_TAIL = 10
+ROUNDING = 8 * torch.finfo(torch.float32).eps
+"""Of the largest eigenvalue: what float32 can leave where the exact one is zero, in every estimator."""
+NO_SPREAD = 1e-5
+"""Mean ln(λᵢ / λ₍ₙ₋ₖ₎) of a tail, or less, whose eigenvalues may differ by rounding alone."""
 
 
 def tail_count(eigenvalue_count: int, fraction: float = TAIL_FRACTION) -> int:
@@ -34,11 +38,16 @@ def tail_exponent(largest: torch.Tensor, count: int) -> float:
         raise SpectrumError(f"A tail needs two eigenvalues, this spectrum has {count}.")
     tail = len(largest) - 1
     start = float(largest[0])
-    # Rounding leaves a rank-deficient spectrum with tiny positive values; they are zero in float32.
-    floor = float(largest[-1]) * torch.finfo(torch.float32).eps
-    if not start > floor:
-        raise SpectrumError(f"Fewer than {tail + 1} of {count} eigenvalues are positive: the rank is too low.")
+    if not start > ROUNDING * float(largest[-1]):
+        raise too_few(tail + 1, count)
     log_ratio = float((largest[1:].double() / start).log().sum())
-    if not log_ratio > 0:
+    if not log_ratio > tail * NO_SPREAD:
         raise SpectrumError(f"The {tail} largest of {count} eigenvalues are equal: the tail has no spread.")
     return 1.0 + tail / log_ratio
+
+
+def too_few(needed: int, count: int) -> SpectrumError:
+    """The error of a spectrum with less than the eigenvalues needed above rounding."""
+    return SpectrumError(
+        f"Fewer than {needed} of {count} eigenvalues are above a millionth of the largest: the rank is too low."
+    )

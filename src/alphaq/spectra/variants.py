@@ -31,18 +31,16 @@ import torch
 
 from alphaq.config import Blocks, Tail
 from alphaq.errors import SpectrumError
-from alphaq.numerics import PART_VALUES, slices
 from alphaq.records import Spectrum
 from alphaq.registry import lookup
-from alphaq.spectra.eigenvalues import pooled_eigenvalues
+from alphaq.spectra.eigenvalues import pooled_eigenvalues, whole_eigenvalues
 from alphaq.spectra.farms import blocks
 from alphaq.spectra.measure import moments
-from alphaq.spectra.tail import hill_exponent, tail_count
+from alphaq.spectra.tail import NO_SPREAD, ROUNDING, hill_exponent, tail_count, too_few
 
 MAX_CANDIDATES = 512
 HISTOGRAM_BINS = 100
 FINGER_WINDOW = (0.95, 1.5)
-_SPREAD = 1e-6  # mean log-ratio of a tail below which its eigenvalues differ by rounding only
 
 
 @dataclass(frozen=True)
@@ -94,20 +92,6 @@ def variant_spectrum(weight: torch.Tensor, name: str, variant: SpectrumVariant) 
     )
 
 
-def whole_eigenvalues(weight: torch.Tensor) -> torch.Tensor:
-    """All eigenvalues λ = σ² of a matrix [rows, columns], ascending, float64 [smaller side].
-
-    The Gram matrix of the smaller side is added up by panels, so that the matrix is never held in float64.
-    """
-    wide = weight if weight.shape[0] <= weight.shape[1] else weight.T
-    side, length = wide.shape
-    gram = torch.zeros(side, side, dtype=torch.float64)
-    for part in slices(length, max(side, PART_VALUES // side)):  # panels no larger than the result
-        panel = wide[:, part].double()
-        gram.addmm_(panel, panel.T)
-    return torch.linalg.eigvalsh(gram).clamp_min(0)
-
-
 def variant_exponent(eigenvalues: torch.Tensor, tail: Tail) -> tuple[float, int]:
     """α of an ascending spectrum [n], dimensionless, and the number of eigenvalues it was fitted to.
 
@@ -122,13 +106,14 @@ def variant_exponent(eigenvalues: torch.Tensor, tail: Tail) -> tuple[float, int]
     count = len(values)
     if count < 2:
         raise SpectrumError(f"A tail needs two eigenvalues, this spectrum has {count}.")
-    # Rounding leaves a rank-deficient spectrum with tiny positive values; the floor is Hill's, in every variant.
-    zeros = int(np.searchsorted(values, values[-1] * torch.finfo(torch.float32).eps, side="right"))
+    zeros = int(np.searchsorted(values, values[-1] * ROUNDING, side="right"))
     middle = min(count // 2, count - 2)  # of an even number the upper one, as in the reference
     needed = count - middle if tail == "median" else tail_count(count) + 1
     if count - zeros < needed:
-        raise SpectrumError(f"Fewer than {needed} of {count} eigenvalues are positive: the rank is too low.")
+        raise too_few(needed, count)
     logs = np.log(values[zeros:])
+    if not logs[-1] - logs[0] > NO_SPREAD:
+        raise _no_spread(len(logs))
     first, last = 0, len(logs) - 2
     if tail == "median":
         first = last = middle - zeros
@@ -162,15 +147,19 @@ def _least_distance(logs: np.ndarray, first: int, last: int) -> tuple[float, int
     for start in _candidates(count, first, last):
         tail = count - start
         log_ratio = above[start] - tail * logs[start]
-        if not log_ratio > tail * _SPREAD:
+        if not log_ratio > tail * NO_SPREAD:
             continue
         exponent = tail / log_ratio  # α − 1
         fitted = -np.expm1(-exponent * (logs[start:] - logs[start]))
         distance = float(np.abs(fitted - np.arange(tail) / tail).max())
         best = min(best, (distance, 1.0 + exponent, tail))
     if not best[2]:
-        raise SpectrumError(f"The {count} positive eigenvalues have no tail with any spread.")
+        raise _no_spread(count)
     return float(best[1]), int(best[2])
+
+
+def _no_spread(count: int) -> SpectrumError:
+    return SpectrumError(f"The {count} positive eigenvalues have no tail with any spread.")
 
 
 def _candidates(count: int, first: int, last: int) -> list[int]:
