@@ -4,14 +4,19 @@ docs/models.md shows the same figures as a table; `scripts/models_table.py` writ
 """
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from alphaq.checkpoint.matching import architectures, unsupported
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import ArchitectureError
-from families import FAMILIES, ONE_LAYOUT, UNLOADABLE, moe_model_types, outcome, random_family
+from alphaq.records import Role
+from families import FAMILIES, ONE_LAYOUT, UNLOADABLE, moe_model_types, outcome, random_family, save_layout
 
 OFTEN = ("mixtral", "qwen3_moe", "granitemoe", "gpt_oss", "dbrx", "qwen3_vl_moe", "nemotron_h", "inkling2_text")
 ROWS = [(family, True) for family in FAMILIES] + [
@@ -28,6 +33,67 @@ def test_family_is_found_whole_and_loads_as_its_dequantized_self(family: str, pu
     assert found.wide == 0
     assert found.difference < 1e-4
     assert found.change > 1e-3  # quantization did change something
+
+
+def test_columns_first_as_the_hub_has_them_or_last_give_the_same_matrices(tmp_path: Path) -> None:
+    saved = save_layout(random_family("qwen3_vl_moe"), tmp_path / "saved", published=True)
+    turned = Path(shutil.copytree(saved, tmp_path / "turned"))
+    tensors = load_file(saved / "model.safetensors")
+    fused = {name: one.transpose(1, 2).contiguous() for name, one in tensors.items() if "mlp.experts" in name}
+    save_file(tensors | fused, turned / "model.safetensors", {"format": "pt"})
+    source, other = open_checkpoint(saved), open_checkpoint(turned)
+    assert [matrix.name for matrix in source.planned] == [matrix.name for matrix in other.planned]
+    assert not any(matrix.transposed for matrix in source.planned)
+    assert all(matrix.transposed for matrix in other.planned)
+    for mine, its in zip(source.planned, other.planned, strict=True):
+        assert torch.equal(source.read(mine), other.read(its))
+
+
+def test_tensors_that_are_not_the_language_model_are_copied() -> None:
+    """Heads for multi-token prediction and the model that speaks have experts of their own."""
+    names = (
+        ("qwen3_next", "mtp.layers.0.mlp.experts.0.gate_proj.weight"),
+        ("deepseek_v4", "mtp.0.ffn.experts.0.w1.weight"),
+        ("longcat_flash", "model.mtp.layers.0.transformer_layer.mlp.experts.0.gate_proj.weight"),
+        ("qwen3_omni_moe", "talker.model.layers.0.mlp.experts.0.gate_proj.weight"),
+    )
+    for family, name in names:
+        rule, _ = architectures()[family].first_match(name)
+        assert rule is not None, family
+        assert rule.role is Role.OTHER, family
+
+
+def test_published_names_that_transformers_itself_does_not_save() -> None:
+    names = (
+        ("qwen3_omni_moe", "thinker.model.layers.3.mlp.experts.5.up_proj.weight", "up"),
+        ("kimi_k2", "model.layers.1.mlp.experts.383.down_proj.weight", "down"),
+        ("qwen3_5_moe", "model.language_model.layers.0.mlp.experts.gate_up_proj", None),
+        ("nemotron_h", "backbone.layers.51.mixer.experts.127.up_proj.weight", "up"),
+    )
+    for family, name, projection in names:
+        architecture = architectures()[family]
+        rule, found = architecture.first_match(name)
+        assert rule is not None, family
+        assert rule.role is Role.EXPERT, family
+        assert found is not None
+        assert projection is None or architecture.projections[found["projection"]] == projection
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "layers"),
+    [
+        ("nemotron_h", {"hybrid_override_pattern": "MEM*E-"}, [1, 4]),
+        ("ernie4_5_moe", {"num_hidden_layers": 6, "moe_layer_start_index": 1, "moe_layer_end_index": 4}, [1, 2, 3, 4]),
+        ("ernie4_5_moe", {"num_hidden_layers": 4, "moe_layer_start_index": 1, "moe_layer_end_index": -1}, [1, 2, 3]),
+        ("jamba", {"num_hidden_layers": 8, "expert_layer_period": 2, "expert_layer_offset": 1}, [1, 3, 5, 7]),
+        ("llama4", {"text_config": {"num_hidden_layers": 4, "moe_layers": [1, 3]}}, [1, 3]),
+        ("llama4", {"text_config": {"num_hidden_layers": 4, "interleave_moe_layer_step": 2}}, [1, 3]),
+        ("glm4_moe_lite", {"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]}, [1, 2]),
+        ("kimi_k25", {"text_config": {"num_hidden_layers": 4, "first_k_dense_replace": 1}}, [1, 2, 3]),
+    ],
+)
+def test_layers_with_experts_follow_the_config(family: str, config: dict[str, Any], layers: list[int]) -> None:
+    assert architectures()[family].moe_layers(config) == layers
 
 
 def test_every_model_type_of_transformers_with_experts_is_known_or_named() -> None:

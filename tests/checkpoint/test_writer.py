@@ -50,11 +50,13 @@ def test_failed_file_keeps_the_old_one(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
     import os
+    import platform
     import subprocess
     import sys
 
     finished = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    abandoned, running = (tmp_path / f".out.partial-{process}" for process in (int(finished.stdout), os.getppid()))
+    processes = int(finished.stdout), os.getppid()
+    abandoned, running = (tmp_path / f".out.partial-{platform.node()}-{process}" for process in processes)
     abandoned.mkdir()
     running.mkdir()
     with atomic_folder(tmp_path / "out"):

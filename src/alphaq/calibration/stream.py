@@ -177,8 +177,8 @@ class HollowModel:
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(
-                f"transformers cannot build the model of {checkpoint.folder} ({reason}). Check config.json, or "
-                "update transformers."
+                f"transformers cannot build the model of {checkpoint.folder} ({reason}). Check config.json, update "
+                "transformers, or use --method alphaq, which needs the weights alone."
             ) from error
         self.model: Any = model.eval()
         self.base: Any = model.get_decoder() or model.base_model

@@ -110,7 +110,10 @@ class Architecture:
 
     def layers(self, config: Mapping[str, Any]) -> int:
         """Number of decoder layers; multi-token-prediction layers after them do not count."""
-        return _first_count(self.text_config(config), self.num_layers_keys)
+        text = self.text_config(config)
+        if all(_look_up(text, key) is None for key in self.num_layers_keys) and (kinds := self._kinds(text)):
+            return len(kinds)
+        return _first_count(text, self.num_layers_keys)
 
     def experts_per_layer(self, config: Mapping[str, Any]) -> int:
         """Routed experts in one MoE layer; 0 of a dense model."""
@@ -119,8 +122,7 @@ class Architecture:
     def moe_layers(self, config: Mapping[str, Any]) -> list[int]:
         """Layers that hold routed experts, by the config's own rules: its list of them if it has one."""
         text, rules, layers = self.text_config(config), self.moe_layer_rules, self.layers(config)
-        kinds = next((kinds for key in rules.get("kinds", ()) if (kinds := _list(text, key))), [])
-        if kinds:
+        if kinds := self._kinds(text):
             return [layer for layer, kind in enumerate(kinds[:layers]) if kind in rules["moe_kinds"]]
         listed = _list(text, rules.get("list", ""))
         if listed:
@@ -138,6 +140,11 @@ class Architecture:
             and first <= layer <= last
             and layer % frequency == offset % frequency
         ]
+
+    def _kinds(self, text: Mapping[str, Any]) -> list[Any]:
+        """What the config calls each layer, as a list or as a letter each; empty if it does not say."""
+        values = (_look_up(text, key) for key in self.moe_layer_rules.get("kinds", ()))
+        return next((list(value) for value in values if value and isinstance(value, list | str)), [])[: 10**5]
 
 
 _INDEX = "0|[1-9][0-9]{0,5}"  # one spelling per number, and no number too long to convert
@@ -179,16 +186,13 @@ def _count(config: Mapping[str, Any], key: str) -> int:
 
 
 def _first_count(config: Mapping[str, Any], keys: Sequence[str]) -> int:
-    """The count under the first key that is there; a list or a string counts its entries."""
-    key = next((key for key in keys if _look_up(config, key) is not None), keys[0])
-    value = _look_up(config, key)
-    return len(_list(config, key)) if isinstance(value, list | str) else _count(config, key)
+    """The count under the first key that is there."""
+    return _count(config, next((key for key in keys if _look_up(config, key) is not None), keys[0]))
 
 
 def _list(config: Mapping[str, Any], key: str) -> list[Any]:
-    """The list under a key, of the letters of a string; empty if there is none."""
+    """The list under a key; empty if there is none."""
     value = _look_up(config, key) or []
-    value = list(value) if isinstance(value, str) else value
     if not isinstance(value, list) or len(value) > 10**5:
         raise ArchitectureError(f"config.json: {key} is {value!r:.60}, not a list. Restore the original file.")
     return value

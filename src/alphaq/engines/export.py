@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from alphaq.checkpoint.safetensors_format import (
     layout,
     stored_bytes,
 )
-from alphaq.checkpoint.writer import Place
+from alphaq.checkpoint.writer import Place, copy_file
 from alphaq.errors import PlanError
 from alphaq.numerics import in_threads, row_parts, squared_distance
 from alphaq.records import Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
@@ -199,6 +198,8 @@ def kept_part(matrix: MatrixRef, tensor: str, index: int | None = None) -> Part:
 
 
 KEPT = Choice(16)
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
+"""Architectures whose exports for other safetensors engines have been run there."""
 LINEAR = (Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.DENSE_MLP, Role.ROUTER, Role.HEAD)
 MOST_MATRICES = 99_999  # in a stack
 _MODULE = re.compile(r"(?P<stem>.*\blayers\.)(?P<layer>\d+)\.(?P<block>.*?)(experts\.(?P<expert>\d+)\.)?(?P<leaf>\w+)")
@@ -246,12 +247,12 @@ def as_published(checkpoint: Checkpoint, tensor: str) -> str:
     return tensor.replace(".mlp.", f".{block}.")
 
 
-def require_family(checkpoint: Checkpoint, engine: str, families: Iterable[str]) -> None:
-    """Raise PlanError unless the export knows what the engine calls the tensors of this architecture."""
-    if checkpoint.architecture.name not in families:
+def require_family(checkpoint: Checkpoint, engine: str) -> None:
+    """Raise PlanError unless it is known what other engines call the tensors of this architecture."""
+    if checkpoint.architecture.name not in FAMILIES:
         raise PlanError(
             f"The {engine} export does not know how {engine} names the tensors of {checkpoint.architecture.name!r}. "
-            f"Available: {', '.join(families)}. Plan with --engine native."
+            f"Available: {', '.join(FAMILIES)}. Plan with --engine native."
         )
 
 
@@ -324,7 +325,7 @@ def write_model_folder(
     write_json(folder / "config.json", {**checkpoint.config, **config})
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     for path in checkpoint.side_files():
-        shutil.copyfile(path, folder / path.name)
+        copy_file(path, folder / path.name)
 
 
 def write_json(path: Path, data: Any) -> None:

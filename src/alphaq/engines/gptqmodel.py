@@ -46,7 +46,6 @@ from alphaq.errors import ChoiceError, PlanError
 from alphaq.quantizers.packing import dequantized_rows, pack, unpack
 from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
 DENSE_KEPT = ("qwen2_moe", "qwen3_moe")
 """Families of whose layers without experts GPTQModel knows nothing."""
 BITS = (2, 3, 4, 8)
@@ -113,7 +112,7 @@ def parts(matrix: MatrixRef, choice: Choice) -> tuple[Part, ...]:
 
 def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
     """Every tensor of every output shard. Raises PlanError for what GPTQModel could not load."""
-    require_family(checkpoint, "GPTQModel", FAMILIES)
+    require_family(checkpoint, "GPTQModel")
     if checkpoint.architecture.name in DENSE_KEPT:
         for matrix in checkpoint.with_role(Role.DENSE_MLP):
             if choices.get(matrix.name, KEPT) != KEPT:

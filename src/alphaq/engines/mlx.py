@@ -44,7 +44,6 @@ from alphaq.engines.profile import Profile, ragged
 from alphaq.errors import ChoiceError, MissingExtraError, PlanError
 from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
 BITS = (2, 3, 4, 5, 6, 8)
 DEFAULT_GROUP_SIZE = 64  # mlx's own
 
@@ -89,7 +88,7 @@ def parts(matrix: MatrixRef, choice: Choice) -> tuple[Part, ...]:
 
 def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
     """Every tensor of every output shard. Raises PlanError for what mlx-lm could not load."""
-    require_family(checkpoint, "MLX", FAMILIES)
+    require_family(checkpoint, "MLX")
     require_agreement(checkpoint, choices, "MLX", PROFILE.unit_of)
     if checkpoint.architecture.name == "deepseek_v3":
         again = [name for name, choice in choices.items() if name.endswith("kv_b_proj.weight") and choice != KEPT]

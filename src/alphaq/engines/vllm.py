@@ -47,7 +47,6 @@ from alphaq.engines.profile import Profile, ragged
 from alphaq.errors import ChoiceError, MissingExtraError
 from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
 FORMAT = "pack-quantized"
 CHOICE_OF_BITS = {4: Choice(4, 128, symmetric=True), 8: Choice(8, 128, symmetric=True), 16: Choice(16)}
 WEIGHT_SHAPE_BYTES = 16  # int64[2]
@@ -91,7 +90,7 @@ def parts(matrix: MatrixRef, choice: Choice) -> tuple[Part, ...]:
 
 def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
     """Every tensor of every output shard. Raises PlanError for what vLLM could not load."""
-    require_family(checkpoint, "vLLM", FAMILIES)
+    require_family(checkpoint, "vLLM")
     require_agreement(checkpoint, choices, "vLLM", _unit)
     return safetensors_layout(checkpoint, choices, parts, partial(as_published, checkpoint))
 

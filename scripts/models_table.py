@@ -1,0 +1,135 @@
+"""Check every family of models and write docs/models.md: `make models`.
+
+Each row is a tiny random model of the family's own class, taken from disk through plan and quantized file to logits.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import transformers
+
+from alphaq import pipeline
+from alphaq.checkpoint.matching import architectures, unsupported
+from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.config import Budget, PlanConfig
+from alphaq.engines.export import FAMILIES as SERVED
+from alphaq.errors import AlphaQError
+from alphaq.planning import resolve
+from families import FAMILIES, ONE_LAYOUT, UNLOADABLE, Outcome, outcome, random_family
+
+ROOT = Path(__file__).parents[1]
+HEAD = """# Models
+
+Every family below is checked with a tiny random model of its own class from transformers {version}: saved under the
+names of the hub and, where they differ, under those of transformers' own modules; its planned matrices counted against
+the class's modules; then `analyze`, `plan`, `quantize`, and the logits of the loaded result compared with those of the
+same model with the dequantized matrices in plain float32. This page is written by `make models`;
+`make test-all` runs the same checks (tests/checkpoint/test_families.py).
+
+`alphaq inspect MODEL` says what is found in a checkpoint. The number of experts, their layers and their projections
+must be exactly what config.json promises; otherwise the first one missing or too many is named.
+
+## Families
+
+- **planned**: matrices found / in the class, of a model with 3 layers and 6 experts.
+- **logits**: largest difference between the loaded model and the dequantized one.
+- **default method**: whether `alphaq plan` works without further options. It runs the model layer by layer to see its
+  routing; where the class does not allow that, use `--method alphaq`, which needs the weights alone.
+
+| family | `model_type` | on disk | planned | logits | default method |
+|---|---|---|---|---|---|
+"""
+TAIL = """
+"fused, columns first" is how some families are published: `[experts, in, out]`.
+
+Dense models: {dense}. Their budget decides on the MLP of every layer (role `dense_mlp`); the rest is treated as in
+Mixture-of-Experts models.
+
+## Engines
+
+`--engine native` writes every family above; transformers loads the result with the plug-in that `alphaq` brings.
+The other engines name tensors in their own way, so an export exists for: {served}. For `--engine llama.cpp` the
+[`[gguf]` table](architectures.md#gguf) says how: {gguf}.
+
+## Also good to know
+
+- **Multi-modal models**: the language model is planned and quantized; towers for images and sound, and the second
+  model that speaks in Qwen3-Omni, are copied.
+- **Multi-token prediction**: layers after `num_hidden_layers`, and tensors under `mtp`, are copied in the native
+  format and left out of GGUF files.
+- **FP8 and MXFP4** checkpoints of all families are read ([formats](formats.md)).
+- {unloadable}: only the published names, because transformers cannot load its own other ones.
+- LongCat's experts without weights are not run by the default method. A checkpoint whose tensors have rows for them is
+  refused, because the counts disagree.
+
+## Not supported
+
+| `model_type` | why |
+|---|---|
+{unsupported}
+"""
+
+
+def difference(found: Outcome) -> str:
+    return "0" if found.difference == 0 else f"{found.difference:.0e}"
+
+
+def default_method(folder: Path) -> str:
+    source = open_checkpoint(folder)
+    try:
+        request = resolve(PlanConfig(budget=Budget(bits=2.5), group_size=32))
+        pipeline.make_plan(source, request, pipeline.measure_for_plan(source, request))
+    except AlphaQError:
+        return "`--method alphaq`"
+    return "yes"
+
+
+def layout(source: Checkpoint, found: Outcome) -> str:
+    return found.layout + ", columns first" * any(matrix.transposed for matrix in source.planned)
+
+
+def rows() -> dict[tuple[str, ...], list[str]]:
+    """Families by what is the same for several of their types."""
+    found: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for family in FAMILIES:
+        method = ""
+        for published in (True, False)[: 1 if family in ONE_LAYOUT | UNLOADABLE else 2]:
+            with tempfile.TemporaryDirectory() as scratch:
+                one = outcome(random_family(family), Path(scratch), published)
+                source = open_checkpoint(Path(scratch) / "source")
+                method = method or default_method(Path(scratch) / "source")
+                assert (one.found, one.wide) == (one.expected, 0), family
+                planned = f"{one.matrices} / {one.matrices * one.expected // one.found}"
+                key = (architectures()[family].name, layout(source, one), planned, difference(one), method)
+            print(family, *key, flush=True)
+            found[key].append(family)
+    return found
+
+
+def main() -> None:
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    os.environ["ALPHAQ_CACHE"] = tempfile.mkdtemp()
+    lines = [
+        f"| {name} | {', '.join(f'`{kind}`' for kind in kinds)} | {disk} | {planned} | {logits} | {method} |"
+        for (name, disk, planned, logits, method), kinds in sorted(rows().items())
+    ]
+    known = architectures()
+    dense = ", ".join(f"`{kind}`" for kind, one in known.items() if not one.num_experts_keys)
+    tail = TAIL.format(
+        dense=dense,
+        served=", ".join(sorted(SERVED)),
+        gguf=", ".join(sorted({one.name for one in known.values() if one.gguf})),
+        unloadable=", ".join(sorted(UNLOADABLE)),
+        unsupported="\n".join(f"| `{kind}` | {why} |" for kind, why in unsupported().items()),
+    )
+    text = HEAD.format(version=transformers.__version__) + "\n".join(lines) + "\n" + tail
+    (ROOT / "docs" / "models.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
