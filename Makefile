@@ -41,5 +41,8 @@ bench: setup  ## side by side with peers, into benchmarks/results/ and docs/benc
 	$(PIP) --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/run.py
 
+models: setup  ## check every family of models and write docs/models.md; a few minutes
+	PYTHONPATH=tests $(BIN)/python scripts/models_table.py
+
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

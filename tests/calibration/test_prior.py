@@ -93,7 +93,7 @@ def test_prior_leaves_no_weight_behind_and_repeats(save_family: Callable[..., Pa
 def test_layer_without_the_norm_is_refused(save_family: Callable[..., Path]) -> None:
     checkpoint = open_checkpoint(save_family("mixtral"))
     other = replace(checkpoint.architecture, router_norm="pre_feedforward_layernorm")
-    with pytest.raises(CheckpointError, match=r"has no model\.layers\.0\.pre_feedforward_layernorm, so what its router"):
+    with pytest.raises(CheckpointError, match=r"has no model\.layers\.0\.pre_feedforward_layernorm, so what"):
         routing_prior(replace(checkpoint, architecture=other))
 
 

@@ -336,6 +336,11 @@ def stream_forward(
     try:
         with torch.no_grad():  # not inference mode, whose tensors `visit` could not change in threads of its own
             return hollow.base(input_ids=ids, use_cache=False).last_hidden_state
+    except torch.linalg.LinAlgError as error:
+        raise CheckpointError(
+            f"{checkpoint.name} does not run in float32: what its layers put out overflows. Use a method that needs no "
+            "forward pass, such as --method alphaq."
+        ) from error
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
         raise CheckpointError(
             f"{type(hollow.base).__name__} of {checkpoint.name} cannot be run layer by layer ({str(error)[:200]}). "

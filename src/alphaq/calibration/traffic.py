@@ -23,7 +23,7 @@ from torch import Tensor
 
 from alphaq.calibration.stream import HollowModel, LayerTraffic, stream_forward
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.errors import ChoiceError, StatsError
+from alphaq.errors import ChoiceError, QuantizationError, StatsError
 from alphaq.numerics import squared_distance, squared_norm
 from alphaq.quantizers.base import QUANTIZERS, sixteen_bits
 from alphaq.quantizers.packing import dequantize
@@ -66,7 +66,7 @@ class MatrixUse:
     """Σ w²‖y − ŷ‖² per token of the layer, with only this matrix of the expert stored at the choice."""
     signal: float = 0.0
     """Σ w²‖y − ŷ‖² / ‖h‖² per token of the layer, h the stream after it, per relative squared error of the matrix;
-    0 if not asked for."""
+    0 if not asked for, NaN if the expert cannot be rounded."""
 
 
 @dataclass(frozen=True)
@@ -224,10 +224,14 @@ class _Expert:
             for part in parts:
                 errors[part][choice] = misses[part]
         if with_signal:
-            rounded, misses_of = moved(PROBE)
-            for part in parts:
-                error, energy = squared_distance(stored[part], rounded[part]), squared_norm(stored[part])
-                signals[part] = _weighted(self.relative_weights, misses_of[part]) * energy / error if error else 0.0
+            try:
+                rounded, misses_of = moved(PROBE)
+            except QuantizationError:  # which may be pinned to 16 bits
+                signals = dict.fromkeys(parts, math.nan)
+            else:
+                for part in parts:
+                    error, energy = squared_distance(stored[part], rounded[part]), squared_norm(stored[part])
+                    signals[part] = _weighted(self.relative_weights, misses_of[part]) * energy / error if error else 0.0
         seen = dict.fromkeys(first, self.inputs) | {"down": hidden}
         curvatures = dict.fromkeys(parts, 0.0)
         if with_baq:

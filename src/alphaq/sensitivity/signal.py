@@ -15,6 +15,7 @@ and 4.2 times), so for them the loss is S · πₑ · error · parameters, witho
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -43,8 +44,9 @@ def signal_share(evidence: Evidence) -> np.ndarray:
     places = [(matrix.layer, matrix.projection) for matrix in evidence.matrices]
     found: dict[object, list[float]] = defaultdict(list)
     for place, matrix in zip(places, evidence.matrices, strict=True):
-        found[place].append(synthetic.matrices[matrix.name].signal)
-    means = {place: sum(values) / len(values) for place, values in found.items()}
+        signal = synthetic.matrices[matrix.name].signal
+        found[place] += [signal] if math.isfinite(signal) else []
+    means = {place: sum(values) / len(values) if values else math.nan for place, values in found.items()}
     # Four digits: the last ones differ between processors, and the plan should not.
     values = np.array([float(f"{means[place]:.4g}") for place in places])
     known = np.isfinite(values)
