@@ -1,6 +1,7 @@
 import csv
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from alphaq import pipeline
 from conftest import DATA, Ran
+from injection import Job, Place, run
 
 Run = Callable[..., Ran]
 TEXT = DATA / "texts" / "code.txt"
@@ -255,18 +258,15 @@ def test_a_budget_wider_than_every_choice_says_what_it_leaves_unused(alphaq: Run
     assert "no choice offered is wider than 3 bits" in ran.err
 
 
-@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
-def test_a_stopped_run_keeps_its_work_and_shows_no_output(tiny: Path, tmp_path: Path, signal_name: str) -> None:
-    code = (
-        "import os, signal, sys, time; from alphaq import pipeline; from alphaq.cli import main\n"
-        f"pipeline.write_manifest = lambda *a: (os.kill(os.getpid(), signal.{signal_name}), time.sleep(9))\n"
-        "main(sys.argv[1:])"
-    )
-    command = [sys.executable, "-c", code, "quantize", str(tiny), "--bits", "2", "-o", str(tmp_path / "out")]
-    command += ["--method", "alphaq"]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == {"SIGTERM": 143, "SIGINT": 130}[signal_name]
-    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_keeps_its_work_and_shows_no_output(tiny: Path, tmp_path: Path, number: int, code: int) -> None:
+    def arm() -> None:
+        pipeline.write_manifest = lambda *_: signal.raise_signal(number)  # type: ignore[assignment]
+
+    place = Place(tmp_path, tiny).prepare()
+    assert run(Job("", "quantize {model} --bits 2 --method alphaq -o {out}"), place, arm).code == code
+    assert not place.out.exists()
+    assert place.left() == {".out.partial"}
 
 
 def test_console_script_runs_and_unknown_commands_are_named() -> None:
@@ -285,8 +285,7 @@ def test_json_output_is_alone_on_stdout(tiny: Path, tmp_path: Path) -> None:
         "alphaq",
         "quantize",
         str(tiny),
-        "--bits",
-        "2",
+        *("--bits", "2", "--method", "alphaq"),
         "-o",
         str(tmp_path / "o"),
         "--json",

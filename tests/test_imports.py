@@ -1,7 +1,10 @@
+import importlib
 import subprocess
 import sys
 
 import pytest
+
+from injection import forked
 
 
 def run_python(code: str) -> str:
@@ -15,7 +18,30 @@ def test_import_does_not_load_torch(module: str) -> None:
     )
 
 
-@pytest.mark.parametrize("order", ["alphaq, transformers.quantizers.auto", "transformers.quantizers.auto, alphaq"])
+HOOKED = "transformers.quantizers.auto"
+ORDERS = [f"alphaq, {HOOKED}", f"{HOOKED}, alphaq"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_plugin_is_registered_whichever_is_imported_first(order: str) -> None:
-    code = f"import {order}; import transformers.quantizers.auto as a; print('alphaq' in a.AUTO_QUANTIZER_MAPPING)"
+    """In a fork that imports the two anew, but not what takes seconds: torch and the rest of transformers."""
+
+    def work() -> None:
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("alphaq")]
+        for name in list(sys.modules):
+            if name == HOOKED or name.partition(".")[0] == "alphaq":
+                del sys.modules[name]
+        for name in order.split(", "):
+            importlib.import_module(name)
+        assert "alphaq" in sys.modules[HOOKED].AUTO_QUANTIZER_MAPPING
+
+    importlib.import_module(HOOKED)
+    ran = forked(work)
+    assert ran.code == 0, ran.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
+def test_plugin_is_registered_in_a_fresh_process(order: str) -> None:
+    code = f"import {order}; import {HOOKED} as a; print('alphaq' in a.AUTO_QUANTIZER_MAPPING)"
     assert run_python(code) == "True"

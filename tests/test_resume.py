@@ -7,18 +7,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from alphaq import pipeline
-from alphaq.checkpoint.writer import JOURNAL_NAME
+from alphaq.checkpoint.writer import JOURNAL_NAME, UNFINISHED_NAME
 from alphaq.errors import CheckpointError
 from alphaq.journal import Journal
+from conftest import DATA
+from injection import Job, Place, run, warm_up
 
 PARTIAL = ".out.partial"
 OPTIONS = ("--bits", "2.5", "--method", "alphaq")
+QUANTIZE = Job("", f"quantize {DATA / 'tiny'} {' '.join(OPTIONS)} -o {{out}}")
+MATRICES = 96  # all are measured when so many lines are noted
 
 
 def command(model: Path, out: Path, *more: str) -> list[str]:
@@ -50,51 +56,68 @@ def kill_after(lines: int, run: list[str], folder: Path, cache: Path, delay_s: f
     return process.returncode == -signal.SIGKILL
 
 
+def killed_after(lines: int) -> Callable[[], None]:
+    """What makes a run kill itself once it has noted so many lines."""
+
+    def arm() -> None:
+        real, noted = Journal.append, []
+
+        def append(self: Journal, entry: dict[str, Any]) -> None:
+            real(self, entry)
+            noted.append(entry)
+            if len(noted) == lines:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Journal.append = append  # type: ignore[method-assign]
+
+    return arm
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    whole = tmp_path_factory.mktemp("undisturbed") / "whole"
-    subprocess.run(command(tiny, whole, "--no-cache"), check=True, capture_output=True)
-    return contents(whole)
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, bytes]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    place = Place(folder, DATA / "tiny")
+    place.out.parent.mkdir()
+    warm_up(QUANTIZE, place)
+    yield contents(place.out)
+    torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    made = Place(tmp_path, DATA / "tiny")
+    made.out.parent.mkdir()
+    return made
+
+
+@pytest.mark.parametrize(("workers", "moments"), [(1, [40, 30, 60, 70]), (2, [MATRICES + 80])])
 def test_killed_run_resumes_to_identical_bytes(
-    tiny: Path, tmp_path: Path, undisturbed: dict[str, bytes], workers: int, monkeypatch: pytest.MonkeyPatch
+    place: Place, undisturbed: dict[str, bytes], workers: int, moments: list[int]
 ) -> None:
-    lines = sorted(random.Random(workers).sample(range(1, 250), 4))
-    kill_and_resume(tiny, tmp_path, undisturbed, workers, lines, monkeypatch)
+    """Each run goes on from where the one before was killed: while it measures, then while it writes.
+
+    workers: of the last one. What is killed with workers of its own is a slow test.
+    """
+    kill_and_resume(place, QUANTIZE, moments, undisturbed, f" --workers {workers}")
 
 
-def test_killed_run_that_runs_the_model_resumes_to_identical_bytes(
-    tiny: Path, tmp_path: Path, tiny_quantized: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines = [96, 150]  # all matrices are measured and the model begins to run; files are being written
-    kill_and_resume(tiny, tmp_path, contents(tiny_quantized), 2, lines, monkeypatch, "--method", "auto")
+def test_killed_run_that_runs_the_model_resumes_to_identical_bytes(place: Place, tiny_quantized: Path) -> None:
+    """All matrices are measured and the model begins to run; files are being written."""
+    job = Job("", QUANTIZE.command.replace("alphaq -o", "auto -o"))
+    kill_and_resume(place, job, [MATRICES, 50], contents(tiny_quantized))
 
 
 def kill_and_resume(
-    tiny: Path,
-    tmp_path: Path,
-    undisturbed: dict[str, bytes],
-    workers: int,
-    moments: list[int],
-    monkeypatch: pytest.MonkeyPatch,
-    *options: str,
+    place: Place, job: Job, moments: list[int], expected: dict[str, bytes], more_options: str = ""
 ) -> None:
-    cache = tmp_path / "cache"
-    monkeypatch.setenv("ALPHAQ_CACHE", str(cache))
-    run = command(tiny, tmp_path / "out", "--workers", str(workers), *options)
-    kills = 0
     for lines in moments:
-        kills += kill_after(lines, run, tmp_path, cache)
-        assert not (tmp_path / "out").exists() or kills == 0 or contents(tmp_path / "out") == undisturbed
-        if (tmp_path / "out").exists():
-            break
-    assert kills >= 2
-    if not (tmp_path / "out").exists():
-        subprocess.run(run, check=True, capture_output=True)
-    assert contents(tmp_path / "out") == undisturbed
-    assert not (tmp_path / PARTIAL).exists()
+        assert run(job, place, killed_after(lines)).code == -signal.SIGKILL
+        assert not place.out.exists()
+    assert run(Job("", job.command + more_options), place).code == 0
+    assert contents(place.out) == expected
+    assert place.left() == set()
 
 
 @pytest.mark.slow
@@ -117,11 +140,10 @@ def test_run_killed_at_any_time_resumes_to_identical_bytes(
 
 
 @pytest.fixture
-def unfinished(tiny: Path, tmp_path: Path) -> Path:
+def unfinished(place: Place, undisturbed: dict[str, bytes]) -> Path:
     """An output folder whose run was killed half-way."""
-    cache = Path(os.environ["ALPHAQ_CACHE"])
-    assert kill_after(150 + 60, command(tiny, tmp_path / "out", "--workers", "1"), tmp_path, cache)
-    return tmp_path / "out"
+    assert run(QUANTIZE, place, killed_after(MATRICES + 60)).code == -signal.SIGKILL
+    return place.out
 
 
 def test_another_plan_is_refused_until_told_to_restart(alphaq: Any, tiny: Path, unfinished: Path) -> None:
@@ -144,13 +166,15 @@ def test_changed_weights_are_refused(alphaq: Any, tiny: Path, unfinished: Path, 
     assert "its checkpoint" in ran.err
 
 
-def test_what_was_damaged_meanwhile_is_made_again(tiny: Path, unfinished: Path, undisturbed: dict[str, bytes]) -> None:
-    shard = next((unfinished.parent / PARTIAL).glob("*.safetensors"))
+def test_what_was_damaged_meanwhile_is_made_again(
+    alphaq: Any, tiny: Path, unfinished: Path, undisturbed: dict[str, bytes]
+) -> None:
+    shard = next((unfinished.parent / PARTIAL / UNFINISHED_NAME).glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     for place in range(len(data) // 2, len(data), 5000):
         data[place] ^= 0xFF
     shard.write_bytes(data)
-    subprocess.run(command(tiny, unfinished), check=True, capture_output=True)
+    assert alphaq("quantize", tiny, *OPTIONS, "-o", unfinished).code == 0
     assert contents(unfinished) == undisturbed
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import runpy
-import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.records import Role
+from injection import Ended, forked
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_tiny.py"
 TEXT = str(files("alphaq") / "data" / "texts" / "tech.txt")
@@ -27,17 +27,18 @@ SIZES = (
 )
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=120)
+def forked_script(*arguments: str) -> Ended:
+    """The script in a fork, which has torch and transformers imported and changes no settings of the other tests."""
+    return forked(lambda: sys.exit(runpy.run_path(str(SCRIPT))["main"](arguments)))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Output folder and printed text of one run."""
     output = tmp_path_factory.mktemp("train") / "model"
-    result = run_script(TEXT, "-o", str(output), *SIZES)
-    assert result.returncode == 0, result.stderr
-    return output, result.stdout
+    result = forked_script(TEXT, "-o", str(output), *SIZES)
+    assert result.code == 0, result.err
+    return output, result.out
 
 
 def test_loss_is_printed_and_falls(trained: tuple[Path, str]) -> None:
@@ -65,16 +66,16 @@ def test_saved_folder_opens_as_checkpoint(trained: tuple[Path, str]) -> None:
 
 
 def test_equal_seed_gives_equal_bytes(trained: tuple[Path, str], tmp_path: Path) -> None:
-    result = run_script(TEXT, "-o", str(tmp_path / "again"), *SIZES)
-    assert result.returncode == 0, result.stderr
+    result = forked_script(TEXT, "-o", str(tmp_path / "again"), *SIZES)
+    assert result.code == 0, result.err
     for name in ("model.safetensors", "tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (trained[0] / name).read_bytes()
 
 
 def test_existing_output_is_refused(tmp_path: Path) -> None:
-    result = run_script(TEXT, "-o", str(tmp_path), *SIZES)
-    assert result.returncode == 2
-    assert result.stderr == f"train_tiny: {tmp_path} already exists; choose another output folder\n"
+    result = forked_script(TEXT, "-o", str(tmp_path), *SIZES)
+    assert result.code == 2
+    assert result.err == f"train_tiny: {tmp_path} already exists; choose another output folder\n"
     assert not list(tmp_path.iterdir())
 
 

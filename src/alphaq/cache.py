@@ -14,15 +14,31 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from alphaq.errors import AlphaQError, JournalError
 from alphaq.journal import Journal
 from alphaq.records import Spectrum, WeightStatistics
 
 T = TypeVar("T")
-MEASUREMENT_VERSION = 5
+MEASUREMENT_VERSION = 6
 """Raise it whenever the same weights would be measured differently."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one line of the journal holds: everything that was measured of a matrix at once."""
+
+    name: str
+    errors: dict[str, tuple[float, float]]
+    spectrum: Spectrum | None = None
+    statistics: WeightStatistics | None = None
+    variant: str = ""
+
+
+_ENTRY = TypeAdapter(Entry)
 
 
 @dataclass(frozen=True)
@@ -36,14 +52,13 @@ class Known:
     errors: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
     statistics: dict[str, WeightStatistics] = field(default_factory=dict)
 
-    def learn(self, entry: dict[str, Any]) -> None:
+    def learn(self, entry: Entry) -> None:
         """Take in what one journal line holds."""
-        name = entry["name"]
-        if found := entry.get("spectrum"):
-            self.spectra[name, entry["variant"]] = Spectrum(**found)
-        if found := entry.get("statistics"):
-            self.statistics[name] = WeightStatistics(**found)
-        self.errors.update({(name, kind): (error, deviation) for kind, (error, deviation) in entry["errors"].items()})
+        if entry.spectrum is not None:
+            self.spectra[entry.name, entry.variant] = entry.spectrum
+        if entry.statistics is not None:
+            self.statistics[entry.name] = entry.statistics
+        self.errors.update({(entry.name, kind): found for kind, found in entry.errors.items()})
 
 
 class Cache:
@@ -59,8 +74,9 @@ class Cache:
             self._journal = Journal(self.path / "measurements.jsonl")
         except OSError as error:
             raise self._unusable(error) from None
-        for entry in self._journal.entries:
-            self.known.learn(entry)
+        for line in self._journal.entries:
+            with suppress(ValidationError):  # what is damaged is measured anew
+                self.known.learn(_ENTRY.validate_python(line))
         self._journal.entries.clear()
 
     def _unusable(self, error: OSError) -> JournalError:
@@ -78,15 +94,9 @@ class Cache:
         variant: str = "",
     ) -> None:
         """Keep what was measured of one matrix."""
-        entry = {
-            "name": name,
-            "spectrum": None if spectrum is None else asdict(spectrum),
-            "errors": dict(errors),
-            "statistics": None if statistics is None else asdict(statistics),
-            "variant": variant,
-        }
+        entry = Entry(name, dict(errors), spectrum, statistics, variant)
         try:
-            self._journal.append(entry)
+            self._journal.append(asdict(entry))
         except OSError as error:
             raise self._unusable(error) from None
         self.known.learn(entry)

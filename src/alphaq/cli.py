@@ -504,7 +504,7 @@ def quantize(
             raise BudgetError(
                 f"No plan file {plan_file}. Make one with `alphaq plan MODEL --bits 2.5 -o {plan_file.name}`."
             )
-        made = Plan.from_json(plan_file.read_bytes(), str(plan_file))
+        made = Plan.read(plan_file)
     else:
         config = plan_config(settings)
     from alphaq import pipeline
@@ -667,7 +667,7 @@ def explain(
     path = plan_file / "plan.json" if plan_file.is_dir() else plan_file
     if not path.is_file():
         raise AlphaQError(f"No plan file {path}. Make one with `alphaq plan MODEL --bits 2.5 -o {path.name}`.")
-    explained = explain_plan(Plan.from_json(path.read_bytes(), str(path)), pattern, limit)
+    explained = explain_plan(Plan.read(path), pattern, limit)
     show(as_json, explained, *explanation_tables(explained))
 
 
@@ -772,13 +772,22 @@ def _root(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 2 a user's mistake, 130 interrupted; a defect keeps its traceback."""
-    command = typer.main.get_command(app)
-    signal.signal(signal.SIGTERM, _terminated)
+    """Entry point. Exit codes: 0 done, 2 a user's mistake or what the system refuses, 130 interrupted, 143 stopped.
+
+    A defect keeps its traceback.
+    """
     try:
-        code = command.main(args=arguments, prog_name="alphaq", standalone_mode=False)
+        signal.signal(signal.SIGTERM, _terminated)
+        code = typer.main.get_command(app).main(args=arguments, prog_name="alphaq", standalone_mode=False)
+        sys.stdout.flush()
     except AlphaQError as error:
         _fail(str(error))
+    except OSError as error:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115, what is left in it would be refused again at the end
+        if isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+            sys.exit(141)  # as if SIGPIPE had ended it
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}. Check that it is there, its permissions, and the space on the disk.")
     except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted; what was measured and quantized is kept for the next run", highlight=False)
         sys.exit(130)

@@ -162,7 +162,8 @@ def _claim(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             with (out / JOURNAL_NAME).open("rb") as file:
-                if not file.readline().startswith(b'{"job":'):
+                begin = b'{"job":'
+                if not begin.startswith(file.readline()[: len(begin)]):  # a killed run may have left a part of it
                     raise FileNotFoundError
         shutil.rmtree(out / SCRATCH_NAME, ignore_errors=True)  # of a killed run
     except FileNotFoundError:

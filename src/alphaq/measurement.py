@@ -154,6 +154,7 @@ def measure(
             one.statistics or (known.statistics[name] if statistics else None),
         )
     yield from results  # none is left, but the last shard is to be forgotten
+    checkpoint.require_unchanged()
 
 
 def _found(workers: Workers, tasks: list[MeasureTask], device: str) -> Iterator[Measured]:

@@ -131,6 +131,7 @@ def quantize(
         writer.write_rest(folder, checkpoint, plan, written)
         write_manifest(folder, plan, manifest, {file: header_of(header) for file, (header, _) in written.files.items()})
         checked = verify(folder, checkpoint, wrap, workers) if check else {}
+        checkpoint.require_unchanged()
     files = [str(out / file) for file in written.files]
     return {
         "out": str(out),

@@ -140,6 +140,8 @@ def _quantized(
         kept = sixteen_bits(weight)
         error = squared_distance(weight, kept)
         if not math.isfinite(error):
+            if torch.isfinite(weight).all():
+                raise QuantizationError(f"{name} holds weights too large for {kept.dtype}. Give it fewer bits than 16.")
             raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
         return (kept,), error
     matrix = quantizer(weight, choice, name)

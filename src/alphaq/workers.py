@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -88,7 +89,8 @@ class Workers:
                     future, freed = waiting.popleft()
                     yield future.result()
                     in_flight -= freed
-                waiting.append((self._pool.submit(_run, function, task), nbytes))
+                with _without_interrupts():  # which a process that it starts would not know how to take
+                    waiting.append((self._pool.submit(_run, function, task), nbytes))
                 in_flight += nbytes
             while waiting:
                 yield waiting.popleft()[0].result()
@@ -97,6 +99,19 @@ class Workers:
                 "A worker process could not start or was killed, most likely for lack of memory. "
                 "Run the same command again with fewer --workers; finished work is kept."
             ) from None
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C waits until the block's end, for good in processes that are started in it: the parent decides."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start(shared: Any) -> None:
