@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from alphaq.checkpoint.matching import architectures, unsupported
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.errors import ArchitectureError
+from alphaq.config import Budget, PlanConfig
+from alphaq.errors import ArchitectureError, BudgetError
+from alphaq.planning import resolve
+from alphaq.planning.limits import problem_of
 from alphaq.records import Role
 from families import FAMILIES, ONE_LAYOUT, UNLOADABLE, moe_model_types, outcome, random_family, save_layout
 
@@ -98,6 +101,13 @@ def test_layers_with_experts_follow_the_config(family: str, config: dict[str, An
 
 def test_every_model_type_of_transformers_with_experts_is_known_or_named() -> None:
     assert moe_model_types() - architectures().keys() == unsupported().keys() & moe_model_types()
+
+
+def test_method_for_experts_is_refused_for_a_dense_model(tmp_path: Path) -> None:
+    source = open_checkpoint(save_layout(random_family("llama"), tmp_path, published=True))
+    request = resolve(PlanConfig(budget=Budget(bits=2.5), method="pmq", choices="1,2,3"))
+    with pytest.raises(BudgetError, match=r"weighs routed experts, and .* has none"):
+        problem_of(source, request)
 
 
 def test_unsupported_family_is_refused_with_the_reason(tmp_path: Path) -> None:

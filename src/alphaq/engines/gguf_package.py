@@ -43,6 +43,8 @@ def general_metadata(
 
     try:
         return labels(metadata.load_model_card(folder))
+    except OSError:  # which is no fault of the card, and would come and go
+        raise
     except Exception:  # strangers write model cards by hand; whatever is wrong with one, it only costs labels
         return labels({})
 

@@ -18,7 +18,7 @@ from alphaq.engines.llama_cpp import gaussian_errors
 from alphaq.engines.profile import Profile
 from alphaq.errors import BudgetError
 from alphaq.planning.request import Request
-from alphaq.records import Choice, MatrixRef
+from alphaq.records import Choice, MatrixRef, Role
 from alphaq.sensitivity.methods import Evidence
 
 
@@ -54,6 +54,10 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, evidence: Eviden
         return problem
 
     experts = checkpoint.planned
+    if request.method.kind == "expert" and checkpoint.planned_role is not Role.EXPERT:
+        raise BudgetError(
+            f"--method {config.method} weighs routed experts, and {checkpoint.name} has none. Use auto, for one."
+        )
     fixed, joined = outside_experts(checkpoint, request)
     matrices = [*experts, *joined]
     allowed = allowed_choices(request, matrices)
