@@ -35,13 +35,14 @@ must be exactly what config.json promises; otherwise the first one missing or to
 
 ## Families
 
-- **planned**: matrices found / in the class, of a model with 3 layers and 6 experts.
+- **matrices**: what a plan decides on, of a model with mostly 3 layers and 6 experts in each.
+- **weights**: those of the matrices found / those of the expert modules in the class, counted apart.
 - **logits**: largest difference between the loaded model and the dequantized one.
 - **default method**: whether `alphaq plan` works without further options. It runs the model layer by layer to see its
   routing; where the class does not allow that, use `--method alphaq`, which needs the weights alone.
 
-| family | `model_type` | on disk | planned | logits | default method |
-|---|---|---|---|---|---|
+| family | `model_type` | on disk | matrices | weights | logits | default method |
+|---|---|---|--:|--:|---|---|
 """
 TAIL = """
 "fused, columns first" is how some families are published: `[experts, in, out]`.
@@ -63,6 +64,12 @@ The other engines name tensors in their own way, so an export exists for: {serve
   format and left out of GGUF files.
 - **FP8 and MXFP4** checkpoints of all families are read ([formats](formats.md)).
 - {unloadable}: only the published names, because transformers cannot load its own other ones.
+- **Wrappers**: a `model_type` that is not listed but nests a known one in `text_config`, such as InternVL with Qwen3-MoE
+  or Mistral 3 with `mistral4`, is read as that one.
+- **Dense members** of a family, such as Granite 4 without experts, are planned as dense models.
+- `qwen3_omni_moe`, as published, is read by its thinker's names; use `--method alphaq`. `kimi_k2` has the names of
+  DeepSeek-V3; transformers does not know it, so its native output cannot be loaded there: plan for another engine, or
+  use `--method alphaq` and our own format for later.
 - LongCat's experts without weights are not run by the default method. A checkpoint whose tensors have rows for them is
   refused, because the counts disagree.
 
@@ -103,8 +110,8 @@ def rows() -> dict[tuple[str, ...], list[str]]:
                 source = open_checkpoint(Path(scratch) / "source")
                 method = method or default_method(Path(scratch) / "source")
                 assert (one.found, one.wide) == (one.expected, 0), family
-                planned = f"{one.matrices} / {one.matrices * one.expected // one.found}"
-                key = (architectures()[family].name, layout(source, one), planned, difference(one), method)
+                counts = (f"{one.matrices}", f"{one.found:,} / {one.expected:,}")
+                key = (source.architecture.name, layout(source, one), *counts, difference(one), method)
             print(family, *key, flush=True)
             found[key].append(family)
     return found
@@ -115,8 +122,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     os.environ["ALPHAQ_CACHE"] = tempfile.mkdtemp()
     lines = [
-        f"| {name} | {', '.join(f'`{kind}`' for kind in kinds)} | {disk} | {planned} | {logits} | {method} |"
-        for (name, disk, planned, logits, method), kinds in sorted(rows().items())
+        f"| {name} | {', '.join(f'`{kind}`' for kind in kinds)} | {' | '.join(rest)} |"
+        for (name, *rest), kinds in sorted(rows().items())
     ]
     known = architectures()
     dense = ", ".join(f"`{kind}`" for kind, one in known.items() if not one.num_experts_keys)

@@ -33,7 +33,8 @@ SMALL: dict[str, Any] = dict(
     n_group=1, topk_group=1, num_expert_group=1,
     q_lora_rank=32, kv_lora_rank=32, o_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
     index_topk=8, index_head_dim=16, index_n_heads=2,
-    linear_num_heads=4, linear_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
+    linear_num_heads=4, linear_head_dim=16,
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
     mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16, mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=16,
     mamba_chunk_size=16, chunk_size=16, n_groups=1,
     max_position_embeddings=256, sliding_window=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -97,6 +98,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "inkling2": dict(vision_config=dict(text_hidden_size=64)),
     "inkling_text": {},
     "inkling2_text": {},
+    "internvl": dict(text_config=dict(model_type="qwen3_moe")),
     "jamba": dict(
         num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
         use_mamba_kernels=False,
@@ -116,6 +118,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax_m2": {},
     "minimax_m3_vl": {},
     "minimax_m3_vl_text": {},
+    "mistral3": dict(text_config=HEADS | dict(model_type="mistral4", head_dim=32)),
     "mistral4": HEADS | dict(head_dim=32),
     "mistral_large4": dict(text_config=HEADS),
     "mixtral": {},
@@ -153,6 +156,12 @@ ONE_LAYOUT = {
 UNLOADABLE = {"deepseek_ocr2", "laguna", "unlimited_ocr"}
 """Families whose model transformers cannot load again if it was saved with the names of its modules."""
 
+HUB_NAMES = {
+    "kimi_k25": {r"^(language_model\.model)\.blocks": r"\1.layers"},
+    "deepseek_v4": {r"^model\.": "", r"^embed_tokens\.": "embed."},
+}
+"""What must be changed in names that transformers gives when it saves a model, to have those of the hub."""
+
 
 def moe_model_types() -> set[str]:
     """Every `model_type` of the installed transformers that has a class for words and modules of experts."""
@@ -180,6 +189,8 @@ def config_of(family: str, **overrides: Any) -> Any:
 
 def _small(cls: Any, overrides: dict[str, Any]) -> Any:
     """SMALL's values for the keys that a config class has, and for those of the configs inside it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     default = cls()
     settings = default.to_dict()
     inner = {name: getattr(default, name) for name in cls.sub_configs}
@@ -190,7 +201,8 @@ def _small(cls: Any, overrides: dict[str, Any]) -> Any:
     }
     for name, one in inner.items():
         if one is not None:
-            small[name] = _small(type(one), overrides.get(name, {}))
+            own = dict(overrides.get(name, {}))
+            small[name] = _small(CONFIG_MAPPING[own.pop("model_type")] if "model_type" in own else type(one), own)
     return cls(**small | {key: value for key, value in overrides.items() if key not in inner})
 
 
@@ -223,11 +235,17 @@ def planned_weights(model: Any) -> int:
 def save_layout(model: Any, folder: Path, published: bool) -> Path:
     """A model's bf16 checkpoint, under the names of the hub or those of its own modules."""
     model.bfloat16().save_pretrained(folder, save_original_format=published)
-    if published and model.config.model_type == "kimi_k25":  # transformers writes the language model's layers as blocks
-        whole = load_file(folder / "model.safetensors")
-        named = {re.sub(r"^(language_model\.model)\.blocks", r"\1.layers", name): one for name, one in whole.items()}
-        save_file(named, folder / "model.safetensors", {"format": "pt"})
+    if published and (names := HUB_NAMES.get(model.config.model_type)):
+        tensors = load_file(folder / "model.safetensors")
+        renamed = {_renamed(name, names): one for name, one in tensors.items()}
+        save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def _renamed(name: str, patterns: dict[str, str]) -> str:
+    for pattern, replacement in patterns.items():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def plain_copy(source: Checkpoint, quantized: Path, out: Path) -> Path:

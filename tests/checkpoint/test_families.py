@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alphaq.checkpoint.matching import architectures, unsupported
+from alphaq.checkpoint.matching import architecture_of, architectures, unsupported
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.config import Budget, PlanConfig
 from alphaq.errors import ArchitectureError, BudgetError
@@ -93,10 +93,45 @@ def test_published_names_that_transformers_itself_does_not_save() -> None:
         ("llama4", {"text_config": {"num_hidden_layers": 4, "interleave_moe_layer_step": 2}}, [1, 3]),
         ("glm4_moe_lite", {"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]}, [1, 2]),
         ("kimi_k25", {"text_config": {"num_hidden_layers": 4, "first_k_dense_replace": 1}}, [1, 2, 3]),
+        ("mimo_v2_flash", {"num_hidden_layers": 4, "moe_layer_freq": [0, 1, 0, 1]}, [1, 3]),
+        ("step3p7", {"text_config": {"num_hidden_layers": 6, "moe_layers_enum": "3,4,5"}}, [3, 4, 5]),
+        ("step3p7", {"text_config": {"num_hidden_layers": 5}}, [3, 4]),
+        ("inkling_mm_model", {"text_config": {"num_hidden_layers": 3, "dense_mlp_idx": 2}}, [2]),
+        ("unlimited_ocr", {"language_config": {"num_hidden_layers": 3}}, [1, 2]),
+        ("exaone_moe", {"num_hidden_layers": 3}, [1, 2]),
+        ("glm_moe_dsa", {"num_hidden_layers": 5}, [3, 4]),
+        ("glm_moe_dsa", {"num_hidden_layers": 3, "first_k_dense_replace": 0}, [0, 1, 2]),
     ],
 )
 def test_layers_with_experts_follow_the_config(family: str, config: dict[str, Any], layers: list[int]) -> None:
-    assert architectures()[family].moe_layers(config) == layers
+    architecture = architectures()[family]
+    counts = dict.fromkeys(architecture.num_experts_keys, 8)
+    nested = {key: counts | part if isinstance(part, dict) else part for key, part in config.items()}
+    assert architecture.moe_layers(counts | nested) == layers
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("granitemoehybrid", {"num_local_experts": 0}),
+        ("gemma4", {"text_config": {"num_hidden_layers": 2, "num_experts": None}}),
+        ("deepseek_v3", {"n_routed_experts": None}),
+        ("jamba", {"num_experts": 1}),
+        ("nemotron_h", {"layers_block_type": ["mamba", "mlp"]}),
+    ],
+)
+def test_dense_members_of_a_family_have_no_layers_with_experts(family: str, config: dict[str, Any]) -> None:
+    assert architectures()[family].moe_layers({"num_hidden_layers": 2} | config) == []
+
+
+def test_unknown_model_type_with_a_known_language_model_takes_its_architecture() -> None:
+    config = {"model_type": "new_vl", "text_config": {"model_type": "qwen3_moe", "num_hidden_layers": 1}}
+    architecture = architecture_of(config)
+    assert architecture.name == "qwen3_moe"
+    for prefix in ("model.language_model", "language_model.model", "model"):
+        rule, _ = architecture.first_match(f"{prefix}.layers.0.mlp.experts.0.up_proj.weight")
+        assert rule is not None
+        assert rule.role is Role.EXPERT
 
 
 def test_every_model_type_of_transformers_with_experts_is_known_or_named() -> None:

@@ -92,11 +92,14 @@ def _route(hollow: HollowModel, layer: int, experts: str) -> LayerTraffic:
 
 def _norm(hollow: HollowModel, layer: int) -> tuple[str, Any]:
     """The norm that feeds a layer's MoE block, and its name."""
-    name = f"{hollow.layers[layer]}.{hollow.checkpoint.architecture.router_norm}"
+    own = hollow.checkpoint.architecture.router_norm
+    name = f"{hollow.layers[layer]}.{own}"
     try:
-        return name, hollow.model.get_submodule(name)
+        if own:
+            return name, hollow.model.get_submodule(name)
     except AttributeError:
-        raise CheckpointError(
-            f"{hollow.checkpoint.name} has no {name}, so what its router sees cannot be guessed from the weights. "
-            "Use --method alphaq, or calibrate with text."
-        ) from None
+        pass
+    raise CheckpointError(
+        f"{hollow.checkpoint.name} has no {name if own else 'norm before its router'}, so what the router sees cannot "
+        "be guessed from the weights. Use --method alphaq, or calibrate with text."
+    )

@@ -106,13 +106,14 @@ def model_class(config: Any) -> Any:
     )
 
 
-def _is_expert_module(module: nn.Module, role: Role) -> bool:
-    """Whether it holds a layer's routed experts, or is the MLP of a dense model."""
+def _is_expert_module(module: nn.Module, count: int, role: Role) -> bool:
+    """Whether it holds a layer's routed experts, that many, or is the MLP of a dense model."""
     down = getattr(module, "down_proj", None)
     first = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
-    if role is Role.DENSE_MLP:
+    if role is not Role.EXPERT:
         return isinstance(down, nn.Linear) and isinstance(first, nn.Linear)
-    return getattr(down, "ndim", 0) == 3 == getattr(first, "ndim", 0)
+    stacked = isinstance(down, Tensor) and isinstance(first, Tensor) and down.ndim == 3 == first.ndim
+    return stacked and len(down) == count
 
 
 def _form_of(module: Any, experts: dict[int, dict[str, MatrixRef]], where: str) -> ExpertForm:
@@ -124,11 +125,12 @@ def _form_of(module: Any, experts: dict[int, dict[str, MatrixRef]], where: str) 
     plain = dense or not any(True for child in module.children() if any(True for _ in child.parameters()))
     act = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
     turned = not getattr(module, "is_concatenated", True) and first == ("gate", "up")
+    refused = CheckpointError(
+        f"{where} ({type(module).__name__}) computes something of its own in its experts, so they cannot be run "
+        "one at a time. Use --method alphaq, or another that needs no forward pass."
+    )
     if first is None or biased or not plain or turned or not (act or hasattr(module, "_apply_gate")):
-        raise CheckpointError(
-            f"{where} ({type(module).__name__}) computes something of its own in its experts, so they cannot be run "
-            "one at a time. Use --method alphaq, or another that needs no forward pass."
-        )
+        raise refused
     if getattr(module, "zero_expert_num", 0):
         raise CheckpointError(
             f"{where} ({type(module).__name__}) has experts without weights, which are not run here. "
@@ -140,6 +142,8 @@ def _form_of(module: Any, experts: dict[int, dict[str, MatrixRef]], where: str) 
         for part, matrix in matrices.items():
             rows = 2 * width if part == "gate_up" else width
             expected = (hidden, width) if part == "down" else (rows, hidden)
+            if matrix.shape == expected[::-1] != expected:
+                raise refused
             if matrix.shape != expected:
                 raise CheckpointError(
                     f"{where}: {matrix.name} has shape {list(matrix.shape)}, the model's class expects "
@@ -166,7 +170,7 @@ class HollowModel:
         self.checkpoint = checkpoint
         try:
             config = (
-                AutoConfig.from_pretrained(checkpoint.folder)
+                AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
                 if checkpoint.gguf is None
                 else AutoConfig.for_model(**checkpoint.config)
             )
@@ -182,6 +186,9 @@ class HollowModel:
             ) from error
         self.model: Any = model.eval()
         self.base: Any = model.get_decoder() or model.base_model
+        if not hasattr(self.base, "layers"):  # it is deeper
+            decoders = (one for one in model.modules() if hasattr(one, "layers") and hasattr(one, "embed_tokens"))
+            self.base = next(decoders, self.base)
         names = {module: name for name, module in self.model.named_modules()}
         layers = list(getattr(self.base, "layers", ()))
         self.layers = [names[layer] for layer in layers]
@@ -194,7 +201,9 @@ class HollowModel:
             number: names[module]
             for number, layer in enumerate(layers)
             for module in layer.modules()
-            if number in self.matrices and _is_expert_module(module, checkpoint.planned_role)
+            if number in self.matrices
+            and "shared" not in names[module]
+            and _is_expert_module(module, len(self.matrices[number]), self.planned_role)
         }
         if self.experts.keys() != self.matrices.keys():
             raise CheckpointError(
@@ -289,13 +298,11 @@ class HollowModel:
 def stream_forward(
     checkpoint: Checkpoint, ids: Tensor, visit: Callable[[LayerTraffic], None], hollow: HollowModel | None = None
 ) -> Tensor:
-    """Final hidden states, float32 [windows, length, hidden]; on the way each MoE layer's traffic is shown.
+    """Final hidden states, float32 [windows, length, hidden], of int64 token ids [windows, length].
 
-    Run int64 token ids [windows, length] through the model and show `visit` each MoE layer's traffic, in order.
-
+    On the way `visit` is shown each MoE layer's traffic, in order; tokens are in row-major order of the windows.
     Memory: a layer's weights without its routed experts and one of these, in float32, and the activations of all
-    windows in one layer. Tokens are
-    in row-major order of the windows. Raises CheckpointError as `HollowModel` does, and AlphaQError for
+    windows in one layer. Raises CheckpointError as `HollowModel` does, and AlphaQError for
     ids that are no windows of this model's tokens.
     """
     hollow = hollow or HollowModel(checkpoint)
@@ -366,7 +373,14 @@ def traffic_of(hollow: HollowModel, layer: int, args: tuple[Any, ...], kwargs: d
     names = ("hidden_states", "top_k_index", "top_k_weights")
     given = (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
     inputs = given[0].float().flatten(0, -2)
-    experts, weights = given[1:3] if len(given) > 1 else (inputs.new_zeros(len(inputs), 1), inputs.new_ones(1, 1))
+    if hollow.planned_role is not Role.EXPERT:
+        given = (inputs, inputs.new_zeros(len(inputs), 1), inputs.new_ones(1, 1))
+    if len(given) != len(names):
+        raise CheckpointError(
+            f"{hollow.experts[layer]} of {hollow.checkpoint.name} is not told which experts its tokens go to. "
+            "Use --method alphaq, or another that needs no forward pass."
+        )
+    _, experts, weights = given
     weights = weights.float().expand(experts.shape)
     return LayerTraffic(layer, inputs, experts.long(), weights, hollow.forms[layer])
 
@@ -393,7 +407,7 @@ def read_windows(tokenizer_folder: str | Path, text: str, length: int, max_token
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(

@@ -25,6 +25,11 @@ else:
     import tomli as tomllib
 
 
+SETTINGS = ("text_config", "language_config", "thinker_config.text_config")
+WRAPPERS = ("model.language_model", "language_model.model", "language_model")
+MAX_MATRICES = 500_000  # seven times those of Kimi-K2
+
+
 @dataclass(frozen=True)
 class TensorRule:
     """One `[[tensors]]` entry of an architecture file."""
@@ -53,6 +58,8 @@ class Architecture:
     num_layers_keys: tuple[str, ...]
     num_experts_keys: tuple[str, ...]
     """Empty for a family without routed experts."""
+    fewest_experts: int
+    """With fewer the class builds a dense layer."""
     expert_name: str
     projections: dict[str, str]
     router_norm: str
@@ -83,9 +90,10 @@ class Architecture:
         return cls(
             data["name"],
             tuple(data["model_types"]),
-            tuple(data.get("settings", ["text_config"])),
+            tuple(data.get("settings", SETTINGS)),
             tuple(data.get("num_layers", ["num_hidden_layers"])),
             tuple(data["num_experts"]),
+            data.get("fewest_experts", 1),
             data["expert_name"],
             projections,
             data.get("router_norm", "post_attention_layernorm"),
@@ -116,25 +124,35 @@ class Architecture:
         return _first_count(text, self.num_layers_keys)
 
     def experts_per_layer(self, config: Mapping[str, Any]) -> int:
-        """Routed experts in one MoE layer; 0 of a dense model."""
-        return _first_count(self.text_config(config), self.num_experts_keys) if self.num_experts_keys else 0
+        """Routed experts in one MoE layer; 0 of a dense model, also of a dense member of a family with experts."""
+        text = self.text_config(config)
+        present = [key for key in self.num_experts_keys if _has(text, key)]
+        if not present and (not self.num_experts_keys or self._kinds(text)):
+            return 0
+        keys = [key for key in present if _look_up(text, key) not in (None, 0)] or present[:0]
+        if present and not keys:
+            return 0
+        count = _first_count(text, keys or self.num_experts_keys)
+        return count if count >= self.fewest_experts else 0
 
     def moe_layers(self, config: Mapping[str, Any]) -> list[int]:
         """Layers that hold routed experts, by the config's own rules: its list of them if it has one."""
-        text, rules, layers = self.text_config(config), self.moe_layer_rules, self.layers(config)
+        if not self.experts_per_layer(config):
+            return []
+        text, rules, layers = self.text_config(config), self.moe_layer_rules, range(self.layers(config))
         if kinds := self._kinds(text):
-            return [layer for layer, kind in enumerate(kinds[:layers]) if kind in rules["moe_kinds"]]
-        listed = _list(text, rules.get("list", ""))
-        if listed:
-            return sorted({layer for layer in listed if type(layer) is int and 0 <= layer < layers})
-        dense = _list(text, rules.get("dense_list", ""))
-        every, first, frequency, offset, last = (
-            default if _look_up(text, rules.get(rule, "")) in (None, 0, -1) else _count(text, rules[rule])
-            for rule, default in (("every", 1), ("first", 0), ("frequency", 1), ("offset", 0), ("last", layers))
-        )
+            return [layer for layer, kind in zip(layers, kinds, strict=False) if kind in rules["moe_kinds"]]
+        if listed := _list(text, rules.get("list", "")):
+            return [layer for layer in layers if layer in _indices(listed)]
+        first = _number(text, rules.get("first", ""), rules.get("default_first", 0))
+        if isinstance(flags := _look_up(text, rules.get("frequency", "")), list):
+            return [layer for layer, flag in zip(layers, flags, strict=False) if flag and layer >= first]
+        dense = _indices(_list(text, rules.get("dense_list", "")))
+        every, frequency = (_number(text, rules.get(rule, ""), 1) or 1 for rule in ("every", "frequency"))
+        offset, last = _number(text, rules.get("offset", ""), 0), _number(text, rules.get("last", ""), len(layers))
         return [
             layer
-            for layer in range(layers)
+            for layer in layers
             if layer not in dense
             and (layer + 1) % every == 0
             and first <= layer <= last
@@ -176,13 +194,28 @@ def _look_up(config: Mapping[str, Any], path: str) -> Any:
     return found
 
 
+def _has(config: Mapping[str, Any], path: str) -> bool:
+    """Whether a config says anything under a key, be it null."""
+    *outer, key = path.split(".")
+    part = _look_up(config, ".".join(outer)) if outer else config
+    return isinstance(part, dict) and key in part
+
+
 def _count(config: Mapping[str, Any], key: str) -> int:
     value = _look_up(config, key)
     if type(value) is not int or not 0 < value < 10**5:
         raise ArchitectureError(
-            f"config.json: {key} is {value!r}, not a positive count. Restore the model's original config.json."
+            f"config.json: {key} is {value!r:.60}, not a positive count. Restore the model's original config.json."
         )
     return value
+
+
+def _number(config: Mapping[str, Any], key: str, default: int) -> int:
+    """The number of a layer, or of layers, under a key; the default if there is none, or -1."""
+    value = _look_up(config, key) if key else None
+    if value is None or value == -1:
+        return default
+    return 0 if value == 0 and type(value) is int else _count(config, key)
 
 
 def _first_count(config: Mapping[str, Any], keys: Sequence[str]) -> int:
@@ -191,11 +224,17 @@ def _first_count(config: Mapping[str, Any], keys: Sequence[str]) -> int:
 
 
 def _list(config: Mapping[str, Any], key: str) -> list[Any]:
-    """The list under a key; empty if there is none."""
-    value = _look_up(config, key) or []
+    """The list under a key, or the parts of a string between commas; empty if there is none."""
+    value = (_look_up(config, key) if key else None) or []
+    value = value.split(",") if isinstance(value, str) else value
     if not isinstance(value, list) or len(value) > 10**5:
         raise ArchitectureError(f"config.json: {key} is {value!r:.60}, not a list. Restore the original file.")
     return value
+
+
+def _indices(values: Iterable[Any]) -> set[int]:
+    """The layers that a list names, as numbers or in digits."""
+    return {int(value) for value in values if re.fullmatch(rf"\s*({_INDEX})\s*", str(value))}
 
 
 @lru_cache(maxsize=1)
@@ -217,12 +256,17 @@ def unsupported() -> dict[str, str]:
 @lru_cache(maxsize=1)
 def architectures() -> dict[str, Architecture]:
     """All known architectures by `model_type`."""
-    found, described = {}, _described()
-    for data in described.values():
-        if data.get("model_types"):
-            architecture = Architecture.parse(_extended(data, described))
-            found.update({model_type: architecture for model_type in architecture.model_types})
-    return found
+    described = _described()
+    families = [Architecture.parse(_extended(data, described)) for data in described.values() if "model_types" in data]
+    return {model_type: family for family in families for model_type in family.model_types}
+
+
+@lru_cache
+def _wrapped(name: str) -> Architecture:
+    """An architecture whose tensors have a multi-modal model's names."""
+    data = _extended(_described()[name], _described())
+    own = data.get("model", ["model"])
+    return Architecture.parse({**data, "model": [*own, *WRAPPERS, *(f"language_model.{model}" for model in own)]})
 
 
 def _extended(data: Mapping[str, Any], described: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -230,24 +274,29 @@ def _extended(data: Mapping[str, Any], described: Mapping[str, Any]) -> Mapping[
     if "extends" not in data:
         return data
     base = {key: value for key, value in _extended(described[data["extends"]], described).items() if key != "gguf"}
-    return {**base, **data, "tensors": [*data.get("tensors", ()), *base["tensors"]]}
+    layers = {**base.get("moe_layers", {}), **data.get("moe_layers", {})}
+    return {**base, **data, "moe_layers": layers, "tensors": [*data.get("tensors", ()), *base["tensors"]]}
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """The architecture that a config names. Raises ArchitectureError listing the known ones."""
-    model_type = config.get("model_type")
-    known = architectures()
-    if isinstance(model_type, str) and model_type in unsupported():
+    known, inner = architectures(), config.get("text_config")
+    model_type, inner_type = (
+        str(part.get("model_type")) if isinstance(part, dict) else "" for part in (dict(config), inner)
+    )
+    if model_type in known:
+        return known[model_type]
+    if model_type in unsupported():
         raise ArchitectureError(
             f"Architecture {model_type!r} (config.json, model_type) is not supported: {unsupported()[model_type]}. "
             "Choose another model; docs/models.md lists those that are."
         )
-    if not isinstance(model_type, str) or model_type not in known:
-        raise ArchitectureError(
-            f"Architecture {model_type!r:.80} (config.json, model_type) is unknown. Known: {', '.join(known)}. "
-            "To add one, write a TOML file as docs/architectures.md explains."
-        )
-    return known[model_type]
+    if inner_type in known:
+        return _wrapped(known[inner_type].name)
+    raise ArchitectureError(
+        f"Architecture {model_type!r:.80} (config.json, model_type) is unknown. Known: {', '.join(known)}. "
+        "To add one, write a TOML file as docs/architectures.md explains."
+    )
 
 
 def match_tensors(
@@ -285,6 +334,10 @@ def match_tensors(
         if rule.columns and len(tensor.shape) > 1:
             columns = _count(text, rule.columns)
             rule = replace(rule, transposed=tensor.shape[-1] != columns and tensor.shape[-2] == columns)
+        if len(matrices) > MAX_MATRICES:
+            raise ArchitectureError(
+                f"More than {MAX_MATRICES} matrices. Do not use this checkpoint; it may be hostile."
+            )
         if rule.stacked:
             matrices.extend(_unstack(architecture, tensor, rule, fields, architecture.experts_per_layer(config)))
         elif len(tensor.shape) == 2 and rule.role is not Role.OTHER:
@@ -386,10 +439,9 @@ def _check_expert_count(architecture: Architecture, config: Mapping[str, Any], m
                 f"{matrix.name} has shape {list(matrix.shape)} but {first.name} has {list(first.shape)}. "
                 "Experts of a layer must agree; the checkpoint is damaged."
             )
-    if not architecture.num_experts_keys:
-        return
     projections = sorted(set(architecture.projections.values()))
-    layers, per_layer = architecture.moe_layers(config), architecture.experts_per_layer(config)
+    per_layer = architecture.experts_per_layer(config)
+    layers = architecture.moe_layers(config)
     promised = len(layers) * per_layer * len(projections)
     if promised > 2 * len(found) + 1000:  # before building a set as large as the config says
         raise ArchitectureError(

@@ -52,7 +52,7 @@ SIDE_FILES = (
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of a weight file, to recognise it by
 SETTINGS_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 READABLE_WEIGHTS = ("F32", "F16", "BF16")
-_IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation")
+_IMPLEMENTATIONS = {"attn_implementation", "_attn_implementation", "experts_implementation"}
 """Keys by which transformers lets a config choose kernels, also those of any repository."""
 
 QUANTIZABLE = (Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.DENSE_MLP)
@@ -108,10 +108,13 @@ class Checkpoint:
         """Matrices of one role, in file order."""
         return [matrix for matrix in self.matrices if matrix.role is role]
 
-    @property
+    @cached_property
     def planned_role(self) -> Role:
         """Role of the matrices that a plan is about: routed experts or, in a dense model, the MLP."""
-        return Role.EXPERT if self.architecture.num_experts_keys else Role.DENSE_MLP
+        present = {matrix.role for matrix in self.matrices}
+        return next(
+            (role for role in (Role.EXPERT, Role.DENSE_MLP, Role.SHARED_EXPERT) if role in present), Role.EXPERT
+        )
 
     @property
     def planned(self) -> list[MatrixRef]:
@@ -285,7 +288,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None, quantized: b
     with reading(Path(model)):
         if (path := find_gguf(_expanded(model))) is not None:
             return _open_gguf(path, quantized)
-        return _open_folder(_resolve(str(model), revision), model)
+        return _open_folder(resolve_folder(str(model), revision), model)
 
 
 def _open_gguf(path: Path, quantized: bool) -> Checkpoint:
@@ -350,9 +353,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config.get("quantization_config"), (dict, type(None))):
         raise CheckpointError(f"{path}: quantization_config is not an object. Restore the file.")
-    for key in _IMPLEMENTATIONS:
-        if "/" in str(config.get(key)):
-            raise CheckpointError(f"{path}: {key} asks for code from the hub, {shown(config[key])}. Remove the line.")
+    parts: list[Any] = [config]
+    while parts:  # of a multi-modal model each has settings of its own
+        part = parts.pop()
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for key in sorted(_IMPLEMENTATIONS & part.keys()):
+            if "/" in str(part[key]):
+                raise CheckpointError(f"{path}: {key} asks for code from the hub, {shown(part[key])}. Remove the line.")
     return config
 
 
@@ -421,7 +428,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _resolve(model: str, revision: str | None) -> Path:
+def resolve_folder(model: str, revision: str | None = None) -> Path:
+    """A local folder, or the hub cache's with the files of a hub id. Raises CheckpointError."""
     folder = _expanded(model)
     if folder.is_dir():
         return folder

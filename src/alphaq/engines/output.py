@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, StringConstraints
 
 from alphaq.checkpoint.writer import Place, checksum, pieces_at
 from alphaq.engines.export import Stored
 from alphaq.engines.profiles import profile
 from alphaq.errors import CheckpointError, VerificationError
 from alphaq.records import Choice, Plan, first_fault
+from alphaq.untrusted import read_bounded
 
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "alphaq_manifest.json"
+
+
+FileName = Annotated[str, StringConstraints(pattern=r"^\w[\w.\-]*$")]
 
 
 class Record(BaseModel):
@@ -41,7 +45,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
-    headers: dict[str, tuple[int, str]] = Field(default_factory=dict)
+    headers: dict[FileName, tuple[NonNegativeInt, str]] = Field(default_factory=dict)
     """Length and checksum of what each weight file begins with, up to its tensors."""
     tensors: dict[str, Record]
 
@@ -49,7 +53,9 @@ class Manifest(BaseModel):
 def read_manifest(path: Path) -> Manifest:
     """Raises CheckpointError naming the first fault."""
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return Manifest.model_validate_json(read_bounded(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Copy the files again.") from None
     except ValueError as error:
         raise CheckpointError(
             f"{path} is damaged ({first_fault(error)}). Copy the files again, or quantize again."
@@ -88,7 +94,7 @@ class Output:
                     "`alphaq quantize`, complete the copy, or quantize again."
                 )
         self.folder = folder
-        self.plan = Plan.from_json((folder / PLAN_NAME).read_bytes(), str(folder / PLAN_NAME))
+        self.plan = Plan.read(folder / PLAN_NAME)
         self.profile = profile(self.plan.engine)
         found = read_manifest(folder / MANIFEST_NAME)
         self.manifest, self.headers = found.tensors, found.headers

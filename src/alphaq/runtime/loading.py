@@ -10,7 +10,7 @@ import torch
 
 from alphaq.calibration.stream import HollowModel, model_class
 from alphaq.checkpoint.gguf_source import find_gguf
-from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.checkpoint.reader import open_checkpoint, read_config, resolve_folder
 from alphaq.errors import CheckpointError
 
 
@@ -27,15 +27,16 @@ def load_model(model: str | Path, dtype: str = "auto", device: str | None = None
     if (path := find_gguf(Path(model).expanduser())) is not None:
         loaded, tokenizer = _load_gguf(path, dtype)
         return loaded.to(target), tokenizer
-    if str(model).startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
-        raise CheckpointError(f"No folder {model}. Check the path, or give a hub id.")
+    source = resolve_folder(str(model))
+    read_config(source)  # refuses what transformers would fetch code for
     logging.disable_progress_bar()
-    source = str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else str(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        cls = model_class(AutoConfig.from_pretrained(source))
-        loaded, report = cls.from_pretrained(source, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        cls = model_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
+        loaded, report = cls.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"transformers cannot load {model} ({reason}). Check it with `alphaq verify` or `alphaq inspect`."
@@ -57,7 +58,7 @@ def _load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
         hollow.fill(name)
     tokenizer = None
     with suppress(OSError, ValueError, KeyError, NotImplementedError):  # of families that transformers does not know
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     if tokenizer is not None:
         hollow.model.generation_config.eos_token_id = tokenizer.eos_token_id
         hollow.model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -11,13 +11,20 @@ import re
 from typing import Any
 
 import torch
-from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, Transpose, WeightConverter
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+)
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from alphaq.checkpoint.matching import architectures
-from alphaq.errors import CheckpointError
+from alphaq.checkpoint.matching import architecture_of
+from alphaq.errors import ArchitectureError, CheckpointError
 from alphaq.quantizers.packing import decode, dequantize
 
 FORMAT_VERSION = 1
@@ -76,11 +83,12 @@ class Refold(ConversionOps):
 
 def fusions(model: Any, known: list[Any]) -> list[WeightConverter]:
     """How the experts' own matrices become the model's fused parameters, where no known conversion says so."""
-    architecture = architectures().get(model.config.model_type)
-    if architecture is None:
+    try:
+        architecture = architecture_of(model.config.to_dict())
+    except ArchitectureError:  # it may be an older or newer alphaq's
         return []
     stored_names = {role: stored for stored, role in architecture.projections.items()}
-    fused = {architecture.first_match(name)[0] for name, _ in model.named_parameters()}
+    fused = dict.fromkeys(architecture.first_match(name)[0] for name, _ in model.named_parameters())
     suffix = architecture.expert_name.partition("{layer}")[2]
     merged = [pattern for entry in known if isinstance(entry, WeightConverter) for pattern in entry.source_patterns]
     found = []
@@ -118,6 +126,12 @@ class AlphaQQuantizer(HfQuantizer):
         """Add what transformers lacks for families that it keeps fused: putting their experts together."""
         merging = fusions(model, weight_conversions)
         return super().update_weight_conversions([*weight_conversions, *merging], model)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Called for every tensor: restores one that no converter takes, because its name is the parameter's own."""
+        if isinstance(converter, WeightRenaming):
+            converter.quantization_operation = DequantizeBlocks(self)
+        return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         # Nothing is quantized any more: saving must not look for the inverse of dequantizing.

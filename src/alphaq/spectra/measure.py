@@ -38,6 +38,7 @@ COLUMNS = (
 )
 
 
+LARGEST = 1e77  # the square of a float32
 PANEL_VALUES = 1 << 23  # a larger matrix is read in pieces of about this many weights
 
 
@@ -151,6 +152,8 @@ def read_stats(path: Path) -> Stats:
                 )
             for row in reader:
                 _read_row(row, f"{path}, line {reader.line_num}", stats)
+    except OSError as error:
+        raise StatsError(f"{path} cannot be read: {error.strerror}. Check its permissions and the disk.") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise StatsError(f"{path} is not a CSV file ({error}). Write it again.") from None
     if not stats.spectra:
@@ -201,4 +204,6 @@ def _number(text: str | None, column: str, where: str) -> float | None:
         value = math.inf
     if not math.isfinite(value):
         raise StatsError(f"{where}: {column} {text!r} is not a finite number. Correct the row.")
+    if abs(value) > LARGEST:
+        raise StatsError(f"{where}: {column} {text!r} is of no matrix of float32 weights. Correct the row.")
     return value
