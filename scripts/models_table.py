@@ -13,7 +13,7 @@ from pathlib import Path
 import transformers
 
 from alphaq import pipeline
-from alphaq.checkpoint.matching import architectures, unsupported
+from alphaq.checkpoint.architecture import architectures, unsupported
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines.export import FAMILIES as SERVED
@@ -64,12 +64,11 @@ The other engines name tensors in their own way, so an export exists for: {serve
   format and left out of GGUF files.
 - **FP8 and MXFP4** checkpoints of all families are read ([formats](formats.md)).
 - {unloadable}: only the published names, because transformers cannot load its own other ones.
-- **Wrappers**: a `model_type` that is not listed but nests a known one in `text_config`, such as InternVL with Qwen3-MoE
-  or Mistral 3 with `mistral4`, is read as that one.
+- **Wrappers**: a `model_type` that is not listed but nests a known one in `text_config`, such as InternVL with
+  Qwen3-MoE or Mistral 3 with `mistral4`, is read as that one.
 - **Dense members** of a family, such as Granite 4 without experts, are planned as dense models.
-- `qwen3_omni_moe`, as published, is read by its thinker's names; use `--method alphaq`. `kimi_k2` has the names of
-  DeepSeek-V3; transformers does not know it, so its native output cannot be loaded there: plan for another engine, or
-  use `--method alphaq` and our own format for later.
+- `qwen3_omni_moe`, as published, is read by its thinker's names; use `--method alphaq`.
+- `kimi_k2` has the names of DeepSeek-V3. transformers does not know it: use `--method alphaq`, and an engine that does.
 - LongCat's experts without weights are not run by the default method. A checkpoint whose tensors have rows for them is
   refused, because the counts disagree.
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alphaq.checkpoint.matching import architecture_of, architectures, unsupported
+from alphaq.checkpoint.architecture import architecture_of, architectures, unsupported
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.config import Budget, PlanConfig
 from alphaq.errors import ArchitectureError, BudgetError

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from alphaq.checkpoint.architecture import Architecture, architectures
 from alphaq.checkpoint.encodings import Encoding
 from alphaq.checkpoint.files import check_link
 from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, GgufValue, Scalar, read_gguf
 from alphaq.checkpoint.gguf_mapping import GgufMapping
-from alphaq.checkpoint.matching import Architecture, architectures
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
 from alphaq.errors import ArchitectureError, CheckpointError
 from alphaq.ggml import GGML_TYPES

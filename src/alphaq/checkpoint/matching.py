@@ -1,302 +1,17 @@
-"""From tensor names to matrices: architectures are TOML files, this module only reads them.
-
-A template such as `{model}.layers.{layer}.mlp.experts.{expert}.{projection}.weight` becomes a regular
-expression; the first template that matches a name gives its role. See docs/architectures.md.
-"""
+"""From tensor names to matrices: what a checkpoint stores, by the rules of its architecture."""
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from importlib.resources import files
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from alphaq.checkpoint.gguf_mapping import GgufMapping
+from alphaq.checkpoint.architecture import NUMBERED_LAYER, Architecture, TensorRule, count
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.errors import ArchitectureError
 from alphaq.records import MatrixRef, Role
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-
-SETTINGS = ("text_config", "language_config", "thinker_config.text_config")
-WRAPPERS = ("model.language_model", "language_model.model", "language_model")
 MAX_MATRICES = 500_000  # seven times those of Kimi-K2
-
-
-@dataclass(frozen=True)
-class TensorRule:
-    """One `[[tensors]]` entry of an architecture file."""
-
-    template: str
-    pattern: re.Pattern[str]
-    role: Role
-    stacked: tuple[str, ...] = ()
-    transposed: bool = False
-    columns: str | None = None
-    """Config key that counts the columns: where they come before the rows, the tensor is transposed."""
-    folded: bool = False
-    """Whether disk holds [experts · rows, columns]."""
-    alternating: bool = False
-    """Whether the rows of what is stacked take turns."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How one family names its tensors, and how its config counts experts."""
-
-    name: str
-    model_types: tuple[str, ...]
-    settings: tuple[str, ...]
-    """Where the config of a multi-modal model may hold the language model's part."""
-    num_layers_keys: tuple[str, ...]
-    num_experts_keys: tuple[str, ...]
-    """Empty for a family without routed experts."""
-    fewest_experts: int
-    """With fewer the class builds a dense layer."""
-    expert_name: str
-    projections: dict[str, str]
-    router_norm: str
-    """The norm whose output a layer's router sees."""
-    moe_layer_rules: dict[str, Any]
-    rules: tuple[TensorRule, ...]
-    gguf: GgufMapping | None = None
-    """None for a family that GGUF has no name for."""
-
-    @classmethod
-    def parse(cls, data: Mapping[str, Any]) -> Architecture:
-        """From one description, with what it extends filled in."""
-        projections = data["projections"]
-        rules = tuple(
-            TensorRule(
-                entry["template"],
-                _compile(entry["template"], projections, data.get("model", ["model"])),
-                Role(entry["role"]),
-                tuple(entry.get("stacked", ())),
-                entry.get("transposed", False),
-                entry.get("columns"),
-                entry.get("folded", False),
-                entry.get("alternating", False),
-            )
-            for entry in data["tensors"]
-            if set(entry.get("stacked", ())) <= set(projections.values())
-        )
-        return cls(
-            data["name"],
-            tuple(data["model_types"]),
-            tuple(data.get("settings", SETTINGS)),
-            tuple(data.get("num_layers", ["num_hidden_layers"])),
-            tuple(data["num_experts"]),
-            data.get("fewest_experts", 1),
-            data["expert_name"],
-            projections,
-            data.get("router_norm", "post_attention_layernorm"),
-            data.get("moe_layers", {}),
-            rules,
-            GgufMapping.parse(data["gguf"]) if "gguf" in data else None,
-        )
-
-    def first_match(self, name: str) -> tuple[TensorRule | None, re.Match[str] | None]:
-        """The rule that decides on a tensor, and what its template found in the name."""
-        for rule in self.rules:
-            if match := rule.pattern.fullmatch(name):
-                return rule, match
-        return None, None
-
-    def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The language model's part of a config, which multi-modal models nest."""
-        for path in self.settings:
-            if isinstance(part := _look_up(config, path), dict):
-                return part
-        return config
-
-    def layers(self, config: Mapping[str, Any]) -> int:
-        """Number of decoder layers; multi-token-prediction layers after them do not count."""
-        text = self.text_config(config)
-        if all(_look_up(text, key) is None for key in self.num_layers_keys) and (kinds := self._kinds(text)):
-            return len(kinds)
-        return _first_count(text, self.num_layers_keys)
-
-    def experts_per_layer(self, config: Mapping[str, Any]) -> int:
-        """Routed experts in one MoE layer; 0 of a dense model, also of a dense member of a family with experts."""
-        text = self.text_config(config)
-        present = [key for key in self.num_experts_keys if _has(text, key)]
-        if not present and (not self.num_experts_keys or self._kinds(text)):
-            return 0
-        keys = [key for key in present if _look_up(text, key) not in (None, 0)] or present[:0]
-        if present and not keys:
-            return 0
-        count = _first_count(text, keys or self.num_experts_keys)
-        return count if count >= self.fewest_experts else 0
-
-    def moe_layers(self, config: Mapping[str, Any]) -> list[int]:
-        """Layers that hold routed experts, by the config's own rules: its list of them if it has one."""
-        if not self.experts_per_layer(config):
-            return []
-        text, rules, layers = self.text_config(config), self.moe_layer_rules, range(self.layers(config))
-        if kinds := self._kinds(text):
-            return [layer for layer, kind in zip(layers, kinds, strict=False) if kind in rules["moe_kinds"]]
-        if listed := _list(text, rules.get("list", "")):
-            return [layer for layer in layers if layer in _indices(listed)]
-        first = _number(text, rules.get("first", ""), rules.get("default_first", 0))
-        if isinstance(flags := _look_up(text, rules.get("frequency", "")), list):
-            return [layer for layer, flag in zip(layers, flags, strict=False) if flag and layer >= first]
-        dense = _indices(_list(text, rules.get("dense_list", "")))
-        every, frequency = (_number(text, rules.get(rule, ""), 1) or 1 for rule in ("every", "frequency"))
-        offset, last = _number(text, rules.get("offset", ""), 0), _number(text, rules.get("last", ""), len(layers))
-        return [
-            layer
-            for layer in layers
-            if layer not in dense
-            and (layer + 1) % every == 0
-            and first <= layer <= last
-            and layer % frequency == offset % frequency
-        ]
-
-    def _kinds(self, text: Mapping[str, Any]) -> list[Any]:
-        """What the config calls each layer, as a list or as a letter each; empty if it does not say."""
-        values = (_look_up(text, key) for key in self.moe_layer_rules.get("kinds", ()))
-        return next((list(value) for value in values if value and isinstance(value, list | str)), [])[: 10**5]
-
-
-_INDEX = "0|[1-9][0-9]{0,5}"  # one spelling per number, and no number too long to convert
-_NUMBERED_LAYER = re.compile(rf"(?:.*\.)?(?:layers|blocks)\.({_INDEX})\..*")
-
-
-def _compile(template: str, projections: Mapping[str, str], model: Iterable[str]) -> re.Pattern[str]:
-    fields = {
-        "model": f"(?P<model>{'|'.join(map(re.escape, model))})",
-        "layer": rf"(?P<layer>{_INDEX})",
-        "expert": rf"(?P<expert>{_INDEX})",
-        "projection": f"(?P<projection>{'|'.join(map(re.escape, projections))})",
-        "part": r"(?P<part>\w*)",
-        "any": ".*",
-    }
-    pieces = re.split(r"\{(\w+)\}", template)
-    return re.compile("".join(fields[piece] if odd else re.escape(piece) for odd, piece in _alternate(pieces)))
-
-
-def _alternate(pieces: Iterable[str]) -> Iterable[tuple[bool, str]]:
-    return ((position % 2 == 1, piece) for position, piece in enumerate(pieces))
-
-
-def _look_up(config: Mapping[str, Any], path: str) -> Any:
-    """A config's value under a key or, with dots, deeper; None if it is not there."""
-    found: Any = config
-    for key in path.split("."):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
-
-
-def _has(config: Mapping[str, Any], path: str) -> bool:
-    """Whether a config says anything under a key, be it null."""
-    *outer, key = path.split(".")
-    part = _look_up(config, ".".join(outer)) if outer else config
-    return isinstance(part, dict) and key in part
-
-
-def _count(config: Mapping[str, Any], key: str) -> int:
-    value = _look_up(config, key)
-    if type(value) is not int or not 0 < value < 10**5:
-        raise ArchitectureError(
-            f"config.json: {key} is {value!r:.60}, not a positive count. Restore the model's original config.json."
-        )
-    return value
-
-
-def _number(config: Mapping[str, Any], key: str, default: int) -> int:
-    """The number of a layer, or of layers, under a key; the default if there is none, or -1."""
-    value = _look_up(config, key) if key else None
-    if value is None or value == -1:
-        return default
-    return 0 if value == 0 and type(value) is int else _count(config, key)
-
-
-def _first_count(config: Mapping[str, Any], keys: Sequence[str]) -> int:
-    """The count under the first key that is there."""
-    return _count(config, next((key for key in keys if _look_up(config, key) is not None), keys[0]))
-
-
-def _list(config: Mapping[str, Any], key: str) -> list[Any]:
-    """The list under a key, or the parts of a string between commas; empty if there is none."""
-    value = (_look_up(config, key) if key else None) or []
-    value = value.split(",") if isinstance(value, str) else value
-    if not isinstance(value, list) or len(value) > 10**5:
-        raise ArchitectureError(f"config.json: {key} is {value!r:.60}, not a list. Restore the original file.")
-    return value
-
-
-def _indices(values: Iterable[Any]) -> set[int]:
-    """The layers that a list names, as numbers or in digits."""
-    return {int(value) for value in values if re.fullmatch(rf"\s*({_INDEX})\s*", str(value))}
-
-
-@lru_cache(maxsize=1)
-def _described() -> dict[str, dict[str, Any]]:
-    """What every file of the folder says, by the file's name."""
-    folder = files("alphaq.checkpoint") / "architectures"
-    return {
-        file.name.removesuffix(".toml"): tomllib.loads(file.read_text(encoding="utf-8"))
-        for file in sorted(folder.iterdir(), key=lambda entry: entry.name)
-        if file.name.endswith(".toml")
-    }
-
-
-def unsupported() -> dict[str, str]:
-    """Why a `model_type` with experts cannot be read, by `model_type`."""
-    return _described()["unsupported"]
-
-
-@lru_cache(maxsize=1)
-def architectures() -> dict[str, Architecture]:
-    """All known architectures by `model_type`."""
-    described = _described()
-    families = [Architecture.parse(_extended(data, described)) for data in described.values() if "model_types" in data]
-    return {model_type: family for family in families for model_type in family.model_types}
-
-
-@lru_cache
-def _wrapped(name: str) -> Architecture:
-    """An architecture whose tensors have a multi-modal model's names."""
-    data = _extended(_described()[name], _described())
-    own = data.get("model", ["model"])
-    return Architecture.parse({**data, "model": [*own, *WRAPPERS, *(f"language_model.{model}" for model in own)]})
-
-
-def _extended(data: Mapping[str, Any], described: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A description with what it leaves out taken from the one it extends; its own templates come first."""
-    if "extends" not in data:
-        return data
-    base = {key: value for key, value in _extended(described[data["extends"]], described).items() if key != "gguf"}
-    layers = {**base.get("moe_layers", {}), **data.get("moe_layers", {})}
-    return {**base, **data, "moe_layers": layers, "tensors": [*data.get("tensors", ()), *base["tensors"]]}
-
-
-def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """The architecture that a config names. Raises ArchitectureError listing the known ones."""
-    known, inner = architectures(), config.get("text_config")
-    model_type, inner_type = (
-        str(part.get("model_type")) if isinstance(part, dict) else "" for part in (dict(config), inner)
-    )
-    if model_type in known:
-        return known[model_type]
-    if model_type in unsupported():
-        raise ArchitectureError(
-            f"Architecture {model_type!r} (config.json, model_type) is not supported: {unsupported()[model_type]}. "
-            "Choose another model; docs/models.md lists those that are."
-        )
-    if inner_type in known:
-        return _wrapped(known[inner_type].name)
-    raise ArchitectureError(
-        f"Architecture {model_type!r:.80} (config.json, model_type) is unknown. Known: {', '.join(known)}. "
-        "To add one, write a TOML file as docs/architectures.md explains."
-    )
 
 
 def match_tensors(
@@ -315,7 +30,7 @@ def match_tensors(
     for tensor in tensors:
         rule, match = architecture.first_match(tensor.name)
         fields = match.groupdict() if match else {}
-        numbered = _NUMBERED_LAYER.fullmatch(tensor.name)
+        numbered = NUMBERED_LAYER.fullmatch(tensor.name)
         layer = int(fields["layer"]) if fields.get("layer") else int(numbered[1]) if numbered else None
         if layer is not None and layer >= layers:
             roles[tensor.name] = Role.OTHER
@@ -332,7 +47,7 @@ def match_tensors(
         if 0 in tensor.shape:
             raise ArchitectureError(f"{tensor.name!r} has no elements, shape {list(tensor.shape)}. Download it again.")
         if rule.columns and len(tensor.shape) > 1:
-            columns = _count(text, rule.columns)
+            columns = count(text, rule.columns)
             rule = replace(rule, transposed=tensor.shape[-1] != columns and tensor.shape[-2] == columns)
         if len(matrices) > MAX_MATRICES:
             raise ArchitectureError(

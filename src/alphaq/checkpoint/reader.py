@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from alphaq.checkpoint.architecture import Architecture, architecture_of
 from alphaq.checkpoint.encodings import (
     READABLE_METHODS,
     Encoding,
@@ -31,7 +32,7 @@ from alphaq.checkpoint.encodings import (
 from alphaq.checkpoint.files import CHUNK_BYTES, PlainFile, Stamp, changed, check_link, is_file, memory_bytes, reading
 from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, metadata_bytes
 from alphaq.checkpoint.gguf_source import find_gguf, open_gguf
-from alphaq.checkpoint.matching import Architecture, architecture_of, match_tensors, unfolded
+from alphaq.checkpoint.matching import match_tensors, unfolded
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo, read_header
 from alphaq.errors import CheckpointError
 from alphaq.numerics import in_threads

@@ -23,7 +23,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from alphaq.checkpoint.matching import architecture_of
+from alphaq.checkpoint.architecture import architecture_of
 from alphaq.errors import ArchitectureError, CheckpointError
 from alphaq.quantizers.packing import decode, dequantize
 
