@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -47,14 +48,15 @@ must be exactly what config.json promises; otherwise the first one missing or to
 TAIL = """
 "fused, columns first" is how some families are published: `[experts, in, out]`.
 
-Dense models: {dense}. Their budget decides on the MLP of every layer (role `dense_mlp`); the rest is treated as in
-Mixture-of-Experts models.
+Dense models, whose budget decides on the MLP of every layer (role `dense_mlp`):
+{dense}.
 
 ## Engines
 
 `--engine native` writes every family above; transformers loads the result with the plug-in that `alphaq` brings.
-The other engines name tensors in their own way, so an export exists for: {served}. For `--engine llama.cpp` the
-[`[gguf]` table](architectures.md#gguf) says how: {gguf}.
+The other engines name tensors in their own way. An export for vLLM, MLX and GPTQModel exists for
+{served}; for llama.cpp, which the [`[gguf]` table](architectures.md#gguf)
+describes, {gguf}.
 
 ## Also good to know
 
@@ -121,15 +123,15 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     os.environ["ALPHAQ_CACHE"] = tempfile.mkdtemp()
     lines = [
-        f"| {name} | {', '.join(f'`{kind}`' for kind in kinds)} | {' | '.join(rest)} |"
+        f"| {name} | {', '.join(f'`{kind}`' for kind in dict.fromkeys(kinds))} | {' | '.join(rest)} |"
         for (name, *rest), kinds in sorted(rows().items())
     ]
     known = architectures()
-    dense = ", ".join(f"`{kind}`" for kind, one in known.items() if not one.num_experts_keys)
+    dense = textwrap.fill(", ".join(f"`{kind}`" for kind, one in known.items() if not one.num_experts_keys), 120)
     tail = TAIL.format(
         dense=dense,
         served=", ".join(sorted(SERVED)),
-        gguf=", ".join(sorted({one.name for one in known.values() if one.gguf})),
+        gguf="for the same" if set(SERVED) == {one.name for one in known.values() if one.gguf} else "see there",
         unloadable=", ".join(sorted(UNLOADABLE)),
         unsupported="\n".join(f"| `{kind}` | {why} |" for kind, why in unsupported().items()),
     )

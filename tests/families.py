@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = dict(
     intermediate_size=96, moe_intermediate_size=48, shared_expert_intermediate_size=48, expert_ffn_hidden_size=48,
     ffn_hidden_size=96, hidden_size_per_layer_input=16, moe_shared_expert_intermediate_size=48, share_expert_dim=48,
     dense_intermediate_size=96, shared_experts_intermediate_size=48, swa_head_dim=16, rel_extent=32, mlp_dim=96,
-    vision_output_dim=64, projector_input_dim=64, projector_output_dim=64,
+    moe_hidden_size=64, vision_output_dim=64, projector_input_dim=64, projector_output_dim=64,
     num_hidden_layers=3, num_layers=3, n_layers=3, depth=2,
     num_attention_heads=4, n_heads=4, num_heads=4, num_key_value_heads=2, head_dim=16, global_head_dim=16,
     num_experts=EXPERTS, num_local_experts=EXPERTS, n_routed_experts=EXPERTS, moe_num_experts=EXPERTS,

@@ -179,7 +179,14 @@ def test_binary_stats_are_refused(tmp_path: Path) -> None:
         read_stats(tmp_path / "s.csv")
 
 
-@pytest.mark.parametrize("cell", ["1e300", "0.5", "-4", "0"])
+def test_numbers_of_no_matrix_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    path.write_text("name,alpha,variance\na,1,1e300\n")
+    with pytest.raises(StatsError, match="variance '1e300' is of no matrix of float32 weights"):
+        read_stats(path)
+
+
+@pytest.mark.parametrize("cell", ["1e70", "0.5", "-4", "0"])
 def test_senseless_shapes_in_stats_are_refused(tmp_path: Path, cell: str) -> None:
     path = tmp_path / "s.csv"
     path.write_text(f"name,alpha,variance,rows,columns\na,1,1,{cell},4\n")

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -138,8 +139,8 @@ class Architecture:
         text, rules, layers = self.text_config(config), self.moe_layer_rules, range(self.layers(config))
         if kinds := self._kinds(text):
             return [layer for layer, kind in zip(layers, kinds, strict=False) if kind in rules["moe_kinds"]]
-        if listed := _list(text, rules.get("list", "")):
-            return [layer for layer in layers if layer in _indices(listed)]
+        if listed := _indices(_list(text, rules.get("list", ""))):
+            return [layer for layer in layers if layer in listed]
         first = _number(text, rules.get("first", ""), rules.get("default_first", 0))
         if isinstance(flags := _look_up(text, rules.get("frequency", "")), list):
             return [layer for layer, flag in zip(layers, flags, strict=False) if flag and layer >= first]
@@ -285,7 +286,8 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         )
     if inner_type in known:
         return _wrapped(known[inner_type].name)
+    near = get_close_matches(model_type[:80], known, 3)
     raise ArchitectureError(
-        f"Architecture {model_type!r:.80} (config.json, model_type) is unknown. Known: {', '.join(known)}. "
-        "To add one, write a TOML file as docs/architectures.md explains."
+        f"Architecture {model_type!r:.80} (config.json, model_type) is unknown{f', near {near}' if near else ''}. "
+        "docs/models.md lists those that are known; docs/architectures.md says how to add one, a TOML file."
     )
