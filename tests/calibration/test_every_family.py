@@ -9,7 +9,10 @@ import torch
 from alphaq.calibration.prior import routing_prior
 from alphaq.calibration.stream import HollowModel, model_class, stream_forward
 from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.config import Budget, PlanConfig
 from alphaq.errors import CheckpointError
+from alphaq.planning import resolve
+from alphaq.planning.evidence import measure_for_plan
 from families import FAMILIES, random_family, save_layout
 
 NOT_RUN = {
@@ -17,7 +20,7 @@ NOT_RUN = {
 }  # fmt: skip
 """Families whose experts or layers compute something of their own."""
 NO_PRIOR = {"deepseek_v4", "flex_olmo", "gemma4", "gemma4_text", "qwen4_exp", "qwen4_exp_text"}
-"""Families whose router sees more than the output of a norm."""
+"""Families whose router sees more than the output of a norm, so that uses are seen in the pass."""
 OFTEN = {
     "mixtral",
     "gpt_oss",
@@ -69,7 +72,21 @@ def test_pass_equals_the_class_and_the_prior_starts_where_it_does(family: str, t
         expected = model.get_submodule(base)(input_ids=IDS, use_cache=False).last_hidden_state
     assert float((stream_forward(source, IDS, lambda traffic: None, hollow) - expected).abs().max()) < 1e-4
     if family in NO_PRIOR:
-        with pytest.raises(CheckpointError, match="--method alphaq"):
+        assert not source.architecture.router_norm
+        with pytest.raises(CheckpointError, match="has no norm before its router"):
             routing_prior(source)
     elif source.architecture.experts_per_layer(source.config):
         assert torch.equal(seen["norm"], seen["block"])
+
+
+def test_uses_are_seen_in_the_pass_where_no_norm_feeds_the_router(tmp_path: Path) -> None:
+    source = open_checkpoint(save_layout(random_family("gemma4_text"), tmp_path, published=True))
+    request = resolve(PlanConfig(budget=Budget(bits=2.5), group_size=32))
+    found = measure_for_plan(source, request).evidence
+    assert found.prior is not None
+    assert found.synthetic is not None
+    assert found.prior.keys() == found.synthetic.experts.keys()
+    for expert, use in found.prior.items():
+        assert use.mean_square_weight == found.synthetic.experts[expert].mean_square_weight ** 0.5
+    alone = measure_for_plan(source, resolve(PlanConfig(budget=Budget(bits=2.5), group_size=32, method="router")))
+    assert alone.evidence.prior == found.prior

@@ -10,13 +10,15 @@ layers with unbalanced experts and says little about balanced ones.
 from __future__ import annotations
 
 import hashlib
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from alphaq.calibration.stream import HollowModel, LayerTraffic, traffic_of
-from alphaq.calibration.traffic import Expert, ExpertUse, expert_uses
+from alphaq.calibration.traffic import Calibration, Expert, ExpertUse, expert_uses
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import CheckpointError
 from alphaq.records import Role
@@ -47,6 +49,17 @@ def routing_prior(checkpoint: Checkpoint) -> dict[Expert, ExpertUse]:
         for number, use in enumerate(expert_uses(traffic.experts, traffic.weights, count)):
             uses[layer, number] = use
     return uses
+
+
+def seen_uses(calibration: Calibration) -> dict[Expert, ExpertUse]:
+    """What stands for the prior where a router sees more than a norm's output: uses by the tokens of a pass.
+
+    Random tokens overstate how experts differ, hence the root (docs/LOG.md).
+    """
+    return {
+        expert: replace(use, mean_square_weight=math.sqrt(use.mean_square_weight))
+        for expert, use in calibration.experts.items()
+    }
 
 
 @torch.no_grad()

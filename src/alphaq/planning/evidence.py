@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from alphaq.cache import Cache
-from alphaq.calibration.prior import routing_prior
+from alphaq.calibration.prior import routing_prior, seen_uses
 from alphaq.calibration.stream import random_windows, read_windows, rewritten
 from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, gather
 from alphaq.checkpoint.imatrix import ImportanceMatrix
@@ -154,14 +154,18 @@ def measure_for_plan(
     energies = np.array([found.mean_square for found in spectra.values()]) * weights
     errors, deviation = _by_unit(units, spectra, np.array(rows), np.array(deviations), energies)
     left_out = {} if given is None else {n: why for n, why in given.left_out.items() if "not an expert" not in why}
+    seen: dict[Need, Any] = {}
+
+    def synthetic() -> Calibration:
+        return seen["synthetic"] if "synthetic" in seen else _synthetic_pass(checkpoint, cache, wrap)
+
     passes: dict[Need, Callable[[], Any]] = {
-        "prior": lambda: routing_prior(checkpoint),
-        "synthetic": lambda: _synthetic_pass(checkpoint, cache, wrap),
+        "synthetic": synthetic,
+        "prior": lambda: routing_prior(checkpoint) if checkpoint.architecture.router_norm else seen_uses(synthetic()),
         "text": lambda: _text_pass(
             checkpoint, cast(Path, calibration), choices if "outputs" in wanted else (), cache, wrap
         ),
     }
-    seen: dict[Need, Any] = {}
     for need, run in passes.items():
         if need in wanted:
             begin = time.perf_counter()
