@@ -338,9 +338,14 @@ def _checkpoint(
     )
     for matrix in matrices:
         if matrix.dtype not in READABLE_WEIGHTS and matrix.role in QUANTIZABLE:
+            coded = matrix.dtype.startswith("F8")
+            remedy = (
+                "Restore config.json, whose quantization_config says how to decode it"
+                if coded
+                else "Convert it to bf16"
+            )
             raise CheckpointError(
-                f"{matrix.name} is stored as {matrix.dtype}; readable: {', '.join(READABLE_WEIGHTS)}. "
-                "Convert the checkpoint to bf16 first."
+                f"{matrix.name} is stored as {matrix.dtype}; readable: {', '.join(READABLE_WEIGHTS)}. {remedy}."
             )
     named = os.fsencode(name).decode(errors="replace")  # plans and reports are UTF-8, names of files may be any bytes
     return Checkpoint(folder, named, config, architecture, shards, tuple(matrices), roles, fingerprint)
