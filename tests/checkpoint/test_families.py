@@ -22,10 +22,13 @@ from alphaq.records import Role
 from families import FAMILIES, ONE_LAYOUT, UNLOADABLE, moe_model_types, outcome, random_family, save_layout
 
 OFTEN = ("mixtral", "qwen3_moe", "granitemoe", "gpt_oss", "dbrx", "qwen3_vl_moe", "nemotron_h", "inkling2_text")
-ROWS = [(family, True) for family in FAMILIES] + [
-    pytest.param(family, False, marks=() if family in OFTEN else pytest.mark.slow)
+TWINS = {family for family in FAMILIES if family.endswith("_text") and family.removesuffix("_text") in FAMILIES}
+"""Language models of multi-modal families, on their own."""
+ROWS = [
+    pytest.param(family, published, marks=() if often else pytest.mark.slow)
     for family in FAMILIES
-    if family not in ONE_LAYOUT | UNLOADABLE
+    for published, often in ((True, family not in TWINS), (False, family in OFTEN))
+    if published or family not in ONE_LAYOUT | UNLOADABLE
 ]
 
 

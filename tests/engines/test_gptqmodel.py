@@ -120,7 +120,9 @@ def test_command_line_quantizes_and_verifies(tiny: Path, tmp_path: Path, alphaq:
     assert alphaq("verify", tmp_path / "out", "--source", tiny).code == 0
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize(
+    "share", [pytest.param(0.0, marks=pytest.mark.slow), 0.3, pytest.param(0.7, marks=pytest.mark.slow)]
+)
 def test_size_is_never_exceeded(tiny: Path, tmp_path: Path, share: float) -> None:
     small, large = (plan_of(tiny, "gptqmodel", budget=Budget(bits=bits)).size_bytes for bits in (2, 8))
     limit = round((1 - share) * small + share * large)

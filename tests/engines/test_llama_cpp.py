@@ -291,6 +291,7 @@ def test_llama_cpp_computes_what_transformers_does(out: Path, tiny: Path, tmp_pa
     check_agreement(tiny, out / FILE_NAME, tmp_path)
 
 
+@pytest.mark.slow
 def test_llama_cpp_computes_a_larger_model_as_transformers_does(shared: Path, tmp_path: Path) -> None:
     source = shared / "models" / "moe22m"
     types = cycle(FAST.split(","))

@@ -56,6 +56,7 @@ def test_bundled_model_loads_with_the_dequantized_logits(tiny: Path, tmp_path: P
     check_logits(tiny, tmp_path, group_size=128)
 
 
+@pytest.mark.slow
 def test_larger_trained_model_loads_with_the_dequantized_logits(shared: Path, tmp_path: Path) -> None:
     check_logits(shared / "models" / "moe22m", tmp_path, group_size=64)
 
