@@ -15,6 +15,7 @@ from alphaq import pipeline
 from alphaq.calibration.stream import model_class
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint, read_shards
 from alphaq.config import Budget, PlanConfig
+from alphaq.engines.output import Output
 from alphaq.planning import resolve
 from conftest import read_back
 
@@ -279,7 +280,7 @@ class Outcome:
     expected: int
     """The same, counted in the model's modules."""
     wide: int
-    """Planned matrices that are still 16-bit."""
+    """Planned matrices that the output does not hold as packed blocks."""
     difference: float
     """Largest difference of any logit to the model with the dequantized matrices."""
     change: float
@@ -295,14 +296,14 @@ def outcome(model: Any, folder: Path, published: bool) -> Outcome:
     plan = pipeline.make_plan(source, request, pipeline.measure_for_plan(source, request))
     pipeline.quantize(source, plan, folder / "out")
     plain = plain_copy(source, folder / "out", folder / "plain")
-    choices = pipeline.plan_choices(plan, source)
+    stored = Output(folder / "out").stored
     answers = [logits(one) for one in (folder / "out", plain, source.folder)]
     return Outcome(
         "fused" if any(matrix.index is not None for matrix in experts) else "one by one",
         len(experts),
         sum(matrix.parameters for matrix in experts),
         expected,
-        sum(choices[matrix.name].bits >= 16 for matrix in experts),
+        sum(stored[matrix.name].dtype != "U8" for matrix in experts),
         float((answers[0] - answers[1]).abs().max()),
         float((answers[0] - answers[2]).abs().max()),
     )
