@@ -1,16 +1,18 @@
-"""Plug-in that lets `AutoModelForCausalLM.from_pretrained` load native checkpoints.
+"""Plug-in that lets `AutoModelForCausalLM.from_pretrained` load native checkpoints, which stay packed.
 
-Every quantized matrix keeps its original tensor name, so transformers' own conversion (merging a
-layer's experts into fused parameters) applies unchanged; blocks are dequantized just before it.
+Every quantized matrix keeps its original tensor name, so transformers' own conversions say where it belongs. What
+they would fuse stays apart; the rest of the model is loaded as ever.
 Imported by the hook in `alphaq/__init__.py` when transformers loads its quantizers.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
@@ -18,6 +20,7 @@ from transformers.core_model_loading import (
     Transpose,
     WeightConverter,
     WeightRenaming,
+    revert_weight_conversion,
 )
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -25,7 +28,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from alphaq.checkpoint.architecture import architecture_of
 from alphaq.errors import ArchitectureError, CheckpointError
-from alphaq.quantizers.packing import decode, dequantize
+from alphaq.runtime.packed import PackedWeights
+from alphaq.runtime.replace import DequantizeBlocks, Packer, Refold, stored_tensors
 
 FORMAT_VERSION = 1
 
@@ -43,42 +47,6 @@ class AlphaQConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.average_bits = figures.get("average_bits")
         self.bits_per_weight = figures.get("bits_per_weight")
-        self.dequantize = True
-
-
-class DequantizeBlocks(ConversionOps):
-    """Blocks (uint8, one-dimensional) become matrices in the parameter's dtype; the rest is only cast."""
-
-    def __init__(self, hf_quantizer: HfQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def convert(  # type: ignore[override]
-        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **_: Any
-    ) -> dict[str, Any]:
-        """{pattern: tensor or list of tensors} → the same with blocks dequantized."""
-        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
-
-        def restore(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.dtype == torch.uint8 and tensor.ndim == 1:
-                values = dequantize(decode(tensor.cpu(), full_layer_name), dtype)
-                return values.to(tensor.device)
-            return tensor.to(dtype)
-
-        return {
-            pattern: [restore(tensor) for tensor in value] if isinstance(value, list) else restore(value)
-            for pattern, value in input_dict.items()
-        }
-
-
-class Refold(ConversionOps):
-    """[experts, rows, columns] takes the parameter's own shape, which may be [experts · rows, columns]."""
-
-    def convert(  # type: ignore[override]
-        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **_: Any
-    ) -> dict[str, Any]:
-        """{target: fused tensor} → the same, reshaped."""
-        shape = model.get_parameter_or_buffer(full_layer_name).shape
-        return {target: tensor.reshape(shape) for target, tensor in input_dict.items()}
 
 
 def fusions(model: Any, known: list[Any]) -> list[WeightConverter]:
@@ -108,7 +76,7 @@ def fusions(model: Any, known: list[Any]) -> list[WeightConverter]:
 
 @register_quantizer("alphaq")
 class AlphaQQuantizer(HfQuantizer):
-    """Loads native checkpoints by dequantizing; the model is then an ordinary 16- or 32-bit one."""
+    """Loads native checkpoints packed; `model.dequantize()` makes ordinary models of them."""
 
     requires_calibration = False
     serialized_names = {"weight": ["weight"]}  # noqa: RUF012 - the attribute transformers reads
@@ -117,9 +85,10 @@ class AlphaQQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
             raise CheckpointError("transformers cannot quantize with alphaq on the fly. Use `alphaq quantize` first.")
+        self.packer: Packer | None = None
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        """Dequantize before the model's own conversions."""
+        """Dequantize what cannot stay packed before the model's own conversions."""
         return {"dequantize": DequantizeBlocks}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
@@ -133,16 +102,44 @@ class AlphaQQuantizer(HfQuantizer):
             converter.quantization_operation = DequantizeBlocks(self)
         return super().get_new_dtype(converter, param, dtype)
 
+    def _process_model_before_weight_loading(  # type: ignore[override]
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
+            raise CheckpointError("Native checkpoints are loaded from their safetensors files, nothing else.")
+        self.packer = Packer(stored_tensors(checkpoint_files))
+        gone = self.packer.pack(model, get_model_conversion_mapping(model, None, self))
+        prefix = f"{model.base_model_prefix}."
+        ignored = {rf"(^|\.){re.escape(name.removeprefix(prefix))}$" for name in gone}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
+
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        # Nothing is quantized any more: saving must not look for the inverse of dequantizing.
+        assert self.packer is not None  # transformers calls the two in this order
+        self.packer.fill(model)
+        model._weight_conversions = []  # names are put back in `get_state_dict_and_metadata`, once
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `save_pretrained` writes: a native checkpoint again."""
+        model._weight_conversions = None
+        state = revert_weight_conversion(model, model.state_dict())
+        model._weight_conversions = []
+        for module in model.modules():
+            if isinstance(module, PackedWeights):
+                state.update(module.tensors())
+        return state, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        assert self.packer is not None
+        self.packer.restore(dtype or model.dtype)
         model._weight_conversions = None
         return model
 
     def is_serializable(self, **_: Any) -> bool:
-        """A loaded model saves as an ordinary one."""
+        """A loaded model can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Ordinary weights train."""
-        return True
+        """Codes have no gradients."""
+        return False

@@ -1,0 +1,125 @@
+"""Modules whose weights stay packed, in the place of transformers' own.
+
+Experts keep their class, with its gate, biases and norms; only what multiplies is exchanged. A module that does
+something else with its experts gets their matrices restored for the length of one call of its parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alphaq.runtime.multiply import packed_linear
+from alphaq.runtime.packed import PackedWeights
+
+
+def multiply(inputs: Tensor, weights: PackedWeights, experts: Tensor, tokens: Tensor) -> Tensor:
+    """`packed_linear` where the weights are: [pairs, projections · rows] on the inputs' device."""
+    home, device = inputs.device, weights.table.device
+    found = packed_linear(inputs.to(device), weights.table, weights.shape[0], experts.to(device), tokens.to(device))
+    return found.to(home)
+
+
+class PackedLinear(nn.Module):
+    """y = x·Wᵀ + b with W packed; stands for `torch.nn.Linear`."""
+
+    def __init__(self, weights: PackedWeights, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.packed = weights
+        self.out_features, self.in_features = weights.shape
+        self.bias = bias
+        self.dtype = dtype
+        self._is_hf_initialized = True
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, restored at each use: for code that does not call the module."""
+        return self.packed.dequantized(0, 0, self.dtype)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """inputs: [..., in_features] → [..., out_features]."""
+        rows = inputs.reshape(-1, self.in_features)
+        tokens = torch.arange(len(rows), device=rows.device)
+        found = multiply(rows, self.packed, torch.zeros_like(tokens), tokens)
+        found = found.view(*inputs.shape[:-1], self.out_features)
+        return found if self.bias is None else found + self.bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+
+class PackedExperts(nn.Module):
+    """What an expert class becomes when its fused parameters are packed."""
+
+    packed_first: PackedWeights
+    packed_down: PackedWeights
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states: [tokens, hidden]; top_k_index, top_k_weights: [tokens, k] → [tokens, hidden]."""
+        module: Any = self
+        count, chosen = top_k_index.shape
+        experts = top_k_index.reshape(-1)
+        tokens = torch.arange(count, device=experts.device).repeat_interleave(chosen)
+        known = experts.clamp(0, len(self.packed_down.names[0]) - 1)  # of experts that lie elsewhere zeros are left
+        found = multiply(hidden_states, self.packed_first, experts, tokens)
+        biased = getattr(module, "has_bias", False)
+        if biased:
+            found = found + (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias)[known]
+        found = _gated(module, found)
+        found = multiply(found, self.packed_down, experts, torch.arange(len(experts), device=experts.device))
+        if biased:
+            found = found + module.down_proj_bias[known]
+        if getattr(module, "has_post_expert_norm", False):
+            found = module.post_expert_norm(found)
+        weights = top_k_weights.reshape(-1, 1)
+        if getattr(module, "zero_expert_num", 0):  # those after the last give their input
+            found = torch.where((experts > known)[:, None], hidden_states[tokens], found)
+        else:
+            weights = weights.masked_fill((experts != known)[:, None], 0)
+        return (found * weights).view(count, chosen, -1).sum(1).to(hidden_states.dtype)
+
+
+def _gated(module: Any, found: Tensor) -> Tensor:
+    """Input of `down` from the outputs of what comes before."""
+    if not getattr(module, "has_gate", True):
+        return module.act_fn(found)
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(found)
+    gate, up = found.chunk(2, dim=-1)
+    return module.act_fn(gate) * up
+
+
+@lru_cache(maxsize=None)
+def packed_class(original: type[nn.Module]) -> type[nn.Module]:
+    """An expert class that multiplies with packed matrices and is otherwise as it was."""
+    return type(f"Packed{original.__name__}", (PackedExperts, original), {"__module__": __name__})
+
+
+class RestoredParameter:
+    """Hooks that give a module a parameter while its parent runs, made of packed matrices.
+
+    restore: makes the parameter's value in a dtype.
+    """
+
+    def __init__(self, parent: nn.Module, owner: nn.Module, name: str, restore: Callable[[], Tensor]) -> None:
+        self.owner, self.name, self.restore = owner, name, restore
+        self.handles = (
+            parent.register_forward_pre_hook(self._give),
+            parent.register_forward_hook(self._take, always_call=True),
+        )
+
+    def _give(self, *_: Any) -> None:
+        self.owner.__dict__[self.name] = self.restore()
+
+    def _take(self, *_: Any) -> None:
+        self.owner.__dict__.pop(self.name, None)
+
+    def remove(self) -> None:
+        """Undo the hooks."""
+        for handle in self.handles:
+            handle.remove()

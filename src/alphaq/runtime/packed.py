@@ -1,0 +1,129 @@
+"""Native blocks in memory as they lie in the file, and where kernels find them.
+
+Kernels get addresses, not tensors: experts of one projection have blocks of different lengths, which may lie in
+different files. A table says of each where it is and how it is coded; the block itself says the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alphaq.errors import CheckpointError
+from alphaq.quantizers.packing import decode, dequantize, read_block_header
+from alphaq.records import Choice, Shape
+
+ADDRESS, BITS, GROUP_SIZE, FLAGS = range(4)  # columns of a table
+FIELDS = 4
+SYMMETRIC = 1  # flag of blocks
+FLOAT16 = 1  # flag of matrices of 16 bits, which are bfloat16 otherwise
+KEPT = (torch.bfloat16, torch.float16)
+
+
+class PackedWeights(nn.Module):
+    """The same projections of some experts, each [rows, columns]: blocks, or matrices kept in 16 bits.
+
+    names: of the tensors in the checkpoint, [projections][experts]; a plain linear layer is one projection of one
+    expert. The tensors are buffers of bytes, so that `.to` moves them and never casts them; on the CPU they may be the
+    file itself. They are no part of the state_dict, which has no place for an expert's own name.
+    """
+
+    table: Tensor
+    """int64 [projections, experts, FIELDS], on the blocks' device."""
+
+    def __init__(self, names: Sequence[Sequence[str]], shape: Shape) -> None:
+        super().__init__()
+        self.names = tuple(tuple(row) for row in names)
+        self.shape = shape
+        self.kept: dict[str, torch.dtype] = {}
+        self._is_hf_initialized = True  # transformers would draw random weights
+
+    def reserve(self, nbytes: int) -> None:
+        """Stand for so many bytes until filled: what decides about devices asks for sizes first."""
+        self.register_buffer("reserved", torch.empty(nbytes, dtype=torch.uint8, device="meta"), persistent=False)
+
+    def fill(self, tensors: Sequence[Sequence[Tensor]]) -> None:
+        """Take the tensors, [projections][experts]: blocks, uint8 [bytes], or bfloat16 or float16 [rows, columns].
+
+        Raises CheckpointError by name if one has another shape.
+        """
+        if hasattr(self, "reserved"):
+            del self.reserved
+        for projection, (names, row) in enumerate(zip(self.names, tensors, strict=True)):
+            for expert, (name, tensor) in enumerate(zip(names, row, strict=True)):
+                if tensor.dtype in KEPT:
+                    self.kept[name] = tensor.dtype
+                    if tuple(tensor.shape) != self.shape:
+                        raise _of_another_shape(name, tuple(tensor.shape), self.shape)
+                held = tensor.reshape(-1).view(torch.uint8)
+                self.register_buffer(f"block_{projection}_{expert}", held, persistent=False)
+        self._index()
+
+    def _index(self) -> None:
+        """Make the table of where everything is now."""
+        fields = [
+            [self._fields(self._block(projection, expert), name) for expert, name in enumerate(names)]
+            for projection, names in enumerate(self.names)
+        ]
+        self.table = torch.tensor(fields, dtype=torch.int64).to(self._block(0, 0).device)
+
+    def _block(self, projection: int, expert: int) -> Tensor:
+        return self._buffers[f"block_{projection}_{expert}"]  # type: ignore[return-value]
+
+    def _fields(self, block: Tensor, name: str) -> tuple[int, int, int, int]:
+        if kind := self.kept.get(name):
+            return block.data_ptr(), 16, 0, FLOAT16 if kind == torch.float16 else 0
+        choice, found = read_block_header(block, name)
+        if found != self.shape:
+            raise _of_another_shape(name, found, self.shape)
+        return block.data_ptr(), choice.bits, choice.group_size, SYMMETRIC if choice.symmetric else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def choice(self, projection: int, expert: int) -> Choice:
+        """How one matrix is stored."""
+        bits, group_size, flags = self.table[projection, expert, BITS:].tolist()
+        return Choice(16) if bits == 16 else Choice(bits, group_size, bool(flags & SYMMETRIC))
+
+    def dequantized(self, projection: int, expert: int, dtype: torch.dtype) -> Tensor:
+        """One matrix, [rows, columns]."""
+        name, block = self.names[projection][expert], self._block(projection, expert)
+        if name in self.kept:
+            return block.view(self.kept[name]).view(self.shape).to(dtype)
+        return dequantize(decode(block.cpu(), name), dtype).to(block.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything under its name in the checkpoint, as it is stored there."""
+        found = {}
+        for projection, names in enumerate(self.names):
+            for expert, name in enumerate(names):
+                block = self._block(projection, expert)
+                found[name] = block.view(self.kept[name]).view(self.shape) if name in self.kept else block
+        return found
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `.to` calls."""
+        super()._apply(fn, recurse)
+        if hasattr(self, "table"):
+            self._index()
+        return self
+
+    def extra_repr(self) -> str:
+        """Shapes and mean width, for `print(model)`."""
+        size = f"{len(self.names)} × {len(self.names[0])} × {list(self.shape)}"
+        if not hasattr(self, "table"):
+            return size
+        return f"{size}, {self.table[..., BITS].double().mean():.2f} bits"
+
+
+def _of_another_shape(name: str, found: Shape, expected: Shape) -> CheckpointError:
+    return CheckpointError(
+        f"{name} has shape {list(found)}, the model's class expects {list(expected)}. "
+        "Quantize the model again or correct config.json."
+    )

@@ -1,0 +1,82 @@
+"""Plug-in that lets `vllm serve` run native checkpoints from their packed blocks, each expert at its own bits.
+
+Imported by vLLM through the entry point `vllm.general_plugins` in each of its processes, never by AlphaQ itself. Most
+of them build no model, so the layers are a module apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding.ffi
+import torch
+from torch import nn
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from alphaq.errors import CheckpointError
+
+QUANT_METHOD = "alphaq"
+FORMAT_VERSION = 1
+
+
+def register() -> None:
+    """What vLLM calls in each of its processes, more than once in some."""
+    _shield_llvmlite()
+    register_quantization_config(QUANT_METHOD)(AlphaQConfig)
+
+
+class AlphaQConfig(QuantizationConfig):
+    """`quantization_config` of a native checkpoint: which blocks there are, the files say."""
+
+    def get_name(self) -> str:
+        """As in config.json."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """What the kernels take."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Turing, the oldest that Triton compiles for."""
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None but config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> AlphaQConfig:
+        """Raises CheckpointError if the checkpoint's format is newer."""
+        if (version := config.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
+            raise CheckpointError(
+                f"The checkpoint has native format {version}; this alphaq reads {FORMAT_VERSION}. Update alphaq."
+            )
+        return cls()
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """How a layer loads and runs; None for kinds that have no weights of their own."""
+        from alphaq.runtime.vllm_layers import method_of
+
+        return method_of(layer, prefix, self.packed_modules_mapping.get(prefix.rpartition(".")[2]))
+
+
+def _shield_llvmlite() -> None:
+    """Let vLLM's workers start on CPUs where numba is loaded.
+
+    vLLM 0.32 asks whatever any module holds for its `__dict__`. llvmlite's library takes that for the name of one of
+    its functions and answers with an object that is no dictionary.
+    """
+    library = type(llvmlite.binding.ffi.lib)
+    found = library.__getattr__
+    if found.__module__ == __name__:
+        return
+
+    def attribute(self: Any, name: str) -> Any:
+        if name == "__dict__":
+            raise AttributeError(name)
+        return found(self, name)
+
+    library.__getattr__ = attribute

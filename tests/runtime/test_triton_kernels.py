@@ -1,0 +1,198 @@
+"""The GPU kernels: on a GPU if there is one, else under Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from alphaq.errors import DeviceError
+from alphaq.quantizers.packing import decode, dequantize, encode
+from alphaq.quantizers.rtn import quantize_rtn
+from alphaq.records import CHOICE_BITS, GROUP_SIZES, Choice
+from alphaq.runtime.packed import PackedWeights
+
+triton = pytest.importorskip("triton")
+
+MODULE = "alphaq.runtime.triton_kernels"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[ModuleType]:
+    """The module as imported here: Triton decides when it decorates a function whether to interpret it."""
+    if DEVICE == "cuda":
+        yield importlib.import_module(MODULE)
+        return
+    from triton.language import standard
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def create_dot(self: Any, left: Any, right: Any, *others: Any) -> Any:
+        """The interpreter has bfloat16 as integers, and would multiply those."""
+        if left.dtype == triton.language.bfloat16:
+            left, right = (self.cast_impl(side, triton.language.float32) for side in (left, right))
+        return multiply(self, left, right, *others)
+
+    multiply = InterpreterBuilder.create_dot
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.delitem(sys.modules, MODULE, raising=False)
+        for name in ("sum", "cdiv"):  # compiled ones, if something imported triton before
+            patch.setattr(triton.language, name, triton.jit(getattr(standard, name).fn))
+        patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        yield importlib.import_module(MODULE)
+        sys.modules.pop(MODULE)
+
+
+def packed(choices: Sequence[Sequence[Choice | torch.dtype]], shape: tuple[int, int]) -> PackedWeights:
+    """Random matrices, [projections][experts]; a dtype instead of a choice keeps 16 bits."""
+    names = [[f"{projection}.{expert}" for expert in range(len(row))] for projection, row in enumerate(choices)]
+    weights = PackedWeights(names, shape)
+    weights.fill([[_stored(torch.randn(shape) * 0.1 + 0.02, choice).to(DEVICE) for choice in row] for row in choices])
+    return weights
+
+
+def _stored(weight: Tensor, choice: Choice | torch.dtype) -> Tensor:
+    return encode(quantize_rtn(weight, choice)) if isinstance(choice, Choice) else weight.to(choice)
+
+
+def expected(weights: PackedWeights, inputs: Tensor, experts: Tensor, tokens: Tensor) -> Tensor:
+    """The same in float64, from weights that were restored first."""
+    out = []
+    for expert, token in zip(experts.tolist(), tokens.tolist(), strict=True):
+        known = 0 <= expert < weights.table.shape[1]
+        products = [
+            _restored(row[expert]) @ inputs[token].double() if known else torch.zeros(weights.shape[0]).double()
+            for row in [[block.cpu() for block in row] for row in weights.blocks]
+        ]
+        out.append(torch.cat(products))
+    return torch.stack(out)
+
+
+def _restored(block: Tensor) -> Tensor:
+    return block.double() if block.ndim == 2 else dequantize(decode(block), torch.float32).double()
+
+
+def check(kernels: ModuleType, weights: PackedWeights, experts: Sequence[int], dtype: torch.dtype) -> None:
+    """Compare for these experts' pairs, whose tokens are mixed."""
+    tokens = torch.arange(len(experts)).flip(0) % max(1, len(experts) - 1)
+    inputs = (torch.randn(len(experts), weights.shape[1]) + 0.3).to(dtype)
+    chosen = torch.tensor(experts)
+    moved = (part.to(DEVICE) for part in (inputs, weights.table, chosen, tokens))
+    given, table, on_device, token = moved
+    found = kernels.packed_linear(given, table, weights.shape[0], on_device, token).cpu()
+    reference = expected(weights, inputs, chosen, tokens)
+    assert found.dtype == dtype
+    assert found.shape == reference.shape
+    scale = reference.norm(dim=1, keepdim=True).clamp_min(1e-30) / found.shape[1] ** 0.5
+    assert ((found.double() - reference).abs() / scale).max() < TOLERANCE[dtype] * 10
+    assert (found.double() - reference).norm() < TOLERANCE[dtype] * reference.norm()
+
+
+def every_width(group: int, symmetric: bool) -> list[Choice | torch.dtype]:
+    """All that one launch may meet."""
+    return [*(Choice(bits, group, symmetric) for bits in CHOICE_BITS), torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("columns, group, symmetric", [(128, 32, False), (100, 64, False), (72, 128, True)])
+def test_decode_multiplies_with_every_width_in_one_launch(
+    kernels: ModuleType, columns: int, group: int, symmetric: bool
+) -> None:
+    torch.manual_seed(columns)
+    check(kernels, packed([every_width(group, symmetric)], (21, columns)), range(10), torch.float32)
+
+
+@pytest.mark.parametrize("columns, group, symmetric", [(128, 32, True), (100, 64, False), (136, 128, False)])
+def test_prefill_multiplies_with_every_width_in_one_launch(
+    kernels: ModuleType, columns: int, group: int, symmetric: bool
+) -> None:
+    torch.manual_seed(columns)
+    experts = torch.arange(10).repeat_interleave(3)[torch.randperm(30)].tolist()
+    check(kernels, packed([every_width(group, symmetric)], (21, columns)), experts, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("repeats", [1, 5], ids=["decode", "prefill"])
+def test_inputs_of_16_bits_give_results_of_their_type(kernels: ModuleType, dtype: torch.dtype, repeats: int) -> None:
+    torch.manual_seed(0)
+    weights = packed([[Choice(2, 32), Choice(3, 128)], [Choice(4, 64, True), torch.bfloat16]], (9, 40))
+    check(kernels, weights, [1, 0] * repeats, dtype)
+
+
+@pytest.mark.parametrize("pairs", [4, 12], ids=["decode", "prefill"])
+def test_experts_that_the_table_lacks_give_zeros(kernels: ModuleType, pairs: int) -> None:
+    weights = packed([[Choice(2, 32), Choice(1, 32)], [Choice(5, 32), Choice(8, 32)]], (5, 64))
+    check(kernels, weights, ([2, 0, -1, 1] * pairs)[:pairs], torch.float32)
+
+
+def test_many_pairs_of_one_expert_span_tiles(kernels: ModuleType) -> None:
+    check(kernels, packed([[Choice(3, 32), Choice(6, 32)]], (5, 40)), [1] * 19 + [0] * 2, torch.float32)
+
+
+def test_a_block_at_an_odd_word_is_read_right(kernels: ModuleType) -> None:
+    """Wide loads need addresses that are multiples of 8."""
+    weights = packed([[Choice(2, 64), Choice(8, 64)]], (6, 64))
+    moved = []
+    for block in weights.blocks[0]:
+        room = torch.zeros(block.numel() + 12, dtype=torch.uint8, device=DEVICE)
+        start = 4 + (-room.data_ptr() % 8)
+        moved.append(room[start : start + block.numel()].copy_(block))
+    weights.fill([moved])
+    assert all(block.data_ptr() % 8 == 4 for block in moved)
+    check(kernels, weights, [0, 1], torch.float32)
+
+
+def test_no_pairs_give_no_rows(kernels: ModuleType) -> None:
+    weights = packed([[Choice(2, 32)]], (5, 64))
+    nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    found = kernels.packed_linear(torch.ones(1, 64, device=DEVICE), weights.table, 5, nothing, nothing)
+    assert found.shape == (0, 5)
+
+
+def test_rows_longer_than_a_tile_of_columns_are_summed_whole(kernels: ModuleType) -> None:
+    """More blocks of 32 columns, and more groups, than a program takes at once."""
+    weights = packed([[Choice(3, 32), Choice(1, 32), Choice(8, 128), torch.float16]], (3, 1320))
+    check(kernels, weights, range(4), torch.float32)
+
+
+def test_tiles_give_every_pair_one_place(kernels: ModuleType) -> None:
+    experts = torch.randint(-1, 6, (50,), generator=torch.Generator().manual_seed(0))
+    order, tile_expert, start, end = kernels._tiles(experts, 5, 4)
+    placed = []
+    for expert, first, last in zip(tile_expert.tolist(), start.tolist(), end.tolist(), strict=True):
+        if expert < 5:
+            mine = order[first : min(first + 4, last)]
+            assert len(mine) > 0
+            assert (experts[mine] == expert).all()
+            placed += mine.tolist()
+    assert sorted(placed) == torch.nonzero((experts >= 0) & (experts < 5)).flatten().tolist()
+
+
+def test_without_triton_the_import_says_what_to_install() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, MODULE, raising=False)
+        patch.setitem(sys.modules, "triton", None)
+        with pytest.raises(DeviceError, match="pip install triton"):
+            importlib.import_module(MODULE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("columns", [40, 64, 72, 100, 136, 256, 544])
+@pytest.mark.parametrize("group", GROUP_SIZES)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("repeats", [1, 3], ids=["decode", "prefill"])
+def test_every_width_group_and_ragged_length(
+    kernels: ModuleType, dtype: torch.dtype, columns: int, group: int, symmetric: bool, repeats: int
+) -> None:
+    torch.manual_seed(columns + group)
+    for rows in (1, 33, 71):
+        experts = torch.arange(10).repeat_interleave(repeats)[torch.randperm(10 * repeats)].tolist()
+        check(kernels, packed([every_width(group, symmetric)] * 2, (rows, columns)), experts, dtype)
