@@ -375,3 +375,18 @@ def put_byte(typing: Any, address: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.uint8), code
+
+
+@intrinsic
+def call_parallel(typing: Any, parallel: Any, function: Any, data: Any, threads: Any) -> Any:
+    """parallel(function, data, threads, 0), all given as addresses: how OpenMP runtimes are asked for a region."""
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        place = _I8.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [place, place, _I32, _I32])
+        run = builder.inttoptr(args[0], kind.as_pointer())
+        pointers = [builder.inttoptr(address, place) for address in args[1:3]]
+        builder.call(run, [*pointers, builder.trunc(args[3], _I32), _I32(0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), code

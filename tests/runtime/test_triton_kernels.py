@@ -48,7 +48,7 @@ def kernels() -> Iterator[ModuleType]:
             patch.setattr(triton.language, name, triton.jit(getattr(standard, name).fn))
         patch.setattr(InterpreterBuilder, "create_dot", create_dot)
         yield importlib.import_module(MODULE)
-        sys.modules.pop(MODULE)
+        del sys.modules[MODULE], sys.modules["alphaq.runtime"].triton_kernels
 
 
 def packed(choices: Sequence[Sequence[Choice | torch.dtype]], shape: tuple[int, int]) -> PackedWeights:
@@ -65,14 +65,15 @@ def _stored(weight: Tensor, choice: Choice | torch.dtype) -> Tensor:
 
 def expected(weights: PackedWeights, inputs: Tensor, experts: Tensor, tokens: Tensor) -> Tensor:
     """The same in float64, from weights that were restored first."""
-    out = []
-    for expert, token in zip(experts.tolist(), tokens.tolist(), strict=True):
-        known = 0 <= expert < weights.table.shape[1]
-        products = [
-            _restored(row[expert]) @ inputs[token].double() if known else torch.zeros(weights.shape[0]).double()
-            for row in [[block.cpu() for block in row] for row in weights.blocks]
-        ]
-        out.append(torch.cat(products))
+    tensors = {name: _restored(tensor.cpu()) for name, tensor in weights.tensors().items()}
+    nothing = torch.zeros(weights.shape, dtype=torch.float64)
+    out = [
+        torch.cat(
+            [tensors.get(f"{projection}.{expert}", nothing) @ inputs[token].double() for projection in range(count)]
+        )
+        for count in [len(weights.names)]
+        for expert, token in zip(experts.tolist(), tokens.tolist(), strict=True)
+    ]
     return torch.stack(out)
 
 
@@ -140,7 +141,7 @@ def test_a_block_at_an_odd_word_is_read_right(kernels: ModuleType) -> None:
     """Wide loads need addresses that are multiples of 8."""
     weights = packed([[Choice(2, 64), Choice(8, 64)]], (6, 64))
     moved = []
-    for block in weights.blocks[0]:
+    for block in weights.tensors().values():
         room = torch.zeros(block.numel() + 12, dtype=torch.uint8, device=DEVICE)
         start = 4 + (-room.data_ptr() % 8)
         moved.append(room[start : start + block.numel()].copy_(block))

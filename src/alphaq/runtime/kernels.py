@@ -22,6 +22,7 @@ from alphaq.simd_codes import (
     as_floats,
     brains_at,
     byte_at,
+    call_parallel,
     codes_at,
     half_at,
     halves_at,
@@ -42,10 +43,12 @@ STEP_GROUP = 128  # inputs that share a step
 TASK_ROWS = 64
 LIMITS = (127.0, 32639.0, 8355711.0)  # largest whole number that 1, 2, 3 signed bytes are cut from
 HEADER = 16
+WORTH_THREADS = 1 << 20  # products, some tens of microseconds
 
 # Places in a request, an array of int64.
-(COUNTER, TASKS, JOBS, PAIRS, PAIR_COUNT, TOKENS, ROWS, COLUMNS, WIDTH, PLANES, DIGITS, STEPS, SUMS, VALUES, OUT) = range(15)
-REQUEST = 15
+(COUNTER, TASKS, JOBS, PAIRS, PAIR_COUNT, TOKENS, ROWS, COLUMNS) = range(8)
+(WIDTH, PLANES, DIGITS, STEPS, SUMS, VALUES, OUT, RESTORING) = range(8, 16)
+REQUEST = 16
 # Columns of a job: where the block is, how it is coded, where its products go, which pairs want it.
 (JOB_ADDRESS, JOB_BITS, JOB_GROUP, JOB_FLAGS, JOB_COLUMN, JOB_FIRST, JOB_COUNT) = range(7)
 JOB = 7
@@ -401,8 +404,32 @@ def restore_block(address, bits, group_size, symmetric, rows, columns, first, br
 
 
 @kernel
+def _restore_tasks(request):
+    job = carray(pointer(request[JOBS]), (JOB,), np.int64)
+    width = 2 if request[PLANES] else 4
+    while True:
+        task = take(request)
+        if task >= request[TASKS]:
+            return
+        restore_block(
+            job[JOB_ADDRESS],
+            job[JOB_BITS],
+            job[JOB_GROUP],
+            job[JOB_FLAGS] != 0,
+            request[ROWS],
+            request[COLUMNS],
+            job[JOB_FIRST] + TASK_ROWS * task,
+            request[PLANES] != 0,
+            request[OUT] + TASK_ROWS * task * request[COLUMNS] * width,
+        )
+
+
+@kernel
 def _work(request):
     """Take tasks until there are no more."""
+    if request[RESTORING]:
+        _restore_tasks(request)
+        return
     rows, columns, width, planes = request[ROWS], request[COLUMNS], request[WIDTH], request[PLANES]
     blocks = -(-rows // TASK_ROWS)
     tokens = request[TOKENS]
@@ -446,32 +473,96 @@ def _work(request):
             )
 
 
+@kernel
+def _run(request, parallel, function, threads):
+    """Do a request's tasks on some threads, or on this one."""
+    if threads > 1:
+        call_parallel(parallel, function, request.ctypes.data, threads)
+    else:
+        _work(request)
+
+
+@kernel
+def multiply(
+    inputs, columns, codings, rows, experts, tokens, few, planes, limit, out, parallel, function, threads
+):
+    """Products of experts that at most `few` pairs want; returns the number of pairs that are left.
+
+    inputs: flat [tokens · columns], float32 or bits. codings: int64 [projections, experts, fields]. experts, tokens:
+    int64 [pairs]. planes, limit: how inputs are cut. out: float32 [pairs, projections · rows], zeros where there is no
+    such expert. parallel, function, threads: see `call_parallel`; small work is done on one thread.
+    """
+    projections, known = codings.shape[0], codings.shape[1]
+    counts = np.zeros(known + 1, np.int64)
+    for pair in range(experts.size):
+        expert = experts[pair]
+        if 0 <= expert < known:
+            counts[expert + 1] += 1
+        else:
+            out[pair] = 0
+    jobs = np.empty((projections * min(known, experts.size), JOB), np.int64)
+    number, total, left = 0, 0, 0
+    for expert in range(known):
+        count = counts[expert + 1]
+        counts[expert + 1] += counts[expert]
+        if count > few:
+            left += count
+        elif count:
+            total += count
+            for projection in range(projections):
+                for field in range(4):
+                    jobs[number, field] = codings[projection, expert, field]
+                jobs[number, JOB_COLUMN] = projection * rows
+                jobs[number, JOB_FIRST] = counts[expert]
+                jobs[number, JOB_COUNT] = count
+                number += 1
+    if number == 0:
+        return left
+    pairs = np.empty((2, experts.size), np.int64)
+    for pair in range(experts.size):
+        expert = experts[pair]
+        if 0 <= expert < known:
+            place = counts[expert]
+            counts[expert] += 1
+            pairs[0, place], pairs[1, place] = tokens[pair], pair
+    count = inputs.size // columns
+    padded = -(-columns // 512) * 512
+    digits = np.zeros((planes, count, padded), np.int8)
+    steps = np.zeros((3, count, padded // 32), np.float32)
+    sums = np.zeros((3, count, padded // 32), np.float32)
+    values = np.zeros((count, padded), np.float32)
+    prepare(inputs, count, columns, planes, limit, digits, steps, sums, values)
+    request = np.zeros(REQUEST, np.int64)
+    request[TASKS] = number * -(-rows // TASK_ROWS)
+    request[JOBS], request[PAIRS], request[PAIR_COUNT] = jobs.ctypes.data, pairs.ctypes.data, experts.size
+    request[TOKENS], request[ROWS], request[COLUMNS], request[WIDTH] = count, rows, columns, projections * rows
+    request[PLANES], request[DIGITS], request[STEPS] = planes, digits.ctypes.data, steps.ctypes.data
+    request[SUMS], request[VALUES], request[OUT] = sums.ctypes.data, values.ctypes.data, out.ctypes.data
+    _run(request, parallel, function, threads if total * projections * rows * columns >= WORTH_THREADS else 1)
+    return left
+
+
+@kernel
+def restore(coding, rows, columns, first, count, brain, out, parallel, function, threads):
+    """Values of `count` rows of a block from `first` on to a flat array of bfloat16 bits or float32.
+
+    Whole tasks: both are multiples of 64, unless the rows end before.
+    """
+    request = np.zeros(REQUEST, np.int64)
+    job = np.zeros(JOB, np.int64)
+    for field in range(4):
+        job[field] = coding[field]
+    job[JOB_FIRST] = first
+    request[TASKS] = -(-count // TASK_ROWS)
+    request[JOBS], request[ROWS], request[COLUMNS] = job.ctypes.data, rows, columns
+    request[PLANES], request[OUT] = brain, out.ctypes.data
+    request[RESTORING] = 1
+    _run(request, parallel, function, threads if count * columns >= WORTH_THREADS else 1)
+
+
 def work(data):
-    """`_work` as OpenMP calls it, once compiled: the address of a request."""
+    """What each thread runs, once compiled: the tasks of the request at an address."""
     _work(carray(data, (REQUEST,), np.int64))
-
-
-def restore(data):
-    """Restore rows of one matrix, as OpenMP calls it."""
-    request = carray(data, (REQUEST,), np.int64)
-    job = carray(pointer(request[JOBS]), (JOB,), np.int64)
-    brain = request[PLANES] != 0
-    width = 2 if brain else 4
-    while True:
-        task = take(request)
-        if task >= request[TASKS]:
-            return
-        restore_block(
-            job[JOB_ADDRESS],
-            job[JOB_BITS],
-            job[JOB_GROUP],
-            job[JOB_FLAGS] != 0,
-            request[ROWS],
-            request[COLUMNS],
-            job[JOB_FIRST] + TASK_ROWS * task,
-            brain,
-            request[OUT] + TASK_ROWS * task * request[COLUMNS] * width,
-        )
 
 
 SIGNATURE = types.void(types.voidptr)

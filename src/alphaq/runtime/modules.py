@@ -1,7 +1,7 @@
 """Modules whose weights stay packed, in the place of transformers' own.
 
 Experts keep their class, with its gate, biases and norms; only what multiplies is exchanged. A module that does
-something else with its experts gets their matrices restored for the length of one call of its parent.
+something else with its experts gets their matrices restored while it runs.
 """
 
 from __future__ import annotations
@@ -13,15 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphaq.runtime.multiply import packed_linear
+from alphaq.runtime.multiply import multiply
 from alphaq.runtime.packed import PackedWeights
-
-
-def multiply(inputs: Tensor, weights: PackedWeights, experts: Tensor, tokens: Tensor) -> Tensor:
-    """`packed_linear` where the weights are: [pairs, projections · rows] on the inputs' device."""
-    home, device = inputs.device, weights.table.device
-    found = packed_linear(inputs.to(device), weights.table, weights.shape[0], experts.to(device), tokens.to(device))
-    return found.to(home)
 
 
 class PackedLinear(nn.Module):
@@ -101,23 +94,32 @@ def packed_class(original: type[nn.Module]) -> type[nn.Module]:
 
 
 class RestoredParameter:
-    """Hooks that give a module a parameter while its parent runs, made of packed matrices.
+    """Hooks that give a module a parameter while it or the module around it runs, made of packed matrices.
 
-    restore: makes the parameter's value in a dtype.
+    restore: makes the parameter's value.
     """
 
-    def __init__(self, parent: nn.Module, owner: nn.Module, name: str, restore: Callable[[], Tensor]) -> None:
+    def __init__(self, around: nn.Module, owner: nn.Module, name: str, restore: Callable[[], Tensor]) -> None:
         self.owner, self.name, self.restore = owner, name, restore
-        self.handles = (
-            parent.register_forward_pre_hook(self._give),
-            parent.register_forward_hook(self._take, always_call=True),
-        )
+        self.running = 0
+        self.handles = [
+            handle
+            for module in (around, owner)
+            for handle in (
+                module.register_forward_pre_hook(self._give),
+                module.register_forward_hook(self._take, always_call=True),
+            )
+        ]
 
     def _give(self, *_: Any) -> None:
-        self.owner.__dict__[self.name] = self.restore()
+        self.running += 1
+        if self.running == 1:
+            self.owner.__dict__[self.name] = self.restore()
 
     def _take(self, *_: Any) -> None:
-        self.owner.__dict__.pop(self.name, None)
+        self.running -= 1
+        if self.running == 0:
+            del self.owner.__dict__[self.name]
 
     def remove(self) -> None:
         """Undo the hooks."""

@@ -6,16 +6,16 @@ An operator of torch's, so that compilers keep it whole.
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
+from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from alphaq.errors import AlphaQError
 from alphaq.runtime import kernels
-from alphaq.runtime.packed import ADDRESS, BITS, FLAGS
-from alphaq.runtime.threads import run_on_all
+from alphaq.runtime.packed import ADDRESS, BITS, FLAGS, PackedWeights
+from alphaq.runtime.threads import parallel
 from alphaq.simd import flat
 from alphaq.simd_codes import FEATURES
 
@@ -31,11 +31,7 @@ def packed_linear(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tok
     [projections, experts, FIELDS] of `PackedWeights`, whose blocks must live on. experts, tokens: int64 [pairs]; an
     expert that the table does not have gives zeros.
     """
-    if inputs.device.type == "cuda":
-        from alphaq.runtime import triton_kernels
-
-        return triton_kernels.packed_linear(inputs, table, rows, experts, tokens)
-    return cpu_linear(inputs, table, rows, experts, tokens)
+    return _dispatched(inputs, table, rows, experts, tokens)
 
 
 @packed_linear.register_fake
@@ -43,53 +39,58 @@ def _(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens: Tensor)
     return inputs.new_empty(experts.shape[0], table.shape[0] * rows)
 
 
+def _no_gradient(context: Any, gradient: Tensor) -> None:
+    raise AlphaQError(
+        "Packed weights have no gradients. Make an ordinary model with `model.dequantize()` before training."
+    )
+
+
+packed_linear.register_autograd(_no_gradient)
+
+
+def multiply(inputs: Tensor, weights: PackedWeights, experts: Tensor, tokens: Tensor) -> Tensor:
+    """`packed_linear` where the weights are; the result is where the inputs are."""
+    home, device = inputs.device, weights.table.device
+    if home != device:
+        inputs, experts, tokens = inputs.to(device), experts.to(device), tokens.to(device)
+    # An operator costs a tenth of a millisecond, which only compilers and gradients need to pay.
+    plain = not torch.compiler.is_compiling() and not (inputs.requires_grad and torch.is_grad_enabled())
+    found = (_dispatched if plain else packed_linear)(inputs, weights.table, weights.shape[0], experts, tokens)
+    return found if home == device else found.to(home)
+
+
+def _dispatched(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens: Tensor) -> Tensor:
+    if inputs.device.type == "cpu":
+        return cpu_linear(inputs, table, rows, experts, tokens)
+    from alphaq.runtime import triton_kernels  # asks for triton, which only GPUs need
+
+    return triton_kernels.packed_linear(inputs, table, rows, experts, tokens)
+
+
 def cpu_linear(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens: Tensor) -> Tensor:
     """`packed_linear` on the CPU."""
-    inputs, codings = inputs.contiguous(), table.numpy()
-    wanted = experts.numpy()
-    order = np.argsort(wanted, kind="stable")
-    numbers, starts = np.unique(wanted[order], return_index=True)
-    ends = np.append(starts[1:], len(order))
-    present = (numbers >= 0) & (numbers < len(codings[0]))
-    few = present & (ends - starts <= FEW_TOKENS)
-    out = torch.zeros(len(order), len(codings) * rows) if not present.all() else None
-    if out is None:
-        out = torch.empty(len(order), len(codings) * rows)
-    mine = np.stack([tokens.numpy()[order], order])
-    groups = list(zip(numbers.tolist(), starts.tolist(), ends.tolist(), strict=True))
-    jobs = [
-        (*codings[projection, expert].tolist(), projection * rows, start, end - start)
-        for (expert, start, end), small in zip(groups, few, strict=True)
-        if small
-        for projection in range(len(codings))
-    ]
-    if jobs:
-        _multiply(inputs, jobs, rows, mine, out)
-    for (expert, start, end), many in zip(groups, present & ~few, strict=True):
-        if many:
-            chosen = torch.from_numpy(mine[:, start:end])
-            _multiply_restored(inputs[chosen[0]], codings[:, expert], rows, out, chosen[1])
+    inputs, codings = inputs.detach().contiguous(), table.numpy()
+    out = torch.empty(len(experts), len(codings) * rows)
+    planes = 3 if inputs.dtype == torch.float32 else 2
+    wanted, chosen = experts.long().contiguous().numpy(), tokens.contiguous().numpy()
+    left = kernels.multiply(
+        flat(inputs),
+        inputs.shape[1],
+        codings,
+        rows,
+        wanted,
+        chosen,
+        FEW_TOKENS,
+        planes,
+        kernels.LIMITS[planes - 1],
+        out.numpy(),
+        *parallel(),
+    )
+    if left:
+        for expert in np.flatnonzero(np.bincount(wanted[wanted >= 0])[: codings.shape[1]] > FEW_TOKENS):
+            mine = torch.from_numpy(np.flatnonzero(wanted == expert))
+            _multiply_restored(inputs[tokens[mine]], codings[:, expert], rows, out, mine)
     return out.to(inputs.dtype)
-
-
-def _multiply(inputs: Tensor, jobs: list[tuple[int, ...]], rows: int, pairs: np.ndarray, out: Tensor) -> None:
-    """Multiply with codes. pairs: int64 [2, pairs], rows of inputs and of out."""
-    tokens, columns = inputs.shape
-    planes, padded = 3 if inputs.dtype == torch.float32 else 2, -(-columns // 512) * 512
-    digits = np.zeros((planes, tokens, padded), np.int8)
-    steps, sums = np.zeros((2, 3, tokens, padded // 32), np.float32)
-    values = np.zeros((tokens, padded), np.float32)
-    kernels.prepare(flat(inputs), tokens, columns, planes, kernels.LIMITS[planes - 1], digits, steps, sums, values)
-    work = np.array(jobs, np.int64)
-    request = np.zeros(kernels.REQUEST, np.int64)
-    request[kernels.TASKS] = len(jobs) * -(-rows // kernels.TASK_ROWS)
-    request[kernels.JOBS], request[kernels.PAIRS] = work.ctypes.data, pairs.ctypes.data
-    request[kernels.PAIR_COUNT], request[kernels.TOKENS] = pairs.shape[1], tokens
-    request[kernels.ROWS], request[kernels.COLUMNS], request[kernels.WIDTH] = rows, columns, out.shape[1]
-    request[kernels.PLANES], request[kernels.DIGITS] = planes, digits.ctypes.data
-    request[kernels.STEPS], request[kernels.SUMS] = steps.ctypes.data, sums.ctypes.data
-    request[kernels.VALUES], request[kernels.OUT] = values.ctypes.data, out.data_ptr()
-    run_on_all(_compiled("work"), request.ctypes.data)
 
 
 def _multiply_restored(inputs: Tensor, codings: np.ndarray, rows: int, out: Tensor, places: Tensor) -> None:
@@ -107,20 +108,8 @@ def _multiply_restored(inputs: Tensor, codings: np.ndarray, rows: int, out: Tens
             if coding[BITS] == 16:
                 part = _kept(coding, first, count, columns).to(kind)
             else:
-                _restore(coding, rows, columns, first, part)
+                kernels.restore(coding, rows, columns, first, count, brain, flat(part), *parallel())
             out[places, projection * rows + first : projection * rows + first + count] = (inputs @ part.T).float()
-
-
-def _restore(coding: np.ndarray, rows: int, columns: int, first: int, part: Tensor) -> None:
-    """Values of some rows of a block to `part`, bfloat16 or float32 [count, columns]; whole tasks, but for the end."""
-    job = np.zeros(kernels.JOB, np.int64)
-    job[: len(coding)] = coding
-    job[kernels.JOB_FIRST] = first
-    request = np.zeros(kernels.REQUEST, np.int64)
-    request[kernels.TASKS] = -(-len(part) // kernels.TASK_ROWS)
-    request[kernels.JOBS], request[kernels.ROWS], request[kernels.COLUMNS] = job.ctypes.data, rows, columns
-    request[kernels.PLANES], request[kernels.OUT] = part.dtype == torch.bfloat16, part.data_ptr()
-    run_on_all(_compiled("restore"), request.ctypes.data)
 
 
 def _kept(coding: np.ndarray, first: int, count: int, columns: int) -> Tensor:
@@ -129,14 +118,3 @@ def _kept(coding: np.ndarray, first: int, count: int, columns: int) -> Tensor:
     held = np.ctypeslib.as_array((ctypes.c_int16 * (count * columns)).from_address(begin))
     kind = torch.float16 if coding[FLAGS] else torch.bfloat16
     return torch.from_numpy(held).view(kind).view(count, columns)
-
-
-@lru_cache
-def _compiled(name: str) -> int:
-    """Address of a kernel that threads run, compiled for this machine."""
-    options = {"error_model": "numpy", "boundscheck": False}
-    function = getattr(kernels, name)
-    try:
-        return numba.cfunc(kernels.SIGNATURE, cache=True, **options)(function).address
-    except RuntimeError:  # no folder to keep it in
-        return numba.cfunc(kernels.SIGNATURE, **options)(function).address

@@ -172,9 +172,10 @@ class Packer:
                 self._pack_linear(model, module, coded[0])
             elif (pair := _first_and_down(module, own)) is not None:
                 self._pack_experts(module, *pair)
+                _around(modules, owner)._is_hf_initialized = True  # it may draw random numbers for its experts
                 coded = list(pair)
             else:
-                coded = [target for target in coded if self._pack_restored(_caller(modules, owner), module, target)]
+                coded = [target for target in coded if self._pack_restored(_around(modules, owner), module, target)]
             gone += [target.name for target in coded]
         return gone
 
@@ -240,8 +241,8 @@ class Packer:
 
         self._undo.append(undo)
 
-    def _pack_restored(self, caller: nn.Module, module: Any, target: Target) -> bool:
-        """Exchange a parameter for matrices that are restored while `caller` runs; False if it cannot be."""
+    def _pack_restored(self, around: nn.Module, module: Any, target: Target) -> bool:
+        """Exchange a parameter for matrices that are restored while `around` runs; False if it cannot be."""
         if any(getattr(one, "check_dims", False) or type(one).__name__ not in _KNOWN for one in target.operations):
             return False
         shapes = {self._shape(name) for row in target.names for name in row}
@@ -251,7 +252,7 @@ class Packer:
         setattr(module, place, weights)
         delattr(module, target.short)
         restored = RestoredParameter(
-            caller, module, target.short, lambda: target.restored(getattr(module, place), known.dtype)
+            around, module, target.short, lambda: target.restored(getattr(module, place), known.dtype)
         )
         module._is_hf_initialized = True
 
@@ -302,7 +303,7 @@ def _first_and_down(module: Any, targets: Sequence[Target]) -> tuple[Target, Tar
     return first, down
 
 
-def _caller(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
+def _around(modules: Mapping[str, Any], name: str) -> Any:
     """The nearest module around one that is run itself."""
     while name:
         name = name.rpartition(".")[0]

@@ -1,52 +1,54 @@
-"""Run a compiled function on all of torch's threads at once.
+"""Let torch's own threads run compiled kernels.
 
-torch's own OpenMP threads are asked, through the entry that GNU's and LLVM's runtimes share: they wait for work
-already, stay where an application has bound them, and no second pool competes for the same cores. Where torch has
-another kind of threads (macOS, Windows), Python threads do the same, some tens of microseconds slower.
+The OpenMP runtime that torch has loaded is asked, through the entry that GNU's and LLVM's share: its threads wait for
+work already, stay where an application has bound them, and no second pool competes for the same cores. Where torch has
+threads of another kind (macOS, Windows), kernels run on one.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
+import numba
 import torch
 
-from alphaq.numerics import in_threads
-
-_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+from alphaq.runtime import kernels
 
 
-def run_on_all(function: int, data: int) -> None:
-    """Call the C function at an address, void (*)(void *), with `data` on each thread; returns when all have."""
-    threads = torch.get_num_threads()
-    if threads > 1 and (parallel := _openmp()) is not None:
-        parallel(function, data, threads, 0)
-        return
-    call = _FUNCTION(function)
-    in_threads(lambda _: call(data), range(threads))
+def parallel() -> tuple[int, int, int]:
+    """What kernels take last: addresses of the runtime's entry and of the threads' function, number of threads."""
+    entry = _entry()
+    return entry, _function(), torch.get_num_threads() if entry else 1
 
 
 @lru_cache(maxsize=1)
-def _openmp() -> Callable[[int, int, int, int], None] | None:
-    """GOMP_parallel(function, data, threads, flags) of the runtime that torch has loaded, or None."""
+def _function() -> int:
+    """`kernels.work`, compiled for this machine."""
+    options = {"error_model": "numpy", "boundscheck": False}
+    try:
+        return numba.cfunc(kernels.SIGNATURE, cache=True, **options)(kernels.work).address
+    except RuntimeError:  # no folder to keep it in
+        return numba.cfunc(kernels.SIGNATURE, **options)(kernels.work).address
+
+
+@lru_cache(maxsize=1)
+def _entry() -> int:
+    """Address of GOMP_parallel(function, data, threads, flags) in the runtime that torch uses, or 0."""
     if not torch.backends.openmp.is_available():
-        return None
+        return 0
     try:
         mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return None
+        return 0
     libraries = re.findall(r"/\S*/lib(?:gomp|omp|iomp5)[^/\n]*\.so[.\d]*$", mapped, re.MULTILINE)
     own = str(Path(torch.__file__).parent)
     for library in sorted(dict.fromkeys(libraries), key=lambda path: not path.startswith(own)):
         try:
-            parallel = ctypes.CDLL(library).GOMP_parallel
+            entry = ctypes.CDLL(library).GOMP_parallel
         except (OSError, AttributeError):
             continue
-        parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        parallel.restype = None
-        return parallel
-    return None
+        return ctypes.cast(entry, ctypes.c_void_p).value or 0
+    return 0

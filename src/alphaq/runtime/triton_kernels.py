@@ -37,6 +37,7 @@ HEADER_BYTES = tl.constexpr(16)
 ROWS_PER_THREAD = 8
 LONGEST_TILE = 128
 ENOUGH_PROGRAMS = 1024
+LARGE_TILE = 200_000  # bytes of shared memory
 PAIRS_PER_EXPERT = 2  # more of them, and restoring weights once for all is cheaper than unpacking them for each
 
 
@@ -104,9 +105,7 @@ def _prefill(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens: 
     """One program per tile of pairs that share an expert, projection and some rows."""
     columns = inputs.shape[1]
     pairs, projections, available = experts.shape[0], table.shape[0], table.shape[1]
-    expected = pairs // available
-    tile_pairs = 16 if expected <= 16 else 32 if expected <= 32 else 64 if expected <= 256 else 128
-    tile_rows = 64 if tile_pairs < 128 or inputs.dtype == torch.float32 else 128
+    tile_pairs, tile_rows, warps, stages = _prefill_tile(inputs, pairs // available)
     order, tile_expert, tile_start, tile_end = _tiles(experts, available, tile_pairs)
     out = inputs.new_zeros(pairs, projections * rows)
     _prefill_kernel[(len(tile_expert) * projections * -(-rows // tile_rows),)](
@@ -127,9 +126,21 @@ def _prefill(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens: 
         BLOCK=BLOCK,
         TILE_PAIRS=tile_pairs,
         TILE_ROWS=tile_rows,
-        num_warps=8 if tile_rows == 128 else 4,
+        num_warps=warps,
+        num_stages=stages,
     )
     return out
+
+
+def _prefill_tile(inputs: Tensor, expected: int) -> tuple[int, int, int, int]:
+    """Pairs, rows, warps and pipeline stages per program, where that many pairs are expected per expert."""
+    if inputs.dtype == torch.float32:  # no matrix units: larger tiles would not fit into registers
+        return 16, 32, 4, 1
+    if expected > 256:
+        device = torch.cuda.get_device_properties(inputs.device) if inputs.is_cuda else None
+        if getattr(device, "shared_memory_per_block_optin", 0) >= LARGE_TILE:
+            return 128, 128, 8, 2
+    return 16 if expected <= 16 else 32 if expected <= 32 else 64, 64, 4, 2
 
 
 def _tiles(experts: Tensor, available: int, tile_pairs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -191,9 +202,9 @@ def _decode_kernel(
     product = program % (pairs * projections)
     pair = product % pairs
     projection = product // pairs
-    row = program // (pairs * projections) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    first_row = program // (pairs * projections) * TILE_ROWS
+    y = out + pair.to(tl.int64) * (projections * rows) + projection * rows
     expert = tl.load(experts + pair)
-    result = tl.full([TILE_ROWS], 0.0, tl.float32)
     if (expert >= 0) & (expert < available):
         token = tl.load(tokens + pair)
         entry = table + (projection * available + expert) * FIELDS
@@ -201,59 +212,38 @@ def _decode_kernel(
         bits = tl.load(entry + 1)
         group_size = tl.load(entry + 2).to(tl.int32)
         flag = tl.load(entry + 3)
-        inside = tl.minimum(row, rows - 1)
-        x = arranged + token * (tl.cdiv(columns, BLOCK * TILE_BLOCKS) * BLOCK * TILE_BLOCKS)
-        x_sums = sums + token * (tl.cdiv(columns, BLOCK * TILE_BLOCKS) * TILE_BLOCKS)
+        padded = tl.cdiv(columns, BLOCK * TILE_BLOCKS) * TILE_BLOCKS
+        x = arranged + token * padded * BLOCK
+        x_sums = sums + token * padded
         if bits == 16:
-            plain = inputs + token * columns
-            if flag == 1:
-                halves = address.to(tl.pointer_type(tl.float16))
-                result = _times_matrix(halves, plain, inside, columns, TILE_ROWS, TILE_BLOCKS)
-            else:
-                brains = address.to(tl.pointer_type(tl.bfloat16))
-                result = _times_matrix(brains, plain, inside, columns, TILE_ROWS, TILE_BLOCKS)
-        elif bits == 1:
-            result = _times_block(
-                address, x, x_sums, inside, rows, columns, group_size, flag,
-                1, WORD_PAIRS, RAGGED, BLOCK, TILE_ROWS, TILE_BLOCKS,
-            )  # fmt: skip
-        elif bits == 2:
-            result = _times_block(
-                address, x, x_sums, inside, rows, columns, group_size, flag,
-                2, WORD_PAIRS, RAGGED, BLOCK, TILE_ROWS, TILE_BLOCKS,
-            )  # fmt: skip
-        elif bits == 3:
-            result = _times_block(
-                address, x, x_sums, inside, rows, columns, group_size, flag,
-                3, WORD_PAIRS, RAGGED, BLOCK, TILE_ROWS, TILE_BLOCKS,
-            )  # fmt: skip
-        elif bits == 4:
-            result = _times_block(
-                address, x, x_sums, inside, rows, columns, group_size, flag,
-                4, WORD_PAIRS, RAGGED, BLOCK, TILE_ROWS, TILE_BLOCKS,
-            )  # fmt: skip
-        elif bits == 5:
-            result = _times_block(
-                address, x, x_sums, inside, rows, columns, group_size, flag,
-                5, WORD_PAIRS, RAGGED, BLOCK, TILE_ROWS, TILE_BLOCKS,
-            )  # fmt: skip
-        elif bits == 6:
-            result = _times_block(
-                address, x, x_sums, inside, rows, columns, group_size, flag,
-                6, WORD_PAIRS, RAGGED, BLOCK, TILE_ROWS, TILE_BLOCKS,
-            )  # fmt: skip
-        elif bits == 7:
-            result = _times_block(
-                address, x, x_sums, inside, rows, columns, group_size, flag,
-                7, WORD_PAIRS, RAGGED, BLOCK, TILE_ROWS, TILE_BLOCKS,
-            )  # fmt: skip
-        elif bits == 8:
-            result = _times_block(
-                address, x, x_sums, inside, rows, columns, group_size, flag,
-                8, WORD_PAIRS, RAGGED, BLOCK, TILE_ROWS, TILE_BLOCKS,
-            )  # fmt: skip
-    place = pair.to(tl.int64) * (projections * rows) + projection * rows + row
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=row < rows)
+            _store_matrix_rows(
+                address, inputs + token * columns, y, first_row, rows, columns, flag, TILE_ROWS, TILE_BLOCKS
+            )
+        for width in tl.static_range(1, 9):
+            if bits == width:
+                _store_block_rows(
+                    address, x, x_sums, y, first_row, rows, columns, group_size, flag,
+                    width, WORD_PAIRS, RAGGED, BLOCK, TILE_ROWS, TILE_BLOCKS,
+                )  # fmt: skip
+    else:
+        row = first_row + tl.arange(0, TILE_ROWS)
+        tl.store(y + row, tl.full([TILE_ROWS], 0.0, out.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def _store_matrix_rows(
+    address, x, y, first_row, rows, columns, half, TILE_ROWS: tl.constexpr, TILE_BLOCKS: tl.constexpr
+):
+    """y[first_row:][:TILE_ROWS] = W·x of a matrix in 16 bits: float16 if `half`, else bfloat16."""
+    row = first_row + tl.arange(0, TILE_ROWS)
+    inside = tl.minimum(row, rows - 1)
+    if half == 1:
+        halves = address.to(tl.pointer_type(tl.float16))
+        result = _times_matrix(halves, x, inside, columns, TILE_ROWS, TILE_BLOCKS)
+    else:
+        brains = address.to(tl.pointer_type(tl.bfloat16))
+        result = _times_matrix(brains, x, inside, columns, TILE_ROWS, TILE_BLOCKS)
+    tl.store(y + row, result.to(y.dtype.element_ty), mask=row < rows)
 
 
 @triton.jit
@@ -271,12 +261,13 @@ def _times_matrix(matrix, x, row, columns, TILE_ROWS: tl.constexpr, TILE_BLOCKS:
     return tl.sum(total, 1)
 
 
-@triton.jit
-def _times_block(
+@triton.jit(noinline=True)
+def _store_block_rows(
     address,
     x,
     x_sums,
-    row,
+    y,
+    first_row,
     rows,
     columns,
     group_size,
@@ -288,7 +279,12 @@ def _times_block(
     TILE_ROWS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
 ):
-    """Ŵ·x of some rows of a block, float32 [TILE_ROWS]. Zero points are taken as their middle first, then put right."""
+    """y[first_row:][:TILE_ROWS] = Ŵ·x of a block. Zero points are taken as their middle first, then put right.
+
+    A function of its own in the compiled code too: inlined eight times, it takes Triton minutes.
+    """
+    out_row = first_row + tl.arange(0, TILE_ROWS)
+    row = tl.minimum(out_row, rows - 1)
     codes, offsets, scales = _parts(address, rows, columns, group_size, symmetric, BITS)
     groups = tl.cdiv(columns, group_size)
     if WORD_PAIRS and BITS % 4 == 0:  # at fewer bits strided single words are no slower, and less to compile
@@ -311,7 +307,7 @@ def _times_block(
         result += _times_offsets(
             offsets, scales, x_sums, row, rows, columns, groups, group_size, BITS, BLOCK, TILE_ROWS
         )
-    return result
+    tl.store(y + out_row, result.to(y.dtype.element_ty), mask=out_row < rows)
 
 
 @triton.jit
@@ -525,38 +521,12 @@ def _prefill_kernel(
             else:
                 brains = address.to(tl.pointer_type(tl.bfloat16))
                 result = _product_with_matrix(x, filled, brains, inside, columns, TILE_PAIRS, TILE_ROWS)
-        elif bits == 1:
-            result = _product_with_block(
-                x, filled, address, inside, rows, columns, group_size, flag, 1, RAGGED, BLOCK, TILE_PAIRS, TILE_ROWS
-            )
-        elif bits == 2:
-            result = _product_with_block(
-                x, filled, address, inside, rows, columns, group_size, flag, 2, RAGGED, BLOCK, TILE_PAIRS, TILE_ROWS
-            )
-        elif bits == 3:
-            result = _product_with_block(
-                x, filled, address, inside, rows, columns, group_size, flag, 3, RAGGED, BLOCK, TILE_PAIRS, TILE_ROWS
-            )
-        elif bits == 4:
-            result = _product_with_block(
-                x, filled, address, inside, rows, columns, group_size, flag, 4, RAGGED, BLOCK, TILE_PAIRS, TILE_ROWS
-            )
-        elif bits == 5:
-            result = _product_with_block(
-                x, filled, address, inside, rows, columns, group_size, flag, 5, RAGGED, BLOCK, TILE_PAIRS, TILE_ROWS
-            )
-        elif bits == 6:
-            result = _product_with_block(
-                x, filled, address, inside, rows, columns, group_size, flag, 6, RAGGED, BLOCK, TILE_PAIRS, TILE_ROWS
-            )
-        elif bits == 7:
-            result = _product_with_block(
-                x, filled, address, inside, rows, columns, group_size, flag, 7, RAGGED, BLOCK, TILE_PAIRS, TILE_ROWS
-            )
-        elif bits == 8:
-            result = _product_with_block(
-                x, filled, address, inside, rows, columns, group_size, flag, 8, RAGGED, BLOCK, TILE_PAIRS, TILE_ROWS
-            )
+        for width in tl.static_range(1, 9):
+            if bits == width:
+                result = _product_with_block(
+                    x, filled, address, inside, rows, columns, group_size, flag,
+                    width, RAGGED, BLOCK, TILE_PAIRS, TILE_ROWS,
+                )  # fmt: skip
         at = pair[:, None] * (projections * rows) + projection * rows + row[None, :]
         tl.store(out + at, result.to(out.dtype.element_ty), mask=filled[:, None] & (row < rows)[None, :])
 
@@ -622,7 +592,7 @@ def _product_with_block(
         elif symmetric == 0:
             zero_point = _zero_points(offsets, row, group, rows, BITS)
         weights = (code.to(tl.float32) - zero_point[:, None]) * scale[:, None]
-        if BITS == 1:
+        if BITS == 1:  # noqa: SIM102 (known when compiling, unlike the next)
             if symmetric == 0:
                 weights += tl.load(row_means + group).to(tl.float32)[:, None]
         if RAGGED:

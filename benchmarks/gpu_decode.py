@@ -1,0 +1,259 @@
+"""Decode on a GPU: the experts of one layer from packed blocks against bfloat16, at 1 to 8 tokens.
+
+    python benchmarks/gpu_decode.py [--out FILE] [--quick]
+
+A call is what a layer does after routing: gate, up, SiLU, down, for every (token, expert) pair. The baseline is one
+matrix product per chosen expert with gate and up as one matrix, the best case of unpacked weights. Both run as CUDA
+graphs of many calls, which take turns over layers and routings, so that nothing is still in the cache from the call
+before. Codes are random: time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import struct
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+from common import machine, markdown_table, parser, results_folder, versions
+from torch.nn.functional import linear, silu
+
+from alphaq.records import BLOCK_HEADER_BYTES, Choice, Shape
+from alphaq.runtime.packed import PackedWeights
+
+TITLE = "Decode on a GPU"
+GROUP_SIZE = 128
+WIDTHS = (2, 3, 4, 8)
+BATCHES = (1, 4, 8)
+CALLS, REPLAYS = 16, 25
+COLD_BYTES = 400e6  # several times any GPU's last cache
+LARGEST_ERROR = 1e-2
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A sparse layer's experts."""
+
+    name: str
+    experts: int
+    chosen: int
+    hidden: int
+    intermediate: int
+
+    @property
+    def shapes(self) -> tuple[Shape, Shape]:
+        """Of gate and up, and of down."""
+        return (self.intermediate, self.hidden), (self.hidden, self.intermediate)
+
+
+LAYERS = (Layer("Mixtral-8x7B", 8, 2, 4096, 14336), Layer("Qwen1.5-MoE-A2.7B", 60, 4, 2048, 1408))
+QUICK_LAYERS = (Layer("toy", 8, 2, 512, 1024),)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; seconds of one call."""
+
+    layer: str
+    tokens: int
+    bits: int
+    packed_s: float
+    bfloat16_s: float
+    ratio: float
+    packed_bytes: int
+    bandwidth_share: float
+    """Bytes of the chosen experts' blocks per second, over those of a copy."""
+
+
+def random_block(choice: Choice, shape: Shape) -> torch.Tensor:
+    """A valid block with random codes and zero points, on the GPU."""
+    codes, offsets, scales = choice.parts(shape)
+    header = struct.pack("<2sBBHHII", b"AQ", 1, choice.bits, choice.group_size, int(choice.symmetric), *shape)
+    block = torch.randint(256, (choice.storage_bytes(shape),), dtype=torch.uint8, device="cuda")
+    block[:BLOCK_HEADER_BYTES] = torch.tensor(list(header), dtype=torch.uint8)
+    start = BLOCK_HEADER_BYTES + codes + offsets
+    values = (torch.rand(scales // 2, device="cuda") * 0.01 + 0.005).half()
+    block[start : start + scales] = values.view(torch.uint8)
+    block[start + scales :] = 0
+    return block
+
+
+def packed_layer(layer: Layer, bits: int) -> tuple[PackedWeights, PackedWeights]:
+    """Gate and up, and down."""
+    choice, made = Choice(bits, GROUP_SIZE), []
+    for projections, shape in zip((2, 1), layer.shapes, strict=True):
+        weights = PackedWeights([[f"{p}.{e}" for e in range(layer.experts)] for p in range(projections)], shape)
+        weights.fill([[random_block(choice, shape) for _ in range(layer.experts)] for _ in range(projections)])
+        made.append(weights)
+    return made[0], made[1]
+
+
+def routings(layer: Layer, tokens: int, seed: int) -> list[torch.Tensor]:
+    """Experts of each call, [tokens, chosen]."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(tokens, layer.experts, generator=generator).topk(layer.chosen).indices for _ in range(CALLS)]
+
+
+def time_s(call: Callable[[int], object]) -> float:
+    """Seconds of one call: median over replays of a graph of `CALLS`."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # compile before capture
+        for number in range(CALLS):
+            call(number)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for number in range(CALLS):
+            call(number)
+    for _ in range(3):
+        graph.replay()
+    taken = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        taken.append(start.elapsed_time(end) / 1e3 / CALLS)
+    return statistics.median(taken)
+
+
+def copy_bytes_per_s() -> float:
+    """Bytes read and written by a large copy within the device, per second."""
+    source = torch.randint(256, (2 << 30,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / time_s(lambda _: target.copy_(source))
+
+
+def time_packed(layer: Layer, layers: list[tuple[PackedWeights, PackedWeights]], tokens: int) -> tuple[float, float]:
+    """Seconds of a call, and mean bytes of the blocks that a call reads."""
+    from alphaq.runtime.triton_kernels import packed_linear
+
+    inputs = torch.randn(tokens, layer.hidden, dtype=torch.bfloat16, device="cuda")
+    chosen = routings(layer, tokens, seed=tokens)
+    experts = [routing.flatten().cuda() for routing in chosen]
+    token = torch.arange(tokens, device="cuda").repeat_interleave(layer.chosen)
+    pair = torch.arange(tokens * layer.chosen, device="cuda")
+
+    def call(number: int) -> torch.Tensor:
+        both, down = layers[number % len(layers)]
+        gate, up = packed_linear(inputs, both.table, layer.intermediate, experts[number], token).chunk(2, dim=1)
+        return packed_linear(silu(gate) * up, down.table, layer.hidden, experts[number], pair)
+
+    distinct = sum(len(routing.unique()) for routing in chosen) / CALLS
+    return time_s(call), distinct * sum(weights.nbytes for weights in layers[0]) / layer.experts
+
+
+def time_bfloat16(layer: Layer, both: torch.Tensor, down: torch.Tensor, tokens: int) -> float:
+    """Seconds of a call; weights are [experts, rows, columns]."""
+    inputs = torch.randn(tokens, layer.hidden, dtype=torch.bfloat16, device="cuda")
+    plans = [
+        [(expert, (routing == expert).any(1).nonzero()[:, 0].cuda()) for expert in routing.unique().tolist()]
+        for routing in routings(layer, tokens, seed=tokens)
+    ]
+
+    def call(number: int) -> list[torch.Tensor]:
+        out = []
+        for expert, mine in plans[number]:
+            rows = inputs if tokens == 1 else inputs[mine]
+            gate, up = linear(rows, both[expert]).chunk(2, dim=1)
+            out.append(linear(silu(gate) * up, down[expert]))
+        return out
+
+    return time_s(call)
+
+
+def check(layer: Layer, weights: PackedWeights, bits: int) -> None:
+    """Exit unless the kernels multiply with a block's values."""
+    from alphaq.runtime.triton_kernels import packed_linear
+
+    rows, columns = weights.shape
+    inputs = torch.randn(1, columns, dtype=torch.bfloat16, device="cuda")
+    last = torch.tensor([layer.experts - 1], device="cuda")
+    found = packed_linear(inputs, weights.table, rows, last, torch.zeros_like(last))[0, -rows:]
+    restored = weights.dequantized(len(weights.names) - 1, layer.experts - 1, torch.float32)
+    expected = restored.double() @ inputs[0].double()
+    error = ((found.double() - expected).norm() / expected.norm()).item()
+    if not error < LARGEST_ERROR:
+        sys.exit(f"{layer.name} at {bits} bits: the kernels are wrong, relative error {error:.3g}.")
+
+
+def measure(layers: tuple[Layer, ...], copy_rate: float) -> list[Row]:
+    """All rows, the baseline once per layer and batch."""
+    rows = []
+    for layer in layers:
+        (intermediate, hidden), _ = layer.shapes
+        both = torch.randn(layer.experts, 2 * intermediate, hidden, dtype=torch.bfloat16, device="cuda")
+        down = torch.randn(layer.experts, hidden, intermediate, dtype=torch.bfloat16, device="cuda")
+        baseline = {tokens: time_bfloat16(layer, both, down, tokens) for tokens in BATCHES}
+        del both, down
+        for bits in WIDTHS:
+            first = packed_layer(layer, bits)
+            for weights in first:
+                check(layer, weights, bits)
+            copies = int(COLD_BYTES // sum(weights.nbytes for weights in first))
+            several = [first, *(packed_layer(layer, bits) for _ in range(copies))]
+            for tokens in BATCHES:
+                seconds, size = time_packed(layer, several, tokens)
+                share = size / seconds / copy_rate
+                ratio = baseline[tokens] / seconds
+                rows.append(Row(layer.name, tokens, bits, seconds, baseline[tokens], ratio, round(size), share))
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """As Markdown."""
+    header = ["layer", "tokens", "bits", "packed µs", "bfloat16 µs", "times faster", "share of copy bandwidth"]
+    return markdown_table(
+        header,
+        [
+            (
+                row.layer,
+                row.tokens,
+                row.bits,
+                f"{1e6 * row.packed_s:.1f}",
+                f"{1e6 * row.bfloat16_s:.1f}",
+                f"{row.ratio:.2f}",
+                f"{100 * row.bandwidth_share:.0f} %",
+            )
+            for row in rows
+        ],
+    )
+
+
+def main() -> None:
+    """Measure and write the result."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--out", type=Path, help="JSON file to write; results/gpu_decode.json by default")
+    given = arguments.parse_args()
+    if not torch.cuda.is_available():
+        arguments.error("there is no CUDA device here. Run it on a machine with an NVIDIA GPU.")
+    import triton
+
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        copy_rate = copy_bytes_per_s()
+        rows = measure(QUICK_LAYERS if given.quick else LAYERS, copy_rate)
+    markdown = table(rows)
+    result = {
+        "benchmark": "gpu_decode",
+        "title": TITLE,
+        "date": date.today().isoformat(),
+        "machine": {**machine(), "gpu": torch.cuda.get_device_name(), "copy_bytes_per_s": copy_rate},
+        "versions": {**versions(), "triton": triton.__version__, "cuda": torch.version.cuda},
+        "rows": [asdict(row) for row in rows],
+        "markdown": markdown,
+    }
+    path = given.out or results_folder(given.quick) / "gpu_decode.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    sys.stdout.write(f"{TITLE}: a copy moves {copy_rate / 1e12:.2f} TB/s\n\n{markdown}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""One layer of random weights in the shapes of large models, and GGUF files whose codes are random, too.
+
+    python benchmarks/runtime_random.py {mixtral,qwen} OUT [--quick]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from common import parser
+from synthetic import Dimensions, write_checkpoint
+
+VOCABULARY = 4096
+SHARD_BYTES = 1_000_000_000
+SCALE = np.float16(5e-4)  # of a block of IQ2 codes: weights near 0.02
+
+
+@dataclass(frozen=True)
+class MixtralDimensions(Dimensions):
+    """Sizes of a Mixtral model; the defaults are those of one layer of Mixtral-8x7B."""
+
+    layers: int = 1
+    experts: int = 8
+    hidden: int = 4096
+    expert_width: int = 14336
+    heads: int = 32
+    key_value_heads: int = 8
+    vocabulary: int = VOCABULARY
+
+    def config(self) -> dict[str, Any]:
+        """config.json as transformers writes it."""
+        from transformers import MixtralConfig
+
+        made = MixtralConfig(
+            architectures=["MixtralForCausalLM"],
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.expert_width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_value_heads,
+            num_local_experts=self.experts,
+            max_position_embeddings=8192,
+            bos_token_id=0,
+            eos_token_id=0,
+            dtype="bfloat16",
+        )
+        return made.to_dict()
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes, from the first layer to the last."""
+        hidden, width = self.hidden, self.expert_width
+        narrow = hidden // self.heads * self.key_value_heads
+        yield "model.embed_tokens.weight", (self.vocabulary, hidden)
+        for number in range(self.layers):
+            prefix = f"model.layers.{number}."
+            for part, rows in (("q", hidden), ("k", narrow), ("v", narrow), ("o", hidden)):
+                yield f"{prefix}self_attn.{part}_proj.weight", (rows, hidden)
+            yield f"{prefix}block_sparse_moe.gate.weight", (self.experts, hidden)
+            for expert in range(self.experts):
+                for part, shape in (("w1", (width, hidden)), ("w2", (hidden, width)), ("w3", (width, hidden))):
+                    yield f"{prefix}block_sparse_moe.experts.{expert}.{part}.weight", shape
+            yield f"{prefix}input_layernorm.weight", (hidden,)
+            yield f"{prefix}post_attention_layernorm.weight", (hidden,)
+        yield "model.norm.weight", (hidden,)
+        yield "lm_head.weight", (self.vocabulary, hidden)
+
+
+SHAPES: dict[str, tuple[Dimensions, Dimensions]] = {  # real, quick
+    "mixtral": (MixtralDimensions(), MixtralDimensions(hidden=512, expert_width=1024, heads=8, key_value_heads=2)),
+    "qwen": (
+        Dimensions(layers=1, vocabulary=VOCABULARY),
+        Dimensions(1, experts=16, hidden=256, expert_width=256, shared_width=512, heads=4, vocabulary=VOCABULARY),
+    ),
+}
+
+
+def write_random(source: Path, out: Path, types: dict[str, str], bits_per_weight: float) -> None:
+    """`alphaq quantize --engine llama.cpp` with these types by projection, whose codes are drawn, not found."""
+    from alphaq import pipeline
+    from alphaq.checkpoint.reader import open_checkpoint
+    from alphaq.cli import main as command
+    from alphaq.quantizers.base import QUANTIZERS
+    from alphaq.records import Choice, Plan, QuantizedMatrix
+    from alphaq.workers import Workers
+
+    usual = QUANTIZERS["ggml"]
+    drawn = set(types.values())
+
+    def draw(weight: torch.Tensor, choice: Choice, name: str = "matrix", *rest: Any, **more: Any) -> QuantizedMatrix:
+        if choice.scheme not in drawn:
+            return usual(weight, choice, name, *rest, **more)
+        raise NotImplementedError
+
+    QUANTIZERS["ggml"] = draw
+    raise NotImplementedError((pipeline, open_checkpoint, command, Plan, Workers, TemporaryDirectory, json))
+
+
+def main() -> None:
+    """Write one checkpoint."""
+    arguments = parser(__doc__)
+    arguments.add_argument("shape", choices=tuple(SHAPES))
+    arguments.add_argument("out", type=Path)
+    given = arguments.parse_args()
+    write_checkpoint(given.out, SHAPES[given.shape][given.quick], SHARD_BYTES)
+
+
+if __name__ == "__main__":
+    main()
