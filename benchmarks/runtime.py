@@ -17,12 +17,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import product
+from dataclasses import dataclass, field
+from itertools import combinations_with_replacement
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from common import HERE, PAUSE_S, SCRATCH, markdown_table, parser, save
+
+from alphaq.ggml import GGML_BLOCKS
 
 TITLE = "Running quantized models on the CPU"
 DEMO_MODEL = HERE.parent / "src" / "alphaq" / "data" / "tiny"
@@ -33,9 +36,8 @@ VOCABULARY = 4096
 PREFILL, PROMPT, SEQUENCES = 512, 16, 8
 LENGTH = 512  # of llama.cpp's sequences
 BASELINE = "bf16"
-K_TYPES = {"Q2_K": 84 / 32, "Q3_K": 110 / 32, "Q4_K": 144 / 32}  # stored bits per weight
-SMALL_TYPES = ("IQ2_XXS", "IQ2_XXS", "IQ2_XS")  # of gate, up and down: as many bytes as native 2 bits, 2.146
-SMALL_BITS = (2 * 66 + 74) / 3 / 32
+K_TYPES = ("Q2_K", "Q3_K", "Q4_K")  # in order of size
+SMALL_TYPES = ("IQ2_XXS", "IQ2_XXS", "IQ2_XS")  # of gate, up and down: as many bytes as native 2 bits
 PARTS = ("gate", "up", "down")
 TARGETS = (  # measure, bits, against, least quotient
     ("decode", "2", BASELINE, 1.7),
@@ -64,8 +66,8 @@ is left in a cache. GB/s are bytes of the chosen experts' weights by time."""
 class Case:
     """A model and what is done with it.
 
-    trained: plans are AlphaQ's and tokens the model's own; otherwise weights are random, each width is used for an
-    equal share of matrices, and llama.cpp gets the types that it runs fastest.
+    trained: tokens are the model's own; otherwise weights are random and llama.cpp gets the types that it runs fastest.
+    planned: widths are AlphaQ's plan; otherwise as even as can be.
     """
 
     name: str
@@ -75,7 +77,7 @@ class Case:
     steps: int
     steps_many: int
     block_calls: int = 0
-    large: bool = False
+    planned: bool = False
 
 
 @dataclass
@@ -121,8 +123,8 @@ class Contestant:
 
 
 def random_tokens(sequences: int, tokens: int) -> list[list[int]]:
-    """The same for all, special ones left out. Small multiplicative steps through a prime do without a library."""
-    return [[1 + 2741 * (1 + 977 * row + place) % 4093 for place in range(tokens)] for row in range(sequences)]
+    """The same for all contestants, without the special token 0."""
+    return [[Random(f"{row} {place}").randrange(1, VOCABULARY) for place in range(tokens)] for row in range(sequences)]
 
 
 def alphaq(*arguments: str | Path) -> dict[str, Any]:
@@ -146,23 +148,27 @@ def quantized(source: Path, out: Path, *options: str) -> dict[str, Any]:
 
 def nearest_types(bits_per_weight: float) -> tuple[str, ...]:
     """Types of gate, up and down whose mean is nearest, from those that llama.cpp runs fastest."""
-    mixes = [mix for mix in product(K_TYPES, repeat=3) if list(mix) == sorted(mix)]
-    return min(mixes, key=lambda mix: abs(statistics.mean(K_TYPES[one] for one in mix) - bits_per_weight))
+    mixes = combinations_with_replacement(K_TYPES, 3)
+    return min(mixes, key=lambda mix: abs(statistics.mean(map(stored_bits, mix)) - bits_per_weight))
 
 
-def drawn_at_random(source: Path, out: Path) -> dict[str, Any]:
-    """The GGUF file of llama.cpp's 2-bit types with the experts' codes drawn at random.
+def stored_bits(name: str) -> float:
+    """Bits per weight of a ggml type."""
+    _, weights, nbytes = GGML_BLOCKS[name]
+    return 8 * nbytes / weights
 
-    Finding the codes of these types takes minutes for a layer of Mixtral's; multiplying with them takes as long as
-    with any others. Everything else is as the command line writes it.
-    """
+
+def drawn(source: Path, out: Path, *options: str) -> dict[str, Any]:
+    """`quantized` for types whose codes take minutes to find: they are drawn at random instead."""
     printed = out.with_name(f"{out.name}.json")
     if not printed.is_file():
-        from runtime_random import write_random
-
-        write_random(source, out, dict(zip(PARTS, SMALL_TYPES, strict=True)), SMALL_BITS + 0.01)
-        size = sum(path.stat().st_size for path in out.glob("*.gguf"))
-        printed.write_text(json.dumps({"bits_per_weight": SMALL_BITS, "size_bytes": size}), encoding="utf-8")
+        plan = out.with_name(f"{out.name}.plan")
+        shutil.rmtree(out, ignore_errors=True)
+        found = alphaq("plan", source, "-o", plan, *options)
+        script = [sys.executable, str(HERE / "runtime_random.py"), str(source), str(out), "--plan", str(plan)]
+        subprocess.run(script, check=True)
+        kept = {key: found[key] for key in ("bits_per_weight", "size_bytes")}
+        printed.write_text(json.dumps(kept), encoding="utf-8")
     return json.loads(printed.read_bytes())
 
 
@@ -173,27 +179,28 @@ def contestants(case: Case, work: Path) -> Iterator[Contestant]:
     """Quantize the model at every width and for both engines."""
     size = sum(path.stat().st_size for path in case.source.glob("*.safetensors"))
     yield Contestant("bf16", BASELINE, "16", case.source, 16.0, size)
-    method = () if case.trained else ("--method", "uniform")
+    method = () if case.planned else ("--method", "uniform")
     for bits in case.bits:
         ours = work / f"{case.name}-native-{bits}"
         found = quantized(case.source, ours, "--bits", bits, *method)
         bpw = found["bits_per_weight"]
         yield Contestant(f"native {bits}", "native", bits, ours, bpw, found["size_bytes"])
         theirs = work / f"{case.name}-llama.cpp-{bits}"
+        engine = ("--engine", "llama.cpp", *LLAMA_KEPT, *method)
         if case.trained:
-            found = quantized(case.source, theirs, "--engine", "llama.cpp", "--bpw", f"{bpw:.4f}", *LLAMA_KEPT)
-        elif bits == "2":
-            found = drawn_at_random(case.source, theirs)
+            found = quantized(case.source, theirs, *engine, "--bpw", f"{bpw:.4f}")
         else:
-            mix = nearest_types(bpw)
+            mix = SMALL_TYPES if bits == "2" else nearest_types(bpw)
             pins = [word for part, name in zip(PARTS, mix, strict=True) for word in ("--pin", f"{part}={name}")]
-            budget = ("--bpw", f"{statistics.mean(K_TYPES[one] for one in mix) + 0.01:.4f}")
-            found = quantized(case.source, theirs, "--engine", "llama.cpp", *budget, *method, *pins, *LLAMA_KEPT)
+            make = drawn if bits == "2" else quantized
+            found = make(
+                case.source, theirs, *engine, *pins, "--bpw", f"{statistics.mean(map(stored_bits, mix)) + 1e-3:.4f}"
+            )
         label = f"llama.cpp {bits}"
         yield Contestant(label, "llama.cpp", bits, theirs, found["bits_per_weight"], found["size_bytes"])
 
 
-def measured(case: Case, runners: Sequence[Contestant], rounds: int, quick: bool) -> dict[str, Any]:
+def measured(case: Case, runners: Sequence[Contestant], rounds: int) -> dict[str, Any]:
     """Seconds per token of every measure, contestant and round; a round before them is not counted."""
     steps = {"decode": (1, case.steps), "decode_many": (SEQUENCES, case.steps_many)}
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in (*MEASURES, "block")}
@@ -212,9 +219,10 @@ def measured(case: Case, runners: Sequence[Contestant], rounds: int, quick: bool
                 else:
                     sequences, count = steps[name]
                     count = count if turn else 2
-                    forced = None if case.trained else random_tokens(sequences, PROMPT + count)
                     prompts = random_tokens(sequences, PROMPT)
-                    forced = forced and [row[PROMPT:] for row in forced]
+                    forced = (
+                        None if case.trained else [row[PROMPT:] for row in random_tokens(sequences, PROMPT + count)]
+                    )
                     taken = runner.ask("decode", prompts=prompts, steps=count, forced=forced) / (sequences * count)
                 if turn:
                     seconds[name].setdefault(runner.label, []).append(taken)
@@ -228,7 +236,7 @@ def run_case(case: Case, work: Path, small: dict[str, Path], rounds: int, thread
     try:
         for runner in runners:
             runner.start(small[runner.kind], threads)
-        found = measured(case, runners, rounds, False)
+        found = measured(case, runners, rounds)
         found["ceilings"] = runners[0].ask("ceilings")
     finally:
         for runner in runners:
@@ -361,14 +369,14 @@ def wanted(given: Any, work: Path) -> Iterator[Case]:
     many = 4 if quick else 16
     if "trained" in given.cases:
         for model in (DEMO_MODEL, *given.models):
-            yield Case(model.resolve().name, model.resolve(), True, trained_bits, 16 if quick else 128, 2 * many)
+            source, steps = model.resolve(), 16 if quick else 128
+            yield Case(source.name, source, True, trained_bits, steps, 2 * many, planned=not quick)
     if "mixtral" in given.cases:
-        name = "One layer of Mixtral 8x7B's shape"
-        case = Case("mixtral", layer("mixtral", work, quick), False, layer_bits, 8 if quick else 32, many, 16, True)
-        yield replace(case, name="mixtral") if name else case
+        steps = 8 if quick else 32
+        yield Case("mixtral", layer("mixtral", work, quick), False, layer_bits, steps, many, 16)
     if "qwen" in given.cases:
         steps = 8 if quick else 64
-        yield Case("qwen", layer("qwen", work, quick), False, layer_bits, steps, many, 60, True)
+        yield Case("qwen", layer("qwen", work, quick), False, layer_bits, steps, many, 60)
 
 
 def main() -> None:
@@ -393,7 +401,7 @@ def main() -> None:
     results = []
     for case in wanted(given, work):
         results.append(run_case(case, work, small, given.rounds or (1 if given.quick else 5), given.threads))
-        if case.large and not given.keep:
+        if not case.trained and not given.keep:
             for path in work.glob(f"{case.name}-*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     save("runtime", TITLE, results, render(results, given.threads), given.quick)

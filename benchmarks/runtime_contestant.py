@@ -47,9 +47,10 @@ class Transformers:
     """A model as `from_pretrained` gives it: in 16 bits, or packed if the folder holds our native format."""
 
     def __init__(self, folder: Path, threads: int, **_: Any) -> None:
-        import alphaq  # noqa: F401 - teaches transformers the native format
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
+
+        import alphaq  # noqa: F401 - teaches transformers the native format
 
         logging.disable_progress_bar()
         torch.set_num_threads(threads)

@@ -378,15 +378,22 @@ def put_byte(typing: Any, address: Any, value: Any) -> Any:
 
 
 @intrinsic
-def call_parallel(typing: Any, parallel: Any, function: Any, data: Any, threads: Any) -> Any:
-    """parallel(function, data, threads, 0), all given as addresses: how OpenMP runtimes are asked for a region."""
+def run_threads(typing: Any, parallel: Any, function: Any, data: Any, threads: Any) -> Any:
+    """parallel(function, data, threads, 0), all given as addresses, as OpenMP runtimes are asked for a region.
+
+    Without a `parallel` function(data) on this thread.
+    """
 
     def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        place = _I8.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [place, place, _I32, _I32])
-        run = builder.inttoptr(args[0], kind.as_pointer())
-        pointers = [builder.inttoptr(address, place) for address in args[1:3]]
-        builder.call(run, [*pointers, builder.trunc(args[3], _I32), _I32(0)])
+        place, nothing = _I8.as_pointer(), ir.VoidType()
+        function, data = (builder.inttoptr(address, place) for address in args[1:3])
+        with builder.if_else(builder.icmp_unsigned("!=", args[0], _I64(0))) as (then, otherwise):
+            with then:
+                kind = ir.FunctionType(nothing, [place, place, _I32, _I32]).as_pointer()
+                builder.call(builder.inttoptr(args[0], kind), [function, data, builder.trunc(args[3], _I32), _I32(0)])
+            with otherwise:
+                kind = ir.FunctionType(nothing, [place]).as_pointer()
+                builder.call(builder.inttoptr(args[1], kind), [data])
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, types.int64), code

@@ -133,8 +133,9 @@ def test_experts_that_the_table_lacks_give_zeros(kernels: ModuleType, pairs: int
     check(kernels, weights, ([2, 0, -1, 1] * pairs)[:pairs], torch.float32)
 
 
-def test_many_pairs_of_one_expert_span_tiles(kernels: ModuleType) -> None:
-    check(kernels, packed([[Choice(3, 32), Choice(6, 32)]], (5, 40)), [1] * 19 + [0] * 2, torch.float32)
+@pytest.mark.parametrize("pairs, dtype", [(19, torch.float32), (40, torch.bfloat16), (70, torch.bfloat16)], ids=str)
+def test_many_pairs_of_one_expert_span_tiles(kernels: ModuleType, pairs: int, dtype: torch.dtype) -> None:
+    check(kernels, packed([[Choice(3, 32), Choice(6, 32)]], (5, 40)), [1] * pairs + [0] * 2, dtype)
 
 
 def test_a_block_at_an_odd_word_is_read_right(kernels: ModuleType) -> None:
@@ -148,6 +149,11 @@ def test_a_block_at_an_odd_word_is_read_right(kernels: ModuleType) -> None:
     weights.fill([moved])
     assert all(block.data_ptr() % 8 == 4 for block in moved)
     check(kernels, weights, [0, 1], torch.float32)
+
+
+@pytest.mark.parametrize("repeats", [1, 5], ids=["decode", "prefill"])
+def test_the_smallest_matrices_are_multiplied(kernels: ModuleType, repeats: int) -> None:
+    check(kernels, packed([[Choice(3, 32), Choice(1, 64)]], (1, 1)), [0, 1] * repeats, torch.float32)
 
 
 def test_no_pairs_give_no_rows(kernels: ModuleType) -> None:

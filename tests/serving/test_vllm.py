@@ -59,7 +59,9 @@ OTHER_CHOICES = ("4g128", "16", "4g32", "8g64s")
 PROMPTS = [list(range(3, 20)), [7, 9, 11, 100, 55, 20, 31]]
 COUNT = 12
 TEXTS = ["def main", "The history of", "import os\n", "class "]
-ENVIRONMENT = dict(VLLM_CPU_KVCACHE_SPACE="1", OMP_WAIT_POLICY="PASSIVE", VLLM_NO_USAGE_STATS="1")
+ENVIRONMENT = dict(
+    VLLM_CPU_KVCACHE_SPACE="1", OMP_WAIT_POLICY="PASSIVE", VLLM_NO_USAGE_STATS="1", VLLM_CPU_OMP_THREADS_BIND="nobind"
+)
 
 
 def quantized(source: Path, out: Path) -> Path:
@@ -162,8 +164,8 @@ def test_experts_take_the_bytes_that_the_files_hold(folders: Callable[[str], tup
 def test_bfloat16_differs_by_rounding_only(folders: Callable[[str], tuple[Path, Path]]) -> None:
     out, plain = folders("mixtral")
     found, expected = (answers_of(folder, dtype="bfloat16")["logprobs"] for folder in (out, plain))
-    differences = torch.tensor(sum(found, [])) - torch.tensor(sum(expected, []))
-    assert differences.abs().mean() < 0.05
+    differences = torch.cat([torch.tensor(one) - torch.tensor(two) for one, two in zip(found, expected, strict=True)])
+    assert differences.abs().median() < 0.03  # of a random model; single tokens may go to another expert
 
 
 def test_missing_block_is_named(folders: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
@@ -199,8 +201,10 @@ def server(folder: Path, *options: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--served-model-name", "tiny"]
-    settings = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "128"]
+    # What `vllm serve` runs; vllm-cpu's own `vllm` asks for the version of a package that is named vllm.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    settings = ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
+    settings += ["--dtype", "float32", "--max-model-len", "128"]
     log = folder.with_suffix(".log")
     with log.open("w") as lines:
         process = subprocess.Popen(

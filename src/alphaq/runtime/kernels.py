@@ -22,7 +22,6 @@ from alphaq.simd_codes import (
     as_floats,
     brains_at,
     byte_at,
-    call_parallel,
     codes_at,
     half_at,
     halves_at,
@@ -32,6 +31,7 @@ from alphaq.simd_codes import (
     put_byte,
     put_codes,
     put_floats,
+    run_threads,
     shifted_sum,
     take,
     transpose_bytes,
@@ -185,7 +185,6 @@ def multiply_block(
     weights = np.zeros(tokens * padded_groups + LANES, np.float32)
     totals = np.zeros(tokens * LANES, np.float32)
     rest = np.zeros(CODES, np.uint8)
-    whole = columns // CODES
     padded = digits.shape[2]
     stride = digits.shape[1] * padded
     digits_at = digits.ctypes.data
@@ -474,23 +473,12 @@ def _work(request):
 
 
 @kernel
-def _run(request, parallel, function, threads):
-    """Do a request's tasks on some threads, or on this one."""
-    if threads > 1:
-        call_parallel(parallel, function, request.ctypes.data, threads)
-    else:
-        _work(request)
-
-
-@kernel
-def multiply(
-    inputs, columns, codings, rows, experts, tokens, few, planes, limit, out, parallel, function, threads
-):
+def multiply(inputs, columns, codings, rows, experts, tokens, few, planes, limit, out, parallel, function, threads):
     """Products of experts that at most `few` pairs want; returns the number of pairs that are left.
 
     inputs: flat [tokens · columns], float32 or bits. codings: int64 [projections, experts, fields]. experts, tokens:
     int64 [pairs]. planes, limit: how inputs are cut. out: float32 [pairs, projections · rows], zeros where there is no
-    such expert. parallel, function, threads: see `call_parallel`; small work is done on one thread.
+    such expert. parallel, function, threads: see `run_threads`; small work is done on one thread.
     """
     projections, known = codings.shape[0], codings.shape[1]
     counts = np.zeros(known + 1, np.int64)
@@ -538,8 +526,11 @@ def multiply(
     request[TOKENS], request[ROWS], request[COLUMNS], request[WIDTH] = count, rows, columns, projections * rows
     request[PLANES], request[DIGITS], request[STEPS] = planes, digits.ctypes.data, steps.ctypes.data
     request[SUMS], request[VALUES], request[OUT] = sums.ctypes.data, values.ctypes.data, out.ctypes.data
-    _run(request, parallel, function, threads if total * projections * rows * columns >= WORTH_THREADS else 1)
-    return left
+    small = threads < 2 or total * projections * rows * columns < WORTH_THREADS
+    run_threads(0 if small else parallel, function, request.ctypes.data, threads)
+    # Threads know arrays by address alone: numba would free each after its last use before.
+    used = request.size + jobs.size + pairs.size + digits.size + steps.size + sums.size + values.size + out.size
+    return left if used else 0
 
 
 @kernel
@@ -557,7 +548,9 @@ def restore(coding, rows, columns, first, count, brain, out, parallel, function,
     request[JOBS], request[ROWS], request[COLUMNS] = job.ctypes.data, rows, columns
     request[PLANES], request[OUT] = brain, out.ctypes.data
     request[RESTORING] = 1
-    _run(request, parallel, function, threads if count * columns >= WORTH_THREADS else 1)
+    small = threads < 2 or count * columns < WORTH_THREADS
+    run_threads(0 if small else parallel, function, request.ctypes.data, threads)
+    return request.size + job.size + out.size  # which keeps them until here
 
 
 def work(data):

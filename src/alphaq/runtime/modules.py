@@ -7,7 +7,7 @@ something else with its experts gets their matrices restored while it runs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def _gated(module: Any, found: Tensor) -> Tensor:
     return module.act_fn(gate) * up
 
 
-@lru_cache(maxsize=None)
+@cache
 def packed_class(original: type[nn.Module]) -> type[nn.Module]:
     """An expert class that multiplies with packed matrices and is otherwise as it was."""
     return type(f"Packed{original.__name__}", (PackedExperts, original), {"__module__": __name__})

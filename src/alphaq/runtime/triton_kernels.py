@@ -35,9 +35,9 @@ FIELDS = tl.constexpr(4)  # of a table: address, bits, group size, flags
 HEADER_BYTES = tl.constexpr(16)
 
 ROWS_PER_THREAD = 8
+ONE = 0x3F800000  # 1.0 in bits; an argument of the kernel, as some versions of ptxas take two steps to use a constant
 LONGEST_TILE = 128
 ENOUGH_PROGRAMS = 1024
-LARGE_TILE = 200_000  # bytes of shared memory
 PAIRS_PER_EXPERT = 2  # more of them, and restoring weights once for all is cheaper than unpacking them for each
 
 
@@ -80,6 +80,7 @@ def _decode(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens: T
         available,
         rows,
         columns,
+        ONE,
         WORD_PAIRS=columns % 64 == 0,
         RAGGED=columns % BLOCK != 0,
         BLOCK=BLOCK,
@@ -105,7 +106,7 @@ def _prefill(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens: 
     """One program per tile of pairs that share an expert, projection and some rows."""
     columns = inputs.shape[1]
     pairs, projections, available = experts.shape[0], table.shape[0], table.shape[1]
-    tile_pairs, tile_rows, warps, stages = _prefill_tile(inputs, pairs // available)
+    tile_pairs, tile_rows, warps, stages = _prefill_tile(inputs.dtype, pairs // available)
     order, tile_expert, tile_start, tile_end = _tiles(experts, available, tile_pairs)
     out = inputs.new_zeros(pairs, projections * rows)
     _prefill_kernel[(len(tile_expert) * projections * -(-rows // tile_rows),)](
@@ -132,14 +133,12 @@ def _prefill(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens: 
     return out
 
 
-def _prefill_tile(inputs: Tensor, expected: int) -> tuple[int, int, int, int]:
+def _prefill_tile(dtype: torch.dtype, expected: int) -> tuple[int, int, int, int]:
     """Pairs, rows, warps and pipeline stages per program, where that many pairs are expected per expert."""
-    if inputs.dtype == torch.float32:  # no matrix units: larger tiles would not fit into registers
+    if dtype == torch.float32:  # no matrix units: larger tiles would not fit into registers
         return 16, 32, 4, 1
     if expected > 256:
-        device = torch.cuda.get_device_properties(inputs.device) if inputs.is_cuda else None
-        if getattr(device, "shared_memory_per_block_optin", 0) >= LARGE_TILE:
-            return 128, 128, 8, 2
+        return 128, 128, 8, 2
     return 16 if expected <= 16 else 32 if expected <= 32 else 64, 64, 4, 2
 
 
@@ -177,7 +176,7 @@ def _arrange(inputs, arranged, sums, columns, BLOCK: tl.constexpr, TILE_BLOCKS: 
     tl.store(sums + start + block, tl.sum(values.to(tl.float32), 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "projections", "available", "rows", "one"])
 def _decode_kernel(
     inputs,
     arranged,
@@ -191,6 +190,7 @@ def _decode_kernel(
     available,
     rows,
     columns,
+    one,
     WORD_PAIRS: tl.constexpr,
     RAGGED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -222,7 +222,7 @@ def _decode_kernel(
         for width in tl.static_range(1, 9):
             if bits == width:
                 _store_block_rows(
-                    address, x, x_sums, y, first_row, rows, columns, group_size, flag,
+                    address, x, x_sums, y, first_row, rows, columns, group_size, flag, one,
                     width, WORD_PAIRS, RAGGED, BLOCK, TILE_ROWS, TILE_BLOCKS,
                 )  # fmt: skip
     else:
@@ -272,6 +272,7 @@ def _store_block_rows(
     columns,
     group_size,
     symmetric,
+    one,
     BITS: tl.constexpr,
     WORD_PAIRS: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -290,17 +291,17 @@ def _store_block_rows(
     if WORD_PAIRS and BITS % 4 == 0:  # at fewer bits strided single words are no slower, and less to compile
         if address % 8 == 0:
             result = _times_codes(
-                codes, scales, x, x_sums, row, columns, groups, group_size,
+                codes, scales, x, x_sums, row, columns, groups, group_size, one,
                 BITS, True, RAGGED, BLOCK, TILE_ROWS, TILE_BLOCKS,
             )  # fmt: skip
         else:
             result = _times_codes(
-                codes, scales, x, x_sums, row, columns, groups, group_size,
+                codes, scales, x, x_sums, row, columns, groups, group_size, one,
                 BITS, False, RAGGED, BLOCK, TILE_ROWS, TILE_BLOCKS,
             )  # fmt: skip
     else:
         result = _times_codes(
-            codes, scales, x, x_sums, row, columns, groups, group_size,
+            codes, scales, x, x_sums, row, columns, groups, group_size, one,
             BITS, False, RAGGED, BLOCK, TILE_ROWS, TILE_BLOCKS,
         )  # fmt: skip
     if symmetric == 0:
@@ -313,15 +314,16 @@ def _store_block_rows(
 @triton.jit
 def _parts(address, rows, columns, group_size, symmetric, BITS: tl.constexpr):
     """Addresses of a block's codes, zero points or means, and scales."""
-    groups = tl.cdiv(columns, group_size).to(tl.int64)
+    groups = tl.cdiv(columns, group_size)
+    many = rows.to(tl.int64)
     codes = address + HEADER_BYTES
-    offsets = codes + tl.cdiv(columns * BITS, 32).to(tl.int64) * 4 * rows
+    offsets = codes + many * (4 * tl.cdiv(columns * BITS, 32))
     if symmetric == 1:
         scales = offsets
     elif BITS == 1:
-        scales = offsets + 2 * groups * rows
+        scales = offsets + many * (2 * groups)
     else:
-        scales = offsets + 4 * groups * tl.cdiv(rows * BITS, 32)
+        scales = offsets + tl.cdiv(many * BITS, 32) * (4 * groups)
     return codes, offsets, scales
 
 
@@ -335,6 +337,7 @@ def _times_codes(
     columns,
     groups,
     group_size,
+    one,
     BITS: tl.constexpr,
     WORD_PAIRS: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -354,7 +357,9 @@ def _times_codes(
     total = tl.full([TILE_ROWS, TILE_BLOCKS], 0.0, tl.float32)
     for first in range(0, blocks, TILE_BLOCKS):
         block = tl.minimum(first + lane, blocks - 1)
-        scale = tl.load(row_scales[:, None] + (block >> blocks_shift)).to(tl.float32)
+        # The hint only keeps neighbouring threads within a row, which not all versions of Triton do unasked. Nothing is
+        # known of where blocks are, so that no load is made wider for it.
+        scale = tl.load(tl.max_contiguous(row_scales[:, None] + (block >> blocks_shift), [1, 2])).to(tl.float32)
         centred = tl.load(x_sums + first + lane) * -CENTRE
         products = tl.full([TILE_ROWS, TILE_BLOCKS], 0.0, tl.float32) + centred
         word = tl.full([TILE_ROWS, TILE_BLOCKS], 0, tl.uint32)
@@ -370,7 +375,7 @@ def _times_codes(
                     row_start, block, row_words, two_words, place * BITS // 32 + 1, BITS, WORD_PAIRS, RAGGED
                 )
             values = tl.load(x + (first * BLOCK + place * TILE_BLOCKS) + lane).to(tl.float32)
-            fraction = _in_mantissa(word, following, place * BITS % 32, BITS)
+            fraction = _in_mantissa(word, following, one, place * BITS % 32, BITS)
             products = tl.fma(fraction, values, products)
             if place * BITS % 32 + BITS > 32:
                 word = following
@@ -393,7 +398,7 @@ def _load_word(
     if WORD_PAIRS:
         if INDEX % 2 == 0:
             start = row_start.to(tl.pointer_type(tl.uint64), bitcast=True)
-            two_words = tl.load(start[:, None] + (block * (BITS // 2) + INDEX // 2))
+            two_words = tl.load(tl.max_contiguous(start[:, None] + (block * (BITS // 2) + INDEX // 2), [1, 2]))
             word = two_words.to(tl.uint32)
         else:
             word = (two_words >> 32).to(tl.uint32)
@@ -401,12 +406,12 @@ def _load_word(
         at = block * BITS + INDEX
         if RAGGED:
             at = tl.minimum(at, row_words - 1)
-        word = tl.load(row_start[:, None] + at)
+        word = tl.load(tl.max_contiguous(row_start[:, None] + at, [1, 2]))
     return word, two_words
 
 
 @triton.jit
-def _in_mantissa(word, following, SHIFT: tl.constexpr, BITS: tl.constexpr):
+def _in_mantissa(word, following, one, SHIFT: tl.constexpr, BITS: tl.constexpr):
     """1 + q / 2^BITS, where q begins at bit SHIFT of a word and may end in the following one."""
     MOVE: tl.constexpr = SHIFT + BITS - 23
     if SHIFT + BITS > 32:
@@ -415,7 +420,7 @@ def _in_mantissa(word, following, SHIFT: tl.constexpr, BITS: tl.constexpr):
         field = word >> MOVE
     else:
         field = word << -MOVE
-    return ((field & (((1 << BITS) - 1) << (23 - BITS))) | 0x3F800000).to(tl.float32, bitcast=True)
+    return ((field & (((1 << BITS) - 1) << (23 - BITS))) | one.to(tl.uint32)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -475,7 +480,7 @@ def _codes(start, place, words, BITS: tl.constexpr):
     return code & ((1 << BITS) - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "projections", "available", "rows"])
 def _prefill_kernel(
     inputs,
     table,

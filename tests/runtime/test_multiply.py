@@ -1,0 +1,221 @@
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from alphaq.errors import AlphaQError, CheckpointError
+from alphaq.quantizers.packing import encode
+from alphaq.quantizers.rtn import quantize_rtn
+from alphaq.records import Choice
+from alphaq.runtime import kernels
+from alphaq.runtime import multiply as module
+from alphaq.runtime.multiply import multiply, packed_linear
+from alphaq.runtime.packed import PackedWeights
+
+EVERY_CHOICE = [
+    Choice(bits, group, symmetric) for bits in range(1, 9) for group in (32, 64, 128) for symmetric in (0, 1)
+]
+EVERY_KIND = [*EVERY_CHOICE, torch.bfloat16, torch.float16]
+SHAPES = [(64, 128), (65, 136), (7, 40), (130, 384), (3, 1000)]
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+
+
+def packed(
+    shape: tuple[int, int], kinds: Sequence[Choice | torch.dtype], projections: int = 1, scale: float = 1.0
+) -> PackedWeights:
+    """Random matrices, an expert for each kind; every projection begins with another."""
+    generator = torch.Generator().manual_seed(0)
+    names = [[f"{projection}.{expert}" for expert in range(len(kinds))] for projection in range(projections)]
+    tensors = []
+    for projection in range(projections):
+        row = []
+        for kind in [*kinds[projection:], *kinds[:projection]]:
+            weight = torch.randn(shape, generator=generator) * scale
+            row.append(weight.to(kind) if isinstance(kind, torch.dtype) else encode(quantize_rtn(weight, kind)))
+        tensors.append(row)
+    weights = PackedWeights(names, shape)
+    weights.fill(tensors)
+    return weights
+
+
+def expected(inputs: torch.Tensor, weights: PackedWeights, experts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """What `packed_linear` is to compute, in float64."""
+    projections, count = len(weights.names), len(weights.names[0])
+    matrices = {
+        expert: torch.cat([weights.dequantized(projection, expert, torch.float64) for projection in range(projections)])
+        for expert in set(experts.tolist())
+        if 0 <= expert < count
+    }
+    nothing = torch.zeros(projections * weights.shape[0], inputs.shape[1], dtype=torch.float64)
+    rows = [
+        matrices.get(expert, nothing) @ inputs[token].double()
+        for expert, token in zip(experts.tolist(), tokens.tolist(), strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def check(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
+    """Errors against the size of the results."""
+    assert float((found.double() - wanted).pow(2).mean().sqrt() / wanted.pow(2).mean().sqrt()) < tolerance
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_are_those_of_the_dequantized_matrices(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weights = packed(shape, EVERY_KIND, projections=2)
+    generator = torch.Generator().manual_seed(1)
+    for count in (1, 6, 70):
+        inputs = torch.randn(count, shape[1], generator=generator).to(dtype)
+        experts = torch.cat([torch.arange(len(EVERY_KIND)), torch.full((37,), 3), torch.full((5,), 11)])
+        tokens = torch.randint(0, count, (len(experts),), generator=generator)
+        found = multiply(inputs, weights, experts, tokens)
+        assert found.dtype == dtype
+        wanted = expected(inputs, weights, experts, tokens)
+        for expert in range(len(EVERY_KIND)):  # one kind's error must not hide behind another's size
+            mine = experts == expert
+            check(found[mine], wanted[mine], TOLERANCE[dtype])
+
+
+def test_many_tokens_give_what_few_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = packed((300, 200), [Choice(3, 32), Choice(8, 64, True), Choice(1, 128), torch.float16])
+    inputs = torch.randn(9, 200, generator=torch.Generator().manual_seed(2))
+    experts, tokens = torch.arange(4).repeat_interleave(9), torch.arange(9).repeat(4)
+    few = multiply(inputs, weights, experts, tokens)
+    monkeypatch.setattr(module, "FEW_TOKENS", 0)
+    monkeypatch.setattr(module, "RESTORED_BYTES", 100_000)  # of 800 bytes a row: several parts
+    check(multiply(inputs, weights, experts, tokens), few.double(), 5e-6)
+
+
+def test_threads_do_not_change_the_result() -> None:
+    weights = packed((512, 512), [Choice(2, 64), Choice(5, 128)])
+    inputs = torch.randn(7, 512, generator=torch.Generator().manual_seed(3))
+    experts, tokens = torch.arange(14) % 2, torch.arange(14) // 2
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        results.append(multiply(inputs, weights, experts, tokens))
+    torch.set_num_threads(threads)
+    assert kernels.WORTH_THREADS <= 14 * 512 * 512
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_experts_that_lie_elsewhere_give_zeros_and_nothing_gives_nothing() -> None:
+    weights = packed((64, 96), [Choice(4, 32), Choice(2, 32)])
+    inputs = torch.randn(3, 96)
+    found = multiply(inputs, weights, torch.tensor([2, 0, -1]), torch.arange(3))
+    assert not found[[0, 2]].any() and found[1].any()
+    assert multiply(inputs, weights, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)).shape == (
+        0,
+        64,
+    )
+
+
+def test_inputs_of_any_size_are_multiplied_as_exactly() -> None:
+    weights = packed((64, 512), [Choice(4, 128)])
+    inputs = torch.randn(6, 512, generator=torch.Generator().manual_seed(4))
+    inputs *= torch.tensor([1e-25, 1e-3, 1.0, 1e3, 1e15, 0.0])[:, None]
+    inputs[2, 77] = 3000.0  # an outlier as trained models have
+    found, zeros = multiply(inputs, weights, torch.zeros(6, dtype=torch.int64), torch.arange(6)), torch.zeros(6).long()
+    wanted = expected(inputs, weights, zeros, torch.arange(6))
+    for row in range(5):
+        check(found[row], wanted[row], 5e-6)
+    assert not found[5].any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none(bad: float) -> None:
+    weights = packed((64, 256), [Choice(4, 128)])
+    inputs = torch.ones(2, 256)
+    inputs[1, 5] = bad
+    found = multiply(inputs, weights, torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    assert torch.isfinite(found[0]).all() and not torch.isfinite(found[1]).any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
+@pytest.mark.parametrize("shape", [(1, 3), (7, 40), (65, 136), (64, 64), (2, 1000)], ids=str)
+def test_nothing_beyond_a_block_is_read(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that ends where readable memory ends: reading on would be a segmentation fault."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for kind in EVERY_KIND:
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+        tensor = weight.to(kind) if isinstance(kind, torch.dtype) else encode(quantize_rtn(weight, kind))
+        pages = -(-tensor.nbytes // mmap.PAGESIZE)
+        memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        assert libc.mprotect(ctypes.c_void_p(start + pages * mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+        held = torch.frombuffer(memory, dtype=torch.uint8)[: pages * mmap.PAGESIZE][-tensor.nbytes :]
+        held.copy_(tensor.reshape(-1).view(torch.uint8))
+        weights = PackedWeights([["one"]], shape)
+        weights.fill([[held.view(kind).view(shape) if isinstance(kind, torch.dtype) else held]])
+        for few in (32, 0):
+            monkeypatch.setattr(module, "FEW_TOKENS", few)
+            inputs = torch.randn(5, shape[1])
+            zeros, tokens = torch.zeros(5, dtype=torch.int64), torch.arange(5)
+            check(multiply(inputs, weights, zeros, tokens), expected(inputs, weights, zeros, tokens), 5e-6)
+        libc.mprotect(ctypes.c_void_p(start + pages * mmap.PAGESIZE), mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def test_blocks_of_another_shape_are_refused_by_name() -> None:
+    weights = PackedWeights([["layer.weight"]], (64, 64))
+    with pytest.raises(CheckpointError, match=r"layer\.weight has shape \[64, 32\], .* \[64, 64\]"):
+        weights.fill([[encode(quantize_rtn(torch.randn(64, 32), Choice(4, 32)))]])
+    with pytest.raises(CheckpointError, match=r"layer\.weight has shape \[32, 64\]"):
+        weights.fill([[torch.randn(32, 64).bfloat16()]])
+
+
+def test_types_stay_when_a_model_is_cast() -> None:
+    weights = packed((64, 64), [Choice(4, 32), torch.bfloat16])
+    before = multiply(torch.ones(2, 64), weights, torch.arange(2), torch.arange(2))
+    weights.to(torch.float16).double()
+    assert torch.equal(multiply(torch.ones(2, 64), weights, torch.arange(2), torch.arange(2)), before)
+    assert [weights.choice(0, 0), weights.choice(0, 1)] == [Choice(4, 32), Choice(16)]
+
+
+def test_operator_keeps_torch_s_rules() -> None:
+    weights = packed((64, 96), [Choice(4, 32), Choice(2, 32)])
+    arguments = (torch.randn(3, 96), weights.table, 64, torch.tensor([0, 1, 1]), torch.tensor([0, 2, 1]))
+    torch.library.opcheck(packed_linear, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_training_is_refused() -> None:
+    weights = packed((64, 96), [Choice(4, 32)])
+    found = multiply(
+        torch.randn(1, 96, requires_grad=True), weights, torch.zeros(1, dtype=torch.int64), torch.zeros(1).long()
+    )
+    with pytest.raises(AlphaQError, match="no gradients"):
+        found.sum().backward()
+
+
+def test_steps_of_inputs_lose_less_than_their_type() -> None:
+    inputs = torch.randn(1, 512, generator=torch.Generator().manual_seed(6))
+    for planes, bound in ((2, 2.0**-15), (3, 2.0**-23)):
+        digits = np.zeros((planes, 1, 512), np.int8)
+        steps, sums = np.zeros((2, 3, 1, 16), np.float32)
+        values = np.zeros((1, 512), np.float32)
+        kernels.prepare(inputs.numpy().ravel(), 1, 512, planes, kernels.LIMITS[planes - 1], digits, steps, sums, values)
+        whole = sum(digits[plane, 0].astype(np.float64) * 256.0 ** (planes - 1 - plane) for plane in range(planes))
+        restored = whole * np.repeat(steps[0, 0].astype(np.float64), 32)
+        largest = np.abs(values).reshape(-1, 128).max(1).repeat(128)
+        assert (np.abs(restored - values[0]) <= bound * largest).all()
+        assert np.allclose(sums[0, 0], restored.reshape(-1, 32).sum(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", ["+avx2,+fma,+f16c,+avx,+sse4.2,+bmi2", "+f16c,+avx"])
+def test_processors_without_avx512_give_the_same(features: str) -> None:
+    """The code for others, compiled here: the same file's tests under numba's own setting."""
+    environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features}
+    chosen = [
+        f"{__file__}::{name}" for name in globals() if name.startswith(("test_products", "test_nothing", "test_many"))
+    ]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *chosen], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-2000:]
