@@ -1,47 +1,68 @@
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 import alphaq  # noqa: F401 - registers the plug-in
 from alphaq import pipeline
-from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines.output import Output
+from alphaq.errors import AlphaQError, CheckpointError
 from alphaq.planning import resolve
-from conftest import FAMILIES, read_back
+from alphaq.runtime.modules import PackedExperts
+from alphaq.runtime.packed import PackedWeights
+from alphaq.runtime.replace import Packer, stored_tensors
+from conftest import FAMILIES
+from families import plain_copy, random_family, save_layout
 
 
-def dequantized_folder(source: Checkpoint, quantized: Path, out: Path) -> Path:
-    """An ordinary float32 checkpoint that holds the dequantized matrices: what loading must equal."""
-    import shutil
-
-    from safetensors.torch import save_file
-
-    out.mkdir()
-    shutil.copy(source.folder / "config.json", out)
-    tensors = read_back(quantized, source)
-    save_file({n: t.float().contiguous() for n, t in tensors.items()}, out / "model.safetensors", {"format": "pt"})
+def native(source: Path, out: Path, choices: str, bits: float, group_size: int = 128) -> Path:
+    """A native checkpoint of a model."""
+    checkpoint = open_checkpoint(source)
+    request = resolve(PlanConfig(budget=Budget(bits=bits), group_size=group_size, choices=choices, method="alphaq"))
+    plan = pipeline.make_plan(checkpoint, request, pipeline.measure_for_plan(checkpoint, request))
+    pipeline.quantize(checkpoint, plan, out)
     return out
 
 
-def check_logits(source: Path, tmp_path: Path, group_size: int, choices: str = "1,2,3,4") -> None:
+def load(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    checkpoint = open_checkpoint(source)
-    request = resolve(PlanConfig(budget=Budget(bits=2.5), group_size=group_size, choices=choices, method="alphaq"))
-    plan = pipeline.make_plan(checkpoint, request, pipeline.measure_for_plan(checkpoint, request))
-    pipeline.quantize(checkpoint, plan, tmp_path / "out")
-    plain = dequantized_folder(checkpoint, tmp_path / "out", tmp_path / "plain")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    expected = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
-    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    ids = torch.randint(0, loaded.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Of two rows of random tokens."""
+    ids = torch.randint(0, model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        logits, wanted, before = (model(ids).logits for model in (loaded, expected, original))
-    assert float((logits - wanted).abs().max()) < 1e-3
-    assert float((logits - before).abs().max()) > 1e-3  # quantization did change something
+        return model(ids).logits.float()
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """‖found − wanted‖ / ‖wanted‖."""
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def weights_of(model: Any) -> list[PackedWeights]:
+    return [module for module in model.modules() if isinstance(module, PackedWeights)]
+
+
+def check_logits(source: Path, out: Path, choices: str, bits: float, group_size: int) -> None:
+    """Packed against the same matrices restored by other code into a plain checkpoint."""
+    folder = native(source, out / "out", choices, bits, group_size)
+    packed = load(folder)
+    stored = sum(one.dtype == "U8" for one in Output(folder).stored.values())
+    assert sum(len(weights.tensors()) for weights in weights_of(packed)) >= stored > 0
+    wanted = logits(load(plain_copy(open_checkpoint(source), folder, out / "plain")))
+    assert float((logits(packed) - wanted).abs().max()) < 1e-4
+    assert distance(logits(load(folder, torch.bfloat16)), wanted) < 1e-2
+    assert float((wanted - logits(load(source))).abs().max()) > 1e-3  # quantization did change something
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -49,26 +70,153 @@ def check_logits(source: Path, tmp_path: Path, group_size: int, choices: str = "
 def test_logits_equal_those_of_the_dequantized_matrices(
     save_family: Callable[..., Path], tmp_path: Path, family: str, fused: bool
 ) -> None:
-    check_logits(save_family(family, fused), tmp_path, group_size=32, choices="1,2,3,4,16")
+    folder = native(save_family(family, fused), tmp_path / "out", "1,2,3,4,16", 2.5, 32)
+    wanted = logits(load(plain_copy(open_checkpoint(save_family(family, fused)), folder, tmp_path / "plain")))
+    assert float((logits(load(folder)) - wanted).abs().max()) < 1e-4
 
 
-def test_bundled_model_loads_with_the_dequantized_logits(tiny: Path, tmp_path: Path) -> None:
-    check_logits(tiny, tmp_path, group_size=128)
+@pytest.mark.parametrize("bits", [1, 3, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 4, 5, 6, 7, 8))])
+def test_bundled_model_has_the_dequantized_logits_at_every_width(tiny: Path, tmp_path: Path, bits: int) -> None:
+    check_logits(tiny, tmp_path, f"{bits},16", bits + 0.2, (32, 64, 128)[bits % 3])
 
 
 @pytest.mark.slow
-def test_larger_trained_model_loads_with_the_dequantized_logits(shared: Path, tmp_path: Path) -> None:
-    check_logits(shared / "models" / "moe22m", tmp_path, group_size=64)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_larger_trained_model_has_the_dequantized_logits_at_every_width(
+    shared: Path, tmp_path: Path, bits: int
+) -> None:
+    check_logits(shared / "models" / "moe22m", tmp_path, f"{bits}", bits, (64, 128, 32)[bits % 3])
 
 
-def test_default_dtype_is_the_checkpoint_s_and_saving_gives_a_plain_model(tiny_quantized: Path, tmp_path: Path) -> None:
+def test_experts_stay_the_class_that_they_were(tiny_quantized: Path) -> None:
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
+
+    experts = load(tiny_quantized).model.layers[0].mlp.experts
+    assert isinstance(experts, Qwen2MoeExperts) and isinstance(experts, PackedExperts)
+    assert not hasattr(experts, "gate_up_proj") and not list(experts.parameters())
+
+
+def test_packed_bytes_are_the_file_s_and_lie_in_it(tiny_quantized: Path) -> None:
+    model = load(tiny_quantized, torch.bfloat16)
+    stored = Output(tiny_quantized).stored
+    for weights in weights_of(model):
+        for name, tensor in weights.tensors().items():
+            assert tensor.nbytes == stored[name].place.nbytes
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tiny_quantized) in line]
+    ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in mapped]
+    addresses = weights_of(model)[0].table[..., 0].flatten().tolist()
+    assert all(any(begin <= address < end for begin, end in ranges) for address in addresses)
+    assert model.get_memory_footprint() < 1.02 * sum(one.place.nbytes for one in stored.values())
+
+
+def test_generating_step_by_step_equals_reading_at_once(tiny_quantized: Path) -> None:
+    model = load(tiny_quantized)
+    ids = torch.tensor([[12, 400, 31, 7]])
+    found = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    with torch.no_grad():  # without the cache
+        best = model(found, use_cache=False).logits.argmax(-1)
+    assert torch.equal(found[0, 4:], best[0, 3:-1])
+
+
+def test_a_batch_gives_what_its_rows_give(tiny_quantized: Path) -> None:
+    model = load(tiny_quantized)
+    rows = torch.randint(1, 4096, (5, 9), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    whole = model.generate(rows, attention_mask=torch.ones_like(rows), **options)
+    for row, found in zip(rows, whole, strict=True):
+        assert torch.equal(model.generate(row[None], **options)[0], found)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_device_maps_are_followed(tiny_quantized: Path, device_map: Any) -> None:
+    assert torch.equal(logits(load(tiny_quantized, device_map=device_map)), logits(load(tiny_quantized)))
+
+
+def test_sizes_are_known_before_devices_are_chosen(tiny_quantized: Path) -> None:
+    from accelerate.utils import compute_module_sizes
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    stored = Output(tiny_quantized).stored
+    files = sorted(map(str, tiny_quantized.glob("*.safetensors")))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_quantized), dtype=torch.bfloat16)
+    Packer(stored_tensors(files)).pack(model, get_model_conversion_mapping(model))
+    assert compute_module_sizes(model)[""] == pytest.approx(sum(one.place.nbytes for one in stored.values()), rel=0.02)
+
+
+def test_default_dtype_is_the_checkpoint_s(tiny_quantized: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_quantized)
-    assert model.dtype == torch.bfloat16
-    model.save_pretrained(tmp_path / "plain")
+    assert AutoModelForCausalLM.from_pretrained(tiny_quantized).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "gpt_oss"])
+def test_saving_gives_the_checkpoint_again(tmp_path: Path, family: str) -> None:
+    source = save_layout(random_family(family), tmp_path / "source", True)
+    folder = native(source, tmp_path / "out", "2,3,4,16", 3, 32)
+    model = load(folder, torch.bfloat16)
+    model.save_pretrained(tmp_path / "again")
+    first, again = Output(folder), stored_tensors(sorted(map(str, (tmp_path / "again").glob("*.safetensors"))))
+    assert {name for name, one in first.stored.items() if one.dtype == "U8"} == {
+        name for name, (_, info) in again.items() if info.dtype == "U8"
+    }
+    assert torch.equal(logits(load(tmp_path / "again")), logits(load(folder)))
+
+
+def test_dequantizing_gives_an_ordinary_model(tiny_quantized: Path, tmp_path: Path) -> None:
+    model = load(tiny_quantized)
+    wanted = logits(model)
+    plain = model.dequantize()
+    assert not weights_of(plain) and float((logits(plain) - wanted).abs().max()) < 1e-4
+    assert type(plain.model.layers[0].mlp.experts).__name__ == "Qwen2MoeExperts"
+    plain.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in (tmp_path / "plain" / "config.json").read_text()
     assert len(open_checkpoint(tmp_path / "plain").matrices) == len(open_checkpoint_of(tiny_quantized))
+    assert float((logits(load(tmp_path / "plain")) - wanted).abs().max()) < 1e-4
+
+
+def test_training_asks_for_an_ordinary_model(tiny_quantized: Path) -> None:
+    model = load(tiny_quantized)
+    ids = torch.arange(4, 20)[None]
+    with pytest.raises(AlphaQError, match=r"model\.dequantize"):
+        model(ids, labels=ids).loss.backward()
+    model.dequantize()(ids, labels=ids).loss.backward()
+
+
+def test_families_that_read_their_experts_get_them_restored(tmp_path: Path) -> None:
+    source = save_layout(random_family("dbrx"), tmp_path / "source", True)
+    model = load(native(source, tmp_path / "out", "2,3,4", 3, 32))
+    restored = [name for name, module in model.named_modules() if "packed_w1" in name]
+    glu = model.get_submodule(restored[0].rpartition(".")[0])
+    logits(model)
+    assert not hasattr(glu, "w1")  # only while it runs
+    with pytest.raises(TypeError):
+        model(input_ids="nothing")
+    assert torch.equal(logits(model), logits(model))
+    assert float((logits(model) - logits(load(tmp_path / "out").dequantize())).abs().max()) < 1e-4
+
+
+def test_an_expert_that_is_not_there_is_named(tiny_quantized: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_quantized, tmp_path / "m"))
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        tensors.pop("model.layers.1.mlp.experts.5.up_proj.weight", None)
+        save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts.* 8 matrices .* and 7 like"):
+        load(folder)
+
+
+def test_a_damaged_block_is_named(tiny_quantized: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_quantized, tmp_path / "m"))
+    name = "model.layers.0.mlp.experts.2.down_proj.weight"
+    path, info = stored_tensors(sorted(map(str, folder.glob("*.safetensors"))))[name]
+    with path.open("r+b") as file:
+        file.seek(info.begin)
+        file.write(b"no block")
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)} is not a native block"):
+        load(folder)
 
 
 def open_checkpoint_of(folder: Path) -> list[str]:
@@ -78,15 +226,10 @@ def open_checkpoint_of(folder: Path) -> list[str]:
 
 def test_newer_format_is_refused(tiny_quantized: Path, tmp_path: Path) -> None:
     import json
-    import shutil
-
-    from transformers import AutoModelForCausalLM
-
-    from alphaq.errors import CheckpointError
 
     folder = Path(shutil.copytree(tiny_quantized, tmp_path / "m"))
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["format_version"] = 2
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="native format 2"):
-        AutoModelForCausalLM.from_pretrained(folder)
+        load(folder)

@@ -122,7 +122,7 @@ class PackedWeights(nn.Module):
         return f"{size}, {self.table[..., BITS].double().mean():.2f} bits"
 
 
-def _of_another_shape(name: str, found: Shape, expected: Shape) -> CheckpointError:
+def _of_another_shape(name: str, found: tuple[int, ...], expected: Shape) -> CheckpointError:
     return CheckpointError(
         f"{name} has shape {list(found)}, the model's class expects {list(expected)}. "
         "Quantize the model again or correct config.json."

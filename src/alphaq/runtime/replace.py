@@ -225,12 +225,13 @@ class Packer:
         self._undo.append(undo)
 
     def _pack_experts(self, module: Any, first: Target, down: Target) -> None:
-        original, places = type(module), {"packed_first": first, "packed_down": down}
+        original: type[nn.Module] = type(module)
+        places = {"packed_first": first, "packed_down": down}
         for place, target in places.items():
             rows, columns = target.parameter.shape[1:][:: -1 if getattr(module, "is_transposed", False) else 1]
             setattr(module, place, self._weights(target.names, (rows // len(target.names), columns)))
             delattr(module, target.short)
-        module.__class__ = packed_class(original)
+        module.__class__ = packed_class(original)  # type: ignore[arg-type] # types are hashable
         module._is_hf_initialized = True
 
         def undo(dtype: torch.dtype) -> None:

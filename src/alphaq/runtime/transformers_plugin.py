@@ -102,7 +102,7 @@ class AlphaQQuantizer(HfQuantizer):
             converter.quantization_operation = DequantizeBlocks(self)
         return super().get_new_dtype(converter, param, dtype)
 
-    def _process_model_before_weight_loading(  # type: ignore[override]
+    def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):

@@ -465,18 +465,23 @@ def _zero_points(offsets, row, group, rows, BITS: tl.constexpr):
     """Zero points of some rows and groups, float32 in the shape that the two make together."""
     group_words = tl.cdiv(rows * BITS, 32)
     start = offsets.to(tl.pointer_type(tl.uint32)) + group.to(tl.int64) * group_words
-    return _codes(start, row, group_words, BITS).to(tl.float32)
+    return _codes(start, row, group_words, BITS, False).to(tl.float32)
 
 
 @triton.jit
-def _codes(start, place, words, BITS: tl.constexpr):
+def _codes(start, place, words, BITS: tl.constexpr, ALONG_ROW: tl.constexpr):
     """Codes at some places of packed streams of that many words, uint32 in the shape that starts and places make."""
     word = place * BITS // 32
     shift = (place * BITS % 32).to(tl.uint32)
-    code = tl.load(start + tl.minimum(word, words - 1)) >> shift
+    at = start + tl.minimum(word, words - 1)
+    if ALONG_ROW:
+        at = tl.max_contiguous(at, [1, 2])  # where threads lie, as in _times_codes
+    code = tl.load(at) >> shift
     if 32 % BITS != 0:
-        following = tl.load(start + tl.minimum(word + 1, words - 1))
-        code |= (following << (31 - shift)) << 1  # a shift by 32 would be undefined
+        at = start + tl.minimum(word + 1, words - 1)
+        if ALONG_ROW:
+            at = tl.max_contiguous(at, [1, 2])
+        code |= (tl.load(at) << (31 - shift)) << 1  # a shift by 32 would be undefined
     return code & ((1 << BITS) - 1)
 
 
@@ -588,7 +593,7 @@ def _product_with_block(
             fields = tl.load(row_start[:, None] + at[None, :])[:, :, None] >> shift[None, None, :]
             code = (fields & ((1 << BITS) - 1)).reshape(TILE_ROWS, BLOCK)
         else:
-            code = _codes(row_start[:, None] + word, place[None, :], row_words - word, BITS)
+            code = _codes(row_start[:, None] + word, place[None, :], row_words - word, BITS, True)
         group = first // group_size
         scale = tl.load(row_scales + group).to(tl.float32)
         zero_point = tl.full([TILE_ROWS], 0.5 if BITS == 1 else 2 ** (BITS - 1), tl.float32)
