@@ -29,7 +29,11 @@ from alphaq.ggml import GGML_BLOCKS
 
 TITLE = "Running quantized models on the CPU"
 DEMO_MODEL = HERE.parent / "src" / "alphaq" / "data" / "tiny"
-CASES = ("trained", "mixtral", "qwen")
+CASES = {
+    "trained": "Trained models",
+    "mixtral": "One layer of Mixtral 8x7B's shape (8 experts, 2 chosen, of 4096 × 14336)",
+    "qwen": "One layer of Qwen1.5-MoE-A2.7B's shape (60 experts, 4 chosen, of 2048 × 1408, and a shared one)",
+}
 TRAINED_BITS = ("2", "2.5", "3", "4")
 LAYER_BITS = ("2", "2.5", "3", "3.5", "4")
 VOCABULARY = 4096
@@ -46,15 +50,18 @@ TARGETS = (  # measure, bits, against, least quotient
 )
 MEASURES = {"decode": "decode, 1 sequence", "decode_many": f"decode, {SEQUENCES} sequences", "prefill": "prefill"}
 ABOUT = """\
-Tokens per second. *bf16*: transformers, as `from_pretrained` gives the model; *native*: the same call on what
-`alphaq quantize` wrote, weights packed in memory; *llama.cpp*: on the GGUF file that `alphaq quantize --engine
-llama.cpp` wrote with experts of the same size, as nearly as its types allow. Attention and shared experts have 4 bits,
-embedding and head are kept in 16 bits, in both. {threads} threads for all. Decoding begins after 16 tokens; prefill is
-a prompt of 512 tokens. Trained models decode greedily; layers of random weights get random tokens, as their own would
-repeat. bits/weight is what an expert's weight takes in the file, scales included; "×" is a quotient of speeds: more
-than 1 is faster.
+Tokens per second. *bf16*: transformers, as `from_pretrained` gives the model, with its default way to run experts;
+*native*: the same call on what `alphaq quantize` wrote, weights packed in memory; *llama.cpp*: on the GGUF file that
+`alphaq quantize --engine llama.cpp` wrote with experts of the same size, as nearly as its types allow, with a 16-bit
+cache and its own choice of attention. Attention and shared experts have about 4 bits, embedding and head are kept in 16
+bits, in both. Threads of each: {threads}. Decoding begins after 16 tokens; prefill is a prompt of 512 tokens. Trained
+models decode greedily; layers of random weights get random tokens, as their own would repeat. bits/weight is what an
+expert's weight takes in the file, scales included; "×" is a quotient of speeds: more than 1 is faster.
 
-Memory is what a process grew by, MiB, counted from when a small model of the same kind had been loaded and dropped:
+For the layers llama.cpp has its K types, which it runs fastest, and at 2 bits, where those are too large, IQ2_XXS and
+IQ2_XS, whose codes were drawn at random: they take minutes to find, and as long as any others to multiply with.
+
+Memory is what a process grew by, counted from when a small model of the same kind had been loaded and dropped:
 *loading* its peak while loading, *resident* after one forward pass over 512 tokens. For native models, *packed* are the
 bytes of all packed matrices, and the quotient is everything resident but the other parameters by them."""
 LAYER_ABOUT = """\
@@ -344,7 +351,8 @@ def render(results: Sequence[dict[str, Any]], threads: int) -> str:
     """All cases as Markdown."""
     parts = [ABOUT.format(threads=threads)]
     for result in results:
-        parts += [f"### {result['case']}", speeds(result), memories(result)]
+        heading = f"The trained model {result['case']}" if result["trained"] else CASES[result["case"]]
+        parts += [f"### {heading}", speeds(result), memories(result)]
         if not result["trained"]:
             parts += [blocks(result), targets(result)]
     return "\n\n".join(parts)
@@ -364,7 +372,7 @@ def layer(name: str, work: Path, quick: bool) -> Path:
 def wanted(given: Any, work: Path) -> Iterator[Case]:
     """The cases that were asked for; a layer's checkpoint is made when its turn comes."""
     quick = given.quick
-    trained_bits = tuple(given.bits or (("2", "4") if quick else TRAINED_BITS))
+    trained_bits = tuple(given.bits or (("2",) if quick else TRAINED_BITS))
     layer_bits = tuple(given.bits or (("2", "3.5") if quick else LAYER_BITS))
     many = 4 if quick else 16
     if "trained" in given.cases:
@@ -383,7 +391,7 @@ def main() -> None:
     """Run, show and keep."""
     arguments = parser(__doc__)
     arguments.add_argument("models", nargs="*", type=Path, metavar="MODEL", help="trained ones beside the bundled one")
-    arguments.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="all by default")
+    arguments.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES), help="all by default")
     arguments.add_argument("--bits", nargs="+", metavar="BITS", help="widths to run; all by default")
     arguments.add_argument("--rounds", type=int, help="5 by default")
     arguments.add_argument("--threads", type=int, default=os.cpu_count(), help="of every contestant; all cores")
