@@ -378,6 +378,53 @@ def put_byte(typing: Any, address: Any, value: Any) -> Any:
 
 
 @intrinsic
+def as_whole(typing: Any, value: Any) -> Any:
+    """Sixteen whole numbers in float32 as integers."""
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.fptosi(args[0], _WHOLE)
+
+    return int32x16(float32x16), code
+
+
+@intrinsic
+def put_digits(typing: Any, address: Any, whole: Any) -> Any:
+    """Write the lowest byte of each of sixteen integers to an address: a digit from −128 to 127 to the base 256."""
+    narrow = ir.VectorType(_I8, LANES)
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.store(builder.trunc(args[1], narrow), _at(builder, args[0], narrow), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, int32x16), code
+
+
+@intrinsic
+def without_digit(typing: Any, whole: Any) -> Any:
+    """(n − its digit) / 256 for sixteen integers."""
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        more = builder.add(args[0], ir.Constant(_WHOLE, [128] * LANES))
+        return builder.ashr(more, ir.Constant(_WHOLE, [8] * LANES))
+
+    return int32x16(int32x16), code
+
+
+@intrinsic
+def whole_sum(typing: Any, whole: Any) -> Any:
+    """Sum of sixteen integers below 2^27."""
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value = args[0]
+        for distance in (8, 4, 2, 1):
+            order = ir.Constant(ir.VectorType(_I32, LANES), [(lane + distance) % LANES for lane in range(LANES)])
+            value = builder.add(value, builder.shuffle_vector(value, value, order))
+        return builder.sext(builder.extract_element(value, _I32(0)), _I64)
+
+    return types.int64(int32x16), code
+
+
+@intrinsic
 def run_threads(typing: Any, parallel: Any, function: Any, data: Any, threads: Any) -> Any:
     """parallel(function, data, threads, 0), all given as addresses, as OpenMP runtimes are asked for a region.
 

@@ -15,11 +15,27 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, types
 
-from alphaq.simd import LANES, as_brain, fma, kernel, lane_sum, load, load_bytes, splat, store
+from alphaq.simd import (
+    LANES,
+    as_brain,
+    fma,
+    kernel,
+    lane_maximum,
+    lane_sum,
+    load,
+    load_bytes,
+    magnitude,
+    maximum,
+    minimum,
+    nearest,
+    splat,
+    store,
+)
 from alphaq.simd_codes import (
     CODES,
     add_products,
     as_floats,
+    as_whole,
     brains_at,
     byte_at,
     codes_at,
@@ -30,6 +46,7 @@ from alphaq.simd_codes import (
     put_brains,
     put_byte,
     put_codes,
+    put_digits,
     put_floats,
     run_threads,
     shifted_sum,
@@ -37,18 +54,21 @@ from alphaq.simd_codes import (
     transpose_bytes,
     two_halves,
     unpack,
+    whole_sum,
+    without_digit,
 )
 
 STEP_GROUP = 128  # inputs that share a step
 TASK_ROWS = 64
 LIMITS = (127.0, 32639.0, 8355711.0)  # largest whole number that 1, 2, 3 signed bytes are cut from
 HEADER = 16
+SMALLEST = np.float32(1e-30)  # inputs below have no inverse in float32 and count as 0
 WORTH_THREADS = 1 << 20  # products, some tens of microseconds
 
 # Places in a request, an array of int64.
 (COUNTER, TASKS, JOBS, PAIRS, PAIR_COUNT, TOKENS, ROWS, COLUMNS) = range(8)
-(WIDTH, PLANES, DIGITS, STEPS, SUMS, VALUES, OUT, RESTORING) = range(8, 16)
-REQUEST = 16
+(WIDTH, PLANES, DIGITS, STEPS, SUMS, VALUES, OUT, RESTORING, MOST) = range(8, 17)
+REQUEST = 17
 # Columns of a job: where the block is, how it is coded, where its products go, which pairs want it.
 (JOB_ADDRESS, JOB_BITS, JOB_GROUP, JOB_FLAGS, JOB_COLUMN, JOB_FIRST, JOB_COUNT) = range(7)
 JOB = 7
@@ -63,44 +83,38 @@ def prepare(inputs, tokens, columns, planes, limit, digits, steps, sums, values)
     [tokens, padded], the inputs themselves. padded: columns rounded up to 512; all arrays come zeroed.
     """
     padded = values.shape[1]
-    whole = np.empty(STEP_GROUP, np.int32)
+    bottom, top, none = splat(np.float32(-limit)), splat(np.float32(limit)), splat(np.float32(0))
+    rest = np.zeros(LANES, inputs.dtype)
     for token in range(tokens):
         end = columns // LANES * LANES
         row = values[token]
         for at in range(0, end, LANES):
             store(row, at, load(inputs, token * columns + at))
         if end < columns:
-            rest = np.zeros(LANES, inputs.dtype)
             for at in range(columns - end):
                 rest[at] = inputs[token * columns + end + at]
             store(row, end, load(rest, 0))
-        for begin in range(0, padded, STEP_GROUP):
-            largest = np.float32(0)
-            for at in range(begin, begin + STEP_GROUP):
-                largest = max(largest, abs(row[at]))
-                if row[at] != row[at]:
-                    largest = np.float32(np.nan)
-                    break
-            fine = largest >= np.float32(1e-30) and largest < np.float32(np.inf)
-            inverse = np.float32(limit) / largest if fine else np.float32(0)
-            step = np.float32(np.float64(largest) / limit)
-            if not fine and largest < np.float32(1):
-                step = np.float32(0)
-            for at in range(STEP_GROUP):
-                number = np.rint(row[begin + at] * inverse) if fine else np.float32(0)
-                whole[at] = np.int32(min(max(number, np.float32(-limit)), np.float32(limit)))
+        for begin in range(0, columns, STEP_GROUP):
+            extent, spoiled = none, none
+            for at in range(begin, begin + STEP_GROUP, LANES):
+                value = load(row, at)
+                extent = maximum(extent, magnitude(value))
+                spoiled = fma(value, none, spoiled)
+            largest = lane_maximum(extent) + lane_sum(spoiled)
+            fine = largest >= SMALLEST and largest < np.float32(np.inf)
+            inverse = splat(np.float32(limit) / largest if fine else np.float32(0))
+            step = np.float32(0) if largest < SMALLEST else np.float32(np.float64(largest) / limit)
             for part in range(4):
                 total = np.int64(0)
-                for at in range(32 * part, 32 * part + 32):
-                    total += whole[at]
-                place = begin // 32 + part
-                sums[0, token, place] = np.float32(np.float64(total) * step)
-                steps[0, token, place] = step
-            for plane in range(planes - 1, -1, -1):
-                for at in range(STEP_GROUP):
-                    low = ((whole[at] + 128) & 255) - 128
-                    digits[plane, token, begin + at] = low
-                    whole[at] = (whole[at] - low) >> 8
+                for at in range(begin + 32 * part, begin + 32 * part + 32, LANES):
+                    value = load(row, at) if fine else none
+                    whole = as_whole(minimum(maximum(nearest(value * inverse), bottom), top))
+                    total += whole_sum(whole)
+                    for plane in range(planes - 1, -1, -1):
+                        put_digits(digits.ctypes.data + (plane * tokens + token) * padded + at, whole)
+                        whole = without_digit(whole)
+                sums[0, token, begin // 32 + part] = np.float32(np.float64(total) * step)
+                steps[0, token, begin // 32 + part] = step
         for level in range(1, 3):
             for place in range(padded // 32 >> level):
                 sums[level, token, place] = sums[level - 1, token, 2 * place] + sums[level - 1, token, 2 * place + 1]
@@ -126,6 +140,7 @@ def _last_codes(source, columns, bits, rest):
 def _scales(address, count, scales):
     """float16 at an address to float32."""
     whole = count // LANES * LANES
+    store(scales, whole, splat(np.float32(0)))  # whole lanes are read, of which nothing else may spoil the sums
     for at in range(0, whole, LANES):
         store(scales, at, halves_at(address + 2 * at))
     for at in range(whole, count):
@@ -134,9 +149,9 @@ def _scales(address, count, scales):
 
 @kernel
 def _zero_points(address, rows, bits, groups, first, count, turned):
-    """Zero points of up to 64 rows from row `first` on: bytes [⌈groups / 16⌉, 64, 16]."""
+    """Zero points of up to 64 rows from row `first` on: bytes [⌈groups / 16⌉, 64, 16], and room for sixteen rows."""
     stride = 4 * -(-rows * bits // 32)
-    tile, rest = np.zeros(CODES * LANES, np.uint8), np.zeros(CODES, np.uint8)
+    tile, rest = turned[turned.size - CODES * LANES :], np.empty(CODES, np.uint8)
     for begin in range(0, groups, LANES):
         for group in range(begin, min(begin + LANES, groups)):
             place = address + group * stride + first * bits // 8
@@ -147,44 +162,71 @@ def _zero_points(address, rows, bits, groups, first, count, turned):
 
 
 @kernel
-def _grids(address, bits, group_size, symmetric, rows, columns, first, count):
-    """Scales [count · groups] of some rows, their means (likewise) or zero points (as `_zero_points`) or neither."""
+def _room(columns, tokens):
+    """Memory that a thread uses for every task: scales, means, weights and totals, zero points, a row's end."""
+    groups = -(-columns // 32)
+    padded = -(-groups // LANES) * LANES
+    grid = TASK_ROWS * groups + LANES
+    weights = tokens * padded + LANES
+    return (
+        np.zeros(grid, np.float32),
+        np.zeros(grid, np.float32),
+        np.zeros(weights, np.float32),
+        np.zeros(tokens * LANES, np.float32),
+        np.zeros(CODES * (padded + LANES), np.uint8),
+        np.zeros(2 * CODES, np.uint8),
+    )
+
+
+@kernel
+def _grids(address, bits, group_size, symmetric, rows, columns, first, count, scales, means, zeros):
+    """Read scales [count · groups] of some rows, and their means (likewise) or zero points (as `_zero_points`)."""
     groups = -(-columns // group_size)
     offsets = address + HEADER + 4 * rows * -(-columns * bits // 32)
     after = offsets
     if not symmetric:
         after += 2 * rows * groups if bits == 1 else 4 * groups * -(-rows * bits // 32)
-    scales = np.zeros(count * groups + LANES, np.float32)
     _scales(after + 2 * first * groups, count * groups, scales)
-    means = np.zeros(count * groups + LANES if bits == 1 and not symmetric else 0, np.float32)
-    if bits == 1 and not symmetric:
-        _scales(offsets + 2 * first * groups, count * groups, means)
-    zeros = np.zeros(CODES * -(-groups // LANES) * LANES if bits > 1 and not symmetric else 0, np.uint8)
-    if bits > 1 and not symmetric:
-        _zero_points(offsets, rows, bits, groups, first, count, zeros)
-    return scales, means, zeros
+    if not symmetric:
+        if bits == 1:
+            _scales(offsets + 2 * first * groups, count * groups, means)
+        else:
+            _zero_points(offsets, rows, bits, groups, first, count, zeros)
 
 
 @kernel
 def multiply_block(
-    address, bits, group_size, symmetric, rows, columns, first, mine, planes, digits, steps, sums, out, column, pairs
+    address,
+    bits,
+    group_size,
+    symmetric,
+    rows,
+    columns,
+    first,
+    mine,
+    planes,
+    digits,
+    steps,
+    sums,
+    out,
+    column,
+    pairs,
+    room,
 ):
     """Products of up to 64 rows from `first` on with some tokens.
 
     mine: int64 [count], rows of digits [planes, tokens, padded], steps and sums. out: float32 [pairs, width]; products
-    of mine[i] go to row pairs[i], from `column` on.
+    of mine[i] go to row pairs[i], from `column` on. room: see `_room`.
     """
+    scales, means, weights, totals, zeros, rest = room
     tokens, count = mine.size, min(TASK_ROWS, rows - first)
     groups = -(-columns // group_size)
     level = 0 if group_size == 32 else 1 if group_size == 64 else 2
     row_bytes = 4 * -(-columns * bits // 32)
-    scales, means, zeros = _grids(address, bits, group_size, symmetric, rows, columns, first, count)
+    _grids(address, bits, group_size, symmetric, rows, columns, first, count, scales, means, zeros)
     padded_groups = -(-groups // LANES) * LANES
     middle = splat(np.float32(2 ** (bits - 1)) if bits > 1 else np.float32(1))
     factor = splat(np.float32(2) if bits == 1 else np.float32(1))
-    weights = np.zeros(tokens * padded_groups + LANES, np.float32)
-    totals = np.zeros(tokens * LANES, np.float32)
-    rest = np.zeros(CODES, np.uint8)
     padded = digits.shape[2]
     stride = digits.shape[1] * padded
     digits_at = digits.ctypes.data
@@ -207,15 +249,17 @@ def multiply_block(
                 store(weights, token * padded_groups + group, scale * load(steps[level, mine[token]], group))
         source = address + HEADER + (first + row) * row_bytes
         last = _last_codes(source, columns, bits, rest)
-        for token in range(0, tokens, 4):
+        token = 0
+        while token < tokens:
             place = token * padded_groups
-            if token + 1 == tokens:
+            if token + 2 >= tokens:
                 at = digits_at + mine[token] * padded
                 total = load(totals, LANES * token)
                 total = _one_token(source, last, columns, bits, level, planes, stride, at, weights[place:], total)
                 out[pairs[token], column + first + row] = lane_sum(total)
+                token += 1
                 continue
-            second, third, fourth = min(token + 1, tokens - 1), min(token + 2, tokens - 1), min(token + 3, tokens - 1)
+            second, third, fourth = token + 1, token + 2, min(token + 3, tokens - 1)
             found = _four_tokens(
                 source,
                 last,
@@ -238,6 +282,7 @@ def multiply_block(
             out[pairs[second], column + first + row] = lane_sum(found[1] + load(totals, LANES * second))
             out[pairs[third], column + first + row] = lane_sum(found[2] + load(totals, LANES * third))
             out[pairs[fourth], column + first + row] = lane_sum(found[3] + load(totals, LANES * fourth))
+            token += 4
 
 
 @kernel
@@ -355,13 +400,14 @@ def _brain_at(address):
 
 
 @kernel
-def restore_block(address, bits, group_size, symmetric, rows, columns, first, brain, out):
-    """Values of up to 64 rows from `first` on to an address, as bfloat16 (`brain`) or float32."""
+def restore_block(address, bits, group_size, symmetric, rows, columns, first, brain, out, room):
+    """Values of up to 64 rows from `first` on to an address, as bfloat16 (`brain`) or float32. room: see `_room`."""
+    scales, means, _, _, zeros, rest = room
     count = min(TASK_ROWS, rows - first)
     groups = -(-columns // group_size)
     row_bytes = 4 * -(-columns * bits // 32)
-    scales, means, zeros = _grids(address, bits, group_size, symmetric, rows, columns, first, count)
-    codes, rest = np.zeros(CODES, np.uint8), np.zeros(CODES, np.uint8)
+    _grids(address, bits, group_size, symmetric, rows, columns, first, count, scales, means, zeros)
+    codes = rest[CODES:]
     width = 2 if brain else 4
     values = np.empty(2 * LANES, np.float32)
     raw = values.view(np.uint8)
@@ -406,6 +452,7 @@ def restore_block(address, bits, group_size, symmetric, rows, columns, first, br
 def _restore_tasks(request):
     job = carray(pointer(request[JOBS]), (JOB,), np.int64)
     width = 2 if request[PLANES] else 4
+    room = _room(request[COLUMNS], 1)
     while True:
         task = take(request)
         if task >= request[TASKS]:
@@ -420,6 +467,7 @@ def _restore_tasks(request):
             job[JOB_FIRST] + TASK_ROWS * task,
             request[PLANES] != 0,
             request[OUT] + TASK_ROWS * task * request[COLUMNS] * width,
+            room,
         )
 
 
@@ -440,6 +488,7 @@ def _work(request):
     sums = carray(pointer(request[SUMS]), (3, tokens, padded // 32), np.float32)
     values = carray(pointer(request[VALUES]), (tokens, padded), np.float32)
     out = carray(pointer(request[OUT]), (request[PAIR_COUNT], width), np.float32)
+    room = _room(columns, request[MOST])
     while True:
         task = take(request)
         if task >= request[TASKS]:
@@ -469,6 +518,7 @@ def _work(request):
                 out,
                 job[JOB_COLUMN],
                 targets,
+                room,
             )
 
 
@@ -489,7 +539,7 @@ def multiply(inputs, columns, codings, rows, experts, tokens, few, planes, limit
         else:
             out[pair] = 0
     jobs = np.empty((projections * min(known, experts.size), JOB), np.int64)
-    number, total, left = 0, 0, 0
+    number, total, left, most = 0, 0, 0, 0
     for expert in range(known):
         count = counts[expert + 1]
         counts[expert + 1] += counts[expert]
@@ -497,6 +547,7 @@ def multiply(inputs, columns, codings, rows, experts, tokens, few, planes, limit
             left += count
         elif count:
             total += count
+            most = max(most, count)
             for projection in range(projections):
                 for field in range(4):
                     jobs[number, field] = codings[projection, expert, field]
@@ -524,6 +575,7 @@ def multiply(inputs, columns, codings, rows, experts, tokens, few, planes, limit
     request[TASKS] = number * -(-rows // TASK_ROWS)
     request[JOBS], request[PAIRS], request[PAIR_COUNT] = jobs.ctypes.data, pairs.ctypes.data, experts.size
     request[TOKENS], request[ROWS], request[COLUMNS], request[WIDTH] = count, rows, columns, projections * rows
+    request[MOST] = most
     request[PLANES], request[DIGITS], request[STEPS] = planes, digits.ctypes.data, steps.ctypes.data
     request[SUMS], request[VALUES], request[OUT] = sums.ctypes.data, values.ctypes.data, out.ctypes.data
     small = threads < 2 or total * projections * rows * columns < WORTH_THREADS

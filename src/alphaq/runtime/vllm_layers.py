@@ -50,8 +50,7 @@ def method_of(layer: nn.Module, prefix: str, parts: Sequence[str] | None) -> Any
     if (size := get_tensor_model_parallel_world_size()) > 1:
         raise CheckpointError(
             f"Native checkpoints cannot be split over {size} devices: a block holds a whole matrix. Serve with "
-            "--tensor-parallel-size 1, and spread a large model with --pipeline-parallel-size or with "
-            "--data-parallel-size and --enable-expert-parallel."
+            "--tensor-parallel-size 1, and spread a large model with --pipeline-parallel-size."
         )
     if isinstance(layer, RoutedExperts):
         return PackedExperts(layer)
@@ -152,7 +151,7 @@ class PackedLinear(LinearMethodBase):
 
 
 class PackedExperts(FusedMoEMethodBase):
-    """The routed experts of a layer, those of them that this process has."""
+    """The routed experts of a layer."""
 
     def __init__(self, layer: RoutedExperts) -> None:
         super().__init__(layer.moe_config)
@@ -160,12 +159,12 @@ class PackedExperts(FusedMoEMethodBase):
         named = {"w1": layer.ckpt_gate_proj_name, "w2": layer.ckpt_down_proj_name, "w3": layer.ckpt_up_proj_name}
         self.projections = {shard: name for shard, name in named.items() if name is not None}
         self.arrived: dict[tuple[str, int], Tensor] = {}
-        """Shard and expert, counted over all processes."""
+        """Shard and expert."""
         moe = layer.moe_config
-        if moe.tp_size > 1:
+        if moe.tp_size > 1 or moe.use_ep:
             raise CheckpointError(
-                f"{self.prefix}: a block holds a whole matrix and cannot be split over {moe.tp_size} processes. Add "
-                "--enable-expert-parallel, which spreads whole experts."
+                f"{self.prefix}: experts of a native checkpoint cannot be spread over processes. Serve without "
+                "--enable-expert-parallel and with --data-parallel-size 1; for more throughput, start more servers."
             )
         if moe.has_bias:
             raise CheckpointError(f"{self.prefix}: experts with biases cannot be served from packed blocks by vLLM.")
@@ -190,7 +189,6 @@ class PackedExperts(FusedMoEMethodBase):
         self.hidden, self.intermediate = hidden_size, intermediate_size_per_partition
         for name in ("w13_weight", "w2_weight"):
             _placeholder(layer, name, self.collect)
-        self.local = layer._map_global_expert_id_to_local_expert_id
 
     def collect(
         self,
@@ -201,25 +199,23 @@ class PackedExperts(FusedMoEMethodBase):
         expert_id: int,
         return_success: bool = False,
     ) -> bool | None:
-        """Called by vLLM for every expert's every matrix; False if the expert is another process's."""
-        mine = self.local(expert_id) != -1
-        if mine:
-            self.arrived[shard_id, expert_id] = _owned(loaded_weight, param.device)
-        return mine if return_success else None
+        """Called by vLLM for every matrix of every expert; whether it was taken."""
+        self.arrived[shard_id, expert_id] = _owned(loaded_weight, param.device)
+        return True if return_success else None
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Blocks become two `PackedWeights`: gate and up, and down."""
-        order = sorted((self.local(one), one) for one in range(layer.global_num_experts) if self.local(one) != -1)
+        experts = range(layer.global_num_experts)
         up_shards = ["w1", "w3"] if self.moe.is_act_and_mul else ["w1"]
         shapes: dict[str, Shape] = {"w13": (self.intermediate, self.hidden), "w2": (self.hidden, self.intermediate)}
         for target, shards in (("w13", up_shards), ("w2", ["w2"])):
             names, blocks = [], []
             for shard in shards:
-                names.append([f"{self.prefix}.{one}.{self.projections[shard]}.weight" for _, one in order])
-                for name, (_, one) in zip(names[-1], order, strict=True):
+                names.append([f"{self.prefix}.{one}.{self.projections[shard]}.weight" for one in experts])
+                for name, one in zip(names[-1], experts, strict=True):
                     if (shard, one) not in self.arrived:
                         raise _missing(name, self.prefix)
-                blocks.append([self.arrived.pop((shard, one)) for _, one in order])
+                blocks.append([self.arrived.pop((shard, one)) for one in experts])
             _attach(layer, target, names, shapes[target], blocks)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
@@ -236,10 +232,7 @@ class PackedExperts(FusedMoEMethodBase):
         shared_experts_input: Tensor | None,
     ) -> Tensor:
         """x [tokens, hidden], routed by vLLM to topk_ids [tokens, k] → [tokens, hidden]."""
-        chosen = topk_ids.long()
-        if layer.expert_map is not None:
-            chosen = layer.expert_map[chosen].long()  # -1 for other processes' experts: they add nothing here
-        experts = chosen.flatten()
+        experts = topk_ids.flatten().long()
         pairs = torch.arange(experts.shape[0], device=x.device)
         if layer.apply_router_weight_on_input:  # vLLM allows it for one expert per token only
             x = x * topk_weights.to(x.dtype)
