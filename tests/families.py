@@ -316,6 +316,8 @@ def logits(folder: Path) -> torch.Tensor:
     cls = model_class(AutoConfig.from_pretrained(folder))
     model, report = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"], sorted(report["missing_keys"])[:3]
+    if hasattr(model, "hf_quantizer"):
+        assert not report["unexpected_keys"], sorted(report["unexpected_keys"])[:3]
     torch.manual_seed(0)  # a diffusion model draws the words that it begins with
     with torch.no_grad():
         return model.eval()(input_ids=torch.arange(3, 19)[None]).logits

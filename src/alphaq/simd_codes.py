@@ -91,7 +91,7 @@ def _table(builder: Any, name: str, rows: list[list[int]], index: Any) -> Any:
     return value
 
 
-_PERMUTED = [[8 * 0 + 0] * CODES] + [
+_PERMUTED = [[0] * CODES] + [
     [min(lane // 8 * bits + lane % 8, 63) for lane in range(CODES)] for bits in range(1, 9)
 ]
 _SHIFTED = [[0] * CODES] + [[lane % 8 * bits for lane in range(CODES)] for bits in range(1, 9)]

@@ -1,6 +1,8 @@
+import copy
 import ctypes
 import mmap
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from alphaq.runtime import kernels
 from alphaq.runtime import multiply as module
 from alphaq.runtime.multiply import multiply, packed_linear
 from alphaq.runtime.packed import PackedWeights
+from alphaq.runtime.threads import parallel
 
 EVERY_CHOICE = [
     Choice(bits, group, symmetric) for bits in range(1, 9) for group in (32, 64, 128) for symmetric in (0, 1)
@@ -194,18 +197,55 @@ def test_training_is_refused() -> None:
         found.sum().backward()
 
 
-def test_steps_of_inputs_lose_less_than_their_type() -> None:
-    inputs = torch.randn(1, 512, generator=torch.Generator().manual_seed(6))
-    for planes, bound in ((2, 2.0**-15), (3, 2.0**-23)):
-        digits = np.zeros((planes, 1, 512), np.int8)
-        steps, sums = np.zeros((2, 3, 1, 16), np.float32)
-        values = np.zeros((1, 512), np.float32)
-        kernels.prepare(inputs.numpy().ravel(), 1, 512, planes, kernels.LIMITS[planes - 1], digits, steps, sums, values)
-        whole = sum(digits[plane, 0].astype(np.float64) * 256.0 ** (planes - 1 - plane) for plane in range(planes))
-        restored = whole * np.repeat(steps[0, 0].astype(np.float64), 32)
-        largest = np.abs(values).reshape(-1, 128).max(1).repeat(128)
-        assert (np.abs(restored - values[0]) <= bound * largest).all()
-        assert np.allclose(sums[0, 0], restored.reshape(-1, 32).sum(1), rtol=1e-5, atol=1e-5)
+def test_outliers_leave_their_neighbours_exact() -> None:
+    """Trained models have a few inputs thousands of times larger than the rest, and small weights for them."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(7))
+    weight[:, 17] *= 1e-3
+    weights = PackedWeights([["one"]], (64, 256))
+    weights.fill([[encode(quantize_rtn(weight, Choice(8, 32)))]])
+    for dtype, bound in ((torch.bfloat16, 6e-3), (torch.float16, 1e-3), (torch.float32, 1e-4)):
+        for size in (30.0, 300.0, 3000.0):
+            inputs = torch.randn(1, 256, generator=torch.Generator().manual_seed(8)).to(dtype)
+            inputs[0, 17] = size
+            one = torch.zeros(1, dtype=torch.int64)
+            check(multiply(inputs, weights, one, one), expected(inputs, weights, one, one), bound)
+
+
+@pytest.mark.parametrize(("planes", "bound"), [(2, 2.0**-15), (3, 2.0**-23)])
+def test_whole_numbers_are_within_half_a_step(planes: int, bound: float) -> None:
+    values = torch.randn(1, 512, generator=torch.Generator().manual_seed(6)).numpy()
+    digits = np.zeros((planes, 1, 512), np.int8)
+    steps, sums = np.zeros((2, 3, 1, 16), np.float32)
+    kernels.prepare(values, 512, planes, kernels.LIMITS[planes - 2], digits, steps, sums)
+    whole = sum(digits[plane, 0].astype(np.float64) * 256.0 ** (planes - 1 - plane) for plane in range(planes))
+    restored = whole * np.repeat(steps[0, 0].astype(np.float64), 32)
+    largest = np.abs(values).reshape(-1, 128).max(1).repeat(128)
+    assert (np.abs(restored - values[0]) <= bound * largest).all()
+    assert np.allclose(sums[0, 0], restored.reshape(-1, 32).sum(1), rtol=1e-5, atol=1e-5)
+
+
+def test_copies_and_pickles_know_where_they_lie() -> None:
+    weights = packed((64, 96), [Choice(4, 32), Choice(2, 32), torch.float16])
+    inputs, experts, tokens = torch.ones(1, 96), torch.arange(3), torch.zeros(3, dtype=torch.int64)
+    before = multiply(inputs, weights, experts, tokens)
+    copies = copy.deepcopy(weights), pickle.loads(pickle.dumps(weights))
+    addresses = {int(one.table[0, 0, 0]) for one in (weights, *copies)}
+    assert len(addresses) == 3
+    del weights
+    for one in copies:
+        assert torch.equal(multiply(inputs, one, experts, tokens), before)
+
+
+def test_scales_that_are_no_numbers_are_refused_by_name() -> None:
+    block = encode(quantize_rtn(torch.randn(64, 64), Choice(4, 32)))
+    block[-256:].view(torch.float16)[3] = float("nan")
+    with pytest.raises(CheckpointError, match="one has scales that are not finite"):
+        PackedWeights([["one"]], (64, 64)).fill([[block]])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere kernels run on one thread")
+def test_torch_s_threads_are_found() -> None:
+    assert parallel()[0] != 0 and parallel()[2] == torch.get_num_threads()
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Multiply with packed matrices on the CPU: codes are unpacked in registers and never written out.
 
-An input of a group becomes whole numbers n with one step for 128 neighbours, x ≈ σ·n, cut into signed bytes: two for
-16-bit inputs, three for float32, which loses less than the input's own rounding. Then with ŵ = s·q + β
+Inputs become whole numbers n with one step for 128 neighbours, x ≈ σ·n, cut into signed bytes: two for 16-bit inputs
+without large outliers, else three. What is lost is of the size of the inputs' own rounding. Then with ŵ = s·q + β
 
     Σ ŵ·x  ≈  Σ over groups of  s·σ·(Σ q·n)  +  β·σ·(Σ n)
 
@@ -30,6 +30,7 @@ from alphaq.simd import (
     nearest,
     splat,
     store,
+    where_less,
 )
 from alphaq.simd_codes import (
     CODES,
@@ -60,7 +61,7 @@ from alphaq.simd_codes import (
 
 STEP_GROUP = 128  # inputs that share a step
 TASK_ROWS = 64
-LIMITS = (127.0, 32639.0, 8355711.0)  # largest whole number that 1, 2, 3 signed bytes are cut from
+LIMITS = (32639.0, 8355711.0)  # largest whole number that 2 and 3 signed bytes are cut from
 HEADER = 16
 SMALLEST = np.float32(1e-30)  # inputs below have no inverse in float32 and count as 0
 WORTH_THREADS = 1 << 20  # products, some tens of microseconds
@@ -75,16 +76,15 @@ JOB = 7
 
 
 @kernel
-def prepare(inputs, tokens, columns, planes, limit, digits, steps, sums, values):
-    """Inputs as whole numbers.
+def widen(inputs, tokens, columns, values):
+    """Inputs as float32 [tokens, padded], which come zeroed; returns whether two bytes are too few for them.
 
-    inputs: flat [tokens · columns], float32, or bits of float16 or bfloat16. digits: int8 [planes, tokens, padded].
-    steps, sums: float32 [3, tokens, padded / 32], σ and σ·Σn for groups of 32, 64 and 128. values: float32
-    [tokens, padded], the inputs themselves. padded: columns rounded up to 512; all arrays come zeroed.
+    inputs: flat [tokens · columns], float32, or bits of float16 or bfloat16. Few they are where most inputs of a group
+    are smaller than a 256th of its largest: an outlier would take the bits of its neighbours.
     """
-    padded = values.shape[1]
-    bottom, top, none = splat(np.float32(-limit)), splat(np.float32(limit)), splat(np.float32(0))
+    zero, one = splat(np.float32(0)), splat(np.float32(1))
     rest = np.zeros(LANES, inputs.dtype)
+    coarse = False
     for token in range(tokens):
         end = columns // LANES * LANES
         row = values[token]
@@ -94,6 +94,31 @@ def prepare(inputs, tokens, columns, planes, limit, digits, steps, sums, values)
             for at in range(columns - end):
                 rest[at] = inputs[token * columns + end + at]
             store(row, end, load(rest, 0))
+        for begin in range(0, columns, STEP_GROUP):
+            extent, small, number = zero, zero, zero
+            for at in range(begin, begin + STEP_GROUP, LANES):
+                extent = maximum(extent, magnitude(load(row, at)))
+            border = splat(lane_maximum(extent) / np.float32(256))
+            for at in range(begin, begin + STEP_GROUP, LANES):
+                value = magnitude(load(row, at))
+                number = number + where_less(zero, value, one, zero)
+                small = small + where_less(zero, value, where_less(value, border, one, zero), zero)
+            coarse |= lane_sum(small) > np.float32(0.5) * lane_sum(number)
+    return coarse
+
+
+@kernel
+def prepare(values, columns, planes, limit, digits, steps, sums):
+    """Inputs as whole numbers.
+
+    values: float32 [tokens, padded], zero beyond the columns; padded: columns rounded up to 512. digits: int8
+    [planes, tokens, padded]. steps, sums: float32 [3, tokens, padded / 32], σ and σ·Σn for groups of 32, 64 and 128.
+    All come zeroed.
+    """
+    tokens, padded = values.shape
+    bottom, top, none = splat(np.float32(-limit)), splat(np.float32(limit)), splat(np.float32(0))
+    for token in range(tokens):
+        row = values[token]
         for begin in range(0, columns, STEP_GROUP):
             extent, spoiled = none, none
             for at in range(begin, begin + STEP_GROUP, LANES):
@@ -523,12 +548,12 @@ def _work(request):
 
 
 @kernel
-def multiply(inputs, columns, codings, rows, experts, tokens, few, planes, limit, out, parallel, function, threads):
+def multiply(inputs, columns, codings, rows, experts, tokens, few, exact, out, parallel, function, threads):
     """Products of experts that at most `few` pairs want; returns the number of pairs that are left.
 
     inputs: flat [tokens · columns], float32 or bits. codings: int64 [projections, experts, fields]. experts, tokens:
-    int64 [pairs]. planes, limit: how inputs are cut. out: float32 [pairs, projections · rows], zeros where there is no
-    such expert. parallel, function, threads: see `run_threads`; small work is done on one thread.
+    int64 [pairs]. exact: whether inputs have more than 16 bits. out: float32 [pairs, projections · rows], zeros where
+    there is no such expert. parallel, function, threads: see `run_threads`; small work is done on one thread.
     """
     projections, known = codings.shape[0], codings.shape[1]
     counts = np.zeros(known + 1, np.int64)
@@ -566,11 +591,13 @@ def multiply(inputs, columns, codings, rows, experts, tokens, few, planes, limit
             pairs[0, place], pairs[1, place] = tokens[pair], pair
     count = inputs.size // columns
     padded = -(-columns // 512) * 512
+    values = np.zeros((count, padded), np.float32)
+    coarse = widen(inputs, count, columns, values)
+    planes = 3 if exact or coarse else 2
     digits = np.zeros((planes, count, padded), np.int8)
     steps = np.zeros((3, count, padded // 32), np.float32)
     sums = np.zeros((3, count, padded // 32), np.float32)
-    values = np.zeros((count, padded), np.float32)
-    prepare(inputs, count, columns, planes, limit, digits, steps, sums, values)
+    prepare(values, columns, planes, LIMITS[planes - 2], digits, steps, sums)
     request = np.zeros(REQUEST, np.int64)
     request[TASKS] = number * -(-rows // TASK_ROWS)
     request[JOBS], request[PAIRS], request[PAIR_COUNT] = jobs.ctypes.data, pairs.ctypes.data, experts.size

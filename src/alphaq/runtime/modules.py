@@ -6,6 +6,7 @@ something else with its experts gets their matrices restored while it runs.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -20,18 +21,17 @@ from alphaq.runtime.packed import PackedWeights
 class PackedLinear(nn.Module):
     """y = x·Wᵀ + b with W packed; stands for `torch.nn.Linear`."""
 
-    def __init__(self, weights: PackedWeights, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+    def __init__(self, weights: PackedWeights, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.packed = weights
         self.out_features, self.in_features = weights.shape
         self.bias = bias
-        self.dtype = dtype
         self._is_hf_initialized = True
 
     @property
     def weight(self) -> Tensor:
         """The matrix, restored at each use: for code that does not call the module."""
-        return self.packed.dequantized(0, 0, self.dtype)
+        return self.packed.dequantized(0, 0)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: [..., in_features] → [..., out_features]."""
@@ -40,10 +40,6 @@ class PackedLinear(nn.Module):
         found = multiply(rows, self.packed, torch.zeros_like(tokens), tokens)
         found = found.view(*inputs.shape[:-1], self.out_features)
         return found if self.bias is None else found + self.bias
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return super()._apply(fn, recurse)
 
 
 class PackedExperts(nn.Module):
@@ -74,7 +70,16 @@ class PackedExperts(nn.Module):
             found = torch.where((experts > known)[:, None], hidden_states[tokens], found)
         else:
             weights = weights.masked_fill((experts != known)[:, None], 0)
-        return (found * weights).view(count, chosen, -1).sum(1).to(hidden_states.dtype)
+        return (found * weights).view(count, chosen, found.shape[-1]).sum(1).to(hidden_states.dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Classes made here are no module's attributes, which pickles look for."""
+        return _unpickled, (type(self).__bases__[1],), self.__getstate__()
+
+
+def _unpickled(original: type[nn.Module]) -> Any:
+    made = packed_class(original)
+    return made.__new__(made)
 
 
 def _gated(module: Any, found: Tensor) -> Tensor:
@@ -88,20 +93,23 @@ def _gated(module: Any, found: Tensor) -> Tensor:
 
 
 @cache
-def packed_class(original: type[nn.Module]) -> type[nn.Module]:
+def packed_class(original: Any) -> Any:
     """An expert class that multiplies with packed matrices and is otherwise as it was."""
     return type(f"Packed{original.__name__}", (PackedExperts, original), {"__module__": __name__})
 
 
 class RestoredParameter:
-    """Hooks that give a module a parameter while it or the module around it runs, made of packed matrices.
+    """Hooks that give a module a parameter while it or the module around it runs, made of its packed matrices.
 
-    restore: makes the parameter's value.
+    place: the module's attribute that holds those; make: forms the parameter of them.
     """
 
-    def __init__(self, around: nn.Module, owner: nn.Module, name: str, restore: Callable[[], Tensor]) -> None:
-        self.owner, self.name, self.restore = owner, name, restore
+    def __init__(
+        self, around: nn.Module, owner: nn.Module, name: str, place: str, make: Callable[[PackedWeights], Tensor]
+    ) -> None:
+        self.owner, self.name, self.place, self.make = owner, name, place, make
         self.running = 0
+        self._start()
         self.handles = [
             handle
             for module in (around, owner)
@@ -111,15 +119,30 @@ class RestoredParameter:
             )
         ]
 
-    def _give(self, *_: Any) -> None:
-        self.running += 1
-        if self.running == 1:
-            self.owner.__dict__[self.name] = self.restore()
+    def _start(self) -> None:
+        self.lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have a lock of their own."""
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    @torch.compiler.disable
+    def _give(self, *_: Any) -> None:
+        with self.lock:
+            if self.running == 0:
+                self.owner.__dict__[self.name] = self.make(getattr(self.owner, self.place))
+            self.running += 1
+
+    @torch.compiler.disable
     def _take(self, *_: Any) -> None:
-        self.running -= 1
-        if self.running == 0:
-            del self.owner.__dict__[self.name]
+        with self.lock:
+            self.running -= 1
+            if self.running == 0:
+                del self.owner.__dict__[self.name]
 
     def remove(self) -> None:
         """Undo the hooks."""

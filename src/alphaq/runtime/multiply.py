@@ -71,7 +71,6 @@ def cpu_linear(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens
     """`packed_linear` on the CPU."""
     inputs, codings = inputs.detach().contiguous(), table.numpy()
     out = torch.empty(len(experts), len(codings) * rows)
-    planes = 3 if inputs.dtype == torch.float32 else 2
     wanted, chosen = experts.long().contiguous().numpy(), tokens.contiguous().numpy()
     left = kernels.multiply(
         flat(inputs),
@@ -81,8 +80,7 @@ def cpu_linear(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens
         wanted,
         chosen,
         FEW_TOKENS,
-        planes,
-        kernels.LIMITS[planes - 1],
+        inputs.dtype.itemsize > 2,
         out.numpy(),
         *parallel(),
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from alphaq.errors import CheckpointError
 from alphaq.quantizers.packing import decode, dequantize, read_block_header
-from alphaq.records import Choice, Shape
+from alphaq.records import BLOCK_HEADER_BYTES, Choice, Shape
 
 ADDRESS, BITS, GROUP_SIZE, FLAGS = range(4)  # columns of a table
 FIELDS = 4
@@ -28,16 +28,18 @@ class PackedWeights(nn.Module):
 
     names: of the tensors in the checkpoint, [projections][experts]; a plain linear layer is one projection of one
     expert. The tensors are buffers of bytes, so that `.to` moves them and never casts them; on the CPU they may be the
-    file itself. They are no part of the state_dict, which has no place for an expert's own name.
+    file itself. They are no part of the state_dict, which has no place for an expert's own name. dtype: what restored
+    matrices have; `.to` changes it.
     """
 
     table: Tensor
     """int64 [projections, experts, FIELDS], on the blocks' device."""
 
-    def __init__(self, names: Sequence[Sequence[str]], shape: Shape) -> None:
+    def __init__(self, names: Sequence[Sequence[str]], shape: Shape, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.names = tuple(tuple(row) for row in names)
         self.shape = shape
+        self.dtype = dtype
         self.kept: dict[str, torch.dtype] = {}
         self._is_hf_initialized = True  # transformers would draw random weights
 
@@ -79,6 +81,11 @@ class PackedWeights(nn.Module):
         choice, found = read_block_header(block, name)
         if found != self.shape:
             raise _of_another_shape(name, found, self.shape)
+        code_bytes, offset_bytes, scale_bytes = choice.parts(found)
+        begin = BLOCK_HEADER_BYTES + code_bytes + (0 if choice.bits == 1 else offset_bytes)
+        end = BLOCK_HEADER_BYTES + code_bytes + offset_bytes + scale_bytes
+        if not bool(torch.isfinite(block[begin:end].clone().view(torch.float16)).all()):
+            raise CheckpointError(f"{name} has scales that are not finite. Quantize the model again.")
         return block.data_ptr(), choice.bits, choice.group_size, SYMMETRIC if choice.symmetric else 0
 
     @property
@@ -91,8 +98,10 @@ class PackedWeights(nn.Module):
         bits, group_size, flags = self.table[projection, expert, BITS:].tolist()
         return Choice(16) if bits == 16 else Choice(bits, group_size, bool(flags & SYMMETRIC))
 
-    def dequantized(self, projection: int, expert: int, dtype: torch.dtype) -> Tensor:
+    @torch.compiler.disable
+    def dequantized(self, projection: int, expert: int, dtype: torch.dtype | None = None) -> Tensor:
         """One matrix, [rows, columns]."""
+        dtype = dtype or self.dtype
         name, block = self.names[projection][expert], self._block(projection, expert)
         if name in self.kept:
             return block.view(self.kept[name]).view(self.shape).to(dtype)
@@ -110,9 +119,16 @@ class PackedWeights(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What `.to` calls."""
         super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         if hasattr(self, "table"):
             self._index()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and what is read from a pickle lie elsewhere."""
+        super().__setstate__(state)
+        if hasattr(self, "table"):
+            self._index()
 
     def extra_repr(self) -> str:
         """Shapes and mean width, for `print(model)`."""

@@ -7,7 +7,8 @@ packed, too. Linear layers and experts multiply packed; parameters that somethin
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,16 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.utils import logging
 
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo, read_header
 from alphaq.errors import CheckpointError
 from alphaq.quantizers.packing import decode, dequantize, read_block_header
 from alphaq.records import Shape
-from alphaq.runtime.modules import PackedLinear, RestoredParameter, packed_class
+from alphaq.runtime.modules import PackedExperts, PackedLinear, RestoredParameter, packed_class
 from alphaq.runtime.packed import KEPT, PackedWeights
 
+logger = logging.get_logger(__name__)
 EXPERTS_CALL = ("hidden_states", "top_k_index", "top_k_weights")
 CPU = torch.device("cpu")
 
@@ -49,6 +52,10 @@ class DequantizeBlocks(ConversionOps):
 
         def restore(tensor: Tensor) -> Tensor:
             if tensor.dtype == torch.uint8 and tensor.ndim == 1:
+                logger.warning_once(
+                    f"{full_layer_name} and others do not stay packed: transformers' class or a `key_mapping` has no "
+                    "place for blocks. They take the memory of 16-bit weights."
+                )
                 return dequantize(decode(tensor.cpu(), full_layer_name), dtype).to(tensor.device)
             return tensor.to(dtype)
 
@@ -103,7 +110,7 @@ class Target:
         patterns = self.converter.source_patterns if self.converter else self.sources
         return [self.sources[pattern] for pattern in patterns if pattern in self.sources]
 
-    def restored(self, weights: PackedWeights, dtype: torch.dtype) -> Tensor:
+    def restored(self, weights: PackedWeights, dtype: torch.dtype | None = None) -> Tensor:
         """The parameter, made as transformers makes it."""
         matrices = [[weights.dequantized(p, e, dtype) for e in range(len(row))] for p, row in enumerate(weights.names)]
         if self.converter is None:
@@ -126,45 +133,68 @@ def is_block(info: TensorInfo) -> bool:
     return info.dtype == "U8" and len(info.shape) == 1
 
 
-def find_targets(model: Any, stored: Mapping[str, object], conversions: Sequence[Any]) -> list[Target]:
-    """The model's parameters that the checkpoint stores."""
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    parameters = model.state_dict()
-    found: dict[str, Target] = {}
-    for name in sorted(stored, key=dot_natural_key):
-        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
-        if renamed not in parameters and name in parameters:
-            renamed, pattern = name, None
-        if renamed in parameters:
-            converter = by_pattern[pattern] if pattern is not None else None
-            target = found.setdefault(renamed, Target(renamed, parameters[renamed], converter))
-            target.sources.setdefault(pattern or "", []).append(name)
-    return list(found.values())
+@dataclass
+class Placing:
+    """Where transformers puts stored tensors, by its own conversions."""
+
+    model: Any
+    conversions: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        self.renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
+        self.converters = [entry for entry in self.conversions if isinstance(entry, WeightConverter)]
+        self.parameters = self.model.state_dict()
+
+    def place(self, name: str) -> tuple[str, str | None]:
+        """Parameter and pattern of the converter that makes it, if any; the parameter may not be the model's."""
+        prefix = self.model.base_model_prefix
+        renamed, pattern = rename_source_key(name, self.renamings, self.converters, prefix, self.parameters)
+        return (name, None) if renamed not in self.parameters and name in self.parameters else (renamed, pattern)
+
+    def targets(self, stored: Iterable[str]) -> dict[str, Target]:
+        """The model's parameters that are stored."""
+        by_pattern = {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
+        found: dict[str, Target] = {}
+        for name in sorted(stored, key=dot_natural_key):
+            renamed, pattern = self.place(name)
+            if renamed in self.parameters:
+                converter = by_pattern[pattern] if pattern is not None else None
+                target = found.setdefault(renamed, Target(renamed, self.parameters[renamed], converter))
+                target.sources.setdefault(pattern or "", []).append(name)
+        return found
 
 
 class Packer:
     """Exchanges modules of a model that has no weights yet, and fills them when it has the others.
 
-    unpacked: parameters whose blocks cannot stay packed; they are dequantized while they are loaded.
+    names: the stored name of each parameter that is stored as it is.
     """
 
     def __init__(self, stored: Mapping[str, tuple[Path, TensorInfo]]) -> None:
         self.stored = stored
-        self.unpacked: list[str] = []
-        self._undo: list[Callable[[torch.dtype], None]] = []
+        self.names: dict[str, str] = {}
+        self._packed: list[Target] = []
         self._files: dict[Path, Tensor] = {}
 
-    def pack(self, model: Any, conversions: Sequence[Any]) -> list[str]:
-        """Exchange what can be. Returns the parameters that the model no longer has."""
+    def pack(self, model: Any, conversions: Sequence[Any]) -> set[str]:
+        """Exchange what can be. Returns the names that transformers will say it did not expect.
+
+        Raises CheckpointError if nothing is stored for some experts.
+        """
+        targets = Placing(model, conversions).targets(self.stored)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 3 and name not in targets:
+                raise CheckpointError(
+                    f"{type(model).__name__} has experts in {name}, for which the checkpoint stores nothing. "
+                    "Complete the download, or load it with the class that its config.json names."
+                )
+        self.names = {name: one.names[0][0] for name, one in targets.items() if one.converter is None}
         modules: dict[str, Any] = dict(model.named_modules())
         owners: dict[str, list[Target]] = {}
-        for target in find_targets(model, self.stored, conversions):
+        for target in targets.values():
             owners.setdefault(target.owner, []).append(target)
-        gone: list[str] = []
         for owner, own in owners.items():
-            module = modules[owner]
+            module, around = modules[owner], _around(modules, owner)
             coded = [target for target in own if self._is_coded(target)]
             if not coded:
                 continue
@@ -172,12 +202,14 @@ class Packer:
                 self._pack_linear(model, module, coded[0])
             elif (pair := _first_and_down(module, own)) is not None:
                 self._pack_experts(module, *pair)
-                _around(modules, owner)._is_hf_initialized = True  # it may draw random numbers for its experts
+                around._is_hf_initialized = True  # it may draw random numbers for its experts
                 coded = list(pair)
             else:
-                coded = [target for target in coded if self._pack_restored(_around(modules, owner), module, target)]
-            gone += [target.name for target in coded]
-        return gone
+                coded = [target for target in coded if self._pack_restored(around, module, target)]
+            self._packed += coded
+        packed = [name for target in self._packed for row in target.names for name in row]
+        left = Placing(model, conversions)
+        return {left.place(name)[0] for name in packed}
 
     def fill(self, model: Any) -> None:
         """Give the packed modules their blocks: mapped from the files, or copied to where their layer is."""
@@ -187,10 +219,26 @@ class Packer:
                 module.fill([[self._tensor(one).to(device) for one in names] for names in module.names])
         self._files.clear()
 
-    def restore(self, dtype: torch.dtype) -> None:
-        """Give the model ordinary parameters again."""
-        while self._undo:
-            self._undo.pop()(dtype)
+    def restore(self, model: Any, dtype: torch.dtype) -> None:
+        """Give a filled model ordinary parameters again."""
+        for target in self._packed:
+            module = model.get_submodule(target.owner)
+            if isinstance(module, PackedLinear):
+                linear = nn.Linear(module.in_features, module.out_features, device="meta")
+                linear.weight, linear.bias = nn.Parameter(target.restored(module.packed, dtype)), module.bias  # type: ignore[assignment]
+                model.set_submodule(target.owner, linear)
+                continue
+            place = _place(target)
+            if isinstance(module, PackedExperts):
+                place = "packed_down" if target.short == "down_proj" else "packed_first"
+            else:
+                module.__dict__.pop(f"restored_{target.short}").remove()
+            setattr(module, target.short, nn.Parameter(target.restored(getattr(module, place), dtype)))
+            delattr(module, place)
+            if isinstance(module, PackedExperts) and not any(
+                isinstance(one, PackedWeights) for one in module.children()
+            ):
+                module.__class__ = type(module).__bases__[1]
 
     def _is_coded(self, target: Target) -> bool:
         return any(is_block(self.stored[name][1]) for names in target.names for name in names)
@@ -207,40 +255,22 @@ class Packer:
         values = (held.clone() if info.begin % kind.itemsize else held).view(kind).view(info.shape)
         return values if kind in KEPT else values.bfloat16()
 
-    def _weights(self, names: list[list[str]], shape: Shape) -> PackedWeights:
-        weights = PackedWeights(names, shape)
-        weights.reserve(sum(self.stored[name][1].nbytes for row in names for name in row))
+    def _weights(self, target: Target, shape: Shape) -> PackedWeights:
+        weights = PackedWeights(target.names, shape, target.parameter.dtype)
+        weights.reserve(sum(self.stored[name][1].nbytes for row in target.names for name in row))
         return weights
 
     def _pack_linear(self, model: Any, module: nn.Linear, target: Target) -> None:
-        weights = self._weights(target.names, (module.out_features, module.in_features))
-        packed = PackedLinear(weights, module.bias, module.weight.dtype)
-        model.set_submodule(target.owner, packed)
-
-        def undo(dtype: torch.dtype) -> None:
-            linear = nn.Linear(module.in_features, module.out_features, packed.bias is not None, device="meta")
-            linear.weight, linear.bias = nn.Parameter(target.restored(weights, dtype)), packed.bias  # type: ignore
-            model.set_submodule(target.owner, linear)
-
-        self._undo.append(undo)
+        weights = self._weights(target, (module.out_features, module.in_features))
+        model.set_submodule(target.owner, PackedLinear(weights, module.bias))
 
     def _pack_experts(self, module: Any, first: Target, down: Target) -> None:
-        original: type[nn.Module] = type(module)
-        places = {"packed_first": first, "packed_down": down}
-        for place, target in places.items():
+        for place, target in {"packed_first": first, "packed_down": down}.items():
             rows, columns = target.parameter.shape[1:][:: -1 if getattr(module, "is_transposed", False) else 1]
-            setattr(module, place, self._weights(target.names, (rows // len(target.names), columns)))
+            setattr(module, place, self._weights(target, (rows // len(target.names), columns)))
             delattr(module, target.short)
-        module.__class__ = packed_class(original)  # type: ignore[arg-type] # types are hashable
+        module.__class__ = packed_class(type(module))
         module._is_hf_initialized = True
-
-        def undo(dtype: torch.dtype) -> None:
-            module.__class__ = original
-            for place, target in places.items():
-                setattr(module, target.short, nn.Parameter(target.restored(getattr(module, place), dtype)))
-                delattr(module, place)
-
-        self._undo.append(undo)
 
     def _pack_restored(self, around: nn.Module, module: Any, target: Target) -> bool:
         """Exchange a parameter for matrices that are restored while `around` runs; False if it cannot be."""
@@ -249,20 +279,11 @@ class Packer:
         shapes = {self._shape(name) for row in target.names for name in row}
         if len({len(row) for row in target.names}) != 1 or len(shapes) != 1:
             return False
-        weights, place, known = self._weights(target.names, shapes.pop()), f"packed_{target.short}", target.parameter
-        setattr(module, place, weights)
+        setattr(module, _place(target), self._weights(target, shapes.pop()))
         delattr(module, target.short)
-        restored = RestoredParameter(
-            around, module, target.short, lambda: target.restored(getattr(module, place), known.dtype)
-        )
+        hooks = RestoredParameter(around, module, target.short, _place(target), target.restored)
+        module.__dict__[f"restored_{target.short}"] = hooks
         module._is_hf_initialized = True
-
-        def undo(dtype: torch.dtype) -> None:
-            restored.remove()
-            setattr(module, target.short, nn.Parameter(target.restored(weights, dtype)))
-            delattr(module, place)
-
-        self._undo.append(undo)
         return True
 
     def _shape(self, name: str) -> Shape:
@@ -271,6 +292,18 @@ class Packer:
 
 
 _KNOWN = ("MergeModulelist", "Concatenate", "Transpose", "Interleave")
+
+
+def _place(target: Target) -> str:
+    """Where a module holds the packed matrices of a parameter that is restored."""
+    return f"packed_{target.short}"
+
+
+def _expert_numbers(names: Sequence[str]) -> list[int]:
+    """What tells the names of one projection's experts apart."""
+    numbers = [re.findall(r"\d+", name) for name in names]
+    places = [place for place, column in enumerate(zip(*numbers, strict=False)) if len(set(column)) > 1]
+    return [int(one[places[-1]]) for one in numbers] if places else [0] * len(names)
 
 
 def _first_and_down(module: Any, targets: Sequence[Target]) -> tuple[Target, Target] | None:
@@ -291,11 +324,12 @@ def _first_and_down(module: Any, targets: Sequence[Target]) -> tuple[Target, Tar
             return None
         if len(target.names) > 1 and not getattr(module, "is_concatenated", True):
             return None
-        if missing := next((row for row in target.names if len(row) != len(down.names[0])), None):
-            raise CheckpointError(
-                f"{target.owner} has {len(down.names[0])} matrices for down_proj and {len(missing)} like {missing[0]}. "
-                "Complete the download or quantize the model again."
-            )
+        for row in target.names:
+            if _expert_numbers(row) != _expert_numbers(down.names[0]):
+                raise CheckpointError(
+                    f"{target.owner} has {len(down.names[0])} matrices for down_proj and {len(row)} like {row[0]}, or "
+                    "of other experts. Complete the download or quantize the model again."
+                )
     if len(down.names[0]) != len(down.parameter):
         raise CheckpointError(
             f"{down.owner} has {len(down.names[0])} experts in the checkpoint, {len(down.parameter)} in the model's "

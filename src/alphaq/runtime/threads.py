@@ -44,8 +44,8 @@ def _entry() -> int:
     except OSError:
         return 0
     libraries = re.findall(r"/\S*/lib(?:gomp|omp|iomp5)[^/\n]*\.so[.\d]*$", mapped, re.MULTILINE)
-    own = str(Path(torch.__file__).parent)
-    for library in sorted(dict.fromkeys(libraries), key=lambda path: not path.startswith(own)):
+    own = Path(torch.__file__).resolve().parent
+    for library in sorted(dict.fromkeys(libraries), key=lambda path: own not in Path(path).parents):
         try:
             entry = ctypes.CDLL(library).GOMP_parallel
         except (OSError, AttributeError):

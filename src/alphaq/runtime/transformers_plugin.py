@@ -56,7 +56,11 @@ def fusions(model: Any, known: list[Any]) -> list[WeightConverter]:
     except ArchitectureError:  # it may be an older or newer alphaq's
         return []
     stored_names = {role: stored for stored, role in architecture.projections.items()}
-    fused = dict.fromkeys(architecture.first_match(name)[0] for name, _ in model.named_parameters())
+    prefix = model.base_model_prefix  # which a model without a head lacks
+    fused = dict.fromkeys(
+        architecture.first_match(name)[0] or architecture.first_match(f"{prefix}.{name}")[0]
+        for name, _ in model.named_parameters()
+    )
     suffix = architecture.expert_name.partition("{layer}")[2]
     merged = [pattern for entry in known if isinstance(entry, WeightConverter) for pattern in entry.source_patterns]
     found = []
@@ -86,6 +90,7 @@ class AlphaQQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise CheckpointError("transformers cannot quantize with alphaq on the fly. Use `alphaq quantize` first.")
         self.packer: Packer | None = None
+        self._merging: list[WeightConverter] | None = None
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         """Dequantize what cannot stay packed before the model's own conversions."""
@@ -93,8 +98,9 @@ class AlphaQQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Add what transformers lacks for families that it keeps fused: putting their experts together."""
-        merging = fusions(model, weight_conversions)
-        return super().update_weight_conversions([*weight_conversions, *merging], model)
+        if self._merging is None:  # later the model has no parameters any more to tell by
+            self._merging = fusions(model, weight_conversions)
+        return super().update_weight_conversions([*weight_conversions, *self._merging], model)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Called for every tensor: restores one that no converter takes, because its name is the parameter's own."""
@@ -106,11 +112,13 @@ class AlphaQQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
-            raise CheckpointError("Native checkpoints are loaded from their safetensors files, nothing else.")
+            raise CheckpointError(
+                "A native checkpoint is loaded from its safetensors files, not from a state_dict or other files. "
+                "Give from_pretrained its folder or hub id."
+            )
         self.packer = Packer(stored_tensors(checkpoint_files))
-        gone = self.packer.pack(model, get_model_conversion_mapping(model, None, self))
-        prefix = f"{model.base_model_prefix}."
-        ignored = {rf"(^|\.){re.escape(name.removeprefix(prefix))}$" for name in gone}
+        elsewhere = self.packer.pack(model, get_model_conversion_mapping(model, None, self))
+        ignored = {rf"^{re.escape(name)}$" for name in elsewhere}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -120,18 +128,24 @@ class AlphaQQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What `save_pretrained` writes: a native checkpoint again."""
+        """What `save_pretrained` writes: a native checkpoint again, under the names that it had."""
+        assert self.packer is not None
+        names, state = self.packer.names, model.state_dict()
         model._weight_conversions = None
-        state = revert_weight_conversion(model, model.state_dict())
+        saved = revert_weight_conversion(model, {name: one for name, one in state.items() if name not in names})
         model._weight_conversions = []
+        saved |= {names[name]: one for name, one in state.items() if name in names}
         for module in model.modules():
             if isinstance(module, PackedWeights):
-                state.update(module.tensors())
-        return state, {}
+                saved |= module.tensors()
+        return saved, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         assert self.packer is not None
-        self.packer.restore(dtype or model.dtype)
+        dtype = dtype or model.dtype
+        if dtype != model.dtype:
+            model.to(dtype)
+        self.packer.restore(model, dtype)
         model._weight_conversions = None
         return model
 

@@ -50,7 +50,7 @@ def method_of(layer: nn.Module, prefix: str, parts: Sequence[str] | None) -> Any
     if (size := get_tensor_model_parallel_world_size()) > 1:
         raise CheckpointError(
             f"Native checkpoints cannot be split over {size} devices: a block holds a whole matrix. Serve with "
-            "--tensor-parallel-size 1, and spread a large model with --pipeline-parallel-size."
+            "--tensor-parallel-size 1; --pipeline-parallel-size spreads a large model by layers."
         )
     if isinstance(layer, RoutedExperts):
         return PackedExperts(layer)
