@@ -269,7 +269,7 @@ class Packer:
             rows, columns = target.parameter.shape[1:][:: -1 if getattr(module, "is_transposed", False) else 1]
             setattr(module, place, self._weights(target, (rows // len(target.names), columns)))
             delattr(module, target.short)
-        module.__class__ = packed_class(type(module))
+        module.__class__ = packed_class(type(module))  # type: ignore[arg-type] # types are hashable
         module._is_hf_initialized = True
 
     def _pack_restored(self, around: nn.Module, module: Any, target: Target) -> bool:
@@ -303,7 +303,7 @@ def _expert_numbers(names: Sequence[str]) -> list[int]:
     """What tells the names of one projection's experts apart."""
     numbers = [re.findall(r"\d+", name) for name in names]
     places = [place for place, column in enumerate(zip(*numbers, strict=False)) if len(set(column)) > 1]
-    return [int(one[places[-1]]) for one in numbers] if places else [0] * len(names)
+    return [int(one[places[-1]]) for one in numbers] if places else list(range(len(names)))
 
 
 def _first_and_down(module: Any, targets: Sequence[Target]) -> tuple[Target, Target] | None:
@@ -325,7 +325,8 @@ def _first_and_down(module: Any, targets: Sequence[Target]) -> tuple[Target, Tar
         if len(target.names) > 1 and not getattr(module, "is_concatenated", True):
             return None
         for row in target.names:
-            if _expert_numbers(row) != _expert_numbers(down.names[0]):
+            numbers = _expert_numbers(row)
+            if numbers != _expert_numbers(down.names[0]) or numbers != list(range(numbers[0], numbers[0] + len(row))):
                 raise CheckpointError(
                     f"{target.owner} has {len(down.names[0])} matrices for down_proj and {len(row)} like {row[0]}, or "
                     "of other experts. Complete the download or quantize the model again."
