@@ -1,6 +1,9 @@
+import copy
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 import alphaq  # noqa: F401 - registers the plug-in
 from alphaq import pipeline
+from alphaq.calibration.stream import model_class
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines.output import Output
@@ -17,8 +21,9 @@ from alphaq.errors import AlphaQError, CheckpointError
 from alphaq.planning import resolve
 from alphaq.runtime.modules import PackedExperts
 from alphaq.runtime.packed import PackedWeights
-from alphaq.runtime.replace import Packer, stored_tensors
+from alphaq.runtime.replace import Packer, is_block, stored_tensors
 from conftest import FAMILIES
+from families import FAMILIES as SMALL_FAMILIES
 from families import plain_copy, random_family, save_layout
 
 
@@ -183,9 +188,138 @@ def test_training_asks_for_an_ordinary_model(tiny_quantized: Path) -> None:
     model.dequantize()(ids, labels=ids).loss.backward()
 
 
-def test_families_that_read_their_experts_get_them_restored(tmp_path: Path) -> None:
-    source = save_layout(random_family("dbrx"), tmp_path / "source", True)
-    model = load(native(source, tmp_path / "out", "2,3,4", 3, 32))
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A native checkpoint of a tiny random model of a family, made once."""
+
+    @cache
+    def made(family: str) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        return native(save_layout(random_family(family), folder / "source", True), folder / "out", "2,3,4,16", 3, 32)
+
+    return made
+
+
+@pytest.mark.parametrize("family", ["dbrx", "granitemoe", "gpt_oss", "mixtral"])
+def test_a_model_without_a_head_is_packed_as_well(small: Callable[[str], Path], family: str) -> None:
+    from transformers import AutoModel
+
+    model = load(small(family))
+    base, report = AutoModel.from_pretrained(small(family), dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"] and len(weights_of(base)) == len(weights_of(model))
+    ids = torch.arange(3, 19)[None]
+    with torch.inference_mode():
+        inner = getattr(model, model.base_model_prefix)
+        assert torch.equal(base.eval()(ids).last_hidden_state, inner(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "dbrx"])
+def test_copies_stand_alone(small: Callable[[str], Path], family: str) -> None:
+    model = load(small(family))
+    wanted = logits(model)
+    twin = copy.deepcopy(model)
+    twin.dequantize()
+    assert weights_of(model) and not weights_of(twin)
+    assert torch.equal(logits(model), wanted) and float((logits(twin) - wanted).abs().max()) < 1e-4
+    other = copy.deepcopy(model)
+    del model
+    assert torch.equal(logits(other), wanted)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "dbrx"])
+def test_threads_may_share_a_model(small: Callable[[str], Path], family: str) -> None:
+    model = load(small(family))
+    wanted = logits(model)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(found, wanted) for found in pool.map(lambda _: logits(model), range(24)))
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "dbrx"])
+def test_casts_are_followed(small: Callable[[str], Path], family: str) -> None:
+    model = load(small(family))
+    wanted = logits(model)
+    assert distance(logits(model.to(torch.bfloat16)), wanted) < 2e-2
+    plain = load(small(family)).dequantize(torch.bfloat16)
+    assert {one.dtype for one in plain.parameters()} == {torch.bfloat16}
+    assert distance(logits(plain), wanted) < 2e-2
+
+
+def test_no_tokens_are_no_error(small: Callable[[str], Path]) -> None:
+    experts = load(small("mixtral")).model.layers[0].mlp.experts
+    width = experts.packed_first.shape[1]
+    nothing = torch.zeros(0, 2)
+    assert experts(torch.zeros(0, width), nothing.long(), nothing).shape == (0, width)
+
+
+def test_experts_that_change_places_are_refused(small: Callable[[str], Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(small("mixtral"), tmp_path / "m"))
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    name = "model.layers.0.block_sparse_moe.experts.5.w1.weight"
+    tensors[name.replace(".5.", ".7.")] = tensors.pop(name)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="or of other experts"):
+        load(folder)
+
+
+def test_a_checkpoint_without_its_experts_is_refused(small: Callable[[str], Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(small("mixtral"), tmp_path / "m"))
+    (file,) = folder.glob("*.safetensors")
+    kept = {name: one for name, one in load_file(file).items() if ".experts." not in name}
+    save_file(kept, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"has experts in model\.layers\.0.*stores nothing"):
+        load(folder)
+
+
+def test_nothing_is_called_unexpected(small: Callable[[str], Path]) -> None:
+    for family in ("granitemoe", "dbrx", "mixtral", "gpt_oss"):
+        _, report = load(small(family), output_loading_info=True)
+        assert not report["unexpected_keys"] and not report["missing_keys"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_moe", "dbrx"])
+def test_compiled_models_give_the_same(small: Callable[[str], Path], family: str) -> None:
+    model = load(small(family))
+    ids = torch.arange(3, 19)[None]
+    with torch.inference_mode():
+        found = torch.compile(model, backend="eager")(ids).logits
+        assert float((found - model(ids).logits).abs().max()) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SMALL_FAMILIES)
+def test_every_family_can_be_saved_again_and_made_ordinary(tmp_path: Path, family: str) -> None:
+    source = save_layout(random_family(family), tmp_path / "source", True)
+    folder = native(source, tmp_path / "out", "2,3,4,16", 3, 32)
+    model = load_any(folder)
+    model.save_pretrained(tmp_path / "again", max_shard_size="100KB")
+    first = stored_tensors(sorted(map(str, folder.glob("*.safetensors"))))
+    again = stored_tensors(sorted(map(str, (tmp_path / "again").glob("*.safetensors"))))
+    assert [name for name, (_, one) in first.items() if is_block(one) and name not in again] == []
+    ids = torch.arange(3, 19)[None]
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        wanted = model(input_ids=ids).logits
+        torch.manual_seed(0)
+        assert float((load_any(tmp_path / "again")(input_ids=ids).logits - wanted).abs().max()) < 1e-5
+        torch.manual_seed(0)
+        assert float((model.dequantize()(input_ids=ids).logits - wanted).abs().max()) < 1e-4
+
+
+def load_any(folder: Path) -> Any:
+    """With the class for all modalities, where there is one."""
+    from transformers import AutoConfig
+
+    return model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_families_that_read_their_experts_get_them_restored(small: Callable[[str], Path]) -> None:
+    model = load(small("dbrx"))
     restored = [name for name, module in model.named_modules() if "packed_w1" in name]
     glu = model.get_submodule(restored[0].rpartition(".")[0])
     logits(model)
@@ -193,7 +327,7 @@ def test_families_that_read_their_experts_get_them_restored(tmp_path: Path) -> N
     with pytest.raises(TypeError):
         model(input_ids="nothing")
     assert torch.equal(logits(model), logits(model))
-    assert float((logits(model) - logits(load(tmp_path / "out").dequantize())).abs().max()) < 1e-4
+    assert float((logits(model) - logits(load(small("dbrx")).dequantize())).abs().max()) < 1e-4
 
 
 def test_an_expert_that_is_not_there_is_named(tiny_quantized: Path, tmp_path: Path) -> None:
