@@ -91,9 +91,7 @@ def _table(builder: Any, name: str, rows: list[list[int]], index: Any) -> Any:
     return value
 
 
-_PERMUTED = [[0] * CODES] + [
-    [min(lane // 8 * bits + lane % 8, 63) for lane in range(CODES)] for bits in range(1, 9)
-]
+_PERMUTED = [[0] * CODES] + [[min(lane // 8 * bits + lane % 8, 63) for lane in range(CODES)] for bits in range(1, 9)]
 _SHIFTED = [[0] * CODES] + [[lane % 8 * bits for lane in range(CODES)] for bits in range(1, 9)]
 _KEPT = [[0] * CODES] + [[2**bits - 1] * CODES for bits in range(1, 9)]
 _READ = [[0] * CODES] + [[255 if lane < 8 * bits else 0 for lane in range(CODES)] for bits in range(1, 9)]
@@ -375,6 +373,20 @@ def put_byte(typing: Any, address: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.uint8), code
+
+
+@intrinsic
+def fetch(typing: Any, address: Any) -> Any:
+    """Ask for the memory at an address to be brought near; does nothing where there is none."""
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        place = _I8.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [place, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [builder.inttoptr(args[0], place), _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
 
 
 @intrinsic

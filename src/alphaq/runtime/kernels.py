@@ -40,6 +40,7 @@ from alphaq.simd_codes import (
     brains_at,
     byte_at,
     codes_at,
+    fetch,
     half_at,
     halves_at,
     no_products,
@@ -63,6 +64,7 @@ STEP_GROUP = 128  # inputs that share a step
 TASK_ROWS = 64
 LIMITS = (32639.0, 8355711.0)  # largest whole number that 2 and 3 signed bytes are cut from
 HEADER = 16
+AHEAD = 2048  # bytes: processors foresee a stream of codes only to the end of its page
 SMALLEST = np.float32(1e-30)  # inputs below have no inverse in float32 and count as 0
 WORTH_THREADS = 1 << 20  # products, some tens of microseconds
 
@@ -316,8 +318,10 @@ def _one_token(source, last, columns, bits, level, planes, stride, at, weights, 
     whole, chunk = columns // CODES, 0
     if level == 2:
         while chunk + 2 <= whole:
-            one = unpack(source + 8 * bits * chunk, bits)
-            two = unpack(source + 8 * bits * (chunk + 1), bits)
+            place = source + 8 * bits * chunk
+            fetch(place + AHEAD)
+            one = unpack(place, bits)
+            two = unpack(place + 8 * bits, bits)
             total = fma(_products_of_two(one, two, at, planes, stride), splat(weights[chunk >> 1]), total)
             at += 2 * CODES
             chunk += 2
