@@ -465,7 +465,9 @@ def of_projection(matrix: MatrixRef) -> str:
     return {"gate": "Q3_K", "up": "Q4_K", "down": "Q6_K"}[str(matrix.projection)]
 
 
-@pytest.mark.parametrize("type", ["BF16", "F16", "Q8_0", "F32"])
+@pytest.mark.parametrize(
+    "type", ["BF16", pytest.param("F16", marks=pytest.mark.slow), "Q8_0", pytest.param("F32", marks=pytest.mark.slow)]
+)
 def test_gguf_source_keeps_its_metadata_and_what_is_not_quantized(
     type: str, source_in: Callable[[str], Path], tmp_path: Path
 ) -> None:

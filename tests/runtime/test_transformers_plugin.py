@@ -70,7 +70,7 @@ def check_logits(source: Path, out: Path, choices: str, bits: float, group_size:
     assert float((wanted - logits(load(source))).abs().max()) > 1e-3  # quantization did change something
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_those_of_the_dequantized_matrices(
     save_family: Callable[..., Path], tmp_path: Path, family: str, fused: bool
@@ -80,7 +80,7 @@ def test_logits_equal_those_of_the_dequantized_matrices(
     assert float((logits(load(folder)) - wanted).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize("bits", [1, 3, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 4, 5, 6, 7, 8))])
+@pytest.mark.parametrize("bits", [3, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (1, 2, 4, 5, 6, 7, 8))])
 def test_bundled_model_has_the_dequantized_logits_at_every_width(tiny: Path, tmp_path: Path, bits: int) -> None:
     check_logits(tiny, tmp_path, f"{bits},16", bits + 0.2, (32, 64, 128)[bits % 3])
 

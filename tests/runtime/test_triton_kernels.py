@@ -124,7 +124,7 @@ def test_prefill_multiplies_with_every_width_in_one_launch(
     check(kernels, packed([every_width(group, symmetric)], (21, columns)), experts, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("repeats", [1, 5], ids=["decode", "prefill"])
 def test_inputs_of_16_bits_give_results_of_their_type(kernels: ModuleType, dtype: torch.dtype, repeats: int) -> None:
     torch.manual_seed(0)
