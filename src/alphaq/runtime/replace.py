@@ -99,6 +99,12 @@ class Target:
         return self.name.rpartition(".")[2]
 
     @property
+    def every_name(self) -> list[str]:
+        """This parameter and those that the same tensors make besides."""
+        patterns = self.converter.target_patterns if self.converter else [self.name]
+        return [self.name.replace(patterns[0], pattern) for pattern in patterns]
+
+    @property
     def operations(self) -> list[ConversionOps]:
         """What makes the parameter of restored matrices, but for its shape."""
         every = self.converter.operations if self.converter else []
@@ -182,8 +188,9 @@ class Packer:
         Raises CheckpointError if nothing is stored for some experts.
         """
         targets = Placing(model, conversions).targets(self.stored)
+        made = {name for target in targets.values() for name in target.every_name}
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 3 and name not in targets:
+            if parameter.ndim == 3 and name not in made:
                 raise CheckpointError(
                     f"{type(model).__name__} has experts in {name}, for which the checkpoint stores nothing. "
                     "Complete the download, or load it with the class that its config.json names."
@@ -320,7 +327,9 @@ def _first_and_down(module: Any, targets: Sequence[Target]) -> tuple[Target, Tar
         operations = target.operations
         merged = any(isinstance(one, MergeModulelist) for one in operations)
         transposed = any(isinstance(one, Transpose) for one in operations)
-        if not merged or transposed != turned or any(type(one).__name__ == "Interleave" for one in operations):
+        if not merged or transposed != turned or len(target.every_name) > 1:
+            return None
+        if not {type(one).__name__ for one in operations} <= {"MergeModulelist", "Concatenate", "Transpose"}:
             return None
         if len(target.names) > 1 and not getattr(module, "is_concatenated", True):
             return None
