@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from alphaq.errors import ChoiceError, PlanError
+from alphaq.errors import CheckpointError, ChoiceError, PlanError
 from alphaq.ggml import GGML_BLOCKS
 from alphaq.untrusted import SHOWN_CHARACTERS, parse_json, read_bounded, shown
 
@@ -28,8 +28,17 @@ BLOCK_ALIGNMENT = 16
 CHOICE_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 GROUP_SIZES = (32, 64, 128)
 PLAN_FORMAT_VERSION = 1
+NATIVE_FORMAT_VERSION = 1  # of native checkpoints
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def check_native_format(version: int) -> None:
+    """CheckpointError if a native checkpoint has another format than the one that is run here."""
+    if version != NATIVE_FORMAT_VERSION:
+        raise CheckpointError(
+            f"The checkpoint has native format {version}; this alphaq reads {NATIVE_FORMAT_VERSION}. Update alphaq."
+        )
 
 
 class Role(str, enum.Enum):

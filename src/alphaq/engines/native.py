@@ -28,7 +28,7 @@ from alphaq.engines.export import (
 from alphaq.engines.profile import Profile
 from alphaq.errors import CheckpointError
 from alphaq.quantizers.packing import decode, dequantized_rows, encode, read_block_header
-from alphaq.records import CHOICE_BITS, GROUP_SIZES, Choice, MatrixRef, Plan, Shape
+from alphaq.records import CHOICE_BITS, GROUP_SIZES, NATIVE_FORMAT_VERSION, Choice, MatrixRef, Plan, Shape
 
 QUANT_METHOD = "alphaq"
 
@@ -74,7 +74,7 @@ def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout
     """Config, index and tokenizer."""
     quantization = {
         "quant_method": QUANT_METHOD,
-        "format_version": 1,
+        "format_version": NATIVE_FORMAT_VERSION,
         "average_bits": plan.average_bits,
         "bits_per_weight": plan.bits_per_weight,
     }

@@ -28,21 +28,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from alphaq.checkpoint.architecture import architecture_of
 from alphaq.errors import ArchitectureError, CheckpointError
+from alphaq.records import NATIVE_FORMAT_VERSION, check_native_format
 from alphaq.runtime.packed import PackedWeights
 from alphaq.runtime.replace import DequantizeBlocks, Packer, Refold, stored_tensors
-
-FORMAT_VERSION = 1
 
 
 @register_quantization_config("alphaq")
 class AlphaQConfig(QuantizationConfigMixin):
     """`quantization_config` of a native checkpoint's config.json."""
 
-    def __init__(self, format_version: int = FORMAT_VERSION, **figures: Any) -> None:
-        if format_version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"The checkpoint has native format {format_version}; this alphaq reads {FORMAT_VERSION}. Update alphaq."
-            )
+    def __init__(self, format_version: int = NATIVE_FORMAT_VERSION, **figures: Any) -> None:
+        check_native_format(format_version)
         self.quant_method = "alphaq"  # type: ignore[assignment]
         self.format_version = format_version
         self.average_bits = figures.get("average_bits")

@@ -14,10 +14,9 @@ from torch import nn
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from alphaq.errors import CheckpointError
+from alphaq.records import NATIVE_FORMAT_VERSION, check_native_format
 
 QUANT_METHOD = "alphaq"
-FORMAT_VERSION = 1
 
 
 def register() -> None:
@@ -50,10 +49,7 @@ class AlphaQConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> AlphaQConfig:
         """Raises CheckpointError if the checkpoint's format is newer."""
-        if (version := config.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
-            raise CheckpointError(
-                f"The checkpoint has native format {version}; this alphaq reads {FORMAT_VERSION}. Update alphaq."
-            )
+        check_native_format(config.get("format_version", NATIVE_FORMAT_VERSION))
         return cls()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
