@@ -23,7 +23,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from common import HERE, PAUSE_S, SCRATCH, markdown_table, parser, save
+from common import HERE, PAUSE_S, SCRATCH, markdown_table, parser, results_folder, save
 
 from alphaq.ggml import GGML_BLOCKS
 
@@ -40,7 +40,8 @@ VOCABULARY = 4096
 PREFILL, PROMPT, SEQUENCES = 512, 16, 8
 LENGTH = 512  # of llama.cpp's sequences
 BASELINE = "bf16"
-K_TYPES = ("Q2_K", "Q3_K", "Q4_K")  # in order of size
+K_TYPES = ("Q2_K", "Q3_K", "Q4_K")  # in order of size; rows of multiples of 256
+SHORT_TYPES = ("Q4_0", "Q5_0")  # of multiples of 32
 SMALL_TYPES = ("IQ2_XXS", "IQ2_XXS", "IQ2_XS")  # of gate, up and down: as many bytes as native 2 bits
 PARTS = ("gate", "up", "down")
 TARGETS = (  # measure, bits, against, least quotient
@@ -59,7 +60,9 @@ models decode greedily; layers of random weights get random tokens, as their own
 expert's weight takes in the file, scales included; "×" is a quotient of speeds: more than 1 is faster.
 
 For the layers llama.cpp has its K types, which it runs fastest, and at 2 bits, where those are too large, IQ2_XXS and
-IQ2_XS, whose codes were drawn at random: they take minutes to find, and as long as any others to multiply with.
+IQ2_XS, whose codes were drawn at random: they take minutes to find, and as long as any others to multiply with. Rows
+of Qwen's down projections (1408) are no multiples of 256; Q4_0 is the smallest type for them, so that its files are
+larger than ours.
 
 Memory is what a process grew by, counted from when a small model of the same kind had been loaded and dropped:
 *loading* its peak while loading, *resident* after one forward pass over 512 tokens. For native models, *packed* are the
@@ -74,7 +77,8 @@ class Case:
     """A model and what is done with it.
 
     trained: tokens are the model's own; otherwise weights are random and llama.cpp gets the types that it runs fastest.
-    planned: widths are AlphaQ's plan; otherwise as even as can be.
+    short_down: rows of its down projections are no multiples of 256. planned: widths are AlphaQ's plan; otherwise as
+    even as can be.
     """
 
     name: str
@@ -85,6 +89,7 @@ class Case:
     steps_many: int
     block_calls: int = 0
     planned: bool = False
+    short_down: bool = False
 
 
 @dataclass
@@ -153,9 +158,11 @@ def quantized(source: Path, out: Path, *options: str) -> dict[str, Any]:
     return json.loads(printed.read_bytes())
 
 
-def nearest_types(bits_per_weight: float) -> tuple[str, ...]:
+def nearest_types(bits_per_weight: float, bits: str, short_down: bool) -> tuple[str, ...]:
     """Types of gate, up and down whose mean is nearest, from those that llama.cpp runs fastest."""
-    mixes = combinations_with_replacement(K_TYPES, 3)
+    mixes: list[tuple[str, ...]] = [SMALL_TYPES] if bits == "2" else list(combinations_with_replacement(K_TYPES, 3))
+    if short_down:
+        mixes = [(gate, up, down) for gate, up, _ in mixes for down in SHORT_TYPES]
     return min(mixes, key=lambda mix: abs(statistics.mean(map(stored_bits, mix)) - bits_per_weight))
 
 
@@ -197,7 +204,7 @@ def contestants(case: Case, work: Path) -> Iterator[Contestant]:
         if case.trained:
             found = quantized(case.source, theirs, *engine, "--bpw", f"{bpw:.4f}")
         else:
-            mix = SMALL_TYPES if bits == "2" else nearest_types(bpw)
+            mix = nearest_types(bpw, bits, case.short_down)
             pins = [word for part, name in zip(PARTS, mix, strict=True) for word in ("--pin", f"{part}={name}")]
             make = drawn if bits == "2" else quantized
             found = make(
@@ -384,7 +391,14 @@ def wanted(given: Any, work: Path) -> Iterator[Case]:
         yield Case("mixtral", layer("mixtral", work, quick), False, layer_bits, steps, many, 16)
     if "qwen" in given.cases:
         steps = 8 if quick else 64
-        yield Case("qwen", layer("qwen", work, quick), False, layer_bits, steps, many, 60)
+        yield Case("qwen", layer("qwen", work, quick), False, layer_bits, steps, many, 60, short_down=not quick)
+
+
+def earlier(quick: bool) -> dict[str, dict[str, Any]]:
+    """Cases of earlier runs by name, which stay until they are run again."""
+    path = results_folder(quick) / "runtime.json"
+    rows = json.loads(path.read_bytes())["rows"] if path.is_file() else []
+    return {row["case"]: row for row in rows}
 
 
 def main() -> None:
@@ -406,13 +420,19 @@ def main() -> None:
     llama_options = ("--engine", "llama.cpp", "--bits", "3", "--method", "uniform", "--choices", "Q2_K,Q3_K,Q4_K")
     quantized(DEMO_MODEL, work / "small-llama.cpp", *llama_options)
     small = {BASELINE: DEMO_MODEL, "native": work / "small-native", "llama.cpp": work / "small-llama.cpp"}
-    results = []
+    results = earlier(given.quick)
     for case in wanted(given, work):
-        results.append(run_case(case, work, small, given.rounds or (1 if given.quick else 5), given.threads))
+        results[case.name] = run_case(case, work, small, given.rounds or (1 if given.quick else 5), given.threads)
+        save(
+            "runtime",
+            TITLE,
+            list(results.values()),
+            render(list(results.values()), given.threads, given.quick),
+            given.quick,
+        )
         if not case.trained and not given.keep:
             for path in work.glob(f"{case.name}-*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    save("runtime", TITLE, results, render(results, given.threads, given.quick), given.quick)
 
 
 if __name__ == "__main__":
