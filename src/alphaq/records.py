@@ -27,6 +27,8 @@ BLOCK_HEADER_BYTES = 16
 BLOCK_ALIGNMENT = 16
 CHOICE_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 GROUP_SIZES = (32, 64, 128)
+MIXES = ("", "slim", "pb2", "pb4", "pb8")  # a block's flags hold the place in this list
+SLIM_BITS = (2, 3, 4, 5, 6, 7)
 PLAN_FORMAT_VERSION = 1
 NATIVE_FORMAT_VERSION = 1  # of native checkpoints
 
@@ -124,14 +126,20 @@ class Choice:
     asymmetric one stores a `bits`-wide zero point per group, or a 16-bit mean if bits is 1. A `scheme`
     names a storage type that is not plain integers (llama.cpp's Q4_K, IQ2_S, …); bits are then nominal
     and the group is its block. How many bytes a choice takes is the engine profile's to say.
+
+    A `mix` varies widths within the matrix. "slim": a group has bits − 1, bits or bits + 1, as many groups the one as
+    the other. "pb2", "pb4", "pb8": up to so many weights of each group have 8 bits, the others the one of `bits`.
     """
 
     bits: int
     group_size: int = 0
     symmetric: bool = False
     scheme: str = ""
+    mix: str = ""
 
     def __post_init__(self) -> None:
+        if self.mix:
+            self._check_mix()
         if self.scheme:
             if GGML_BLOCKS.get(self.scheme, ())[:2] != (self.bits, self.group_size) or self.symmetric:
                 raise ChoiceError(f"{self.scheme!r} is no storage type with {self.bits} bits. Write only its name.")
@@ -143,27 +151,43 @@ class Choice:
         elif self.group_size not in GROUP_SIZES:
             raise ChoiceError(f"Group size {self.group_size} cannot be stored. Available: 32, 64, 128.")
 
+    def _check_mix(self) -> None:
+        if self.mix not in MIXES:
+            raise ChoiceError(f"{shown(self.mix)} is no mix of widths. Available: {', '.join(MIXES[1:])}.")
+        if self.scheme or self.bits == 16:
+            raise ChoiceError(f"{self.scheme or 16} has no widths to mix. Write for example 2g128-slim.")
+        if self.salient and self.bits != 1:
+            raise ChoiceError(f"-{self.mix} is 8-bit weights over a rest of 1 bit. Write 1-{self.mix}, not {self}.")
+        if not self.salient and self.bits not in SLIM_BITS:
+            raise ChoiceError(f"{self} needs groups of a bit less and more. Available: 2-slim to 7-slim.")
+
     @classmethod
     def parse(cls, text: str, default_group_size: int = 128, symmetric: bool = False) -> Choice:
-        """Read '3', '3g64', '4g128s', '16' or 'Q4_K'. Raises ChoiceError for anything else."""
+        """Read '3', '3g64', '4g128s', '2g128-slim', '16' or 'Q4_K'. Raises ChoiceError for anything else."""
         name = text.strip().upper()
         if name in GGML_BLOCKS:
             return cls(*GGML_BLOCKS[name][:2], scheme=name)
-        match = re.fullmatch(r"(\d{1,2})(?:g(\d{1,4}))?(s)?", text.strip())
+        match = re.fullmatch(r"(\d{1,2})(?:g(\d{1,4}))?(s)?(?:-([a-z]{1,8}\d?))?", text.strip())
         if match is None:
             raise ChoiceError(
                 f"{shown(text)} is not a storage choice. Write bits, bits and a group size, or a ggml type: "
-                "3, 3g64, 4g128s, 16, Q4_K."
+                "3, 3g64, 4g128s, 2g128-slim, 1g128-pb8, 16, Q4_K."
             )
-        bits = int(match[1])
+        bits, mix = int(match[1]), match[4] or ""
         if bits == 16:
-            return cls(16, int(match[2] or 0), match[3] is not None)
-        return cls(bits, int(match[2] or default_group_size), match[3] is not None or symmetric)
+            return cls(16, int(match[2] or 0), match[3] is not None, mix=mix)
+        return cls(bits, int(match[2] or default_group_size), match[3] is not None or symmetric, mix=mix)
 
     def __str__(self) -> str:
         if self.scheme:
             return self.scheme
-        return "16" if self.bits == 16 else f"{self.bits}g{self.group_size}{'s' if self.symmetric else ''}"
+        mix = f"-{self.mix}" if self.mix else ""
+        return "16" if self.bits == 16 else f"{self.bits}g{self.group_size}{'s' if self.symmetric else ''}{mix}"
+
+    @property
+    def salient(self) -> int:
+        """Weights of a group that may have 8 bits."""
+        return int(self.mix[2:]) if self.mix.startswith("pb") else 0
 
     def groups(self, columns: int) -> int:
         """Groups per row; the last may be ragged."""
@@ -182,15 +206,24 @@ class Choice:
             offsets = 0
         elif self.bits == 1:
             offsets = 2 * rows * groups
+        elif self.mix:
+            offsets = 4 * groups * self.bits * -(-rows // 32)  # whole words at every width
         else:
             offsets = 4 * groups * -(-rows * self.bits // 32)
         return codes, offsets, 2 * rows * groups
+
+    def mix_bytes(self, shape: Shape) -> int:
+        """Bytes after the scales: the width of each group, or the salient weights. 0 without a mix."""
+        groups = self.groups(shape[1])
+        if self.salient:
+            return shape[0] * groups * (2 + 2 * self.salient)
+        return groups if self.mix else 0
 
     def storage_bytes(self, shape: Shape) -> int:
         """Exact bytes of the stored tensor: header, codes, zero points, scales and padding included."""
         if self.bits == 16:
             return 2 * shape[0] * shape[1]
-        size = BLOCK_HEADER_BYTES + sum(self.parts(shape))
+        size = BLOCK_HEADER_BYTES + sum(self.parts(shape)) + self.mix_bytes(shape)
         return -(-size // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
 
 
@@ -210,13 +243,28 @@ class Solution:
 
 
 @dataclass(frozen=True)
+class SalientWeights:
+    """Weights of 8 bits in a binary matrix, k to a group: ŵ = scale·(value − 128) at a position within the group.
+
+    scales: float16 [rows, groups]. positions: uint8 [rows, groups, k], ascending, 255 where there is none. values:
+    uint8 [rows, groups, k].
+    """
+
+    scales: Any
+    positions: Any
+    values: Any
+
+
+@dataclass(frozen=True)
 class QuantizedMatrix:
     """Codes, offsets and scales of one matrix.
 
     codes: packed uint8 [rows, choice.row_bytes(columns)]. scales: float16 [rows, groups]. offsets: uint8
     zero points [rows, groups]; float16 means if bits is 1; None if symmetric. Engines that store scales and biases in
     the model's own type have bfloat16 there; of a ggml type there are only codes, whole blocks. squared_error:
-    Σ(w − ŵ)² against the weights it was made of; None if it comes from a file.
+    Σ(w − ŵ)² against the weights it was made of; None if it comes from a file. widths: uint8 [groups], bits of each
+    group, whose codes follow one another, if they differ; groups of 1 bit have no mean then, and 0 for a zero point.
+    salient: what stands in the place of some codes.
     """
 
     choice: Choice
@@ -225,6 +273,8 @@ class QuantizedMatrix:
     scales: Any
     offsets: Any | None
     squared_error: float | None = None
+    widths: Any | None = None
+    salient: SalientWeights | None = None
 
 
 class SourceIdentity(BaseModel):

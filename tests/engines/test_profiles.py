@@ -81,8 +81,8 @@ def test_kept_matrices_take_two_bytes_a_weight(engine: Profile, shape: Shape) ->
 @every_profile
 @every_shape
 def test_bytes_grow_with_bits(engine: Profile, shape: Shape) -> None:
-    def group(choice: Choice) -> tuple[int, bool]:
-        return choice.group_size, choice.symmetric
+    def group(choice: Choice) -> tuple[int, bool, str]:
+        return choice.group_size, choice.symmetric, choice.mix
 
     for _, members in groupby(sorted(quantized(engine), key=group), key=group):
         sizes: dict[int, list[int]] = {}

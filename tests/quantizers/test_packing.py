@@ -8,7 +8,17 @@ from reference import values_of
 from alphaq.errors import CheckpointError
 from alphaq.quantizers.packing import decode, dequantize, encode, pack, unpack
 from alphaq.quantizers.rtn import quantize_rtn
-from alphaq.records import Choice, QuantizedMatrix
+from alphaq.quantizers.salience import mixing
+from alphaq.records import Choice, QuantizedMatrix, SalientWeights
+
+quantize = mixing(quantize_rtn)
+plain_choices = st.builds(Choice, st.integers(1, 8), st.sampled_from((32, 64, 128)), st.booleans())
+mixed_choices = st.builds(
+    lambda kind, group, symmetric: Choice(kind[0], group, symmetric, mix=kind[1]),
+    st.sampled_from([(bits, "slim") for bits in range(2, 8)] + [(1, "pb2"), (1, "pb4"), (1, "pb8")]),
+    st.sampled_from((32, 64, 128)),
+    st.booleans(),
+)
 
 
 def test_pack_3bit_known_block() -> None:
@@ -36,26 +46,20 @@ def test_unpack_inverts_pack(bits: int, rows: int, count: int, seed: int) -> Non
     assert (unpack(words, bits, count) == codes).all()
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    st.integers(1, 8),
-    st.sampled_from((32, 64, 128)),
-    st.booleans(),
-    st.integers(1, 40),
-    st.integers(1, 300),
-)
-def test_block_round_trips_and_has_the_promised_size(
-    bits: int, group: int, symmetric: bool, rows: int, columns: int
-) -> None:
-    choice = Choice(bits, group, symmetric)
+@settings(deadline=None, max_examples=100)
+@given(plain_choices | mixed_choices, st.integers(1, 40), st.integers(1, 300))
+def test_block_round_trips_and_has_the_promised_size(choice: Choice, rows: int, columns: int) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * columns))
-    matrix = quantize_rtn(weight, choice)
+    weight *= torch.linspace(-2, 2, columns).exp()  # so that widths differ
+    matrix = quantize(weight, choice)
     block = encode(matrix)
     assert block.numel() == choice.storage_bytes((rows, columns))
     again = decode(block)
+    assert again.choice == choice
     assert torch.equal(again.codes, matrix.codes)
     assert torch.equal(again.scales, matrix.scales)
     assert torch.equal(dequantize(again), dequantize(matrix))
+    assert torch.equal(encode(again), block)
 
 
 def test_golden_block() -> None:
@@ -70,6 +74,47 @@ def test_golden_block() -> None:
     content = b"\xe4\x00\x00\x00" + b"\x01\x00\x00\x00" + b"\x00\x38"
     assert bytes(encode(matrix).tolist()) == (header + content).ljust(32, b"\0")
     assert dequantize(matrix).tolist() == [[-0.5, 0.0, 0.5, 1.0]]
+
+
+def test_golden_block_of_several_widths() -> None:
+    matrix = QuantizedMatrix(
+        Choice(2, 32, mix="slim"),
+        (1, 64),
+        torch.tensor([[0b10, 0, 0, 0] + [0b01_010_001, 0, 0, 0] + [0] * 8], dtype=torch.uint8),
+        torch.tensor([[0.5, 0.25]], dtype=torch.float16),
+        torch.tensor([[0, 1]], dtype=torch.uint8),
+        widths=torch.tensor([1, 3], dtype=torch.uint8),
+    )
+    header = b"AQ\x01\x02\x20\x00\x02\x00\x01\x00\x00\x00\x40\x00\x00\x00"
+    codes = b"\x02\x00\x00\x00" + b"\x51" + bytes(11)
+    zero_points = b"\x00\x00\x00\x00" + b"\x01" + bytes(11)
+    content = codes + zero_points + b"\x00\x38\x00\x34" + b"\x01\x03"
+    assert bytes(encode(matrix).tolist()) == (header + content).ljust(64, b"\0")
+    values = dequantize(matrix)[0].tolist()
+    assert values[:3] == [-0.5, 0.5, -0.5]
+    assert values[32:36] == [0.0, 0.25, 0.0, -0.25]
+    stray = encode(matrix).clone()
+    stray[32] = 1  # a zero point of 1 bit
+    assert torch.equal(dequantize(decode(stray)), dequantize(matrix))
+
+
+def test_golden_block_of_salient_weights() -> None:
+    matrix = QuantizedMatrix(
+        Choice(1, 32, mix="pb2"),
+        (1, 4),
+        torch.tensor([[0b0110, 0, 0, 0]], dtype=torch.uint8),
+        torch.tensor([[0.5]], dtype=torch.float16),
+        torch.tensor([[0.25]], dtype=torch.float16),
+        salient=SalientWeights(
+            torch.tensor([[2.0]], dtype=torch.float16),
+            torch.tensor([[[2, 255]]], dtype=torch.uint8),
+            torch.tensor([[[131, 128]]], dtype=torch.uint8),
+        ),
+    )
+    header = b"AQ\x01\x01\x20\x00\x04\x00\x01\x00\x00\x00\x04\x00\x00\x00"
+    content = b"\x06\x00\x00\x00" + b"\x00\x34" + b"\x00\x38" + b"\x00\x40" + b"\x02\xff" + b"\x83\x80"
+    assert bytes(encode(matrix).tolist()) == (header + content).ljust(32, b"\0")
+    assert dequantize(matrix).tolist() == [[-0.25, 0.75, 6.0, -0.25]]
 
 
 @settings(deadline=None, max_examples=60)
@@ -92,5 +137,64 @@ def test_damaged_block_is_refused_by_name(damage: str) -> None:
         block = block[:0]
     else:
         block[{"magic": 0, "version": 2, "bits": 3, "rows": 8}[damage]] ^= 0x7F
+    with pytest.raises(CheckpointError, match=r"layers\.3 is not a native block"):
+        decode(block, "layers.3")
+
+
+def mixed_block(text: str) -> tuple[torch.Tensor, int]:
+    """A block of 4 × 80 weights whose last group is ragged, and where its mix begins."""
+    choice = Choice.parse(text)
+    weight = torch.randn(4, 80, generator=torch.Generator().manual_seed(0)) * torch.linspace(-2, 2, 80).exp()
+    return encode(quantize(weight, choice)).clone(), 16 + sum(choice.parts((4, 80)))
+
+
+@pytest.mark.parametrize(
+    "widths",
+    [
+        (1, 2, 3),  # the ragged group has its own
+        (1, 2, 2),
+        (3, 3, 2),
+        (0, 4, 2),
+        (255, 1, 2),
+    ],
+)
+def test_widths_that_cannot_be_are_refused_by_name(widths: tuple[int, ...]) -> None:
+    block, begin = mixed_block("2g32-slim")
+    assert block[begin : begin + 3].tolist() == [1, 3, 2]
+    block[begin : begin + 3] = torch.tensor(widths)
+    with pytest.raises(CheckpointError, match=r"layers\.3 has groups of .* bits"):
+        decode(block, "layers.3")
+
+
+@pytest.mark.parametrize(
+    ("group", "positions"),
+    [
+        (0, (0, 32, 255, 255)),  # the next group
+        (2, (0, 16, 255, 255)),  # beyond the row
+        (0, (3, 3, 255, 255)),
+        (0, (4, 3, 5, 6)),
+        (0, (0, 255, 5, 255)),
+        (0, (254, 255, 255, 255)),
+    ],
+)
+def test_salient_weights_that_have_no_place_are_refused_by_name(group: int, positions: tuple[int, ...]) -> None:
+    block, begin = mixed_block("1g32-pb4")
+    at = begin + 2 * 4 * 3 + (3 + group) * 4  # of the second row
+    block[at : at + 4] = torch.tensor(positions)
+    with pytest.raises(CheckpointError, match=r"layers\.3 has salient weights where"):
+        decode(block, "layers.3")
+
+
+def test_salient_scales_that_are_no_numbers_are_refused_by_name() -> None:
+    block, begin = mixed_block("1g32-pb4")
+    block[begin : begin + 2] = torch.tensor([float("inf")], dtype=torch.float16).view(torch.uint8)
+    with pytest.raises(CheckpointError, match=r"layers\.3 has scales that are not finite"):
+        decode(block, "layers.3")
+
+
+@pytest.mark.parametrize(("bits", "flags"), [(2, 4), (1, 2), (8, 2), (1, 10), (2, 255)])
+def test_flags_that_mean_nothing_are_refused_by_name(bits: int, flags: int) -> None:
+    block, _ = mixed_block("2g32-slim")
+    block[3], block[6] = bits, flags
     with pytest.raises(CheckpointError, match=r"layers\.3 is not a native block"):
         decode(block, "layers.3")

@@ -28,7 +28,7 @@ from alphaq.engines.export import (
 from alphaq.engines.profile import Profile
 from alphaq.errors import CheckpointError
 from alphaq.quantizers.packing import decode, dequantized_rows, encode, read_block_header
-from alphaq.records import CHOICE_BITS, GROUP_SIZES, NATIVE_FORMAT_VERSION, Choice, MatrixRef, Plan, Shape
+from alphaq.records import CHOICE_BITS, GROUP_SIZES, NATIVE_FORMAT_VERSION, SLIM_BITS, Choice, MatrixRef, Plan, Shape
 
 QUANT_METHOD = "alphaq"
 
@@ -83,12 +83,24 @@ def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout
 
 _ASYMMETRIC = tuple(Choice(bits, group_size) for bits in CHOICE_BITS for group_size in GROUP_SIZES)
 _SYMMETRIC = tuple(Choice(bits, group_size, symmetric=True) for bits in CHOICE_BITS for group_size in GROUP_SIZES)
+_SLIM = tuple(
+    Choice(bits, group_size, symmetric, mix="slim")
+    for symmetric in (False, True)
+    for bits in SLIM_BITS
+    for group_size in GROUP_SIZES
+)
+_SALIENT = tuple(
+    Choice(1, group_size, symmetric, mix=mix)
+    for symmetric in (False, True)
+    for group_size in GROUP_SIZES
+    for mix in ("pb2", "pb4", "pb8")
+)
 
 PROFILE = Profile(
     name="native",
     summary="safetensors for our own runtime: 1 to 8 bit, each expert and projection on its own",
     unit="matrix",
-    choices=(*_ASYMMETRIC, *_SYMMETRIC, Choice(16)),
+    choices=(*_ASYMMETRIC, *_SYMMETRIC, Choice(16), *_SLIM, *_SALIENT),
     defaults=_ASYMMETRIC,
     with_bits=lambda bits: Choice(bits, 0 if bits == 16 else 128),
     storage_bytes=Choice.storage_bytes,

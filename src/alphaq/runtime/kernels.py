@@ -64,6 +64,7 @@ STEP_GROUP = 128  # inputs that share a step
 TASK_ROWS = 64
 LIMITS = (32639.0, 8355711.0)  # largest whole number that 2 and 3 signed bytes are cut from
 HEADER = 16
+MIXED = 1  # flags beyond it are of blocks that have no kernel here
 AHEAD = 2048  # bytes: processors foresee a stream of codes only to the end of its page
 SMALLEST = np.float32(1e-30)  # inputs below have no inverse in float32 and count as 0
 WORTH_THREADS = 1 << 20  # products, some tens of microseconds
@@ -555,6 +556,7 @@ def _work(request):
 def multiply(inputs, columns, codings, rows, experts, tokens, few, exact, out, parallel, function, threads):
     """Products of experts that at most `few` pairs want; returns the number of pairs that are left.
 
+    Left are also those of matrices that have no kernel here, a mix of widths.
     inputs: flat [tokens · columns], float32 or bits. codings: int64 [projections, experts, fields]. experts, tokens:
     int64 [pairs]. exact: whether inputs have more than 16 bits. out: float32 [pairs, projections · rows], zeros where
     there is no such expert. parallel, function, threads: see `run_threads`; small work is done on one thread.
@@ -578,6 +580,9 @@ def multiply(inputs, columns, codings, rows, experts, tokens, few, exact, out, p
             total += count
             most = max(most, count)
             for projection in range(projections):
+                if codings[projection, expert, JOB_FLAGS] > MIXED:
+                    left += count
+                    continue
                 for field in range(4):
                     jobs[number, field] = codings[projection, expert, field]
                 jobs[number, JOB_COLUMN] = projection * rows

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from alphaq.errors import AlphaQError
+from alphaq.quantizers.packing import decode, dequantize
+from alphaq.records import MIXES, Choice, QuantizedMatrix
 from alphaq.runtime import kernels
-from alphaq.runtime.packed import ADDRESS, BITS, FLAGS, PackedWeights
+from alphaq.runtime.packed import ADDRESS, BITS, FLAGS, GROUP_SIZE, SYMMETRIC, PackedWeights
 from alphaq.runtime.threads import parallel
 from alphaq.simd import flat
 from alphaq.simd_codes import FEATURES
@@ -85,29 +87,46 @@ def cpu_linear(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens
         *parallel(),
     )
     if left:
-        for expert in np.flatnonzero(np.bincount(wanted[wanted >= 0])[: codings.shape[1]] > FEW_TOKENS):
+        experts_left = np.bincount(wanted[wanted >= 0], minlength=codings.shape[1])[: codings.shape[1]]
+        restored = (experts_left > FEW_TOKENS) | (codings[..., FLAGS] > SYMMETRIC)  # [projections, experts]
+        for expert in np.flatnonzero((experts_left > 0) & restored.any(0)):
             mine = torch.from_numpy(np.flatnonzero(wanted == expert))
-            _multiply_restored(inputs[tokens[mine]], codings[:, expert], rows, out, mine)
+            _multiply_restored(inputs[tokens[mine]], codings[:, expert], restored[:, expert], rows, out, mine)
     return out.to(inputs.dtype)
 
 
-def _multiply_restored(inputs: Tensor, codings: np.ndarray, rows: int, out: Tensor, places: Tensor) -> None:
-    """Multiply many tokens with some rows of one expert's matrices at a time, restored."""
+def _multiply_restored(
+    inputs: Tensor, codings: np.ndarray, chosen: np.ndarray, rows: int, out: Tensor, places: Tensor
+) -> None:
+    """Multiply tokens with some rows of one expert's chosen matrices at a time, restored."""
     columns = inputs.shape[1]
     brain = inputs.dtype == torch.bfloat16 and "avx512bf16" in FEATURES
     kind = torch.bfloat16 if brain else torch.float32
     inputs = inputs.to(kind)
     step = max(1, RESTORED_BYTES // (columns * kind.itemsize) // kernels.TASK_ROWS) * kernels.TASK_ROWS
     scratch = torch.empty(min(step, rows), columns, dtype=kind)
-    for projection, coding in enumerate(codings):
+    for projection in np.flatnonzero(chosen):
+        coding = codings[projection]
+        mixed = _mixed(coding, rows, columns) if coding[FLAGS] > SYMMETRIC else None
         for first in range(0, rows, step):
             count = min(step, rows - first)
             part = scratch[:count]
-            if coding[BITS] == 16:
+            if mixed is not None:
+                part = dequantize(mixed, kind, slice(first, first + count))
+            elif coding[BITS] == 16:
                 part = _kept(coding, first, count, columns).to(kind)
             else:
                 kernels.restore(coding, rows, columns, first, count, brain, flat(part), *parallel())
             out[places, projection * rows + first : projection * rows + first + count] = (inputs @ part.T).float()
+
+
+def _mixed(coding: np.ndarray, rows: int, columns: int) -> QuantizedMatrix:
+    """A matrix of several widths where it lies."""
+    bits, group_size, flags = (int(coding[field]) for field in (BITS, GROUP_SIZE, FLAGS))
+    choice = Choice(bits, group_size, bool(flags & SYMMETRIC), mix=MIXES[flags >> 1])
+    nbytes = choice.storage_bytes((rows, columns))
+    block = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(int(coding[ADDRESS])))
+    return decode(torch.from_numpy(block))
 
 
 def _kept(coding: np.ndarray, first: int, count: int, columns: int) -> Tensor:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from alphaq.errors import CheckpointError
 from alphaq.quantizers.packing import decode, dequantize, read_block_header
-from alphaq.records import BLOCK_HEADER_BYTES, Choice, Shape
+from alphaq.records import BLOCK_HEADER_BYTES, MIXES, Choice, Shape
 
 ADDRESS, BITS, GROUP_SIZE, FLAGS = range(4)  # columns of a table
 FIELDS = 4
-SYMMETRIC = 1  # flag of blocks
+SYMMETRIC = 1  # flag of blocks; those beyond it are the place of a mix in `MIXES`
 FLOAT16 = 1  # flag of matrices of 16 bits, which are bfloat16 otherwise
+MIXING_DEVICES = ("cpu",)  # where mixes of widths can be multiplied
 KEPT = (torch.bfloat16, torch.float16)
 
 
@@ -86,7 +87,12 @@ class PackedWeights(nn.Module):
         end = BLOCK_HEADER_BYTES + code_bytes + offset_bytes + scale_bytes
         if not bool(torch.isfinite(block[begin:end].clone().view(torch.float16)).all()):
             raise CheckpointError(f"{name} has scales that are not finite. Quantize the model again.")
-        return block.data_ptr(), choice.bits, choice.group_size, SYMMETRIC if choice.symmetric else 0
+        if choice.mix:
+            if block.device.type not in MIXING_DEVICES:
+                raise _unmixed(name, choice, block.device)
+            decode(block, name)  # refuses what nothing else looks at
+        flags = (SYMMETRIC if choice.symmetric else 0) | MIXES.index(choice.mix) << 1
+        return block.data_ptr(), choice.bits, choice.group_size, flags
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +102,7 @@ class PackedWeights(nn.Module):
     def choice(self, projection: int, expert: int) -> Choice:
         """How one matrix is stored."""
         bits, group_size, flags = self.table[projection, expert, BITS:].tolist()
-        return Choice(16) if bits == 16 else Choice(bits, group_size, bool(flags & SYMMETRIC))
+        return Choice(16) if bits == 16 else Choice(bits, group_size, bool(flags & SYMMETRIC), mix=MIXES[flags >> 1])
 
     @torch.compiler.disable
     def dequantized(self, projection: int, expert: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -136,6 +142,13 @@ class PackedWeights(nn.Module):
         if not hasattr(self, "table"):
             return size
         return f"{size}, {self.table[..., BITS].double().mean():.2f} bits"
+
+
+def _unmixed(name: str, choice: Choice, device: torch.device) -> CheckpointError:
+    return CheckpointError(
+        f"{name} is stored as {choice}, and mixes of widths have no kernel for {device.type}. Run it on the CPU, or "
+        "quantize again with other --choices, such as 1,2,3,4."
+    )
 
 
 def _of_another_shape(name: str, found: tuple[int, ...], expected: Shape) -> CheckpointError:
