@@ -66,7 +66,8 @@ larger than ours.
 
 Memory is what a process grew by, counted from when a small model of the same kind had been loaded and dropped:
 *loading* its peak while loading, *resident* after one forward pass over 512 tokens. For native models, *packed* are the
-bytes of all packed matrices, and the quotient is everything resident but the other parameters by them."""
+bytes of all packed matrices, and the quotient is everything resident but the other parameters by them: what the pass
+holds, 15 to 80 MiB here, counts, so that it says nothing for small models."""
 LAYER_ABOUT = """\
 The block alone: one token at a time through the experts of its layer, every call with the next ones, so that nothing
 is left in a cache. GB/s are bytes of the chosen experts' weights by time."""
