@@ -15,10 +15,11 @@ from itertools import combinations
 from pathlib import Path
 
 from alphaq.cache import Cache
+from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.comparison import Row, compare
 from alphaq.config import Budget, PlanConfig
-from alphaq.planning import CALIBRATION_TOKENS, make_plan, measure_for_plan, plain_size, resolve
+from alphaq.planning import make_plan, measure_for_plan, plain_size, resolve
 
 DATA_FREE = ("uniform", "random", "first-layers", "distortion", "alphaq", "alphaq:gamma=-1", "auto")
 CALIBRATED = ("pmq", "hessian", "mse-output")
@@ -46,9 +47,9 @@ def main() -> None:
                 list(domains.values()),
                 given.output / (name or "data-free"),
                 PlanConfig(budget=Budget(bits=bits[0]), choices="1,2,3,4"),
-                path,
+                None if path is None else Text(path),
                 max_tokens=given.max_tokens,
-                skip_tokens=CALIBRATION_TOKENS,
+                skip_tokens=Text.tokens,
                 cache=cache,
             )
     report = summarize(rows, domains, bits)
@@ -98,7 +99,7 @@ def agreement(checkpoint, domains: dict[str, Path], bits: list[float], cache_fol
                 sized = {"budget": Budget(size_bytes=plain_size(checkpoint, request, width))}
                 request = resolve(config.model_copy(update=sized))
                 with Cache(cache_folder, {"model": checkpoint.fingerprint}) as cache:
-                    measured = measure_for_plan(checkpoint, request, cache=cache, calibration=path)
+                    measured = measure_for_plan(checkpoint, request, cache=cache, calibration=Text(path))
                 plans[name] = make_plan(checkpoint, request, measured).choices
             shares = [
                 statistics.mean(plans[one][matrix] == plans[other][matrix] for matrix in plans[one])

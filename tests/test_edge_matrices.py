@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alphaq.cache import Cache
+from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.config import Blocks, Budget, PlanConfig, Tail
 from alphaq.engines.profiles import ENGINES
@@ -388,7 +389,7 @@ def test_every_method_plans_a_model_of_edge_matrices(
     asked = resolve(PlanConfig(budget=Budget(bits=5 if choices else 3), method=method, choices=choices))
     plans = []
     for _ in range(2):
-        found = measure_for_plan(checkpoint, asked, cache=caches[model], calibration=text)
+        found = measure_for_plan(checkpoint, asked, cache=caches[model], calibration=Text(text))
         plans.append(make_plan(checkpoint, asked, found))
     assert plans[0] == plans[1]
     assert_finite(json.loads(plans[0].to_json()), method)
@@ -476,4 +477,4 @@ def test_a_tensor_that_spoils_a_pass_is_named(tensor: str, method: str, edges: P
     text.write_text((DATA / "texts" / "code.txt").read_text()[:2500])
     asked = resolve(PlanConfig(budget=Budget(bits=3), method=method))
     with pytest.raises(QuantizationError, match=rf"layers\.0\.{re.escape(tensor)} holds NaN"):
-        measure_for_plan(open_checkpoint(folder), asked, calibration=text)
+        measure_for_plan(open_checkpoint(folder), asked, calibration=Text(text))

@@ -13,6 +13,7 @@ import torch
 
 from alphaq import pipeline, planning
 from alphaq.cache import Cache
+from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.config import Budget, PlanConfig, Rule
 from alphaq.engines.profiles import ENGINES
@@ -83,7 +84,7 @@ def plan(checkpoint: Checkpoint, cache: Cache) -> MakePlan:
 
     def make(calibration: Path | None = None, **settings: object) -> Plan:
         request = resolve(config_of(**settings))
-        found = measure_for_plan(checkpoint, request, cache=cache, calibration=calibration)
+        found = measure_for_plan(checkpoint, request, cache=cache, calibration=calibration and Text(calibration))
         return make_plan(checkpoint, request, found)
 
     return make

@@ -31,6 +31,7 @@ from alphaq.records import Plan, first_fault
 from alphaq.registry import unknown
 
 if TYPE_CHECKING:
+    from alphaq.calibration.text import Text
     from alphaq.checkpoint.imatrix import ImportanceMatrix
 
 T = TypeVar("T")
@@ -77,7 +78,8 @@ def _plan_settings(
     choices: Annotated[
         str | None,
         typer.Option(
-            help="Candidates: bits, bits and group size, ggml types (2,3g64,4g128s,Q4_K); all the engine's by default.",
+            help="Candidates: bits, bits and group size, mixes within a matrix, ggml types "
+            "(2,3g64,4g128s,2g128-slim,1g128-pb4,Q4_K); all the engine's usual ones by default.",
             rich_help_panel=CHOICES,
         ),
     ] = None,
@@ -125,7 +127,12 @@ def _plan_settings(
         typer.Option(help="Scores from a CSV (name, alpha, variance) instead of measuring.", rich_help_panel=SCORES),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text for methods that need one.", rich_help_panel=SCORES)
+        str | None,
+        typer.Option(
+            metavar="FILE|self",
+            help="Text for methods and quantizers that look at inputs; self: the model's own writing.",
+            rich_help_panel=SCORES,
+        ),
     ] = None,
     imatrix: Annotated[
         Path | None,
@@ -256,12 +263,10 @@ def plan_config(settings: Mapping[str, Any], with_model: bool = True) -> PlanCon
         if given[name] is not None and given[name] not in known:
             raise AlphaQError(unknown(f"--{name}", given[name], known))
     budget = Budget.of(given.pop("bits"), given.pop("bpw"), given.pop("size"))
-    stats, calibration = given.pop("stats"), given.pop("calibration")
+    stats, calibration = given.pop("stats"), _text(given.pop("calibration"))
     importance = _importance(given.pop("imatrix"))
     if stats is not None and (given["spectrum"], given["tail"]) != ("farms", "hill"):
         raise AlphaQError("--stats already holds α, so --spectrum and --tail decide nothing. Drop one or the other.")
-    if calibration is not None and not calibration.is_file():
-        raise AlphaQError(f"No text file {calibration}. Give a UTF-8 text with --calibration.")
     sqnr = given.pop("min_sqnr")
     try:
         config = PlanConfig(
@@ -277,8 +282,32 @@ def plan_config(settings: Mapping[str, Any], with_model: bool = True) -> PlanCon
         )
     except ValidationError as error:
         raise BudgetError(f"{first_fault(error)}. See `alphaq plan --help`.") from None
-    resolve(config, with_model)
-    return config
+    needs_text = resolve(config, with_model).method.needs_text
+    return config if needs_text else config.model_copy(update={"calibration": None})
+
+
+def _text(source: str | None) -> Text | None:
+    from alphaq.calibration.text import SELF, Text
+
+    if source is None or source == SELF:
+        return None if source is None else Text(SELF)
+    if not Path(source).is_file():
+        raise AlphaQError(f"No text file {source}. Give a UTF-8 text with --calibration, or --calibration self.")
+    return Text(Path(source))
+
+
+def _rounding(checkpoint: Any, engine: str, quantizer: str | None, source: str | None, tokens: int | None) -> Any:
+    """How matrices are to be rounded. Raises AlphaQError for options that fit no quantizer."""
+    from dataclasses import replace
+
+    from alphaq.calibrated import Rounding, enough_tokens
+
+    rounding = Rounding.of(engine, quantizer, _text(source))
+    if rounding.text is None:
+        if tokens is not None:
+            raise AlphaQError("--calibration-tokens is of quantizers gptq and learned. Drop it.")
+        return rounding
+    return replace(rounding, text=replace(rounding.text, tokens=tokens or enough_tokens(checkpoint)))
 
 
 def _importance(path: Path | None) -> ImportanceMatrix | None:
@@ -347,14 +376,21 @@ def _means(
 
 
 def _build_plan(
-    checkpoint: Any, config: PlanConfig, settings: Mapping[str, Any], workers: Any, cache: Any, device: str
+    checkpoint: Any,
+    config: PlanConfig,
+    settings: Mapping[str, Any],
+    workers: Any,
+    cache: Any,
+    device: str,
+    quantizer: str | None = None,
 ) -> Plan:
     from alphaq import planning
 
     request = planning.resolve(config, checkpoint is not None)
     if config.gamma != "auto" and request.config.method not in ("alphaq", "paper"):
         raise BudgetError(f"--gamma is of methods alphaq and paper; {request.config.method} does not use it. Drop it.")
-    if settings["calibration"] is not None and not request.method.needs_text:
+    text = _text(settings["calibration"]) if request.method.needs_text else None
+    if settings["calibration"] is not None and text is None and quantizer is None:
         raise BudgetError(f"--calibration is of no use to method {request.config.method}. Drop it.")
     found = planning.measure_for_plan(
         checkpoint,
@@ -364,7 +400,7 @@ def _build_plan(
         workers,
         cache,
         device,
-        settings["calibration"],
+        text,
         imatrix=_importance(settings["imatrix"]),
     )
     plan = planning.make_plan(checkpoint, request, found)
@@ -485,6 +521,13 @@ def quantize(
     means: Any,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Use this plan instead of making one.")] = None,
+    quantizer: Annotated[
+        str | None,
+        typer.Option(help="rtn, hqq, gptq, learned or minmax (see docs/quantizers.md); the engine's usual one."),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that gptq and learned look at; enough for the experts by default.")
+    ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard an unfinished run instead of resuming it.")
     ] = False,
@@ -497,7 +540,7 @@ def quantize(
 
     check_absent(output)
     if plan_file is not None:
-        if conflicting := _given(context) & {*settings, "no_cache", "device"} - {"imatrix"}:
+        if conflicting := _given(context) & {*settings, "no_cache", "device"} - {"imatrix", "calibration"}:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(conflicting))
             raise BudgetError(f"--plan already decides everything that {names} would. Drop one or the other.")
         if not plan_file.is_file():
@@ -508,13 +551,18 @@ def quantize(
     else:
         config = plan_config(settings)
     from alphaq import pipeline
+    from alphaq.calibrated import CALIBRATED
 
     checkpoint = _open(model, means)
-    pipeline.check_source(checkpoint, made.engine if plan_file is not None else config.engine)
+    engine = made.engine if plan_file is not None else config.engine
+    pipeline.check_source(checkpoint, engine)
+    planned_on_text = plan_file is None and config.calibration is not None
+    source = None if planned_on_text and quantizer not in CALIBRATED else settings["calibration"]
+    rounding = _rounding(checkpoint, engine, quantizer, source, calibration_tokens)
     means["no_cache"] |= plan_file is not None
     with _means(checkpoint, **means) as (pool, cache):
         if plan_file is None:
-            made = _build_plan(checkpoint, config, settings, pool, cache, means["device"])
+            made = _build_plan(checkpoint, config, settings, pool, cache, means["device"], quantizer)
         if cache is not None:
             cache.close()  # others may measure while this one writes
         result = pipeline.quantize(
@@ -526,7 +574,13 @@ def quantize(
             restart,
             means["hash_contents"],
             imatrix=_importance(settings["imatrix"]),
+            rounding=rounding,
         )
+    left = result["not_calibrated"]
+    for name, reason in list(left.items())[:5]:
+        err.print(f"note: {name} is rounded without its inputs: {reason}", markup=False, soft_wrap=True)
+    if len(left) > 5:
+        err.print(f"note: and {len(left) - 5} more; --json names them all", markup=False, soft_wrap=True)
     summary = (
         f"{output}: {human_bytes(result['size_bytes'])} of weights, was {human_bytes(result['source_bytes'])}; "
         f"{result['tensors']} tensors re-read and correct\n{profile(made.engine).writer.usage.format(out=output)}"
@@ -554,6 +608,12 @@ def compare(
             help="Allocators, comma-separated, or all (see `alphaq methods`); also with settings: alphaq:gamma=2."
         ),
     ] = "uniform,random,first-layers,structure,distortion,alphaq,paper,auto",
+    quantizers: Annotated[
+        str | None, typer.Option(help="Quantizers, comma-separated: rtn,hqq,gptq,learned,minmax. The usual one.")
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that gptq and learned look at; enough for the experts by default.")
+    ] = None,
     bits: Annotated[str, typer.Option(help="Budgets: bits per expert weight, comma-separated.")] = "2,2.5,3,3.5",
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each text to use; all by default.")] = None,
@@ -589,10 +649,19 @@ def compare(
     }
     config = plan_config(settings | fixed | {"method": "distortion"})
     _check_dtype(dtype)
+    from alphaq.calibrated import CALIBRATED
     from alphaq.comparison import compare as run
     from alphaq.report.tables import comparison_table
 
     checkpoint = _open(model, means)
+    listed = [name.strip() for name in (quantizers or "").split(",") if name.strip()]
+    source, calibrated = settings["calibration"], [name in CALIBRATED for name in listed]
+    roundings = [
+        _rounding(checkpoint, "native", name, source if on_text else None, calibration_tokens if on_text else None)
+        for name, on_text in zip(listed, calibrated, strict=True)
+    ]
+    if calibration_tokens is not None and not any(calibrated):
+        raise AlphaQError("--calibration-tokens is of quantizers gptq and learned. Drop it.")
     with _means(checkpoint, **means) as (pool, cache):
         rows = run(
             checkpoint,
@@ -601,7 +670,7 @@ def compare(
             [*text, *(more or ())],
             output,
             config,
-            settings["calibration"],
+            _text(settings["calibration"]),
             window,
             max_tokens,
             skip_tokens,
@@ -610,6 +679,7 @@ def compare(
             progress,
             pool,
             cache,
+            roundings,
         )
     found = [asdict(row) for row in rows]
     for row in found:

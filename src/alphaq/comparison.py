@@ -22,6 +22,8 @@ from typing import Any, cast
 import alphaq
 from alphaq import pipeline
 from alphaq.cache import Cache
+from alphaq.calibrated import Rounding
+from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.writer import atomic_file
 from alphaq.config import Budget, PlanConfig
@@ -47,11 +49,15 @@ REFERENCE = "reference"
 JOURNAL_NAME = "results.jsonl"
 SCRATCH_NAME = ".alphaq-scratch"
 Scores = dict[str, list[WindowScore]]
+Key = tuple[str, float, str]  # method, bits, rounding
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one budget. `error` instead of figures where it has no plan. Differences are to `uniform`."""
+    """One method at one budget and one quantizer. `error` instead of figures where it has no plan.
+
+    Differences are to `uniform` with the first quantizer.
+    """
 
     method: str
     bits: float
@@ -60,6 +66,9 @@ class Row:
     average_bits: float | None = None
     bits_per_weight: float | None = None
     seconds_to_plan: float | None = None
+    quantizer: str = ""
+    seconds_to_quantize: float | None = None
+    """Less where matrices were taken over from a method before."""
     perplexity: Mapping[str, float] | None = None
     mean_perplexity: float | None = None
     kl: float | None = None
@@ -78,7 +87,7 @@ def compare(
     texts: Sequence[Path],
     out: Path,
     config: PlanConfig | None = None,
-    calibration: Path | None = None,
+    calibration: Text | None = None,
     window: int = 512,
     max_tokens: int | None = None,
     skip_tokens: int = 0,
@@ -87,15 +96,19 @@ def compare(
     wrap: Wrap = silent,
     workers: Workers | None = None,
     cache: Cache | None = None,
+    roundings: Sequence[Rounding] = (),
 ) -> list[Row]:
     """Run the comparison in the folder `out` and write `comparison.csv` and `comparison.json` there.
 
     `uniform` is always among the methods. The cache is closed once everything is measured. config: settings common
-    to all methods (its budget and method are replaced). Raises OutputError if `out` holds a comparison of something
-    else, or other files.
+    to all methods (its budget and method are replaced). roundings: the usual one by default. Raises
+    OutputError if `out` holds a comparison of something else, or other files.
     """
     bits = [cast(float, Budget.of(bits=width).bits) for width in dict.fromkeys(bits)]
-    methods = list(dict.fromkeys([*([] if BASELINE in methods else [BASELINE]), *methods]))
+    asked_for = list(dict.fromkeys(methods))
+    methods = list(dict.fromkeys([*([] if BASELINE in asked_for else [BASELINE]), *asked_for]))
+    quantizers = {str(rounding): rounding for rounding in roundings or [Rounding.of("native")]}
+    first = next(iter(quantizers))
     base = config or PlanConfig(budget=Budget(bits=bits[0]))
     contents = read_texts(list(texts))
     requests = _requests(base, methods, calibration)
@@ -111,8 +124,9 @@ def compare(
             raise OutputError(f"{out} holds a comparison of another model, texts or settings. Choose another output.")
         if not journal.entries:
             journal.append({"job": job})
-        entries = {(entry["method"], entry["bits"]): entry for entry in journal.entries[1:]}
-        wanted = [(REFERENCE, 16.0), *((name, width) for width in bits for name in methods)]
+        entries = {(entry["method"], entry["bits"], entry["rounding"]): entry for entry in journal.entries[1:]}
+        pairs = [(name, one) for name in methods for one in quantizers if name in asked_for or one == first]
+        wanted = [(REFERENCE, 16.0, ""), *((name, width, one) for width in bits for name, one in pairs)]
         missing = [key for key in wanted if key not in entries]
         if missing:
             asked = {name: request for name, request in requests.items() if any(key[0] == name for key in missing)}
@@ -126,10 +140,12 @@ def compare(
             runner = _Runner(checkpoint, score, out, dtype, wrap, workers, device)
             runner.known = {entry["digest"]: entry["scores"] for entry in entries.values() if "scores" in entry}
             for key, plan, entry in runs:
-                entries[key] = entry | ({} if "error" in entry else runner.run(plan))
+                rounding = quantizers.get(key[2])
+                entry |= {"rounding": key[2], "quantizer": "" if rounding is None else rounding.name}
+                entries[key] = entry | ({} if "error" in entry else runner.run(plan, rounding))
                 journal.append(entries[key])
     shutil.rmtree(out / SCRATCH_NAME, ignore_errors=True)
-    rows = _rows([entries[key] for key in wanted])
+    rows = _rows([entries[key] for key in wanted], first)
     _write(out, rows, job)
     return rows
 
@@ -172,7 +188,7 @@ def _claim(out: Path) -> None:
         raise OutputError(f"Cannot write {out}: {error.strerror}. Choose another output.") from error
 
 
-def _requests(base: PlanConfig, methods: Sequence[str], calibration: Path | None) -> dict[str, Request]:
+def _requests(base: PlanConfig, methods: Sequence[str], calibration: Text | None) -> dict[str, Request]:
     """Every method's request, all over the same columns. Raises AlphaQError before any work."""
     found = {}
     for name in methods:
@@ -190,18 +206,17 @@ def _job(
     checkpoint: Checkpoint,
     base: PlanConfig,
     contents: Mapping[str, str],
-    calibration: Path | None,
+    calibration: Text | None,
 ) -> dict[str, Any]:
     """What results depend on, apart from method and budget."""
     digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in contents.items()}
-    given = None if calibration is None else hashlib.sha256(calibration.read_bytes()).hexdigest()[:16]
     settings = base.model_dump(mode="json", exclude={"budget", "method", "calibration"})
     return {
         "checkpoint": checkpoint.fingerprint,
         "contents": checkpoint.contents(),
         "model_settings": checkpoint.settings_digest(),
         "texts": digests,
-        "calibration": given,
+        "calibration": None if calibration is None else str(calibration),
         "settings": settings,
         "alphaq": alphaq.__version__,
     }
@@ -210,7 +225,7 @@ def _job(
 def _measured(
     checkpoint: Checkpoint,
     requests: Mapping[str, Request],
-    calibration: Path | None,
+    calibration: Text | None,
     wrap: Wrap,
     workers: Workers | None,
     cache: Cache | None,
@@ -239,25 +254,26 @@ def _runs(
     checkpoint: Checkpoint,
     requests: Mapping[str, Request],
     measured: Mapping[tuple[str | None, ...], Measurements],
-    missing: Sequence[tuple[str, float]],
+    missing: Sequence[Key],
     sizes: Mapping[float, int],
-) -> Iterable[tuple[tuple[str, float], Plan | None, dict[str, Any]]]:
+) -> Iterable[tuple[Key, Plan | None, dict[str, Any]]]:
     """For each missing result its plan (None for the reference) and the entry so far."""
-    for name, width in missing:
+    for key in missing:
+        name, width, _ = key
+        entry: dict[str, Any] = {"method": name, "bits": width}
         if name == REFERENCE:
-            size = checkpoint.nbytes
-            yield (name, width), None, {"method": name, "bits": width, "budget_bytes": size, "size_bytes": size}
+            yield key, None, entry | dict.fromkeys(("budget_bytes", "size_bytes"), checkpoint.nbytes)
             continue
         request = requests[name]
         found = measured[_kind(request)]
         size = sizes[width]
-        entry: dict[str, Any] = {"method": name, "bits": width, "budget_bytes": size}
+        entry["budget_bytes"] = size
         budget = {"budget": Budget(size_bytes=size)}
         begin = time.perf_counter()
         try:
             plan = make_plan(checkpoint, replace(request, config=request.config.model_copy(update=budget)), found)
         except BudgetError as error:
-            yield (name, width), None, entry | {"error": str(error)}
+            yield key, None, entry | {"error": str(error)}
             continue
         seconds = time.perf_counter() - begin + sum(found.seconds.get(need, 0.0) for need in request.method.needs)
         entry |= {
@@ -266,7 +282,7 @@ def _runs(
             "bits_per_weight": plan.bits_per_weight,
             "seconds_to_plan": seconds,
         }
-        yield (name, width), plan, entry
+        yield key, plan, entry
 
 
 def _kind(request: Request) -> tuple[str | None, ...]:
@@ -295,31 +311,39 @@ class _Runner:
         model, self.tokenizer = load_model(checkpoint.folder, dtype, device)
         self.reference = Remembered(model)
 
-    def run(self, plan: Plan | None) -> dict[str, Any]:
-        """Digest of the plan's choices, and the scores of its model by text and window."""
-        choices = {} if plan is None else plan.choices
+    def run(self, plan: Plan | None, rounding: Rounding | None) -> dict[str, Any]:
+        """Digest of the plan's choices and rounding, the scores of its model by text and window, and seconds."""
+        choices = {} if plan is None else plan.choices | {"": str(rounding)}
         digest = hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:32]
+        seconds = None
         if digest not in self.known:
             if plan is None:
                 self.known[digest] = self._scores(self.reference)
             else:
                 with TemporaryDirectory(dir=self.blocks.parent) as scratch:
-                    folder = Path(scratch) / "model"
+                    folder, begin = Path(scratch) / "model", time.perf_counter()
                     pipeline.quantize(
-                        self.checkpoint, plan, folder, workers=self.workers, shared=self.blocks, check=False
+                        self.checkpoint,
+                        plan,
+                        folder,
+                        workers=self.workers,
+                        shared=self.blocks,
+                        check=False,
+                        rounding=rounding,
                     )
+                    seconds = time.perf_counter() - begin
                     model, _ = load_model(folder, self.dtype, self.device)
                 self.known[digest] = self._scores(model)
-        return {"digest": digest, "scores": self.known[digest]}
+        return {"digest": digest, "scores": self.known[digest], "seconds_to_quantize": seconds}
 
     def _scores(self, model: Any) -> dict[str, list[list[float]]]:
         found = self.score(model, self.tokenizer, reference=self.reference, wrap=self.wrap)
         return {name: [list(asdict(score).values()) for score in scores] for name, scores in found}
 
 
-def _rows(entries: Sequence[Mapping[str, Any]]) -> list[Row]:
-    scores: dict[tuple[str, float], Scores] = {
-        (entry["method"], entry["bits"]): {
+def _rows(entries: Sequence[Mapping[str, Any]], first: str) -> list[Row]:
+    scores: dict[Key, Scores] = {
+        (entry["method"], entry["bits"], entry["rounding"]): {
             text: [WindowScore(int(values[0]), *values[1:]) for values in windows]
             for text, windows in entry["scores"].items()
         }
@@ -328,8 +352,8 @@ def _rows(entries: Sequence[Mapping[str, Any]]) -> list[Row]:
     }
     rows = []
     for entry in entries:
-        kept = {key: value for key, value in entry.items() if key not in ("scores", "digest")}
-        own = scores.get((entry["method"], entry["bits"]))
+        kept = {key: value for key, value in entry.items() if key not in ("scores", "digest", "rounding")}
+        own = scores.get((entry["method"], entry["bits"], entry["rounding"]))
         if own is None:
             rows.append(Row(**kept))
             continue
@@ -342,7 +366,8 @@ def _rows(entries: Sequence[Mapping[str, Any]]) -> list[Row]:
             "ear": sum(one.ear or 0.0 for one in found) / len(found),
             "top1": sum(one.top1 or 0.0 for one in found) / len(found),
         }
-        if (plain := scores.get((BASELINE, entry["bits"]))) is not None and entry["method"] != BASELINE:
+        plain = scores.get((BASELINE, entry["bits"], first))
+        if plain is not None and (entry["method"], entry["rounding"]) != (BASELINE, first):
             paired = paired_bootstrap(own, plain)
             figures |= {
                 "difference": paired.ratio,

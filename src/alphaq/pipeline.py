@@ -14,6 +14,7 @@ from typing import Any
 
 import alphaq
 from alphaq.cache import Cache
+from alphaq.calibrated import Rounding, store_calibrated
 from alphaq.checkpoint.gguf_source import find_gguf
 from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
@@ -24,10 +25,10 @@ from alphaq.engines.llama_cpp import importance_of
 from alphaq.engines.output import MANIFEST_NAME, Output, Record, header_of, raise_faults, write_manifest
 from alphaq.engines.profiles import profile
 from alphaq.errors import AlphaQError, PlanError
+from alphaq.journal import Journal
 from alphaq.measurement import ahead, leaving, measure
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantization import CheckTask, StoreTask, check, plan_choices, store
-from alphaq.quantizers.base import quantizer_version
 from alphaq.records import Fidelity, MatrixRef, Plan, Spectrum
 from alphaq.report.html import write_report
 from alphaq.spectra.measure import write_stats
@@ -77,11 +78,12 @@ def quantize(
     shared: Path | None = None,
     check: bool = True,
     imatrix: ImportanceMatrix | None = None,
+    rounding: Rounding | None = None,
 ) -> dict[str, Any]:
     """Quantize by a plan, write what its engine loads, re-read it against the source, then publish it.
 
     shared: a folder in which runs on the same checkpoint leave quantized matrices to one another. check: False leaves
-    out the re-reading, for files that are only looked at once.
+    out the re-reading, for files that are only looked at once. rounding: the engine's usual one by default.
 
     Returns sizes and errors. `out` appears complete or not at all; an interrupted run goes on where it
     was when it is started again with the same checkpoint and plan. Raises OutputError if they differ,
@@ -97,6 +99,7 @@ def quantize(
             f"{imatrix.name if imatrix else 'one of ones'}. Give --imatrix the same file, or make the plan again."
         )
     importance = {} if imatrix is None else importance_of(checkpoint, imatrix)
+    rounding = rounding or Rounding.of(plan.engine)
     written = writer.layout(checkpoint, choices)
     if plan.size_bytes not in (None, written.size_bytes):
         raise PlanError(
@@ -108,16 +111,21 @@ def quantize(
         "checkpoint": f"{checkpoint.fingerprint} {checkpoint.contents(hash_contents)}",
         "plan": hashlib.sha256(plan.to_json().encode()).hexdigest(),
         "alphaq version": alphaq.__version__,
-        "quantizer": quantizer_version(profile(plan.engine).quantizer),
+        "quantizer": str(rounding),
     }
+    left: dict[str, str] = {}
     with resumable_folder(out, job, restart) as (folder, journal):
         done = {entry["name"]: Record.model_validate(entry["record"]) for entry in journal.entries if "record" in entry}
         for file, (header, nbytes) in written.files.items():
             create_file(folder / file, header, nbytes)
         tasks = [
-            StoreTask(entry, plan.engine, folder, done.get(entry.name), shared, importance.get(entry.name))
+            StoreTask(
+                entry, plan.engine, folder, rounding.plain, done.get(entry.name), shared, importance.get(entry.name)
+            )
             for entry in written.entries
         ]
+        if rounding.calibrated is not None:
+            tasks, left = _calibrated(checkpoint, tasks, rounding, journal, wrap)
         expected = ahead(tasks, partial(_expect, checkpoint))
         records = workers.map(store, expected, lambda task: task.nbytes)
         results = leaving(
@@ -127,7 +135,7 @@ def quantize(
         for task, record in zip(tasks, wrap(results, len(tasks), "quantize"), strict=True):
             manifest[task.entry.name] = record
             if record != task.found:
-                journal.append({"name": task.entry.name, "record": record.model_dump(exclude_none=True)})
+                _note(journal, task, record)
         writer.write_rest(folder, checkpoint, plan, written)
         write_manifest(folder, plan, manifest, {file: header_of(header) for file, (header, _) in written.files.items()})
         checked = verify(folder, checkpoint, wrap, workers) if check else {}
@@ -138,8 +146,36 @@ def quantize(
         "files": files,
         "size_bytes": written.size_bytes,
         "source_bytes": checkpoint.nbytes,
+        "quantizer": rounding.name,
+        "not_calibrated": left,
         **checked,
     }
+
+
+def _note(journal: Journal, task: StoreTask, record: Record) -> None:
+    journal.append({"name": task.entry.name, "record": record.model_dump(exclude_none=True)})
+
+
+def _calibrated(
+    checkpoint: Checkpoint, tasks: list[StoreTask], rounding: Rounding, journal: Journal, wrap: Wrap
+) -> tuple[list[StoreTask], dict[str, str]]:
+    """The tasks with what was found by looking at inputs; which matrices were not calibrated, and why."""
+    assert rounding.calibrated is not None and rounding.text is not None  # a text goes with it
+    waiting = {task.entry.name for task in tasks if isinstance(task.entry.source, MatrixRef) and task.entry.choice}
+    ids = rounding.text.windows(checkpoint)
+    bar = iter(wrap(range(len(waiting)), len(waiting), f"quantize ({rounding.calibrated})"))
+    records: dict[str, Record] = {}
+
+    def keep(task: StoreTask, record: Record) -> None:
+        next(bar, None)
+        records[task.entry.name] = record
+        if record != task.found:
+            _note(journal, task, record)
+
+    left = store_calibrated(checkpoint, tasks, rounding.calibrated, ids, keep)
+    for name in waiting - records.keys():
+        left[name] = "its inputs are not seen where the model's class computes with it"
+    return [replace(task, found=records.get(task.entry.name, task.found)) for task in tasks], left
 
 
 def _shard(checkpoint: Checkpoint, entry: Entry) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,7 @@ class StoreTask:
     entry: Entry
     engine: str
     folder: Path
+    quantizer: str
     found: Record | None = None
     """What an interrupted run has noted of it."""
     shared: Path | None = None
@@ -75,34 +76,43 @@ def _held_bytes(entry: Entry) -> int:
     return max(CHUNK_BYTES, 2 * sum(place.nbytes for place in entry.places)) if entry.form else CHUNK_BYTES
 
 
-def store(checkpoint: Checkpoint, task: StoreTask) -> Record:
-    """Make one entry and put it at its places, unless it is there already; returns its manifest entry."""
+def store(checkpoint: Checkpoint, task: StoreTask, quantizer: Quantizer | None = None) -> Record:
+    """Make one entry and put it at its places, unless it is there already; returns its manifest entry.
+
+    quantizer: instead of the task's own; its squared errors are taken anew, from what the engine will read.
+    """
     entry, source = task.entry, task.entry.source
     if task.found is not None and checksum(pieces_at(task.folder, entry.places)) == task.found.blake2b:
         return task.found
-    parts = None if entry.parts == ((entry.name, None),) else entry.parts
     if isinstance(source, str):
-        return Record(
-            blake2b=write_at(task.folder, entry.places, kept_pieces(checkpoint, task.engine, source, entry.form)),
-            parts=parts,
-        )
+        return _written(task, kept_pieces(checkpoint, task.engine, source, entry.form))
     assert entry.choice is not None  # a matrix always has one
-    kept = None if task.shared is None else _shared_name(task.shared, entry)
+    kept = None if task.shared is None or quantizer is not None else _shared_name(task.shared, task)
     if kept is not None and (record := _kept_record(kept)) is not None:
         write_at(task.folder, entry.places, PlainFile(kept).chunks(0, kept.stat().st_size))
         return record
-    writer, quantizer = profile(task.engine).writer, quantizer_of(profile(task.engine).quantizer, task.importance)
+    writer, own = profile(task.engine).writer, quantizer_of(task.quantizer, task.importance)
     weight = writer.convert(checkpoint.read(source), entry.form, checkpoint)
-    tensors, error = _quantized(weight, entry.choice, entry.name, writer, quantizer)
+    tensors, error = _quantized(weight, entry.choice, entry.name, writer, quantizer or own)
+    if quantizer is not None and entry.choice.bits != 16:
+        error = squared_error_of(writer.reader(tensors, entry.choice, source.shape, entry.name), weight)
     data = [_bytes_of(tensor) for tensor in tensors]
-    record = Record(
-        blake2b=write_at(task.folder, entry.places, data), relative_error=_relative(error, weight), parts=parts
-    )
+    record = _written(task, data, _relative(error, weight))
     if kept is not None:
         kept.write_bytes(b"".join(data))
         # Last: it vouches for the data.
         kept.with_suffix(".json").write_text(record.model_dump_json(), encoding="utf-8")
     return record
+
+
+def _written(task: StoreTask, data: Iterable[memoryview], relative_error: float | None = None) -> Record:
+    """Put an entry's bytes at its places; returns its manifest entry."""
+    entry = task.entry
+    return Record(
+        blake2b=write_at(task.folder, entry.places, data),
+        relative_error=relative_error,
+        parts=None if entry.parts == ((entry.name, None),) else entry.parts,
+    )
 
 
 def kept_pieces(checkpoint: Checkpoint, engine: str, tensor: str, form: str) -> Iterator[memoryview]:
@@ -118,8 +128,9 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return flat(tensor.contiguous()).view(np.uint8).data
 
 
-def _shared_name(folder: Path, entry: Entry) -> Path:
-    return folder / f"{hashlib.sha256(f'{entry.name} {entry.choice}'.encode()).hexdigest()[:32]}.block"
+def _shared_name(folder: Path, task: StoreTask) -> Path:
+    given = f"{task.entry.name} {task.entry.choice} {task.quantizer}"
+    return folder / f"{hashlib.sha256(given.encode()).hexdigest()[:32]}.block"
 
 
 def _kept_record(kept: Path) -> Record | None:

@@ -229,6 +229,40 @@ def as_brain(typing: Any, value: Any) -> Any:
     return kind(kind), code
 
 
+@intrinsic
+def mantissa(typing: Any, value: Any) -> Any:
+    """m of each lane value = 2^e · m with m from 1 to 2. Of positive normal numbers; 1 of 0."""
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        whole = ir.VectorType(_I32, LANES)
+        low = builder.and_(builder.bitcast(args[0], whole), ir.Constant(whole, [0x007FFFFF] * LANES))
+        return builder.bitcast(builder.or_(low, ir.Constant(whole, [0x3F800000] * LANES)), _VECTOR)
+
+    return float32x16(float32x16), code
+
+
+@intrinsic
+def bits_of(typing: Any, value: Any) -> Any:
+    """The bits of each lane value = 2^e · m ≥ 0 as a number, 2^23 · (e + 126 + m): a logarithm but for its curve."""
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.sitofp(builder.bitcast(args[0], ir.VectorType(_I32, LANES)), _VECTOR)
+
+    return float32x16(float32x16), code
+
+
+@intrinsic
+def times_power_of_two(typing: Any, value: Any, power: Any) -> Any:
+    """value · 2^power for whole powers, where value and result are normal numbers."""
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        whole = ir.VectorType(_I32, LANES)
+        shift = builder.shl(builder.fptosi(args[1], whole), ir.Constant(whole, [23] * LANES))
+        return builder.bitcast(builder.add(builder.bitcast(args[0], whole), shift), _VECTOR)
+
+    return float32x16(float32x16, float32x16), code
+
+
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 _READABLE = {torch.float32, *_BITS}
 
@@ -247,3 +281,27 @@ def load_some(array, offset):  # type: ignore[no-untyped-def]
     padded = np.zeros(LANES, array.dtype)
     padded[: array.size - offset] = array[offset:]
     return load(padded, 0)
+
+
+@kernel
+def power(value, exponent):  # type: ignore[no-untyped-def]
+    """value^exponent for lanes ≥ 0, relative error below 3e-5 for exponents within ±1; at least 2^-126.
+
+    2^(exponent · log₂ value), both functions as minimax polynomials.
+    """
+    rest = mantissa(value)
+    curve = splat(np.float32(0.0448736059))
+    curve = fma(curve, rest, splat(np.float32(-0.416563683)))
+    curve = fma(curve, rest, splat(np.float32(1.63114884)))
+    curve = fma(curve, rest, splat(np.float32(-3.55079317)))
+    curve = fma(curve, rest, splat(np.float32(4.09171108)))
+    curve = fma(curve, rest, splat(np.float32(-128.800364)))
+    logarithm = maximum(fma(bits_of(value), splat(np.float32(2**-23)), curve) * exponent, splat(np.float32(-126)))
+    whole = nearest(logarithm)
+    rest = logarithm - whole
+    result = splat(np.float32(0.00957009707))
+    result = fma(result, rest, splat(np.float32(0.0559178633)))
+    result = fma(result, rest, splat(np.float32(0.24024745)))
+    result = fma(result, rest, splat(np.float32(0.693121814)))
+    result = fma(result, rest, splat(np.float32(0.999999261)))
+    return times_power_of_two(result, whole)

@@ -1,4 +1,4 @@
-"""The step search of `alphaq.quantizers.rtn` in plain torch: slow, readable, the oracle of its kernel."""
+"""The step search of `alphaq.quantizers.rtn`, and half-quadratic splitting, in plain torch: oracles of the kernels."""
 
 from __future__ import annotations
 
@@ -90,3 +90,23 @@ def _one_bit(values: torch.Tensor, symmetric: bool) -> Parts:
     low = torch.where(above, 0, values).sum(1, keepdim=True) / low_count.clamp_min(1)
     high = torch.where(high_count == 0, low, high)
     return above.to(torch.uint8), ((high - low) / 2).half(), ((high + low) / 2).half()
+
+
+def half_quadratic(weight: torch.Tensor, bits: int, group_size: int, p: float = 0.7, rounds: int = 20) -> torch.Tensor:
+    """Half-quadratic splitting as published: the range's step, and a zero point that is any float.
+
+    weight: float32 [rows, whole groups]. Returns what is restored, as large.
+    """
+    values = weight.double().reshape(-1, group_size)
+    low = values.amin(1, keepdim=True)
+    step = (values.amax(1, keepdim=True) - low) / (2**bits - 1)
+    zero, strength = -low / step, 10.0
+    for _ in range(rounds):
+        codes = (values / step + zero).round().clamp(0, 2**bits - 1)
+        misses = values / step - (codes - zero)
+        sizes = misses.abs()
+        taken = misses.sign() * (sizes - sizes.clamp_min(1e-9).pow(p - 1) / strength).clamp_min(0)
+        zero = (codes - (values / step - taken)).mean(1, keepdim=True)
+        strength *= 1.01
+    codes = (values / step + zero).round().clamp(0, 2**bits - 1)
+    return ((codes - zero) * step).reshape(weight.shape)

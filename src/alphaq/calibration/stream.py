@@ -195,6 +195,10 @@ class HollowModel:
                 "Complete the download, or update transformers if the names are new to it."
             )
 
+    def sources(self, parameter: str) -> list[str]:
+        """Stored tensors that make up a parameter."""
+        return self._sources.get(parameter, [])
+
     def stores(self, name: str) -> bool:
         """Whether files hold tensors of a module's own."""
         return any(target.startswith(f"{name}.") for target in self._sources)
@@ -214,11 +218,16 @@ class HollowModel:
 
 
 def stream_forward(
-    checkpoint: Checkpoint, ids: Tensor, visit: Callable[[LayerTraffic], None], hollow: HollowModel | None = None
+    checkpoint: Checkpoint,
+    ids: Tensor,
+    visit: Callable[[LayerTraffic], None],
+    hollow: HollowModel | None = None,
+    experts_of: Callable[[HollowModel, LayerTraffic], Tensor] | None = None,
 ) -> Tensor:
     """Final hidden states, float32 [windows, length, hidden], of int64 token ids [windows, length].
 
     On the way `visit` is shown each MoE layer's traffic, in order; tokens are in row-major order of the windows.
+    experts_of: gives a layer's output of its experts instead of `run_experts`.
     Memory: a layer's weights without its routed experts and one of these, in float32, and the activations of all
     windows in one layer. Raises CheckpointError as `HollowModel` does, and AlphaQError for
     ids that are no windows of this model's tokens.
@@ -238,6 +247,7 @@ def stream_forward(
         return lambda module, arguments, output: hollow.empty(name)
 
     seen: dict[int, LayerTraffic] = {}
+    experts_of = experts_of or run_experts
 
     def keep(layer: int) -> Callable[..., None]:
         return lambda module, args, kwargs: seen.update({layer: traffic_of(hollow, layer, args, kwargs)})
@@ -252,7 +262,7 @@ def stream_forward(
     for layer, name in hollow.experts.items():
         experts = hollow.model.get_submodule(name)
         experts.register_forward_pre_hook(keep(layer), with_kwargs=True)
-        experts.forward = lambda states, *args, layer=layer, **kwargs: run_experts(hollow, seen[layer]).view_as(states)
+        experts.forward = lambda states, *args, layer=layer, **kwargs: experts_of(hollow, seen[layer]).view_as(states)
         hollow.model.get_submodule(hollow.layers[layer]).register_forward_hook(show(layer))
     for name in hollow.parts:
         part = hollow.model.get_submodule(name)

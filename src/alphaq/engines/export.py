@@ -158,7 +158,7 @@ def safetensors_layout(
                     specs[part.tensor] = TensorSpec(part.spec.dtype, (*count, *part.spec.shape))
         header, infos, nbytes = layout(specs)
         files[file] = header, nbytes
-        places.update({name: _stored(file, info) for name, info in infos.items()})
+        places.update(stored_in({file: infos}))
     entries = []
     for tensors in checkpoint.shards.values():
         for stored in tensors:
@@ -179,12 +179,16 @@ def shard_name(position: int, count: int) -> str:
 
 def safetensors_stored(folder: Path) -> dict[str, Stored]:
     """Every tensor of a folder's safetensors files."""
-    shards, _ = read_shards(folder)
-    return {name: _stored(file, info) for file, infos in shards.items() for name, info in infos.items()}
+    return stored_in(read_shards(folder)[0])
 
 
-def _stored(file: str, info: TensorInfo) -> Stored:
-    return Stored(info.dtype, info.shape, Place(file, info.begin, info.nbytes))
+def stored_in(files: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, Stored]:
+    """The tensors of safetensors headers, by name; headers by file."""
+    return {
+        name: Stored(info.dtype, info.shape, Place(file, info.begin, info.nbytes))
+        for file, infos in files.items()
+        for name, info in infos.items()
+    }
 
 
 def kept_dtype(dtype: str) -> str:

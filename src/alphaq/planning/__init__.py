@@ -1,12 +1,11 @@
 """The stage that makes a plan: what is asked for, what must be known for it, what the budget allows, what is best."""
 
-from alphaq.planning.evidence import CALIBRATION_TOKENS, Measurements, measure_for_plan
+from alphaq.planning.evidence import Measurements, measure_for_plan
 from alphaq.planning.limits import nominal_bytes, plain_size, problem_of
 from alphaq.planning.plan import make_plan
 from alphaq.planning.request import Request, resolve
 
 __all__ = [
-    "CALIBRATION_TOKENS",
     "Measurements",
     "Request",
     "make_plan",

@@ -16,7 +16,8 @@ import torch
 
 from alphaq.cache import Cache
 from alphaq.calibration.prior import routing_prior, seen_uses
-from alphaq.calibration.stream import random_windows, read_windows, rewritten
+from alphaq.calibration.stream import random_windows, rewritten
+from alphaq.calibration.text import Text
 from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, gather
 from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
@@ -37,8 +38,6 @@ from alphaq.workers import Workers, Wrap, silent
 T = TypeVar("T")
 SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH = 8, 256
 SAMPLE_MEMBERS = 32  # matrices of a unit whose errors are measured
-CALIBRATION_LENGTH = 512
-CALIBRATION_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def measure_for_plan(
     workers: Workers | None = None,
     cache: Cache | None = None,
     device: str = "cpu",
-    calibration: Path | None = None,
+    calibration: Text | None = None,
     needs: Iterable[Need] | None = None,
     check_budget: bool = True,
     imatrix: ImportanceMatrix | None = None,
@@ -163,7 +162,7 @@ def measure_for_plan(
         "synthetic": synthetic,
         "prior": lambda: routing_prior(checkpoint) if checkpoint.architecture.router_norm else seen_uses(synthetic()),
         "text": lambda: _text_pass(
-            checkpoint, cast(Path, calibration), choices if "outputs" in wanted else (), cache, wrap
+            checkpoint, cast(Text, calibration), choices if "outputs" in wanted else (), cache, wrap
         ),
     }
     for need, run in passes.items():
@@ -275,20 +274,15 @@ def _synthetic_pass(checkpoint: Checkpoint, cache: Cache | None, wrap: Wrap) -> 
 
 
 def _text_pass(
-    checkpoint: Checkpoint, path: Path, choices: tuple[Choice, ...], cache: Cache | None, wrap: Wrap
+    checkpoint: Checkpoint, text: Text, choices: tuple[Choice, ...], cache: Cache | None, wrap: Wrap
 ) -> Calibration:
-    """What the tokens of a user's text do to each expert."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StatsError(f"{path} is no UTF-8 text ({error}). Give one with --calibration.") from error
-    given = f"{content} {' '.join(map(str, choices))} {CALIBRATION_LENGTH} {CALIBRATION_TOKENS}"
+    """What the tokens of a text do to each expert."""
 
     def run() -> str:
-        ids = read_windows(checkpoint.folder, content, CALIBRATION_LENGTH, CALIBRATION_TOKENS)
-        return gather(checkpoint, ids, choices, with_baq=True).to_json()
+        return gather(checkpoint, text.windows(checkpoint), choices, with_baq=True).to_json()
 
-    return _pass(checkpoint, "text", given, run, cache, wrap, f"calibrate on {path.name}")
+    given = f"{text} {' '.join(map(str, choices))}"
+    return _pass(checkpoint, "text", given, run, cache, wrap, f"calibrate on {text.name}")
 
 
 def _sound(checkpoint: Checkpoint, run: Callable[[], T]) -> T:

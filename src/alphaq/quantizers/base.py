@@ -17,7 +17,9 @@ from alphaq.errors import QuantizationError
 from alphaq.numerics import in_threads, squared_distance, squared_norm
 from alphaq.quantizers.affine import quantize_affine, quantize_symmetric16
 from alphaq.quantizers.ggml import quantize_ggml
-from alphaq.quantizers.rtn import quantize_rtn
+from alphaq.quantizers.hqq import quantize_hqq
+from alphaq.quantizers.rtn import quantize_minmax, quantize_rtn
+from alphaq.quantizers.salience import mixing
 from alphaq.records import Choice, QuantizedMatrix
 
 SAMPLE_VALUES = 1 << 18
@@ -35,11 +37,15 @@ class Quantizer(Protocol):
 
 
 QUANTIZERS: dict[str, Quantizer] = {
-    "rtn": quantize_rtn,
+    "rtn": mixing(quantize_rtn),
+    "unbiased": mixing(partial(quantize_rtn, unbiased=True)),
+    "minmax": mixing(quantize_minmax),
+    "hqq": mixing(quantize_hqq),
     "ggml": quantize_ggml,
     "symmetric16": quantize_symmetric16,
     "affine": quantize_affine,
 }
+PLAIN = ("rtn", "unbiased", "hqq", "minmax")  # those that fill the same storage, so that one may stand for another
 
 
 def quantizer_version(name: str) -> str:

@@ -32,16 +32,19 @@ from alphaq.simd import (
 )
 
 REFITS = 4
+SALIENT_REFITS = 8
+UNUSED = 255  # in the place of a salient weight's position
 _LOW_8 = np.uint64(0x00FF00FF00FF00FF)
 _LOW_16 = np.uint64(0x0000FFFF0000FFFF)
 _LOW_32 = np.uint64(0x00000000FFFFFFFF)
 
 
 @kernel
-def quantize_rows(weight, columns, bits, group_size, symmetric, shrinks, packed, scales, offsets, largest):
+def quantize_rows(weight, columns, bits, group_size, symmetric, shrinks, unbiased, packed, scales, offsets, largest):
     """Quantize whole rows of a flat matrix; returns Σ(w − ŵ)² in float64.
 
-    weight: float32, float16 or bfloat16 bits. shrinks: float32 [16], fractions of the full range to try.
+    weight: float32, float16 or bfloat16 bits. shrinks: float32 [16], fractions of the full range to try; empty for the
+    full range as it is (min–max). unbiased: scales restore Σw·ŵ = Σw².
     packed: uint8 [rows · bytes per row], zeroed. scales, offsets: float32 [rows · groups], as stored.
     largest: float32 [1], becomes max |w|, or NaN if a weight is NaN or infinite.
     """
@@ -59,11 +62,7 @@ def quantize_rows(weight, columns, bits, group_size, symmetric, shrinks, packed,
             begin = group * group_size
             count = min(group_size, columns - begin)
             source = row * columns + begin
-            whole = count // LANES * LANES
-            for at in range(0, whole, LANES):
-                store(values, at, load(weight, source + at))
-            if whole < count:
-                store(values, whole, load_some(weight[: source + count], source + whole))
+            _read(weight, source, count, values)
             for at in range(0, count, LANES):
                 value = load(values, at)
                 extent = maximum(extent, magnitude(value))
@@ -72,6 +71,8 @@ def quantize_rows(weight, columns, bits, group_size, symmetric, shrinks, packed,
                 scale, offset, found = _one_bit(values, count, symmetric, codes)
             else:
                 scale, offset, found = _search(values, count, bits, symmetric, shrinks, codes)
+            if unbiased:
+                scale, offset, found = _unbiased(values, codes, count, bits, symmetric, scale, offset)
             scales[row * groups + group] = scale
             offsets[row * groups + group] = offset
             error += found
@@ -81,49 +82,97 @@ def quantize_rows(weight, columns, bits, group_size, symmetric, shrinks, packed,
 
 
 @kernel
+def _read(weight, source, count, values):
+    """Copy one group to `values`, zeros up to whole lanes behind it."""
+    whole = count // LANES * LANES
+    for at in range(0, whole, LANES):
+        store(values, at, load(weight, source + at))
+    if whole < count:
+        store(values, whole, load_some(weight[: source + count], source + whole))
+
+
+@kernel
+def _range(values, count):
+    """The smallest and the largest weight of a group and 0, and the smallest size of those that are not 0."""
+    none, far = splat(np.float32(0)), splat(np.float32(np.inf))
+    low, high, least = none, none, far
+    for at in range(0, count, LANES):
+        value = load(values, at)
+        low = minimum(low, value)
+        high = maximum(high, value)
+        size = magnitude(value)
+        least = minimum(least, where_less(none, size, size, far))
+    return lane_minimum(low), lane_maximum(high), lane_minimum(least)
+
+
+@kernel
 def _search(values, count, bits, symmetric, shrinks, codes):
     """Best step of one group: scale, zero point and squared error; codes become q."""
     top = np.float32(2**bits - 1)
-    low, high = splat(np.float32(0)), splat(np.float32(0))
-    for at in range(0, count, LANES):
-        low = minimum(low, load(values, at))
-        high = maximum(high, load(values, at))
-    lowest, highest = lane_minimum(low), lane_maximum(high)
+    lowest, highest, smallest = _range(values, count)
     if symmetric:
         zero = np.float32(2 ** (bits - 1))
         widest = max(highest, -lowest) / (top - zero)
     else:
         widest = (highest - lowest) / top
         zero = min(top, np.float32(np.rint(-lowest / widest))) if widest > 0 else np.float32(0)
+    step = as_half(widest)
+    if shrinks.size > 0:
+        step, least = _best_step(values, count, widest, zero, top, shrinks)
+        fitted = _least_squares(values, count, step, -zero, top - zero)
+        error = _encode(values, count, fitted, zero, top, codes)
+        if error < least:
+            step = fitted
+        else:
+            error = _encode(values, count, step, zero, top, codes)
+    else:
+        error = _encode(values, count, step, zero, top, codes)
+    common = _common_step(values, count, smallest, highest - lowest, top)
+    if common > 0 and error > 0:
+        exact = _encode(values, count, common, zero, top, codes)
+        if exact < error:
+            return common, zero, np.float64(exact)
+        _encode(values, count, step, zero, top, codes)
+    return step, zero, np.float64(error)
+
+
+@kernel
+def _best_step(values, count, widest, zero, top, shrinks):
+    """The step of least Σ(w − ŵ)² among fractions of the widest, and that error."""
     none = splat(np.float32(0))
     candidates = as_half(splat(widest) * load(shrinks, 0))
     inverses = where_less(none, candidates, splat(np.float32(1)) / candidates, none)
     errors = _errors(values, count, candidates, inverses, splat(-zero), splat(top - zero))
-    best_error = lane_minimum(errors)
-    best = lane_maximum(where_less(splat(best_error), errors, none, candidates))
-    fitted = _least_squares(values, count, best, -zero, top - zero)
-    refined = _encode(values, count, fitted, zero, top, codes)
-    if not refined < best_error:
-        refined = _encode(values, count, best, zero, top, codes)
-        fitted = best
-    if refined > 0 and _is_one_value(values, count):
-        single = as_half(max(highest, -lowest))
-        exact = _encode(values, count, single, zero, top, codes)
-        if exact < refined:
-            return single, zero, np.float64(exact)
-        _encode(values, count, fitted, zero, top, codes)
-    return fitted, zero, np.float64(refined)
+    least = lane_minimum(errors)
+    return lane_maximum(where_less(splat(least), errors, none, candidates)), least
 
 
 @kernel
-def _is_one_value(values, count):
-    """Whether all weights that are not 0 are equal."""
-    one = np.float32(0)
-    for at in range(count):
-        if values[at] != 0:
-            if one != 0 and values[at] != one:
-                return False
-            one = values[at]
+def _common_step(values, count, smallest, span, top):
+    """The largest float16 step of which all weights are whole multiples, at most `top` of them; 0 if there is none.
+
+    A group that was quantized before has one, though its outer codes may be unused. It is a fraction 1/k of the
+    smallest size. If all weights that are not 0 are one value, that value counts even if float16 rounds it.
+    """
+    if not smallest < np.inf:  # zeros alone
+        return np.float32(0)
+    divisor = np.float32(1)
+    while divisor * span <= top * smallest:
+        step = as_half(smallest / divisor)
+        if step * divisor == smallest and _is_on_grid(values, count, step):
+            return step
+        divisor += np.float32(1)
+    return as_half(smallest) if smallest == span else np.float32(0)
+
+
+@kernel
+def _is_on_grid(values, count, step):
+    """Whether all weights are whole multiples of a step."""
+    scale, inverse = splat(step), splat(np.float32(1) / step)
+    for at in range(0, count, LANES):
+        value = load(values, at)
+        if lane_maximum(magnitude(value - nearest(value * inverse) * scale)) > 0:
+            return False
     return True
 
 
@@ -181,6 +230,50 @@ def _encode(values, count, scale, zero, top, codes):
 
 
 @kernel
+def _unbiased(values, codes, count, bits, symmetric, scale, offset):
+    """Stretch a group's grid, codes as they are, until Σw·ŵ = Σw²: scale, offset and Σ(w − ŵ)²."""
+    if bits == 1:
+        return _unbiased_two(values, codes, count, symmetric, scale, offset)
+    shift, none = splat(offset), splat(np.float32(0))
+    product, square = none, none
+    for at in range(0, count, LANES):
+        value = load(values, at)
+        product = fma(value, load_bytes(codes, at) - shift, product)
+        square = fma(value, value, square)
+    product_, square_ = lane_sum(product), lane_sum(square)
+    stretched = as_half(square_ / product_) if product_ > 0 else scale
+    if 0 < stretched < np.inf:
+        scale = stretched
+    step, error = splat(scale), none
+    for at in range(0, count, LANES):
+        miss = (load_bytes(codes, at) - shift) * step - load(values, at)
+        error = fma(miss, miss, error)
+    return scale, offset, np.float64(lane_sum(error))
+
+
+@kernel
+def _unbiased_two(values, codes, count, symmetric, scale, offset):
+    """`_unbiased` for two levels offset ± scale, about the mean of the weights, which they keep."""
+    total, square, product, balance = 0.0, 0.0, 0.0, 0.0
+    for at in range(count):
+        value, sign = np.float64(values[at]), 2.0 * codes[at] - 1.0
+        total += value
+        square += value * value
+        product += value * sign
+        balance += sign
+    mean, lean = (0.0, 0.0) if symmetric else (total / count, balance / count)
+    product -= count * mean * lean
+    stretched = (square - count * mean * mean) / product if product > 0 else np.inf
+    if -1 < lean < 1 and as_half(np.float32(stretched)) < np.inf:
+        scale, offset = as_half(np.float32(stretched)), as_half(np.float32(mean - stretched * lean))
+    error = 0.0
+    for at in range(count):
+        miss = (2.0 * codes[at] - 1.0) * scale + offset - values[at]
+        error += miss * miss
+    return scale, offset, error
+
+
+@kernel
 def _one_bit(values, count, symmetric, codes):
     """Two levels offset ± scale split at the mean (at zero if symmetric): scale, offset, squared error."""
     length = np.float32(count)
@@ -207,13 +300,19 @@ def _one_bit(values, count, symmetric, codes):
         low = (whole - high_sum) / max(length - high_count, np.float32(1))
         high = high_sum / high_count if high_count > 0 else low
         scale, offset = as_half((high - low) / np.float32(2)), as_half((high + low) / np.float32(2))
+    return scale, offset, _encode_two(values, count, scale, offset, split, codes)
+
+
+@kernel
+def _encode_two(values, count, scale, offset, split, codes):
+    """Write code 1 for what is above `split`, for offset + scale, else 0, for offset − scale; returns Σ(w − ŵ)²."""
     error = 0.0
     for at in range(count):
         codes[at] = values[at] > split
         level = np.float32(codes[at])
         miss = (np.float32(2) * level - np.float32(1)) * scale + offset - values[at]
         error += miss * miss
-    return scale, offset, error
+    return error
 
 
 @kernel
@@ -271,18 +370,23 @@ def dequantize_rows(packed, columns, bits, group_size, scales, offsets, out):
             count = min(group_size, columns - begin)
             _unpack(packed, row * row_bytes + begin * bits // 8, (row + 1) * row_bytes, count, bits, eights)
             scale, offset = scales[row * groups + group], offsets[row * groups + group]
-            if bits == 1:
-                step, zero, start = splat(np.float32(2) * scale), splat(np.float32(0)), splat(offset - scale)
-            else:
-                step, zero, start = splat(scale), splat(offset), splat(np.float32(0))
-            target = row * columns + begin
-            whole = count // LANES * LANES
-            for at in range(0, whole, LANES):
-                store(out, target + at, (load_bytes(codes, at) - zero) * step + start)
-            if whole < count:
-                store(values, 0, (load_bytes(codes, whole) - zero) * step + start)
-                for lane in range(count - whole):
-                    out[target + whole + lane] = values[lane]
+            _restore(codes, count, bits, scale, offset, values, out, row * columns + begin)
+
+
+@kernel
+def _restore(codes, count, bits, scale, offset, values, out, target):
+    """Write the values of one group from `target` on. values: room for sixteen."""
+    if bits == 1:
+        step, zero, start = splat(np.float32(2) * scale), splat(np.float32(0)), splat(offset - scale)
+    else:
+        step, zero, start = splat(scale), splat(offset), splat(np.float32(0))
+    whole = count // LANES * LANES
+    for at in range(0, whole, LANES):
+        store(out, target + at, (load_bytes(codes, at) - zero) * step + start)
+    if whole < count:
+        store(values, 0, (load_bytes(codes, whole) - zero) * step + start)
+        for lane in range(count - whole):
+            out[target + whole + lane] = values[lane]
 
 
 @kernel
@@ -368,3 +472,244 @@ def _fit_affine(values, codes, count, zero, symmetric, brain):
     spread = squares - count * middle * middle
     scale = _narrow(np.float32((both - count * middle * mean) / spread if spread > 0 else 0.0), brain)
     return scale, _narrow(np.float32(mean - scale * middle), brain)
+
+
+@kernel
+def dequantize_widths(packed, columns, widths, group_size, scales, offsets, out):
+    """`dequantize_rows` where each group has its own bits, uint8 [groups], and begins where the last one ends."""
+    rows = out.size // columns
+    groups = widths.size
+    row_bytes = packed.size // rows
+    codes = np.empty(group_size + LANES, np.uint8)
+    eights = codes.view(np.uint64)
+    values = np.empty(LANES, np.float32)
+    for row in range(rows):
+        source = row * row_bytes
+        for group in range(groups):
+            bits = np.int64(widths[group])
+            count = min(group_size, columns - group * group_size)
+            _unpack(packed, source, (row + 1) * row_bytes, count, bits, eights)
+            place = row * groups + group
+            _restore(codes, count, bits, scales[place], offsets[place], values, out, row * columns + group * group_size)
+            source += group_size * bits // 8
+
+
+@kernel
+def restore_salient(positions, values, scales, most, columns, group_size, out):
+    """Put salient weights in their places in whole rows, float32 [rows · columns]: scale·(value − 128).
+
+    positions, values: uint8 [rows · groups · most]. scales: float32 [rows · groups].
+    """
+    groups = -(-columns // group_size)
+    for place in range(scales.size):
+        begin = place // groups * columns + place % groups * group_size
+        for at in range(place * most, (place + 1) * most):
+            if positions[at] != UNUSED:
+                out[begin + positions[at]] = (np.float32(values[at]) - np.float32(128)) * scales[place]
+
+
+@kernel
+def quantize_salient(
+    weight, columns, group_size, symmetric, most, importance, packed, scales, offsets, wide, positions, values, largest
+):
+    """Quantize whole rows to 1 bit but for up to `most` weights of each group; returns Σ(w − ŵ)² in float64.
+
+    weight, packed, scales, offsets, largest: as for `quantize_rows`. importance: float32 [columns], by which squared
+    errors count. wide: float32 [rows · groups], scales of the 8-bit weights. positions, values: uint8
+    [rows · groups · most], as stored.
+    """
+    rows = weight.size // columns
+    groups = -(-columns // group_size)
+    row_bytes = 4 * -(-columns // 32)
+    found = np.empty(group_size + LANES, np.float32)
+    codes = np.empty(group_size + LANES, np.uint8)
+    eights = codes.view(np.uint64)
+    zero = splat(np.float32(0))
+    extent, spoiled = zero, zero
+    error = 0.0
+    for row in range(rows):
+        for group in range(groups):
+            begin = group * group_size
+            count = min(group_size, columns - begin)
+            _read(weight, row * columns + begin, count, found)
+            for at in range(0, count, LANES):
+                value = load(found, at)
+                extent = maximum(extent, magnitude(value))
+                spoiled = fma(value, zero, spoiled)
+            place = row * groups + group
+            held = slice(place * most, (place + 1) * most)
+            scale, offset, step, miss = _levels_and_salient(
+                found, count, symmetric, importance[begin:], codes, positions[held], values[held]
+            )
+            scales[place], offsets[place], wide[place] = scale, offset, step
+            error += miss
+            _pack(codes, eights, count, 1, packed, row * row_bytes + begin // 8, (row + 1) * row_bytes)
+    largest[0] = lane_maximum(extent) + lane_sum(spoiled)
+    return error
+
+
+@kernel
+def _levels_and_salient(values, count, symmetric, importance, codes, positions, stored):
+    """Scale and offset of two levels, scale of the salient weights, Σ(w − ŵ)²; codes, positions and stored are written.
+
+    Levels without salient weights come first. If all but a few weights have two values, they are the levels. Else the
+    weights that are missed most are taken out and the levels fitted to the rest, again and again while that helps.
+    """
+    scale, offset, _ = _one_bit(values, count, symmetric, codes)
+    salient, best = np.zeros(count, np.uint8), np.zeros(count, np.uint8)
+    step, least = np.float32(0), _miss(values, count, codes, scale, offset, salient, np.float32(0), importance)
+    next_codes = codes[:count].copy()
+    next_scale, next_offset = scale, offset
+    known, split = _mark_odd(values, count, positions.size, salient)
+    for _ in range(SALIENT_REFITS):
+        if not known:
+            split = next_offset
+            _mark_missed(values, count, next_codes, next_scale, next_offset, importance, positions.size, salient)
+            step_of_all = _wide_step(values, count, salient)
+            _keep_helped(values, count, next_codes, next_scale, next_offset, step_of_all, salient)
+        wide = _wide_step(values, count, salient)
+        next_scale, next_offset = _fit_levels(values, count, symmetric, split, salient)
+        for at in range(count):
+            next_codes[at] = values[at] > next_offset
+        error = _miss(values, count, next_codes, next_scale, next_offset, salient, wide, importance)
+        if error < least:
+            scale, offset, step, least = next_scale, next_offset, wide, error
+            best[:] = salient
+            codes[:count] = next_codes
+        elif known:
+            next_scale, next_offset = scale, offset
+            next_codes[:] = codes[:count]
+        else:
+            break
+        known = False
+    used, error = 0, 0.0
+    positions[:], stored[:] = UNUSED, 128
+    for at in range(count):
+        if best[at]:
+            positions[used], stored[used] = at, np.uint8(_nearest_wide(values[at], step) + np.float32(128))
+            miss = (np.float32(stored[used]) - np.float32(128)) * step - values[at]
+            used += 1
+        else:
+            miss = _level(codes[at], scale, offset) - values[at]
+        error += miss * miss
+    return scale, offset, step, error
+
+
+@kernel
+def _level(code, scale, offset):
+    return (np.float32(2) * np.float32(code) - np.float32(1)) * scale + offset
+
+
+@kernel
+def _nearest_wide(value, step):
+    """A salient weight's code, −127 to 127."""
+    return min(max(np.rint(value * _inverse(step)), np.float32(-127)), np.float32(127))
+
+
+@kernel
+def _mark_odd(values, count, most, salient):
+    """Mark what is not one of two values, if that is `most` weights or fewer: whether, and what lies between the two.
+
+    A group that was quantized before is such, and restored exactly.
+    """
+    one, ones = _commonest(values, count, most + 1, np.float32(np.nan))
+    other, others = _commonest(values, count, most + 1, one)
+    if ones + others < count - most:
+        return False, one
+    for at in range(count):
+        salient[at] = values[at] != one and values[at] != other
+    return True, (one + other) / np.float32(2)
+
+
+@kernel
+def _commonest(values, count, tried, but):
+    """Which of the first few weights (`tried`) other than `but` most weights are equal to, and how many."""
+    found, number = but, 0
+    for at in range(count):
+        if values[at] == but:
+            continue
+        same = 0
+        for place in range(count):
+            same += values[place] == values[at]
+        if same > number:
+            found, number = values[at], same
+        tried -= 1
+        if tried == 0:
+            break
+    return found, number
+
+
+@kernel
+def _mark_missed(values, count, codes, scale, offset, importance, most, salient):
+    """Mark the weights that two levels miss most."""
+    salient[:] = 0
+    missed = np.zeros(count + LANES, np.float32)
+    for at in range(count):
+        miss = _level(codes[at], scale, offset) - values[at]
+        missed[at] = miss * miss * importance[at]
+    for _ in range(min(most, count)):
+        highest = splat(np.float32(0))
+        for at in range(0, count, LANES):
+            highest = maximum(highest, load(missed, at))
+        furthest, place = lane_maximum(highest), 0
+        if not furthest > 0:
+            break
+        while missed[place] != furthest:
+            place += 1
+        missed[place] = 0
+        salient[place] = 1
+
+
+@kernel
+def _wide_step(values, count, salient):
+    """Scale of the salient weights."""
+    extent = np.float32(0)
+    for at in range(count):
+        if salient[at]:
+            extent = max(extent, abs(values[at]))
+    return as_half(extent / np.float32(127))
+
+
+@kernel
+def _keep_helped(values, count, codes, scale, offset, step, salient):
+    """Unmark what 8 bits miss no less than two levels do."""
+    for at in range(count):
+        if salient[at]:
+            wide = _nearest_wide(values[at], step) * step - values[at]
+            miss = _level(codes[at], scale, offset) - values[at]
+            salient[at] = wide * wide < miss * miss
+
+
+@kernel
+def _fit_levels(values, count, symmetric, split, salient):
+    """Scale and offset of the two levels that fit the rest best, on either side of a split."""
+    low, high, size = 0.0, 0.0, 0.0
+    lows, highs = 0, 0
+    for at in range(count):
+        if salient[at]:
+            continue
+        size += abs(values[at])
+        if values[at] > split:
+            high += values[at]
+            highs += 1
+        else:
+            low += values[at]
+            lows += 1
+    if symmetric:
+        return as_half(np.float32(size / max(lows + highs, 1))), np.float32(0)
+    high = high / highs if highs else low / max(lows, 1)
+    low = low / lows if lows else high
+    return as_half(np.float32((high - low) / 2)), as_half(np.float32((high + low) / 2))
+
+
+@kernel
+def _miss(values, count, codes, scale, offset, salient, step, importance):
+    """Σ importance·(w − ŵ)² of one group."""
+    error = 0.0
+    for at in range(count):
+        if salient[at]:
+            miss = _nearest_wide(values[at], step) * step - values[at]
+        else:
+            miss = _level(codes[at], scale, offset) - values[at]
+        error += miss * miss * importance[at]
+    return error

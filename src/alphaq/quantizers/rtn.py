@@ -3,13 +3,17 @@
 A group of weights w gets codes q = clamp(round(w/s) + z, 0, 2^b − 1) and is read back as s·(q − z).
 The full range [min w, max w] spends codes on rare outliers, so s is shrunk in steps and the one with
 the smallest Σ(w − s·(q − z))² is kept; one least-squares step s = Σ w(q − z) / Σ (q − z)² follows.
-A group whose weights are all 0 or one value has that value for a step: constants that fp16 can hold are exact.
+A group whose weights are whole multiples of a step is restored exactly, so quantizing twice is quantizing once, and
+constants that fp16 can hold are exact. Min–max is the same without search and fit.
+Least squares shrink what they cannot resolve: at 2 bits ŵ is an eighth short along w, in every matrix alike, which
+costs a model more than errors at random do. Unbiased scales undo that, s = Σw² / Σ w(q − z), for a larger Σ(w − ŵ)².
 One bit has no grid: it stores sign(w − mean) with the mean and scale that fit best.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -26,26 +30,47 @@ FP16_MAX = 65504.0
 BELOW_FP16 = 2.0**-26  # no step or mean of smaller weights rounds to an fp16 above 0
 
 
-def quantize_rtn(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
-    """Quantize a [rows, columns] matrix. Raises QuantizationError naming it if it cannot be stored."""
+def quantize_rtn(weight: torch.Tensor, choice: Choice, name: str = "matrix", unbiased: bool = False) -> QuantizedMatrix:
+    """Quantize a [rows, columns] matrix; scales that restore Σw·ŵ = Σw² per group if unbiased.
+
+    Raises QuantizationError naming the matrix if it cannot be stored.
+    """
+    shrinks = np.linspace(1.0, SMALLEST_SHRINK[choice.bits], SEARCH_STEPS, dtype=np.float32)
+    return quantized(quantize_rows, (shrinks, unbiased), weight, choice, name)
+
+
+def quantize_minmax(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
+    """Round a [rows, columns] matrix to the full range of each group, as most tools do.
+
+    Raises QuantizationError naming the matrix if it cannot be stored.
+    """
+    return quantized(quantize_rows, (np.empty(0, np.float32), False), weight, choice, name)
+
+
+def quantized(
+    kernel: Callable[..., float], settings: tuple[object, ...], weight: torch.Tensor, choice: Choice, name: str
+) -> QuantizedMatrix:
+    """Run a kernel with the arguments of `quantize_rows`, `settings` after symmetric, over a [rows, columns] matrix.
+
+    Raises QuantizationError naming the matrix if it cannot be stored.
+    """
     rows, columns = weight.shape
     source = flat(weight.contiguous())
     groups = choice.groups(columns)
     packed = np.zeros((rows, choice.row_bytes(columns)), np.uint8)
     scales, offsets = np.empty((2, rows, groups), np.float32)
-    shrinks = np.linspace(1.0, SMALLEST_SHRINK[choice.bits], SEARCH_STEPS, dtype=np.float32)
     parts = row_parts(rows, columns)
     largest = np.empty((len(parts), 1), np.float32)
 
     def quantize(number: int) -> float:
         part = parts[number]
-        return quantize_rows(
+        return kernel(
             source[part.start * columns : part.stop * columns],
             columns,
             choice.bits,
             choice.group_size,
             choice.symmetric,
-            shrinks,
+            *settings,
             packed[part].reshape(-1),
             scales[part].reshape(-1),
             offsets[part].reshape(-1),

@@ -127,9 +127,11 @@ def methods_table(rows: list[dict[str, Any]]) -> Table:
 def comparison_table(rows: list[dict[str, Any]]) -> Table:
     """Methods side by side, budget by budget; the least perplexity of each budget in bold."""
     texts = list(next((row["perplexity"] for row in rows if row["perplexity"]), {}))
+    several = len({row["quantizer"] for row in rows} - {""}) > 1
     table = plain_table(
         "Methods at the same bytes",
-        *("method", "bits", "bytes", *texts, "mean", "against uniform (95 %)", "KL", "EAR", "top-1", "plan"),
+        *("method", *(["quantizer"] if several else []), "bits", "bytes", *texts, "mean", "against uniform (95 %)"),
+        *("KL", "EAR", "top-1", "plan", "quantize"),
     )
     best = {
         width: min(
@@ -142,8 +144,9 @@ def comparison_table(rows: list[dict[str, Any]]) -> Table:
         if last not in (None, row["bits"]):
             table.add_section()
         last = row["bits"]
+        names = (row["method"], *([row["quantizer"]] if several else []))
         if row["error"]:
-            table.add_row(row["method"], f"{row['bits']:g}", "no plan", *("–" for _ in range(len(texts) + 6)))
+            table.add_row(*names, f"{row['bits']:g}", "no plan", *("–" for _ in range(len(texts) + 7)))
             continue
         against = "–"
         if row["difference"] is not None:
@@ -152,7 +155,7 @@ def comparison_table(rows: list[dict[str, Any]]) -> Table:
                 f"{100 * row['difference_high']:+.2f})"
             )
         table.add_row(
-            row["method"],
+            *names,
             f"{row['bits']:g}",
             f"{row['size_bytes']:,}",
             *(f"{row['perplexity'][text]:.3f}" for text in texts),
@@ -161,7 +164,10 @@ def comparison_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['kl']:.4f}",
             f"{row['ear']:.4f}",
             f"{100 * row['top1']:.1f} %",
-            "–" if row["seconds_to_plan"] is None else f"{row['seconds_to_plan']:.1f} s",
+            *(
+                "–" if taken is None else f"{taken:.1f} s"
+                for taken in (row["seconds_to_plan"], row["seconds_to_quantize"])
+            ),
             style="bold" if row["mean_perplexity"] == best[row["bits"]] and row["method"] != "reference" else "",
         )
     return table

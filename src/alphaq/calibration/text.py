@@ -1,0 +1,58 @@
+"""What is run through a model to see what its matrices are used for: a user's text, or text of the model's own."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from alphaq.calibration.stream import random_windows, read_windows, rewritten
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.errors import StatsError
+
+SELF: Literal["self"] = "self"
+WINDOW = 512  # tokens
+REWRITINGS = 2  # of random tokens, until they are text of the model's own
+
+
+@dataclass(frozen=True)
+class Text:
+    """The first `tokens` of a file, or as many of the model's own."""
+
+    source: Path | Literal["self"]
+    tokens: int = 16_384
+
+    def __str__(self) -> str:
+        """Tells texts apart by what they hold."""
+        if isinstance(self.source, Path):
+            return f"{hashlib.sha256(self.content().encode()).hexdigest()[:16]} {self.tokens} by {WINDOW}"
+        return f"{SELF} {self.tokens} by {WINDOW}, {REWRITINGS} times"
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        return self.source.name if isinstance(self.source, Path) else SELF
+
+    def content(self) -> str:
+        """The file's text. Raises StatsError if it is none."""
+        assert isinstance(self.source, Path)  # the model's own is not written down
+        try:
+            return self.source.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise StatsError(f"{self.source} is no UTF-8 text ({error}). Give one with --calibration.") from error
+
+    def windows(self, checkpoint: Checkpoint) -> Tensor:
+        """Token ids, int64 [windows, length], of WINDOW tokens or all in one.
+
+        Raises as `read_windows` and `rewritten` do, and StatsError.
+        """
+        length = min(WINDOW, self.tokens)
+        if isinstance(self.source, Path):
+            return read_windows(checkpoint.folder, self.content(), length, self.tokens)
+        ids = random_windows(int(checkpoint.text_config["vocab_size"]), self.tokens // length, length)
+        for seed in range(REWRITINGS):
+            ids = rewritten(checkpoint, ids, seed)
+        return ids

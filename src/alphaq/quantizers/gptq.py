@@ -1,0 +1,189 @@
+"""GPTQ: columns are rounded one after the other, and each takes over the errors of those before it.
+
+The layer's output moves by (W − Ŵ)·x, so with H the mean of x·xᵀ what counts is Σ (w − ŵ)·H·(w − ŵ)ᵀ over rows w. With
+H = R·D·Rᵀ, R upper triangular with ones on its diagonal, this is a sum over columns of D[k]·((w − ŵ)·R)[k]²: the
+column's own error and a part of earlier ones, which rounding can make up for,
+
+    ŵ[k] = nearest level to w[k] + Σ over j < k of (w[j] − ŵ[j])·R[j, k].
+
+This is what pushing errors through the Cholesky factor of H⁻¹ comes to, without an inverse. Columns with the largest
+inputs come first. The levels are another quantizer's, found before: groups stay whole wherever their columns come.
+Source: GPTQ (arXiv 2210.17323); the form above is that of QuIP (arXiv 2307.13304), which proves them equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.linalg import lapack
+
+from alphaq.errors import QuantizationError
+from alphaq.numerics import in_threads, slices
+from alphaq.quantizers.packing import pack, restored_error
+from alphaq.quantizers.rtn import quantize_rtn
+from alphaq.records import Choice, QuantizedMatrix
+from alphaq.simd import LANES, fma, kernel, load, maximum, minimum, nearest, splat, store, store_bytes, where_less
+
+DAMPING = 0.01  # of the mean diagonal
+RETRIES = 4  # with ten times the damping each
+BLOCK = 128  # columns whose errors reach the later ones together
+TASK_LANES = 8  # rows of a task, in vectors
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Levels of each group: ŵ = step·q + start; float32 [rows, groups]."""
+
+    step: torch.Tensor
+    start: torch.Tensor
+
+
+def grid_of(matrix: QuantizedMatrix) -> Grid:
+    """The levels that a matrix's codes stand for, whichever engine's they are."""
+    step = matrix.scales.float()
+    if matrix.choice.bits == 1:
+        mean = torch.zeros_like(step) if matrix.offsets is None else matrix.offsets.float()
+        return Grid(2 * step, mean - step)
+    if matrix.offsets is None:
+        return Grid(step, -step * 2.0 ** (matrix.choice.bits - 1))
+    if matrix.offsets.is_floating_point():
+        return Grid(step, matrix.offsets.float())
+    return Grid(step, -step * matrix.offsets.float())
+
+
+def quantize_gptq(
+    weight: torch.Tensor,
+    choice: Choice,
+    name: str = "matrix",
+    hessian: torch.Tensor | None = None,
+    found: QuantizedMatrix | None = None,
+) -> QuantizedMatrix:
+    """Quantize a [rows, columns] matrix whose inputs x have the second moments `hessian`, any multiple of E[x·xᵀ].
+
+    hessian: float32 [columns, columns], or [columns] where only its diagonal is known; None or a diagonal leave
+    nothing to make up for, so the levels nearest to the weights are kept. found: a quantized form whose levels are
+    used; RTN's otherwise. Raises QuantizationError naming the matrix if it cannot be stored, or if the moments are
+    not those of its inputs.
+    """
+    if choice.scheme:
+        raise QuantizationError(f"{name}: {choice} is rounded by llama.cpp's own code. Give it an --imatrix instead.")
+    found = found or quantize_rtn(weight, choice, name)
+    if hessian is None or hessian.ndim == 1:
+        return found
+    columns = weight.shape[1]
+    if hessian.shape != (columns, columns) or not torch.isfinite(hessian).all():
+        raise QuantizationError(
+            f"{name}: second moments of shape {list(hessian.shape)} are not finite numbers for {columns} columns. "
+            "Calibrate with another text, or use --quantizer hqq, which needs none."
+        )
+    if not hessian.diagonal().any():
+        return found
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    factor = _factor(hessian, order, name)
+    codes = _round_in_order(weight, grid_of(found), choice, factor, order)
+    matrix = replace(found, codes=torch.from_numpy(pack(codes, choice.bits)), squared_error=None)
+    return replace(matrix, squared_error=restored_error(matrix, weight))
+
+
+def _factor(hessian: torch.Tensor, order: torch.Tensor, name: str) -> np.ndarray:
+    """Lower triangular L with L·Lᵀ = H + damping, for columns in reversed order; float32 [columns, columns].
+
+    What lies above the diagonal is not to be read. Raises QuantizationError if no damping makes H positive definite.
+    """
+    backwards = order.flip(0)
+    diagonal = hessian.diagonal()[backwards]
+    damping = DAMPING * float(diagonal.double().mean())
+    for _ in range(RETRIES):
+        reordered = hessian[backwards[:, None], backwards]
+        reordered.diagonal().add_(damping)
+        # A symmetric matrix is its own transpose, which LAPACK can overwrite.
+        factor, failed = lapack.spotrf(reordered.numpy().T, lower=0, clean=0, overwrite_a=1)
+        if not failed:
+            return np.asarray(factor.T)
+        damping *= 10
+    raise QuantizationError(
+        f"{name}: the second moments of its inputs are not positive definite, even with {damping / 10:.3g} on the "
+        "diagonal. Calibrate with another or a longer text, or use --quantizer hqq, which needs none."
+    )
+
+
+def _round_in_order(
+    weight: torch.Tensor, grid: Grid, choice: Choice, factor: np.ndarray, order: torch.Tensor
+) -> np.ndarray:
+    """Codes, uint8 [rows, columns]. Works on the transpose, whose rows are padded to whole vectors."""
+    rows, columns = weight.shape
+    width = -(-rows // LANES) * LANES
+    wanted = torch.zeros(columns, width)
+    wanted[:, :rows] = weight.T.float()[order]
+    steps, starts = (torch.zeros(value.shape[1], width) for value in (grid.step, grid.start))
+    steps[:, :rows], starts[:, :rows] = grid.step.T, grid.start.T
+    group_of = (order // choice.group_size).numpy()
+    codes = np.zeros((columns, width), np.uint8)
+    misses = torch.empty(min(BLOCK, columns), width)
+    carried = torch.zeros_like(wanted)
+    for block in slices(columns, BLOCK):
+        count = block.stop - block.start
+        mixing = _mixing(factor, block)
+        own = np.ascontiguousarray(mixing[:, :count])
+
+        def work(part: slice, block: slice = block, own: np.ndarray = own) -> None:
+            round_columns(
+                wanted.numpy()[block].reshape(-1),
+                carried.numpy()[block].reshape(-1),
+                own.reshape(-1),
+                group_of[block],
+                steps.numpy().reshape(-1),
+                starts.numpy().reshape(-1),
+                np.float32(2**choice.bits - 1),
+                width,
+                part.start,
+                part.stop,
+                codes[block].reshape(-1),
+                misses.numpy().reshape(-1),
+            )
+
+        in_threads(work, slices(width, TASK_LANES * LANES))
+        if block.stop < columns:
+            carried[block.stop :].addmm_(torch.from_numpy(mixing[:, count:]).T, misses[:count])
+    restored = np.empty((rows, columns), np.uint8)
+    restored[:, order.numpy()] = codes[:, :rows].T
+    return restored
+
+
+def _mixing(factor: np.ndarray, block: slice) -> np.ndarray:
+    """R of a block's columns and all later ones, float32 [block, columns from the block on]."""
+    last = len(factor) - 1
+    begin, end = last - block.start, last - block.stop  # of the block's rows in the reversed factor, downwards
+    rows = factor[begin : (end if end >= 0 else None) : -1]
+    return rows[:, begin::-1] / factor.diagonal()[begin::-1]
+
+
+@kernel
+def round_columns(  # type: ignore[no-untyped-def]
+    wanted, carried, mixing, group_of, steps, starts, top, width, first, end, codes, misses
+):
+    """Round a block of columns, of rows first to end (multiples of 16), each with the errors of those before it.
+
+    wanted: float32 [columns · width], the transposed weights. carried: what earlier blocks' errors add. mixing: float32
+    [columns · columns], R of the block. group_of: int64 [columns]. steps, starts: float32 [groups · width]. codes:
+    uint8, misses (w − ŵ): float32, both [columns · width], are written.
+    """
+    count = group_of.size
+    sums = np.empty(count * LANES, np.float32)
+    none, ceiling = splat(np.float32(0)), splat(top)
+    for row in range(first, end, LANES):
+        for column in range(count):
+            store(sums, column * LANES, load(wanted, column * width + row) + load(carried, column * width + row))
+        for column in range(count):
+            grid = group_of[column] * width + row
+            step, start = load(steps, grid), load(starts, grid)
+            inverse = where_less(none, step, splat(np.float32(1)) / step, none)
+            code = minimum(maximum(nearest((load(sums, column * LANES) - start) * inverse), none), ceiling)
+            miss = load(wanted, column * width + row) - fma(code, step, start)
+            store_bytes(codes, column * width + row, code)
+            store(misses, column * width + row, miss)
+            for later in range(column + 1, count):
+                share = splat(mixing[column * count + later])
+                store(sums, later * LANES, fma(share, miss, load(sums, later * LANES)))

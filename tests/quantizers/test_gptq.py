@@ -1,0 +1,117 @@
+"""GPTQ is what its definition says, in float64, and never reads what it is not given."""
+
+import numpy as np
+import pytest
+import torch
+
+from alphaq.errors import QuantizationError
+from alphaq.quantizers import gptq
+from alphaq.quantizers.gptq import grid_of, quantize_gptq
+from alphaq.quantizers.packing import dequantize
+from alphaq.quantizers.rtn import quantize_rtn
+from alphaq.records import Choice, QuantizedMatrix
+
+CHOICES = [Choice.parse(text) for text in ("1g64", "1g32s", "2g32", "2g128s", "3g64", "4", "8g32s")]
+
+
+def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def moments(columns: int, tokens: int = 700, seed: int = 1) -> torch.Tensor:
+    """Of inputs that are correlated and of very different sizes."""
+    mixed = seeded(tokens, columns, seed=seed) @ (seeded(columns, columns, seed=seed + 1) + torch.eye(columns))
+    inputs = mixed * torch.linspace(0.1, 2, columns)
+    return inputs.T @ inputs / tokens
+
+
+def objective(weight: torch.Tensor, restored: torch.Tensor, hessian: torch.Tensor) -> float:
+    miss = (weight.double() - restored.double()).numpy()
+    return float(np.einsum("ri,ij,rj->", miss, hessian.double().numpy(), miss))
+
+
+def plain_gptq(weight: torch.Tensor, hessian: torch.Tensor, matrix: QuantizedMatrix) -> torch.Tensor:
+    """As published (arXiv 2210.17323): by the inverse's Cholesky factor, column by column, in float64."""
+    grid, top, columns = grid_of(matrix), 2**matrix.choice.bits - 1, weight.shape[1]
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    damped = hessian.double()[order][:, order]
+    damped += gptq.DAMPING * damped.diagonal().mean() * torch.eye(columns)
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    left, restored = weight.double()[:, order], torch.zeros(weight.shape, dtype=torch.float64)
+    for place, column in enumerate(order.tolist()):
+        step, start = (part[:, column // matrix.choice.group_size].double() for part in (grid.step, grid.start))
+        codes = ((left[:, place] - start) / step).round().nan_to_num().clamp(0, top)
+        restored[:, column] = codes * step + start
+        error = (left[:, place] - restored[:, column]) / factor[place, place]
+        left[:, place + 1 :] -= error[:, None] * factor[place, place + 1 :]
+    return restored
+
+
+@pytest.mark.parametrize("shape", [(40, 128), (33, 300), (5, 517)], ids=str)
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_equals_the_published_algorithm_in_float64(choice: Choice, shape: tuple[int, int]) -> None:
+    weight, hessian = seeded(*shape), moments(shape[1])
+    found = quantize_gptq(weight, choice, "matrix", hessian)
+    expected = plain_gptq(weight, hessian, found)
+    error = objective(weight, dequantize(found), hessian)
+    assert error == pytest.approx(objective(weight, expected, hessian), rel=1e-5)
+    assert ((dequantize(found) - expected).abs() > 1e-4).double().mean() < 1e-3  # ties of float32
+    assert found.squared_error == pytest.approx(float((weight - dequantize(found)).double().square().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_moves_outputs_less_than_rounding_to_nearest(choice: Choice) -> None:
+    weight, hessian = seeded(64, 256), moments(256)
+    nearest = objective(weight, dequantize(quantize_rtn(weight, choice)), hessian)
+    assert objective(weight, dequantize(quantize_gptq(weight, choice, "matrix", hessian)), hessian) < 0.8 * nearest
+
+
+@pytest.mark.parametrize("hessian", [None, torch.ones(96), torch.eye(96), torch.zeros(96, 96)], ids=type)
+def test_without_correlations_the_nearest_levels_stay(hessian: torch.Tensor | None) -> None:
+    weight, choice = seeded(20, 96), Choice(3, 32)
+    found, nearest = quantize_gptq(weight, choice, "matrix", hessian), quantize_rtn(weight, choice)
+    assert torch.equal(found.codes, nearest.codes)
+    assert torch.equal(found.scales, nearest.scales)
+
+
+def test_fewer_tokens_than_columns_are_damped() -> None:
+    weight, inputs = seeded(16, 128), seeded(20, 128, seed=3)
+    hessian, choice = inputs.T @ inputs, Choice(2, 64)
+    error = objective(weight, dequantize(quantize_gptq(weight, choice, "matrix", hessian)), hessian)
+    assert error < objective(weight, dequantize(quantize_rtn(weight, choice)), hessian)
+
+
+def test_moments_that_need_more_damping_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A negative eigenvalue, as float32 sums of nearly dependent inputs can have."""
+    hessian = moments(64)
+    worst = torch.linalg.eigh(hessian)[1][:, 0]
+    hessian -= 0.05 * hessian.diagonal().mean() * torch.outer(worst, worst)
+    weight, choice = seeded(8, 64), Choice(3, 32)
+    quantize_gptq(weight, choice, "matrix", hessian)
+    monkeypatch.setattr(gptq, "RETRIES", 1)
+    with pytest.raises(QuantizationError, match=r"layers\.0\.up: .*not positive definite.*Calibrate"):
+        quantize_gptq(weight, choice, "layers.0.up", hessian)
+
+
+@pytest.mark.parametrize("hessian", [torch.eye(63), torch.eye(64) * torch.nan], ids=["shape", "nan"])
+def test_moments_of_other_inputs_are_refused(hessian: torch.Tensor) -> None:
+    with pytest.raises(QuantizationError, match=r"layers\.0\.up: second moments"):
+        quantize_gptq(seeded(8, 64), Choice(3, 32), "layers.0.up", hessian)
+
+
+def test_llama_types_are_refused() -> None:
+    with pytest.raises(QuantizationError, match=r"layers\.0\.up: Q4_K .*--imatrix"):
+        quantize_gptq(seeded(8, 256), Choice.parse("Q4_K"), "layers.0.up", torch.eye(256))
+
+
+def test_threads_change_nothing() -> None:
+    weight, hessian, choice = seeded(700, 160), moments(160), Choice(2, 32)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(quantize_gptq(weight, choice, "matrix", hessian).codes)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)

@@ -1,0 +1,184 @@
+"""Quantizing on inputs, as a user runs it: closer to the model, complete, resumable, and clear when it cannot."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from alphaq import calibrated, pipeline
+from alphaq.calibrated import Rounding, enough_tokens
+from alphaq.calibration.text import Text
+from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.config import Budget, PlanConfig
+from alphaq.errors import AlphaQError, PlanError
+from alphaq.planning import make_plan, measure_for_plan, resolve
+from alphaq.records import Plan
+from conftest import DATA, Ran, read_back
+
+CODE = DATA / "texts" / "code.txt"
+Run = Callable[..., Ran]
+
+
+@pytest.fixture(scope="module")
+def model(save_family: Callable[..., Path]) -> Checkpoint:
+    return open_checkpoint(save_family("qwen2_moe"))
+
+
+def plan_of(checkpoint: Checkpoint, engine: str = "native", bits: float = 3.0, **settings: object) -> Plan:
+    config = PlanConfig(budget=Budget(bits=bits), method="uniform", noise="analytic", engine=engine, **settings)
+    request = resolve(config)
+    return make_plan(checkpoint, request, measure_for_plan(checkpoint, request))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def outputs(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    with torch.inference_mode():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits.log_softmax(-1)
+
+
+@pytest.mark.parametrize("text", [str(CODE), "self"], ids=["file", "self"])
+def test_the_model_stays_closer_to_itself_on_that_text(alphaq: Run, tiny: Path, tmp_path: Path, text: str) -> None:
+    common = ("quantize", tiny, "--bits", "2", "--method", "uniform", "--choices", "2,3", "--json")
+    plain = alphaq(*common, "-o", tmp_path / "rtn")
+    found = alphaq(
+        *common, "-o", tmp_path / "gptq", "--quantizer", "gptq", "--calibration", text, "--calibration-tokens", 4096
+    )
+    assert plain.code == found.code == 0, found.err
+    assert found.json["quantizer"] == "gptq" and plain.json["quantizer"] == "rtn"
+    assert found.json["size_bytes"] == plain.json["size_bytes"]
+    assert alphaq("verify", tmp_path / "gptq", "--source", tiny).code == 0
+    source = open_checkpoint(tiny)
+    ids = Text(CODE if text != "self" else "self", 2048).windows(source)
+    expected = outputs(tiny, ids)
+    kl = {
+        name: (expected.exp() * (expected - outputs(tmp_path / name, ids))).sum(-1).mean() for name in ("rtn", "gptq")
+    }
+    assert kl["gptq"] < 0.8 * kl["rtn"]
+
+
+def test_every_matrix_is_calibrated_or_named(model: Checkpoint, tmp_path: Path) -> None:
+    plan = plan_of(model)
+    done = pipeline.quantize(model, plan, tmp_path / "all", rounding=Rounding.of("native", "gptq", Text("self", 4096)))
+    assert done["not_calibrated"] == {}
+    few = pipeline.quantize(model, plan, tmp_path / "few", rounding=Rounding.of("native", "gptq", Text("self", 96)))
+    nearest = pipeline.quantize(model, plan, tmp_path / "plain", rounding=Rounding.of("native", "unbiased"))
+    left = few["not_calibrated"]
+    experts = {matrix.name for matrix in model.planned}
+    assert left and left.keys() <= experts and left.keys() != experts
+    assert all("fewer than its" in reason for reason in left.values())
+    mine, plain = (read_back(tmp_path / name, model) for name in ("few", "plain"))
+    same = {name for name in experts if torch.equal(mine[name], plain[name])}
+    assert same == left.keys()
+    assert nearest["not_calibrated"] == {}
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(
+    model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, rounding = plan_of(model), Rounding.of("native", "gptq", Text("self", 1024))
+    pipeline.quantize(model, plan, tmp_path / "whole", rounding=rounding)
+    real, stored = calibrated.store, []
+
+    def stops(*arguments: object) -> object:
+        if len(stored) == 20:
+            raise KeyboardInterrupt
+        stored.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(calibrated, "store", stops)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.quantize(model, plan, tmp_path / "out", rounding=rounding)
+    monkeypatch.setattr(calibrated, "store", real)
+    rounded = []
+    monkeypatch.setitem(
+        calibrated.CALIBRATED,
+        "gptq",
+        lambda *arguments: rounded.append(arguments[2]) or calibrated.quantize_gptq(*arguments),
+    )
+    done = pipeline.quantize(model, plan, tmp_path / "out", rounding=rounding)
+    assert len(rounded) + len(done["not_calibrated"]) + 20 >= len(plan.choices) > len(rounded)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    with pytest.raises(AlphaQError, match="quantizer changed since"):
+        (tmp_path / "other").mkdir()
+        monkeypatch.setattr(calibrated, "store", stops)
+        stored.clear()
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.quantize(model, plan, tmp_path / "other" / "out", rounding=rounding)
+        pipeline.quantize(model, plan, tmp_path / "other" / "out")
+
+
+@pytest.mark.parametrize(
+    ("engine", "bits"), [("gptqmodel", 3.0), ("mlx", 3.0), ("vllm", 4.0)], ids=["gptqmodel", "mlx", "vllm"]
+)
+def test_other_engines_get_their_own_levels(
+    engine: str, bits: float, save_family: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(save_family("olmoe"))
+    plan = plan_of(checkpoint, engine, bits, group_size=32)
+    done = pipeline.quantize(
+        checkpoint, plan, tmp_path / "gptq", rounding=Rounding.of(engine, "gptq", Text("self", 2048))
+    )
+    plain = pipeline.quantize(checkpoint, plan, tmp_path / "plain")
+    assert done["mean_relative_error"] > plain["mean_relative_error"]  # not of weights, but of outputs
+    mine, theirs = (read_back(tmp_path / name, checkpoint) for name in ("gptq", "plain"))
+    assert mine.keys() == theirs.keys()
+    assert sum(not torch.equal(mine[name], theirs[name]) for name in plan.choices) > len(plan.choices) // 2
+
+
+def test_llama_types_cannot_be_calibrated(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
+    ran = alphaq("quantize", tiny, "-o", tmp_path / "out", "--bpw", 4, "--engine", "llama.cpp", "--quantizer", "gptq")
+    assert ran.code == 2 and "--imatrix" in ran.err and "gptq" in ran.err
+    with pytest.raises(PlanError, match="--imatrix"):
+        Rounding.of("llama.cpp", "gptq")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--quantizer", "hqqq"), "hqqq"),
+        (("--quantizer", "rtn", "--calibration", "self"), "--calibration is of no use"),
+        (("--calibration", "self"), "--calibration is of no use"),
+        (("--quantizer", "gptq", "--calibration", "nowhere.txt"), "No text file nowhere.txt"),
+        (("--quantizer", "rtn", "--calibration-tokens", "512"), "--calibration-tokens"),
+        (("--quantizer", "gptq", "--calibration-tokens", "0"), "--calibration-tokens"),
+    ],
+)
+def test_options_that_fit_nothing_are_refused(
+    options: tuple[str, ...], message: str, alphaq: Run, tiny: Path, tmp_path: Path
+) -> None:
+    ran = alphaq("quantize", tiny, "-o", tmp_path / "out", "--bits", 3, "--method", "uniform", *options)
+    assert ran.code == 2 and message in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_file_can_be_rounded_on_a_text(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    assert alphaq("plan", tiny, "--bits", 3, "--method", "uniform", "-o", plan).code == 0
+    more = ("--quantizer", "gptq", "--calibration", CODE, "--calibration-tokens", "1024")
+    ran = alphaq("quantize", tiny, "-o", tmp_path / "out", "--plan", plan, *more)
+    assert ran.code == 0, ran.err
+    assert "is rounded without its inputs" in ran.err and "more; --json names them all" in ran.err
+
+
+def test_tokens_are_enough_for_the_experts(tiny: Path, save_family: Callable[..., Path]) -> None:
+    for folder in (tiny, save_family("mixtral")):
+        checkpoint = open_checkpoint(folder)
+        experts = checkpoint.architecture.experts_per_layer(checkpoint.config)
+        chosen = checkpoint.text_config["num_experts_per_tok"]
+        widest = max(matrix.shape[1] for matrix in checkpoint.planned)
+        assert enough_tokens(checkpoint) * chosen / experts >= widest
+
+
+def test_a_text_is_known_by_what_it_holds(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.txt", "b.txt", "c.txt")]
+    for path, content in zip(paths, ("one", "one", "two"), strict=True):
+        path.write_text(content)
+    first, again, other = (str(Text(path)) for path in paths)
+    assert first == again != other
+    assert str(Text(paths[0], 512)) != first != str(Text("self"))
