@@ -21,8 +21,8 @@ demo: setup  ## the main job on the bundled model; writes demo/report.html
 	rm -rf demo
 	$(BIN)/alphaq demo --output demo
 
-test: setup  ## the test suite, a few minutes
-	$(BIN)/python -m pytest -q -m "not slow"
+test: setup  ## the test suite, a few minutes: two processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist worksteal
 
 test-all: setup  ## slow tests too
 	$(BIN)/python -m pytest -q
