@@ -1,5 +1,7 @@
 """Quantizing on inputs, as a user runs it: closer to the model, complete, resumable, and clear when it cannot."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +12,12 @@ from alphaq import calibrated, pipeline
 from alphaq.calibrated import Rounding, enough_tokens
 from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.config import Budget, PlanConfig
-from alphaq.errors import AlphaQError, PlanError
+from alphaq.config import Budget, PlanConfig, Rule
+from alphaq.errors import AlphaQError, CheckpointError, OutputError, PlanError
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.records import Plan
 from conftest import DATA, Ran, read_back
+from families import random_family, save_layout
 
 CODE = DATA / "texts" / "code.txt"
 Run = Callable[..., Ran]
@@ -182,3 +185,40 @@ def test_a_text_is_known_by_what_it_holds(tmp_path: Path) -> None:
     first, again, other = (str(Text(path)) for path in paths)
     assert first == again != other
     assert str(Text(paths[0], 512)) != first != str(Text("self"))
+
+
+def test_what_is_kept_is_not_reported(model: Checkpoint, tmp_path: Path) -> None:
+    plan = plan_of(model, bits=8.0, pins=(Rule(pattern="down", value="16"),))
+    rounding = Rounding.of("native", "gptq", Text("self", 4096))
+    assert pipeline.quantize(model, plan, tmp_path / "out", rounding=rounding)["not_calibrated"] == {}
+
+
+def test_a_run_is_not_gone_on_with_under_another_config(
+    save_family: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(save_family("mixtral"), tmp_path / "model"))
+    checkpoint, rounding = open_checkpoint(folder), Rounding.of("native", "gptq", Text("self", 256))
+    plan = plan_of(checkpoint)
+
+    def stops(*arguments: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrated, "store", stops)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.quantize(checkpoint, plan, tmp_path / "out", rounding=rounding)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 1}))
+    with pytest.raises(OutputError, match="model settings changed since"):
+        pipeline.quantize(open_checkpoint(folder), plan, tmp_path / "out", rounding=rounding)
+
+
+def test_families_without_a_pass_are_told_what_to_use(tmp_path: Path) -> None:
+    folder = save_layout(random_family("dbrx"), tmp_path / "model", True)
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match="gptq needs that; --quantizer unbiased does not"):
+        pipeline.quantize(checkpoint, plan_of(checkpoint), tmp_path / "out", rounding=Rounding.of("native", "gptq"))
+
+
+def test_a_text_that_nothing_looks_at_is_refused(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
+    ran = alphaq("compare", tiny, "--text", CODE, "--methods", "uniform", "--calibration", CODE, "-o", tmp_path / "out")
+    assert ran.code == 2 and "--calibration is of no use to these methods" in ran.err

@@ -21,7 +21,7 @@ from alphaq.checkpoint.safetensors_format import read_header
 from alphaq.engines.export import Stored, stored_in
 from alphaq.engines.output import Record
 from alphaq.engines.profiles import profile
-from alphaq.errors import AlphaQError, PlanError
+from alphaq.errors import AlphaQError, CheckpointError, PlanError
 from alphaq.quantization import StoreTask, store
 from alphaq.quantizers.base import PLAIN, quantizer_of, quantizer_version
 from alphaq.quantizers.gptq import quantize_gptq
@@ -94,14 +94,15 @@ class Rounding:
 def store_calibrated(
     checkpoint: Checkpoint,
     tasks: Sequence[StoreTask],
-    quantizer: str,
-    ids: Tensor,
+    rounding: Rounding,
     keep: Callable[[StoreTask, Record], None],
 ) -> dict[str, str]:
-    """Make the entries whose inputs are seen when token ids [windows, length] pass; `keep` gets each record.
+    """Make the entries whose inputs are seen when the rounding's text passes; `keep` gets each record.
 
     Returns matrices that were seen but quantized without their inputs, and why. Raises what `stream_inputs` does.
     """
+    assert rounding.calibrated is not None and rounding.text is not None  # a text goes with it
+    quantizer = rounding.calibrated
     left: dict[str, str] = {}
     files = {place.file: task.folder / place.file for task in tasks for place in task.entry.places}
     stored = stored_in({name: read_header(path)[0] for name, path in files.items()})
@@ -126,7 +127,11 @@ def store_calibrated(
             restored.append(_read_back(checkpoint, task, matrix, stored))
         return restored
 
-    stream_inputs(checkpoint, ids, visit)
+    try:
+        stream_inputs(checkpoint, rounding.text.windows(checkpoint), visit)
+    except CheckpointError as error:
+        what = str(error).partition(" Use --method alphaq")[0]
+        raise CheckpointError(f"{what} Quantizer {quantizer} needs that; --quantizer unbiased does not.") from error
     return left
 
 
@@ -149,9 +154,9 @@ def _damped_moments(inputs: Inputs) -> Tensor:
 def _too_few(inputs: Inputs, matrix: MatrixRef) -> str:
     """Why a matrix cannot be calibrated, or nothing."""
     tokens, columns = inputs.values.shape
-    if tokens >= columns:
-        return ""
-    return f"{tokens} tokens reached it, fewer than its {columns} columns"
+    if tokens < columns:
+        return f"{tokens} tokens reached it, fewer than its {columns} columns"
+    return "" if inputs.values.any() else "its inputs are all zero"
 
 
 def _read_back(checkpoint: Checkpoint, task: StoreTask, matrix: MatrixRef, stored: Mapping[str, Stored]) -> Tensor:

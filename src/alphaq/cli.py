@@ -609,7 +609,8 @@ def compare(
         ),
     ] = "uniform,random,first-layers,structure,distortion,alphaq,paper,auto",
     quantizers: Annotated[
-        str | None, typer.Option(help="Quantizers, comma-separated: rtn,unbiased,hqq,gptq,learned,minmax. The usual one.")
+        str | None,
+        typer.Option(help="Quantizers, comma-separated: rtn,unbiased,hqq,gptq,learned,minmax. The usual one."),
     ] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that gptq and learned look at; enough for the experts by default.")
@@ -660,6 +661,9 @@ def compare(
         _rounding(checkpoint, "native", name, source if on_text else None, calibration_tokens if on_text else None)
         for name, on_text in zip(listed, calibrated, strict=True)
     ]
+    on_text = any(method(name.partition(":")[0]).needs_text for name in names)
+    if source is not None and not on_text and not any(calibrated):
+        raise AlphaQError("--calibration is of no use to these methods and quantizers. Drop it.")
     if calibration_tokens is not None and not any(calibrated):
         raise AlphaQError("--calibration-tokens is of quantizers gptq and learned. Drop it.")
     with _means(checkpoint, **means) as (pool, cache):
@@ -670,7 +674,7 @@ def compare(
             [*text, *(more or ())],
             output,
             config,
-            _text(settings["calibration"]),
+            _text(source) if on_text else None,
             window,
             max_tokens,
             skip_tokens,

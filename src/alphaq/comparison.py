@@ -47,6 +47,7 @@ from alphaq.workers import Workers, Wrap, silent
 BASELINE = "uniform"
 REFERENCE = "reference"
 JOURNAL_NAME = "results.jsonl"
+FORMAT_VERSION = 2  # of the journal
 SCRATCH_NAME = ".alphaq-scratch"
 Scores = dict[str, list[WindowScore]]
 Key = tuple[str, float, str]  # method, bits, rounding
@@ -219,6 +220,7 @@ def _job(
         "calibration": None if calibration is None else str(calibration),
         "settings": settings,
         "alphaq": alphaq.__version__,
+        "format_version": FORMAT_VERSION,
     }
 
 

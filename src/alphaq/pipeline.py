@@ -113,6 +113,8 @@ def quantize(
         "alphaq version": alphaq.__version__,
         "quantizer": str(rounding),
     }
+    if rounding.calibrated is not None:
+        job["model settings"] = checkpoint.settings_digest()
     left: dict[str, str] = {}
     with resumable_folder(out, job, restart) as (folder, journal):
         done = {entry["name"]: Record.model_validate(entry["record"]) for entry in journal.entries if "record" in entry}
@@ -161,9 +163,9 @@ def _calibrated(
 ) -> tuple[list[StoreTask], dict[str, str]]:
     """The tasks with what was found by looking at inputs; which matrices were not calibrated, and why."""
     assert rounding.calibrated is not None and rounding.text is not None  # a text goes with it
-    waiting = {task.entry.name for task in tasks if isinstance(task.entry.source, MatrixRef) and task.entry.choice}
-    ids = rounding.text.windows(checkpoint)
-    bar = iter(wrap(range(len(waiting)), len(waiting), f"quantize ({rounding.calibrated})"))
+    rounded = (task.entry for task in tasks if task.entry.choice is not None and task.entry.choice.bits != 16)
+    waiting = {entry.name for entry in rounded}
+    bar = iter(wrap(range(len(waiting)), len(waiting), f"quantize ({rounding.name})"))
     records: dict[str, Record] = {}
 
     def keep(task: StoreTask, record: Record) -> None:
@@ -172,7 +174,9 @@ def _calibrated(
         if record != task.found:
             _note(journal, task, record)
 
-    left = store_calibrated(checkpoint, tasks, rounding.calibrated, ids, keep)
+    left = store_calibrated(checkpoint, tasks, rounding, keep)
+    for _ in bar:  # which ends it
+        pass
     for name in waiting - records.keys():
         left[name] = "its inputs are not seen where the model's class computes with it"
     return [replace(task, found=records.get(task.entry.name, task.found)) for task in tasks], left

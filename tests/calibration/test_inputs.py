@@ -11,6 +11,7 @@ from alphaq.calibration.stream import random_windows, stream_forward
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.records import Role
 from conftest import COMMON, FAMILIES
+from families import random_family, save_layout
 
 IDS = random_windows(COMMON["vocab_size"], windows=3, length=24)
 
@@ -78,3 +79,24 @@ def test_second_moments_weigh_tokens_by_their_routing() -> None:
     expected = torch.einsum("t,ti,tj->ij", weights.square(), values, values) / 50
     torch.testing.assert_close(Inputs((), values, weights).second_moments(), expected)
     torch.testing.assert_close(Inputs((), values).second_moments(), values.T @ values / 50)
+
+
+def test_layers_made_of_several_matrices_are_replaced_whole(tmp_path: Path) -> None:
+    """MiniMax-M3 stores gate and up of its shared experts, which its class computes in one product."""
+    checkpoint = open_checkpoint(save_layout(random_family("minimax_m3_vl"), tmp_path / "model", True))
+    together: set[str] = set()
+    after: list[torch.Tensor] = []
+
+    def visit(inputs: Inputs) -> list[torch.Tensor]:
+        weights = [checkpoint.read(matrix).float() for matrix in inputs.matrices]
+        if inputs.matrices[0].role is not Role.SHARED_EXPERT:
+            return weights
+        if len(weights) == 1:
+            after.append(inputs.values)
+            return weights
+        together.update(matrix.name for matrix in inputs.matrices)
+        return [weight * 0 for weight in weights]
+
+    stream_inputs(checkpoint, IDS % checkpoint.text_config["vocab_size"], visit)
+    assert together and after
+    assert not any(values.any() for values in after)

@@ -72,10 +72,10 @@ def linears(hollow: HollowModel) -> dict[str, tuple[MatrixRef, ...]]:
 def _replace(
     module: Any, arguments: tuple[Any, ...], visit: Visit, matrices: tuple[MatrixRef, ...], checkpoint: Checkpoint
 ) -> None:
-    """Before a linear layer runs: its weight becomes what the visitor returns, where it is one matrix as stored."""
+    """Before a linear layer runs: its weight becomes what the visitor returns, unless it is stored in another order."""
     restored = visit(Inputs(matrices, arguments[0].float().flatten(0, -2)))
-    if len(matrices) == 1 and torch.equal(checkpoint.read(matrices[0]).float(), module.weight):
-        module.weight = nn.Parameter(restored[0], requires_grad=False)
+    if torch.equal(torch.cat([checkpoint.read(matrix).float() for matrix in matrices]), module.weight):
+        module.weight = nn.Parameter(torch.cat(tuple(restored)), requires_grad=False)
 
 
 def _experts(hollow: HollowModel, traffic: LayerTraffic, visit: Visit) -> Tensor:

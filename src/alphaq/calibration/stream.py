@@ -313,6 +313,13 @@ def traffic_of(hollow: HollowModel, layer: int, args: tuple[Any, ...], kwargs: d
     return LayerTraffic(layer, inputs, experts.long(), weights, hollow.forms[layer])
 
 
+def _drawn(logits: Tensor, numbers: Tensor) -> Tensor:
+    """A token for each of logits [windows, positions, words], by float64 numbers [windows, positions, 1] below 1."""
+    chances = logits.double().softmax(-1).cumsum(-1)
+    found = torch.searchsorted(chances, (numbers * chances[..., -1:]).contiguous())
+    return found.squeeze(-1).clamp(max=chances.shape[-1] - 1)
+
+
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """transformers shows one per load, which here is hundreds."""
@@ -383,8 +390,7 @@ def rewritten(checkpoint: Checkpoint, ids: Tensor, seed: int = 0) -> Tensor:
         # Many positions at once, because each product reads the whole head; not all, because chances are wide.
         step = max(1, HEAD_TOKENS // len(ids))
         for part, drawn in zip(states.split(step, dim=1), draws.transpose(0, 1).split(step, dim=1), strict=True):
-            chances = (part @ weight.T).double().softmax(-1).cumsum(-1)
-            found = torch.searchsorted(chances, (drawn * chances[..., -1:]).contiguous())
-            written.append(found.squeeze(-1).clamp(max=chances.shape[-1] - 1))
+            rows = zip(part.split(HEAD_TOKENS), drawn.split(HEAD_TOKENS), strict=True)
+            written.append(torch.cat([_drawn(some @ weight.T, numbers) for some, numbers in rows]))
     hollow.empty(name)
     return torch.cat(written, dim=1)

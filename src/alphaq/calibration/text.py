@@ -15,7 +15,7 @@ from alphaq.errors import StatsError
 
 SELF: Literal["self"] = "self"
 WINDOW = 512  # tokens
-REWRITINGS = 2  # of random tokens, until they are text of the model's own
+REWRITINGS = 1  # of random tokens; four made no difference (docs/LOG.md)
 
 
 @dataclass(frozen=True)
