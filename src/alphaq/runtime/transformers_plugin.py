@@ -136,9 +136,9 @@ class AlphaQQuantizer(HfQuantizer):
                 saved |= module.tensors()
         return saved, {}
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         assert self.packer is not None
-        dtype = dtype or model.dtype
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype  # a saved config has names
         if dtype != model.dtype:
             model.to(dtype)
         self.packer.restore(model, dtype)
