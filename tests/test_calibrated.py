@@ -70,7 +70,7 @@ def test_every_matrix_is_calibrated_or_named(model: Checkpoint, tmp_path: Path) 
     done = pipeline.quantize(model, plan, tmp_path / "all", rounding=Rounding.of("native", "gptq", Text("self", 4096)))
     assert done["not_calibrated"] == {}
     few = pipeline.quantize(model, plan, tmp_path / "few", rounding=Rounding.of("native", "gptq", Text("self", 96)))
-    nearest = pipeline.quantize(model, plan, tmp_path / "plain", rounding=Rounding.of("native", "unbiased"))
+    nearest = pipeline.quantize(model, plan, tmp_path / "plain", rounding=Rounding.of("native", "rtn"))
     left = few["not_calibrated"]
     experts = {matrix.name for matrix in model.planned}
     assert left and left.keys() <= experts and left.keys() != experts
@@ -215,7 +215,7 @@ def test_a_run_is_not_gone_on_with_under_another_config(
 def test_families_without_a_pass_are_told_what_to_use(tmp_path: Path) -> None:
     folder = save_layout(random_family("dbrx"), tmp_path / "model", True)
     checkpoint = open_checkpoint(folder)
-    with pytest.raises(CheckpointError, match="gptq needs that; --quantizer unbiased does not"):
+    with pytest.raises(CheckpointError, match="gptq needs that; --quantizer rtn does not"):
         pipeline.quantize(checkpoint, plan_of(checkpoint), tmp_path / "out", rounding=Rounding.of("native", "gptq"))
 
 

@@ -78,7 +78,7 @@ class Rounding:
                 f"Quantizer {name} cannot be used for {engine}, whose types llama.cpp's own code rounds. Drop it, or "
                 "give --imatrix."
             )
-        return cls("unbiased" if usual in PLAIN else usual, name, text or Text(SELF))
+        return cls(usual, name, text or Text(SELF))
 
     @property
     def name(self) -> str:
@@ -131,7 +131,9 @@ def store_calibrated(
         stream_inputs(checkpoint, rounding.text.windows(checkpoint), visit)
     except CheckpointError as error:
         what = str(error).partition(" Use --method alphaq")[0]
-        raise CheckpointError(f"{what} Quantizer {quantizer} needs that; --quantizer unbiased does not.") from error
+        raise CheckpointError(
+            f"{what} Quantizer {quantizer} needs that; --quantizer {rounding.plain} does not."
+        ) from error
     return left
 
 

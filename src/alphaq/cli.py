@@ -523,7 +523,7 @@ def quantize(
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Use this plan instead of making one.")] = None,
     quantizer: Annotated[
         str | None,
-        typer.Option(help="rtn, unbiased, hqq, gptq, learned, minmax (docs/quantizers.md); the engine's usual one."),
+        typer.Option(help="rtn, clipped, hqq, gptq, learned, minmax (docs/quantizers.md); the engine's usual one."),
     ] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that gptq and learned look at; enough for the experts by default.")
@@ -610,7 +610,7 @@ def compare(
     ] = "uniform,random,first-layers,structure,distortion,alphaq,paper,auto",
     quantizers: Annotated[
         str | None,
-        typer.Option(help="Quantizers, comma-separated: rtn,unbiased,hqq,gptq,learned,minmax. The usual one."),
+        typer.Option(help="Quantizers, comma-separated: rtn,hqq,gptq,learned,minmax. The usual one."),
     ] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that gptq and learned look at; enough for the experts by default.")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from alphaq.quantizers.rtn import SEARCH_STEPS, SMALLEST_SHRINK
+from alphaq.quantizers.rtn import BIAS_WEIGHT, SEARCH_STEPS, SMALLEST_SHRINK
 from alphaq.records import Choice
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
-def quantize_groups(weight: torch.Tensor, choice: Choice) -> Parts:
+def quantize_groups(weight: torch.Tensor, choice: Choice, bias_weight: float = BIAS_WEIGHT) -> Parts:
     """Codes [rows, columns], scales and offsets [rows, groups] of a matrix."""
     pieces = []
     for columns in weight.float().split(choice.group_size, dim=1):
-        pieces.append(
+        found = (
             _one_bit(columns, choice.symmetric) if choice.bits == 1 else _search(columns, choice.bits, choice.symmetric)
         )
+        pieces.append(_stretched(columns, found, choice, bias_weight) if bias_weight > 1 else found)
     codes, scales, offsets = (None if part[0] is None else torch.cat(part, dim=1) for part in zip(*pieces, strict=True))
     return codes, scales, offsets
 
@@ -33,6 +34,39 @@ def values_of(parts: Parts, choice: Choice) -> torch.Tensor:
         return (2 * codes.float() - 1) * spread(scales) + means
     zero = 2.0 ** (choice.bits - 1) if offsets is None else spread(offsets)
     return (codes.float() - zero) * spread(scales)
+
+
+def _stretched(values: torch.Tensor, parts: Parts, choice: Choice, bias_weight: float) -> Parts:
+    """Scales that make |e|² + (bias_weight − 1)·(e·w)²/|w|² least, found by trying; codes as they are."""
+    codes, scales, offsets = parts
+    levels, mean = codes.double() - (0.5 if choice.bits == 1 else 2.0 ** (choice.bits - 1)), 0.0
+    if choice.bits == 1:
+        levels *= 2
+    if offsets is not None:
+        levels = levels if choice.bits == 1 else codes.double() - offsets.double()
+        mean = values.double().mean(1, keepdim=True) if choice.bits == 1 else 0.0
+    if choice.bits == 1 and offsets is not None:
+        balance = levels.mean(1, keepdim=True)
+    else:
+        balance = torch.zeros(len(values), 1, dtype=torch.float64)
+    target, levels = values.double() - mean, levels - balance
+    energy = target.square().sum(1, keepdim=True)
+
+    def loss(scale: torch.Tensor) -> torch.Tensor:
+        error = scale * levels - target
+        along = (error * target).sum(1, keepdim=True).square() / energy
+        return error.square().sum(1, keepdim=True) + (bias_weight - 1) * along
+
+    low, high = scales.double() * 0.5, scales.double() * 8  # the loss is a parabola: halve the interval
+    for _ in range(200):
+        one, other = low + (high - low) / 3, high - (high - low) / 3
+        left = loss(one) < loss(other)
+        low, high = torch.where(left, low, one), torch.where(left, other, high)
+    stored = high.half()
+    fits = (energy > 0) & (stored > 0) & torch.isfinite(stored)
+    if choice.bits == 1 and offsets is not None:
+        offsets = torch.where(fits, (mean - high * balance).half(), offsets)
+    return codes, torch.where(fits, stored, scales), offsets
 
 
 def _search(values: torch.Tensor, bits: int, symmetric: bool) -> Parts:

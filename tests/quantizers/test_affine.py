@@ -24,7 +24,10 @@ def gaussian(rows: int = 24, columns: int = 384, dtype: torch.dtype = torch.bflo
 
 
 def quantized(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
-    return (quantize_symmetric16 if choice.symmetric else quantize_affine)(weight, choice, name)
+    """With least squares to the last."""
+    if choice.symmetric:
+        return quantize_symmetric16(weight, choice, name)
+    return quantize_affine(weight, choice, name, bias_weight=1.0)
 
 
 def codes_of(matrix: QuantizedMatrix) -> torch.Tensor:
@@ -68,7 +71,7 @@ def test_error_is_that_of_what_is_decoded(choice: Choice, dtype: torch.dtype) ->
 @every_dtype
 def test_refitting_beats_rounding_the_numbers_of_rtn(choice: Choice, dtype: torch.dtype) -> None:
     weight = gaussian(dtype=dtype)
-    plain = quantize_rtn(weight, choice)
+    plain = quantize_rtn(weight, choice, bias_weight=1.0)
     scales = plain.scales.to(DTYPES[dtype])
     offsets = None if plain.offsets is None else (-scales.float() * plain.offsets).to(DTYPES[dtype])
     rounded = QuantizedMatrix(choice, plain.shape, plain.codes, scales, offsets)
@@ -97,6 +100,31 @@ def test_every_code_is_the_nearest_on_its_grid(choice: Choice) -> None:
         inside = (other >= 0) & (other < 2**choice.bits)
         worse = (decoded(found, other) - weight.float()).abs()
         assert (misses <= worse * (1 + 1e-5))[inside].all()
+
+
+@pytest.mark.parametrize("choice", AFFINE, ids=str)
+def test_last_fit_weighs_errors_along_the_weights(choice: Choice) -> None:
+    """Codes stay, means of groups stay, and |e|² + 3·(e·w)²/|w|² of deviations from the mean is least."""
+    weight, size = gaussian(8, 256), choice.group_size
+    found, plain = quantize_affine(weight, choice), quantized(weight, choice)
+    assert torch.equal(found.codes, plain.codes)
+    assert found.squared_error == pytest.approx(error_of(found, weight), rel=1e-5)
+    groups = weight.double().reshape(-1, size)
+    target = groups - groups.mean(1, keepdim=True)
+
+    def loss(values: torch.Tensor) -> torch.Tensor:
+        miss = values.double().reshape(-1, size) - groups
+        along = (miss * target).sum(1) / target.norm(dim=1)
+        return miss.square().sum(1) + 3 * along.square()
+
+    level = codes_of(found).double().reshape(-1, size)
+    level -= level.mean(1, keepdim=True)
+    for factor in (0.98, 1.02):  # more than bfloat16 rounds
+        other = groups.mean(1, keepdim=True) + factor * found.scales.double().reshape(-1, 1) * level
+        assert (loss(restored(found)) <= loss(other) * (1 + 1e-9)).float().mean() > 0.9
+        assert loss(restored(found)).sum() < loss(other).sum()
+    if choice.bits == 2:
+        assert loss(restored(found)).sum() < 0.95 * loss(restored(plain)).sum()
 
 
 @every_choice

@@ -69,7 +69,8 @@ def test_moves_outputs_less_than_rounding_to_nearest(choice: Choice) -> None:
 @pytest.mark.parametrize("hessian", [None, torch.ones(96), torch.eye(96), torch.zeros(96, 96)], ids=type)
 def test_without_correlations_the_nearest_levels_stay(hessian: torch.Tensor | None) -> None:
     weight, choice = seeded(20, 96), Choice(3, 32)
-    found, nearest = quantize_gptq(weight, choice, "matrix", hessian), quantize_rtn(weight, choice)
+    nearest = quantize_rtn(weight, choice, bias_weight=1.0)
+    found = quantize_gptq(weight, choice, "matrix", hessian, nearest)
     assert torch.equal(found.codes, nearest.codes)
     assert torch.equal(found.scales, nearest.scales)
 

@@ -5,7 +5,7 @@ from reference import quantize_groups, values_of
 from alphaq.errors import QuantizationError
 from alphaq.quantizers.base import QUANTIZERS, Quantizer, squared_error
 from alphaq.quantizers.packing import dequantize, restored_error, unpack
-from alphaq.quantizers.rtn import quantize_rtn
+from alphaq.quantizers.rtn import BIAS_WEIGHT, quantize_rtn
 from alphaq.records import Choice, QuantizedMatrix
 
 ALL = [Choice(bits, group, symmetric) for bits in range(1, 9) for group in (32, 128) for symmetric in (False, True)]
@@ -59,10 +59,10 @@ def test_more_bits_and_smaller_groups_reduce_the_error(quantizer: Quantizer, sym
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_unclipped_error_is_at_most_half_a_step(quantizer: Quantizer, bits: int) -> None:
-    """Within the grid's range, rounding to nearest is never off by more than half a step."""
+def test_unclipped_error_is_at_most_half_a_step(bits: int) -> None:
+    """Within the grid's range, rounding to nearest by least squares is never off by more than half a step."""
     weight = gaussian(8, 64)
-    found = quantizer(weight, Choice(bits, 64))
+    found = quantize_rtn(weight, Choice(bits, 64), bias_weight=1.0)
     step = found.scales.float()
     codes = codes_of(found)
     inside = (codes > 0) & (codes < 2**bits - 1)
@@ -117,7 +117,7 @@ def test_what_fp16_cannot_hold_is_refused_by_name(quantizer: Quantizer, bad: flo
 
 def test_one_bit_is_the_mean_and_sign() -> None:
     weight = torch.tensor([[1.0, 3.0, -1.0, -3.0] * 8])
-    restored = dequantize(QUANTIZERS["rtn"](weight, Choice(1, 32)))
+    restored = dequantize(QUANTIZERS["clipped"](weight, Choice(1, 32)))
     assert restored.tolist() == [[2.0, 2.0, -2.0, -2.0] * 8]
 
 
@@ -128,14 +128,23 @@ def test_sixteen_bits_lose_nothing_of_bf16() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("columns", [1, 15, 33, 128, 300, 1024])
 @pytest.mark.parametrize("choice", ALL, ids=str)
-def test_kernel_agrees_with_plain_torch(choice: Choice, columns: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bias_weight", [1.0, BIAS_WEIGHT])
+def test_kernel_agrees_with_plain_torch(choice: Choice, columns: int, dtype: torch.dtype, bias_weight: float) -> None:
     weight = (gaussian(12, columns, columns) - 0.2).to(dtype)
-    parts = quantize_groups(weight, choice)
+    parts = quantize_groups(weight, choice, bias_weight)
     plain = float((values_of(parts, choice) - weight.float()).double().square().sum())
-    found = quantize_rtn(weight, choice)
+    found = quantize_rtn(weight, choice, bias_weight=bias_weight)
     assert found.squared_error == pytest.approx(plain, rel=1e-4, abs=1e-9)
     assert restored_error(found, weight) == pytest.approx(plain, rel=1e-4, abs=1e-9)
     assert (codes_of(found) != parts[0]).float().mean() < 0.02  # ties between steps may fall either way
+
+
+@pytest.mark.parametrize("choice", [Choice(bits, 128, symmetric) for bits in (1, 2, 3) for symmetric in (False, True)])
+def test_without_bound_the_weight_of_bias_restores_the_weights_at_full_length(choice: Choice) -> None:
+    weight = gaussian(40, 300)
+    restored = dequantize(quantize_rtn(weight, choice, bias_weight=1e6))
+    for ours, theirs in zip(weight.split(128, 1), restored.split(128, 1), strict=True):
+        assert torch.allclose((ours * theirs).sum(1) / ours.square().sum(1), torch.ones(len(ours)), atol=1.5e-3)
 
 
 def test_result_does_not_depend_on_the_number_of_threads() -> None:

@@ -3,7 +3,8 @@
 bfloat16 has 8 significant bits, so a step chosen in float16 moves by up to 0.2 % when it is stored: enough to shift
 the outer 8-bit codes by a quarter of a step. RTN finds a grid; its numbers are rounded to what can be stored and the
 codes rounded again to the grid that is really there. Least squares then fit the grid to the codes, and codes are
-rounded to it, as long as that lowers the error (Lloyd's iteration). The error is that of the bytes written.
+rounded to it, as long as that lowers the error (Lloyd's iteration); the last fit weighs errors along the weights as
+RTN's does. The error is that of the bytes written.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from alphaq.errors import QuantizationError
 from alphaq.numerics import in_threads, row_parts
 from alphaq.quantizers.kernels import refit_rows
-from alphaq.quantizers.rtn import BELOW_FP16, quantize_rtn
+from alphaq.quantizers.rtn import BELOW_FP16, BIAS_WEIGHT, quantize_rtn
 from alphaq.records import Choice, QuantizedMatrix
 from alphaq.simd import LANES, flat
 
@@ -27,22 +28,25 @@ def quantize_symmetric16(weight: torch.Tensor, choice: Choice, name: str = "matr
 
     weight: [rows, columns]. Raises QuantizationError naming the matrix if it cannot be stored.
     """
-    return _refitted(weight, choice, name, rounded=True)
+    return _refitted(weight, choice, name, rounded=True, bias_weight=1.0)  # of 4 and 8 bits it makes no difference
 
 
-def quantize_affine(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
+def quantize_affine(
+    weight: torch.Tensor, choice: Choice, name: str = "matrix", bias_weight: float = BIAS_WEIGHT
+) -> QuantizedMatrix:
     """ŵ = s·q + β in float32, as MLX's kernels decode; scales and β (as offsets) [rows, groups] in 16 bits.
 
-    weight: [rows, columns]. Raises QuantizationError naming the matrix if it cannot be stored.
+    weight: [rows, columns]. bias_weight: as in `quantize_rtn`, of deviations from a group's mean. Raises
+    QuantizationError naming the matrix if it cannot be stored.
     """
-    return _refitted(weight, choice, name, rounded=False)
+    return _refitted(weight, choice, name, rounded=False, bias_weight=bias_weight)
 
 
-def _refitted(weight: torch.Tensor, choice: Choice, name: str, rounded: bool) -> QuantizedMatrix:
+def _refitted(weight: torch.Tensor, choice: Choice, name: str, rounded: bool, bias_weight: float) -> QuantizedMatrix:
     rows, columns = weight.shape
     if columns % LANES:
         raise QuantizationError(f"{name}: rows of {columns} weights are not in multiples of {LANES}. Keep it: '16'.")
-    found = quantize_rtn(weight, choice, name)
+    found = quantize_rtn(weight, choice, name, bias_weight=1.0)
     stored = torch.float16 if weight.dtype == torch.float16 else torch.bfloat16
     if not found.scales.any() and weight.abs().max() < BELOW_FP16:
         zeros = torch.zeros(found.scales.shape, dtype=stored)
@@ -60,6 +64,7 @@ def _refitted(weight: torch.Tensor, choice: Choice, name: str, rounded: bool) ->
             choice.symmetric,
             rounded,
             stored == torch.bfloat16,
+            bias_weight,
             packed[part].reshape(-1),
             scales[part].reshape(-1),
             offsets[part].reshape(-1),

@@ -38,14 +38,14 @@ class Quantizer(Protocol):
 
 QUANTIZERS: dict[str, Quantizer] = {
     "rtn": mixing(quantize_rtn),
-    "unbiased": mixing(partial(quantize_rtn, unbiased=True)),
+    "clipped": mixing(partial(quantize_rtn, bias_weight=1.0)),
     "minmax": mixing(quantize_minmax),
     "hqq": mixing(quantize_hqq),
     "ggml": quantize_ggml,
     "symmetric16": quantize_symmetric16,
     "affine": quantize_affine,
 }
-PLAIN = ("rtn", "unbiased", "hqq", "minmax")  # those that fill the same storage, so that one may stand for another
+PLAIN = ("rtn", "clipped", "hqq", "minmax")  # those that fill the same storage, so that one may stand for another
 
 
 def quantizer_version(name: str) -> str:

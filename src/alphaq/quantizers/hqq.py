@@ -31,15 +31,12 @@ NEIGHBOUR = 0.3  # of the slack: steps tried beside the best
 ONE_BIT_REACH = (0.75, 0.15, 0.03)
 
 
-def quantize_hqq(
-    weight: torch.Tensor, choice: Choice, name: str = "matrix", norm: float = NORM, unbiased: bool = False
-) -> QuantizedMatrix:
+def quantize_hqq(weight: torch.Tensor, choice: Choice, name: str = "matrix", norm: float = NORM) -> QuantizedMatrix:
     """Quantize a [rows, columns] matrix for the least Σ|w − ŵ|^norm, norm from 0.1 to 2.
 
-    unbiased: scales that restore Σw·ŵ = Σw² per group, as in `quantize_rtn`. Raises QuantizationError naming the
-    matrix if it cannot be stored.
+    Raises QuantizationError naming the matrix if it cannot be stored.
     """
-    settings = _trials(choice.bits), np.float32(relative_slack(choice.bits)), np.float32(norm), unbiased
+    settings = _trials(choice.bits), np.float32(relative_slack(choice.bits)), np.float32(norm)
     return quantized(quantize_rows_by_norm, settings, weight, choice, name)
 
 

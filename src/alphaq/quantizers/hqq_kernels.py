@@ -17,7 +17,6 @@ from alphaq.quantizers.kernels import (
     _pack,
     _range,
     _read,
-    _unbiased,
 )
 from alphaq.simd import (
     LANES,
@@ -45,7 +44,7 @@ STEPS = 2
 
 @kernel
 def quantize_rows_by_norm(
-    weight, columns, bits, group_size, symmetric, table, slack, norm, unbiased, packed, scales, offsets, largest
+    weight, columns, bits, group_size, symmetric, table, slack, norm, packed, scales, offsets, largest
 ):
     """Quantize whole rows of a flat matrix for the least Σ|w − ŵ|^norm; returns Σ(w − ŵ)² in float64.
 
@@ -79,8 +78,6 @@ def quantize_rows_by_norm(
             else:
                 scale, offset = _grid(values, count, bits, symmetric, table, slack, norm, trials)
                 found = np.float64(_encode(values, count, scale, offset, top, codes))
-            if unbiased:
-                scale, offset, found = _unbiased(values, codes, count, bits, symmetric, scale, offset)
             scales[row * groups + group] = scale
             offsets[row * groups + group] = offset
             error += found

@@ -32,19 +32,17 @@ from alphaq.simd import (
 )
 
 REFITS = 4
-SALIENT_REFITS = 8
-UNUSED = 255  # in the place of a salient weight's position
 _LOW_8 = np.uint64(0x00FF00FF00FF00FF)
 _LOW_16 = np.uint64(0x0000FFFF0000FFFF)
 _LOW_32 = np.uint64(0x00000000FFFFFFFF)
 
 
 @kernel
-def quantize_rows(weight, columns, bits, group_size, symmetric, shrinks, unbiased, packed, scales, offsets, largest):
+def quantize_rows(weight, columns, bits, group_size, symmetric, shrinks, bias_weight, packed, scales, offsets, largest):
     """Quantize whole rows of a flat matrix; returns Σ(w − ŵ)² in float64.
 
     weight: float32, float16 or bfloat16 bits. shrinks: float32 [16], fractions of the full range to try; empty for the
-    full range as it is (min–max). unbiased: scales restore Σw·ŵ = Σw².
+    full range as it is (min–max). bias_weight: float32, how many times errors along the weights count in scales.
     packed: uint8 [rows · bytes per row], zeroed. scales, offsets: float32 [rows · groups], as stored.
     largest: float32 [1], becomes max |w|, or NaN if a weight is NaN or infinite.
     """
@@ -71,8 +69,8 @@ def quantize_rows(weight, columns, bits, group_size, symmetric, shrinks, unbiase
                 scale, offset, found = _one_bit(values, count, symmetric, codes)
             else:
                 scale, offset, found = _search(values, count, bits, symmetric, shrinks, codes)
-            if unbiased:
-                scale, offset, found = _unbiased(values, codes, count, bits, symmetric, scale, offset)
+            if bias_weight > 1:
+                scale, offset, found = _stretched(values, codes, count, bits, symmetric, bias_weight, scale, offset)
             scales[row * groups + group] = scale
             offsets[row * groups + group] = offset
             error += found
@@ -230,20 +228,20 @@ def _encode(values, count, scale, zero, top, codes):
 
 
 @kernel
-def _unbiased(values, codes, count, bits, symmetric, scale, offset):
-    """Stretch a group's grid, codes as they are, until Σw·ŵ = Σw²: scale, offset and Σ(w − ŵ)²."""
+def _stretched(values, codes, count, bits, symmetric, bias_weight, scale, offset):
+    """Fit a group's grid to its codes with `_least_biased`: scale, offset and Σ(w − ŵ)²."""
     if bits == 1:
-        return _unbiased_two(values, codes, count, symmetric, scale, offset)
+        return _stretched_two(values, codes, count, symmetric, bias_weight, scale, offset)
     shift, none = splat(offset), splat(np.float32(0))
-    product, square = none, none
+    product, square, energy = none, none, none
     for at in range(0, count, LANES):
-        value = load(values, at)
-        product = fma(value, load_bytes(codes, at) - shift, product)
-        square = fma(value, value, square)
-    product_, square_ = lane_sum(product), lane_sum(square)
-    stretched = as_half(square_ / product_) if product_ > 0 else scale
-    if 0 < stretched < np.inf:
-        scale = stretched
+        value, level = load(values, at), load_bytes(codes, at) - shift
+        product = fma(value, level, product)
+        square = fma(level, level, square)
+        energy = fma(value, value, energy)
+    fitted = as_half(_least_biased(lane_sum(product), lane_sum(square), lane_sum(energy), bias_weight))
+    if 0 < fitted < np.inf:
+        scale = fitted
     step, error = splat(scale), none
     for at in range(0, count, LANES):
         miss = (load_bytes(codes, at) - shift) * step - load(values, at)
@@ -252,25 +250,35 @@ def _unbiased(values, codes, count, bits, symmetric, scale, offset):
 
 
 @kernel
-def _unbiased_two(values, codes, count, symmetric, scale, offset):
-    """`_unbiased` for two levels offset ± scale, about the mean of the weights, which they keep."""
-    total, square, product, balance = 0.0, 0.0, 0.0, 0.0
+def _stretched_two(values, codes, count, symmetric, bias_weight, scale, offset):
+    """`_stretched` for two levels offset ± scale, about the mean of the weights, which they keep."""
+    total, energy, product, balance = 0.0, 0.0, 0.0, 0.0
     for at in range(count):
         value, sign = np.float64(values[at]), 2.0 * codes[at] - 1.0
         total += value
-        square += value * value
+        energy += value * value
         product += value * sign
         balance += sign
     mean, lean = (0.0, 0.0) if symmetric else (total / count, balance / count)
-    product -= count * mean * lean
-    stretched = (square - count * mean * mean) / product if product > 0 else np.inf
-    if -1 < lean < 1 and as_half(np.float32(stretched)) < np.inf:
-        scale, offset = as_half(np.float32(stretched)), as_half(np.float32(mean - stretched * lean))
+    energy, product, square = energy - count * mean * mean, product - count * mean * lean, count * (1.0 - lean * lean)
+    fitted = _least_biased(product, square, energy, bias_weight)
+    if 0 < as_half(np.float32(fitted)) < np.inf:
+        scale, offset = as_half(np.float32(fitted)), as_half(np.float32(mean - fitted * lean))
     error = 0.0
     for at in range(count):
         miss = (2.0 * codes[at] - 1.0) * scale + offset - values[at]
         error += miss * miss
     return scale, offset, error
+
+
+@kernel
+def _least_biased(product, square, energy, bias_weight):
+    """The scale s of levels l with the least |e|² + (bias_weight − 1)·(e·w)²/|w|², e = s·l − w; 0 if there is none.
+
+    product, square, energy: w·l, |l|² and |w|².
+    """
+    along = (bias_weight - 1) * product * product + square * energy
+    return bias_weight * product * energy / along if along > 0 else product * 0
 
 
 @kernel
@@ -390,12 +398,13 @@ def _restore(codes, count, bits, scale, offset, values, out, target):
 
 
 @kernel
-def refit_rows(weight, columns, bits, group_size, symmetric, rounded, brain, packed, scales, offsets):
+def refit_rows(weight, columns, bits, group_size, symmetric, rounded, brain, bias_weight, packed, scales, offsets):
     """Quantize rows again on the grids that 16-bit scales allow, from RTN's; returns Σ(w − ŵ)² in float64.
 
     weight: as for `quantize_rows`. symmetric: ŵ = s·(q − 2^(b−1)); else ŵ = s·q + β with a free β. rounded: ŵ itself
-    has 16 bits. brain: 16 bits are bfloat16's, else float16's. packed: uint8 [rows · bytes per row]. scales, offsets:
-    float32 [rows · groups], RTN's scales and zero points, which become the scales and β of 16 bits.
+    has 16 bits. brain: 16 bits are bfloat16's, else float16's. bias_weight: as for `quantize_rows`, of the last fit.
+    packed: uint8 [rows · bytes per row]. scales, offsets: float32 [rows · groups], RTN's scales and zero points, which
+    become the scales and β of 16 bits.
     """
     rows = weight.size // columns
     groups = -(-columns // group_size)
@@ -417,12 +426,15 @@ def refit_rows(weight, columns, bits, group_size, symmetric, rounded, brain, pac
             offset = np.float32(0) if symmetric else _narrow(-scale * offsets[place], brain)
             least = _encode_affine(values, count, scale, offset, zero, top, rounded, brain, codes)
             for _ in range(REFITS):
-                better, start = _fit_affine(values, codes, count, zero, symmetric, brain)
+                better, start = _fit_affine(values, codes, count, zero, symmetric, brain, np.float64(1))
                 found = _encode_affine(values, count, better, start, zero, top, rounded, brain, codes)
                 if not found < least:
                     _encode_affine(values, count, scale, offset, zero, top, rounded, brain, codes)
                     break
                 scale, offset, least = better, start, found
+            if least > 0 and bias_weight > 1:
+                scale, offset = _fit_affine(values, codes, count, zero, symmetric, brain, bias_weight)
+                least = _error_affine(values, codes, count, scale, offset, zero, rounded, brain)
             scales[place] = scale
             offsets[place] = offset
             error += least
@@ -455,22 +467,38 @@ def _encode_affine(values, count, scale, offset, zero, top, rounded, brain, code
 
 
 @kernel
-def _fit_affine(values, codes, count, zero, symmetric, brain):
-    """Least-squares scale and offset of given codes, in 16 bits; the offset is fitted to the rounded scale."""
+def _error_affine(values, codes, count, scale, offset, zero, rounded, brain):
+    """Σ(w − ŵ)² of given codes on a grid scale·(q − zero) + offset."""
+    step, start, shift = splat(scale), splat(offset), splat(zero)
+    error = splat(np.float32(0))
+    for at in range(0, count, LANES):
+        restored = (load_bytes(codes, at) - shift) * step + start
+        if rounded:
+            restored = _narrow(restored, brain)
+        miss = restored - load(values, at)
+        error = fma(miss, miss, error)
+    return np.float64(lane_sum(error))
+
+
+@kernel
+def _fit_affine(values, codes, count, zero, symmetric, brain, bias_weight):
+    """Scale and offset that `_least_biased` fits to codes, in 16 bits; the offset is fitted to the rounded scale."""
     shift, none = splat(zero), splat(np.float32(0))
-    total, product, sum_, square = none, none, none, none
+    total, product, sum_, square, energy = none, none, none, none, none
     for at in range(0, count, LANES):
         value, level = load(values, at), load_bytes(codes, at) - shift
         total = total + value
         sum_ = sum_ + level
         product = fma(value, level, product)
         square = fma(level, level, square)
-    both, squares = np.float64(lane_sum(product)), np.float64(lane_sum(square))
+        energy = fma(value, value, energy)
+    both, squares, energies = np.float64(lane_sum(product)), np.float64(lane_sum(square)), np.float64(lane_sum(energy))
     if symmetric:
-        return _narrow(np.float32(both / max(squares, 1.0)), brain), np.float32(0)
+        return _narrow(np.float32(_least_biased(both, squares, energies, bias_weight)), brain), np.float32(0)
     middle, mean = np.float64(lane_sum(sum_)) / count, np.float64(lane_sum(total)) / count
-    spread = squares - count * middle * middle
-    scale = _narrow(np.float32((both - count * middle * mean) / spread if spread > 0 else 0.0), brain)
+    spread, energies = squares - count * middle * middle, energies - count * mean * mean
+    fitted = _least_biased(both - count * middle * mean, spread, energies, bias_weight)
+    scale = _narrow(np.float32(fitted), brain)
     return scale, _narrow(np.float32(mean - scale * middle), brain)
 
 
@@ -492,224 +520,3 @@ def dequantize_widths(packed, columns, widths, group_size, scales, offsets, out)
             place = row * groups + group
             _restore(codes, count, bits, scales[place], offsets[place], values, out, row * columns + group * group_size)
             source += group_size * bits // 8
-
-
-@kernel
-def restore_salient(positions, values, scales, most, columns, group_size, out):
-    """Put salient weights in their places in whole rows, float32 [rows · columns]: scale·(value − 128).
-
-    positions, values: uint8 [rows · groups · most]. scales: float32 [rows · groups].
-    """
-    groups = -(-columns // group_size)
-    for place in range(scales.size):
-        begin = place // groups * columns + place % groups * group_size
-        for at in range(place * most, (place + 1) * most):
-            if positions[at] != UNUSED:
-                out[begin + positions[at]] = (np.float32(values[at]) - np.float32(128)) * scales[place]
-
-
-@kernel
-def quantize_salient(
-    weight, columns, group_size, symmetric, most, importance, packed, scales, offsets, wide, positions, values, largest
-):
-    """Quantize whole rows to 1 bit but for up to `most` weights of each group; returns Σ(w − ŵ)² in float64.
-
-    weight, packed, scales, offsets, largest: as for `quantize_rows`. importance: float32 [columns], by which squared
-    errors count. wide: float32 [rows · groups], scales of the 8-bit weights. positions, values: uint8
-    [rows · groups · most], as stored.
-    """
-    rows = weight.size // columns
-    groups = -(-columns // group_size)
-    row_bytes = 4 * -(-columns // 32)
-    found = np.empty(group_size + LANES, np.float32)
-    codes = np.empty(group_size + LANES, np.uint8)
-    eights = codes.view(np.uint64)
-    zero = splat(np.float32(0))
-    extent, spoiled = zero, zero
-    error = 0.0
-    for row in range(rows):
-        for group in range(groups):
-            begin = group * group_size
-            count = min(group_size, columns - begin)
-            _read(weight, row * columns + begin, count, found)
-            for at in range(0, count, LANES):
-                value = load(found, at)
-                extent = maximum(extent, magnitude(value))
-                spoiled = fma(value, zero, spoiled)
-            place = row * groups + group
-            held = slice(place * most, (place + 1) * most)
-            scale, offset, step, miss = _levels_and_salient(
-                found, count, symmetric, importance[begin:], codes, positions[held], values[held]
-            )
-            scales[place], offsets[place], wide[place] = scale, offset, step
-            error += miss
-            _pack(codes, eights, count, 1, packed, row * row_bytes + begin // 8, (row + 1) * row_bytes)
-    largest[0] = lane_maximum(extent) + lane_sum(spoiled)
-    return error
-
-
-@kernel
-def _levels_and_salient(values, count, symmetric, importance, codes, positions, stored):
-    """Scale and offset of two levels, scale of the salient weights, Σ(w − ŵ)²; codes, positions and stored are written.
-
-    Levels without salient weights come first. If all but a few weights have two values, they are the levels. Else the
-    weights that are missed most are taken out and the levels fitted to the rest, again and again while that helps.
-    """
-    scale, offset, _ = _one_bit(values, count, symmetric, codes)
-    salient, best = np.zeros(count, np.uint8), np.zeros(count, np.uint8)
-    step, least = np.float32(0), _miss(values, count, codes, scale, offset, salient, np.float32(0), importance)
-    next_codes = codes[:count].copy()
-    next_scale, next_offset = scale, offset
-    known, split = _mark_odd(values, count, positions.size, salient)
-    for _ in range(SALIENT_REFITS):
-        if not known:
-            split = next_offset
-            _mark_missed(values, count, next_codes, next_scale, next_offset, importance, positions.size, salient)
-            step_of_all = _wide_step(values, count, salient)
-            _keep_helped(values, count, next_codes, next_scale, next_offset, step_of_all, salient)
-        wide = _wide_step(values, count, salient)
-        next_scale, next_offset = _fit_levels(values, count, symmetric, split, salient)
-        for at in range(count):
-            next_codes[at] = values[at] > next_offset
-        error = _miss(values, count, next_codes, next_scale, next_offset, salient, wide, importance)
-        if error < least:
-            scale, offset, step, least = next_scale, next_offset, wide, error
-            best[:] = salient
-            codes[:count] = next_codes
-        elif known:
-            next_scale, next_offset = scale, offset
-            next_codes[:] = codes[:count]
-        else:
-            break
-        known = False
-    used, error = 0, 0.0
-    positions[:], stored[:] = UNUSED, 128
-    for at in range(count):
-        if best[at]:
-            positions[used], stored[used] = at, np.uint8(_nearest_wide(values[at], step) + np.float32(128))
-            miss = (np.float32(stored[used]) - np.float32(128)) * step - values[at]
-            used += 1
-        else:
-            miss = _level(codes[at], scale, offset) - values[at]
-        error += miss * miss
-    return scale, offset, step, error
-
-
-@kernel
-def _level(code, scale, offset):
-    return (np.float32(2) * np.float32(code) - np.float32(1)) * scale + offset
-
-
-@kernel
-def _nearest_wide(value, step):
-    """A salient weight's code, −127 to 127."""
-    return min(max(np.rint(value * _inverse(step)), np.float32(-127)), np.float32(127))
-
-
-@kernel
-def _mark_odd(values, count, most, salient):
-    """Mark what is not one of two values, if that is `most` weights or fewer: whether, and what lies between the two.
-
-    A group that was quantized before is such, and restored exactly.
-    """
-    one, ones = _commonest(values, count, most + 1, np.float32(np.nan))
-    other, others = _commonest(values, count, most + 1, one)
-    if ones + others < count - most:
-        return False, one
-    for at in range(count):
-        salient[at] = values[at] != one and values[at] != other
-    return True, (one + other) / np.float32(2)
-
-
-@kernel
-def _commonest(values, count, tried, but):
-    """Which of the first few weights (`tried`) other than `but` most weights are equal to, and how many."""
-    found, number = but, 0
-    for at in range(count):
-        if values[at] == but:
-            continue
-        same = 0
-        for place in range(count):
-            same += values[place] == values[at]
-        if same > number:
-            found, number = values[at], same
-        tried -= 1
-        if tried == 0:
-            break
-    return found, number
-
-
-@kernel
-def _mark_missed(values, count, codes, scale, offset, importance, most, salient):
-    """Mark the weights that two levels miss most."""
-    salient[:] = 0
-    missed = np.zeros(count + LANES, np.float32)
-    for at in range(count):
-        miss = _level(codes[at], scale, offset) - values[at]
-        missed[at] = miss * miss * importance[at]
-    for _ in range(min(most, count)):
-        highest = splat(np.float32(0))
-        for at in range(0, count, LANES):
-            highest = maximum(highest, load(missed, at))
-        furthest, place = lane_maximum(highest), 0
-        if not furthest > 0:
-            break
-        while missed[place] != furthest:
-            place += 1
-        missed[place] = 0
-        salient[place] = 1
-
-
-@kernel
-def _wide_step(values, count, salient):
-    """Scale of the salient weights."""
-    extent = np.float32(0)
-    for at in range(count):
-        if salient[at]:
-            extent = max(extent, abs(values[at]))
-    return as_half(extent / np.float32(127))
-
-
-@kernel
-def _keep_helped(values, count, codes, scale, offset, step, salient):
-    """Unmark what 8 bits miss no less than two levels do."""
-    for at in range(count):
-        if salient[at]:
-            wide = _nearest_wide(values[at], step) * step - values[at]
-            miss = _level(codes[at], scale, offset) - values[at]
-            salient[at] = wide * wide < miss * miss
-
-
-@kernel
-def _fit_levels(values, count, symmetric, split, salient):
-    """Scale and offset of the two levels that fit the rest best, on either side of a split."""
-    low, high, size = 0.0, 0.0, 0.0
-    lows, highs = 0, 0
-    for at in range(count):
-        if salient[at]:
-            continue
-        size += abs(values[at])
-        if values[at] > split:
-            high += values[at]
-            highs += 1
-        else:
-            low += values[at]
-            lows += 1
-    if symmetric:
-        return as_half(np.float32(size / max(lows + highs, 1))), np.float32(0)
-    high = high / highs if highs else low / max(lows, 1)
-    low = low / lows if lows else high
-    return as_half(np.float32((high - low) / 2)), as_half(np.float32((high + low) / 2))
-
-
-@kernel
-def _miss(values, count, codes, scale, offset, salient, step, importance):
-    """Σ importance·(w − ŵ)² of one group."""
-    error = 0.0
-    for at in range(count):
-        if salient[at]:
-            miss = _nearest_wide(values[at], step) * step - values[at]
-        else:
-            miss = _level(codes[at], scale, offset) - values[at]
-        error += miss * miss * importance[at]
-    return error

@@ -19,7 +19,8 @@ import torch
 
 from alphaq.errors import CheckpointError, ChoiceError
 from alphaq.numerics import in_threads, row_parts, squared_distance
-from alphaq.quantizers.kernels import UNUSED, dequantize_rows, dequantize_widths, restore_salient
+from alphaq.quantizers.kernels import dequantize_rows, dequantize_widths
+from alphaq.quantizers.salience_kernels import UNUSED, restore_salient
 from alphaq.records import BLOCK_HEADER_BYTES, CHOICE_BITS, MIXES, Choice, QuantizedMatrix, SalientWeights, Shape
 
 _HEADER = struct.Struct("<2sBBHHII")  # magic, version, bits, group size, flags, rows, columns

@@ -5,8 +5,11 @@ The full range [min w, max w] spends codes on rare outliers, so s is shrunk in s
 the smallest Σ(w − s·(q − z))² is kept; one least-squares step s = Σ w(q − z) / Σ (q − z)² follows.
 A group whose weights are whole multiples of a step is restored exactly, so quantizing twice is quantizing once, and
 constants that fp16 can hold are exact. Min–max is the same without search and fit.
-Least squares shrink what they cannot resolve: at 2 bits ŵ is an eighth short along w, in every matrix alike, which
-costs a model more than errors at random do. Unbiased scales undo that, s = Σw² / Σ w(q − z), for a larger Σ(w − ŵ)².
+Least squares shrink what they cannot resolve: at 2 bits ŵ is a seventh short along w, in every matrix alike, and such
+errors add up through a model where those at random average out. So the last fit of s lets errors along w count
+BIAS_WEIGHT times: it makes |e|² + (BIAS_WEIGHT − 1)·(e·w)²/|w|² least, e = ŵ − w. With a weight of 1 (`clipped`) it is
+least squares; without bound ŵ would be as long along w as w itself. 4 is best on trained models at 1, 2 and 3 bits
+alike; from 4 bits on nothing depends on it (docs/LOG.md).
 One bit has no grid: it stores sign(w − mean) with the mean and scale that fit best.
 """
 
@@ -27,16 +30,19 @@ from alphaq.simd import LANES, flat
 SEARCH_STEPS = LANES
 SMALLEST_SHRINK = {1: 1.0, 2: 0.3, 3: 0.4, 4: 0.55, 5: 0.65, 6: 0.75, 7: 0.85, 8: 0.9}
 FP16_MAX = 65504.0
+BIAS_WEIGHT = 4.0
 BELOW_FP16 = 2.0**-26  # no step or mean of smaller weights rounds to an fp16 above 0
 
 
-def quantize_rtn(weight: torch.Tensor, choice: Choice, name: str = "matrix", unbiased: bool = False) -> QuantizedMatrix:
-    """Quantize a [rows, columns] matrix; scales that restore Σw·ŵ = Σw² per group if unbiased.
+def quantize_rtn(
+    weight: torch.Tensor, choice: Choice, name: str = "matrix", bias_weight: float = BIAS_WEIGHT
+) -> QuantizedMatrix:
+    """Quantize a [rows, columns] matrix. bias_weight: how many times errors along the weights count, 1 or more.
 
     Raises QuantizationError naming the matrix if it cannot be stored.
     """
     shrinks = np.linspace(1.0, SMALLEST_SHRINK[choice.bits], SEARCH_STEPS, dtype=np.float32)
-    return quantized(quantize_rows, (shrinks, unbiased), weight, choice, name)
+    return quantized(quantize_rows, (shrinks, np.float32(bias_weight)), weight, choice, name)
 
 
 def quantize_minmax(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
@@ -44,7 +50,7 @@ def quantize_minmax(weight: torch.Tensor, choice: Choice, name: str = "matrix") 
 
     Raises QuantizationError naming the matrix if it cannot be stored.
     """
-    return quantized(quantize_rows, (np.empty(0, np.float32), False), weight, choice, name)
+    return quantized(quantize_rows, (np.empty(0, np.float32), np.float32(1)), weight, choice, name)
 
 
 def quantized(

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from alphaq.numerics import in_threads, row_parts, squared_norm
-from alphaq.quantizers.kernels import quantize_salient
 from alphaq.quantizers.packing import dequantized_rows
 from alphaq.quantizers.rtn import BELOW_FP16, FP16_MAX, quantize_rtn, too_large
+from alphaq.quantizers.salience_kernels import quantize_salient
 from alphaq.records import Choice, QuantizedMatrix, SalientWeights
 from alphaq.simd import flat
 
