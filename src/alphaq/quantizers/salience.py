@@ -21,7 +21,7 @@ import torch
 
 from alphaq.numerics import in_threads, row_parts, squared_norm
 from alphaq.quantizers.packing import dequantized_rows
-from alphaq.quantizers.rtn import BELOW_FP16, FP16_MAX, quantize_rtn, too_large
+from alphaq.quantizers.rtn import BELOW_FP16, BIAS_WEIGHT, FP16_MAX, quantize_rtn, too_large
 from alphaq.quantizers.salience_kernels import quantize_salient
 from alphaq.records import Choice, QuantizedMatrix, SalientWeights
 from alphaq.simd import flat
@@ -167,6 +167,7 @@ def quantize_pb(
             choice.symmetric,
             most,
             worth,
+            BIAS_WEIGHT,
             packed[part].reshape(-1),
             scales[part].reshape(-1),
             offsets[part].reshape(-1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from alphaq.quantizers.kernels import _inverse, _one_bit, _pack, _read
+from alphaq.quantizers.kernels import _inverse, _one_bit, _pack, _read, _stretched_two
 from alphaq.simd import LANES, as_half, fma, kernel, lane_maximum, lane_sum, load, magnitude, maximum, splat
 
 REFITS = 8
@@ -28,12 +28,25 @@ def restore_salient(positions, values, scales, most, columns, group_size, out):
 
 @kernel
 def quantize_salient(
-    weight, columns, group_size, symmetric, most, importance, packed, scales, offsets, wide, positions, values, largest
+    weight,
+    columns,
+    group_size,
+    symmetric,
+    most,
+    importance,
+    bias_weight,
+    packed,
+    scales,
+    offsets,
+    wide,
+    positions,
+    values,
+    largest,
 ):
     """Quantize whole rows to 1 bit but for up to `most` weights of each group; returns Σ(w − ŵ)² in float64.
 
-    weight, packed, scales, offsets, largest: as for `quantize_rows`. importance: float32 [columns], by which squared
-    errors count. wide: float32 [rows · groups], scales of the 8-bit weights. positions, values: uint8
+    weight, bias_weight, packed, scales, offsets, largest: as for `quantize_rows`. importance: float32 [columns], by
+    which squared errors count. wide: float32 [rows · groups], scales of the 8-bit weights. positions, values: uint8
     [rows · groups · most], as stored.
     """
     rows = weight.size // columns
@@ -57,7 +70,7 @@ def quantize_salient(
             place = row * groups + group
             held = slice(place * most, (place + 1) * most)
             scale, offset, step, miss = _levels_and_salient(
-                found, count, symmetric, importance[begin:], codes, positions[held], values[held]
+                found, count, symmetric, importance[begin:], bias_weight, codes, positions[held], values[held]
             )
             scales[place], offsets[place], wide[place] = scale, offset, step
             error += miss
@@ -67,11 +80,12 @@ def quantize_salient(
 
 
 @kernel
-def _levels_and_salient(values, count, symmetric, importance, codes, positions, stored):
+def _levels_and_salient(values, count, symmetric, importance, bias_weight, codes, positions, stored):
     """Scale and offset of two levels, scale of the salient weights, Σ(w − ŵ)²; codes, positions and stored are written.
 
     Levels without salient weights come first. If all but a few weights have two values, they are the levels. Else the
     weights that are missed most are taken out and the levels fitted to the rest, again and again while that helps.
+    In the end they are stretched as those of plain groups.
     """
     scale, offset, _ = _one_bit(values, count, symmetric, codes)
     salient, best = np.zeros(count, np.uint8), np.zeros(count, np.uint8)
@@ -101,14 +115,20 @@ def _levels_and_salient(values, count, symmetric, importance, codes, positions, 
             break
         known = False
     used, error = 0, 0.0
+    rest, signs = np.empty(count, np.float32), np.empty(count, np.uint8)
     positions[:], stored[:] = UNUSED, 128
     for at in range(count):
         if best[at]:
             positions[used], stored[used] = at, np.uint8(_nearest_wide(values[at], step) + np.float32(128))
             miss = (np.float32(stored[used]) - np.float32(128)) * step - values[at]
+            error += miss * miss
             used += 1
         else:
-            miss = _level(codes[at], scale, offset) - values[at]
+            rest[at - used], signs[at - used] = values[at], codes[at]
+    if least > 0:
+        scale, offset, _ = _stretched_two(rest, signs, count - used, symmetric, bias_weight, scale, offset)
+    for at in range(count - used):
+        miss = _level(signs[at], scale, offset) - rest[at]
         error += miss * miss
     return scale, offset, step, error
 
