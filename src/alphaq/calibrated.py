@@ -14,6 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from alphaq.calibration.inputs import Inputs, stream_inputs
+from alphaq.calibration.proxy import Proxy
 from alphaq.calibration.text import SELF, Text
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import Checkpoint
@@ -60,10 +61,10 @@ class Rounding:
 
     plain: str
     calibrated: str | None = None
-    text: Text | None = None
+    text: Text | Proxy | None = None
 
     @classmethod
-    def of(cls, engine: str, name: str | None = None, text: Text | None = None) -> Rounding:
+    def of(cls, engine: str, name: str | None = None, text: Text | Proxy | None = None) -> Rounding:
         """What a user means by a quantizer's name; the engine's usual one without. Raises PlanError, AlphaQError."""
         usual = profile(engine).quantizer
         known = tuple(dict.fromkeys((usual, *(PLAIN if usual in PLAIN else ()), *CALIBRATED)))
@@ -99,7 +100,8 @@ def store_calibrated(
 ) -> dict[str, str]:
     """Make the entries whose inputs are seen when the rounding's text passes; `keep` gets each record.
 
-    Returns matrices that were seen but quantized without their inputs, and why. Raises what `stream_inputs` does.
+    With a proxy in place of a text all are made, one after the other. Returns matrices that were seen but quantized
+    without their inputs, and why. Raises what `stream_inputs` does.
     """
     assert rounding.calibrated is not None and rounding.text is not None  # a text goes with it
     quantizer = rounding.calibrated
@@ -128,7 +130,10 @@ def store_calibrated(
         return restored
 
     try:
-        stream_inputs(checkpoint, rounding.text.windows(checkpoint), visit)
+        if isinstance(rounding.text, Proxy):
+            _store_by_proxy(checkpoint, tasks, quantizer, rounding.text, keep)
+        else:
+            stream_inputs(checkpoint, rounding.text.windows(checkpoint), visit)
     except CheckpointError as error:
         what = str(error).partition(" Use --method alphaq")[0]
         raise CheckpointError(
@@ -137,11 +142,29 @@ def store_calibrated(
     return left
 
 
+def _store_by_proxy(
+    checkpoint: Checkpoint,
+    tasks: Sequence[StoreTask],
+    quantizer: str,
+    proxy: Proxy,
+    keep: Callable[[StoreTask, Record], None],
+) -> None:
+    known = proxy.diagonals(checkpoint)
+    for task in tasks:
+        matrix, choice = task.entry.source, task.entry.choice
+        if not isinstance(matrix, MatrixRef) or choice is None or choice.bits == 16:
+            continue
+        moments = proxy.diagonal(known, matrix)
+        round_ = partial(_rounded, quantizer=quantizer, own=task.quantizer, moments=moments)
+        keep(task, store(checkpoint, task, round_))
+
+
 def _rounded(
     weight: Tensor, choice: Choice, name: str = "matrix", *, quantizer: str, own: str, moments: Tensor
 ) -> QuantizedMatrix:
     if choice.mix:  # their levels are several in a group; what inputs say is which of them are salient
-        return quantize_mix(weight, choice, name, quantizer_of(own), moments.diagonal().numpy())
+        importance = moments if moments.ndim == 1 else moments.diagonal()
+        return quantize_mix(weight, choice, name, quantizer_of(own), importance.numpy())
     levels = LEVELS if own in PLAIN and choice.bits > 1 else own
     return CALIBRATED[quantizer](weight, choice, name, moments, quantizer_of(levels)(weight, choice, name))
 

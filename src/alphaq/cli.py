@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from alphaq import __version__
-from alphaq.config import Blocks, Budget, Noise, PlanConfig, Rule, Tail
+from alphaq.config import Blocks, Budget, Noise, PlanConfig, ProxyKind, Rule, Tail
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.records import Plan, first_fault
 from alphaq.registry import unknown
@@ -129,8 +129,9 @@ def _plan_settings(
     calibration: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE|self",
-            help="Text for methods and quantizers that look at inputs; self: the model's own writing.",
+            metavar="FILE|self|norm|identity",
+            help="Text for methods and quantizers that look at inputs; self: the model's own writing. For quantizers "
+            "also what stands for inputs: the norms' weights, or nothing (identity).",
             rich_help_panel=SCORES,
         ),
     ] = None,
@@ -263,7 +264,7 @@ def plan_config(settings: Mapping[str, Any], with_model: bool = True) -> PlanCon
         if given[name] is not None and given[name] not in known:
             raise AlphaQError(unknown(f"--{name}", given[name], known))
     budget = Budget.of(given.pop("bits"), given.pop("bpw"), given.pop("size"))
-    stats, calibration = given.pop("stats"), _text(given.pop("calibration"))
+    stats, calibration = given.pop("stats"), given.pop("calibration")
     importance = _importance(given.pop("imatrix"))
     if stats is not None and (given["spectrum"], given["tail"]) != ("farms", "hill"):
         raise AlphaQError("--stats already holds α, so --spectrum and --tail decide nothing. Drop one or the other.")
@@ -276,21 +277,34 @@ def plan_config(settings: Mapping[str, Any], with_model: bool = True) -> PlanCon
             min_bits=tuple(Rule.parse(text, "--min-bits", "*") for text in given.pop("min_bits") or ()),
             max_bits=tuple(Rule.parse(text, "--max-bits", "*") for text in given.pop("max_bits") or ()),
             min_sqnr_db=None if sqnr is None else _decibels(sqnr),
-            calibration=None if calibration is None else calibration.name,
             imatrix=None if importance is None else f"{importance.name} {importance.digest}",
             **given,
         )
     except ValidationError as error:
         raise BudgetError(f"{first_fault(error)}. See `alphaq plan --help`.") from None
-    needs_text = resolve(config, with_model).method.needs_text
-    return config if needs_text else config.model_copy(update={"calibration": None})
+    text = _text(calibration) if resolve(config, with_model).method.needs_text else None
+    return config if text is None else config.model_copy(update={"calibration": text.name})
 
 
 def _text(source: str | None) -> Text | None:
+    """What methods are to look at. Raises AlphaQError if it is no text."""
+    found = _inputs(source)
+    if source in get_args(ProxyKind):
+        raise AlphaQError(f"--calibration {source} stands for inputs of quantizers alone. Give a text, or self.")
+    return found
+
+
+def _inputs(source: str | None) -> Any:
+    """What quantizers are to look at, a Text or a Proxy. Raises AlphaQError if it is neither."""
+    if source is None:
+        return None
+    from alphaq.calibration.proxy import Proxy
     from alphaq.calibration.text import SELF, Text
 
-    if source is None or source == SELF:
-        return None if source is None else Text(SELF)
+    if source == SELF:
+        return Text(SELF)
+    if source in get_args(ProxyKind):
+        return Proxy(source)  # type: ignore[arg-type]
     if not Path(source).is_file():
         raise AlphaQError(f"No text file {source}. Give a UTF-8 text with --calibration, or --calibration self.")
     return Text(Path(source))
@@ -301,11 +315,12 @@ def _rounding(checkpoint: Any, engine: str, quantizer: str | None, source: str |
     from dataclasses import replace
 
     from alphaq.calibrated import Rounding, enough_tokens
+    from alphaq.calibration.text import Text
 
-    rounding = Rounding.of(engine, quantizer, _text(source))
-    if rounding.text is None:
+    rounding = Rounding.of(engine, quantizer, _inputs(source))
+    if not isinstance(rounding.text, Text):
         if tokens is not None:
-            raise AlphaQError("--calibration-tokens is of quantizers gptq and learned. Drop it.")
+            raise AlphaQError("--calibration-tokens is of quantizers gptq and learned, and of texts. Drop it.")
         return rounding
     return replace(rounding, text=replace(rounding.text, tokens=tokens or enough_tokens(checkpoint)))
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from alphaq.errors import BudgetError
 from alphaq.records import MatrixRef, Role
 
+ProxyKind = Literal["norm", "identity"]
 Noise = Literal["analytic", "measured"]
 Blocks = Literal["farms", "whole"]
 Tail = Literal["hill", "median", "finger", "ks"]

@@ -67,7 +67,7 @@ def _route(hollow: HollowModel, layer: int, experts: str) -> LayerTraffic:
     """What the router makes of one layer's samples."""
     block_name = experts.rpartition(".")[0]
     block: Any = hollow.model.get_submodule(block_name)
-    norm_name, norm = _norm(hollow, layer)
+    norm_name, norm = norm_before(hollow, layer)
     hollow.fill(block_name, without=(Role.EXPERT, Role.SHARED_EXPERT))
     for child in block.children():
         state = child.state_dict(keep_vars=True).values()
@@ -103,7 +103,7 @@ def _route(hollow: HollowModel, layer: int, experts: str) -> LayerTraffic:
     raise CheckpointError(refused)
 
 
-def _norm(hollow: HollowModel, layer: int) -> tuple[str, Any]:
+def norm_before(hollow: HollowModel, layer: int) -> tuple[str, Any]:
     """The norm that feeds a layer's MoE block, and its name."""
     own = hollow.checkpoint.architecture.router_norm
     name = f"{hollow.layers[layer]}.{own}"
