@@ -23,7 +23,7 @@ from alphaq.journal import Journal
 from alphaq.records import Spectrum, WeightStatistics
 
 T = TypeVar("T")
-MEASUREMENT_VERSION = 6
+MEASUREMENT_VERSION = 7
 """Raise it whenever the same weights would be measured differently."""
 
 

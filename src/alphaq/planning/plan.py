@@ -19,7 +19,6 @@ from alphaq.planning.request import Request
 from alphaq.records import MatrixRef, Plan, PlanTable, Role, Solution
 from alphaq.sensitivity.methods import Evidence, resolved_gamma
 from alphaq.sensitivity.roles import role_weights
-from alphaq.sensitivity.signal import exponents
 
 
 def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measurements) -> Plan:
@@ -127,7 +126,7 @@ def _solve(
         assert checkpoint is not None  # without one nothing joins
         tied = not checkpoint.with_role(Role.HEAD)
         weights = role_weights(joined, evidence.matrices, tied)
-        losses = np.vstack([losses, weights[:, None] * relative ** exponents(problem.choices)[1]])
+        losses = np.vstack([losses, weights[:, None] * relative])
     return solve_losses(problem, losses, per_layer), losses
 
 

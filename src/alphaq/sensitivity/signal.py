@@ -1,16 +1,14 @@
 """The default: how much of the signal each matrix carries × how often it is used × its relative error.
 
-    loss = √S(layer, projection) · πₑ · (Σ(w − ŵ)² / Σw²)^κ · parameters,   κ = 1.4
+    loss = √S(layer, projection) · πₑ · Σ(w − ŵ)² / Σw² · parameters
 
 S is measured, not assumed: random tokens, rewritten once by the model itself, are sent through it, and S is the
 squared error that rounding puts on a layer's output, per unit of relative weight error, over the squared norm of
 the residual stream at that layer. It finds what is true of most models, early layers and down projections first,
 without being told. Such tokens overstate the first layers, hence the root. πₑ is the routing prior, averaged within
-the layer. κ > 1 because the harm of coarse rounding grows faster than its squared error: with one matrix
-rounded at a time, the divergence of the model's output grew 4.5 times from 2 bits to 1 where the squared error
-grew 2.6 times, and 5.5 times from 3 bits to 2 where it grew 3.9 times. llama.cpp's types are another matter: there
-divergence grew as the squared error did (4.1 times from Q3_K to Q2_K, 3.8 from Q4_K to Q3_K, where the error grew 3.4
-and 4.2 times), so for them the loss is S · πₑ · error · parameters, without a root. Experiments: docs/LOG.md.
+the layer. For llama.cpp's types S without a root was better. Where rounding shrinks weights, harm grows faster than
+its squared error (the exponent was 1.4 then); our quantizers count that in (quantizers/rtn.py). Experiments:
+docs/LOG.md.
 """
 
 from __future__ import annotations
@@ -28,13 +26,12 @@ from alphaq.sensitivity.router import relative_use
 if TYPE_CHECKING:
     from alphaq.sensitivity.methods import Evidence
 
-HARM_EXPONENT = 1.4
 SIGNAL_EXPONENT = 0.5
 
 
-def exponents(choices: Sequence[Choice]) -> tuple[float, float]:
-    """Of S and of the relative error, for integer grids or for ggml types."""
-    return (1.0, 1.0) if any(choice.scheme for choice in choices) else (SIGNAL_EXPONENT, HARM_EXPONENT)
+def signal_exponent(choices: Sequence[Choice]) -> float:
+    """Of S, for integer grids or for ggml types."""
+    return 1.0 if any(choice.scheme for choice in choices) else SIGNAL_EXPONENT
 
 
 def signal_share(evidence: Evidence) -> np.ndarray:
@@ -56,6 +53,5 @@ def signal_share(evidence: Evidence) -> np.ndarray:
 
 def losses(evidence: Evidence) -> np.ndarray:
     """Expected loss, float64 [matrices, choices]."""
-    of_signal, of_error = exponents(evidence.choices)
-    score = signal_share(evidence) ** of_signal * relative_use(evidence) * evidence.weights
-    return score[:, None] * evidence.relative_errors**of_error
+    score = signal_share(evidence) ** signal_exponent(evidence.choices) * relative_use(evidence) * evidence.weights
+    return score[:, None] * evidence.relative_errors
