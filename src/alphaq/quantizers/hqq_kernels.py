@@ -68,11 +68,7 @@ def quantize_rows_by_norm(
         for group in range(groups):
             begin = group * group_size
             count = min(group_size, columns - begin)
-            _read(weight, row * columns + begin, count, values)
-            for at in range(0, count, LANES):
-                value = load(values, at)
-                extent = maximum(extent, magnitude(value))
-                spoiled = fma(value, none, spoiled)
+            extent, spoiled = _read(weight, row * columns + begin, count, values, extent, spoiled)
             if bits == 1:
                 scale, offset, found = _two_levels(values, count, symmetric, table, norm, trials, codes)
             else:

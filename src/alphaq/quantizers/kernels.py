@@ -59,12 +59,7 @@ def quantize_rows(weight, columns, bits, group_size, symmetric, shrinks, bias_we
         for group in range(groups):
             begin = group * group_size
             count = min(group_size, columns - begin)
-            source = row * columns + begin
-            _read(weight, source, count, values)
-            for at in range(0, count, LANES):
-                value = load(values, at)
-                extent = maximum(extent, magnitude(value))
-                spoiled = fma(value, zero, spoiled)
+            extent, spoiled = _read(weight, row * columns + begin, count, values, extent, spoiled)
             if bits == 1:
                 scale, offset, found = _one_bit(values, count, symmetric, codes)
             else:
@@ -80,13 +75,21 @@ def quantize_rows(weight, columns, bits, group_size, symmetric, shrinks, bias_we
 
 
 @kernel
-def _read(weight, source, count, values):
-    """Copy one group to `values`, zeros up to whole lanes behind it."""
+def _read(weight, source, count, values, extent, spoiled):
+    """Copy one group to `values`, zeros up to whole lanes behind it; returns the two that follow, brought up to date.
+
+    extent: max |w| by lane. spoiled: 0, or NaN in lanes that saw NaN or infinity.
+    """
     whole = count // LANES * LANES
     for at in range(0, whole, LANES):
         store(values, at, load(weight, source + at))
     if whole < count:
         store(values, whole, load_some(weight[: source + count], source + whole))
+    for at in range(0, count, LANES):
+        value = load(values, at)
+        extent = maximum(extent, magnitude(value))
+        spoiled = fma(value, splat(np.float32(0)), spoiled)
+    return extent, spoiled
 
 
 @kernel

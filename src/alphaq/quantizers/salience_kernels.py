@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from alphaq.quantizers.kernels import _inverse, _one_bit, _pack, _read, _stretched_two
-from alphaq.simd import LANES, as_half, fma, kernel, lane_maximum, lane_sum, load, magnitude, maximum, splat
+from alphaq.simd import LANES, as_half, kernel, lane_maximum, lane_sum, load, maximum, splat
 
 REFITS = 8
 UNUSED = 255  # in the place of a salient weight's position
@@ -62,11 +62,7 @@ def quantize_salient(
         for group in range(groups):
             begin = group * group_size
             count = min(group_size, columns - begin)
-            _read(weight, row * columns + begin, count, found)
-            for at in range(0, count, LANES):
-                value = load(found, at)
-                extent = maximum(extent, magnitude(value))
-                spoiled = fma(value, zero, spoiled)
+            extent, spoiled = _read(weight, row * columns + begin, count, found, extent, spoiled)
             place = row * groups + group
             held = slice(place * most, (place + 1) * most)
             scale, offset, step, miss = _levels_and_salient(
