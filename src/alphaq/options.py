@@ -1,0 +1,387 @@
+"""Options that commands share, and what becomes of them before any work: configs, texts, checkpoints, plans."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+from pydantic import ValidationError
+
+from alphaq.config import Blocks, Budget, Noise, PlanConfig, ProxyKind, Rule, Tail
+from alphaq.errors import AlphaQError, BudgetError
+from alphaq.records import Plan, first_fault
+from alphaq.registry import unknown
+from alphaq.terminal import err, progress
+
+if TYPE_CHECKING:
+    from alphaq.calibration.text import Text
+    from alphaq.checkpoint.imatrix import ImportanceMatrix
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or hub id of a safetensors checkpoint, or a GGUF file.")
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, help="Processes; all cores by default, fewer for a small model. Same result.")
+]
+BUDGET, CHOICES, SCORES, LIMITS = "Budget (one of)", "Choices", "Scores", "Limits"
+
+
+def plan_settings(
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Average bits per expert weight: the bytes of a plain mix of that width (group 128 in native).",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    bpw: Annotated[
+        float | None,
+        typer.Option(help="Stored bits per expert weight, scales and zeros included.", rich_help_panel=BUDGET),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Total size of the weight files, e.g. 9.5MiB, 12GiB.", rich_help_panel=BUDGET),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="Engine to plan for; see `alphaq engines`.", rich_help_panel=CHOICES)
+    ] = "native",
+    choices: Annotated[
+        str | None,
+        typer.Option(
+            help="Candidates: bits, bits and group size, mixes within a matrix, ggml types "
+            "(2,3g64,4g128s,2g128-slim,1g128-pb4,Q4_K); all the engine's usual ones by default.",
+            rich_help_panel=CHOICES,
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Columns per scale, for choices that name none: 32, 64 or 128.", rich_help_panel=CHOICES),
+    ] = None,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="Store no zero points.", rich_help_panel=CHOICES)
+    ] = False,
+    attention_bits: Annotated[
+        int | None, typer.Option(help="Bits of attention projections (4; 16 keeps them).", rich_help_panel=CHOICES)
+    ] = None,
+    shared_bits: Annotated[
+        int | None,
+        typer.Option(help="Bits of shared experts and dense MLPs (4; 16 keeps them).", rich_help_panel=CHOICES),
+    ] = None,
+    embedding_bits: Annotated[
+        int | None,
+        typer.Option(help="Bits of the token embedding (llama.cpp: 4; kept elsewhere).", rich_help_panel=CHOICES),
+    ] = None,
+    head_bits: Annotated[
+        int | None,
+        typer.Option(help="Bits of the output matrix (llama.cpp: 6; kept elsewhere).", rich_help_panel=CHOICES),
+    ] = None,
+    method: Annotated[str, typer.Option(help="Allocator; see `alphaq methods`.", rich_help_panel=SCORES)] = "auto",
+    gamma: Annotated[
+        str, typer.Option(help="Exponent of (α₀/α)^γ in method alphaq: a number, or auto.", rich_help_panel=SCORES)
+    ] = "auto",
+    noise: Annotated[
+        str | None,
+        typer.Option(
+            help="analytic (Var·2^-2b) or measured (round trip; the default where weights are given).",
+            rich_help_panel=SCORES,
+        ),
+    ] = None,
+    spectrum: Annotated[
+        str, typer.Option(help="Eigenvalues of farms (blocks) or of the whole matrix.", rich_help_panel=SCORES)
+    ] = "farms",
+    tail: Annotated[
+        str, typer.Option(help="Where the tail starts: hill, median, finger or ks.", rich_help_panel=SCORES)
+    ] = "hill",
+    stats: Annotated[
+        Path | None,
+        typer.Option(help="Scores from a CSV (name, alpha, variance) instead of measuring.", rich_help_panel=SCORES),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|self|norm|identity",
+            help="Text for methods and quantizers that look at inputs; self: the model's own writing. For quantizers "
+            "also what stands for inputs: the norms' weights, or nothing (identity).",
+            rich_help_panel=SCORES,
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            help="llama.cpp's importance matrix, for its quantizers; ones by default.", rich_help_panel=SCORES
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of method random.", rich_help_panel=SCORES)] = 0,
+    unweighted: Annotated[
+        bool,
+        typer.Option(
+            "--unweighted", help="Count matrices, not weights, as the paper's code does.", rich_help_panel=SCORES
+        ),
+    ] = False,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(help="PATTERN=CHOICE, e.g. 'layers.0.*=8', attention=16. Repeat.", rich_help_panel=LIMITS),
+    ] = None,
+    min_bits: Annotated[
+        list[str] | None,
+        typer.Option(help="Least bits, of all or of PATTERN=BITS, e.g. 2, down=3. Repeat.", rich_help_panel=LIMITS),
+    ] = None,
+    max_bits: Annotated[
+        list[str] | None,
+        typer.Option(help="Most bits, of all or of PATTERN=BITS. Repeat.", rich_help_panel=LIMITS),
+    ] = None,
+    min_sqnr: Annotated[
+        str | None,
+        typer.Option(help="Least signal-to-noise ratio of a matrix, e.g. 9dB.", rich_help_panel=LIMITS),
+    ] = None,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="One budget for each layer.", rich_help_panel=LIMITS)
+    ] = False,
+) -> None:
+    """Everything that decides a plan apart from the checkpoint; commands that plan share it."""
+
+
+def means_settings(
+    revision: RevisionOption = None,
+    workers: WorkersOption = None,
+    device: Annotated[str, typer.Option(help="Where eigenvalues are computed: cpu, cuda, cuda:1.")] = "cpu",
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Measure anew and keep nothing for the next run.")
+    ] = False,
+    hash_contents: Annotated[
+        bool,
+        typer.Option("--hash-contents", help="Recognise weights by their contents, not by when they were written."),
+    ] = False,
+    pre_tokenizer: Annotated[
+        str | None,
+        typer.Option(help="llama.cpp's name of the tokenizer's splitting rule, where it is not recognised."),
+    ] = None,
+) -> None:
+    """How the work is done, which changes no result; commands that read weights share it."""
+
+
+def with_options(
+    leaving_out: frozenset[str] = frozenset(), **groups: Callable[..., None]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add groups of options to a command: it takes each group as one dictionary under the group's name."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = signature(command, eval_str=True).parameters
+        shared = {
+            group: {
+                name: parameter
+                for name, parameter in signature(options, eval_str=True).parameters.items()
+                if name not in leaving_out
+            }
+            for group, options in groups.items()
+        }
+
+        @wraps(command)
+        def run(**given: Any) -> None:
+            collected = {group: {name: given.pop(name) for name in names} for group, names in shared.items()}
+            command(**given, **collected)
+
+        every = [parameter for name, parameter in own.items() if name not in groups]
+        every += [parameter for names in shared.values() for parameter in names.values()]
+        parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in every]
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def plan_config(settings: Mapping[str, Any], with_model: bool = True) -> PlanConfig:
+    """Check everything a plan is asked for before any work. Raises AlphaQError."""
+    from alphaq.planning import resolve
+
+    given = dict(settings)
+    for name, known in (("noise", get_args(Noise)), ("spectrum", get_args(Blocks)), ("tail", get_args(Tail))):
+        if given[name] is not None and given[name] not in known:
+            raise AlphaQError(unknown(f"--{name}", given[name], known))
+    budget = Budget.of(given.pop("bits"), given.pop("bpw"), given.pop("size"))
+    stats, calibration = given.pop("stats"), given.pop("calibration")
+    importance = importance_matrix(given.pop("imatrix"))
+    if stats is not None and (given["spectrum"], given["tail"]) != ("farms", "hill"):
+        raise AlphaQError("--stats already holds α, so --spectrum and --tail decide nothing. Drop one or the other.")
+    sqnr = given.pop("min_sqnr")
+    try:
+        config = PlanConfig(
+            budget=budget,
+            gamma=_gamma(given.pop("gamma")),  # type: ignore[arg-type]
+            pins=tuple(Rule.parse(text, "--pin") for text in given.pop("pin") or ()),
+            min_bits=tuple(Rule.parse(text, "--min-bits", "*") for text in given.pop("min_bits") or ()),
+            max_bits=tuple(Rule.parse(text, "--max-bits", "*") for text in given.pop("max_bits") or ()),
+            min_sqnr_db=None if sqnr is None else _decibels(sqnr),
+            imatrix=None if importance is None else f"{importance.name} {importance.digest}",
+            **given,
+        )
+    except ValidationError as error:
+        raise BudgetError(f"{first_fault(error)}. See `alphaq plan --help`.") from None
+    text = text_of(calibration) if resolve(config, with_model).method.needs_text else None
+    return config if text is None else config.model_copy(update={"calibration": text.name})
+
+
+def text_of(source: str | None) -> Text | None:
+    """What methods are to look at. Raises AlphaQError if it is no text."""
+    found = _inputs(source)
+    if source in get_args(ProxyKind):
+        raise AlphaQError(f"--calibration {source} stands for inputs of quantizers alone. Give a text, or self.")
+    return found
+
+
+def _inputs(source: str | None) -> Any:
+    """What quantizers are to look at, a Text or a Proxy. Raises AlphaQError if it is neither."""
+    if source is None:
+        return None
+    from alphaq.calibration.proxy import Proxy
+    from alphaq.calibration.text import SELF, Text
+
+    if source == SELF:
+        return Text(SELF)
+    if source in get_args(ProxyKind):
+        return Proxy(source)  # type: ignore[arg-type]
+    if not Path(source).is_file():
+        raise AlphaQError(f"No text file {source}. Give a UTF-8 text with --calibration, or --calibration self.")
+    return Text(Path(source))
+
+
+def rounding_of(checkpoint: Any, engine: str, quantizer: str | None, source: str | None, tokens: int | None) -> Any:
+    """How matrices are to be rounded. Raises AlphaQError for options that fit no quantizer."""
+    from dataclasses import replace
+
+    from alphaq.calibrated import Rounding, enough_tokens
+    from alphaq.calibration.text import Text
+
+    rounding = Rounding.of(engine, quantizer, _inputs(source))
+    if not isinstance(rounding.text, Text):
+        if tokens is not None:
+            raise AlphaQError("--calibration-tokens is of quantizers gptq and learned, and of texts. Drop it.")
+        return rounding
+    return replace(rounding, text=replace(rounding.text, tokens=tokens or enough_tokens(checkpoint)))
+
+
+def importance_matrix(path: Path | None) -> ImportanceMatrix | None:
+    from alphaq.checkpoint.imatrix import read_imatrix
+
+    return None if path is None else read_imatrix(path)
+
+
+def _gamma(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise BudgetError(f"--gamma {text!r} is neither a number nor auto. Try --gamma auto.") from None
+
+
+def _decibels(text: str) -> float:
+    match = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,6})?)\s*(?:dB)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise BudgetError(f"--min-sqnr {text!r} is no ratio in decibels. Write for example 9dB.")
+    return float(match[1])
+
+
+def cache_folder() -> Path:
+    """$ALPHAQ_CACHE, or alphaq in the user's cache folder."""
+    if own := os.environ.get("ALPHAQ_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alphaq"
+
+
+def opened(model: str, means: Mapping[str, Any]) -> Any:
+    """The checkpoint that a command is to work on."""
+    from dataclasses import replace
+
+    from alphaq.checkpoint.reader import open_checkpoint
+
+    return replace(open_checkpoint(model, means["revision"]), pre_tokenizer=means.get("pre_tokenizer"))
+
+
+@contextmanager
+def means_for(
+    checkpoint: Any,
+    workers: int | None,
+    no_cache: bool = True,
+    hash_contents: bool = False,
+    device: str = "cpu",
+    **opening: Any,
+) -> Iterator[tuple[Any, Any]]:
+    """The processes to work with, and what earlier runs have measured of the checkpoint."""
+    from alphaq.cache import Cache
+    from alphaq.spectra.device import check_device
+    from alphaq.workers import Workers, sensible_count
+
+    if device != "cpu":
+        check_device(device)
+    nbytes = 0 if checkpoint is None else checkpoint.nbytes
+    with ExitStack() as stack:
+        cache = None
+        if checkpoint is not None and not no_cache:
+            identity = {
+                "fingerprint": checkpoint.fingerprint,
+                "contents": checkpoint.contents(hash_contents),
+                "device": device.partition(":")[0],
+            }
+            cache = stack.enter_context(Cache(cache_folder(), identity))
+        yield stack.enter_context(Workers(workers or sensible_count(nbytes), checkpoint)), cache
+
+
+def build_plan(
+    checkpoint: Any,
+    config: PlanConfig,
+    settings: Mapping[str, Any],
+    workers: Any,
+    cache: Any,
+    device: str,
+    quantizer: str | None = None,
+) -> Plan:
+    from alphaq import planning
+
+    request = planning.resolve(config, checkpoint is not None)
+    if config.gamma != "auto" and request.config.method not in ("alphaq", "paper"):
+        raise BudgetError(f"--gamma is of methods alphaq and paper; {request.config.method} does not use it. Drop it.")
+    text = text_of(settings["calibration"]) if request.method.needs_text else None
+    if settings["calibration"] is not None and text is None and quantizer is None:
+        raise BudgetError(f"--calibration is of no use to method {request.config.method}. Drop it.")
+    found = planning.measure_for_plan(
+        checkpoint,
+        request,
+        settings["stats"],
+        progress,
+        workers,
+        cache,
+        device,
+        text,
+        imatrix=importance_matrix(settings["imatrix"]),
+    )
+    plan = planning.make_plan(checkpoint, request, found)
+    missed = {name: reason for name, reason in plan.unplanned.items() if "not an expert" not in reason}
+    for name, reason in [*missed.items(), *plan.neutral.items()][:5]:
+        err.print(f"note: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if plan.lower_bound is not None and plan.gap > 1e-6:
+        err.print(f"note: this plan is proven to be within {plan.gap:.2g} (relative) of the best one", highlight=False)
+    widest = max(request.offered).bits
+    if config.budget.bits is not None and config.budget.bits > widest:
+        err.print(f"note: no choice offered is wider than {widest} bits, so the budget is not used up", highlight=False)
+    return plan
+
+
+def check_dtype(dtype: str) -> None:
+    known = ("auto", "float32", "bfloat16", "float16")
+    if dtype not in known:
+        raise AlphaQError(unknown("--dtype", dtype, known))
+
+
+def given_options(context: typer.Context) -> set[str]:
+    """Names of the parameters that were typed, not left at their defaults."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}

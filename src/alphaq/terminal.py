@@ -1,0 +1,49 @@
+"""What commands print: JSON on stdout for programs, tables for people; progress and notes on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+PIPED_WIDTH, WIDEST = 120, 400
+err = Console(stderr=True)
+
+
+def progress(items: Iterable[T], total: int, label: str) -> Iterable[T]:
+    """Yield the items under a bar with rate and time left, on stderr; plainly where that is no terminal."""
+    if not err.is_terminal:
+        yield from items
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(label, total=total, rate="")
+        for item in items:
+            yield item
+            bar.advance(task)
+            speed = bar.tasks[task].finished_speed or bar.tasks[task].speed
+            bar.update(task, rate=f"{speed:.1f}/s" if speed else "")
+
+
+def show(as_json: bool, data: Any, *tables: Any) -> None:
+    """Print JSON on stdout, or tables."""
+    if as_json:
+        sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    else:
+        console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+        for table in tables:
+            if not sys.stdout.isatty():  # nothing is cut off in a file
+                console.width = WIDEST
+                console.width = max(PIPED_WIDTH, console.measure(table).maximum)
+            console.print(table, markup=False, highlight=False, soft_wrap=isinstance(table, str))
