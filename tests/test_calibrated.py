@@ -191,14 +191,18 @@ def test_norms_say_which_columns_weigh_most(alphaq: Run, tiny: Path, tmp_path: P
     )
     assert ran.code == 0, ran.err
     mine = read_back(tmp_path / "out", checkpoint)
-    for matrix in (checkpoint.planned[0], next(one for one in checkpoint.planned if one.projection == "down")):
+    for matrix in checkpoint.planned[:3]:
         weight = checkpoint.read(matrix)
         norm = f"model.layers.{matrix.layer}.post_attention_layernorm.weight"
         squares = checkpoint.tensor(norm).float().square()
         if matrix.projection == "down":
             squares = torch.ones(weight.shape[1])
-        expected = quantize_learned(weight, choice, matrix.name, squares, quantize_hqq(weight, choice))
-        assert torch.equal(mine[matrix.name], dequantize(expected))
+        by_squares, alike = (
+            dequantize(quantize_learned(weight, choice, matrix.name, moments, quantize_hqq(weight, choice)))
+            for moments in (squares, None)
+        )
+        assert torch.equal(mine[matrix.name], by_squares)
+        assert torch.equal(by_squares, alike) == (matrix.projection == "down")
 
 
 def test_a_plan_file_can_be_rounded_on_a_text(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
@@ -258,7 +262,7 @@ def test_families_without_a_pass_are_told_what_to_use(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     for inputs in (Text("self"), Proxy("norm")):
         rounding = Rounding.of("native", "gptq", inputs)
-        with pytest.raises(CheckpointError, match="gptq needs that; --quantizer rtn does not"):
+        with pytest.raises(CheckpointError, match="gptq needs that; --quantizer rtn and --calibration identity do not"):
             pipeline.quantize(checkpoint, plan_of(checkpoint), tmp_path / inputs.name, rounding=rounding)
     rounding = Rounding.of("native", "gptq", Proxy("identity"))
     assert pipeline.quantize(checkpoint, plan_of(checkpoint), tmp_path / "out", rounding=rounding)["tensors"]

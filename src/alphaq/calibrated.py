@@ -27,7 +27,6 @@ from alphaq.quantization import StoreTask, store
 from alphaq.quantizers.base import PLAIN, quantizer_of, quantizer_version
 from alphaq.quantizers.gptq import quantize_gptq
 from alphaq.quantizers.learned import quantize_learned
-from alphaq.quantizers.salience import quantize_mix
 from alphaq.records import Choice, MatrixRef, QuantizedMatrix
 from alphaq.registry import unknown
 
@@ -61,17 +60,17 @@ class Rounding:
 
     plain: str
     calibrated: str | None = None
-    text: Text | Proxy | None = None
+    inputs: Text | Proxy | None = None
 
     @classmethod
-    def of(cls, engine: str, name: str | None = None, text: Text | Proxy | None = None) -> Rounding:
+    def of(cls, engine: str, name: str | None = None, inputs: Text | Proxy | None = None) -> Rounding:
         """What a user means by a quantizer's name; the engine's usual one without. Raises PlanError, AlphaQError."""
         usual = profile(engine).quantizer
         known = tuple(dict.fromkeys((usual, *(PLAIN if usual in PLAIN else ()), *CALIBRATED)))
         if name is not None and name not in known:
             raise AlphaQError(unknown(f"quantizer of engine {engine}", name, known))
         if name not in CALIBRATED:
-            if text is not None:
+            if inputs is not None:
                 raise AlphaQError(f"--calibration is of no use to quantizer {name or usual}. Drop it.")
             return cls(name or usual)
         if usual == "ggml":
@@ -79,7 +78,7 @@ class Rounding:
                 f"Quantizer {name} cannot be used for {engine}, whose types llama.cpp's own code rounds. Drop it, or "
                 "give --imatrix."
             )
-        return cls(usual, name, text or Text(SELF))
+        return cls(usual, name, inputs or Text(SELF))
 
     @property
     def name(self) -> str:
@@ -88,7 +87,7 @@ class Rounding:
 
     def __str__(self) -> str:
         """Tells apart what leaves other bytes."""
-        parts = (self.calibrated, self.plain, self.text, quantizer_version(self.plain))
+        parts = (self.calibrated, self.plain, self.inputs, quantizer_version(self.plain))
         return " ".join(str(part) for part in parts if part)
 
 
@@ -103,7 +102,7 @@ def store_calibrated(
     With a proxy in place of a text all are made, one after the other. Returns matrices that were seen but quantized
     without their inputs, and why. Raises what `stream_inputs` does.
     """
-    assert rounding.calibrated is not None and rounding.text is not None  # a text goes with it
+    assert rounding.calibrated is not None and rounding.inputs is not None  # a text goes with it
     quantizer = rounding.calibrated
     left: dict[str, str] = {}
     files = {place.file: task.folder / place.file for task in tasks for place in task.entry.places}
@@ -130,14 +129,14 @@ def store_calibrated(
         return restored
 
     try:
-        if isinstance(rounding.text, Proxy):
-            _store_by_proxy(checkpoint, tasks, quantizer, rounding.text, keep)
+        if isinstance(rounding.inputs, Proxy):
+            _store_by_proxy(checkpoint, tasks, quantizer, rounding.inputs, keep)
         else:
-            stream_inputs(checkpoint, rounding.text.windows(checkpoint), visit)
+            stream_inputs(checkpoint, rounding.inputs.windows(checkpoint), visit)
     except CheckpointError as error:
         what = str(error).partition(" Use --method alphaq")[0]
         raise CheckpointError(
-            f"{what} Quantizer {quantizer} needs that; --quantizer {rounding.plain} does not."
+            f"{what} Quantizer {quantizer} needs that; --quantizer {rounding.plain} and --calibration identity do not."
         ) from error
     return left
 
@@ -164,7 +163,7 @@ def _rounded(
 ) -> QuantizedMatrix:
     if choice.mix:  # their levels are several in a group; what inputs say is which of them are salient
         importance = moments if moments.ndim == 1 else moments.diagonal()
-        return quantize_mix(weight, choice, name, quantizer_of(own), importance.numpy())
+        return quantizer_of(own, importance.numpy())(weight, choice, name)
     levels = LEVELS if own in PLAIN and choice.bits > 1 else own
     return CALIBRATED[quantizer](weight, choice, name, moments, quantizer_of(levels)(weight, choice, name))
 

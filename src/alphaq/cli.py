@@ -11,11 +11,12 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from alphaq import __version__
+from alphaq.config import ProxyKind
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.options import (
     JsonOption,
@@ -230,7 +231,7 @@ def compare(
     ] = "uniform,random,first-layers,structure,distortion,alphaq,paper,auto",
     quantizers: Annotated[
         str | None,
-        typer.Option(help="Quantizers, comma-separated: rtn,hqq,gptq,learned,minmax. The usual one."),
+        typer.Option(help="Quantizers, comma-separated: rtn,clipped,hqq,gptq,learned,minmax. The usual one."),
     ] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that gptq and learned look at; enough for the experts by default.")
@@ -249,7 +250,7 @@ def compare(
     from alphaq.sensitivity.methods import METHODS, method
 
     names = list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",") if name.strip()]
-    if settings["calibration"] is None and methods == "all":
+    if methods == "all" and settings["calibration"] in (None, *get_args(ProxyKind)):
         names = [name for name in names if not METHODS[name].needs_text]
     for name in names:
         method(name.partition(":")[0])

@@ -47,7 +47,7 @@ from alphaq.workers import Workers, Wrap, silent
 BASELINE = "uniform"
 REFERENCE = "reference"
 JOURNAL_NAME = "results.jsonl"
-FORMAT_VERSION = 2  # of the journal
+FORMAT_VERSION = 3  # of the journal
 SCRATCH_NAME = ".alphaq-scratch"
 Scores = dict[str, list[WindowScore]]
 Key = tuple[str, float, str]  # method, bits, rounding

@@ -21,8 +21,11 @@ from alphaq.registry import unknown
 from alphaq.terminal import err, progress
 
 if TYPE_CHECKING:
+    from alphaq.calibrated import Rounding
+    from alphaq.calibration.proxy import Proxy
     from alphaq.calibration.text import Text
     from alphaq.checkpoint.imatrix import ImportanceMatrix
+    from alphaq.checkpoint.reader import Checkpoint
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or hub id of a safetensors checkpoint, or a GGUF file.")
@@ -233,41 +236,44 @@ def plan_config(settings: Mapping[str, Any], with_model: bool = True) -> PlanCon
 
 def text_of(source: str | None) -> Text | None:
     """What methods are to look at. Raises AlphaQError if it is no text."""
-    found = _inputs(source)
-    if source in get_args(ProxyKind):
-        raise AlphaQError(f"--calibration {source} stands for inputs of quantizers alone. Give a text, or self.")
-    return found
-
-
-def _inputs(source: str | None) -> Any:
-    """What quantizers are to look at, a Text or a Proxy. Raises AlphaQError if it is neither."""
     if source is None:
         return None
-    from alphaq.calibration.proxy import Proxy
     from alphaq.calibration.text import SELF, Text
 
+    if source in get_args(ProxyKind):
+        raise AlphaQError(f"--calibration {source} stands for inputs of quantizers alone. Give a text, or self.")
     if source == SELF:
         return Text(SELF)
-    if source in get_args(ProxyKind):
-        return Proxy(source)  # type: ignore[arg-type]
     if not Path(source).is_file():
         raise AlphaQError(f"No text file {source}. Give a UTF-8 text with --calibration, or --calibration self.")
     return Text(Path(source))
 
 
-def rounding_of(checkpoint: Any, engine: str, quantizer: str | None, source: str | None, tokens: int | None) -> Any:
+def _inputs_of(source: str | None) -> Text | Proxy | None:
+    """What quantizers are to look at. Raises AlphaQError if it is neither a text nor what stands for one."""
+    kinds: tuple[Any, ...] = get_args(ProxyKind)
+    if source not in kinds:
+        return text_of(source)
+    from alphaq.calibration.proxy import Proxy
+
+    return Proxy(kinds[kinds.index(source)])
+
+
+def rounding_of(
+    checkpoint: Checkpoint, engine: str, quantizer: str | None, source: str | None, tokens: int | None
+) -> Rounding:
     """How matrices are to be rounded. Raises AlphaQError for options that fit no quantizer."""
     from dataclasses import replace
 
     from alphaq.calibrated import Rounding, enough_tokens
     from alphaq.calibration.text import Text
 
-    rounding = Rounding.of(engine, quantizer, _inputs(source))
-    if not isinstance(rounding.text, Text):
+    rounding = Rounding.of(engine, quantizer, _inputs_of(source))
+    if not isinstance(rounding.inputs, Text):
         if tokens is not None:
             raise AlphaQError("--calibration-tokens is of quantizers gptq and learned, and of texts. Drop it.")
         return rounding
-    return replace(rounding, text=replace(rounding.text, tokens=tokens or enough_tokens(checkpoint)))
+    return replace(rounding, inputs=replace(rounding.inputs, tokens=tokens or enough_tokens(checkpoint)))
 
 
 def importance_matrix(path: Path | None) -> ImportanceMatrix | None:

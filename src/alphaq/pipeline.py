@@ -162,7 +162,7 @@ def _calibrated(
     checkpoint: Checkpoint, tasks: list[StoreTask], rounding: Rounding, journal: Journal, wrap: Wrap
 ) -> tuple[list[StoreTask], dict[str, str]]:
     """The tasks with what was found by looking at inputs; which matrices were not calibrated, and why."""
-    assert rounding.calibrated is not None and rounding.text is not None  # a text goes with it
+    assert rounding.calibrated is not None and rounding.inputs is not None  # a text goes with it
     rounded = (task.entry for task in tasks if task.entry.choice is not None and task.entry.choice.bits != 16)
     waiting = {entry.name for entry in rounded}
     bar = iter(wrap(range(len(waiting)), len(waiting), f"quantize ({rounding.name})"))

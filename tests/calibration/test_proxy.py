@@ -18,7 +18,7 @@ def changed_norms(family: str, folder: Path) -> tuple[Path, dict[int, torch.Tens
     generator = torch.Generator().manual_seed(1)
     expected = {}
     for number, layer in enumerate(model.get_decoder().layers):
-        norm = layer.post_attention_layernorm
+        norm = getattr(layer, "post_attention_layernorm", None) or layer.input_layernorm
         with torch.no_grad():
             for parameter in norm.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator) / 4)
@@ -28,8 +28,9 @@ def changed_norms(family: str, folder: Path) -> tuple[Path, dict[int, torch.Tens
     return save_layout(model, folder, True), expected
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_next", "phimoe"])  # g; stored as g − 1; with a mean and a bias
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_next", "phimoe", "cohere2_moe"])
 def test_moments_are_those_of_the_norms_output(family: str, tmp_path: Path) -> None:
+    """Weights g; stored as g − 1; a norm that takes the mean away, with a bias; and without."""
     folder, expected = changed_norms(family, tmp_path / "model")
     checkpoint = open_checkpoint(folder)
     proxy = Proxy("norm")
@@ -43,6 +44,14 @@ def test_moments_are_those_of_the_norms_output(family: str, tmp_path: Path) -> N
             assert matrix.layer is not None
             assert torch.allclose(found, expected[matrix.layer], rtol=0.2, atol=0.02)  # of so few samples
             assert float((found / expected[matrix.layer]).mean()) == pytest.approx(1, abs=0.03)
+
+
+def test_latent_experts_do_not_see_the_norm(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save_layout(random_family("nemotron_h", moe_latent_size=32), tmp_path / "model", True))
+    proxy = Proxy("norm")
+    known = proxy.diagonals(checkpoint)
+    for matrix in checkpoint.planned:
+        assert torch.equal(proxy.diagonal(known, matrix), torch.ones(matrix.shape[1]))
 
 
 def test_identity_needs_no_model(save_family: Callable[..., Path]) -> None:

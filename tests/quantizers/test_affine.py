@@ -127,6 +127,18 @@ def test_last_fit_weighs_errors_along_the_weights(choice: Choice) -> None:
         assert loss(restored(found)).sum() < 0.95 * loss(restored(plain)).sum()
 
 
+@every_dtype
+@pytest.mark.parametrize("spread", [0.3, 0.1, 1e-3])
+@pytest.mark.parametrize("choice", AFFINE, ids=str)
+def test_weights_far_from_zero_do_not_spoil_the_last_fit(choice: Choice, spread: float, dtype: torch.dtype) -> None:
+    """Their deviations are small differences of large numbers."""
+    weight = (1 + spread * gaussian(200, 256, torch.float32)).to(dtype)
+    found, plain = quantize_affine(weight, choice), quantized(weight, choice)
+    assert found.squared_error is not None and plain.squared_error is not None
+    assert found.squared_error <= 1.35 * plain.squared_error
+    assert (found.scales >= 0).all()
+
+
 @every_choice
 def test_edge_groups_are_exact(choice: Choice) -> None:
     zero = torch.zeros(4, 128, dtype=torch.bfloat16)

@@ -147,6 +147,26 @@ def test_without_bound_the_weight_of_bias_restores_the_weights_at_full_length(ch
         assert torch.allclose((ours * theirs).sum(1) / ours.square().sum(1), torch.ones(len(ours)), atol=1.5e-3)
 
 
+def test_the_largest_weights_are_not_stretched_beyond_fp16() -> None:
+    weight = torch.full((1, 128), 58200.0)
+    weight[0, :19], weight[0, 19] = 65000.0, -65000.0
+    for choice in (Choice(1, 128), Choice(1, 128, symmetric=True), Choice(2, 128), Choice(2, 128, symmetric=True)):
+        found, plain = quantize_rtn(weight, choice), quantize_rtn(weight, choice, bias_weight=1.0)
+        assert torch.equal(dequantize(found), dequantize(plain))
+    weight = torch.full((1, 128), -1.0)
+    weight[0, 0], weight[0, 1] = 49000.0, -48900.0
+    assert torch.isfinite(dequantize(quantize_rtn(weight.half(), Choice(1, 128))).half()).all()
+
+
+def test_codes_all_alike_are_left_alone() -> None:
+    weight = torch.full((4, 100), 0.3)
+    weight[:, :3] = torch.nextafter(torch.tensor(0.3), torch.tensor(1.0))
+    for bits in (1, 2, 3):
+        found, plain = (quantize_rtn(weight, Choice(bits, 128), bias_weight=weight_) for weight_ in (4.0, 1.0))
+        assert found.squared_error is not None and plain.squared_error is not None
+        assert found.squared_error <= 1.01 * plain.squared_error
+
+
 def test_result_does_not_depend_on_the_number_of_threads() -> None:
     weight = gaussian(300, 1024)
     threads = torch.get_num_threads()

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphaq.errors import QuantizationError
+from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.packing import dequantize, restored_error
 from alphaq.quantizers.rtn import quantize_rtn
-from alphaq.quantizers.salience import balanced_steps, mixing, quantize_mix, quantize_slim
+from alphaq.quantizers.salience import balanced_steps, mixing, quantize_slim
 from alphaq.records import Choice, QuantizedMatrix
 
 SLIM = ["2g128-slim", "2g32s-slim", "3g64-slim", "4g32-slim", "7g32s-slim"]
@@ -91,10 +92,10 @@ def test_importance_decides_where_bits_go() -> None:
     importance[64:128] = 50
     found = quantize_slim(weight, Choice.parse("2g64-slim"))
     assert found.widths.tolist() == [2, 2, 2, 2]
-    found = quantize_mix(weight, Choice.parse("2g64-slim"), importance=importance)
+    found = QUANTIZERS["rtn"](weight, Choice.parse("2g64-slim"), importance=importance)
     assert found.widths[1] == 3
     assert found.squared_error == pytest.approx(restored_error(found, weight), rel=1e-6)
-    found = quantize_mix(weight, Choice.parse("1g128-pb4"), importance=importance)
+    found = QUANTIZERS["rtn"](weight, Choice.parse("1g128-pb4"), importance=importance)
     positions = found.salient.positions[:, 0]
     assert ((positions >= 64) & (positions < 128)).float().mean() > 0.95
     assert found.squared_error == pytest.approx(restored_error(found, weight), rel=1e-6)
@@ -103,14 +104,14 @@ def test_importance_decides_where_bits_go() -> None:
 def test_any_quantizer_may_fill_the_groups() -> None:
     asked = []
 
-    def coarse(weight: torch.Tensor, choice: Choice, name: str, importance: object = None) -> QuantizedMatrix:
-        asked.append((str(choice), name, importance))
+    def coarse(weight: torch.Tensor, choice: Choice, name: str) -> QuantizedMatrix:
+        asked.append((str(choice), name))
         return quantize_rtn(weight.round(), choice, name)
 
     weight = weights("columns")
     worth = np.ones(300, np.float32)
     found = mixing(coarse)(weight, Choice.parse("2g64-slim"), "layers.3", importance=worth)
-    assert asked == [(text, "layers.3", worth) for text in ("1g64s", "2g64", "3g64")]
+    assert asked == [(text, "layers.3") for text in ("1g64s", "2g64", "3g64")]
     assert found.squared_error == pytest.approx(restored_error(found, weight), rel=1e-6)
     assert torch.equal(
         mixing(coarse)(weight, Choice.parse("3g64")).codes, quantize_rtn(weight.round(), Choice(3, 64)).codes

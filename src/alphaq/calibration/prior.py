@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from alphaq.calibration.stream import HollowModel, LayerTraffic, traffic_of
 from alphaq.calibration.traffic import Calibration, Expert, ExpertUse, expert_uses
@@ -82,11 +83,7 @@ def _route(hollow: HollowModel, layer: int, experts: str) -> LayerTraffic:
     random = np.random.Generator(np.random.PCG64(seed))
     samples = torch.from_numpy(random.standard_normal((SAMPLES, hollow.base.config.hidden_size), np.float32))
     hollow.fill(norm_name)
-    if getattr(norm, "bias", None) is None:
-        # Asked of the module, because some families store g and some store g − 1.
-        samples *= norm(torch.ones_like(samples[:1]))
-    else:
-        samples = norm(samples)
+    samples = stretched(norm, samples)
     hollow.empty(norm_name)
     refused = (
         f"{block_name} of {hollow.checkpoint.name} does not lead from hidden states straight to its experts, so its "
@@ -101,6 +98,14 @@ def _route(hollow: HollowModel, layer: int, experts: str) -> LayerTraffic:
     finally:
         hollow.empty(block_name)
     raise CheckpointError(refused)
+
+
+def stretched(norm: Any, samples: Tensor) -> Tensor:
+    """Directions [samples, hidden] as a norm puts them out: times its weights, without their mean if it takes that."""
+    weights = norm(torch.ones_like(samples[:1]))  # asked of the module: some families store g and some store g − 1
+    scales_alone = getattr(norm, "bias", None) is None and bool(weights.any())
+    found: Tensor = samples * weights if scales_alone else norm(samples)
+    return found
 
 
 def norm_before(hollow: HollowModel, layer: int) -> tuple[str, Any]:

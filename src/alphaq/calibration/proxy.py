@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alphaq.calibration.prior import norm_before
+from alphaq.calibration.prior import norm_before, stretched
 from alphaq.calibration.stream import HollowModel
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.config import ProxyKind
@@ -46,7 +46,8 @@ class Proxy:
         for layer, experts in hollow.matrices.items():
             squares = _squares(hollow, layer)
             for matrices in experts.values():
-                found |= {matrices[part].name: squares for part in hollow.forms[layer].first}
+                first = [matrices[part] for part in hollow.forms[layer].first]
+                found |= {one.name: squares for one in first if one.shape[1] == len(squares)}  # latent experts differ
         return found
 
     def diagonal(self, known: dict[str, Tensor], matrix: MatrixRef) -> Tensor:
@@ -60,9 +61,7 @@ def _squares(hollow: HollowModel, layer: int) -> Tensor:
     name, norm = norm_before(hollow, layer)
     hollow.fill(name)
     width = hollow.base.config.hidden_size
-    samples = torch.ones(1, width)
-    if getattr(norm, "bias", None) is not None:  # it takes the mean away
-        samples = torch.randn(SAMPLES, width, generator=torch.Generator().manual_seed(0))
-    squares: Tensor = norm(samples).square().mean(0)
+    signs = torch.randint(2, (SAMPLES, width), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    squares = stretched(norm, signs).square().mean(0)
     hollow.empty(name)
     return squares

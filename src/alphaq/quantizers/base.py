@@ -38,20 +38,21 @@ class Quantizer(Protocol):
 
 QUANTIZERS: dict[str, Quantizer] = {
     "rtn": mixing(quantize_rtn),
-    "clipped": mixing(partial(quantize_rtn, bias_weight=1.0)),
-    "minmax": mixing(quantize_minmax),
-    "hqq": mixing(quantize_hqq),
+    "clipped": mixing(partial(quantize_rtn, bias_weight=1.0), bias_weight=1.0),
+    "minmax": mixing(quantize_minmax, bias_weight=1.0),
+    "hqq": mixing(quantize_hqq, bias_weight=1.0),
     "ggml": quantize_ggml,
     "symmetric16": quantize_symmetric16,
     "affine": quantize_affine,
 }
+OWN_VERSION = 2  # raised when a quantizer of ours begins to leave other bytes
 PLAIN = ("rtn", "clipped", "hqq", "minmax")  # those that fill the same storage, so that one may stand for another
 
 
 def quantizer_version(name: str) -> str:
-    """Version of the library that a quantizer calls; other versions may leave other bytes. Empty for our own."""
+    """What tells apart the bytes that a quantizer of this name may leave: our code's version, or its library's."""
     if name != "ggml":
-        return ""
+        return f"v{OWN_VERSION}"
     try:
         return version("xllamacpp")
     except PackageNotFoundError:

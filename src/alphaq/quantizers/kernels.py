@@ -32,6 +32,8 @@ from alphaq.simd import (
 )
 
 REFITS = 4
+MOST_STRETCHED = 1.5  # times the least Σ(w − ŵ)²; with bias counting 4 times it is at most that
+STRETCHED_SIZE = np.float32(2.0**28)  # weights up to 16384, levels below 32768
 _LOW_8 = np.uint64(0x00FF00FF00FF00FF)
 _LOW_16 = np.uint64(0x0000FFFF0000FFFF)
 _LOW_32 = np.uint64(0x00000000FFFFFFFF)
@@ -242,8 +244,9 @@ def _stretched(values, codes, count, bits, symmetric, bias_weight, scale, offset
         product = fma(value, level, product)
         square = fma(level, level, square)
         energy = fma(value, value, energy)
-    fitted = as_half(_least_biased(lane_sum(product), lane_sum(square), lane_sum(energy), bias_weight))
-    if 0 < fitted < np.inf:
+    size = lane_sum(energy)
+    fitted = as_half(_least_biased(lane_sum(product), lane_sum(square), size, size, bias_weight))
+    if fitted > 0:
         scale = fitted
     step, error = splat(scale), none
     for at in range(0, count, LANES):
@@ -255,17 +258,21 @@ def _stretched(values, codes, count, bits, symmetric, bias_weight, scale, offset
 @kernel
 def _stretched_two(values, codes, count, symmetric, bias_weight, scale, offset):
     """`_stretched` for two levels offset ± scale, about the mean of the weights, which they keep."""
-    total, energy, product, balance = 0.0, 0.0, 0.0, 0.0
+    total, size, balance = 0.0, 0.0, 0.0
     for at in range(count):
-        value, sign = np.float64(values[at]), 2.0 * codes[at] - 1.0
+        value = np.float64(values[at])
         total += value
-        energy += value * value
-        product += value * sign
-        balance += sign
+        size += value * value
+        balance += 2.0 * codes[at] - 1.0
     mean, lean = (0.0, 0.0) if symmetric else (total / count, balance / count)
-    energy, product, square = energy - count * mean * mean, product - count * mean * lean, count * (1.0 - lean * lean)
-    fitted = _least_biased(product, square, energy, bias_weight)
-    if 0 < as_half(np.float32(fitted)) < np.inf:
+    product, square, energy = 0.0, 0.0, 0.0
+    for at in range(count):
+        value, level = values[at] - mean, 2.0 * codes[at] - 1.0 - lean
+        product += value * level
+        square += level * level
+        energy += value * value
+    fitted = _least_biased(product, square, energy, size, bias_weight)
+    if as_half(np.float32(fitted)) > 0:
         scale, offset = as_half(np.float32(fitted)), as_half(np.float32(mean - fitted * lean))
     error = 0.0
     for at in range(count):
@@ -275,13 +282,16 @@ def _stretched_two(values, codes, count, symmetric, bias_weight, scale, offset):
 
 
 @kernel
-def _least_biased(product, square, energy, bias_weight):
+def _least_biased(product, square, energy, size, bias_weight):
     """The scale s of levels l with the least |e|² + (bias_weight − 1)·(e·w)²/|w|², e = s·l − w; 0 if there is none.
 
-    product, square, energy: w·l, |l|² and |w|².
+    product, square, energy: w·l, |l|² and |w|², of deviations from means where those are kept. size: Σw² of the weights
+    themselves; the largest ones, whose stretched levels might be too much for fp16, are left alone.
     """
     along = (bias_weight - 1) * product * product + square * energy
-    return bias_weight * product * energy / along if along > 0 else product * 0
+    if product > 0 and square > 0 and along > 0 and size < STRETCHED_SIZE:
+        return bias_weight * product * energy / along
+    return product * 0
 
 
 @kernel
@@ -429,15 +439,17 @@ def refit_rows(weight, columns, bits, group_size, symmetric, rounded, brain, bia
             offset = np.float32(0) if symmetric else _narrow(-scale * offsets[place], brain)
             least = _encode_affine(values, count, scale, offset, zero, top, rounded, brain, codes)
             for _ in range(REFITS):
-                better, start = _fit_affine(values, codes, count, zero, symmetric, brain, np.float64(1))
+                better, start = _fit_affine(values, codes, count, zero, symmetric, brain)
                 found = _encode_affine(values, count, better, start, zero, top, rounded, brain, codes)
                 if not found < least:
                     _encode_affine(values, count, scale, offset, zero, top, rounded, brain, codes)
                     break
                 scale, offset, least = better, start, found
             if least > 0 and bias_weight > 1:
-                scale, offset = _fit_affine(values, codes, count, zero, symmetric, brain, bias_weight)
-                least = _error_affine(values, codes, count, scale, offset, zero, rounded, brain)
+                better, start = _stretched_affine(values, codes, count, brain, bias_weight, scale, offset)
+                found = _error_affine(values, codes, count, better, start, zero, rounded, brain)
+                if found <= MOST_STRETCHED * least:  # else 16 bits cannot hold the fit
+                    scale, offset, least = better, start, found
             scales[place] = scale
             offsets[place] = offset
             error += least
@@ -484,25 +496,45 @@ def _error_affine(values, codes, count, scale, offset, zero, rounded, brain):
 
 
 @kernel
-def _fit_affine(values, codes, count, zero, symmetric, brain, bias_weight):
-    """Scale and offset that `_least_biased` fits to codes, in 16 bits; the offset is fitted to the rounded scale."""
+def _fit_affine(values, codes, count, zero, symmetric, brain):
+    """Least-squares scale and offset of given codes, in 16 bits; the offset is fitted to the rounded scale."""
     shift, none = splat(zero), splat(np.float32(0))
-    total, product, sum_, square, energy = none, none, none, none, none
+    total, product, sum_, square = none, none, none, none
     for at in range(0, count, LANES):
         value, level = load(values, at), load_bytes(codes, at) - shift
         total = total + value
         sum_ = sum_ + level
         product = fma(value, level, product)
         square = fma(level, level, square)
-        energy = fma(value, value, energy)
-    both, squares, energies = np.float64(lane_sum(product)), np.float64(lane_sum(square)), np.float64(lane_sum(energy))
+    both, squares = np.float64(lane_sum(product)), np.float64(lane_sum(square))
     if symmetric:
-        return _narrow(np.float32(_least_biased(both, squares, energies, bias_weight)), brain), np.float32(0)
+        return _narrow(np.float32(both / max(squares, 1.0)), brain), np.float32(0)
     middle, mean = np.float64(lane_sum(sum_)) / count, np.float64(lane_sum(total)) / count
-    spread, energies = squares - count * middle * middle, energies - count * mean * mean
-    fitted = _least_biased(both - count * middle * mean, spread, energies, bias_weight)
-    scale = _narrow(np.float32(fitted), brain)
+    spread = squares - count * middle * middle
+    scale = _narrow(np.float32((both - count * middle * mean) / spread if spread > 0 else 0.0), brain)
     return scale, _narrow(np.float32(mean - scale * middle), brain)
+
+
+@kernel
+def _stretched_affine(values, codes, count, brain, bias_weight, scale, offset):
+    """`_stretched` for a grid scale·q + offset in 16 bits, about the mean of the weights, which it keeps."""
+    none = splat(np.float32(0))
+    total, sum_ = none, none
+    for at in range(0, count, LANES):
+        total = total + load(values, at)
+        sum_ = sum_ + load_bytes(codes, at)
+    mean, middle = lane_sum(total) / np.float32(count), lane_sum(sum_) / np.float32(count)
+    origin, center = splat(mean), splat(middle)
+    product, square, energy, size = none, none, none, none
+    for at in range(0, count, LANES):
+        value, level = load(values, at) - origin, load_bytes(codes, at) - center
+        product = fma(value, level, product)
+        square = fma(level, level, square)
+        energy = fma(value, value, energy)
+        size = fma(load(values, at), load(values, at), size)
+    fitted = _least_biased(lane_sum(product), lane_sum(square), lane_sum(energy), lane_sum(size), bias_weight)
+    better = _narrow(np.float32(fitted), brain)
+    return (better, _narrow(mean - better * middle, brain)) if better > 0 else (scale, offset)
 
 
 @kernel

@@ -13,8 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,28 +27,22 @@ from alphaq.simd import flat
 Rounding = Callable[..., QuantizedMatrix]
 
 
-def mixing(base: Rounding) -> Rounding:
-    """A quantizer that also stores mixes, whose groups `base` fills; what it is given besides goes to `base`."""
+def mixing(base: Rounding, bias_weight: float = BIAS_WEIGHT) -> Rounding:
+    """A quantizer that also stores mixes, whose groups `base` fills.
 
-    def quantize(weight: torch.Tensor, choice: Choice, name: str = "matrix", **given: Any) -> QuantizedMatrix:
-        if not choice.mix:
-            return base(weight, choice, name, **given)
-        return quantize_mix(weight, choice, name, partial(base, **given), given.get("importance"))
+    bias_weight: of two levels beside single weights. The quantizer takes the importance of columns, which mixes heed.
+    """
+
+    def quantize(
+        weight: torch.Tensor, choice: Choice, name: str = "matrix", importance: np.ndarray | None = None
+    ) -> QuantizedMatrix:
+        if choice.salient:
+            return quantize_pb(weight, choice, name, importance, bias_weight)
+        if choice.mix:
+            return quantize_slim(weight, choice, name, base, importance)
+        return base(weight, choice, name)
 
     return quantize
-
-
-def quantize_mix(
-    weight: torch.Tensor,
-    choice: Choice,
-    name: str = "matrix",
-    base: Rounding = quantize_rtn,
-    importance: np.ndarray | None = None,
-) -> QuantizedMatrix:
-    """Quantize a [rows, columns] matrix to a choice with a mix, by `quantize_slim` or `quantize_pb`."""
-    if choice.salient:
-        return quantize_pb(weight, choice, name, importance)
-    return quantize_slim(weight, choice, name, base, importance)
 
 
 def quantize_slim(
@@ -142,12 +134,16 @@ def _joined(found: Sequence[QuantizedMatrix], choice: Choice, steps: np.ndarray)
 
 
 def quantize_pb(
-    weight: torch.Tensor, choice: Choice, name: str = "matrix", importance: np.ndarray | None = None
+    weight: torch.Tensor,
+    choice: Choice,
+    name: str = "matrix",
+    importance: np.ndarray | None = None,
+    bias_weight: float = BIAS_WEIGHT,
 ) -> QuantizedMatrix:
     """One bit for all but a few weights of each group, chosen so that Σ(w − ŵ)² is least; 8 bits for those.
 
-    importance: float32 [columns], by which squared errors count. Raises QuantizationError naming the matrix if it
-    cannot be stored.
+    importance: float32 [columns], by which squared errors count. bias_weight: as in `quantize_rtn`, of the two levels'
+    last fit. Raises QuantizationError naming the matrix if it cannot be stored.
     """
     rows, columns = weight.shape
     source, groups, most = flat(weight.contiguous()), choice.groups(columns), choice.salient
@@ -167,7 +163,7 @@ def quantize_pb(
             choice.symmetric,
             most,
             worth,
-            BIAS_WEIGHT,
+            bias_weight,
             packed[part].reshape(-1),
             scales[part].reshape(-1),
             offsets[part].reshape(-1),

@@ -6,9 +6,8 @@ S is measured, not assumed: random tokens, rewritten once by the model itself, a
 squared error that rounding puts on a layer's output, per unit of relative weight error, over the squared norm of
 the residual stream at that layer. It finds what is true of most models, early layers and down projections first,
 without being told. Such tokens overstate the first layers, hence the root. πₑ is the routing prior, averaged within
-the layer. For llama.cpp's types S without a root was better. Where rounding shrinks weights, harm grows faster than
-its squared error (the exponent was 1.4 then); our quantizers count that in (quantizers/rtn.py). Experiments:
-docs/LOG.md.
+the layer. For llama.cpp's types S without a root was better. Where rounding shrinks all weights, harm grows faster
+than the squared error; RTN prevents that (quantizers/rtn.py). Experiments: docs/LOG.md.
 """
 
 from __future__ import annotations
