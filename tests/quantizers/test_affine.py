@@ -135,8 +135,7 @@ def test_weights_far_from_zero_do_not_spoil_the_last_fit(choice: Choice, spread:
     weight = (1 + spread * gaussian(200, 256, torch.float32)).to(dtype)
     found, plain = quantize_affine(weight, choice), quantized(weight, choice)
     assert found.squared_error is not None and plain.squared_error is not None
-    assert found.squared_error <= 1.5 * plain.squared_error
-    assert (found.scales >= 0).all()
+    assert found.squared_error <= 1.35 * plain.squared_error
 
 
 @every_choice
