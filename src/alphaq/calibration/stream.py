@@ -10,9 +10,11 @@ are most of a layer (45 GB in float32 in DeepSeek-V3), so they are read and run 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import AlphaQError, CheckpointError
 from alphaq.records import MatrixRef, Role
 
+MMAP_THRESHOLD, LARGE_BYTES = -3, 1 << 22  # glibc's name of the setting; tensors of 4 MiB
 HEAD_TOKENS = 128  # whose chances are held at once, in float64: 155 MB with 152 000 words
 
 
@@ -232,6 +235,7 @@ def stream_forward(
     windows in one layer. Raises CheckpointError as `HollowModel` does, and AlphaQError for
     ids that are no windows of this model's tokens.
     """
+    _map_large_tensors()
     hollow = hollow or HollowModel(checkpoint)
     vocabulary = hollow.base.get_input_embeddings().num_embeddings
     if ids.ndim != 2 or not ids.numel() or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
@@ -281,6 +285,16 @@ def stream_forward(
             f"{type(hollow.base).__name__} of {checkpoint.name} cannot be run layer by layer ({str(error)[:200]}). "
             "Use --method alphaq, or another that needs no forward pass."
         ) from error
+
+
+@cache
+def _map_large_tensors() -> None:
+    """Have glibc map large tensors by themselves, for as long as the process lives, so that freed ones leave it.
+
+    Otherwise pieces that later tensors do not fit into pile up, 30 MB with every layer of 2,048 columns (docs/LOG.md).
+    """
+    with suppress(AttributeError, OSError, TypeError):  # another C library, which has no such fault or no such remedy
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def run_experts(hollow: HollowModel, traffic: LayerTraffic) -> Tensor:
