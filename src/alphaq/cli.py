@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from alphaq import __version__
+from alphaq.commands.recode import recode
 from alphaq.config import ProxyKind
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.options import (
@@ -212,7 +213,21 @@ def quantize(
 
 @app.command()
 @with_options(
-    frozenset({"bits", "bpw", "size", "engine", "method", "stats", "unweighted", "device", "imatrix", "pre_tokenizer"}),
+    frozenset(
+        {
+            "bits",
+            "bpw",
+            "size",
+            "engine",
+            "method",
+            "stats",
+            "unweighted",
+            "device",
+            "imatrix",
+            "pre_tokenizer",
+            "codec",
+        }
+    ),
     settings=plan_settings,
     means=means_settings,
 )
@@ -268,6 +283,7 @@ def compare(
         "stats": None,
         "unweighted": False,
         "imatrix": None,
+        "codec": None,
     }
     config = plan_config(settings | fixed | {"method": "distortion"})
     check_dtype(dtype)
@@ -449,6 +465,9 @@ def demo(
         demo_table(result["rows"]),
         f'Report: {result["report"]}\nModel:  {result["model"]}  (try: alphaq generate {result["model"]} "def main")',
     )
+
+
+app.command()(recode)
 
 
 def _version(wanted: bool) -> None:

@@ -10,7 +10,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from alphaq.errors import BudgetError
-from alphaq.records import MatrixRef, Role
+from alphaq.records import CODECS, MatrixRef, Role
+from alphaq.registry import unknown
 
 ProxyKind = Literal["norm", "identity"]
 Noise = Literal["analytic", "measured"]
@@ -146,6 +147,15 @@ class PlanConfig(BaseModel):
     """Name of the text that calibrated methods used."""
     imatrix: str | None = None
     """Name and digest of the importance matrix that llama.cpp's quantizers are to use."""
+    codec: str | None = None
+    """What codes the tensors of the files; a budget then counts coded bytes."""
+
+    @field_validator("codec")
+    @classmethod
+    def _known_codec(cls, codec: str | None) -> str | None:
+        if codec is not None and codec not in CODECS:
+            raise ValueError(unknown("--codec", codec, CODECS).removesuffix("."))
+        return None if codec == CODECS[0] else codec
 
     @field_validator("gamma")
     @classmethod

@@ -11,7 +11,17 @@ import numpy as np
 
 from alphaq.cache import Cache, Known
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.quantizers.base import SAMPLE_VALUES, SquaredErrors, quantizer_of, squared_errors
+from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, TensorSpec, stored_bytes
+from alphaq.quantizers.base import (
+    SAMPLE_VALUES,
+    SquaredErrors,
+    coded_errors,
+    quantizer_of,
+    sixteen_bits,
+    squared_errors,
+)
+from alphaq.quantizers.coding import coder_version, encode_tensor
+from alphaq.quantizers.packing import encode
 from alphaq.records import Choice, MatrixRef, Spectrum, WeightStatistics
 from alphaq.spectra.device import device_spectra
 from alphaq.spectra.measure import PANEL_VALUES, spectrum, streamed_spectrum
@@ -21,6 +31,7 @@ from alphaq.workers import Workers
 
 T = TypeVar("T")
 ENERGY = "energy"  # what the cache calls Σw², beside the errors of choices
+BYTES = "bytes"  # after the name of an error: how many the matrix takes once coded
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class MeasureTask:
     quantizer: str = "rtn"
     sample_values: int = SAMPLE_VALUES
     importance: np.ndarray | None = None
+    codec: str | None = None
 
     @property
     def streamed(self) -> bool:
@@ -64,9 +76,14 @@ def measure_one(checkpoint: Checkpoint, task: MeasureTask) -> Measured:
         return Measured(streamed_spectrum(partial(checkpoint.read_rows, task.matrix), task.matrix.shape, name))
     weight = checkpoint.read(task.matrix)
     own = spectrum if task.variant == FAST_VARIANT else partial(variant_spectrum, variant=task.variant)
+    quantizer = quantizer_of(task.quantizer, task.importance)
+    if task.codec is None:
+        errors = squared_errors(weight, task.choices, name, quantizer, task.sample_values)
+    else:
+        errors = coded_errors(weight, task.choices, name, quantizer)
     return Measured(
         own(weight, name) if task.spectrum else None,
-        squared_errors(weight, task.choices, name, quantizer_of(task.quantizer, task.importance), task.sample_values),
+        errors,
         weight_statistics(weight, name) if task.statistics else None,
     )
 
@@ -76,7 +93,7 @@ class Sampling:
     """How errors are to be measured: by which quantizer, on how many weights of a matrix, of which matrices.
 
     matrices: at which choices the errors of each are measured, None for all. importance: of the columns, by matrix;
-    digest: what tells it from others.
+    digest: what tells it from others. codec: what codes the files; errors and bytes are then those of whole matrices.
     """
 
     quantizer: str = "rtn"
@@ -84,10 +101,12 @@ class Sampling:
     matrices: Mapping[str, frozenset[Choice]] | None = None
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
     digest: str = ""
+    codec: str | None = None
 
     def key(self, choice: Choice) -> str:
         """What the cache calls an error measured so."""
-        return f"{choice} {self.quantizer} {self.values} {self.digest}".rstrip()
+        values = self.values if self.codec is None else coder_version(self.codec)
+        return f"{choice} {self.quantizer} {values} {self.digest}".rstrip()
 
     def of(self, name: str, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
         """The choices to measure of one matrix."""
@@ -128,6 +147,7 @@ def measure(
             sampling.quantizer,
             sampling.values,
             sampling.importance.get(name),
+            sampling.codec,
         )
         if task.spectrum or task.choices or task.statistics:
             tasks[name] = task
@@ -138,19 +158,23 @@ def measure(
         one = next(results) if name in tasks else Measured()
         fresh = one.squared_errors
         pairs = {c: (error, fresh.deviation.get(c, 0.0)) for c, error in fresh.expected.items()}
+        coded = dict(fresh.coded)
         if cache is not None and name in tasks:
             kept = {sampling.key(choice): pair for choice, pair in pairs.items()}
+            kept |= {f"{sampling.key(choice)} {BYTES}": (float(nbytes), 0.0) for choice, nbytes in coded.items()}
             if pairs:
                 kept[ENERGY] = fresh.energy, 0.0
             cache.add(name, one.spectrum, kept, one.statistics, kind)
         for choice in sampling.of(name, choices):
             if choice not in pairs:
                 pairs[choice] = known.errors[name, sampling.key(choice)]
+                if sampling.codec is not None:
+                    coded[choice] = int(known.errors[name, f"{sampling.key(choice)} {BYTES}"][0])
         expected, deviation = ({choice: pair[part] for choice, pair in pairs.items()} for part in (0, 1))
         energy = fresh.energy or known.errors.get((name, ENERGY), (0.0, 0.0))[0]
         yield Measured(
             one.spectrum or (known.spectra[name, kind] if spectra else None),
-            SquaredErrors(expected, deviation, energy),
+            SquaredErrors(expected, deviation, energy, coded),
             one.statistics or (known.statistics[name] if statistics else None),
         )
     yield from results  # none is left, but the last shard is to be forgotten
@@ -174,6 +198,23 @@ def _found(workers: Workers, tasks: list[MeasureTask], device: str) -> Iterator[
     for task in tasks:
         rest = next(measured) if task.choices or task.statistics else Measured()
         yield replace(rest, spectrum=next(spectra) if task.spectrum else None)
+
+
+def coded_bytes(checkpoint: Checkpoint, task: tuple[str | MatrixRef, Choice | None, str]) -> int:
+    """What one tensor adds to a native file once coded, its header entry included.
+
+    task: a tensor that is kept, or a matrix and its choice; the quantizer.
+    """
+    source, choice, quantizer = task
+    if isinstance(source, str):
+        name, stored = source, checkpoint.tensor(source)
+    else:
+        name, weight = source.name, checkpoint.read(source)
+        assert choice is not None  # of a matrix
+        fixed = choice.bits == 16
+        stored = sixteen_bits(weight) if fixed else encode(quantizer_of(quantizer)(weight, choice, name))
+    coded = encode_tensor(stored)
+    return stored_bytes(name, TensorSpec(DTYPE_NAMES[coded.dtype], tuple(coded.shape)))
 
 
 def leaving(items: Iterable[tuple[str, T]], forget: Callable[[str], None]) -> Iterator[T]:

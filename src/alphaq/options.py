@@ -123,6 +123,10 @@ def plan_settings(
             help="llama.cpp's importance matrix, for its quantizers; ones by default.", rich_help_panel=SCORES
         ),
     ] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(help="Entropy-code the files: zstd. Budgets count coded bytes.", rich_help_panel=CHOICES),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of method random.", rich_help_panel=SCORES)] = 0,
     unweighted: Annotated[
         bool,

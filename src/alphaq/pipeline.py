@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -18,18 +19,27 @@ from alphaq.calibrated import Rounding, store_calibrated
 from alphaq.checkpoint.gguf_source import find_gguf
 from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.checkpoint.writer import Place, atomic_file, atomic_folder, create_file, resumable_folder
+from alphaq.checkpoint.writer import Place, atomic_file, atomic_folder, check_absent, create_file, resumable_folder
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines.export import Entry, Layout
 from alphaq.engines.llama_cpp import importance_of
-from alphaq.engines.output import MANIFEST_NAME, Output, Record, header_of, raise_faults, write_manifest
+from alphaq.engines.output import (
+    MANIFEST_NAME,
+    Output,
+    Record,
+    coded_with,
+    header_of,
+    raise_faults,
+    write_manifest,
+)
 from alphaq.engines.profiles import profile
 from alphaq.errors import AlphaQError, PlanError
 from alphaq.journal import Journal
 from alphaq.measurement import ahead, leaving, measure
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantization import CheckTask, StoreTask, check, plan_choices, store
-from alphaq.records import Fidelity, MatrixRef, Plan, Spectrum
+from alphaq.recoding import recode
+from alphaq.records import CODECS, Fidelity, MatrixRef, Plan, Spectrum
 from alphaq.report.html import write_report
 from alphaq.spectra.measure import write_stats
 from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant
@@ -82,6 +92,8 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize by a plan, write what its engine loads, re-read it against the source, then publish it.
 
+    A plan with a codec is carried out beside `out` first, then coded into it.
+
     shared: a folder in which runs on the same checkpoint leave quantized matrices to one another. check: False leaves
     out the re-reading, for files that are only looked at once. rounding: the engine's usual one by default.
 
@@ -89,6 +101,10 @@ def quantize(
     was when it is started again with the same checkpoint and plan. Raises OutputError if they differ,
     unless told to `restart`.
     """
+    if (codec := coded_with(plan)) is not None:
+        plain = plan.model_copy(update={"size_bytes": None, "config": {**plan.config, "codec": CODECS[0]}})
+        settings = (wrap, workers, restart, hash_contents, shared, check, imatrix, rounding)
+        return _quantize_coded(checkpoint, plain, out, codec, plan.size_bytes, settings)
     writer = profile(plan.engine).writer
     check_source(checkpoint, plan.engine)
     choices = plan_choices(plan, checkpoint)
@@ -152,6 +168,37 @@ def quantize(
         "not_calibrated": left,
         **checked,
     }
+
+
+def _quantize_coded(
+    checkpoint: Checkpoint, plan: Plan, out: Path, codec: str, promised: int | None, settings: tuple[Any, ...]
+) -> dict[str, Any]:
+    """`quantize` by a plan without a codec, then code what it wrote. `settings`: the other arguments of `quantize`."""
+    if plan.engine != "native":
+        raise PlanError(f"{plan.engine} reads no coded tensors. Drop --codec, or use --engine native.")
+    wrap, workers, restart, *_, rounding = settings
+    if rounding is not None and str(rounding) != str(Rounding.of(plan.engine)):
+        raise PlanError(
+            f"What codes of quantizer {rounding.name} will take is not known to a plan. Quantize without --codec, then "
+            f"code the result with `alphaq recode`."
+        )
+    check_absent(out)
+    uncoded = out.absolute().parent / f".{out.name}.uncoded"
+    if uncoded.exists() and (restart or Output(uncoded).plan.choices != plan.choices):
+        shutil.rmtree(uncoded)
+    done = {} if uncoded.exists() else quantize(checkpoint, plan, uncoded, *settings)
+    checked = done or verify(uncoded, checkpoint, wrap, workers)
+    coded = recode(uncoded, out, codec, wrap, workers)
+    raise_faults(out, Output(out).faults())
+    if promised is not None and coded["size_bytes"] > promised:
+        shutil.rmtree(out)
+        raise PlanError(
+            f"Coded, the files take {coded['size_bytes']} bytes, more than the {promised} that the plan promises. "
+            "Another quantizer or version of zstandard than the plan's was used: plan again here, or raise the budget."
+        )
+    shutil.rmtree(uncoded)
+    files = [str(out / file) for file in Output(out).headers]
+    return {**checked, **coded, "files": files, "source_bytes": checkpoint.nbytes}
 
 
 def _note(journal: Journal, task: StoreTask, record: Record) -> None:
@@ -249,7 +296,9 @@ def _differences(opened: Output, written: Layout) -> Iterable[str]:
     for entry in written.entries:
         if entry.name not in opened.manifest:
             yield f"{entry.name} is not in {MANIFEST_NAME}"
-        elif opened.parts(entry.name) != entry.parts or _sizes(opened.places(entry.name)) != _sizes(entry.places):
+        elif opened.parts(entry.name) != entry.parts or (
+            not opened.codec and _sizes(opened.places(entry.name)) != _sizes(entry.places)
+        ):
             found = [f"{one.dtype} {list(one.shape)}" for one in map(opened.stored.get, dict(entry.parts)) if one]
             yield f"{entry.name} is {' and '.join(found)}, which is not what the plan makes of the source"
     extra = opened.manifest.keys() - {entry.name for entry in written.entries}

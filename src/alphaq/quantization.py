@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 
 from alphaq.checkpoint.files import CHUNK_BYTES, PlainFile
 from alphaq.checkpoint.reader import Checkpoint
+from alphaq.checkpoint.safetensors_format import DTYPE_NAMES
 from alphaq.checkpoint.writer import Place, checksum, pieces_at, write_at
 from alphaq.engines.export import RAW, Entry, Export, Stored, squared_error_of
 from alphaq.engines.output import Record
@@ -20,6 +21,7 @@ from alphaq.engines.profiles import profile
 from alphaq.errors import CheckpointError, PlanError, QuantizationError
 from alphaq.numerics import squared_distance, squared_norm
 from alphaq.quantizers.base import Quantizer, quantizer_of, sixteen_bits
+from alphaq.quantizers.coding import decode_tensor, is_coded
 from alphaq.records import Choice, MatrixRef, Plan
 from alphaq.simd import flat
 
@@ -185,6 +187,15 @@ class CheckTask:
         return CHUNK_BYTES if self.entry is None else _held_bytes(self.entry)
 
 
+def _read_stored(folder: Path, stored: Stored, place: Place, name: str) -> tuple[Stored, torch.Tensor]:
+    """A stored tensor and its values, decoded if they are coded. Raises CheckpointError naming it if it is damaged."""
+    values = stored.typed(PlainFile(folder / place.file).read(place.begin, place.nbytes))
+    if not is_coded(values):
+        return stored, values
+    values = decode_tensor(values, name)
+    return replace(stored, dtype=DTYPE_NAMES[values.dtype], shape=tuple(values.shape)), values.reshape(-1)
+
+
 def check(source: Checkpoint | None, task: CheckTask) -> str | None:
     """What is wrong with one written entry (checksum, form, choice, error against its source), or None."""
     if checksum(pieces_at(task.folder, task.places)) != task.record.blake2b:
@@ -192,14 +203,24 @@ def check(source: Checkpoint | None, task: CheckTask) -> str | None:
     if task.choice is None:
         if source is None or task.entry is None or not isinstance(task.entry.source, str):
             return None
-        original = kept_pieces(source, task.engine, task.entry.source, task.entry.form)
-        return None if checksum(original) == task.record.blake2b else f"{task.name} differs from its source"
+        original = checksum(kept_pieces(source, task.engine, task.entry.source, task.entry.form))
+        if original == task.record.blake2b:
+            return None
+        if task.engine == "native":  # it may be coded
+            try:
+                _, values = _read_stored(task.folder, task.stored[0], task.places[0], task.name)
+            except CheckpointError as damaged:
+                return str(damaged)
+            if checksum([_bytes_of(values)]) == original:
+                return None
+        return f"{task.name} differs from its source"
     writer = profile(task.engine).writer
-    parts = [
-        stored.typed(PlainFile(task.folder / place.file).read(place.begin, place.nbytes))
-        for stored, place in zip(task.stored, task.places, strict=True)
-    ]
-    fault = writer.fault(task.name, task.choice, task.stored, parts)
+    try:
+        found = [_read_stored(task.folder, *each, task.name) for each in zip(task.stored, task.places, strict=True)]
+    except CheckpointError as damaged:
+        return str(damaged)
+    parts = [values for _, values in found]
+    fault = writer.fault(task.name, task.choice, [stored for stored, _ in found], parts)
     if fault is not None or source is None or task.entry is None:
         return fault
     assert isinstance(task.entry.source, MatrixRef)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,17 +29,20 @@ CHOICE_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 GROUP_SIZES = (32, 64, 128)
 MIXES = ("", "slim", "pb2", "pb4", "pb8")  # a block's flags hold the place in this list
 SLIM_BITS = (2, 3, 4, 5, 6, 7)
+CODECS = ("none", "zstd")  # a coded tensor's header holds the place in this list
 PLAN_FORMAT_VERSION = 1
 NATIVE_FORMAT_VERSION = 1  # of native checkpoints
+CODED_FORMAT_VERSION = 2  # of those with coded tensors
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def check_native_format(version: int) -> None:
-    """CheckpointError if a native checkpoint has another format than the one that is run here."""
-    if version != NATIVE_FORMAT_VERSION:
+    """CheckpointError if a native checkpoint has another format than those that are run here."""
+    if version not in (NATIVE_FORMAT_VERSION, CODED_FORMAT_VERSION):
         raise CheckpointError(
-            f"The checkpoint has native format {version}; this alphaq reads {NATIVE_FORMAT_VERSION}. Update alphaq."
+            f"The checkpoint has native format {version}; this alphaq reads {NATIVE_FORMAT_VERSION} and "
+            f"{CODED_FORMAT_VERSION}. Update alphaq."
         )
 
 
@@ -129,6 +132,9 @@ class Choice:
 
     A `mix` varies widths within the matrix. "slim": a group has bits − 1, bits or bits + 1, as many groups the one as
     the other. "pb2", "pb4", "pb8": up to so many weights of each group have 8 bits, the others the one of `bits`.
+
+    A `rate` is of codes that will be entropy-coded: bits per weight, less than `bits`, that Gaussian weights will take.
+    It decides the step; what is stored is the symmetric choice without it.
     """
 
     bits: int
@@ -136,10 +142,16 @@ class Choice:
     symmetric: bool = False
     scheme: str = ""
     mix: str = ""
+    rate: float = 0.0
 
     def __post_init__(self) -> None:
         if self.mix:
             self._check_mix()
+        if self.rate and (self.mix or self.scheme or not self.symmetric or not 0 < self.rate < self.bits <= 8):
+            raise ChoiceError(
+                f"A rate of {self.rate:g} bits needs plain symmetric codes that are wider. Write for example @2.75, or "
+                "4g128s@2.75 with the bits that it takes in memory."
+            )
         if self.scheme:
             if GGML_BLOCKS.get(self.scheme, ())[:2] != (self.bits, self.group_size) or self.symmetric:
                 raise ChoiceError(f"{self.scheme!r} is no storage type with {self.bits} bits. Write only its name.")
@@ -167,22 +179,30 @@ class Choice:
         name = text.strip().upper()
         if name in GGML_BLOCKS:
             return cls(*GGML_BLOCKS[name][:2], scheme=name)
-        match = re.fullmatch(r"(\d{1,2})(?:g(\d{1,4}))?(s)?(?:-([a-z]{1,8}\d?))?", text.strip())
+        if match := re.fullmatch(r"@(\d(?:\.\d{1,3})?)", text.strip()):
+            rate = float(match[1])
+            return cls(min(8, math.ceil(rate) + 1), default_group_size, True, rate=rate)
+        match = re.fullmatch(r"(\d{1,2})(?:g(\d{1,4}))?(s)?(?:-([a-z]{1,8}\d?))?(?:@(\d(?:\.\d{1,3})?))?", text.strip())
         if match is None:
             raise ChoiceError(
                 f"{shown(text)} is not a storage choice. Write bits, bits and a group size, or a ggml type: "
-                "3, 3g64, 4g128s, 2g128-slim, 1g128-pb8, 16, Q4_K."
+                "3, 3g64, 4g128s, 2g128-slim, 1g128-pb8, @2.75, 16, Q4_K."
             )
-        bits, mix = int(match[1]), match[4] or ""
+        bits, mix, rate = int(match[1]), match[4] or "", float(match[5] or 0)
         if bits == 16:
             return cls(16, int(match[2] or 0), match[3] is not None, mix=mix)
-        return cls(bits, int(match[2] or default_group_size), match[3] is not None or symmetric, mix=mix)
+        return cls(bits, int(match[2] or default_group_size), match[3] is not None or symmetric, mix=mix, rate=rate)
 
     def __str__(self) -> str:
         if self.scheme:
             return self.scheme
-        mix = f"-{self.mix}" if self.mix else ""
+        mix = f"-{self.mix}" if self.mix else f"@{self.rate:g}" if self.rate else ""
         return "16" if self.bits == 16 else f"{self.bits}g{self.group_size}{'s' if self.symmetric else ''}{mix}"
+
+    @property
+    def stored(self) -> Choice:
+        """The choice as a block names it."""
+        return replace(self, rate=0.0) if self.rate else self
 
     @property
     def salient(self) -> int:

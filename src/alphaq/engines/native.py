@@ -67,7 +67,7 @@ def fault(name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[t
         found, _ = read_block_header(parts[0], name)
     except CheckpointError as error:
         return str(error)
-    return None if found == choice else f"{name} is stored as {found}, the plan says {choice}"
+    return None if found == choice.stored else f"{name} is stored as {found}, the plan says {choice}"
 
 
 def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout) -> None:
@@ -89,6 +89,8 @@ _SLIM = tuple(
     for bits in SLIM_BITS
     for group_size in GROUP_SIZES
 )
+_RATED = tuple(Choice.parse(f"@{quarters / 4}") for quarters in range(4, 25))
+"""For entropy-coded files: 1 to 6 bits per weight."""
 _SALIENT = tuple(
     Choice(1, group_size, symmetric, mix=mix)
     for symmetric in (False, True)
@@ -100,7 +102,7 @@ PROFILE = Profile(
     name="native",
     summary="safetensors for our own runtime: 1 to 8 bit, each expert and projection on its own",
     unit="matrix",
-    choices=(*_ASYMMETRIC, *_SYMMETRIC, Choice(16), *_SLIM, *_SALIENT),
+    choices=(*_ASYMMETRIC, *_SYMMETRIC, Choice(16), *_SLIM, *_SALIENT, *_RATED),
     defaults=_ASYMMETRIC,
     with_bits=lambda bits: Choice(bits, 0 if bits == 16 else 128),
     storage_bytes=Choice.storage_bytes,

@@ -21,13 +21,15 @@ from alphaq.calibration.text import Text
 from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, gather
 from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
+from alphaq.checkpoint.safetensors_format import FILE_OVERHEAD
 from alphaq.engines.llama_cpp import GAUSSIAN_ERROR, gaussian_errors, importance_of
 from alphaq.errors import CheckpointError, QuantizationError, StatsError
-from alphaq.measurement import Sampling, measure
+from alphaq.measurement import Sampling, coded_bytes, measure
 from alphaq.numerics import squared_norm
 from alphaq.planning.limits import outside_experts, pinned, problem_of
 from alphaq.planning.request import Request
 from alphaq.quantizers.base import SAMPLE_VALUES, quantizer_version
+from alphaq.quantizers.coding import coder_version
 from alphaq.records import Choice, MatrixRef, Spectrum
 from alphaq.sensitivity.distortion import analytic_noise
 from alphaq.sensitivity.methods import Evidence, Need
@@ -87,7 +89,7 @@ def measure_for_plan(
         return _from_stats(request, wanted, given)
 
     matrices = checkpoint.planned
-    if check_budget:
+    if check_budget and config.codec is None:  # what coded files take is only known when they have been coded
         # An infeasible budget, or a model that the engine's files cannot hold, is told before any measuring.
         problem_of(checkpoint, request)
         request.profile.writer.layout(checkpoint, {})
@@ -98,7 +100,8 @@ def measure_for_plan(
                 raise StatsError(f"{stats} has no usable row for {matrix.name!r} ({reason}). Analyze this model again.")
     if "text" in wanted and calibration is None:
         raise StatsError(f"--method {config.method} needs a text. Give one with --calibration FILE.")
-    real = tuple(choice for choice in choices if choice.bits != 16) if config.noise == "measured" else ()
+    coded = config.codec is not None
+    real = tuple(choice for choice in choices if choice.bits != 16 or coded) if config.noise == "measured" else ()
     variant = SpectrumVariant(config.spectrum, config.tail)
     begin = time.perf_counter()
     importance = {} if imatrix is None else importance_of(checkpoint, imatrix)
@@ -120,9 +123,9 @@ def measure_for_plan(
         device,
         "statistics" in wanted,
         variant,
-        _sampling(request.profile.quantizer, units, possible, importance, digest),
+        _sampling(request.profile.quantizer, units, possible, importance, digest, config.codec),
     )
-    spectra, rows, deviations, statistics = {}, [], [], []
+    spectra, rows, deviations, statistics, nbytes = {}, [], [], [], []
     for matrix, found in zip(matrices, wrap(results, len(matrices), "measure"), strict=True):
         own = found.spectrum or (given.spectra[matrix.name] if given is not None else None)
         assert own is not None  # measured unless given
@@ -133,6 +136,7 @@ def measure_for_plan(
         others = {c: _expected(own, c, energy, matrix.parameters) for c in formula}
         rows.append([others[c] if c in others else measured.expected.get(c, np.nan) for c in choices])
         deviations.append([measured.deviation.get(c, 0.0) for c in choices])
+        nbytes.append([measured.coded.get(c) or c.storage_bytes(matrix.shape) for c in choices])
         if found.statistics is not None:
             statistics.append(found.statistics)
     joined = {}
@@ -182,8 +186,43 @@ def measure_for_plan(
         seen.get("prior"),
         seen.get("synthetic"),
         seen.get("text"),
+        coded=np.array(nbytes, dtype=np.int64) if coded else None,
+        rest_bytes=_coded_rest(checkpoint, request, workers or Workers(1, checkpoint), cache, wrap) if coded else 0,
     )
     return Measurements(spectra, choices, errors, weights, left_out, evidence, seconds, deviation, joined)
+
+
+def _coded_rest(checkpoint: Checkpoint, request: Request, workers: Workers, cache: Cache | None, wrap: Wrap) -> int:
+    """Bytes of entropy-coded files without the planned matrices."""
+    fixed, _ = outside_experts(checkpoint, request)
+    planned = {matrix.name for matrix in checkpoint.planned}
+    within = checkpoint.matrices_by_tensor(fixed.keys() | planned)
+    quantizer = request.profile.quantizer
+    tasks: list[tuple[str | MatrixRef, Choice | None, str]] = [
+        (tensor, None, quantizer)
+        for tensors in checkpoint.shards.values()
+        for tensor in tensors
+        if tensor not in within
+    ]
+    tasks += [
+        (matrix, fixed[matrix.name], quantizer)
+        for matrices in within.values()
+        for matrix in matrices
+        if matrix.name not in planned
+    ]
+
+    def size(task: tuple[str | MatrixRef, Choice | None, str]) -> int:
+        source = task[0]
+        return checkpoint.info(source).nbytes if isinstance(source, str) else 2 * source.parameters
+
+    def run() -> str:
+        found = workers.map(coded_bytes, tasks, size)
+        return str(FILE_OVERHEAD * len(checkpoint.shards) + sum(wrap(found, len(tasks), "measure the rest")))
+
+    if cache is None:
+        return int(run())
+    key = f"{coder_version(str(request.config.codec))} {quantizer_version(quantizer)} {sorted(fixed.items())}"
+    return cache.kept(f"rest-{hashlib.sha256(key.encode()).hexdigest()[:16]}.txt", run, int)
 
 
 def _sampling(
@@ -192,6 +231,7 @@ def _sampling(
     possible: dict[str, frozenset[Choice]],
     importance: dict[str, np.ndarray],
     digest: str,
+    codec: str | None,
 ) -> Sampling:
     """Where matrices share a choice, their errors are only needed in sum: less of each is enough."""
     drawn = {
@@ -200,7 +240,7 @@ def _sampling(
         for matrix in random.Random(unit).sample(members, min(len(members), SAMPLE_MEMBERS))
     }
     values = SAMPLE_VALUES // min(max(map(len, units.values())), SAMPLE_MEMBERS)
-    return Sampling(quantizer, values, drawn, importance, digest)
+    return Sampling(quantizer, values, drawn, importance, digest, codec)
 
 
 def _by_unit(

@@ -12,8 +12,9 @@ import numpy as np
 
 from alphaq.allocation.problem import Problem
 from alphaq.checkpoint.reader import Checkpoint
+from alphaq.checkpoint.safetensors_format import TensorSpec, entry_bytes
 from alphaq.config import PlanConfig, Rule
-from alphaq.engines.export import Layout
+from alphaq.engines.export import Layout, kept_dtype
 from alphaq.engines.llama_cpp import gaussian_errors
 from alphaq.engines.profile import Profile
 from alphaq.errors import BudgetError
@@ -75,6 +76,8 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, evidence: Eviden
     for number, matrix in zip(owner, matrices, strict=True):
         layers[number] = -1 if matrix.layer is None else matrix.layer
     blocks, in_file = byte_tables(profile, matrices, choices)
+    if evidence is not None and evidence.coded is not None:
+        blocks, in_file = evidence.coded, coded_table(evidence)
     parameters = sum(matrix.parameters for matrix in matrices)
     fixed_bytes = 0
     if config.budget.bits is not None and config.unweighted:
@@ -89,7 +92,11 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, evidence: Eviden
         kept16 = {matrix.name: Choice(16) for matrix in matrices}
         if_kept = profile.writer.layout(checkpoint, fixed | kept16)
         kept = byte_tables(profile, matrices, (Choice(16),))[1][:, 0]
-        if profile.kept_bytes is None:
+        if evidence is not None and evidence.coded is not None:
+            fixed_bytes = evidence.rest_bytes
+            if Choice(16) in choices:
+                kept = in_file[:, choices.index(Choice(16))]
+        elif profile.kept_bytes is None:
             fixed_bytes = if_kept.size_bytes - int(kept.sum())
         else:
             # Padding is counted for each matrix below, so none of it may be taken off here.
@@ -247,6 +254,19 @@ def byte_tables(
                 known[kind, choice] = profile.storage_bytes(stored, matrix.shape), profile.file_bytes(matrix, stored)
             table[number, column] = known[kind, choice]
     return table[:, :, 0], table[:, :, 1]
+
+
+def coded_table(evidence: Evidence) -> np.ndarray:
+    """What each matrix adds to entropy-coded files at each choice, header entry included, int64 [matrices, choices]."""
+    assert evidence.coded is not None  # the caller knows
+    table = evidence.coded.copy()
+    for number, matrix in enumerate(evidence.matrices):
+        for column, choice in enumerate(evidence.choices):
+            nbytes = int(table[number, column])
+            uncoded = choice.bits == 16 and nbytes == 2 * matrix.parameters
+            spec = TensorSpec(kept_dtype(matrix.dtype), matrix.shape) if uncoded else TensorSpec("U8", (nbytes,))
+            table[number, column] += entry_bytes(matrix.name, spec)
+    return table
 
 
 def _storable(profile: Profile, choice: Choice, matrix: MatrixRef) -> Choice:

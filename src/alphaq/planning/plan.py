@@ -14,7 +14,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.llama_cpp import gaussian_errors
 from alphaq.errors import BudgetError
 from alphaq.planning.evidence import Measurements
-from alphaq.planning.limits import byte_tables, outside_experts, problem_of, size_bytes
+from alphaq.planning.limits import byte_tables, coded_table, outside_experts, problem_of, size_bytes
 from alphaq.planning.request import Request
 from alphaq.records import MatrixRef, Plan, PlanTable, Role, Solution
 from alphaq.sensitivity.methods import Evidence, resolved_gamma
@@ -48,8 +48,18 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
     picked = np.arange(len(experts)), experts
     blocks = None
     if checkpoint is not None:
-        table, _ = byte_tables(request.profile, evidence.matrices, choices)
+        table = (
+            byte_tables(request.profile, evidence.matrices, choices)[0] if evidence.coded is None else evidence.coded
+        )
         blocks = int(table[picked].sum())
+    size = None
+    if checkpoint is not None:
+        coded = evidence.coded is not None
+        size = (
+            evidence.rest_bytes + int(coded_table(evidence)[picked].sum())
+            if coded
+            else size_bytes(checkpoint, request, chosen)
+        )
     relative = found.evidence.relative_errors[picked].tolist()
     if all(matrix.name in found.joined for matrix in joined):
         relative += [row[column] for row, column in zip(others, columns[len(experts) :], strict=True)]
@@ -65,7 +75,7 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
         config=resolved.model_dump(mode="json"),
         average_bits=float(found.weights @ [choices[column].bits for column in experts] / parameters),
         bits_per_weight=None if blocks is None else 8 * blocks / parameters,
-        size_bytes=None if checkpoint is None else size_bytes(checkpoint, request, chosen),
+        size_bytes=size,
         budget_unit=unit,
         budget_slack=float(problem.limit - solution.cost),
         objective=solution.objective,

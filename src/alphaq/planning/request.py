@@ -10,7 +10,7 @@ from alphaq.config import PlanConfig
 from alphaq.engines.profile import Profile
 from alphaq.engines.profiles import profile as engine_profile
 from alphaq.errors import BudgetError, ChoiceError
-from alphaq.records import Choice, Role
+from alphaq.records import CODECS, Choice, Role
 from alphaq.sensitivity.methods import Method, method
 
 WIDTHS = (*range(1, 9), 16)
@@ -58,7 +58,11 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
         )
     preset = {key: value for key, value in chosen.preset.items() if _is_unset(getattr(config, key))}
     config = config.model_copy(update=preset)
-    if config.choices is None:
+    if config.codec is not None:
+        _check_codec(config, profile, with_model)
+    if config.choices is None and config.codec is not None and not (config.symmetric or config.group_size):
+        given = [choice for choice in profile.choices if choice.rate]
+    elif config.choices is None:
         given = [_storable(_styled(choice, config), profile) for choice in profile.defaults]
     else:
         given = [parse_choice(text, profile, config) for text in config.choices.split(",") if text.strip()]
@@ -76,6 +80,8 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
                 f"{', '.join(map(str, sorted(widths)))} bits. Offer other --choices."
             )
     offered = frozenset(given)
+    if config.codec is None and (rated := [choice for choice in given if choice.rate]):
+        raise BudgetError(f"{rated[0]} is for entropy-coded files. Add --codec {CODECS[-1]}, or offer other --choices.")
     pinned = {parse_choice(rule.value, profile, config) for rule in config.pins}
     choices = tuple(sorted(offered | pinned))
     if "outputs" in chosen.needs and any(choice.scheme for choice in choices):
@@ -99,6 +105,17 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
     if config.unweighted and config.budget.bpw is not None:
         raise BudgetError("--unweighted counts matrices, so stored bits per weight mean nothing. Use --bits or --size.")
     return Request(config, profile, chosen, choices, offered, ladder)
+
+
+def _check_codec(config: PlanConfig, profile: Profile, with_model: bool) -> None:
+    """BudgetError where there are no coded files, or nothing to measure them on."""
+    if profile.name != "native":
+        raise BudgetError(f"{profile.name} reads no coded tensors. Drop --codec, or use --engine native.")
+    if not with_model or config.noise == "analytic" or config.unweighted:
+        raise BudgetError(
+            "--codec needs the weights, since coded bytes are measured: give MODEL, and neither --noise analytic nor "
+            "--unweighted."
+        )
 
 
 def _is_unset(setting: Any) -> bool:

@@ -16,8 +16,10 @@ import torch
 from alphaq.errors import QuantizationError
 from alphaq.numerics import in_threads, squared_distance, squared_norm
 from alphaq.quantizers.affine import quantize_affine, quantize_symmetric16
+from alphaq.quantizers.coding import encode_tensor
 from alphaq.quantizers.ggml import quantize_ggml
 from alphaq.quantizers.hqq import quantize_hqq
+from alphaq.quantizers.packing import encode
 from alphaq.quantizers.rtn import quantize_minmax, quantize_rtn
 from alphaq.quantizers.salience import mixing
 from alphaq.records import Choice, QuantizedMatrix
@@ -83,12 +85,31 @@ def squared_error(weight: torch.Tensor, choice: Choice, name: str, quantizer: Qu
 class SquaredErrors:
     """Σ(w − ŵ)² by choice, and the standard error of each where it was estimated from a sample of rows.
 
-    energy: Σw², 0 if nothing was measured.
+    energy: Σw², 0 if nothing was measured. coded: bytes of the matrix once entropy-coded, where that was asked for.
     """
 
     expected: dict[Choice, float] = field(default_factory=dict)
     deviation: dict[Choice, float] = field(default_factory=dict)
     energy: float = 0.0
+    coded: dict[Choice, int] = field(default_factory=dict)
+
+
+def coded_errors(
+    weight: torch.Tensor, choices: Sequence[Choice], name: str, quantizer: Quantizer = quantize_rtn
+) -> SquaredErrors:
+    """Errors of the whole matrix at every choice, and the exact bytes that its native form takes once coded."""
+    energy = squared_norm(weight)
+    found = SquaredErrors({}, {}, energy)
+    for choice in choices:
+        if choice.bits == 16:
+            stored = sixteen_bits(weight)
+            error: float | None = squared_distance(weight, stored)
+        else:
+            matrix = quantizer(weight, choice, name)
+            stored, error = encode(matrix), matrix.squared_error
+        assert error is not None  # only matrices read from files lack it
+        found.expected[choice], found.coded[choice] = error, encode_tensor(stored).nbytes
+    return found
 
 
 def squared_errors(

@@ -19,6 +19,7 @@ import torch
 
 from alphaq.numerics import in_threads, row_parts, squared_norm
 from alphaq.quantizers.packing import dequantized_rows
+from alphaq.quantizers.rated import quantize_rated
 from alphaq.quantizers.rtn import BELOW_FP16, BIAS_WEIGHT, FP16_MAX, quantize_rtn, too_large
 from alphaq.quantizers.salience_kernels import quantize_salient
 from alphaq.records import Choice, QuantizedMatrix, SalientWeights
@@ -36,6 +37,8 @@ def mixing(base: Rounding, bias_weight: float = BIAS_WEIGHT) -> Rounding:
     def quantize(
         weight: torch.Tensor, choice: Choice, name: str = "matrix", importance: np.ndarray | None = None
     ) -> QuantizedMatrix:
+        if choice.rate:
+            return quantize_rated(weight, choice, name, bias_weight)
         if choice.salient:
             return quantize_pb(weight, choice, name, importance, bias_weight)
         if choice.mix:

@@ -7,6 +7,7 @@ packed, too. Linear layers and experts multiply packed; parameters that somethin
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,8 +27,11 @@ from transformers.core_model_loading import (
 )
 from transformers.utils import logging
 
-from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo, read_header
+from alphaq.checkpoint.files import PlainFile
+from alphaq.checkpoint.safetensors_format import ITEM_BYTES, TORCH_DTYPES, TensorInfo, read_header
 from alphaq.errors import CheckpointError
+from alphaq.numerics import in_threads
+from alphaq.quantizers.coding import PREFIX_BYTES, decode_tensor, decoded_info, is_coded
 from alphaq.quantizers.packing import decode, dequantize, read_block_header
 from alphaq.records import Shape
 from alphaq.runtime.modules import PackedExperts, PackedLinear, RestoredParameter, packed_class
@@ -51,6 +55,8 @@ class DequantizeBlocks(ConversionOps):
         dtype = model.get_parameter_or_buffer(full_layer_name).dtype
 
         def restore(tensor: Tensor) -> Tensor:
+            if is_coded(tensor):
+                tensor = decode_tensor(tensor.cpu(), full_layer_name).to(tensor.device)
             if tensor.dtype == torch.uint8 and tensor.ndim == 1:
                 logger.warning_once(
                     f"{full_layer_name} and others do not stay packed: transformers' class or a `key_mapping` has no "
@@ -130,8 +136,14 @@ class Target:
 
 
 def stored_tensors(files: Sequence[str]) -> dict[str, tuple[Path, TensorInfo]]:
-    """What the checkpoint's files hold, by name. Raises CheckpointError if a file is damaged."""
-    return {name: (Path(file), info) for file in files for name, info in read_header(Path(file))[0].items()}
+    """What the checkpoint's files hold, by name, as it is once decoded. Raises CheckpointError if a file is damaged."""
+    found = {}
+    for path in map(Path, files):
+        opened = PlainFile(path)
+        for name, info in read_header(path)[0].items():
+            prefix = opened.read(info.begin, min(info.nbytes, PREFIX_BYTES)) if is_block(info) else torch.empty(0)
+            found[name] = path, decoded_info(info, prefix)
+    return found
 
 
 def is_block(info: TensorInfo) -> bool:
@@ -219,11 +231,12 @@ class Packer:
         return {left.place(name)[0] for name in packed}
 
     def fill(self, model: Any) -> None:
-        """Give the packed modules their blocks: mapped from the files, or copied to where their layer is."""
+        """Give the packed modules their blocks: mapped from the files, decoded, or copied to where their layer is."""
         for name, module in model.named_modules():
             if isinstance(module, PackedWeights):
                 device = _device_of(model, name)
-                module.fill([[self._tensor(one).to(device) for one in names] for names in module.names])
+                flat = iter(in_threads(self._tensor, [one for names in module.names for one in names]))
+                module.fill([[next(flat).to(device) for _ in names] for names in module.names])
         self._files.clear()
 
     def restore(self, model: Any, dtype: torch.dtype) -> None:
@@ -251,20 +264,23 @@ class Packer:
         return any(is_block(self.stored[name][1]) for names in target.names for name in names)
 
     def _tensor(self, name: str) -> Tensor:
-        """A stored tensor as a view of the mapped file."""
+        """A stored tensor as a view of the mapped file, or decoded."""
         path, info = self.stored[name]
         if path not in self._files:
             self._files[path] = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
         held = self._files[path][info.begin : info.end]
-        if is_block(info):
+        if is_coded(held):
+            values = decode_tensor(held, name)
+        elif is_block(info):
             return held
-        kind = TORCH_DTYPES[info.dtype]
-        values = (held.clone() if info.begin % kind.itemsize else held).view(kind).view(info.shape)
-        return values if kind in KEPT else values.bfloat16()
+        else:
+            kind = TORCH_DTYPES[info.dtype]
+            values = (held.clone() if info.begin % kind.itemsize else held).view(kind).view(info.shape)
+        return values if is_block(info) or values.dtype in KEPT else values.bfloat16()
 
     def _weights(self, target: Target, shape: Shape) -> PackedWeights:
         weights = PackedWeights(target.names, shape, target.parameter.dtype)
-        weights.reserve(sum(self.stored[name][1].nbytes for row in target.names for name in row))
+        weights.reserve(sum(_bytes_of(self.stored[name][1]) for row in target.names for name in row))
         return weights
 
     def _pack_linear(self, model: Any, module: nn.Linear, target: Target) -> None:
@@ -299,6 +315,11 @@ class Packer:
 
 
 _KNOWN = ("MergeModulelist", "Concatenate", "Transpose", "Interleave")
+
+
+def _bytes_of(info: TensorInfo) -> int:
+    """Bytes of a tensor once it is decoded."""
+    return math.prod(info.shape) * ITEM_BYTES[info.dtype]
 
 
 def _place(target: Target) -> str:

@@ -14,7 +14,8 @@ from torch import nn
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from alphaq.records import NATIVE_FORMAT_VERSION, check_native_format
+from alphaq.errors import CheckpointError
+from alphaq.records import CODECS, NATIVE_FORMAT_VERSION, check_native_format
 
 QUANT_METHOD = "alphaq"
 
@@ -50,6 +51,10 @@ class AlphaQConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> AlphaQConfig:
         """Raises CheckpointError if the checkpoint's format is newer."""
         check_native_format(config.get("format_version", NATIVE_FORMAT_VERSION))
+        if (codec := config.get("codec")) not in (None, CODECS[0]):
+            raise CheckpointError(
+                f"vLLM cannot load tensors coded with {codec}. Decode them: alphaq recode OUT --codec none -o DECODED"
+            )
         return cls()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:

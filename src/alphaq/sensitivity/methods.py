@@ -45,6 +45,10 @@ class Evidence:
     calibration: Calibration | None = None
     gamma: float | Literal["auto"] = "auto"
     seed: int = 0
+    coded: np.ndarray | None = None
+    """Bytes of each matrix at each choice once entropy-coded, int64 [matrices, choices]."""
+    rest_bytes: int = 0
+    """Of entropy-coded files: everything but these matrices."""
 
     @property
     def relative_errors(self) -> np.ndarray:
