@@ -17,6 +17,7 @@ import typer
 
 from alphaq import __version__
 from alphaq.commands.recode import recode
+from alphaq.commands.slice import slice_
 from alphaq.config import ProxyKind
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.options import (
@@ -391,9 +392,9 @@ def verify(
 ) -> None:
     """Re-read every tensor against the plan, the checksums and (with --source) the original values."""
     from alphaq import pipeline
-    from alphaq.checkpoint.reader import open_checkpoint
+    from alphaq.artifact import open_source
 
-    original = None if source is None else open_checkpoint(source)
+    original = None if source is None else open_source(source)
     with means_for(original, workers) as (pool, _):
         result = pipeline.verify(output, original, progress, pool)
     beside = ""
@@ -468,6 +469,7 @@ def demo(
 
 
 app.command()(recode)
+app.command("slice")(slice_)
 
 
 def _version(wanted: bool) -> None:

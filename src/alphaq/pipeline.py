@@ -198,7 +198,8 @@ def _quantize_coded(
         )
     shutil.rmtree(uncoded)
     files = [str(out / file) for file in Output(out).headers]
-    return {**checked, **coded, "files": files, "source_bytes": checkpoint.nbytes}
+    quantized = {"quantizer": Rounding.of(plan.engine).name, "not_calibrated": {}}
+    return {**quantized, **checked, **coded, "files": files, "source_bytes": checkpoint.nbytes}
 
 
 def _note(journal: Journal, task: StoreTask, record: Record) -> None:

@@ -103,8 +103,10 @@ def recode(folder: Path, out: Path, codec: str, wrap: Wrap = silent, workers: Wo
         config = parse_json(read_bounded(folder / "config.json"))
         config["quantization_config"] |= {"format_version": CODED_FORMAT_VERSION, "codec": codec}
         write_json(made / "config.json", config)
-        data = sum(stored.place.nbytes for stored in opened.profile.writer.stored(made).values())
-        index = {"metadata": {"total_size": data}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {
+            "metadata": {"total_size": total - sum(length for length, _ in headers.values())},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
         write_json(made / INDEX_NAME, index)
         own = {*files, "config.json", INDEX_NAME, PLAN_NAME, MANIFEST_NAME}
         for path in sorted(path for path in folder.iterdir() if path.name not in own and is_file(path)):

@@ -27,7 +27,7 @@ BLOCK_HEADER_BYTES = 16
 BLOCK_ALIGNMENT = 16
 CHOICE_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 GROUP_SIZES = (32, 64, 128)
-MIXES = ("", "slim", "pb2", "pb4", "pb8")  # a block's flags hold the place in this list
+MIXES = ("", "slim", "pb2", "pb4", "pb8", "nest")  # a block's flags hold the place in this list
 SLIM_BITS = (2, 3, 4, 5, 6, 7)
 CODECS = ("none", "zstd")  # a coded tensor's header holds the place in this list
 PLAN_FORMAT_VERSION = 1
@@ -133,6 +133,8 @@ class Choice:
     A `mix` varies widths within the matrix. "slim": a group has bits − 1, bits or bits + 1, as many groups the one as
     the other. "pb2", "pb4", "pb8": up to so many weights of each group have 8 bits, the others the one of `bits`.
 
+    "nest" varies nothing: levels lie at odd halves of a step, so that the top bits of a code are codes too.
+
     A `rate` is of codes that will be entropy-coded: bits per weight, less than `bits`, that Gaussian weights will take.
     It decides the step; what is stored is the symmetric choice without it.
     """
@@ -168,6 +170,10 @@ class Choice:
             raise ChoiceError(f"{shown(self.mix)} is no mix of widths. Available: {', '.join(MIXES[1:])}.")
         if self.scheme or self.bits == 16:
             raise ChoiceError(f"{self.scheme or 16} has no widths to mix. Write for example 2g128-slim.")
+        if self.nested:
+            if self.bits == 1 or not self.symmetric:
+                raise ChoiceError("Nested codes have 2 to 8 bits and no zero points. Write for example 4g128-nest.")
+            return
         if self.salient and self.bits != 1:
             raise ChoiceError(f"-{self.mix} is 8-bit weights over a rest of 1 bit. Write 1-{self.mix}, not {self}.")
         if not self.salient and self.bits not in SLIM_BITS:
@@ -189,6 +195,7 @@ class Choice:
                 "3, 3g64, 4g128s, 2g128-slim, 1g128-pb8, @2.75, 16, Q4_K."
             )
         bits, mix, rate = int(match[1]), match[4] or "", float(match[5] or 0)
+        symmetric = symmetric or mix == "nest"
         if bits == 16:
             return cls(16, int(match[2] or 0), match[3] is not None, mix=mix)
         return cls(bits, int(match[2] or default_group_size), match[3] is not None or symmetric, mix=mix, rate=rate)
@@ -197,7 +204,21 @@ class Choice:
         if self.scheme:
             return self.scheme
         mix = f"-{self.mix}" if self.mix else f"@{self.rate:g}" if self.rate else ""
-        return "16" if self.bits == 16 else f"{self.bits}g{self.group_size}{'s' if self.symmetric else ''}{mix}"
+        return (
+            "16"
+            if self.bits == 16
+            else f"{self.bits}g{self.group_size}{'s' * (self.symmetric and not self.nested)}{mix}"
+        )
+
+    @property
+    def nested(self) -> bool:
+        """Whether the top bits of codes are codes."""
+        return self.mix == "nest"
+
+    @property
+    def slim(self) -> bool:
+        """Whether groups differ in their bits."""
+        return self.mix == "slim"
 
     @property
     def stored(self) -> Choice:
@@ -226,7 +247,7 @@ class Choice:
             offsets = 0
         elif self.bits == 1:
             offsets = 2 * rows * groups
-        elif self.mix:
+        elif self.slim:
             offsets = 4 * groups * self.bits * -(-rows // 32)  # whole words at every width
         else:
             offsets = 4 * groups * -(-rows * self.bits // 32)
@@ -237,7 +258,7 @@ class Choice:
         groups = self.groups(shape[1])
         if self.salient:
             return shape[0] * groups * (2 + 2 * self.salient)
-        return groups if self.mix else 0
+        return groups if self.slim else 0
 
     def storage_bytes(self, shape: Shape) -> int:
         """Exact bytes of the stored tensor: header, codes, zero points, scales and padding included."""
@@ -332,6 +353,22 @@ class PlanTable(BaseModel):
         return self
 
 
+class RateDistortion(BaseModel):
+    """A plan's loss against the Gaussian bound at its bytes (allocation/bound.py).
+
+    bound: in units of the loss. times_bound: the plan's loss over it. whole_widths: the part of this factor that widths
+    in steps make; the rest is the quantizers'. points: of each choice, stored bits per weight R, relative squared error D
+    of all planned weights together, and D over 2^(−2R).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    bound: float
+    times_bound: float | None
+    whole_widths: float
+    points: dict[str, tuple[float, float, float]] = Field(default_factory=dict)
+
+
 class Plan(BaseModel):
     """The decision: which choice each matrix gets, for which budget and engine, and why."""
 
@@ -367,6 +404,8 @@ class Plan(BaseModel):
     """Σ(w − ŵ)²/Σw² of each planned matrix, as measured for the plan."""
     sampling_error: float | None = None
     """Standard error of the expected errors, relative, of the unit where it is largest; 0 if none was sampled."""
+    rate_distortion: RateDistortion | None = None
+    """Against what any quantizer could do; None where losses are not proportional to squared errors."""
     table: PlanTable | None = None
 
     @model_validator(mode="after")

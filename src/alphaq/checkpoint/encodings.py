@@ -14,7 +14,7 @@ Sources: DeepSeek-V3's inference/fp8_cast_bf16.py, transformers' integrations/mx
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,6 +59,8 @@ class Encoding:
     scales: TensorInfo | None = None
     scales_shard: str | None = None
     head_rows: int = 0
+    decoder: Callable[[Tensor, str], Tensor] | None = None
+    """Gives the values of a whole tensor from its bytes and name, where a format of this package's own is read."""
 
     def scale_rows(self, start: int, stop: int) -> tuple[int, int]:
         """First row of scales, and row after the last, that rows [start, stop) of codes need."""

@@ -77,7 +77,7 @@ class PlainFile:
 
     def read(self, begin: int, nbytes: int) -> torch.Tensor:
         """Bytes [begin, begin + nbytes) as uint8. Raises CheckpointError if the file is shorter, or has changed."""
-        data = torch.empty(nbytes, dtype=torch.uint8)
+        data = torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # whatever device a caller makes the default
         self.read_into(begin, data.numpy().data)
         return data
 

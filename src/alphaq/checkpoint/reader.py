@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +52,7 @@ SIDE_FILES = (
 )
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of a weight file, to recognise it by
 SETTINGS_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+NATIVE_METHOD = "alphaq"  # the quant_method of native checkpoints
 READABLE_WEIGHTS = ("F32", "F16", "BF16")
 _IMPLEMENTATIONS = {"attn_implementation", "_attn_implementation", "experts_implementation"}
 """Keys by which transformers lets a config choose kernels, also those of any repository."""
@@ -151,6 +152,8 @@ class Checkpoint:
         shard, info = self.shard_of[name], self.info(name)
         if info.encoding is None:
             return self.file(shard).read(info.begin, info.nbytes).view(TORCH_DTYPES[info.dtype]).view(info.shape)
+        if info.encoding.decoder is not None:
+            return self._decoded(shard, info, info.encoding.decoder)
         slices, rows, columns = stored_grid(info)
         sides = (columns, rows) if info.encoding.turned else (rows, columns)
         whole = torch.empty((slices, *sides), dtype=TORCH_DTYPES[info.dtype])
@@ -178,6 +181,8 @@ class Checkpoint:
     def _read(self, shard: str, info: TensorInfo, index: int, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a slice as they lie on disk, decoded, [rows, columns]."""
         encoding = info.encoding
+        if encoding is not None and encoding.decoder is not None:
+            return self._decoded(shard, info, encoding.decoder)[start:stop]
         if encoding is not None and encoding.head_rows:
             return self._read_heads(shard, info, encoding, start, stop)
         data = self.file(shard).read(*rows_place(info, index, start, stop)).view(stop - start, -1)
@@ -188,6 +193,12 @@ class Checkpoint:
             needed = encoding.scale_rows(start, stop)
             scales = self._read(encoding.scales_shard or shard, encoding.scales, index, *needed)
         return decode(encoding, data, scales, start % encoding.block[0])
+
+    def _decoded(
+        self, shard: str, info: TensorInfo, decoder: Callable[[torch.Tensor, str], torch.Tensor]
+    ) -> torch.Tensor:
+        """A tensor of which no part can be read alone."""
+        return decoder(self.file(shard).read(info.begin, info.nbytes), info.name).view(info.shape)
 
     def _read_heads(self, shard: str, info: TensorInfo, encoding: Encoding, start: int, stop: int) -> torch.Tensor:
         """The same where rows of a head's halves lie in turns: whole heads are read and put in order."""
@@ -301,11 +312,23 @@ def _open_gguf(path: Path, quantized: bool) -> Checkpoint:
     return replace(opened, gguf=source.file, gguf_names=source.names, stamps=stamps)
 
 
-def _open_folder(folder: Path, model: str | Path) -> Checkpoint:
+Restore = Callable[[PlainFile, TensorInfo], TensorInfo]
+"""What a stored tensor of a native checkpoint stands for, its file at hand."""
+
+
+def open_native(folder: Path, restored: Restore) -> Checkpoint:
+    """A native checkpoint as if disk held the values that it stands for. Raises CheckpointError, ArchitectureError."""
+    return _open_folder(folder, folder, restored)
+
+
+def _open_folder(folder: Path, model: str | Path, restored: Restore | None = None) -> Checkpoint:
     stamps = _stamps(folder.iterdir())
     config = read_config(folder)
     quantization = config.pop("quantization_config", None)  # what is read is no longer quantized
-    if quantization is not None and quantization.get("quant_method") not in READABLE_METHODS:
+    native = restored is not None and quantization is not None and quantization.get("quant_method") == NATIVE_METHOD
+    if restored is not None and not native:
+        raise CheckpointError(f"{folder} is no native checkpoint. Point to the output of `alphaq quantize`.")
+    if quantization is not None and not native and quantization.get("quant_method") not in READABLE_METHODS:
         method = shown(quantization.get("quant_method", "unknown"))
         raise CheckpointError(
             f"{model} is already quantized (quant_method {method}). Start from the original 16-bit checkpoint; of "
@@ -313,7 +336,10 @@ def _open_folder(folder: Path, model: str | Path) -> Checkpoint:
         )
     architecture = architecture_of(config)
     shards, fingerprint = read_shards(folder)
-    if quantization is not None:
+    if restored is not None:
+        opened = {shard: PlainFile(folder / shard) for shard in shards}
+        shards = {s: {name: restored(opened[s], one) for name, one in tensors.items()} for s, tensors in shards.items()}
+    elif quantization is not None:
         shards = decoded_shards(shards, quantization)
     return replace(_checkpoint(folder, folder.resolve().name, config, architecture, shards, fingerprint), stamps=stamps)
 

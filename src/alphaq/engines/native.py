@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from alphaq.checkpoint.reader import Checkpoint
+from alphaq.checkpoint.reader import NATIVE_METHOD, Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec, stored_bytes
 from alphaq.engines.export import (
     Export,
@@ -29,8 +29,6 @@ from alphaq.engines.profile import Profile
 from alphaq.errors import CheckpointError
 from alphaq.quantizers.packing import decode, dequantized_rows, encode, read_block_header
 from alphaq.records import CHOICE_BITS, GROUP_SIZES, NATIVE_FORMAT_VERSION, SLIM_BITS, Choice, MatrixRef, Plan, Shape
-
-QUANT_METHOD = "alphaq"
 
 
 def part(matrix: MatrixRef, choice: Choice) -> Part:
@@ -73,7 +71,7 @@ def fault(name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[t
 def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout) -> None:
     """Config, index and tokenizer."""
     quantization = {
-        "quant_method": QUANT_METHOD,
+        "quant_method": NATIVE_METHOD,
         "format_version": NATIVE_FORMAT_VERSION,
         "average_bits": plan.average_bits,
         "bits_per_weight": plan.bits_per_weight,
@@ -89,6 +87,9 @@ _SLIM = tuple(
     for bits in SLIM_BITS
     for group_size in GROUP_SIZES
 )
+NESTED = tuple(
+    Choice(bits, group_size, symmetric=True, mix="nest") for bits in CHOICE_BITS[1:] for group_size in GROUP_SIZES
+)
 _RATED = tuple(Choice.parse(f"@{quarters / 4}") for quarters in range(4, 25))
 """For entropy-coded files: 1 to 6 bits per weight."""
 _SALIENT = tuple(
@@ -102,7 +103,7 @@ PROFILE = Profile(
     name="native",
     summary="safetensors for our own runtime: 1 to 8 bit, each expert and projection on its own",
     unit="matrix",
-    choices=(*_ASYMMETRIC, *_SYMMETRIC, Choice(16), *_SLIM, *_SALIENT, *_RATED),
+    choices=(*_ASYMMETRIC, *_SYMMETRIC, Choice(16), *_SLIM, *_SALIENT, *NESTED, *_RATED),
     defaults=_ASYMMETRIC,
     with_bits=lambda bits: Choice(bits, 0 if bits == 16 else 128),
     storage_bytes=Choice.storage_bytes,

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 import alphaq
+from alphaq.allocation.bound import rate_distortion
 from alphaq.allocation.problem import Problem, solve_experts, solve_losses, solve_order, solve_shares
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.llama_cpp import gaussian_errors
@@ -45,6 +46,7 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
     chosen = {name: choices[column] for name, column in zip(names, columns, strict=True)}
     experts = columns[: len(evidence.names)]
     parameters = int(found.weights.sum())
+    allowed = problem.allowed[: len(experts)]
     picked = np.arange(len(experts)), experts
     blocks = None
     if checkpoint is not None:
@@ -63,6 +65,10 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
     relative = found.evidence.relative_errors[picked].tolist()
     if all(matrix.name in found.joined for matrix in joined):
         relative += [row[column] for row, column in zip(others, columns[len(experts) :], strict=True)]
+    against_bound = None
+    if checkpoint is not None and request.method.kind == "loss" and not config.unweighted:
+        own = np.where(allowed, losses[: len(experts)], np.nan)
+        against_bound = rate_distortion(choices, own, evidence.errors, evidence.energies, table, found.weights, experts)
     deviation = None if found.deviations is None else float(f"{found.deviations[picked].max():.2g}")
     resolved = config.model_copy(update={"gamma": resolved_gamma(evidence)} if config.method == "alphaq" else {})
     unit = next(name for name, value in config.budget.model_dump().items() if value is not None)
@@ -89,6 +95,7 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
         neutral={name: s.reason for name, s in found.spectra.items() if s.alpha is None},
         expected_error={name: float(f"{error:.4g}") for name, error in zip(names, relative, strict=False)},
         sampling_error=deviation,
+        rate_distortion=against_bound,
         table=_table(problem, losses, names),
     )
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -24,7 +25,7 @@ from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, ITEM_BYTES, MAX_DI
 from alphaq.errors import CheckpointError
 from alphaq.quantizers.coding_kernels import join_rows, split_rows
 from alphaq.quantizers.packing import read_block_header
-from alphaq.records import BLOCK_HEADER_BYTES, CODECS
+from alphaq.records import BLOCK_HEADER_BYTES, CODECS, Choice, Shape
 
 _HEADER = struct.Struct("<2sBBBBHQ")  # magic, version, codec, kind, dimensions, planes, bytes of the tensor
 _MAGIC = b"AZ"
@@ -83,6 +84,25 @@ def decoded_info(info: TensorInfo, prefix: torch.Tensor) -> TensorInfo:
         return info
     kind, shape, _, _ = _read_header(prefix.numpy().tobytes(), info.nbytes, info.name)
     return TensorInfo(info.name, "U8" if kind == _BLOCK else kind, shape, info.begin, info.end)
+
+
+def block_header(read: Callable[[int, int], torch.Tensor], info: TensorInfo) -> tuple[Choice, Shape] | None:
+    """Choice and shape of a native block, coded or not; None if a stored tensor is none.
+
+    read: gives so many bytes from a place of the file on. Raises CheckpointError naming the tensor if it is damaged.
+    """
+    if info.dtype != "U8" or len(info.shape) != 1:
+        return None
+    prefix, nbytes = read(info.begin, min(info.nbytes, PREFIX_BYTES)), info.nbytes
+    if is_coded(prefix):
+        kind, shape, sizes, nbytes = _read_header(prefix.numpy().tobytes(), info.nbytes, info.name)
+        if kind != _BLOCK:
+            return None
+        begin = _HEADER.size + 8 * (len(shape) + 2 * len(sizes))
+        prefix = torch.from_numpy(
+            _unpacked(read(info.begin + begin, sizes[0][0]).numpy(), sizes[0][1], info.name).copy()
+        )
+    return read_block_header(prefix, info.name, nbytes) if is_block(prefix) else None
 
 
 def decode_tensor(stored: torch.Tensor, name: str = "tensor") -> torch.Tensor:
@@ -186,9 +206,7 @@ def _block_planes(raw: np.ndarray) -> list[np.ndarray]:
 
 def _fill_block(planes: list[np.ndarray], raw: np.ndarray, name: str) -> None:
     """The inverse of `_block_planes`."""
-    head = np.zeros(raw.size, np.uint8)
-    head[: min(BLOCK_HEADER_BYTES, raw.size)] = planes[0][:BLOCK_HEADER_BYTES]
-    choice, shape = read_block_header(torch.from_numpy(head), name)
+    choice, shape = read_block_header(torch.from_numpy(planes[0].copy()), name, raw.size)
     parts = choice.parts(shape)
     ends = np.cumsum([BLOCK_HEADER_BYTES, *parts]).tolist()
     width, row_bytes, items = _symbol_bits(choice.bits), choice.row_bytes(shape[1]), 2 if choice.bits == 1 else 1

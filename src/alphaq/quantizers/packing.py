@@ -77,8 +77,11 @@ def _packed_offsets(matrix: QuantizedMatrix) -> np.ndarray:
     return np.concatenate([pack(row[None], bits)[0] for row, bits in zip(padded, widths, strict=True)])
 
 
-def read_block_header(block: torch.Tensor, name: str) -> tuple[Choice, Shape]:
-    """Choice and shape of a block. Raises CheckpointError if it is no block or has the wrong length."""
+def read_block_header(block: torch.Tensor, name: str, nbytes: int | None = None) -> tuple[Choice, Shape]:
+    """Choice and shape of a block. Raises CheckpointError if it is no block or has the wrong length.
+
+    nbytes: length of the block, where `block` is only its beginning.
+    """
     try:
         if block.dtype != torch.uint8 or block.ndim != 1:
             raise ChoiceError(f"it is {block.dtype} {list(block.shape)}, not a row of bytes")
@@ -91,8 +94,8 @@ def read_block_header(block: torch.Tensor, name: str) -> tuple[Choice, Shape]:
             raise ChoiceError(f"a matrix of shape {[rows, columns]} has no elements")
         choice = Choice(bits, group_size, bool(flags & _FLAG_SYMMETRIC), mix=MIXES[flags >> 1])
         shape = (rows, columns)
-        if choice.storage_bytes(shape) != block.numel():
-            raise ChoiceError(f"{choice} of shape {shape} does not take {block.numel()} bytes")
+        if choice.storage_bytes(shape) != (nbytes or block.numel()):
+            raise ChoiceError(f"{choice} of shape {shape} does not take {nbytes or block.numel()} bytes")
     except (struct.error, ChoiceError) as error:
         raise CheckpointError(
             f"{name} is not a native block ({error}). Quantize the model again or update alphaq."
@@ -116,7 +119,7 @@ def decode(block: torch.Tensor, name: str = "tensor") -> QuantizedMatrix:
     offsets = widths = salient = None
     if choice.salient:
         salient = _read_salient(mix, choice, shape, name)
-    elif choice.mix:
+    elif choice.slim:
         widths = _read_widths(mix, choice, columns, name)
     if not choice.symmetric:
         if choice.bits == 1:
@@ -223,7 +226,7 @@ def _zeros(matrix: QuantizedMatrix, part: slice) -> np.ndarray:
     if matrix.offsets is not None:
         return _floats(matrix.offsets, part)
     bits = np.full(matrix.scales.shape[1], matrix.choice.bits) if matrix.widths is None else matrix.widths.numpy()
-    middles = np.where(bits == 1, 0, 2.0 ** (bits - 1)).astype(np.float32)
+    middles = np.where(bits == 1, 0, 2.0 ** (bits - 1) - 0.5 * matrix.choice.nested).astype(np.float32)
     return np.tile(middles, part.stop - part.start)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from alphaq.numerics import in_threads, row_parts, squared_norm
+from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.packing import dequantized_rows
 from alphaq.quantizers.rated import quantize_rated
 from alphaq.quantizers.rtn import BELOW_FP16, BIAS_WEIGHT, FP16_MAX, quantize_rtn, too_large
@@ -39,6 +40,8 @@ def mixing(base: Rounding, bias_weight: float = BIAS_WEIGHT) -> Rounding:
     ) -> QuantizedMatrix:
         if choice.rate:
             return quantize_rated(weight, choice, name, bias_weight)
+        if choice.nested:
+            return quantize_nested(weight, choice, name, bias_weight)
         if choice.salient:
             return quantize_pb(weight, choice, name, importance, bias_weight)
         if choice.mix:

@@ -56,6 +56,12 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("expected loss (objective)", f"{plan.objective:.6g}")
     if plan.lower_bound is not None:
         table.add_row("proven gap to the best plan", "0" if plan.gap < 1e-9 else f"{100 * plan.gap:.2g} %")
+    if (against := plan.rate_distortion) is not None and against.times_bound is not None:
+        rounding = against.times_bound / against.whole_widths
+        table.add_row(
+            "loss against the Gaussian bound at these bytes",
+            f"{against.times_bound:.2f} × ({rounding:.2f} × by rounding, {against.whole_widths:.3f} × by whole widths)",
+        )
     if plan.sampling_error:
         table.add_row("standard error of the errors (sampled)", f"at most {100 * plan.sampling_error:.2g} %")
     if plan.budget_slack is not None:
@@ -64,7 +70,9 @@ def plan_table(plan: Plan) -> Table:
     table.add_section()
     counts = Counter(plan.choices[name] for name in plan.assignment)
     for choice in sorted(counts, key=Choice.parse):
-        table.add_row(f"matrices at {choice}", f"{counts[choice]:,}")
+        point = plan.rate_distortion.points.get(choice) if plan.rate_distortion else None
+        beside = f"   error {point[1]:.4f} at {point[0]:.3f} bits, {point[2]:.2f} × 2^−2R" if point else ""
+        table.add_row(f"matrices at {choice}", f"{counts[choice]:,}{beside}")
     if plan.unplanned:
         table.add_row("not planned (see unplanned)", f"{len(plan.unplanned):,}")
     if plan.neutral:

@@ -64,7 +64,7 @@ STEP_GROUP = 128  # inputs that share a step
 TASK_ROWS = 64
 LIMITS = (32639.0, 8355711.0)  # largest whole number that 2 and 3 signed bytes are cut from
 HEADER = 16
-MIXED = 1  # flags beyond it are of blocks that have no kernel here
+MIXED = 3  # flags beyond it are of blocks that have no kernel here
 AHEAD = 2048  # bytes: processors foresee a stream of codes only to the end of its page
 SMALLEST = np.float32(1e-30)  # inputs below have no inverse in float32 and count as 0
 WORTH_THREADS = 1 << 20  # products, some tens of microseconds
@@ -243,7 +243,8 @@ def multiply_block(
 ):
     """Products of up to 64 rows from `first` on with some tokens.
 
-    mine: int64 [count], rows of digits [planes, tokens, padded], steps and sums. out: float32 [pairs, width]; products
+    symmetric: 0, 1, or 3 where levels are odd halves. mine: int64 [count], rows of digits [planes, tokens, padded],
+    steps and sums. out: float32 [pairs, width]; products
     of mine[i] go to row pairs[i], from `column` on. room: see `_room`.
     """
     scales, means, weights, totals, zeros, rest = room
@@ -253,7 +254,8 @@ def multiply_block(
     row_bytes = 4 * -(-columns * bits // 32)
     _grids(address, bits, group_size, symmetric, rows, columns, first, count, scales, means, zeros)
     padded_groups = -(-groups // LANES) * LANES
-    middle = splat(np.float32(2 ** (bits - 1)) if bits > 1 else np.float32(1))
+    halves = np.float32(0.5) if symmetric > 1 else np.float32(0)
+    middle = splat(np.float32(2 ** (bits - 1)) - halves if bits > 1 else np.float32(1))
     factor = splat(np.float32(2) if bits == 1 else np.float32(1))
     padded = digits.shape[2]
     stride = digits.shape[1] * padded
@@ -456,7 +458,7 @@ def restore_block(address, bits, group_size, symmetric, rows, columns, first, br
                     start = (means[row * groups + group] if not symmetric else np.float32(0)) - scale
                     scale = np.float32(2) * scale
                 elif symmetric:
-                    zero = np.float32(2 ** (bits - 1))
+                    zero = np.float32(2 ** (bits - 1)) - (np.float32(0.5) if symmetric > 1 else np.float32(0))
                 else:
                     zero = np.float32(zeros[group // LANES * LANES * CODES + LANES * row + group % LANES])
                 low = (load_bytes(codes, begin % CODES) - splat(zero)) * splat(scale) + splat(start)
@@ -491,7 +493,7 @@ def _restore_tasks(request):
             job[JOB_ADDRESS],
             job[JOB_BITS],
             job[JOB_GROUP],
-            job[JOB_FLAGS] != 0,
+            job[JOB_FLAGS],
             request[ROWS],
             request[COLUMNS],
             job[JOB_FIRST] + TASK_ROWS * task,
@@ -536,7 +538,7 @@ def _work(request):
                 job[JOB_ADDRESS],
                 job[JOB_BITS],
                 job[JOB_GROUP],
-                job[JOB_FLAGS] != 0,
+                job[JOB_FLAGS],
                 rows,
                 columns,
                 first,

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from alphaq.errors import AlphaQError
 from alphaq.quantizers.packing import decode, dequantize
-from alphaq.records import MIXES, Choice, QuantizedMatrix
+from alphaq.records import QuantizedMatrix
 from alphaq.runtime import kernels
-from alphaq.runtime.packed import ADDRESS, BITS, FLAGS, GROUP_SIZE, SYMMETRIC, PackedWeights
+from alphaq.runtime.packed import ADDRESS, BITS, FLAGS, PackedWeights, coded_as
 from alphaq.runtime.threads import parallel
 from alphaq.simd import flat
 from alphaq.simd_codes import FEATURES
@@ -88,7 +88,7 @@ def cpu_linear(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens
     )
     if left:
         experts_left = np.bincount(wanted[wanted >= 0], minlength=codings.shape[1])[: codings.shape[1]]
-        restored = (experts_left > FEW_TOKENS) | (codings[..., FLAGS] > SYMMETRIC)  # [projections, experts]
+        restored = (experts_left > FEW_TOKENS) | (codings[..., FLAGS] > kernels.MIXED)  # [projections, experts]
         for expert in np.flatnonzero((experts_left > 0) & restored.any(0)):
             mine = torch.from_numpy(np.flatnonzero(wanted == expert))
             _multiply_restored(inputs[tokens[mine]], codings[:, expert], restored[:, expert], rows, out, mine)
@@ -107,7 +107,7 @@ def _multiply_restored(
     scratch = torch.empty(min(step, rows), columns, dtype=kind)
     for projection in np.flatnonzero(chosen):
         coding = codings[projection]
-        mixed = _mixed(coding, rows, columns) if coding[FLAGS] > SYMMETRIC else None
+        mixed = _mixed(coding, rows, columns) if coding[FLAGS] > kernels.MIXED else None
         for first in range(0, rows, step):
             count = min(step, rows - first)
             part = scratch[:count]
@@ -122,8 +122,7 @@ def _multiply_restored(
 
 def _mixed(coding: np.ndarray, rows: int, columns: int) -> QuantizedMatrix:
     """A matrix of several widths where it lies."""
-    bits, group_size, flags = (int(coding[field]) for field in (BITS, GROUP_SIZE, FLAGS))
-    choice = Choice(bits, group_size, bool(flags & SYMMETRIC), mix=MIXES[flags >> 1])
+    choice = coded_as(coding)
     nbytes = choice.storage_bytes((rows, columns))
     block = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(int(coding[ADDRESS])))
     return decode(torch.from_numpy(block))

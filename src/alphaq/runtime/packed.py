@@ -18,7 +18,8 @@ from alphaq.records import BLOCK_HEADER_BYTES, MIXES, Choice, Shape
 
 ADDRESS, BITS, GROUP_SIZE, FLAGS = range(4)  # columns of a table
 FIELDS = 4
-SYMMETRIC = 1  # flag of blocks; those beyond it are the place of a mix in `MIXES`
+SYMMETRIC, HALVES = 1, 2  # flags; HALVES: of nested codes, whose levels are odd halves of a step
+MIX_SHIFT = 2  # flags beyond it are the place of a mix in `MIXES` that has no kernel
 FLOAT16 = 1  # flag of matrices of 16 bits, which are bfloat16 otherwise
 MIXING_DEVICES = ("cpu",)  # where mixes of widths can be multiplied
 KEPT = (torch.bfloat16, torch.float16)
@@ -87,11 +88,12 @@ class PackedWeights(nn.Module):
         end = BLOCK_HEADER_BYTES + code_bytes + offset_bytes + scale_bytes
         if not bool(torch.isfinite(block[begin:end].clone().view(torch.float16)).all()):
             raise CheckpointError(f"{name} has scales that are not finite. Quantize the model again.")
-        if choice.mix:
+        mix = "" if choice.nested else choice.mix
+        if mix:
             if block.device.type not in MIXING_DEVICES:
                 raise _unmixed(name, choice, block.device)
             decode(block, name)  # refuses what nothing else looks at
-        flags = (SYMMETRIC if choice.symmetric else 0) | MIXES.index(choice.mix) << 1
+        flags = SYMMETRIC * choice.symmetric | HALVES * choice.nested | MIXES.index(mix) << MIX_SHIFT
         return block.data_ptr(), choice.bits, choice.group_size, flags
 
     @property
@@ -101,8 +103,7 @@ class PackedWeights(nn.Module):
 
     def choice(self, projection: int, expert: int) -> Choice:
         """How one matrix is stored."""
-        bits, group_size, flags = self.table[projection, expert, BITS:].tolist()
-        return Choice(16) if bits == 16 else Choice(bits, group_size, bool(flags & SYMMETRIC), mix=MIXES[flags >> 1])
+        return coded_as(self.table[projection, expert])
 
     @torch.compiler.disable
     def dequantized(self, projection: int, expert: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -142,6 +143,16 @@ class PackedWeights(nn.Module):
         if not hasattr(self, "table"):
             return size
         return f"{size}, {self.table[..., BITS].double().mean():.2f} bits"
+
+
+def coded_as(coding: Any) -> Choice:
+    """The choice that one entry of a table names."""
+    bits, group_size, flags = (int(coding[field]) for field in (BITS, GROUP_SIZE, FLAGS))
+    if bits == 16:
+        return Choice(16)
+    return Choice(
+        bits, group_size, bool(flags & SYMMETRIC), mix="nest" if flags & HALVES else MIXES[flags >> MIX_SHIFT]
+    )
 
 
 def _unmixed(name: str, choice: Choice, device: torch.device) -> CheckpointError:

@@ -304,9 +304,9 @@ def _store_block_rows(
             codes, scales, x, x_sums, row, columns, groups, group_size, one,
             BITS, False, RAGGED, BLOCK, TILE_ROWS, TILE_BLOCKS,
         )  # fmt: skip
-    if symmetric == 0:
+    if symmetric != 1:
         result += _times_offsets(
-            offsets, scales, x_sums, row, rows, columns, groups, group_size, BITS, BLOCK, TILE_ROWS
+            offsets, scales, x_sums, row, rows, columns, groups, group_size, symmetric, BITS, BLOCK, TILE_ROWS
         )
     tl.store(y + out_row, result.to(y.dtype.element_ty), mask=out_row < rows)
 
@@ -318,7 +318,7 @@ def _parts(address, rows, columns, group_size, symmetric, BITS: tl.constexpr):
     many = rows.to(tl.int64)
     codes = address + HEADER_BYTES
     offsets = codes + many * (4 * tl.cdiv(columns * BITS, 32))
-    if symmetric == 1:
+    if symmetric != 0:
         scales = offsets
     elif BITS == 1:
         scales = offsets + many * (2 * groups)
@@ -433,11 +433,12 @@ def _times_offsets(
     columns,
     groups,
     group_size,
+    symmetric,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
 ):
-    """Σ_groups s·(2^(BITS−1) − z)·Σ x, or Σ_groups mean·Σ x of one bit, [TILE_ROWS]."""
+    """Σ_groups s·(2^(BITS−1) − z)·Σ x, or Σ_groups mean·Σ x of one bit, [TILE_ROWS]. Nested: z = 2^(BITS−1) − ½."""
     TILE_GROUPS: tl.constexpr = 32
     blocks = tl.cdiv(columns, BLOCK)
     row_start = row.to(tl.int64) * groups
@@ -455,7 +456,10 @@ def _times_offsets(
             weight = tl.load(offsets.to(tl.pointer_type(tl.float16)) + at).to(tl.float32)
         else:
             scale = tl.load(scales.to(tl.pointer_type(tl.float16)) + at).to(tl.float32)
-            weight = scale * (2 ** (BITS - 1) - _zero_points(offsets, row[:, None], group, rows, BITS))
+            if symmetric == 0:
+                weight = scale * (2 ** (BITS - 1) - _zero_points(offsets, row[:, None], group, rows, BITS))
+            else:
+                weight = scale * 0.5
         total = tl.fma(weight, x_sum, total)
     return tl.sum(total, 1)
 
@@ -601,6 +605,8 @@ def _product_with_block(
             scale *= 2
         elif symmetric == 0:
             zero_point = _zero_points(offsets, row, group, rows, BITS)
+        elif symmetric == 3:
+            zero_point -= 0.5
         weights = (code.to(tl.float32) - zero_point[:, None]) * scale[:, None]
         if BITS == 1:  # noqa: SIM102 (known when compiling, unlike the next)
             if symmetric == 0:

@@ -1,0 +1,179 @@
+"""Codes whose top bits are codes too, group by group."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from alphaq.quantizers.kernels import _least_biased, _pack, _range, _read
+from alphaq.simd import (
+    LANES,
+    as_half,
+    fma,
+    kernel,
+    lane_maximum,
+    lane_minimum,
+    lane_sum,
+    load,
+    magnitude,
+    maximum,
+    minimum,
+    nearest,
+    splat,
+    store_bytes,
+    where_less,
+)
+
+_WIDEST = 8
+
+
+@kernel
+def nest_rows(
+    weight, columns, bits, group_size, symmetric, shrinks, worth, bias_weight, packed, scales, offsets, largest
+):
+    """Quantize whole rows to levels s·(q − 2^(bits − 1) + ½); returns Σ(w − ŵ)² in float64.
+
+    shrinks: float32 [16], fractions of the full range to try. worth: float32 [9], what a unit of squared error weighs
+    at each width; 0 for those that are not to be cut down to. Weights that lie on such a grid of at most 8 bits already
+    keep the top bits of their codes. The others as for `quantize_rows`; offsets are not filled.
+    """
+    rows = weight.size // columns
+    groups = -(-columns // group_size)
+    row_bytes = 4 * -(-columns * bits // 32)
+    values = np.empty(group_size + LANES, np.float32)
+    codes = np.empty(group_size + LANES, np.uint8)
+    eights = codes.view(np.uint64)
+    zero = splat(np.float32(0))
+    extent, spoiled = zero, zero
+    error = 0.0
+    for row in range(rows):
+        for group in range(groups):
+            begin = group * group_size
+            count = min(group_size, columns - begin)
+            extent, spoiled = _read(weight, row * columns + begin, count, values, extent, spoiled)
+            lowest, highest, smallest = _range(values, count)
+            size = max(highest, -lowest)
+            step, width = _own_grid(values, count, bits, smallest, size)
+            if step == 0:
+                step, width = _joint_step(values, count, bits, size, shrinks, worth), bits
+            scale, found = _encode_nested(values, count, bits, width, step, bias_weight, codes)
+            scales[row * groups + group] = scale
+            error += found
+            _pack(codes, eights, count, bits, packed, row * row_bytes + begin * bits // 8, (row + 1) * row_bytes)
+    largest[0] = lane_maximum(extent) + lane_sum(spoiled)
+    return error
+
+
+@kernel
+def _floor(value):
+    """Whole numbers below, of values that are no multiple of a step smaller than 2^-9."""
+    return nearest(value - splat(np.float32(0.5 - 2.0**-10)))
+
+
+@kernel
+def _level(value, inverse, half):
+    """Levels at odd halves, of weights that a step's inverse turns into multiples of it."""
+    none = splat(np.float32(0))
+    inside = minimum(maximum(value * inverse, none - half), half - splat(np.float32(0.25)))
+    below = nearest(inside - splat(np.float32(0.5)))
+    return below + splat(np.float32(0.5))
+
+
+@kernel
+def _own_grid(values, count, bits, smallest, size):
+    """Step and bits of the coarsest grid of this kind that holds all weights exactly; (0, 0) if there is none."""
+    if smallest < np.inf:
+        for odd in range(1, 2**_WIDEST, 2):
+            step = as_half(np.float32(2) * smallest / np.float32(odd))
+            if step == 0 or size * np.float32(2) > np.float32(2**_WIDEST - 1) * step * np.float32(1.001):
+                break
+            if step * np.float32(0.5) * np.float32(odd) == smallest and _is_nested(values, count, step):
+                width = bits
+                while np.float32(2**width - 1) * step * np.float32(0.5) < size:
+                    width += 1
+                return step, width
+    return np.float32(0), bits
+
+
+@kernel
+def _is_nested(values, count, step):
+    """Whether all weights are odd multiples of half a step."""
+    half, inverse = splat(step * np.float32(0.5)), splat(np.float32(1) / step)
+    for at in range(0, count, LANES):
+        value = load(values, at)
+        level = nearest(value * inverse - splat(np.float32(0.5))) + splat(np.float32(0.5))
+        miss = magnitude(value - level * splat(np.float32(2)) * half)
+        for lane in range(min(LANES, count - at)):
+            if values[at + lane] == 0:
+                return False
+        if at + LANES <= count:
+            if lane_maximum(miss) > 0:
+                return False
+        else:
+            for lane in range(count - at):
+                own = values[at + lane] / step - np.float32(0.5)
+                if (np.rint(own) + np.float32(0.5)) * step != values[at + lane]:
+                    return False
+    return True
+
+
+@kernel
+def _joint_step(values, count, bits, size, shrinks, worth):
+    """The step of least Σ over widths of worth · Σ(w − ŵ)², where a width's levels are the top bits of the codes."""
+    none = splat(np.float32(0))
+    half = np.float32(2 ** (bits - 1))
+    candidates = as_half(splat(size / (half - np.float32(0.5))) * load(shrinks, 0))
+    inverses = where_less(none, candidates, splat(np.float32(1)) / candidates, none)
+    total = none
+    for width in range(2, bits + 1):
+        if worth[width] > 0:
+            cut = splat(np.float32(2.0 ** (width - bits)))
+            product, square, energy = none, none, none
+            for at in range(count):
+                value = splat(values[at])
+                level = _level(value, inverses, splat(half))
+                if width < bits:
+                    level = _floor(level * cut) + splat(np.float32(0.5))
+                product = fma(value, level, product)
+                square = fma(level, level, square)
+                energy = fma(value, value, energy)
+            error = energy - product * product / square
+            total = fma(splat(worth[width]), error, total)
+    least = lane_minimum(total)
+    return lane_maximum(where_less(splat(least), total, none, candidates))
+
+
+@kernel
+def _encode_nested(values, count, bits, width, step, bias_weight, codes):
+    """Codes of one group, the top `bits` of those that a step gives in `width` bits: their scale, and Σ(w − ŵ)²."""
+    none = splat(np.float32(0))
+    half = splat(np.float32(2 ** (width - 1)))
+    inverse = splat(np.float32(1) / step if step > 0 else np.float32(0))
+    cut, middle = splat(np.float32(2.0 ** (bits - width))), splat(np.float32(2 ** (bits - 1)) - np.float32(0.5))
+    product, square, energy = none, none, none
+    whole = count // LANES * LANES
+    for at in range(0, count, LANES):
+        value = load(values, at)
+        level = _level(value, inverse, half)
+        if bits < width:
+            level = _floor(level * cut) + splat(np.float32(0.5))
+        store_bytes(codes, at, level + middle)
+        if at < whole:
+            product = fma(value, level, product)
+            square = fma(level, level, square)
+            energy = fma(value, value, energy)
+    along, squares, total = lane_sum(product) * 1.0, lane_sum(square) * 1.0, lane_sum(energy) * 1.0
+    for at in range(whole, count):
+        level = np.float64(codes[at]) - 2.0 ** (bits - 1) + 0.5
+        along += values[at] * level
+        squares += level * level
+        total += np.float64(values[at]) * values[at]
+    scale = step if bits == width else as_half(step * np.float32(2.0 ** (width - bits)))
+    fitted = as_half(np.float32(_least_biased(along, squares, total, total, bias_weight)))
+    exact = bits == width and along == squares * step
+    if fitted > 0 and not exact:
+        scale = fitted
+    error = 0.0
+    for at in range(count):
+        miss = (np.float64(codes[at]) - 2.0 ** (bits - 1) + 0.5) * scale - values[at]
+        error += miss * miss
+    return scale, error
