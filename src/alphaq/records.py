@@ -357,8 +357,8 @@ class RateDistortion(BaseModel):
     """A plan's loss against the Gaussian bound at its bytes (allocation/bound.py).
 
     bound: in units of the loss. times_bound: the plan's loss over it. whole_widths: the part of this factor that widths
-    in steps make; the rest is the quantizers'. points: of each choice, stored bits per weight R, relative squared error D
-    of all planned weights together, and D over 2^(−2R).
+    in steps make; the rest is the quantizers'. points: of each choice, stored bits per weight R, relative squared error
+    D of all planned weights together, and D over 2^(−2R).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

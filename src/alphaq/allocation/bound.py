@@ -52,13 +52,17 @@ def rate_distortion(
         if able.any() and choice.bits != 16:
             rate = float(8 * nbytes[able, column].sum() / weights[able].sum())
             error = float(errors[able, column].sum() / max(energies[able].sum(), 1e-300))
-            points[str(choice)] = tuple(float(f"{one:.4g}") for one in (rate, error, error * 4.0**rate))
+            points[str(choice)] = _short(rate), _short(error), _short(error * 4.0**rate)
     return RateDistortion(
         bound=bound,
         times_bound=lost / bound if bound > 0 else None,
         whole_widths=max(1.0, lost / continuous) if continuous > 0 else 1.0,
         points=points,
     )
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.4g}")
 
 
 def _whole_losses(losses: np.ndarray, relative: np.ndarray) -> np.ndarray | None:
