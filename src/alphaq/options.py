@@ -444,6 +444,8 @@ def search_plan(
     request, found = measurements(
         checkpoint, config, settings, workers, cache, device, rounding.calibrated if rounding else None
     )
+    if cache is not None:
+        cache.close()  # others may measure while this one evaluates
 
     def told(point: Any) -> None:
         err.print(

@@ -234,7 +234,11 @@ def _metadata(
         "tags": list(dict.fromkeys(tags)),
         **carried,
         "quantized_by": "alphaq",
-        "alphaq": {key: value for key, value in facts.items() if value is not None},
+        "alphaq": {
+            key: round(value, 4) if isinstance(value, float) else value
+            for key, value in facts.items()
+            if value is not None
+        },
     }
 
 
@@ -265,7 +269,7 @@ def _body(opened: Output, folder: Path, base: str | None, certificate: Certifica
         name=name,
         base=base or (plan.source.name if plan.source else "the original"),
         plan=plan,
-        planned="weights of the experts" if any(".experts." in one for one in plan.assignment) else "planned weights",
+        planned="expert weight" if any(".experts." in one for one in plan.assignment) else "planned weight",
         size=sum((folder / file).stat().st_size for file in {one.place.file for one in opened.stored.values()}),
         original_bytes=None if certificate is None else certificate.reference.size_bytes,
         budget=said,
