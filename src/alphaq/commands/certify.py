@@ -87,7 +87,7 @@ def certify(
         dtype,
         ear,
         request,
-        shlex.join(["alphaq", *(context.find_root().obj or ())]),
+        _command(context),
         progress,
     )
     made.write(output)
@@ -95,6 +95,12 @@ def certify(
         err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     err.print(f"Certificate written to {output}", markup=False, highlight=False, soft_wrap=True)
     show(as_json, made.model_dump(mode="json"), *certificate_tables(made))
+
+
+def _command(context: typer.Context) -> str:
+    """The command as it was typed; what a terminal would obey is replaced, since certificates with it are refused."""
+    typed = shlex.join(["alphaq", *(context.find_root().obj or ())])
+    return "".join(char if char.isprintable() else "\ufffd" for char in typed)
 
 
 def card(
