@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-all test-vllm check style bench models clean
+.PHONY: setup demo test test-all test-vllm test-eval check style bench models clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,10 @@ test: setup  ## the test suite, a few minutes: two processes of one thread each
 
 test-all: setup  ## slow tests too
 	$(BIN)/python -m pytest -q
+
+test-eval: setup  ## run lm-eval's tasks on quantized models; two minutes and 400 MB of disk to install
+	$(PIP) --constraint constraints.txt --editable '.[dev,eval]'
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -q tests/evaluation/test_tasks.py
 
 test-vllm: .venv-vllm/.installed  ## serve native checkpoints with vLLM on the CPU; twenty minutes and 4 GB of disk
 	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -q -p no:cacheprovider tests/serving

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from alphaq import comparison, pipeline
+from alphaq import comparison, pipeline, trials
 from alphaq.calibrated import Rounding
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.comparison import Row, compare, variant_of
@@ -77,7 +77,7 @@ def test_finished_comparison_is_read_and_not_repeated(
 ) -> None:
     out, rows = finished
     monkeypatch.setattr(comparison, "measure_for_plan", lambda *_, **__: pytest.fail("measured again"))
-    monkeypatch.setattr(comparison, "load_model", lambda *_, **__: pytest.fail("loaded again"))
+    monkeypatch.setattr(trials, "load_model", lambda *_, **__: pytest.fail("loaded again"))
     assert run(tiny, out) == rows
 
 

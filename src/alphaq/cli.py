@@ -16,11 +16,13 @@ from typing import Annotated, Any, get_args
 import typer
 
 from alphaq import __version__
+from alphaq.commands.certify import card, certify
 from alphaq.commands.recode import recode
 from alphaq.commands.slice import slice_
 from alphaq.config import ProxyKind
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.options import (
+    ANY_BUDGET,
     JsonOption,
     ModelArgument,
     RevisionOption,
@@ -32,9 +34,13 @@ from alphaq.options import (
     means_for,
     means_settings,
     opened,
+    option_names,
     plan_config,
     plan_settings,
     rounding_of,
+    search_plan,
+    search_settings,
+    search_target,
     text_of,
     with_options,
 )
@@ -97,9 +103,11 @@ def analyze(
 
 
 @app.command()
-@with_options(settings=plan_settings, means=means_settings)
+@with_options(settings=plan_settings, search=search_settings, means=means_settings)
 def plan(
+    context: typer.Context,
     settings: Any,
+    search: Any,
     means: Any,
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Folder or hub id.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Plan file to write.")] = None,
@@ -110,19 +118,30 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Choose bits for every expert matrix under a budget; shows the plan, and writes it with -o."""
-    config = plan_config(settings, model is not None)
+    given = given_options(context)
+    target = search_target(search, settings, given, means["device"] if "device" in given else None)
+    config = plan_config(settings if target is None else settings | {"bpw": ANY_BUDGET}, model is not None)
     from alphaq.checkpoint.writer import atomic_file, check_file
     from alphaq.engines import llama_cpp
     from alphaq.report.tables import plan_table
 
-    for file in (output, write_type_file):
+    for file in (output, write_type_file, search["curve"]):
         if file is not None:
             check_file(file)
     if write_type_file is not None and (model is None or config.engine != llama_cpp.PROFILE.name):
         raise AlphaQError("--write-type-file is for llama.cpp and needs the model. Add MODEL and --engine llama.cpp.")
-    checkpoint = None if model is None else opened(model, means)
+    if target is not None and model is None:
+        raise BudgetError("--ear runs the model. Give MODEL.")
+    checkpoint: Any = None if model is None else opened(model, means)
     with means_for(checkpoint, **means) as (pool, cache):
-        made = build_plan(checkpoint, config, settings, pool, cache, means["device"])
+        if target is None:
+            made = build_plan(checkpoint, config, settings, pool, cache, means["device"])
+        else:
+            beside = output or search["curve"]
+            scratch = None if beside is None else beside.absolute().parent
+            made = search_plan(
+                checkpoint, config, settings, search, target, pool, cache, means["device"], scratch=scratch
+            )
     if write_type_file is not None:
         with atomic_file(write_type_file) as partial:
             assert checkpoint is not None  # MODEL is given
@@ -136,11 +155,12 @@ def plan(
 
 
 @app.command()
-@with_options(settings=plan_settings, means=means_settings)
+@with_options(settings=plan_settings, search=search_settings, means=means_settings)
 def quantize(
     context: typer.Context,
     model: ModelArgument,
     settings: Any,
+    search: Any,
     means: Any,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Use this plan instead of making one.")] = None,
@@ -157,14 +177,15 @@ def quantize(
     as_json: JsonOption = False,
 ) -> None:
     """Plan and quantize a checkpoint, then re-read the result against the source."""
-    from alphaq.checkpoint.writer import check_absent
+    from alphaq.checkpoint.writer import check_absent, check_file
     from alphaq.engines.profiles import profile
     from alphaq.report.tables import human_bytes, plan_table
 
     check_absent(output)
+    given, target = given_options(context), None
     if plan_file is not None:
-        if conflicting := given_options(context) & {*settings, "no_cache", "device"} - {"imatrix", "calibration"}:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(conflicting))
+        if conflicting := given & {*settings, *search, "no_cache", "device"} - {"imatrix", "calibration"}:
+            names = option_names(conflicting)
             raise BudgetError(f"--plan already decides everything that {names} would. Drop one or the other.")
         if not plan_file.is_file():
             raise BudgetError(
@@ -172,7 +193,10 @@ def quantize(
             )
         made = Plan.read(plan_file)
     else:
-        config = plan_config(settings)
+        target = search_target(search, settings, given, means["device"] if "device" in given else None)
+        config = plan_config(settings if target is None else settings | {"bpw": ANY_BUDGET})
+        if search["curve"] is not None:
+            check_file(search["curve"])
     from alphaq import pipeline
     from alphaq.calibrated import CALIBRATED
 
@@ -184,7 +208,12 @@ def quantize(
     rounding = rounding_of(checkpoint, engine, quantizer, source, calibration_tokens)
     means["no_cache"] |= plan_file is not None
     with means_for(checkpoint, **means) as (pool, cache):
-        if plan_file is None:
+        if target is not None:
+            scratch = output.absolute().parent
+            made = search_plan(
+                checkpoint, config, settings, search, target, pool, cache, means["device"], rounding, scratch
+            )
+        elif plan_file is None:
             made = build_plan(checkpoint, config, settings, pool, cache, means["device"], quantizer)
         if cache is not None:
             cache.close()  # others may measure while this one writes
@@ -470,6 +499,8 @@ def demo(
 
 app.command()(recode)
 app.command("slice")(slice_)
+app.command()(certify)
+app.command()(card)
 
 
 def _version(wanted: bool) -> None:
@@ -494,7 +525,8 @@ def main(arguments: list[str] | None = None) -> None:
     """
     try:
         signal.signal(signal.SIGTERM, _terminated)
-        code = typer.main.get_command(app).main(args=arguments, prog_name="alphaq", standalone_mode=False)
+        given = list(sys.argv[1:] if arguments is None else arguments)  # certificates record it
+        code = typer.main.get_command(app).main(args=arguments, prog_name="alphaq", standalone_mode=False, obj=given)
         sys.stdout.flush()
     except AlphaQError as error:
         _fail(str(error))

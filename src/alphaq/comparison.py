@@ -12,15 +12,13 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import alphaq
-from alphaq import pipeline
 from alphaq.cache import Cache
 from alphaq.calibrated import Rounding
 from alphaq.calibration.text import Text
@@ -29,7 +27,6 @@ from alphaq.checkpoint.writer import atomic_file
 from alphaq.config import Budget, PlanConfig
 from alphaq.errors import AlphaQError, BudgetError, OutputError, StatsError
 from alphaq.evaluation.fidelity import (
-    Remembered,
     WindowScore,
     paired_bootstrap,
     read_texts,
@@ -40,8 +37,8 @@ from alphaq.journal import Journal
 from alphaq.planning import Measurements, Request, make_plan, measure_for_plan, plain_size, resolve
 from alphaq.records import Fidelity, Plan, first_fault
 from alphaq.registry import unknown
-from alphaq.runtime.loading import load_model
 from alphaq.sensitivity.methods import METHODS
+from alphaq.trials import Trials, window_scores
 from alphaq.workers import Workers, Wrap, silent
 
 BASELINE = "uniform"
@@ -138,12 +135,12 @@ def compare(
             sizes = {width: plain_size(checkpoint, plain, width) for width in bits}
             runs = _runs(checkpoint, requests, measured, missing, sizes)
             score = partial(score_texts, texts=contents, window=window, max_tokens=max_tokens, skip_tokens=skip_tokens)
-            runner = _Runner(checkpoint, score, out, dtype, wrap, workers, device)
-            runner.known = {entry["digest"]: entry["scores"] for entry in entries.values() if "scores" in entry}
+            trials = Trials(checkpoint, score, out / SCRATCH_NAME, dtype, wrap, workers, device)
+            trials.known = {entry["digest"]: entry["scores"] for entry in entries.values() if "scores" in entry}
             for key, plan, entry in runs:
                 rounding = quantizers.get(key[2])
                 entry |= {"rounding": key[2], "quantizer": "" if rounding is None else rounding.name}
-                entries[key] = entry | ({} if "error" in entry else runner.run(plan, rounding))
+                entries[key] = entry | ({} if "error" in entry else trials.run(plan, rounding))
                 journal.append(entries[key])
     shutil.rmtree(out / SCRATCH_NAME, ignore_errors=True)
     rows = _rows([entries[key] for key in wanted], first)
@@ -292,63 +289,9 @@ def _kind(request: Request) -> tuple[str | None, ...]:
     return request.config.noise, request.config.spectrum, request.config.tail
 
 
-class _Runner:
-    """Quantizes and evaluates plans of one checkpoint, each distinct one once."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        score: Callable[..., Iterable[tuple[str, list[WindowScore]]]],
-        out: Path,
-        dtype: str,
-        wrap: Wrap,
-        workers: Workers | None,
-        device: str | None,
-    ) -> None:
-        self.checkpoint, self.score, self.out, self.dtype = checkpoint, score, out, dtype
-        self.wrap, self.workers, self.device = wrap, workers, device
-        self.known: dict[str, Any] = {}
-        self.blocks = out / SCRATCH_NAME / "blocks"
-        self.blocks.mkdir(parents=True)
-        model, self.tokenizer = load_model(checkpoint.folder, dtype, device)
-        self.reference = Remembered(model)
-
-    def run(self, plan: Plan | None, rounding: Rounding | None) -> dict[str, Any]:
-        """Digest of the plan's choices and rounding, the scores of its model by text and window, and seconds."""
-        choices = {} if plan is None else plan.choices | {"": str(rounding)}
-        digest = hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:32]
-        seconds = None
-        if digest not in self.known:
-            if plan is None:
-                self.known[digest] = self._scores(self.reference)
-            else:
-                with TemporaryDirectory(dir=self.blocks.parent) as scratch:
-                    folder, begin = Path(scratch) / "model", time.perf_counter()
-                    pipeline.quantize(
-                        self.checkpoint,
-                        plan,
-                        folder,
-                        workers=self.workers,
-                        shared=self.blocks,
-                        check=False,
-                        rounding=rounding,
-                    )
-                    seconds = time.perf_counter() - begin
-                    model, _ = load_model(folder, self.dtype, self.device)
-                self.known[digest] = self._scores(model)
-        return {"digest": digest, "scores": self.known[digest], "seconds_to_quantize": seconds}
-
-    def _scores(self, model: Any) -> dict[str, list[list[float]]]:
-        found = self.score(model, self.tokenizer, reference=self.reference, wrap=self.wrap)
-        return {name: [list(asdict(score).values()) for score in scores] for name, scores in found}
-
-
 def _rows(entries: Sequence[Mapping[str, Any]], first: str) -> list[Row]:
     scores: dict[Key, Scores] = {
-        (entry["method"], entry["bits"], entry["rounding"]): {
-            text: [WindowScore(int(values[0]), *values[1:]) for values in windows]
-            for text, windows in entry["scores"].items()
-        }
+        (entry["method"], entry["bits"], entry["rounding"]): window_scores(entry["scores"])
         for entry in entries
         if "scores" in entry
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from alphaq.calibration.text import Text
     from alphaq.checkpoint.imatrix import ImportanceMatrix
     from alphaq.checkpoint.reader import Checkpoint
+    from alphaq.planning import Measurements, Request
+    from alphaq.searching import Target
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or hub id of a safetensors checkpoint, or a GGUF file.")
@@ -35,7 +37,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 WorkersOption = Annotated[
     int | None, typer.Option(min=1, help="Processes; all cores by default, fewer for a small model. Same result.")
 ]
+TextsOption = Annotated[list[Path], typer.Option("--text", help="UTF-8 text file; may be repeated.")]
+MoreTextsArgument = Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="Further text files.")]
 BUDGET, CHOICES, SCORES, LIMITS = "Budget (one of)", "Choices", "Scores", "Limits"
+SEARCH = "Search (with --ear)"
+ANY_BUDGET = 32.0  # bits per weight; stands for the budget that a search will find
 
 
 def plan_settings(
@@ -155,6 +161,45 @@ def plan_settings(
     ] = False,
 ) -> None:
     """Everything that decides a plan apart from the checkpoint; commands that plan share it."""
+
+
+def search_settings(
+    ear: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of a budget: the smallest plan whose expected acceptance rate, measured on --text, reaches "
+            "this (0.99: distribution-lossless). Engine native.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option("--text", help="UTF-8 text file; may be repeated.", rich_help_panel=SEARCH)
+    ] = None,
+    more: MoreTextsArgument = None,
+    reaches: Annotated[
+        str,
+        typer.Option(
+            help="When it is reached: the 95 % interval holds or exceeds it (within), the estimate does (estimate), or "
+            "the whole interval (above).",
+            rich_help_panel=SEARCH,
+        ),
+    ] = "within",
+    ear_step: Annotated[
+        float, typer.Option(help="Budgets differ by this, in stored bits per expert weight.", rich_help_panel=SEARCH)
+    ] = 0.0625,
+    curve: Annotated[
+        Path | None, typer.Option(help="JSON file for every budget that was tried.", rich_help_panel=SEARCH)
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.", rich_help_panel=SEARCH)] = 512,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of each text to use; all by default.", rich_help_panel=SEARCH)
+    ] = None,
+    skip_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens to leave out at the start of each text.", rich_help_panel=SEARCH)
+    ] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=SEARCH)] = "float32",
+) -> None:
+    """How the smallest plan that keeps an expected acceptance rate is searched; commands that plan share it."""
 
 
 def means_settings(
@@ -345,6 +390,103 @@ def means_for(
         yield stack.enter_context(Workers(workers or sensible_count(nbytes), checkpoint)), cache
 
 
+def search_target(
+    search: Mapping[str, Any], settings: Mapping[str, Any], given: set[str], device: str | None
+) -> Target | None:
+    """What --ear asks for, None without it. given: names of the options that were typed.
+
+    Raises AlphaQError for a second budget, a missing text, and options of the search without --ear.
+    """
+    if search["ear"] is None:
+        if stray := given & search.keys():
+            raise BudgetError(f"{option_names(stray)} is for a search. Add --ear 0.99, or drop it.")
+        return None
+    for name in ("bits", "bpw", "size"):
+        if settings[name] is not None:
+            raise BudgetError(f"--ear searches the budget that --{name} states. Give one of them.")
+    if not search["text"]:
+        raise BudgetError(
+            "--ear is measured on texts. Give some that are like what the model is for, with --text FILE."
+        )
+    if not 0 < search["ear"] <= 1:
+        raise BudgetError(f"--ear {search['ear']:g} is not between 0 and 1. Try --ear 0.99.")
+    if not 1e-3 <= search["ear_step"] <= 8:
+        raise BudgetError(f"--ear-step {search['ear_step']:g} is not between 0.001 and 8 bits. Try --ear-step 0.0625.")
+    check_dtype(search["dtype"])
+    from alphaq.searching import ENGINE, REACHES, Target
+
+    if search["reaches"] not in REACHES:
+        raise BudgetError(unknown("--reaches", search["reaches"], REACHES))
+    if settings["engine"] != ENGINE:
+        raise BudgetError(f"--ear searches plans for engine {ENGINE} only, not for {settings['engine']}. Use --size.")
+    if settings["unweighted"]:
+        raise BudgetError("--unweighted counts matrices, and --ear searches bytes. Drop one or the other.")
+    return Target(
+        ear=search["ear"],
+        reaches=search["reaches"],
+        step=search["ear_step"],
+        device=device,
+        **{name: search[name] for name in ("window", "max_tokens", "skip_tokens", "dtype")},
+    )
+
+
+def search_plan(
+    checkpoint: Checkpoint,
+    config: PlanConfig,
+    settings: Mapping[str, Any],
+    search: Mapping[str, Any],
+    target: Target,
+    workers: Any,
+    cache: Any,
+    device: str,
+    rounding: Rounding | None = None,
+    scratch: Path | None = None,
+) -> Plan:
+    """The smallest plan that reaches the target; says what every budget gave on stderr."""
+    from alphaq import searching
+
+    request, found = measurements(
+        checkpoint, config, settings, workers, cache, device, rounding.calibrated if rounding else None
+    )
+    if cache is not None:
+        cache.close()  # others may measure while this one evaluates
+
+    def told(point: Any) -> None:
+        err.print(
+            f"{point.budget_bpw:g} bits per weight, {point.size_bytes:,} bytes: EAR {point.ear}"
+            f"{'' if point.reached else ', too low'}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    plan, curve = searching.search(
+        checkpoint,
+        request,
+        found,
+        [*search["text"], *(search["more"] or ())],
+        target,
+        rounding,
+        search["curve"],
+        scratch,
+        progress,
+        workers,
+        told,
+    )
+    chosen, failed = curve.chosen, curve.failed
+    assert chosen is not None  # search has raised otherwise
+    below = "no smaller budget is feasible" if failed is None else f"the next smaller step has {failed.ear}"
+    ear = chosen.ear
+    verdict = {"yes": "lies above", "undecided": "contains", "no": "lies below"}[ear.verdict(target.ear)]
+    widths = f"--attention-bits {chosen.attention_bits} --shared-bits {chosen.shared_bits}"
+    err.print(
+        f"smallest: --bpw {chosen.budget_bpw:g} {widths}, EAR {ear}, whose interval {verdict} {target.ear:g}; {below}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    _note_plan(plan)
+    return plan
+
+
 def build_plan(
     checkpoint: Any,
     config: PlanConfig,
@@ -354,6 +496,27 @@ def build_plan(
     device: str,
     quantizer: str | None = None,
 ) -> Plan:
+    from alphaq import planning
+
+    request, found = measurements(checkpoint, config, settings, workers, cache, device, quantizer)
+    plan = planning.make_plan(checkpoint, request, found)
+    _note_plan(plan)
+    widest = max(request.offered).bits
+    if config.budget.bits is not None and config.budget.bits > widest:
+        err.print(f"note: no choice offered is wider than {widest} bits, so the budget is not used up", highlight=False)
+    return plan
+
+
+def measurements(
+    checkpoint: Any,
+    config: PlanConfig,
+    settings: Mapping[str, Any],
+    workers: Any,
+    cache: Any,
+    device: str,
+    quantizer: str | None = None,
+) -> tuple[Request, Measurements]:
+    """The config made concrete, and what must be known for its plans. Raises AlphaQError for options of no use."""
     from alphaq import planning
 
     request = planning.resolve(config, checkpoint is not None)
@@ -373,16 +536,16 @@ def build_plan(
         text,
         imatrix=importance_matrix(settings["imatrix"]),
     )
-    plan = planning.make_plan(checkpoint, request, found)
+    return request, found
+
+
+def _note_plan(plan: Plan) -> None:
+    """What is not as a user would expect, on stderr."""
     missed = {name: reason for name, reason in plan.unplanned.items() if "not an expert" not in reason}
     for name, reason in [*missed.items(), *plan.neutral.items()][:5]:
         err.print(f"note: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
     if plan.lower_bound is not None and plan.gap > 1e-6:
         err.print(f"note: this plan is proven to be within {plan.gap:.2g} (relative) of the best one", highlight=False)
-    widest = max(request.offered).bits
-    if config.budget.bits is not None and config.budget.bits > widest:
-        err.print(f"note: no choice offered is wider than {widest} bits, so the budget is not used up", highlight=False)
-    return plan
 
 
 def check_dtype(dtype: str) -> None:
@@ -395,3 +558,8 @@ def given_options(context: typer.Context) -> set[str]:
     """Names of the parameters that were typed, not left at their defaults."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def option_names(parameters: Iterable[str]) -> str:
+    """Parameters as users type them."""
+    return ", ".join("FILE" if name == "more" else f"--{name.replace('_', '-')}" for name in sorted(parameters))

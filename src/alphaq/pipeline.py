@@ -11,12 +11,11 @@ from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import alphaq
 from alphaq.cache import Cache
 from alphaq.calibrated import Rounding, store_calibrated
-from alphaq.checkpoint.gguf_source import find_gguf
 from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.checkpoint.writer import Place, atomic_file, atomic_folder, check_absent, create_file, resumable_folder
@@ -33,7 +32,7 @@ from alphaq.engines.output import (
     write_manifest,
 )
 from alphaq.engines.profiles import profile
-from alphaq.errors import AlphaQError, PlanError
+from alphaq.errors import PlanError
 from alphaq.journal import Journal
 from alphaq.measurement import ahead, leaving, measure
 from alphaq.planning import make_plan, measure_for_plan, resolve
@@ -44,6 +43,10 @@ from alphaq.report.html import write_report
 from alphaq.spectra.measure import write_stats
 from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant
 from alphaq.workers import Workers, Wrap, silent
+
+if TYPE_CHECKING:
+    from alphaq.evaluation.certificate import Certificate
+    from alphaq.evaluation.tasks import TaskRequest
 
 
 def analyze(
@@ -322,22 +325,10 @@ def evaluate(
 ) -> Fidelity:
     """Perplexity per text, and distance from a reference model if one is given."""
     from alphaq.evaluation.fidelity import evaluate_texts, read_texts
-    from alphaq.runtime.loading import load_model
+    from alphaq.runtime.loading import load_pair
 
     contents = read_texts(texts)
-    if dtype == "auto" and any(one and find_gguf(Path(one).expanduser()) for one in (model, reference)):
-        dtype = "float32"  # both alike, and as restored
-    loaded, tokenizer = load_model(model, dtype, device)
-    against = None
-    if reference is not None:
-        against, other = load_model(reference, dtype, device)
-        if tokenizer is not None and other.get_vocab() != tokenizer.get_vocab():
-            raise AlphaQError(
-                f"{model} and {reference} have different tokenizers, so no KL is defined. Compare like with like."
-            )
-        tokenizer = tokenizer or other
-    if tokenizer is None:
-        raise AlphaQError(f"transformers cannot make the tokenizer of {model}. Add --reference, whose will be used.")
+    loaded, against, tokenizer = load_pair(model, reference, dtype, device)
     return Fidelity(dict(evaluate_texts(loaded, tokenizer, contents, against, window, max_tokens, wrap)))
 
 
@@ -355,6 +346,60 @@ def fidelity_json(fidelity: Fidelity) -> dict[str, Any]:
         for name, text in fidelity.texts.items()
     }
     return {"texts": texts, "geomean_perplexity": fidelity.geomean_perplexity, "mean_kl": fidelity.mean_kl}
+
+
+def certify(
+    model: str | Path,
+    reference: str | Path,
+    texts: list[Path],
+    window: int = 512,
+    max_tokens: int | None = None,
+    skip_tokens: int = 0,
+    device: str | None = None,
+    dtype: str = "float32",
+    threshold: float = 0.99,
+    tasks: TaskRequest | None = None,
+    command: str = "",
+    wrap: Wrap = silent,
+) -> Certificate:
+    """Measure how faithful a model is to its reference, and put it on record. tasks: of lm-eval, to run on both.
+
+    Raises AlphaQError if they have different tokenizers, or a text is too short for an interval.
+    """
+    from alphaq.evaluation import certificate as record
+    from alphaq.evaluation.fidelity import Remembered, read_texts, score_texts
+    from alphaq.evaluation.tasks import certify_tasks, find_tasks
+    from alphaq.runtime.loading import load_pair
+
+    contents = read_texts(texts)
+    manager = None if tasks is None else find_tasks(tasks)
+    identities = [record.identity_of(one) for one in (model, reference)]
+    loaded, against, tokenizer = load_pair(model, reference, dtype, device)
+    scores = dict(
+        score_texts(loaded, tokenizer, contents, Remembered(against), window, max_tokens, skip_tokens, wrap=wrap)
+    )
+    overall, each = record.text_figures(scores, contents)
+    done = None if tasks is None else certify_tasks(loaded, against, tokenizer, tasks, manager, wrap)
+    return record.Certificate(
+        alphaq_version=alphaq.__version__,
+        versions=record.versions(*(["lm-eval"] if tasks else [])),
+        command=command,
+        model=identities[0],
+        reference=identities[1],
+        settings=record.Settings(
+            window=window,
+            max_tokens=max_tokens,
+            skip_tokens=skip_tokens,
+            dtype=dtype,
+            computed_in=str(loaded.dtype).removeprefix("torch."),
+            device=str(loaded.device),
+        ),
+        texts=each,
+        overall=overall,
+        threshold=threshold,
+        distribution_lossless=overall.ear.verdict(threshold),
+        tasks=done,
+    )
 
 
 DEMO_RUNS = (("uniform 2", "uniform", 2.0), ("AlphaQ 2.5", "auto", 2.5), ("uniform 3", "uniform", 3.0))

@@ -284,7 +284,7 @@ class Checkpoint:
         if self.gguf is not None:
             return []
         found = {path for pattern in SIDE_FILES for path in self.folder.glob(pattern)}
-        skip = {"config.json", INDEX_NAME, "plan.json", "alphaq_manifest.json"}
+        skip = {"config.json", INDEX_NAME, "plan.json", "alphaq_manifest.json", "certificate.json"}
         chosen = sorted(path for path in found if is_file(path) and path.name not in skip)
         for path in chosen:
             check_link(path)

@@ -35,6 +35,7 @@ class WindowScore:
     kl: float = 0.0
     top1: float = 0.0
     ear: float = 0.0
+    reference_negative_log_likelihood: float = 0.0
 
 
 def windows(tokenizer: Any, text: str, length: int, max_tokens: int | None, skip_tokens: int = 0) -> list[torch.Tensor]:
@@ -51,18 +52,19 @@ def score_windows(model: Any, reference: Any | None, ids: torch.Tensor) -> list[
     against = None if reference is None else reference(ids.to(reference.device)).logits[:, :-1].to(model.device)
     found = []
     for window, targets in enumerate(ids[:, 1:]):
-        loss = kl = top1 = ear = 0.0
+        loss = kl = top1 = ear = reference_loss = 0.0
         for start in range(0, len(targets), POSITIONS_AT_ONCE):
             part = slice(start, start + POSITIONS_AT_ONCE)
             log_q = logits[window, part].float().log_softmax(-1)
             loss -= float(log_q.gather(1, targets[part, None]).sum(dtype=torch.float64))
             if against is not None:
                 log_p = against[window, part].float().log_softmax(-1)
+                reference_loss -= float(log_p.gather(1, targets[part, None].to(log_p.device)).sum(dtype=torch.float64))
                 p, q = log_p.exp(), log_q.exp()
                 kl += float((p * (log_p - log_q)).sum(dtype=torch.float64))
                 top1 += float((p.argmax(-1) == q.argmax(-1)).sum())
                 ear += float(torch.minimum(p, q).sum(dtype=torch.float64))
-        found.append(WindowScore(len(targets), loss, kl, top1, ear))
+        found.append(WindowScore(len(targets), loss, kl, top1, ear, reference_loss))
     return found
 
 

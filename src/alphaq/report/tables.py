@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from alphaq.records import Choice, Fidelity, Plan
+
+if TYPE_CHECKING:
+    from alphaq.evaluation.certificate import Certificate, Estimate, Figures
 
 
 def human_bytes(count: float) -> str:
@@ -179,3 +182,63 @@ def comparison_table(rows: list[dict[str, Any]]) -> Table:
             style="bold" if row["mean_perplexity"] == best[row["bits"]] and row["method"] != "reference" else "",
         )
     return table
+
+
+def certificate_tables(certificate: Certificate) -> list[Any]:
+    """Figures by text with intervals, tasks, and the verdicts in words."""
+    share = f"{100 * certificate.settings.confidence:g} %"
+    table = plain_table(
+        f"{certificate.model.name} against {certificate.reference.name}, with {share} intervals",
+        *("text", "tokens", "EAR", "KL", "top-1", "perplexity", "of the reference", "ratio"),
+    )
+    for text in certificate.texts:
+        table.add_row(text.name, f"{text.tokens:,}", *figure_cells(text))
+    table.add_section()
+    tokens = sum(text.tokens for text in certificate.texts)
+    table.add_row("all texts", f"{tokens:,}", *figure_cells(certificate.overall), style="bold")
+    tables: list[Any] = [table]
+    if certificate.tasks is not None:
+        tasks = plain_table(
+            "Tasks", *("task", "metric", "documents", "model", "reference", f"difference ({share})", "lossless")
+        )
+        for one in certificate.tasks.results:
+            interval = "no interval" if one.low is None else f"{one.low:+.4f} … {one.high:+.4f}"
+            tasks.add_row(
+                one.task,
+                one.metric if one.filter == "none" else f"{one.metric} ({one.filter})",
+                f"{one.documents:,}",
+                f"{one.value:.4f}",
+                f"{one.reference:.4f}",
+                f"{one.difference:+.4f} ({interval}){'' if one.paired else ', not paired'}",
+                one.lossless,
+            )
+        tables.append(tasks)
+    return [*tables, "\n".join(verdict_lines(certificate))]
+
+
+def figure_cells(figures: Figures) -> list[str]:
+    """EAR, KL, top-1, perplexity, the reference's and the ratio, each with its interval."""
+
+    def cell(estimate: Estimate, digits: int) -> str:
+        return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f}–{estimate.high:.{digits}f})"
+
+    names = {"ear": 4, "kl": 4, "top1": 4, "perplexity": 2, "reference_perplexity": 2, "perplexity_ratio": 4}
+    return [cell(getattr(figures, name), digits) for name, digits in names.items()]
+
+
+def verdict_lines(certificate: Certificate) -> list[str]:
+    """What a certificate says, in a sentence for each verdict."""
+    ear, threshold = certificate.overall.ear, certificate.threshold
+    place = {"yes": "lies above", "undecided": "contains", "no": "lies below"}[certificate.distribution_lossless]
+    lines = [
+        f"EAR of at least {threshold:g}: {certificate.distribution_lossless}; the interval "
+        f"{ear.low:.4f} … {ear.high:.4f} {place} it"
+    ]
+    if certificate.tasks is not None:
+        meaning = {
+            "yes": "no metric is worse beyond sampling error",
+            "undecided": "a metric has no interval",
+            "no": "a metric is worse beyond sampling error",
+        }[certificate.tasks.lossless]
+        lines.append(f"Task-lossless within sampling error: {certificate.tasks.lossless}; {meaning}")
+    return lines

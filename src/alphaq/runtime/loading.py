@@ -11,7 +11,7 @@ import torch
 from alphaq.calibration.stream import HollowModel, model_class
 from alphaq.checkpoint.gguf_source import find_gguf
 from alphaq.checkpoint.reader import open_checkpoint, read_config, resolve_folder
-from alphaq.errors import CheckpointError
+from alphaq.errors import AlphaQError, CheckpointError
 
 
 def load_model(model: str | Path, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
@@ -47,6 +47,30 @@ def load_model(model: str | Path, dtype: str = "auto", device: str | None = None
             "Complete the download, or check it with `alphaq verify` or `alphaq inspect`."
         )
     return loaded.to(target).eval(), tokenizer
+
+
+def load_pair(
+    model: str | Path, reference: str | Path | None, dtype: str = "auto", device: str | None = None
+) -> tuple[Any, Any, Any]:
+    """Model, reference (None without one) and the tokenizer of both.
+
+    dtype: `auto` is float32 where one of them is a GGUF file, so that both are alike, and as restored. Raises
+    AlphaQError if their tokenizers differ, or there is none.
+    """
+    if dtype == "auto" and any(one and find_gguf(Path(one).expanduser()) for one in (model, reference)):
+        dtype = "float32"
+    loaded, tokenizer = load_model(model, dtype, device)
+    against = None
+    if reference is not None:
+        against, other = load_model(reference, dtype, device)
+        if tokenizer is not None and other is not None and other.get_vocab() != tokenizer.get_vocab():
+            raise AlphaQError(
+                f"{model} and {reference} have different tokenizers, so no KL is defined. Compare like with like."
+            )
+        tokenizer = tokenizer or other
+    if tokenizer is None:
+        raise AlphaQError(f"transformers cannot make the tokenizer of {model}. Add --reference, whose will be used.")
+    return loaded, against, tokenizer
 
 
 def _load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
