@@ -71,6 +71,7 @@ def analyze(
     """Measure every matrix's weight spectrum and write one CSV row each."""
     from alphaq import pipeline
     from alphaq.checkpoint.writer import check_file
+    from alphaq.report.bitmap import alpha_histogram
     from alphaq.spectra.variants import SpectrumVariant
 
     variant = SpectrumVariant(spectrum, tail)  # type: ignore[arg-type]
@@ -91,7 +92,12 @@ def analyze(
     spread = (
         f"α {alphas[0]:.3f} – {alphas[-1]:.3f}, median {alphas[len(alphas) // 2]:.3f}" if alphas else "no α defined"
     )
-    show(as_json, summary, f"{len(rows)} matrices measured into {output}: {spread}")
+    show(
+        as_json,
+        summary,
+        f"{len(rows)} matrices measured into {output}: {spread}",
+        lambda console: alpha_histogram(alphas, console),
+    )
 
 
 @app.command()
@@ -111,6 +117,8 @@ def plan(
     config = plan_config(settings, model is not None)
     from alphaq.checkpoint.writer import atomic_file, check_file
     from alphaq.engines import llama_cpp
+    from alphaq.report.bitmap import bit_map
+    from alphaq.report.places import places_of_matrices
     from alphaq.report.tables import plan_table
 
     for file in (output, write_type_file):
@@ -130,7 +138,13 @@ def plan(
         with atomic_file(output) as partial:
             partial.write_text(made.to_json(), encoding="utf-8")
         err.print(f"Plan written to {output}", markup=False, highlight=False, soft_wrap=True)
-    show(as_json, made.model_dump(mode="json", exclude={"table"}), plan_table(made))
+    places = None if checkpoint is None else places_of_matrices(checkpoint.matrices)
+    show(
+        as_json,
+        made.model_dump(mode="json", exclude={"table"}),
+        plan_table(made),
+        lambda console: bit_map(made, console, places),
+    )
 
 
 @app.command()
@@ -449,6 +463,8 @@ def demo(
         demo_table(result["rows"]),
         f'Report: {result["report"]}\nModel:  {result["model"]}  (try: alphaq generate {result["model"]} "def main")',
     )
+
+
 
 
 def _version(wanted: bool) -> None:
