@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from alphaq import __version__
+from alphaq.commands.report import report
 from alphaq.config import ProxyKind
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.options import (
@@ -465,6 +466,7 @@ def demo(
     )
 
 
+app.command()(report)
 
 
 def _version(wanted: bool) -> None:
