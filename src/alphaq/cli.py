@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from alphaq import __version__
+from alphaq.commands.plot import plot
 from alphaq.commands.report import report
 from alphaq.config import ProxyKind
 from alphaq.errors import AlphaQError, BudgetError
@@ -467,6 +468,7 @@ def demo(
 
 
 app.command()(report)
+app.command()(plot)
 
 
 def _version(wanted: bool) -> None:
