@@ -370,7 +370,7 @@ def densities(
     if plan.source is None or plan.source.fingerprint != checkpoint.fingerprint:
         whose = f"{plan.source.name} with other tensors" if plan.source else "a stats file"
         raise PlanError(f"The plan was made of {whose}, not of {checkpoint.name}. Give the checkpoint it was made of.")
-    variant = SpectrumVariant(plan.config.get("spectrum", "farms"), plan.config.get("tail", "hill"))
+    variant = SpectrumVariant(str(plan.config.get("spectrum", "farms")), str(plan.config.get("tail", "hill")))  # type: ignore[arg-type]
     known = {matrix.name: matrix for matrix in checkpoint.matrices}
     tasks = [DensityTask(known[name], variant) for name in sampled(plan, limit)]
     found = (workers or Workers(1, checkpoint)).map(density_one, tasks, lambda task: 10 * task.matrix.parameters)

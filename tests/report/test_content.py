@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alphaq.errors import PlanError
+from alphaq.errors import AlphaQError, PlanError
 from alphaq.records import Plan, PlanTable, Role
 from alphaq.report.content import MAX_DENSITIES, Sources, content_of, packed_names, sampled
 from alphaq.report.html import page_of, write_report
@@ -146,6 +146,27 @@ def test_an_edited_plan_is_refused() -> None:
         content_of(Run("run", small_plan(table=table.model_copy(update={"losses": losses}))), Sources())
     with pytest.raises(PlanError, match="no assignment"):
         content_of(Run("run", small_plan(assignment={})), Sources())
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"config": {"budget": {"bits": 2.5}, "method": ["auto"]}}, "config"),
+        ({"config": {"budget": {"bits": 2.5}, "pins": [{"pattern": "a"}]}}, "config"),
+        ({"config": {"budget": "much"}}, "config"),
+        ({"table": {"choices": ["3g128"], "losses": {"a.0": [1e300]}, "costs": [[1]], "cost_of": [0]}}, "beyond"),
+        ({"table": {"choices": ["3g128"], "losses": {"a.0": [1.0]}, "costs": [[2**62]], "cost_of": [0]}}, "beyond"),
+        ({"table": {"choices": ["3g128"], "losses": {"a.0": [None]}, "costs": [[1]], "cost_of": [0]}}, "no choice"),
+        (
+            {"table": {"choices": ["x"], "losses": {"a.0": [1.0]}, "costs": [[1]], "cost_of": [0]}},
+            "no storage choice|not a",
+        ),
+    ],
+)
+def test_a_plan_from_a_stranger_is_refused_in_words(changes: dict[str, Any], fault: str) -> None:
+    fields: dict[str, Any] = {"assignment": {"a.0": 3}, "choices": {"a.0": "3g128"}}
+    with pytest.raises(AlphaQError, match=fault):
+        page_of(content_of(Run("run", Plan.model_validate(fields | changes)), Sources()))
 
 
 def test_a_plan_that_follows_an_order_says_what_the_path_would_save() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from alphaq.records import Plan
+from alphaq.config import PlanConfig
+from alphaq.errors import PlanError
+from alphaq.records import Plan, first_fault
 from alphaq.sensitivity.methods import METHODS
 
 _DEFAULTS: dict[str, Any] = {
@@ -24,16 +26,24 @@ _RULES = (("pins", "pin"), ("min_bits", "min-bits"), ("max_bits", "max-bits"))
 
 
 def reproduce(plan: Plan, stats: str | None = None) -> list[tuple[str, str]]:
-    """Pairs of what a step does and its command line, in order; empty for a plan that records no settings.
+    """Pairs of what a step does and its command line, in order; empty for a plan that records no budget.
 
     Names of files that the plan only knows by their name (a text, an importance matrix) are repeated as they are.
+    Raises PlanError if the settings are none.
     """
-    budget = plan.config.get("budget")
-    if not isinstance(budget, dict):
+    if "budget" not in plan.config:
         return []
-    method = METHODS.get(plan.config.get("method", ""))
+    try:
+        settings = PlanConfig.model_validate(plan.config)
+    except ValueError as error:
+        raise PlanError(
+            f"The plan's config is not one of `alphaq plan`: {first_fault(error)}. Make it again."
+        ) from None
+    method = METHODS.get(settings.method)
     preset = {} if method is None else method.preset
-    config = {key: value for key, value in plan.config.items() if key not in preset or value != preset[key]}
+    given = settings.model_dump(mode="json")
+    config = {key: value for key, value in given.items() if key not in preset or value != preset[key]}
+    budget = given["budget"]
     # Where the numbers of a plan came from no checkpoint, they came from a file.
     source = [plan.source.name] if plan.source else ["--stats", stats or "stats.csv"]
     words = ["alphaq", "plan", *source]

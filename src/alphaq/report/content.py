@@ -30,6 +30,7 @@ from alphaq.spectra.density import Density
 MAX_DENSITIES = 2000
 """Matrices whose spectra are kept at most, of those sampled: 2000 take 0.3 MB, and an eigenvalue solver minutes."""
 SAME_SIZE = 1e-3
+LARGEST_TOTAL = 1e37  # the page keeps losses in float32
 NO_MATRIX = -1
 _NUMBER = re.compile(r"(?<![0-9])(?:0|[1-9][0-9]{0,8})(?![0-9])")
 
@@ -272,6 +273,10 @@ def _path(plan: Plan, names: Sequence[str], column_of: Mapping[str, int]) -> tup
     table = plan.table
     assert table is not None  # the caller looks
     losses, costs = tables_of(table)
+    allowed = losses[np.isfinite(losses)]
+    totals = float(np.abs(allowed).sum()), float(costs.max(axis=1, initial=0).astype(float).sum())
+    if not totals[0] < LARGEST_TOTAL or not totals[1] < 2**53:
+        raise PlanError("The plan's losses or costs are beyond what a page can count with. Make it with `alphaq plan`.")
     empty = np.flatnonzero(~np.isfinite(losses).any(axis=1))
     units = list(table.losses)
     if len(empty):
