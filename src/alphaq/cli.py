@@ -17,7 +17,9 @@ import typer
 
 from alphaq import __version__
 from alphaq.commands.certify import card, certify
+from alphaq.commands.plot import plot
 from alphaq.commands.recode import recode
+from alphaq.commands.report import report
 from alphaq.commands.slice import slice_
 from alphaq.config import ProxyKind
 from alphaq.errors import AlphaQError, BudgetError
@@ -79,6 +81,7 @@ def analyze(
     """Measure every matrix's weight spectrum and write one CSV row each."""
     from alphaq import pipeline
     from alphaq.checkpoint.writer import check_file
+    from alphaq.report.bitmap import alpha_histogram
     from alphaq.spectra.variants import SpectrumVariant
 
     variant = SpectrumVariant(spectrum, tail)  # type: ignore[arg-type]
@@ -99,7 +102,12 @@ def analyze(
     spread = (
         f"α {alphas[0]:.3f} – {alphas[-1]:.3f}, median {alphas[len(alphas) // 2]:.3f}" if alphas else "no α defined"
     )
-    show(as_json, summary, f"{len(rows)} matrices measured into {output}: {spread}")
+    show(
+        as_json,
+        summary,
+        f"{len(rows)} matrices measured into {output}: {spread}",
+        lambda console: alpha_histogram(alphas, console),
+    )
 
 
 @app.command()
@@ -123,6 +131,8 @@ def plan(
     config = plan_config(settings if target is None else settings | {"bpw": ANY_BUDGET}, model is not None)
     from alphaq.checkpoint.writer import atomic_file, check_file
     from alphaq.engines import llama_cpp
+    from alphaq.report.bitmap import bit_map
+    from alphaq.report.places import places_of_matrices
     from alphaq.report.tables import plan_table
 
     for file in (output, write_type_file, search["curve"]):
@@ -151,7 +161,13 @@ def plan(
         with atomic_file(output) as partial:
             partial.write_text(made.to_json(), encoding="utf-8")
         err.print(f"Plan written to {output}", markup=False, highlight=False, soft_wrap=True)
-    show(as_json, made.model_dump(mode="json", exclude={"table"}), plan_table(made))
+    places = None if checkpoint is None else places_of_matrices(checkpoint.matrices)
+    show(
+        as_json,
+        made.model_dump(mode="json", exclude={"table"}),
+        plan_table(made),
+        lambda console: bit_map(made, console, places),
+    )
 
 
 @app.command()
@@ -501,6 +517,8 @@ app.command()(recode)
 app.command("slice")(slice_)
 app.command()(certify)
 app.command()(card)
+app.command()(report)
+app.command()(plot)
 
 
 def _version(wanted: bool) -> None:

@@ -39,7 +39,11 @@ from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantization import CheckTask, StoreTask, check, plan_choices, store
 from alphaq.recoding import recode
 from alphaq.records import CODECS, Fidelity, MatrixRef, Plan, Spectrum
+from alphaq.report.content import MAX_DENSITIES, Sources, sampled
 from alphaq.report.html import write_report
+from alphaq.report.places import places_of_matrices
+from alphaq.report.runs import ComparedRow, read_run
+from alphaq.spectra.density import Density, DensityTask, density_one
 from alphaq.spectra.measure import write_stats
 from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant
 from alphaq.workers import Workers, Wrap, silent
@@ -426,7 +430,6 @@ def demo(out: Path, wrap: Wrap = silent) -> dict[str, Any]:
                 evaluate(model, texts, model, max_tokens=DEMO_MAX_TOKENS),
             )
         ]
-        plans = {}
         for label, method, bits in DEMO_RUNS:
             request = resolve(config.model_copy(update={"budget": Budget(bits=bits), "method": method}))
             plan = make_plan(checkpoint, request, found)
@@ -435,11 +438,54 @@ def demo(out: Path, wrap: Wrap = silent) -> dict[str, Any]:
             fidelity = evaluate(target, texts, model, max_tokens=DEMO_MAX_TOKENS, wrap=wrap)
             assert plan.average_bits is not None and plan.bits_per_weight is not None
             rows.append(_demo_row(label, plan.average_bits, plan.bits_per_weight, written["size_bytes"], fidelity))
-            plans[label] = plan
         result = {"rows": rows, "report": str(out / "report.html"), "model": str(out / "model")}
-        write_report(folder / "report.html", plans["AlphaQ 2.5"], checkpoint.matrices, rows)
+        made = read_run(folder / "model")
+        sources = Sources(
+            places_of_matrices(checkpoint.matrices),
+            "the model",
+            densities=dict(densities(checkpoint, made.plan, wrap=wrap)),
+            compared=[_compared(row) for row in rows],
+        )
+        write_report(folder / "report.html", made, sources)
         (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def densities(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    limit: int = MAX_DENSITIES,
+    wrap: Wrap = silent,
+    workers: Workers | None = None,
+) -> Iterable[tuple[str, Density]]:
+    """Densities of eigenvalues of planned matrices, of at most `limit`, by the plan's own way to measure α.
+
+    Raises PlanError if the checkpoint is not the one that was planned for.
+    """
+    if plan.source is None or plan.source.fingerprint != checkpoint.fingerprint:
+        whose = f"{plan.source.name} with other tensors" if plan.source else "a stats file"
+        raise PlanError(f"The plan was made of {whose}, not of {checkpoint.name}. Give the checkpoint it was made of.")
+    variant = SpectrumVariant(str(plan.config.get("spectrum", "farms")), str(plan.config.get("tail", "hill")))  # type: ignore[arg-type]
+    known = {matrix.name: matrix for matrix in checkpoint.matrices}
+    tasks = [DensityTask(known[name], variant) for name in sampled(plan, limit)]
+    found = (workers or Workers(1, checkpoint)).map(density_one, tasks, lambda task: 10 * task.matrix.parameters)
+    yield from zip((task.matrix.name for task in tasks), wrap(found, len(tasks), "spectra"), strict=True)
+
+
+def _compared(row: dict[str, Any]) -> ComparedRow:
+    """A run of the demo as a row of a comparison."""
+    method = next((method for label, method, _ in DEMO_RUNS if label == row["label"]), "reference")
+    bits = next((bits for label, _, bits in DEMO_RUNS if label == row["label"]), 16.0)
+    return ComparedRow(
+        method=method,
+        bits=bits,
+        size_bytes=row["size_bytes"],
+        average_bits=row["average_bits"],
+        bits_per_weight=row["bits_per_weight"],
+        perplexity={name: text["perplexity"] for name, text in row["texts"].items()},
+        mean_perplexity=row["geomean_perplexity"],
+        kl=row["mean_kl"],
+    )
 
 
 def _demo_row(label: str, bits: float, bpw: float, size: int, fidelity: Fidelity) -> dict[str, Any]:

@@ -36,14 +36,19 @@ def progress(items: Iterable[T], total: int, label: str) -> Iterable[T]:
             bar.update(task, rate=f"{speed:.1f}/s" if speed else "")
 
 
-def show(as_json: bool, data: Any, *tables: Any) -> None:
-    """Print JSON on stdout, or tables."""
+def show(as_json: bool, data: Any, *parts: Any) -> None:
+    """Print JSON on stdout, or what people read: text, tables, and functions that make either for a console."""
     if as_json:
         sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     else:
         console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
-        for table in tables:
+        for part in parts:
+            if callable(part):
+                drawn = part(console)
+                if drawn:
+                    console.print(drawn, markup=False, highlight=False, soft_wrap=True)
+                continue
             if not sys.stdout.isatty():  # nothing is cut off in a file
                 console.width = WIDEST
-                console.width = max(PIPED_WIDTH, console.measure(table).maximum)
-            console.print(table, markup=False, highlight=False, soft_wrap=isinstance(table, str))
+                console.width = max(PIPED_WIDTH, console.measure(part).maximum)
+            console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))

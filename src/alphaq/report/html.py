@@ -1,68 +1,81 @@
-"""One self-contained HTML page about a plan: figures, and maps of α and bits by layer and expert."""
+"""The report: one HTML file that holds all it needs and asks the network for nothing.
+
+Charts are drawn by the page's own script on SVG and canvas. A chart library would be the larger part of the file
+(plotly.js: 4.6 MB) for five small charts, and none draws 70 000 clickable cells that a slider repaints.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import base64
+import hashlib
+import json
+import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
-from alphaq.records import MatrixRef, Plan
+from alphaq.report.content import Content, Sources, content_of
+from alphaq.report.runs import Run
 from alphaq.report.tables import human_bytes
 
-COLDEST, WARMEST = (68, 1, 84), (253, 231, 37)
-MIDDLE = (33, 145, 140)
 
-
-def colour(position: float) -> str:
-    """A colour-blind-safe scale from dark violet (0) through teal to yellow (1)."""
-    position = min(1.0, max(0.0, position))
-    low, high, local = (COLDEST, MIDDLE, position * 2) if position < 0.5 else (MIDDLE, WARMEST, position * 2 - 1)
-    return "rgb({}, {}, {})".format(*(round(a + (b - a) * local) for a, b in zip(low, high, strict=True)))
-
-
-def heat_maps(plan: Plan, matrices: Iterable[MatrixRef]) -> list[dict[str, Any]]:
-    """Two maps (bits, α) per projection; a cell is an expert of a layer."""
-    planned = [matrix for matrix in matrices if matrix.name in plan.assignment]
-    alphas = sorted(plan.alpha.values())
-    widest = max(plan.assignment.values(), default=1)
-    narrowest = min(plan.assignment.values(), default=1)
-
-    def cells(members: list[MatrixRef], kind: str) -> list[dict[str, Any]]:
-        rows: dict[int | None, list[dict[str, str]]] = {}
-        for matrix in sorted(members, key=lambda m: (m.layer or 0, m.expert or 0)):
-            bits, alpha = plan.assignment[matrix.name], plan.alpha.get(matrix.name)
-            if kind == "bits":
-                text, position = str(bits), (bits - narrowest) / max(1, widest - narrowest)
-            elif alpha is None:
-                text, position = "–", 0.0
-            else:
-                span = (alphas[-1] - alphas[0]) or 1.0
-                text, position = f"{alpha:.2f}", 1 - (alpha - alphas[0]) / span
-            title = f"{matrix.name}: {bits} bits, α {'undefined' if alpha is None else f'{alpha:.3f}'}"
-            ink = "#000" if position > 0.55 else "#fff"
-            rows.setdefault(matrix.layer, []).append(
-                {"text": text, "background": colour(position), "ink": ink, "title": title}
-            )
-        return [{"layer": layer, "cells": row} for layer, row in rows.items()]
-
-    maps = []
-    for projection in sorted({str(matrix.projection) for matrix in planned}):
-        members = [matrix for matrix in planned if matrix.projection == projection]
-        for kind, caption in (
-            ("bits", "bits (yellow: most)"),
-            ("alpha", "α (yellow: heaviest tail, smallest α)"),
-        ):
-            maps.append({"title": f"{projection}: {caption}", "rows": cells(members, kind)})
-    return maps
-
-
-def write_report(path: Path, plan: Plan, matrices: Iterable[MatrixRef], rows: list[dict[str, Any]]) -> None:
-    """Write the page. `rows` are the compared runs as `alphaq demo --json` prints them."""
+def page_of(content: Content) -> str:
+    """The page as text."""
     environment = Environment(
         loader=PackageLoader("alphaq.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["bytes"] = human_bytes
-    page = environment.get_template("report.html.j2").render(plan=plan, maps=heat_maps(plan, matrices), rows=rows)
-    path.write_text(page, encoding="utf-8")
+    environment.filters["figures"] = figures
+    environment.filters["with_code"] = with_code
+    script = _part("report.js")
+    return environment.get_template("report.html.j2").render(
+        **content.facts,
+        missing=content.missing,
+        style=Markup(_part("report.css")),
+        script=Markup(script),
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data=Markup(_json(content.data)),
+    )
+
+
+def figures(value: float, digits: int = 4) -> str:
+    """A number with so many digits: 575,437 and 0.0321 rather than 5.754e+05."""
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if 1000 <= abs(rounded) < 1e9 else f"{rounded:.{digits}g}"
+
+
+def with_code(text: str) -> Markup:
+    """Escaped text, in which `commands` stand as code."""
+    return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
+def write_report(path: Path, run: Run, sources: Sources) -> dict[str, Any]:
+    """Write the page; returns what `alphaq report --json` prints."""
+    content = content_of(run, sources)
+    page = page_of(content).encode()
+    path.write_bytes(page)
+    path_facts = content.facts["path"] or {}
+    return {
+        "bytes": len(page),
+        "matrices": content.facts["matrices"],
+        "units": path_facts.get("units"),
+        "steps": path_facts.get("steps"),
+        "plan_loss": path_facts.get("plan_loss"),
+        "path_loss": path_facts.get("loss"),
+        "spectra": len(sources.densities),
+        "methods": len({row.method for row in content.facts["compared"]}),
+        "missing": content.missing,
+    }
+
+
+def _part(name: str) -> str:
+    return (files("alphaq.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _json(data: dict[str, Any]) -> str:
+    """JSON that cannot end the element it stands in, whatever names it holds."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
