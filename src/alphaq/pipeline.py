@@ -191,10 +191,10 @@ def _quantize_coded(
         )
     check_absent(out)
     uncoded = out.absolute().parent / f".{out.name}.uncoded"
-    if uncoded.exists() and (restart or Output(uncoded).plan.choices != plan.choices):
-        shutil.rmtree(uncoded)
-    done = {} if uncoded.exists() else quantize(checkpoint, plan, uncoded, *settings)
-    checked = done or verify(uncoded, checkpoint, wrap, workers)
+    checked = {} if restart else _whole(uncoded, plan, checkpoint, wrap, workers)
+    if not checked:
+        shutil.rmtree(uncoded, ignore_errors=True)
+        checked = quantize(checkpoint, plan, uncoded, *settings)
     coded = recode(uncoded, out, codec, wrap, workers)
     raise_faults(out, Output(out).faults())
     if promised is not None and coded["size_bytes"] > promised:
@@ -207,6 +207,14 @@ def _quantize_coded(
     files = [str(out / file) for file in Output(out).headers]
     quantized = {"quantizer": Rounding.of(plan.engine).name, "not_calibrated": {}}
     return {**quantized, **checked, **coded, "files": files, "source_bytes": checkpoint.nbytes}
+
+
+def _whole(folder: Path, plan: Plan, checkpoint: Checkpoint, wrap: Wrap, workers: Workers | None) -> dict[str, Any]:
+    """What `verify` finds where an interrupted run has left a plan's files complete; nothing where it has not."""
+    try:
+        return verify(folder, checkpoint, wrap, workers) if Output(folder).plan.choices == plan.choices else {}
+    except (CheckpointError, PlanError, VerificationError):
+        return {}
 
 
 def _note(journal: Journal, task: StoreTask, record: Record) -> None:

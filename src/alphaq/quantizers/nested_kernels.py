@@ -14,7 +14,6 @@ from alphaq.simd import (
     lane_minimum,
     lane_sum,
     load,
-    magnitude,
     maximum,
     minimum,
     nearest,
@@ -97,22 +96,10 @@ def _own_grid(values, count, bits, smallest, size):
 @kernel
 def _is_nested(values, count, step):
     """Whether all weights are odd multiples of half a step."""
-    half, inverse = splat(step * np.float32(0.5)), splat(np.float32(1) / step)
-    for at in range(0, count, LANES):
-        value = load(values, at)
-        level = nearest(value * inverse - splat(np.float32(0.5))) + splat(np.float32(0.5))
-        miss = magnitude(value - level * splat(np.float32(2)) * half)
-        for lane in range(min(LANES, count - at)):
-            if values[at + lane] == 0:
-                return False
-        if at + LANES <= count:
-            if lane_maximum(miss) > 0:
-                return False
-        else:
-            for lane in range(count - at):
-                own = values[at + lane] / step - np.float32(0.5)
-                if (np.rint(own) + np.float32(0.5)) * step != values[at + lane]:
-                    return False
+    half = np.float32(0.5)
+    for at in range(count):
+        if (np.rint(values[at] / step - half) + half) * step != values[at]:
+            return False
     return True
 
 
