@@ -97,7 +97,7 @@ def _own_grid(values, count, bits, smallest, size):
 def _is_nested(values, count, step):
     """Whether all weights are odd multiples of half a step."""
     half = np.float32(0.5)
-    for at in range(count):
+    for at in range(count):  # noqa: SIM110 (numba has no such generators)
         if (np.rint(values[at] / step - half) + half) * step != values[at]:
             return False
     return True
