@@ -32,7 +32,7 @@ from alphaq.engines.output import (
     write_manifest,
 )
 from alphaq.engines.profiles import profile
-from alphaq.errors import AlphaQError, CheckpointError, PlanError, VerificationError
+from alphaq.errors import CheckpointError, PlanError, VerificationError
 from alphaq.journal import Journal
 from alphaq.measurement import ahead, leaving, measure
 from alphaq.planning import make_plan, measure_for_plan, resolve
