@@ -7,6 +7,7 @@ import torch
 from alphaq.errors import QuantizationError
 from alphaq.quantizers import gptq
 from alphaq.quantizers.gptq import grid_of, quantize_gptq
+from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.packing import dequantize
 from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.records import Choice, QuantizedMatrix
@@ -116,3 +117,13 @@ def test_threads_change_nothing() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("text", ["4g64-nest", "2g128-nest"])
+def test_rounds_to_nested_levels_as_published(text: str) -> None:
+    choice, weight, hessian = Choice.parse(text), seeded(40, 256), moments(256)
+    plain = quantize_nested(weight, choice)
+    found = quantize_gptq(weight, choice, "matrix", hessian, plain)
+    error = objective(weight, dequantize(found), hessian)
+    assert error == pytest.approx(objective(weight, plain_gptq(weight, hessian, found), hessian), rel=1e-5)
+    assert error < 0.8 * objective(weight, dequantize(plain), hessian)

@@ -47,7 +47,7 @@ def grid_of(matrix: QuantizedMatrix) -> Grid:
         mean = torch.zeros_like(step) if matrix.offsets is None else matrix.offsets.float()
         return Grid(2 * step, mean - step)
     if matrix.offsets is None:
-        return Grid(step, -step * 2.0 ** (matrix.choice.bits - 1))
+        return Grid(step, -step * (2.0 ** (matrix.choice.bits - 1) - 0.5 * matrix.choice.nested))
     if matrix.offsets.is_floating_point():
         return Grid(step, matrix.offsets.float())
     return Grid(step, -step * matrix.offsets.float())
