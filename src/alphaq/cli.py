@@ -30,6 +30,7 @@ from alphaq.options import (
     means_for,
     means_settings,
     opened,
+    output_target,
     plan_config,
     plan_settings,
     rounding_of,
@@ -140,7 +141,9 @@ def quantize(
     model: ModelArgument,
     settings: Any,
     means: Any,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Folder to write, also as an address (s3://...); must not exist.")
+    ],
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Use this plan instead of making one.")] = None,
     quantizer: Annotated[
         str | None,
@@ -152,6 +155,12 @@ def quantize(
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard an unfinished run instead of resuming it.")
     ] = False,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for what is to be uploaded, where the output is an address; the current one by default."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Plan and quantize a checkpoint, then re-read the result against the source."""
@@ -159,7 +168,9 @@ def quantize(
     from alphaq.engines.profiles import profile
     from alphaq.report.tables import human_bytes, plan_table
 
-    check_absent(output)
+    target = output_target(output, scratch)
+    if isinstance(target, Path):
+        check_absent(target)
     if plan_file is not None:
         if conflicting := given_options(context) & {*settings, "no_cache", "device"} - {"imatrix", "calibration"}:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(conflicting))
@@ -186,17 +197,13 @@ def quantize(
             made = build_plan(checkpoint, config, settings, pool, cache, means["device"], quantizer)
         if cache is not None:
             cache.close()  # others may measure while this one writes
-        result = pipeline.quantize(
-            checkpoint,
-            made,
-            output,
-            progress,
-            pool,
-            restart,
-            means["hash_contents"],
-            imatrix=importance_matrix(settings["imatrix"]),
-            rounding=rounding,
-        )
+        given: Any = (progress, pool, restart, means["hash_contents"])
+        rest: Any = {"imatrix": importance_matrix(settings["imatrix"]), "rounding": rounding}
+        if isinstance(target, Path):
+            result = pipeline.quantize(checkpoint, made, target, *given, **rest)
+        else:
+            result = pipeline.quantize_to_store(checkpoint, made, target, scratch or Path(), *given, **rest)
+    usage = profile(made.engine).writer.usage.format(out=output) if isinstance(target, Path) else "Uploaded."
     left = result["not_calibrated"]
     for name, reason in list(left.items())[:5]:
         err.print(f"note: {name} is rounded without its inputs: {reason}", markup=False, soft_wrap=True)
@@ -204,7 +211,7 @@ def quantize(
         err.print(f"note: and {len(left) - 5} more; --json names them all", markup=False, soft_wrap=True)
     summary = (
         f"{output}: {human_bytes(result['size_bytes'])} of weights, was {human_bytes(result['source_bytes'])}; "
-        f"{result['tensors']} tensors re-read and correct\n{profile(made.engine).writer.usage.format(out=output)}"
+        f"{result['tensors']} tensors re-read and correct\n{usage}"
     )
     tables = [summary] if made.average_bits is None else [plan_table(made), summary]
     show(as_json, made.model_dump(mode="json", exclude={"table"}) | result, *tables)

@@ -303,6 +303,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alphaq"
 
 
+def output_target(output: str, scratch: Path | None) -> Any:
+    """Where an output goes: a Path, or a Store for an address. Raises AlphaQError."""
+    from alphaq.checkpoint.remote import Store, is_url, local_path
+
+    path = local_path(output) if is_url(output) else Path(output)
+    if path is None:
+        if scratch is not None and not scratch.is_dir():
+            raise AlphaQError(f"--scratch {scratch} is no folder. Create it first.")
+        return Store.of(output)
+    if scratch is not None:
+        raise AlphaQError("--scratch is for outputs that are uploaded. Drop it, or give -o an address such as s3://...")
+    return path
+
+
 def opened(model: str, means: Mapping[str, Any]) -> Any:
     """The checkpoint that a command is to work on."""
     from dataclasses import replace

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -17,14 +18,16 @@ from alphaq.cache import Cache
 from alphaq.calibrated import Rounding, store_calibrated
 from alphaq.checkpoint.gguf_source import find_gguf
 from alphaq.checkpoint.imatrix import ImportanceMatrix
+from alphaq.checkpoint.publishing import claim, publish
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.checkpoint.remote import Store
 from alphaq.checkpoint.writer import Place, atomic_file, atomic_folder, create_file, resumable_folder
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines.export import Entry, Layout
 from alphaq.engines.llama_cpp import importance_of
 from alphaq.engines.output import MANIFEST_NAME, Output, Record, header_of, raise_faults, write_manifest
 from alphaq.engines.profiles import profile
-from alphaq.errors import AlphaQError, PlanError
+from alphaq.errors import AlphaQError, OutputError, PlanError
 from alphaq.journal import Journal
 from alphaq.measurement import ahead, leaving, measure
 from alphaq.planning import make_plan, measure_for_plan, resolve
@@ -152,6 +155,63 @@ def quantize(
         "not_calibrated": left,
         **checked,
     }
+
+
+def quantize_to_store(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    store: Store,
+    scratch: Path,
+    wrap: Wrap = silent,
+    workers: Workers | None = None,
+    restart: bool = False,
+    hash_contents: bool = False,
+    imatrix: ImportanceMatrix | None = None,
+    rounding: Rounding | None = None,
+) -> dict[str, Any]:
+    """`quantize` into a folder in `scratch`, then upload it, then remove it there.
+
+    Started again with the same checkpoint and plan, an interrupted run goes on where it was, be it while quantizing or
+    while uploading. Raises OutputError if another job is unfinished there, unless told to `restart`.
+    """
+    rounding = rounding or Rounding.of(plan.engine)
+    given = [
+        *(checkpoint.fingerprint, checkpoint.contents(hash_contents), checkpoint.settings_digest()),
+        *(plan.to_json(), alphaq.__version__, str(rounding), "" if imatrix is None else imatrix.digest),
+    ]
+    job = hashlib.sha256("\0".join(given).encode()).hexdigest()
+    staging = scratch / f".{store.name}.upload-{hashlib.sha256(store.url.encode()).hexdigest()[:12]}"
+    out, noted, finished = staging / store.name, staging / "job", staging / "result.json"
+    try:
+        staging.mkdir(exist_ok=True)
+        earlier = noted.read_text(encoding="utf-8") if noted.exists() else job
+        if earlier != job and not restart:
+            raise OutputError(
+                f"An unfinished run for {store.url} is in {staging}, of another checkpoint or plan. Repeat the earlier "
+                "command to finish it, or add --restart to discard it."
+            )
+        if earlier != job or restart:
+            rmtree(staging)
+            staging.mkdir()
+        noted.write_text(job, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"Cannot write {staging}: {error.strerror or error}. Choose another --scratch.") from error
+    claim(store, job, restart)
+    if out.exists() and finished.is_file():
+        result = json.loads(finished.read_text(encoding="utf-8"))
+    else:
+        if out.exists():  # the process was killed between the two
+            rmtree(out)
+        result = quantize(
+            checkpoint, plan, out, wrap, workers, False, hash_contents, imatrix=imatrix, rounding=rounding
+        )
+        result["files"] = [f"{store.url}/{Path(file).name}" for file in result["files"]]
+        result["out"] = store.url
+        with atomic_file(finished) as unfinished:
+            unfinished.write_text(json.dumps(result), encoding="utf-8")
+    publish(out, store, job, staging / "uploaded.jsonl", wrap)
+    rmtree(staging, ignore_errors=True)
+    return result
 
 
 def _note(journal: Journal, task: StoreTask, record: Record) -> None:

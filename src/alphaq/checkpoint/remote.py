@@ -126,10 +126,13 @@ class Store:
     def stamps(self) -> dict[str, Stamp]:
         """The files that lie in the folder now, by name."""
         with asking(self.url):
-            self.system.invalidate_cache()
-            found = self.system.ls(self.path, detail=True)
+            return self.listing()
+
+    def listing(self) -> dict[str, Stamp]:
+        """`stamps` with the store's own errors."""
+        self.system.invalidate_cache()
         stamps = {}
-        for info in found:
+        for info in self.system.ls(self.path, detail=True):
             parent, _, name = str(info["name"]).rstrip("/").rpartition("/")
             if info.get("type") == "file" and parent == self.path.lstrip("/") and name not in ("", ".", ".."):
                 stamps[name] = stamp_of(info)
