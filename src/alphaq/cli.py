@@ -283,6 +283,8 @@ def compare(
     from alphaq.report.tables import comparison_table
 
     checkpoint = opened(model, means)
+    if checkpoint.store is not None:
+        raise AlphaQError("compare runs the model, whose weights must lie on a local disk. Download it first.")
     listed = [name.strip() for name in (quantizers or "").split(",") if name.strip()]
     source, calibrated = settings["calibration"], [name in CALIBRATED for name in listed]
     roundings = [

@@ -13,7 +13,7 @@ from alphaq.cache import Cache, Known
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.quantizers.base import SAMPLE_VALUES, SquaredErrors, quantizer_of, squared_errors
 from alphaq.records import Choice, MatrixRef, Spectrum, WeightStatistics
-from alphaq.spectra.device import device_spectra
+from alphaq.spectra.device import device_batch, device_spectra, device_tasks
 from alphaq.spectra.measure import PANEL_VALUES, spectrum, streamed_spectrum
 from alphaq.spectra.statistics import weight_statistics
 from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant, variant_spectrum
@@ -35,6 +35,11 @@ class MeasureTask:
     quantizer: str = "rtn"
     sample_values: int = SAMPLE_VALUES
     importance: np.ndarray | None = None
+
+    @property
+    def tensor(self) -> str:
+        """The stored tensor that is read."""
+        return self.matrix.tensor
 
     @property
     def streamed(self) -> bool:
@@ -164,13 +169,21 @@ def _found(workers: Workers, tasks: list[MeasureTask], device: str) -> Iterator[
     local = [replace(task, spectrum=False) for task in tasks if task.choices or task.statistics] if apart else tasks
     measured = workers.map(
         measure_one,
-        ahead(local, lambda task: checkpoint.expect(task.matrix)),
+        local if workers.cluster else ahead(local, lambda task: checkpoint.expect(task.matrix)),
         lambda task: task.nbytes,
     )
     if not apart:
         yield from measured
         return
-    spectra = device_spectra(checkpoint, [task.matrix for task in tasks if task.spectrum], device)
+    spectra: Iterator[Spectrum]
+    wanted = [task.matrix for task in tasks if task.spectrum]
+    if workers.cluster:
+        groups = workers.map(
+            device_batch, device_tasks(checkpoint, wanted, device), lambda task: task.nbytes, on_card=True
+        )
+        spectra = (one for group in groups for one in group)
+    else:
+        spectra = device_spectra(checkpoint, wanted, device)
     for task in tasks:
         rest = next(measured) if task.choices or task.statistics else Measured()
         yield replace(rest, spectrum=next(spectra) if task.spectrum else None)

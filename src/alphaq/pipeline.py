@@ -31,7 +31,7 @@ from alphaq.errors import AlphaQError, OutputError, PlanError
 from alphaq.journal import Journal
 from alphaq.measurement import ahead, leaving, measure
 from alphaq.planning import make_plan, measure_for_plan, resolve
-from alphaq.quantization import CheckTask, StoreTask, check, plan_choices, store
+from alphaq.quantization import CheckTask, StoreTask, checked, plan_choices, stored
 from alphaq.records import Fidelity, MatrixRef, Plan, Spectrum
 from alphaq.report.html import write_report
 from alphaq.spectra.measure import write_stats
@@ -131,8 +131,8 @@ def quantize(
         ]
         if rounding.calibrated is not None:
             tasks, left = _calibrated(checkpoint, tasks, rounding, journal, wrap)
-        expected = ahead(tasks, partial(_expect, checkpoint))
-        records = workers.map(store, expected, lambda task: task.nbytes)
+        expected = tasks if workers.cluster else ahead(tasks, partial(_expect, checkpoint))
+        records = stored(workers, tasks, expected)
         results = leaving(
             zip((_shard(checkpoint, task.entry) for task in tasks), records, strict=True), checkpoint.forget
         )
@@ -143,7 +143,7 @@ def quantize(
                 _note(journal, task, record)
         writer.write_rest(folder, checkpoint, plan, written)
         write_manifest(folder, plan, manifest, {file: header_of(header) for file, (header, _) in written.files.items()})
-        checked = verify(folder, checkpoint, wrap, workers) if check else {}
+        found = verify(folder, checkpoint, wrap, workers) if check else {}
         checkpoint.require_unchanged()
     files = [str(out / file) for file in written.files]
     return {
@@ -153,7 +153,7 @@ def quantize(
         "source_bytes": checkpoint.nbytes,
         "quantizer": rounding.name,
         "not_calibrated": left,
-        **checked,
+        **found,
     }
 
 
@@ -280,7 +280,7 @@ def verify(
         )
         for name, record in _in_order(opened.manifest, entries)
     ]
-    results = (workers or Workers(1, source)).map(check, tasks, lambda task: task.nbytes)
+    results: Iterable[str | None] = checked(workers or Workers(1, source), tasks)
     if source is not None:
         shards = (_shard(source, entries[task.name]) for task in tasks)
         results = leaving(zip(shards, results, strict=True), source.forget)

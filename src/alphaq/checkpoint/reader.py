@@ -277,6 +277,15 @@ class Checkpoint:
             if now.get(name) != self.stamps.get(name):
                 raise changed(self.folder / name if self.store is None else f"{self.store.url}/{name}")
 
+    def readable_files(self) -> frozenset[str]:
+        """The weight files that this machine can read and that are those that were opened, maybe on another one."""
+        if self.store is None:
+            paths = (self.folder / name for name in self.weight_files)
+            now = _stamps(path for path in paths if os.access(path, os.R_OK))
+        else:
+            now = self.store.stamps()
+        return frozenset(name for name in self.weight_files if now.get(name) == self.stamps[name])
+
     def settings_digest(self) -> str:
         """Hash of config and tokenizer, which decide what a forward pass computes beside the weights."""
         if self.gguf is not None:
