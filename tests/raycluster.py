@@ -72,3 +72,10 @@ def fails(shared: Any, task: int) -> int:
 
 def defect(shared: Any, task: int) -> int:
     raise ZeroDivisionError("a mistake of ours")
+
+
+def array_of(shared: int, task: int) -> Any:
+    """A result of so many bytes."""
+    import numpy as np
+
+    return np.full(shared, task % 256, np.uint8)

@@ -118,6 +118,7 @@ def test_results_come_in_order_while_little_is_out(nodes: raycluster.Nodes) -> N
             list(workers.map(raycluster.defect, range(3)))
 
 
+@pytest.mark.slow
 def test_lost_process_is_told_and_made_up_for_a_few_times(nodes: raycluster.Nodes, tmp_path: Path) -> None:
     told: list[str] = []
     for times in (1, 99):
@@ -133,9 +134,8 @@ def test_lost_process_is_told_and_made_up_for_a_few_times(nodes: raycluster.Node
 
 
 def test_cluster_quantizes_to_the_bytes_of_one_machine(
-    nodes: raycluster.Nodes, tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+    nodes: raycluster.Nodes, tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran]
 ) -> None:
-    """Also where its nodes do not have the output's folder."""
     plan = tmp_path / "plan.json"
     flags = ("--cluster", f"ray:{nodes.address}")
     assert alphaq("plan", tiny, "-o", tmp_path / "one.json", *OPTIONS, "--workers", "1", "--no-cache").code == 0
@@ -145,6 +145,16 @@ def test_cluster_quantizes_to_the_bytes_of_one_machine(
     ran = alphaq("quantize", tiny, "-o", tmp_path / "many", "--plan", plan, *flags)
     assert ran.code == 0, ran.err
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_nodes_without_the_output_s_folder_send_the_bytes(
+    nodes: raycluster.Nodes, tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tmp_path / "plan.json"
+    assert alphaq("plan", tiny, "-o", plan, *OPTIONS, "--workers", "1").code == 0
+    assert alphaq("quantize", tiny, "-o", tmp_path / "one", "--plan", plan, "--workers", "1").code == 0
+    flags = ("--cluster", f"ray:{nodes.address}")
     monkeypatch.setattr(RayWorkers, "shares", lambda self, folder: False)
     ran = alphaq("quantize", tiny, "-o", tmp_path / "apart", "--plan", plan, *flags)
     assert ran.code == 0, ran.err
@@ -220,6 +230,7 @@ def test_work_for_a_card_runs_on_the_node_that_has_one(nodes: raycluster.Nodes) 
         nodes.kill(with_card)
 
 
+@pytest.mark.slow
 def test_node_that_cannot_read_the_checkpoint_is_left_out(nodes: raycluster.Nodes, tiny: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 

@@ -359,11 +359,13 @@ class RayWorkers(Workers):
         alive = {one["NodeID"]: one for one in ray.nodes() if one["Alive"]}
         fresh = {key: self._on(key, _probe).remote([self._shared]) for key in alive if key not in self._known}
         refused = []
+        if fresh:  # all at once: one that is gone but not missed yet would hold up the others
+            ray.wait(list(fresh.values()), num_returns=len(fresh), timeout=WAIT_S)
         for key, ref in fresh.items():
             resources, name = alive[key].get("Resources", {}), alive[key].get("NodeManagerHostname", key[:8])
             self._known[key] = None
             try:
-                version, files = ray.get(ref, timeout=WAIT_S)
+                version, files = ray.get(ref, timeout=0.1)
             except (ray.exceptions.RayError, TimeoutError) as error:
                 refused.append(f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[-1]}")
                 continue
