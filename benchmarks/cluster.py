@@ -8,6 +8,7 @@ Every node is a group of processes of its own (`ray.cluster_utils.Cluster`). Wri
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -158,6 +159,46 @@ def stream(address: str, counts: list[int], nbytes: int) -> list[dict[str, Any]]
     return rows
 
 
+def digest(folder: Path) -> str:
+    """Of the names and bytes of a folder's files."""
+    found = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        found.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()
+
+
+def killed(folder: Path) -> dict[str, Any]:
+    """Quantize on two nodes, one of which is killed in the middle; the lines that tell of it, and both outputs."""
+    import raycluster
+
+    nodes = raycluster.Nodes(2)
+    plan, base = folder.parent / "killed.json", [sys.executable, "-m", "alphaq"]
+    one, many = folder.parent / "killed-one", folder.parent / "killed-many"
+    for out in (one, many):
+        shutil.rmtree(out, ignore_errors=True)
+    try:
+        subprocess.run([*base, "plan", folder, "--bits", "3", "--method", "uniform", "-o", plan], check=True)
+        quantize = [*base, "quantize", folder, "--plan", plan, "-o"]
+        subprocess.run([*quantize, one, "--workers", "1"], check=True, stdout=subprocess.DEVNULL)
+        journal = folder.parent / f".{many.name}.partial" / "journal.jsonl"
+        run = subprocess.Popen(
+            [*quantize, many, "--cluster", f"ray:{nodes.address}"], stderr=subprocess.PIPE, text=True
+        )
+        while run.poll() is None and not (journal.is_file() and journal.read_bytes().count(b"\n") > 40):
+            time.sleep(0.01)
+        noted = journal.read_bytes().count(b"\n")
+        nodes.kill(nodes.nodes[0])
+        told = run.communicate()[1]
+        return {
+            "entries_noted_when_killed": noted,
+            "exit_code": run.returncode,
+            "lines": [line for line in told.splitlines() if "again, after a loss" in line],
+            "identical": digest(one) == digest(many),
+        }
+    finally:
+        nodes.stop()
+
+
 def child(*arguments: str) -> dict[str, Any]:
     ran = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
     if ran.returncode:
@@ -189,7 +230,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path("bench-cluster"))
     parser.add_argument("--drive", nargs=3, metavar=("ADDRESS", "FOLDER", "APART"))
     parser.add_argument("--counts", type=int, nargs="+", default=[1_000, 10_000, 70_000])
-    parser.add_argument("--skip-times", action="store_true")
+    parser.add_argument("--only", choices=("memory", "times", "killed"), nargs="+")
     given = parser.parse_args()
     if given.drive:
         address, folder, apart = given.drive
@@ -197,31 +238,35 @@ def main() -> None:
         return
     import raycluster
 
-    result: dict[str, Any] = {
-        "benchmark": "cluster",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cores": os.cpu_count(), "load": os.getloadavg()},
-    }
+    only = given.only or ("memory", "times", "killed")
+    result: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"benchmark": "cluster"}
+    result |= {"date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count()}
+
+    def note(name: str, value: Any) -> None:
+        result[name] = {"load_before": os.getloadavg()[0], "found": value}
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        sys.stderr.write(f"{name}: {json.dumps(value)}\n")
+
+    if "killed" in only:
+        note("killed", killed(model(given.scratch / "small" / "m", 2, 60, 512, 352)))
     nodes = raycluster.Nodes(2)
     try:
-        result["stream"] = stream(nodes.address, given.counts, 4096)
-        result["driver"] = []
-        for count in given.counts:
-            layers = 8
-            folder = model(given.scratch / f"tiny-{count}" / "m", layers, round(count / layers / 3), SIDE, SIDE)
-            for apart in ("shared", "apart"):
-                result["driver"].append(child("--drive", nodes.address, str(folder), apart))
-                print(json.dumps(result["driver"][-1]), file=sys.stderr, flush=True)  # noqa: T201
-        if not given.skip_times:
+        if "memory" in only:
+            note("stream", stream(nodes.address, given.counts, 4096))
+            rows = []
+            for count in given.counts:
+                folder = model(given.scratch / f"tiny-{count}" / "m", 8, round(count / 24), SIDE, SIDE)
+                for apart in ("shared", "apart"):
+                    rows.append(child("--drive", nodes.address, str(folder), apart))
+                    note("driver", rows)
+        if "times" in only:
             folder = model(given.scratch / "medium" / "m", 2, 60, 2048, 1408)
-            result["times"] = {
-                "source_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-                **{f"{n} processes": timed(None, folder, n) for n in (1, 2)},
-                **{f"{n} nodes": timed(nodes.address, folder, n) for n in (1, 2)},
-            }
+            times = {f"{n} processes": timed(None, folder, n) for n in (1, 2)}
+            times |= {f"{n} nodes": timed(nodes.address, folder, n) for n in (1, 2)}
+            source = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            note("times", {"source_bytes": source, **times})
     finally:
         nodes.stop()
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ T = TypeVar("T")
 BATCH_BYTES, BATCH_TASKS = 64 << 20, 256  # of source data; of tasks, where those are tiny
 FIRST_BYTES, FIRST_TASKS = 1 << 20, 4  # so that a small job is spread too; doubled each time all have got one
 MOST_TRIES = 4
+GONE = ("NodeDiedError", "TaskUnschedulableError", "LocalRayletDiedError")
+"""Errors of Ray that say that a node is no more."""
 CONNECT_S = 10.0
 WAIT_S = 60.0  # for a node, where none that could do the work is left
 REFRESH_S = 10.0
@@ -67,6 +69,7 @@ class Batch:
     tries: int = 0
     node: str | None = None
     """Where it is, until it is done there."""
+    where: str = ""
     refs: tuple[Any, Any] | None = None
     done: bool = False
 
@@ -298,7 +301,7 @@ class RayWorkers(Workers):
         node = choose(able, load, batch.needed, on_card) or min(
             able, key=lambda one: load.get(one.id, 0) / one.slots(on_card)
         )
-        batch.node, batch.done = node.id, False
+        batch.node, batch.where, batch.done = node.id, node.name, False
         load[node.id] = load.get(node.id, 0) + 1
         self.told.nodes[node.name] = self.told.nodes.get(node.name, 0) + len(batch.tasks)
         run = self._on(node.id, self._run, num_returns=2, num_cpus=0 if on_card else 1, num_gpus=1 if on_card else 0)
@@ -325,19 +328,21 @@ class RayWorkers(Workers):
 
     def _again(self, function: Any, batch: Batch, load: dict[str, int], on_card: bool, error: BaseException) -> None:
         """Give a lost batch to another node. Raises WorkerError after too many tries."""
-        where = next((node.name for node in self._known.values() if node and node.id == batch.node), batch.node)
         if not batch.done:  # else only its results were lost, on their way
             self._leave(batch, load)
         batch.tries += 1
-        why = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+        reason = (str(error).strip() or "no reason given").splitlines()[0].partition(". ")[0]
+        why = f"{type(error).__name__}: {reason}"
+        if type(error).__name__ in GONE and batch.node is not None:
+            self._known[batch.node] = None  # Ray goes on to list it for a while; one that returns has another id
         what = f"{_label(batch.tasks[0])} and {len(batch.tasks) - 1} more"
         if batch.tries >= MOST_TRIES:
             raise WorkerError(
-                f"{what} were lost {batch.tries} times, last on {where} ({why}). Give the nodes more memory or use "
+                f"{what} were lost {batch.tries} times, last on {batch.where} ({why}). Give nodes more memory or use "
                 "fewer --workers, and repeat the command: what is finished is kept."
             )
         self.told.retried += 1
-        self.log(f"note: again, after a loss: {what}; were on {where}; {why}")
+        self.log(f"note: again, after a loss: {what}; were on {batch.where}; {why}")
         self._refresh()
         self._submit(function, batch, load, on_card)
 
