@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,16 +18,11 @@ from alphaq.errors import OutputError
 from conftest import Ran
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[objectstore.Server]:
-    started = objectstore.start()
-    started.system().mkdir("out")
-    yield started
-    started.stop()
-
-
 @pytest.fixture(autouse=True)
 def _environment(server: objectstore.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.counter.reset()
+    if not server.system().exists("out"):
+        server.system().mkdir("out")
     server.counter.reset()
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
@@ -43,7 +38,7 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(request: pytest.FixtureRequest) -> Store:
+def store(server: objectstore.Server, request: pytest.FixtureRequest) -> Store:
     return Store.of(f"s3://out/{request.node.name}")
 
 

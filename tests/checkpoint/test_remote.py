@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,6 @@ from alphaq.errors import AlphaQError, CheckpointError, MissingExtraError
 from conftest import Ran
 
 SLACK = 1.1
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[objectstore.Server]:
-    started = objectstore.start()
-    yield started
-    started.stop()
 
 
 @pytest.fixture(autouse=True)
