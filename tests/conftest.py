@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,16 @@ def save_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 def tiny() -> Path:
     """The bundled trained model."""
     return DATA / "tiny"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Any]:
+    """An object store, one for all tests: s3fs keeps its clients, and with them the first server's address."""
+    import objectstore
+
+    started = objectstore.start()
+    yield started
+    started.stop()
 
 
 @pytest.fixture(scope="session")

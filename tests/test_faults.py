@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from alphaq import pipeline
+from alphaq import pipeline, quantization
 from alphaq.checkpoint import writer
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import open_checkpoint
@@ -194,7 +194,7 @@ def test_what_did_not_reach_the_disk_is_written_again(
 ) -> None:
     """After a failed fsync the lost pages may read well from memory, so that a second fsync proves nothing."""
     found: list[Any] = []
-    real_store, real_sync = pipeline.store, writer._sync
+    real_store, real_sync = quantization.store, writer._sync
 
     def sync(path: Path) -> None:
         monkeypatch.setattr(writer, "_sync", real_sync)
@@ -208,7 +208,7 @@ def test_what_did_not_reach_the_disk_is_written_again(
     failed = alphaq(*QUANTIZE.arguments(place))
     assert failed.code == 2
     assert "Input/output error" in failed.err
-    monkeypatch.setattr(pipeline, "store", store)
+    monkeypatch.setattr(quantization, "store", store)
     assert alphaq(*QUANTIZE.arguments(place)).code == 0
     assert set(found) == {None}
     assert place.made() == bench.expected[QUANTIZE]
@@ -219,7 +219,7 @@ def test_a_disk_too_small_is_told_before_the_work(alphaq: Any, place: Place, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    monkeypatch.setattr(pipeline, "store", None)
+    monkeypatch.setattr(quantization, "store", None)
     ran = alphaq(*QUANTIZE.arguments(place))
     assert ran.code == 2
     assert "No space left on device. Free space and repeat the command" in ran.err

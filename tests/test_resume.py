@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from alphaq import pipeline
+from alphaq import quantization
 from alphaq.checkpoint.writer import JOURNAL_NAME, UNFINISHED_NAME
 from alphaq.errors import CheckpointError
 from alphaq.journal import Journal
@@ -195,7 +195,7 @@ def test_a_passing_error_keeps_what_was_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = ("quantize", tiny, *OPTIONS, "-o", tmp_path / "out", "--workers", "1")
-    real, calls = pipeline.store, []
+    real, calls = quantization.store, []
 
     def store(checkpoint: Any, task: Any) -> Any:
         calls.append(task.found)
@@ -203,7 +203,7 @@ def test_a_passing_error_keeps_what_was_written(
             raise error
         return real(checkpoint, task)
 
-    monkeypatch.setattr(pipeline, "store", store)
+    monkeypatch.setattr(quantization, "store", store)
     assert alphaq(*options).code == 2
     assert alphaq(*options).code == 0
     assert sum(found is not None for found in calls[40:]) == 39

@@ -161,7 +161,9 @@ def _store_by_proxy(
 def _rounded(
     weight: Tensor, choice: Choice, name: str = "matrix", *, quantizer: str, own: str, moments: Tensor
 ) -> QuantizedMatrix:
-    if choice.mix and not choice.nested:  # their levels are several in a group; what inputs say is which of them are salient
+    if (
+        choice.mix and not choice.nested
+    ):  # their levels are several in a group; what inputs say is which of them are salient
         importance = moments if moments.ndim == 1 else moments.diagonal()
         return quantizer_of(own, importance.numpy())(weight, choice, name)
     levels = LEVELS if own in PLAIN and choice.bits > 1 else own

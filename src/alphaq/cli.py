@@ -37,6 +37,7 @@ from alphaq.options import (
     means_settings,
     opened,
     option_names,
+    output_target,
     plan_config,
     plan_settings,
     rounding_of,
@@ -178,7 +179,9 @@ def quantize(
     settings: Any,
     search: Any,
     means: Any,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Folder to write, also as an address (s3://...); must not exist.")
+    ],
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Use this plan instead of making one.")] = None,
     quantizer: Annotated[
         str | None,
@@ -190,6 +193,12 @@ def quantize(
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard an unfinished run instead of resuming it.")
     ] = False,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for what is to be uploaded, where the output is an address; the current one by default."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Plan and quantize a checkpoint, then re-read the result against the source."""
@@ -197,7 +206,9 @@ def quantize(
     from alphaq.engines.profiles import profile
     from alphaq.report.tables import human_bytes, plan_table
 
-    check_absent(output)
+    place = output_target(output, scratch)
+    if isinstance(place, Path):
+        check_absent(place)
     given, target = given_options(context), None
     if plan_file is not None:
         if conflicting := given & {*settings, *search, "no_cache", "device"} - {"imatrix", "calibration"}:
@@ -225,25 +236,21 @@ def quantize(
     means["no_cache"] |= plan_file is not None
     with means_for(checkpoint, **means) as (pool, cache):
         if target is not None:
-            scratch = output.absolute().parent
+            beside = place.absolute().parent if isinstance(place, Path) else scratch or Path()
             made = search_plan(
-                checkpoint, config, settings, search, target, pool, cache, means["device"], rounding, scratch
+                checkpoint, config, settings, search, target, pool, cache, means["device"], rounding, beside
             )
         elif plan_file is None:
             made = build_plan(checkpoint, config, settings, pool, cache, means["device"], quantizer)
         if cache is not None:
             cache.close()  # others may measure while this one writes
-        result = pipeline.quantize(
-            checkpoint,
-            made,
-            output,
-            progress,
-            pool,
-            restart,
-            means["hash_contents"],
-            imatrix=importance_matrix(settings["imatrix"]),
-            rounding=rounding,
-        )
+        work: Any = (progress, pool, restart, means["hash_contents"])
+        rest: Any = {"imatrix": importance_matrix(settings["imatrix"]), "rounding": rounding}
+        if isinstance(place, Path):
+            result = pipeline.quantize(checkpoint, made, place, *work, **rest)
+        else:
+            result = pipeline.quantize_to_store(checkpoint, made, place, scratch or Path(), *work, **rest)
+    usage = profile(made.engine).writer.usage.format(out=output) if isinstance(place, Path) else "Uploaded."
     left = result["not_calibrated"]
     for name, reason in list(left.items())[:5]:
         err.print(f"note: {name} is rounded without its inputs: {reason}", markup=False, soft_wrap=True)
@@ -251,7 +258,7 @@ def quantize(
         err.print(f"note: and {len(left) - 5} more; --json names them all", markup=False, soft_wrap=True)
     summary = (
         f"{output}: {human_bytes(result['size_bytes'])} of weights, was {human_bytes(result['source_bytes'])}; "
-        f"{result['tensors']} tensors re-read and correct\n{profile(made.engine).writer.usage.format(out=output)}"
+        f"{result['tensors']} tensors re-read and correct\n{usage}"
     )
     tables = [summary] if made.average_bits is None else [plan_table(made), summary]
     show(as_json, made.model_dump(mode="json", exclude={"table"}) | result, *tables)
@@ -338,6 +345,8 @@ def compare(
     from alphaq.report.tables import comparison_table
 
     checkpoint = opened(model, means)
+    if checkpoint.store is not None:
+        raise AlphaQError("compare runs the model, whose weights must lie on a local disk. Download it first.")
     listed = [name.strip() for name in (quantizers or "").split(",") if name.strip()]
     source, calibrated = settings["calibration"], [name in CALIBRATED for name in listed]
     roundings = [

@@ -23,7 +23,7 @@ from alphaq.quantizers.base import (
 from alphaq.quantizers.coding import coder_version, encode_tensor
 from alphaq.quantizers.packing import encode
 from alphaq.records import Choice, MatrixRef, Spectrum, WeightStatistics
-from alphaq.spectra.device import device_spectra
+from alphaq.spectra.device import device_batch, device_spectra, device_tasks
 from alphaq.spectra.measure import PANEL_VALUES, spectrum, streamed_spectrum
 from alphaq.spectra.statistics import weight_statistics
 from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant, variant_spectrum
@@ -47,6 +47,11 @@ class MeasureTask:
     sample_values: int = SAMPLE_VALUES
     importance: np.ndarray | None = None
     codec: str | None = None
+
+    @property
+    def tensor(self) -> str:
+        """The stored tensor that is read."""
+        return self.matrix.tensor
 
     @property
     def streamed(self) -> bool:
@@ -188,13 +193,21 @@ def _found(workers: Workers, tasks: list[MeasureTask], device: str) -> Iterator[
     local = [replace(task, spectrum=False) for task in tasks if task.choices or task.statistics] if apart else tasks
     measured = workers.map(
         measure_one,
-        ahead(local, lambda task: checkpoint.expect(task.matrix)),
+        local if workers.cluster else ahead(local, lambda task: checkpoint.expect(task.matrix)),
         lambda task: task.nbytes,
     )
     if not apart:
         yield from measured
         return
-    spectra = device_spectra(checkpoint, [task.matrix for task in tasks if task.spectrum], device)
+    spectra: Iterator[Spectrum]
+    wanted = [task.matrix for task in tasks if task.spectrum]
+    if workers.cluster:
+        groups = workers.map(
+            device_batch, device_tasks(checkpoint, wanted, device), lambda task: task.nbytes, on_card=True
+        )
+        spectra = (one for group in groups for one in group)
+    else:
+        spectra = device_spectra(checkpoint, wanted, device)
     for task in tasks:
         rest = next(measured) if task.choices or task.statistics else Measured()
         yield replace(rest, spectrum=next(spectra) if task.spectrum else None)

@@ -205,6 +205,13 @@ def search_settings(
 def means_settings(
     revision: RevisionOption = None,
     workers: WorkersOption = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ray[:HOST:PORT]",
+            help="Work on the nodes of a running Ray cluster; --workers is the most cores then. Same result.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where eigenvalues are computed: cpu, cuda, cuda:1.")] = "cpu",
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Measure anew and keep nothing for the next run.")
@@ -352,6 +359,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alphaq"
 
 
+def output_target(output: str, scratch: Path | None) -> Any:
+    """Where an output goes: a Path, or a Store for an address. Raises AlphaQError."""
+    from alphaq.checkpoint.remote import Store, is_url, local_path
+
+    path = local_path(output) if is_url(output) else Path(output)
+    if path is None:
+        if scratch is not None and not scratch.is_dir():
+            raise AlphaQError(f"--scratch {scratch} is no folder. Create it first.")
+        return Store.of(output)
+    if scratch is not None:
+        raise AlphaQError("--scratch is for outputs that are uploaded. Drop it, or give -o an address such as s3://...")
+    return path
+
+
 def opened(model: str, means: Mapping[str, Any]) -> Any:
     """The checkpoint that a command is to work on."""
     from dataclasses import replace
@@ -368,14 +389,17 @@ def means_for(
     no_cache: bool = True,
     hash_contents: bool = False,
     device: str = "cpu",
+    cluster: str | None = None,
     **opening: Any,
 ) -> Iterator[tuple[Any, Any]]:
     """The processes to work with, and what earlier runs have measured of the checkpoint."""
     from alphaq.cache import Cache
+    from alphaq.cluster import RayWorkers, parse_cluster
     from alphaq.spectra.device import check_device
     from alphaq.workers import Workers, sensible_count
 
-    if device != "cpu":
+    address = None if cluster is None else parse_cluster(cluster)
+    if device != "cpu" and address is None:
         check_device(device)
     nbytes = 0 if checkpoint is None else checkpoint.nbytes
     with ExitStack() as stack:
@@ -387,7 +411,14 @@ def means_for(
                 "device": device.partition(":")[0],
             }
             cache = stack.enter_context(Cache(cache_folder(), identity))
-        yield stack.enter_context(Workers(workers or sensible_count(nbytes), checkpoint)), cache
+        if address is None:
+            pool = Workers(workers or sensible_count(nbytes), checkpoint)
+        else:
+            pool = RayWorkers(address, checkpoint, workers)
+        stack.enter_context(pool)
+        if device != "cpu" and isinstance(pool, RayWorkers):
+            pool.require_card(device)
+        yield pool, cache
 
 
 def search_target(

@@ -17,7 +17,9 @@ import alphaq
 from alphaq.cache import Cache
 from alphaq.calibrated import Rounding, store_calibrated
 from alphaq.checkpoint.imatrix import ImportanceMatrix
+from alphaq.checkpoint.publishing import claim, publish
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.checkpoint.remote import Store
 from alphaq.checkpoint.writer import Place, atomic_file, atomic_folder, check_absent, create_file, resumable_folder
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines.export import Entry, Layout
@@ -32,11 +34,11 @@ from alphaq.engines.output import (
     write_manifest,
 )
 from alphaq.engines.profiles import profile
-from alphaq.errors import CheckpointError, PlanError, VerificationError
+from alphaq.errors import CheckpointError, OutputError, PlanError, VerificationError
 from alphaq.journal import Journal
 from alphaq.measurement import ahead, leaving, measure
 from alphaq.planning import make_plan, measure_for_plan, resolve
-from alphaq.quantization import CheckTask, StoreTask, check, plan_choices, store
+from alphaq.quantization import CheckTask, StoreTask, checked, plan_choices, stored
 from alphaq.recoding import recode
 from alphaq.records import CODECS, Fidelity, MatrixRef, Plan, Spectrum
 from alphaq.report.content import MAX_DENSITIES, Sources, sampled
@@ -151,8 +153,8 @@ def quantize(
         ]
         if rounding.calibrated is not None:
             tasks, left = _calibrated(checkpoint, tasks, rounding, journal, wrap)
-        expected = ahead(tasks, partial(_expect, checkpoint))
-        records = workers.map(store, expected, lambda task: task.nbytes)
+        expected = tasks if workers.cluster else ahead(tasks, partial(_expect, checkpoint))
+        records = stored(workers, tasks, expected)
         results = leaving(
             zip((_shard(checkpoint, task.entry) for task in tasks), records, strict=True), checkpoint.forget
         )
@@ -163,7 +165,7 @@ def quantize(
                 _note(journal, task, record)
         writer.write_rest(folder, checkpoint, plan, written)
         write_manifest(folder, plan, manifest, {file: header_of(header) for file, (header, _) in written.files.items()})
-        checked = verify(folder, checkpoint, wrap, workers) if check else {}
+        found = verify(folder, checkpoint, wrap, workers) if check else {}
         checkpoint.require_unchanged()
     files = [str(out / file) for file in written.files]
     return {
@@ -173,7 +175,7 @@ def quantize(
         "source_bytes": checkpoint.nbytes,
         "quantizer": rounding.name,
         "not_calibrated": left,
-        **checked,
+        **found,
     }
 
 
@@ -195,7 +197,8 @@ def _quantize_coded(
     if not checked:
         shutil.rmtree(uncoded, ignore_errors=True)
         checked = quantize(checkpoint, plan, uncoded, *settings)
-    coded = recode(uncoded, out, codec, wrap, workers)
+    local = None if workers is None or workers.cluster else workers  # whose nodes may not have the folder
+    coded = recode(uncoded, out, codec, wrap, local)
     raise_faults(out, Output(out).faults())
     if promised is not None and coded["size_bytes"] > promised:
         shutil.rmtree(out)
@@ -215,6 +218,63 @@ def _whole(folder: Path, plan: Plan, checkpoint: Checkpoint, wrap: Wrap, workers
         return verify(folder, checkpoint, wrap, workers) if Output(folder).plan.choices == plan.choices else {}
     except (CheckpointError, PlanError, VerificationError):
         return {}
+
+
+def quantize_to_store(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    store: Store,
+    scratch: Path,
+    wrap: Wrap = silent,
+    workers: Workers | None = None,
+    restart: bool = False,
+    hash_contents: bool = False,
+    imatrix: ImportanceMatrix | None = None,
+    rounding: Rounding | None = None,
+) -> dict[str, Any]:
+    """`quantize` into a folder in `scratch`, then upload it, then remove it there.
+
+    Started again with the same checkpoint and plan, an interrupted run goes on where it was, be it while quantizing or
+    while uploading. Raises OutputError if another job is unfinished there, unless told to `restart`.
+    """
+    rounding = rounding or Rounding.of(plan.engine)
+    given = [
+        *(checkpoint.fingerprint, checkpoint.contents(hash_contents), checkpoint.settings_digest()),
+        *(plan.to_json(), alphaq.__version__, str(rounding), "" if imatrix is None else imatrix.digest),
+    ]
+    job = hashlib.sha256("\0".join(given).encode()).hexdigest()
+    staging = scratch / f".{store.name}.upload-{hashlib.sha256(store.url.encode()).hexdigest()[:12]}"
+    out, noted, finished = staging / store.name, staging / "job", staging / "result.json"
+    try:
+        staging.mkdir(exist_ok=True)
+        earlier = noted.read_text(encoding="utf-8") if noted.exists() else job
+        if earlier != job and not restart:
+            raise OutputError(
+                f"An unfinished run for {store.url} is in {staging}, of another checkpoint or plan. Repeat the earlier "
+                "command to finish it, or add --restart to discard it."
+            )
+        if earlier != job or restart:
+            shutil.rmtree(staging)
+            staging.mkdir()
+        noted.write_text(job, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"Cannot write {staging}: {error.strerror or error}. Choose another --scratch.") from error
+    claim(store, job, restart)
+    if out.exists() and finished.is_file():
+        result = json.loads(finished.read_text(encoding="utf-8"))
+    else:
+        if out.exists():  # the process was killed between the two
+            shutil.rmtree(out)
+        result = quantize(
+            checkpoint, plan, out, wrap, workers, False, hash_contents, imatrix=imatrix, rounding=rounding
+        )
+        result["files"] = [f"{store.url}/{Path(file).name}" for file in result["files"]]
+        result["out"] = store.url
+        with atomic_file(finished) as unfinished:
+            unfinished.write_text(json.dumps(result), encoding="utf-8")
+    publish(out, store, job, staging / "uploaded.jsonl", wrap)
+    shutil.rmtree(staging, ignore_errors=True)
+    return result
 
 
 def _note(journal: Journal, task: StoreTask, record: Record) -> None:
@@ -283,7 +343,7 @@ def verify(
         )
         for name, record in _in_order(opened.manifest, entries)
     ]
-    results = (workers or Workers(1, source)).map(check, tasks, lambda task: task.nbytes)
+    results: Iterable[str | None] = checked(workers or Workers(1, source), tasks)
     if source is not None:
         shards = (_shard(source, entries[task.name]) for task in tasks)
         results = leaving(zip(shards, results, strict=True), source.forget)

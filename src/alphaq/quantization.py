@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +26,10 @@ from alphaq.quantizers.base import Quantizer, quantizer_of, sixteen_bits
 from alphaq.quantizers.coding import decode_tensor, is_coded
 from alphaq.records import Choice, MatrixRef, Plan
 from alphaq.simd import flat
+from alphaq.workers import Workers
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 def plan_choices(plan: Plan, checkpoint: Checkpoint) -> dict[str, Choice]:
@@ -66,9 +72,18 @@ class StoreTask:
     """Of the columns, where a user brings it."""
 
     @property
+    def tensor(self) -> str:
+        """The stored tensor that is read."""
+        return _tensor_of(self.entry)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of source held while the task runs."""
         return _held_bytes(self.entry)
+
+
+def _tensor_of(entry: Entry) -> str:
+    return entry.source if isinstance(entry.source, str) else entry.source.tensor
 
 
 def _held_bytes(entry: Entry) -> int:
@@ -84,27 +99,114 @@ def store(checkpoint: Checkpoint, task: StoreTask, quantizer: Quantizer | None =
     quantizer: instead of the task's own; its squared errors are taken anew, from what the engine will read.
     """
     entry, source = task.entry, task.entry.source
-    if task.found is not None and checksum(pieces_at(task.folder, entry.places)) == task.found.blake2b:
+    if _is_there(task):
+        assert task.found is not None
         return task.found
     if isinstance(source, str):
         return _written(task, kept_pieces(checkpoint, task.engine, source, entry.form))
-    assert entry.choice is not None  # a matrix always has one
     kept = None if task.shared is None or quantizer is not None else _shared_name(task.shared, task)
     if kept is not None and (record := _kept_record(kept)) is not None:
         write_at(task.folder, entry.places, PlainFile(kept).chunks(0, kept.stat().st_size))
         return record
+    data, relative_error = _made(checkpoint, task, quantizer)
+    record = _written(task, data, relative_error)
+    if kept is not None:
+        _keep(kept, data, record)
+    return record
+
+
+def _is_there(task: StoreTask) -> bool:
+    """Whether what an interrupted run has noted is at its places."""
+    return task.found is not None and checksum(pieces_at(task.folder, task.entry.places)) == task.found.blake2b
+
+
+def _made(
+    checkpoint: Checkpoint, task: StoreTask, quantizer: Quantizer | None = None
+) -> tuple[list[memoryview], float]:
+    """The bytes of a quantized matrix, and its relative error."""
+    entry, source = task.entry, task.entry.source
+    assert entry.choice is not None and isinstance(source, MatrixRef)  # a matrix always has one
     writer, own = profile(task.engine).writer, quantizer_of(task.quantizer, task.importance)
     weight = writer.convert(checkpoint.read(source), entry.form, checkpoint)
     tensors, error = _quantized(weight, entry.choice, entry.name, writer, quantizer or own)
     if quantizer is not None and entry.choice.bits != 16:
         error = squared_error_of(writer.reader(tensors, entry.choice, source.shape, entry.name), weight)
-    data = [_bytes_of(tensor) for tensor in tensors]
-    record = _written(task, data, _relative(error, weight))
-    if kept is not None:
-        kept.write_bytes(b"".join(data))
-        # Last: it vouches for the data.
-        kept.with_suffix(".json").write_text(record.model_dump_json(), encoding="utf-8")
-    return record
+    return [_bytes_of(tensor) for tensor in tensors], _relative(error, weight)
+
+
+def _keep(kept: Path, data: Sequence[memoryview], record: Record) -> None:
+    kept.write_bytes(b"".join(data))
+    # Last: it vouches for the data.
+    kept.with_suffix(".json").write_text(record.model_dump_json(), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A quantized matrix on its way to who writes it. Arrays: those travel without being copied."""
+
+    data: tuple[np.ndarray, ...]
+    relative_error: float
+
+
+def make(checkpoint: Checkpoint, task: StoreTask) -> Made:
+    """`store` on a machine that does not have the folder."""
+    data, relative_error = _made(checkpoint, task)
+    return Made(tuple(np.frombuffer(piece, np.uint8) for piece in data), relative_error)
+
+
+def stored(workers: Workers, tasks: Sequence[StoreTask], expected: Iterable[StoreTask]) -> Iterator[Record]:
+    """Make the entries and put them at their places; manifest entries in order.
+
+    Where the workers do not have the folder, matrices are made there and written here, and kept tensors, which are
+    only copied, are copied here. expected: the same tasks, announced to whoever reads ahead.
+    """
+    if not tasks or workers.shares(tasks[0].folder):
+        yield from workers.map(store, expected, lambda task: task.nbytes)
+        return
+    checkpoint: Checkpoint = workers.shared
+
+    def here(task: StoreTask) -> tuple[Record] | None:
+        taken = task.shared is not None and _kept_record(_shared_name(task.shared, task)) is not None
+        return (store(checkpoint, task),) if taken or isinstance(task.entry.source, str) or _is_there(task) else None
+
+    for task, own, made in _partly_here(workers, make, tasks, here, lambda task: replace(task, shared=None)):
+        if own is not None:
+            yield own[0]
+            continue
+        data = [piece.data for piece in made.data]
+        record = _written(task, data, made.relative_error)
+        if task.shared is not None:
+            _keep(_shared_name(task.shared, task), data, record)
+        yield record
+
+
+def _partly_here(
+    workers: Workers,
+    function: Callable[[Any, S], T],
+    tasks: Iterable[S],
+    here: Callable[[S], tuple[Any] | None],
+    sent: Callable[[S], S],
+) -> Iterator[tuple[S, tuple[Any] | None, T]]:
+    """The tasks in order, each with what `here` makes of it or, where that is None, with what a worker does.
+
+    sent: a task as it is sent away.
+    """
+    order: deque[tuple[S, tuple[Any] | None]] = deque()
+
+    def away() -> Iterator[S]:
+        for task in tasks:
+            own = here(task)
+            order.append((task, own))
+            if own is None:
+                yield sent(task)
+
+    nothing: Any = None
+    for result in workers.map(function, away(), lambda task: task.nbytes):  # type: ignore[attr-defined]
+        while order[0][1] is not None:
+            yield *order.popleft(), nothing
+        yield *order.popleft(), result
+    while order:
+        yield *order.popleft(), nothing
 
 
 def _written(task: StoreTask, data: Iterable[memoryview], relative_error: float | None = None) -> Record:
@@ -180,6 +282,25 @@ class CheckTask:
     stored: tuple[Stored, ...]
     places: tuple[Place, ...]
     entry: Entry | None = None
+    data: tuple[np.ndarray, ...] | None = None
+    """The bytes at the places, where who checks does not have the folder."""
+
+    @property
+    def tensor(self) -> str | None:
+        """The stored tensor that is read."""
+        return None if self.entry is None else _tensor_of(self.entry)
+
+    def pieces(self) -> Iterator[memoryview]:
+        """What was written."""
+        return pieces_at(self.folder, self.places) if self.data is None else iter([one.data for one in self.data])
+
+    def parts(self) -> list[torch.Tensor]:
+        """What was written, as the tensors it is."""
+        if self.data is not None:
+            raw = [torch.from_numpy(one.copy()) for one in self.data]  # what has travelled cannot be written to
+        else:
+            raw = [PlainFile(self.folder / place.file).read(place.begin, place.nbytes) for place in self.places]
+        return [stored.typed(one) for stored, one in zip(self.stored, raw, strict=True)]
 
     @property
     def nbytes(self) -> int:
@@ -187,18 +308,35 @@ class CheckTask:
         return CHUNK_BYTES if self.entry is None else _held_bytes(self.entry)
 
 
-def _read_stored(folder: Path, stored: Stored, place: Place, name: str) -> tuple[Stored, torch.Tensor]:
+def _decoded(stored: Stored, values: torch.Tensor, name: str) -> tuple[Stored, torch.Tensor]:
     """A stored tensor and its values, decoded if they are coded. Raises CheckpointError naming it if it is damaged."""
-    values = stored.typed(PlainFile(folder / place.file).read(place.begin, place.nbytes))
     if not is_coded(values):
         return stored, values
     values = decode_tensor(values, name)
     return replace(stored, dtype=DTYPE_NAMES[values.dtype], shape=tuple(values.shape)), values.reshape(-1)
 
 
+def checked(workers: Workers, tasks: Sequence[CheckTask]) -> Iterator[str | None]:
+    """`check` of each task in order; where the workers do not have the folder, they are sent what was written."""
+    if not tasks or workers.shares(tasks[0].folder):
+        yield from workers.map(check, tasks, lambda task: task.nbytes)
+        return
+    source: Checkpoint | None = workers.shared
+
+    def here(task: CheckTask) -> tuple[str | None] | None:
+        return (check(source, task),) if task.choice is None or task.entry is None else None
+
+    def sent(task: CheckTask) -> CheckTask:
+        files = (PlainFile(task.folder / place.file).read(place.begin, place.nbytes) for place in task.places)
+        return replace(task, data=tuple(one.numpy() for one in files))
+
+    for _, own, fault in _partly_here(workers, check, tasks, here, sent):
+        yield fault if own is None else own[0]
+
+
 def check(source: Checkpoint | None, task: CheckTask) -> str | None:
     """What is wrong with one written entry (checksum, form, choice, error against its source), or None."""
-    if checksum(pieces_at(task.folder, task.places)) != task.record.blake2b:
+    if checksum(task.pieces()) != task.record.blake2b:
         return f"{task.name} does not have its checksum (the file is damaged)"
     if task.choice is None:
         if source is None or task.entry is None or not isinstance(task.entry.source, str):
@@ -208,7 +346,7 @@ def check(source: Checkpoint | None, task: CheckTask) -> str | None:
             return None
         if task.engine == "native":  # it may be coded
             try:
-                _, values = _read_stored(task.folder, task.stored[0], task.places[0], task.name)
+                _, values = _decoded(task.stored[0], task.parts()[0], task.name)
             except CheckpointError as damaged:
                 return str(damaged)
             if checksum([_bytes_of(values)]) == original:
@@ -216,7 +354,7 @@ def check(source: Checkpoint | None, task: CheckTask) -> str | None:
         return f"{task.name} differs from its source"
     writer = profile(task.engine).writer
     try:
-        found = [_read_stored(task.folder, *each, task.name) for each in zip(task.stored, task.places, strict=True)]
+        found = [_decoded(*each, task.name) for each in zip(task.stored, task.parts(), strict=True)]
     except CheckpointError as damaged:
         return str(damaged)
     parts = [values for _, values in found]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -52,6 +53,9 @@ def sensible_count(nbytes: int) -> int:
 class Workers:
     """A pool of `count` processes with something to share; with a count of 1 all happens in this one."""
 
+    cluster = False
+    """Whether the workers are on other machines."""
+
     def __init__(self, count: int, shared: Any) -> None:
         self.count = count
         self.shared = shared
@@ -69,12 +73,20 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
+    def shares(self, folder: Path) -> bool:
+        """Whether the workers can write into a folder of this machine; else results must be written by who asked."""
+        return True
+
     def map(
-        self, function: Callable[[Any, S], T], tasks: Iterable[S], size: Callable[[S], int] = lambda task: 0
+        self,
+        function: Callable[[Any, S], T],
+        tasks: Iterable[S],
+        size: Callable[[S], int] = lambda task: 0,
+        on_card: bool = False,
     ) -> Iterator[T]:
         """function(shared, task) for every task, in order. `size` gives the bytes a task holds while it runs.
 
-        Raises WorkerError if a process dies.
+        on_card: whether the task needs a GPU, which matters where nodes differ. Raises WorkerError if a process dies.
         """
         if self._pool is None:
             for task in tasks:

@@ -21,7 +21,8 @@ class Stamp(NamedTuple):
     """What tells whether a file was written since: only ever compared for equality, so clocks may step."""
 
     nbytes: int
-    modified_ns: int
+    version: int | str
+    """When it was last written, in ns; on an object store its ETag or what stands for one."""
 
     @classmethod
     def of(cls, status: os.stat_result) -> Stamp:
@@ -66,20 +67,44 @@ def check_link(path: Path) -> None:
         raise CheckpointError(f"{path} is a link out of its folder. Replace it by the file it should be.")
 
 
-class PlainFile:
-    """A file opened for reading at any place, from any thread. stamp: what it must have, where it must not change."""
+class SourceFile:
+    """Bytes that can be read at any place, from any thread."""
 
-    def __init__(self, path: Path, stamp: Stamp | None = None) -> None:
-        self.path = path
-        self.stamp = stamp
-        self._file = open_file(path, buffering=0)
-        self._lock = threading.Lock()
+    chunk_bytes = CHUNK_BYTES
 
     def read(self, begin: int, nbytes: int) -> torch.Tensor:
         """Bytes [begin, begin + nbytes) as uint8. Raises CheckpointError if the file is shorter, or has changed."""
         data = torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # whatever device a caller makes the default
         self.read_into(begin, data.numpy().data)
         return data
+
+    def read_into(self, begin: int, data: memoryview) -> None:
+        """Fill a buffer with the bytes from `begin` on. Raises CheckpointError as `read` does."""
+        raise NotImplementedError
+
+    def chunks(self, begin: int, nbytes: int) -> Iterator[memoryview]:
+        """The same bytes piece by piece, in one buffer that is used again."""
+        buffer = memoryview(bytearray(min(nbytes, self.chunk_bytes)))
+        for offset in range(0, nbytes, self.chunk_bytes):
+            piece = buffer[: min(self.chunk_bytes, nbytes - offset)]
+            self.read_into(begin + offset, piece)
+            yield piece
+
+    def expect(self, begin: int, nbytes: int) -> None:
+        """Tell the system that these bytes will be read soon, where there is a way to."""
+
+    def forget(self) -> None:
+        """Tell the system to drop the file from its cache, where there is a way to."""
+
+
+class PlainFile(SourceFile):
+    """A local file. stamp: what it must have, where it must not change."""
+
+    def __init__(self, path: Path, stamp: Stamp | None = None) -> None:
+        self.path = path
+        self.stamp = stamp
+        self._file = open_file(path, buffering=0)
+        self._lock = threading.Lock()
 
     def read_into(self, begin: int, data: memoryview) -> None:
         """Fill a buffer with the bytes from `begin` on. Raises CheckpointError as `read` does."""
@@ -94,14 +119,6 @@ class PlainFile:
             if self.stamp is not None and Stamp.of(os.fstat(self._file.fileno())) != self.stamp:
                 raise changed(self.path)
 
-    def chunks(self, begin: int, nbytes: int) -> Iterator[memoryview]:
-        """The same bytes piece by piece, in one buffer that is used again."""
-        buffer = memoryview(bytearray(min(nbytes, CHUNK_BYTES)))
-        for offset in range(0, nbytes, CHUNK_BYTES):
-            piece = buffer[: min(CHUNK_BYTES, nbytes - offset)]
-            self.read_into(begin + offset, piece)
-            yield piece
-
     def expect(self, begin: int, nbytes: int) -> None:
         """Tell the system that these bytes will be read soon, where there is a way to."""
         if hasattr(os, "posix_fadvise"):
@@ -115,7 +132,7 @@ class PlainFile:
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def changed(path: Path) -> CheckpointError:
+def changed(path: Path | str) -> CheckpointError:
     """That a source has other bytes than when its run began."""
     return CheckpointError(f"{path} was changed while it was read. Wait until it is complete, and repeat the command.")
 

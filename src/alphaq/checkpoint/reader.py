@@ -29,11 +29,22 @@ from alphaq.checkpoint.encodings import (
     stored_dtype,
     stored_grid,
 )
-from alphaq.checkpoint.files import CHUNK_BYTES, PlainFile, Stamp, changed, check_link, is_file, memory_bytes, reading
+from alphaq.checkpoint.files import (
+    CHUNK_BYTES,
+    PlainFile,
+    SourceFile,
+    Stamp,
+    changed,
+    check_link,
+    is_file,
+    memory_bytes,
+    reading,
+)
 from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, metadata_bytes
 from alphaq.checkpoint.gguf_source import find_gguf, open_gguf
 from alphaq.checkpoint.matching import match_tensors, unfolded
-from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo, read_header
+from alphaq.checkpoint.remote import Store, is_url, local_path
+from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo, parse_header, read_header
 from alphaq.errors import CheckpointError
 from alphaq.numerics import in_threads
 from alphaq.records import MatrixRef, Role, SourceIdentity
@@ -83,7 +94,9 @@ class Checkpoint:
     """Which GGUF tensor holds each tensor."""
     stamps: Mapping[str, Stamp] = field(default_factory=dict, repr=False)
     """Of each file when the checkpoint was opened."""
-    _files: dict[str, PlainFile] = field(default_factory=dict, repr=False, compare=False)
+    store: Store | None = None
+    """Where the weights are, if on an object store; `folder` has the small files then."""
+    _files: dict[str, SourceFile] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def identity(self) -> SourceIdentity:
@@ -131,11 +144,18 @@ class Checkpoint:
                 within.setdefault(matrix.tensor, []).append(matrix)
         return within
 
-    def file(self, shard: str) -> PlainFile:
+    def file(self, shard: str) -> SourceFile:
         """A weight file, opened once."""
         if shard not in self._files:
-            self._files[shard] = PlainFile(self.folder / shard, self.stamps[shard])
+            stamp = self.stamps[shard]
+            store = self.store
+            self._files[shard] = store.file(shard, stamp) if store else PlainFile(self.folder / shard, stamp)
         return self._files[shard]
+
+    def shards_under(self, tensor: str) -> set[str]:
+        """The weight files that hold a tensor: its own, and that of its scales."""
+        shard, encoding = self.shard_of[tensor], self.info(tensor).encoding
+        return {shard, (encoding.scales_shard if encoding is not None else None) or shard}
 
     def info(self, tensor: str) -> TensorInfo:
         """Where a tensor lies and how."""
@@ -248,23 +268,34 @@ class Checkpoint:
         """
 
         def mark(shard: str) -> str:
-            nbytes, modified_ns = self.stamps[shard]
+            nbytes, version = self.stamps[shard]
+            if self.store is not None and not hashed:
+                return str(version)  # of the contents, as the store vouches
             places = range(0, nbytes, CHUNK_BYTES if hashed else max(SAMPLE_BYTES, nbytes // SAMPLES))
             piece = CHUNK_BYTES if hashed else SAMPLE_BYTES
             digest = hashlib.blake2b(digest_size=16)
             for begin in places:
                 digest.update(self.file(shard).read(begin, min(piece, nbytes - begin)).numpy().data)
-            return digest.hexdigest() if hashed else f"{modified_ns} {digest.hexdigest()}"
+            return digest.hexdigest() if hashed else f"{version} {digest.hexdigest()}"
 
         return ",".join(in_threads(mark, self.weight_files))
 
     def require_unchanged(self) -> None:
         """Raise CheckpointError if weights, config or tokenizer are not those that were opened."""
         names = [*self.weight_files, *([] if self.gguf is not None else (*SETTINGS_FILES, INDEX_NAME))]
-        now = _stamps(self.folder / name for name in names)
+        now = _stamps(self.folder / name for name in names) if self.store is None else self.store.stamps()
         for name in names:
             if now.get(name) != self.stamps.get(name):
-                raise changed(self.folder / name)
+                raise changed(self.folder / name if self.store is None else f"{self.store.url}/{name}")
+
+    def readable_files(self) -> frozenset[str]:
+        """The weight files that this machine can read and that are those that were opened, maybe on another one."""
+        if self.store is None:
+            paths = (self.folder / name for name in self.weight_files)
+            now = _stamps(path for path in paths if os.access(path, os.R_OK))
+        else:
+            now = self.store.stamps()
+        return frozenset(name for name in self.weight_files if now.get(name) == self.stamps[name])
 
     def settings_digest(self) -> str:
         """Hash of config and tokenizer, which decide what a forward pass computes beside the weights."""
@@ -292,11 +323,16 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None, quantized: bool = False) -> Checkpoint:
-    """Open a local folder, a GGUF file, or a hub id such as `Qwen/Qwen1.5-MoE-A2.7B`.
+    """Open a local folder, a GGUF file, a folder's address (`s3://…`), or a hub id such as `Qwen/Qwen1.5-MoE-A2.7B`.
 
     quantized: whether a GGUF file may be, because it is only to be run. Every header is read and checked, no weight
     is. Raises CheckpointError or ArchitectureError.
     """
+    if is_url(model):
+        path = local_path(str(model))
+        if path is None:
+            return _open_store(str(model), revision)
+        model = path
     with reading(Path(model)):
         if (path := find_gguf(_expanded(model))) is not None:
             return _open_gguf(path, quantized)
@@ -318,11 +354,31 @@ Restore = Callable[[PlainFile, TensorInfo], TensorInfo]
 
 def open_native(folder: Path, restored: Restore) -> Checkpoint:
     """A native checkpoint as if disk held the values that it stands for. Raises CheckpointError, ArchitectureError."""
-    return _open_folder(folder, folder, restored)
+    return _open_folder(folder, folder, restored=restored)
 
 
-def _open_folder(folder: Path, model: str | Path, restored: Restore | None = None) -> Checkpoint:
-    stamps = _stamps(folder.iterdir())
+def _open_store(url: str, revision: str | None) -> Checkpoint:
+    """A checkpoint whose weights stay where they are; headers are read by ranges, small files copied."""
+    if revision is not None:
+        raise CheckpointError("--revision is of hub models. An address says all: hf://ORG/MODEL@REVISION.")
+    if url.lower().endswith(".gguf"):
+        raise CheckpointError(f"{url} is a GGUF file, which is read from a local disk only. Download it.")
+    store = Store.of(url)
+    stamps = store.stamps()
+    if "config.json" not in stamps:
+        raise CheckpointError(f"{url} has no config.json. Point to a Hugging Face model folder.")
+    store = store.download(stamps, SIDE_FILES)
+    return _open_folder(store.folder, url, stamps, store)
+
+
+def _open_folder(
+    folder: Path,
+    model: str | Path,
+    stamps: Mapping[str, Stamp] | None = None,
+    store: Store | None = None,
+    restored: Restore | None = None,
+) -> Checkpoint:
+    stamps = _stamps(folder.iterdir()) if stamps is None else stamps
     config = read_config(folder)
     quantization = config.pop("quantization_config", None)  # what is read is no longer quantized
     native = restored is not None and quantization is not None and quantization.get("quant_method") == NATIVE_METHOD
@@ -335,13 +391,14 @@ def _open_folder(folder: Path, model: str | Path, restored: Restore | None = Non
             f"quantized ones only {' and '.join(READABLE_METHODS)} can be read."
         )
     architecture = architecture_of(config)
-    shards, fingerprint = read_shards(folder)
+    shards, fingerprint = read_shards(folder, stamps, store)
     if restored is not None:
-        opened = {shard: PlainFile(folder / shard) for shard in shards}
-        shards = {s: {name: restored(opened[s], one) for name, one in tensors.items()} for s, tensors in shards.items()}
+        at_hand = {shard: PlainFile(folder / shard) for shard in shards}
+        shards = {s: {name: restored(at_hand[s], one) for name, one in held.items()} for s, held in shards.items()}
     elif quantization is not None:
         shards = decoded_shards(shards, quantization)
-    return replace(_checkpoint(folder, folder.resolve().name, config, architecture, shards, fingerprint), stamps=stamps)
+    opened = _checkpoint(folder, folder.resolve().name, config, architecture, shards, fingerprint)
+    return replace(opened, stamps=stamps, store=store)
 
 
 def _stamps(paths: Iterable[Path]) -> dict[str, Stamp]:
@@ -395,18 +452,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_shards(folder: Path) -> tuple[dict[str, dict[str, TensorInfo]], str]:
-    """Checked headers of every weight file, and a fingerprint over names, sizes and headers."""
+def read_shards(
+    folder: Path, stamps: Mapping[str, Stamp] | None = None, store: Store | None = None
+) -> tuple[dict[str, dict[str, TensorInfo]], str]:
+    """Checked headers of every weight file, and a fingerprint over names, sizes and headers.
+
+    store: where the weights are, if not in the folder; then `stamps` says which files it has.
+    """
     shards: dict[str, dict[str, TensorInfo]] = {}
     digest = hashlib.sha256()
     owner: dict[str, str] = {}
-    promised = shard_index(folder)
-    for shard in dict.fromkeys(promised.values()) if promised else [SINGLE_NAME]:
-        path = folder / shard
-        if not is_file(path):
-            raise CheckpointError(f"{folder} lacks {shard}, which its index names. Complete the download.")
-        check_link(path)
-        tensors, raw = read_header(path)
+    promised = shard_index(folder, None if store is None else stamps)
+    names = list(dict.fromkeys(promised.values())) if promised else [SINGLE_NAME]
+    for shard, (nbytes, tensors, raw) in zip(names, _headers(folder, names, stamps or {}, store), strict=True):
         for name in tensors:
             if name in owner:
                 raise CheckpointError(
@@ -414,7 +472,7 @@ def read_shards(folder: Path) -> tuple[dict[str, dict[str, TensorInfo]], str]:
                 )
             owner[name] = shard
         shards[shard] = tensors
-        digest.update(f"{shard}\0{path.stat().st_size}\0".encode() + raw)
+        digest.update(f"{shard}\0{nbytes}\0".encode() + raw)
     for name, shard in promised.items():
         if owner.get(name) != shard:
             raise CheckpointError(
@@ -423,9 +481,36 @@ def read_shards(folder: Path) -> tuple[dict[str, dict[str, TensorInfo]], str]:
     return shards, digest.hexdigest()
 
 
-def shard_index(folder: Path) -> dict[str, str]:
-    """Tensor name → shard file, empty for a single-file checkpoint. Shards must lie in the folder."""
-    if is_file(folder / SINGLE_NAME) and not is_file(folder / INDEX_NAME):
+def _headers(
+    folder: Path, names: list[str], stamps: Mapping[str, Stamp], store: Store | None
+) -> Iterator[tuple[int, dict[str, TensorInfo], bytes]]:
+    """Size, checked header and its bytes of each weight file."""
+    if store is not None:
+        if missing := [name for name in names if name not in stamps]:
+            raise CheckpointError(f"{store.url} lacks {missing[0]}, which its index names. Complete the upload.")
+        yield from store.map(names, lambda name: _remote_header(store, name, stamps[name]))
+        return
+    for name in names:
+        path = folder / name
+        if not is_file(path):
+            raise CheckpointError(f"{folder} lacks {name}, which its index names. Complete the download.")
+        check_link(path)
+        yield path.stat().st_size, *read_header(path)
+
+
+def _remote_header(store: Store, name: str, stamp: Stamp) -> tuple[int, dict[str, TensorInfo], bytes]:
+    file = store.file(name, stamp)
+    header = parse_header(name, stamp.nbytes, lambda begin, nbytes: file.read(begin, nbytes).numpy().tobytes())
+    return stamp.nbytes, *header
+
+
+def shard_index(folder: Path, present: Container[str] | None = None) -> dict[str, str]:
+    """Tensor name → shard file, empty for a single-file checkpoint. Shards must lie in the folder.
+
+    present: names of the files that are there, where the weights are not in the folder itself.
+    """
+    single = is_file(folder / SINGLE_NAME) if present is None else SINGLE_NAME in present
+    if single and not is_file(folder / INDEX_NAME):
         return {}
     if not is_file(folder / INDEX_NAME):
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,20 +76,30 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
     exactly there.
     """
 
-    def damaged(why: str) -> CheckpointError:
-        return CheckpointError(f"{path.name} is damaged: {why}. Download the file again.")
-
     with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise damaged(f"it has {size} bytes, too few for a safetensors header")
-        length = int.from_bytes(prefix, "little")
-        if length > size - 8:
-            raise damaged(f"its header claims {length} bytes, but only {size - 8} follow")
-        if length > MAX_HEADER_BYTES:
-            raise damaged(f"its header claims {length} bytes, more than the {MAX_HEADER_BYTES} allowed")
-        raw = file.read(length)
+
+        def read(begin: int, nbytes: int) -> bytes:
+            file.seek(begin)
+            return file.read(nbytes)
+
+        return parse_header(path.name, os.fstat(file.fileno()).st_size, read)
+
+
+def parse_header(file_name: str, size: int, read: Callable[[int, int], bytes]) -> tuple[dict[str, TensorInfo], bytes]:
+    """`read_header` of a file that lies anywhere: `read(begin, nbytes)` gives bytes of it, asked for twice at most."""
+
+    def damaged(why: str) -> CheckpointError:
+        return CheckpointError(f"{file_name} is damaged: {why}. Download the file again.")
+
+    prefix = read(0, 8) if size >= 8 else b""
+    if len(prefix) < 8:
+        raise damaged(f"it has {size} bytes, too few for a safetensors header")
+    length = int.from_bytes(prefix, "little")
+    if length > size - 8:
+        raise damaged(f"its header claims {length} bytes, but only {size - 8} follow")
+    if length > MAX_HEADER_BYTES:
+        raise damaged(f"its header claims {length} bytes, more than the {MAX_HEADER_BYTES} allowed")
+    raw = read(8, length)
     try:
         header = parse_json(raw)
     except ValueError as error:
@@ -111,7 +121,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
             raise damaged(f"tensor {name!r} lacks dtype, shape or data_offsets") from None
         if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
             raise CheckpointError(
-                f"{path.name}: tensor {name!r} has dtype {shown(dtype)}, which cannot be read. "
+                f"{file_name}: tensor {name!r} has dtype {shown(dtype)}, which cannot be read. "
                 f"Readable: {', '.join(ITEM_BYTES)}. Convert the checkpoint to bf16 first."
             )
         numbers = (*shape, begin, end) if isinstance(shape, list) else (None,)

@@ -216,7 +216,8 @@ def _coded_rest(checkpoint: Checkpoint, request: Request, workers: Workers, cach
         return checkpoint.info(source).nbytes if isinstance(source, str) else 2 * source.parameters
 
     def run() -> str:
-        found = workers.map(coded_bytes, tasks, size)
+        own = Workers(1, checkpoint) if workers.cluster else workers
+        found = own.map(coded_bytes, tasks, size)
         return str(FILE_OVERHEAD * len(checkpoint.shards) + sum(wrap(found, len(tasks), "measure the rest")))
 
     if cache is None:

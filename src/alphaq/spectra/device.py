@@ -17,6 +17,7 @@ from alphaq.spectra.farms import blocks
 from alphaq.spectra.measure import describe, moments
 from alphaq.spectra.tail import tail_count
 
+PARAMETERS_AT_ONCE = 64 << 20  # of a task of its own, on another machine
 BLOCKS_AT_ONCE = 4096  # of 128 × 128 in float32: 256 MiB, and as much again for their Gram matrices
 
 
@@ -28,6 +29,42 @@ class _Batch:
     scales: torch.Tensor
     counts: list[int]
     moments: list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class DeviceTask:
+    """Consecutive matrices of one tensor's file whose spectra a machine with a card is to find."""
+
+    matrices: tuple[MatrixRef, ...]
+    device: str
+
+    @property
+    def tensor(self) -> str:
+        """The tensor that holds the first, and whose file holds all."""
+        return self.matrices[0].tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held while the task runs."""
+        return 2 * sum(matrix.parameters for matrix in self.matrices)
+
+
+def device_tasks(checkpoint: Checkpoint, matrices: Iterable[MatrixRef], device: str) -> Iterator[DeviceTask]:
+    """Consecutive matrices of the same files, up to `PARAMETERS_AT_ONCE`."""
+    group: list[MatrixRef] = []
+    for matrix in matrices:
+        full = sum(one.parameters for one in group) + matrix.parameters > PARAMETERS_AT_ONCE
+        if group and (full or checkpoint.shards_under(matrix.tensor) != checkpoint.shards_under(group[0].tensor)):
+            yield DeviceTask(tuple(group), device)
+            group = []
+        group.append(matrix)
+    if group:
+        yield DeviceTask(tuple(group), device)
+
+
+def device_batch(checkpoint: Checkpoint, task: DeviceTask) -> list[Spectrum]:
+    """The spectra of a task's matrices."""
+    return list(device_spectra(checkpoint, task.matrices, task.device))
 
 
 def check_device(device: str) -> torch.device:
