@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
@@ -39,10 +40,13 @@ PREFIX_BYTES = _HEADER.size + 8 * MAX_DIMENSIONS + 16 * _MOST_PLANES
 
 
 def encode_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A stored tensor of any shape as its coded form, uint8 [n]; the tensor itself if that would be no smaller."""
+    """A stored tensor of any shape as its coded form, uint8 [n]; the tensor itself if that would be no smaller.
+
+    Bytes that begin like a coded tensor are always coded.
+    """
     raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     kind, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
-    if is_block(tensor):
+    if _is_whole_block(tensor):
         kind, planes = _BLOCK, _block_planes(raw)
     else:
         planes = _byte_planes(raw, tensor.element_size())
@@ -51,7 +55,9 @@ def encode_tensor(tensor: torch.Tensor) -> torch.Tensor:
     header = _HEADER.pack(_MAGIC, _VERSION, CODECS.index("zstd"), _KINDS.index(kind), len(shape), len(frames), raw.size)
     sizes = [size for frame, plane in zip(frames, planes, strict=True) for size in (len(frame), plane.size)]
     coded = b"".join((header, struct.pack(f"<{len(shape) + len(sizes)}Q", *shape, *sizes), *frames))
-    return torch.frombuffer(bytearray(coded), dtype=torch.uint8) if len(coded) < raw.size else tensor
+    if len(coded) < raw.size or is_coded(tensor):  # bytes that look coded would be taken for it
+        return torch.frombuffer(bytearray(coded), dtype=torch.uint8)
+    return tensor
 
 
 def coder_version(codec: str) -> str:
@@ -62,6 +68,13 @@ def coder_version(codec: str) -> str:
 def is_block(tensor: torch.Tensor) -> bool:
     """Whether a stored tensor is a native block."""
     return _begins(tensor, b"AQ", BLOCK_HEADER_BYTES)
+
+
+def _is_whole_block(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a native block, not other bytes that begin like one."""
+    with suppress(CheckpointError):
+        return is_block(tensor) and bool(read_block_header(tensor, "block"))
+    return False
 
 
 def is_coded(tensor: torch.Tensor) -> bool:
@@ -170,6 +183,8 @@ def _unpacked(frame: np.ndarray, size: int, name: str) -> np.ndarray:
         plane = zstandard.ZstdDecompressor().decompress(frame.data)
     except zstandard.ZstdError as error:
         raise _damaged(name, f"a plane cannot be decoded ({error})") from None
+    except MemoryError:  # its frame may truly hold that much, all of it zeros
+        raise _damaged(name, f"a plane claims {size} bytes, which there is no memory for") from None
     if len(plane) != size:
         raise _damaged(name, "a plane is cut short")
     return np.frombuffer(plane, np.uint8)
