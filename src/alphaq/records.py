@@ -187,6 +187,8 @@ class Choice:
             return cls(*GGML_BLOCKS[name][:2], scheme=name)
         if match := re.fullmatch(r"@(\d(?:\.\d{1,3})?)", text.strip()):
             rate = float(match[1])
+            if not rate:
+                raise ChoiceError("A rate of 0 bits stores nothing. Write for example @1.")
             return cls(min(8, math.ceil(rate) + 1), default_group_size, True, rate=rate)
         match = re.fullmatch(r"(\d{1,2})(?:g(\d{1,4}))?(s)?(?:-([a-z]{1,8}\d?))?(?:@(\d(?:\.\d{1,3})?))?", text.strip())
         if match is None:
@@ -197,7 +199,7 @@ class Choice:
         bits, mix, rate = int(match[1]), match[4] or "", float(match[5] or 0)
         symmetric = symmetric or mix == "nest"
         if bits == 16:
-            return cls(16, int(match[2] or 0), match[3] is not None, mix=mix)
+            return cls(16, int(match[2] or 0), match[3] is not None, mix=mix, rate=rate)
         return cls(bits, int(match[2] or default_group_size), match[3] is not None or symmetric, mix=mix, rate=rate)
 
     def __str__(self) -> str:
