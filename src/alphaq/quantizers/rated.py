@@ -7,9 +7,10 @@ weights of standard deviation σ the rate R needs
 
     Δ = σ·√(2πe)·2^(−R)
 
-and comes within a quarter of a bit of what any coder can do, D = σ²·2^(−2R), where groups of 128 take 0.65 to 0.75 more
-(docs/LOG.md). A quadratic rate term in the rounding itself (CERWU, arXiv 2505.18758) moves along the same curve when no
-correlations between columns are known, so λ is set by the step alone. What a matrix really takes is measured.
+and comes within a third of a bit of what any coder can do, D = σ²·2^(−2R), from 2 bits on: a quarter by theory, the
+rest is Huffman's. Groups of 128 take 0.65 to 0.75 more (docs/LOG.md). A quadratic rate term in the rounding itself
+(CERWU, arXiv 2505.18758) moves along the same curve when no correlations between columns are known, so λ is set by the
+step alone. What a matrix really takes is measured.
 The scale that is stored in the end is the one that `rtn` would fit to the codes.
 """
 
@@ -66,9 +67,14 @@ def quantize_rated(
 
 
 def _own_step(weight: torch.Tensor, choice: Choice, least: float) -> float | None:
-    """The step of which all weights are whole multiples already, if it is at least `least` and the codes reach them."""
+    """The step of which all weights are whole multiples already, if it is at least `least` and the codes reach them.
+
+    Weights of one size are such multiples whatever the rate: at low ones they would all be rounded to zero.
+    """
     sizes = weight.float().abs()
     smallest = float(sizes[sizes > 0].min()) if sizes.any() else 0.0
+    if smallest > BELOW_FP16 and float(sizes.max()) == smallest:
+        return smallest
     if smallest < max(least, BELOW_FP16) or float(sizes.max()) > smallest * (2 ** (choice.bits - 1)):
         return None
     if float(np.float16(smallest)) != smallest:
