@@ -28,24 +28,35 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import zstandard
 
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.gguf_format import VALUE_TYPES
 from alphaq.checkpoint.imatrix import read_imatrix
 from alphaq.checkpoint.reader import open_checkpoint, read_shards, summarize
-from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorSpec, layout, read_header
+from alphaq.checkpoint.safetensors_format import (
+    DTYPE_NAMES,
+    TORCH_DTYPES,
+    TensorInfo,
+    TensorSpec,
+    layout,
+    read_header,
+)
 from alphaq.config import Budget, PlanConfig
 from alphaq.errors import AlphaQError
 from alphaq.ggml import GGML_TYPES
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantization import plan_choices
-from alphaq.quantizers.packing import decode, dequantized_rows
+from alphaq.quantizers.base import QUANTIZERS
+from alphaq.quantizers.coding import PREFIX_BYTES, block_header, decode_tensor, decoded_info, encode_tensor
+from alphaq.quantizers.packing import decode, dequantized_rows, encode
 from alphaq.records import Choice, Plan
 from alphaq.report.explanation import explain_plan, explanation_tables
 from alphaq.spectra.measure import read_stats
@@ -516,6 +527,39 @@ def packed_target(folder: Path) -> Target:
     return Target(seeds, {width: number(width) for width in "BHI"}, plain, run)
 
 
+def coded_target(folder: Path) -> Target:
+    def tokens(tensor: torch.Tensor) -> list[Token]:
+        raw = encode_tensor(tensor).numpy().tobytes()
+        dimensions, planes = raw[5], int.from_bytes(raw[6:8], "little")
+        words = [raw[place : place + 8] for place in range(8, 16 + 8 * (dimensions + 2 * planes), 8)]
+        ends = list(accumulate((int.from_bytes(size, "little") for size in words[1 + dimensions :: 2]), initial=0))
+        frames = raw[8 + 8 * len(words) :]
+        head = [Token("mark", raw[:2]), *(Token("B", raw[place : place + 1]) for place in range(2, 6))]
+        data = [Token("frame", frames[first:last]) for first, last in pairwise(ends)]
+        return [*head, Token("H", raw[6:8]), *(Token("Q", word) for word in words), *data]
+
+    def run(raw: bytes) -> None:
+        stored = torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
+        info = TensorInfo("w", "U8", (stored.numel(),), 0, stored.numel())
+        told = decoded_info(info, stored[:PREFIX_BYTES])
+        header = block_header(lambda place, count: stored[place : place + count], info)
+        found = decode_tensor(stored)
+        assert tuple(found.shape) == told.shape and DTYPE_NAMES[found.dtype] == told.dtype
+        if header is not None:
+            rows = header[1][0]
+            assert torch.isfinite(dequantized_rows(decode(found), slice(0, rows))).all()
+
+    drawn = torch.Generator().manual_seed(0)
+    texts = ("8g128s@2", "4g32-nest", "3g64s", "2g128-slim", "1g128-pb2")
+    blocks = [Choice.parse(text) for text in texts]
+    tensors = [torch.randn(16, 256, generator=drawn).round() for _ in blocks]
+    seeds = [tokens(encode(QUANTIZERS["rtn"](one, choice))) for one, choice in zip(tensors, blocks, strict=True)]
+    seeds += [tokens(tensors[0].to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.int64)]
+    packer = zstandard.ZstdCompressor(write_checksum=True)
+    frames = [packer.compress(bytes(size)) for size in (0, 1, 16, 64, 4096, 1 << 22)]
+    return Target(seeds, {width: number(width) for width in "BHQ"} | {"frame": frames}, plain, run)
+
+
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "safetensors": safetensors_target,
     "gguf": gguf_target,
@@ -525,6 +569,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "stats": stats_target,
     "imatrix": imatrix_target,
     "packed": packed_target,
+    "coded": coded_target,
 }
 
 # -- executions -----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Where a storage cannot keep a promise, its case says how much of it is left and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -20,12 +20,14 @@ from alphaq.ggml import GGML_BLOCKS
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.ggml import restore_rows
 from alphaq.quantizers.hqq import lp_objective
+from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.packing import decode, dequantize, encode
 from alphaq.quantizers.rtn import BIAS_WEIGHT, quantize_minmax
 from alphaq.records import CHOICE_BITS, GROUP_SIZES, Choice, QuantizedMatrix
 
-EVERY = {**QUANTIZERS, **CALIBRATED}
+EVERY = {**QUANTIZERS, **CALIBRATED, "nested": quantize_nested}
 NATIVE = tuple(Choice(bits, GROUP_SIZES[bits % 3], symmetric) for bits in CHOICE_BITS for symmetric in (False, True))
+NESTED = tuple(Choice(bits, GROUP_SIZES[bits % 3], symmetric=True, mix="nest") for bits in CHOICE_BITS[1:])
 SYMMETRIC = tuple(Choice(bits, group, symmetric=True) for bits, group in ((4, 32), (4, 128), (8, 64)))
 AFFINE = tuple(Choice(bits, group) for bits, group in ((2, 32), (3, 64), (4, 128), (5, 64), (6, 32), (8, 128)))
 GGML = tuple(map(Choice.parse, ("Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL")))
@@ -90,6 +92,8 @@ CASES = {
     "gptq": Case(NATIVE, loss=weighed),  # as it rounds without inputs
     "learned": Case(NATIVE),
     "hqq": Case(NATIVE, loss=powers),
+    # No level is zero, which cubes of Gaussians mostly are; and the step serves all narrower widths.
+    "nested": Case(NESTED, factor=3.5),
     # ŵ and scales have 8 significant bits: at 8 bits the outer codes are a quarter of a step off.
     "symmetric16": Case(SYMMETRIC, restored_16, factor=1.05, drift=3e-4, constants=2**-8, whole=16),
     # Also 8 bits; and a second quantization begins with RTN, whose grid has a level at 0.
@@ -146,7 +150,7 @@ def min_max_values(choice: Choice, weight: torch.Tensor) -> torch.Tensor:
     """Plain min–max with as many bits and as large groups, in float16 scales; of ggml's blocks what is in all types."""
     if choice.scheme:
         choice = Choice(choice.bits, 32, symmetric=True)
-    return dequantize(quantize_minmax(weight, choice))
+    return dequantize(quantize_minmax(weight, replace(choice, mix="")))
 
 
 def test_every_quantizer_has_a_case() -> None:
