@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import re
 import runpy
 import shlex
@@ -140,6 +142,12 @@ def test_links_and_anchors_lead_somewhere(page: Path) -> None:
     assert not wrong, f"{name_of(page)}: {', '.join(wrong)}"
 
 
+def test_every_page_is_in_the_navigation() -> None:
+    listed = re.findall(r"^ +- [^:\n]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    here = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert sorted(listed) == sorted(here | {"CONTRIBUTING.md", "CHANGELOG.md"})
+
+
 def test_a_wrong_anchor_is_found() -> None:
     known = documentation.anchors(ROOT / "docs" / "planning.md")
     assert "the-budget" in known and "γ" in known and "why-this-matrix" in known
@@ -222,8 +230,9 @@ def make_room(words: list[str]) -> None:
 def run_block(block: Block, alphaq: Run, scripts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> int:
     """Run what a block says; returns how many commands or scripts that were."""
     done = 0
+    page_text = block.page.read_text(encoding="utf-8")
     if block.language == "python":
-        saved = re.search(rf"{re.escape(block.text)}\n```\n\nSave it as `(\w+\.py)`", block.page.read_text())
+        saved = re.search(rf"{re.escape(block.text)}\n```\n\nSave it as `(\w+\.py)`", page_text)
         if saved:
             scripts[saved[1]] = block.text
         elif only_parsed(block.text) is None:
@@ -235,7 +244,14 @@ def run_block(block: Block, alphaq: Run, scripts: dict[str, str], monkeypatch: p
         if line.startswith("python ") and words[0] in scripts:
             Path(words[0]).write_text(scripts[words[0]])
             monkeypatch.setattr(sys, "argv", words)
-            runpy.run_path(words[0], run_name="__main__")
+            told = io.StringIO()
+            with contextlib.redirect_stdout(told):
+                runpy.run_path(words[0], run_name="__main__")
+            printed = re.search(
+                rf"^    {re.escape(line)}\n\nIt prints[^\n]*:\n\n((?:    .*\n)+)", page_text, re.MULTILINE
+            )
+            assert printed, f"{block.where}: what {words[0]} prints is not shown"
+            compare_printed(printed[1], told.getvalue(), block.where)
             done += 1
         elif line.startswith("alphaq ") and not re.match(r"alphaq +[\d.]+ ", line) and only_parsed(line) is None:
             make_room(words)
@@ -243,6 +259,19 @@ def run_block(block: Block, alphaq: Run, scripts: dict[str, str], monkeypatch: p
             assert ran.code == 0, f"{block.where}: {line}\n{ran.err}"
             done += 1
     return done
+
+
+def compare_printed(shown: str, told: str, where: str) -> None:
+    """Words must be the same; numbers may differ a little between machines."""
+    apart = re.compile(r"[\s{}:,]+")
+    expected, found = (list(filter(None, apart.split(text))) for text in (shown, told))
+    assert len(expected) == len(found), f"{where} prints\n{told}"
+    for old, new in zip(expected, found, strict=True):
+        if re.fullmatch(r"[\d.]+", old):
+            slack = 0.0005 if "." in old else 2
+            assert float(new) == pytest.approx(float(old), rel=0.02, abs=slack), f"{where} prints\n{told}"
+        else:
+            assert old == new, f"{where} prints\n{told}"
 
 
 @pytest.mark.slow
