@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-all test-vllm test-eval check style bench models clean
+.PHONY: setup demo test test-all test-vllm test-eval check style bench models docs clean
 
 setup: $(STAMP)
 
@@ -55,5 +55,8 @@ bench: setup  ## side by side with peers, into benchmarks/results/ and docs/benc
 models: setup  ## check every family of models and write docs/models.md; a few minutes
 	PYTHONPATH=tests $(BIN)/python scripts/models_table.py
 
+docs: setup  ## the documentation site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .venv-vllm demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-vllm demo site build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
