@@ -132,9 +132,7 @@ def test_links_and_anchors_lead_somewhere(page: Path) -> None:
     for link in documentation.links(page):
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
-        if not target.exists():
-            wrong.append(link)
-        elif anchor and target.suffix == ".md" and anchor not in documentation.anchors(target):
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in documentation.anchors(target)):
             wrong.append(link)
     assert not wrong, f"{name_of(page)}: {', '.join(wrong)}"
 
