@@ -9,13 +9,14 @@ same plan and by a plan of the same bytes with the usual choices.
 
 from __future__ import annotations
 
+import json
 import time
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from common import SCRATCH, markdown_table, parser, save
+from common import SCRATCH, markdown_table, parser, results_folder, save
 
 TITLE = "Coded files and sliced models"
 WIDTHS = (3.0, 4.0)
@@ -39,12 +40,15 @@ class Bench:
 
     def plan(self, checkpoint: Any = None, **settings: Any) -> Any:
         """A plan, measured for as the command line does."""
+        from alphaq.cache import Cache
         from alphaq.config import PlanConfig
         from alphaq.planning import make_plan, measure_for_plan, resolve
 
         source = checkpoint or self.checkpoint
         request = resolve(PlanConfig(**settings))
-        return make_plan(source, request, measure_for_plan(source, request))
+        identity = {"fingerprint": source.fingerprint, "contents": source.contents()}
+        with Cache(self.scratch / "cache", identity) as cache:
+            return make_plan(source, request, measure_for_plan(source, request, cache=cache))
 
     def quantized(self, plan: Any, name: str, checkpoint: Any = None) -> Path:
         """The folder that a plan makes."""
@@ -138,9 +142,14 @@ def main() -> None:
     arguments.add_argument("--text", type=Path, nargs="+", required=True)
     arguments.add_argument("--max-tokens", type=int, default=4096, help="of each text")
     arguments.add_argument("--skip-tokens", type=int, default=0, help="of each text")
+    arguments.add_argument("--add", action="store_true", help="keep the results of other models")
     given = arguments.parse_args()
     SCRATCH.mkdir(exist_ok=True)
+    kept = results_folder(given.quick) / "smaller.json"
+    names = {model.name for model in given.models}
     rows: list[dict[str, Any]] = []
+    if given.add:
+        rows = [row for row in json.loads(kept.read_text(encoding="utf-8"))["rows"] if row["model"] not in names]
     for model in given.models:
         with TemporaryDirectory(dir=SCRATCH) as scratch:
             bench = Bench(model, given.text, given.max_tokens, given.skip_tokens, Path(scratch))
