@@ -28,9 +28,7 @@ def scored(
     choices = [Choice(1 + number % 8, (32, 64, 128)[number // 8 % 3], number >= 24) for number in range(len(rates))]
     errors = np.tile(relative, (len(whole), 1))
     nbytes = np.outer(weights, rates) / 8
-    return rate_distortion(
-        choices, whole[:, None] * relative, errors, np.ones(len(whole)), nbytes, weights, columns
-    )
+    return rate_distortion(choices, whole[:, None] * relative, errors, np.ones(len(whole)), nbytes, weights, columns)
 
 
 # -- water filling --------------------------------------------------------------------------------
