@@ -197,6 +197,32 @@ def test_a_slice_for_another_engine_is_that_engine_s(nested: Path, alphaq: Calla
     assert pipeline.verify(tmp_path / "out", open_artifact(nested)[0])["against_source"]
 
 
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_whatever_is_outside_the_budget_keeps_its_values(
+    tiny: Path, alphaq: Callable[..., Any], tmp_path: Path, codec: str
+) -> None:
+    """Rates, which only coded files have, mixes of widths, and single matrices unlike the others of their role."""
+    pins = (
+        "attention=@3",
+        "shared_expert=3g64-slim",
+        "*.1.self_attn.q_proj.weight=4g32-nest",
+        "*.0.self_attn.o_proj*=16",
+    )
+    options = [part for pin in pins for part in ("--pin", pin)]
+    common = ("--bits", 3, "--choices", "2g128-nest,3g128-nest", *FAST)
+    ran = alphaq("quantize", tiny, "-o", tmp_path / "in", "--codec", "zstd", *common, *options)
+    assert ran.code == 0, ran.err
+    more = ("--codec", codec) if codec != "none" else ()
+    ran = alphaq("slice", tmp_path / "in", "-o", tmp_path / "out", *common[2:], "--bits", 2.5, *more)
+    assert ran.code == 0, ran.err
+    before, after = Output(tmp_path / "in").plan, Output(tmp_path / "out").plan
+    for name in before.choices.keys() - before.assignment.keys():
+        assert same(stored(tmp_path / "in", name), stored(tmp_path / "out", name)), (name, before.choices[name])
+    assert {name: choice.stored for name, choice in before.every_choice().items() if name not in before.assignment} == {
+        name: choice for name, choice in after.every_choice().items() if name not in before.assignment
+    }
+
+
 @pytest.mark.slow
 def test_a_slice_for_llama_cpp_is_a_gguf_file(nested: Path, alphaq: Callable[..., Any], tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
