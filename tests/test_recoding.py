@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from alphaq import measurement, pipeline
+from alphaq import measurement, pipeline, recoding
 from alphaq.cache import Cache
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.checkpoint.safetensors_format import read_header
@@ -221,7 +221,7 @@ def test_what_cannot_be_recoded_is_refused_in_one_line(
     "config",
     [
         {"budget": Budget(bpw=2.8), "choices": "@2,@2.75,@3.5"},
-        {"budget": Budget(bpw=4.1), "choices": "2,3,4,16"},
+        pytest.param({"budget": Budget(bpw=4.1), "choices": "2,3,4,16"}, marks=pytest.mark.slow),
         {"budget": Budget(bits=3.0), "choices": "2g128-nest,4g128-nest,@3,16", "attention_bits": 16},
     ],
     ids=["rates", "plain", "all kinds"],
@@ -383,20 +383,20 @@ CODED = Job(
 )
 
 
-def kills_before(name: str) -> Callable[[], None]:
-    """What makes a run kill itself where it would call a function of the pipeline."""
+def kills_before(module: Any, name: str) -> Callable[[], None]:
+    """What makes a run kill itself where a module would call a function."""
 
     def arm() -> None:
         def die(*_: Any, **__: Any) -> Any:
             os.kill(os.getpid(), signal.SIGKILL)
 
-        setattr(pipeline, name, die)
+        setattr(module, name, die)
 
     return arm
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks")
-def test_a_run_killed_before_or_after_coding_resumes_to_identical_bytes(tiny: Path, tmp_path: Path) -> None:
+def test_a_run_killed_before_or_amid_coding_resumes_to_identical_bytes(tiny: Path, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -404,8 +404,8 @@ def test_a_run_killed_before_or_after_coding_resumes_to_identical_bytes(tiny: Pa
         for one in (undisturbed, place):
             one.out.parent.mkdir(parents=True)
         assert run(CODED, undisturbed).code == 0
-        for moment in ("recode", "raise_faults"):
-            assert run(CODED, place, kills_before(moment)).code == -signal.SIGKILL
+        for moment in ((pipeline, "recode"), (recoding, "write_manifest")):
+            assert run(CODED, place, kills_before(*moment)).code == -signal.SIGKILL
             assert (place.out.parent / ".out.uncoded").is_dir() or (place.out.parent / "..out.uncoded.partial").is_dir()
             assert not place.out.exists()
         assert run(CODED, place).code == 0

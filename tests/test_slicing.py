@@ -91,7 +91,7 @@ def check_rest(source: Path, out: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("coded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_slice_holds_top_bits_and_the_rest_unchanged_in_exactly_the_bytes(
     alphaq: Callable[..., Any], nested: Path, tmp_path: Path, coded: bool
 ) -> None:
@@ -197,7 +197,7 @@ def test_a_slice_for_another_engine_is_that_engine_s(nested: Path, alphaq: Calla
     assert pipeline.verify(tmp_path / "out", open_artifact(nested)[0])["against_source"]
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd"])
+@pytest.mark.parametrize("codec", ["none", pytest.param("zstd", marks=pytest.mark.slow)])
 def test_whatever_is_outside_the_budget_keeps_its_values(
     tiny: Path, alphaq: Callable[..., Any], tmp_path: Path, codec: str
 ) -> None:
