@@ -29,7 +29,6 @@ from alphaq.workers import Workers
 from conftest import DATA
 from injection import Job, Place, run
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 METHOD = "alphaq"  # which needs no forward pass
 FEW = "2,3,@2.5,@3.5"
 
