@@ -74,8 +74,8 @@ def nested_choices(checkpoint: Checkpoint, plan: Plan) -> str | None:
 
 
 def own_pins(checkpoint: Checkpoint, plan: Plan) -> list[str]:
-    """`--pin` rules that leave everything outside the budget as the artifact has it."""
-    choices = plan.every_choice()
+    """`--pin` rules that leave everything outside the budget as the artifact has it, be it coded again or not."""
+    choices = {name: choice.stored for name, choice in plan.every_choice().items()}
     by_role: dict[str, Counter[Choice]] = {}
     roles = ROLE_BITS.keys() - {checkpoint.planned_role}
     outside = [matrix for matrix in checkpoint.matrices if matrix.role in roles]

@@ -23,7 +23,7 @@ from alphaq.engines.export import Stored, stored_in, write_json
 from alphaq.engines.output import MANIFEST_NAME, PLAN_NAME, Output, Record, header_of, raise_faults, write_manifest
 from alphaq.errors import PlanError, VerificationError
 from alphaq.quantizers.coding import decode_tensor, encode_tensor
-from alphaq.records import CODECS, CODED_FORMAT_VERSION
+from alphaq.records import CODECS, CODED_FORMAT_VERSION, NATIVE_FORMAT_VERSION
 from alphaq.untrusted import parse_json, read_bounded
 from alphaq.workers import Workers, Wrap, silent
 
@@ -101,7 +101,8 @@ def recode(folder: Path, out: Path, codec: str, wrap: Wrap = silent, workers: Wo
             update={"size_bytes": total, "config": {**opened.plan.config, "codec": codec}},
         )
         config = parse_json(read_bounded(folder / "config.json"))
-        config["quantization_config"] |= {"format_version": CODED_FORMAT_VERSION, "codec": codec}
+        version = NATIVE_FORMAT_VERSION if codec == CODECS[0] else CODED_FORMAT_VERSION
+        config["quantization_config"] |= {"format_version": version, "codec": codec}
         write_json(made / "config.json", config)
         index = {
             "metadata": {"total_size": total - sum(length for length, _ in headers.values())},

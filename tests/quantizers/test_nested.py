@@ -62,6 +62,14 @@ def test_top_bits_are_the_codes_of_every_narrower_width(bits: int, group: int, s
         assert np.array_equal(codes_of(cut), codes_of(wide) >> (bits - narrower)), narrower
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_the_top_bit_is_the_sign(bits: int) -> None:
+    """To which a slice may come down: one bit without a mean."""
+    wide = quantize_nested(gaussian(20, 300), nest(bits))
+    signs = quantize_rtn(dequantize(wide), Choice(1, 128, symmetric=True))
+    assert np.array_equal(codes_of(signs), codes_of(wide) >> (bits - 1))
+
+
 def test_cutting_in_two_steps_gives_the_codes_of_one() -> None:
     wide = quantize_nested(gaussian(20, 256), nest(6))
     middle = quantize_nested(dequantize(wide), nest(4))

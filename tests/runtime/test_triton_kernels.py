@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from alphaq.errors import DeviceError
+from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.packing import decode, dequantize, encode
-from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.records import CHOICE_BITS, GROUP_SIZES, Choice
 from alphaq.runtime.packed import PackedWeights
 
@@ -60,7 +60,7 @@ def packed(choices: Sequence[Sequence[Choice | torch.dtype]], shape: tuple[int, 
 
 
 def _stored(weight: Tensor, choice: Choice | torch.dtype) -> Tensor:
-    return encode(quantize_rtn(weight, choice)) if isinstance(choice, Choice) else weight.to(choice)
+    return encode(QUANTIZERS["rtn"](weight, choice)) if isinstance(choice, Choice) else weight.to(choice)
 
 
 def expected(weights: PackedWeights, inputs: Tensor, experts: Tensor, tokens: Tensor) -> Tensor:
@@ -122,6 +122,16 @@ def test_prefill_multiplies_with_every_width_in_one_launch(
     torch.manual_seed(columns)
     experts = torch.arange(10).repeat_interleave(3)[torch.randperm(30)].tolist()
     check(kernels, packed([every_width(group, symmetric)], (21, columns)), experts, torch.float32)
+
+
+@pytest.mark.parametrize("repeats", [1, 3], ids=["decode", "prefill"])
+@pytest.mark.parametrize("columns, group", [(72, 32), (136, 128)])
+def test_nested_codes_are_multiplied_among_others(kernels: ModuleType, columns: int, group: int, repeats: int) -> None:
+    torch.manual_seed(columns)
+    nested = [Choice(bits, group, True, mix="nest") for bits in CHOICE_BITS[1:]]
+    others = [Choice(3, group), Choice(4, group, True), torch.bfloat16]
+    experts = [expert for expert in range(10) for _ in range(repeats)]
+    check(kernels, packed([[*nested, *others]], (13, columns)), experts, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)

@@ -80,10 +80,12 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
                 f"{', '.join(map(str, sorted(widths)))} bits. Offer other --choices."
             )
     offered = frozenset(given)
-    if config.codec is None and (rated := [choice for choice in given if choice.rate]):
-        raise BudgetError(f"{rated[0]} is for entropy-coded files. Add --codec {CODECS[-1]}, or offer other --choices.")
     pinned = {parse_choice(rule.value, profile, config) for rule in config.pins}
     choices = tuple(sorted(offered | pinned))
+    if config.codec is None and (rated := [choice for choice in choices if choice.rate]):
+        raise BudgetError(
+            f"{rated[0]} is for entropy-coded files. Add --codec {CODECS[-1]}, or use other --choices and pins."
+        )
     if "outputs" in chosen.needs and any(choice.scheme for choice in choices):
         raise BudgetError(
             f"--method {config.method} needs every choice's output, and {profile.name}'s quantizer is not ours. Use "
