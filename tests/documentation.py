@@ -40,6 +40,7 @@ OTHER_OPTIONS = {
     "--pipeline-parallel-size": "vLLM",
     "--no-deps": "pip",
     "--layers": "benchmarks",
+    "--only": "benchmarks",
     "--scratch": "benchmarks",
     "--strict": "mkdocs",
 }

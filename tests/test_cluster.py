@@ -106,6 +106,7 @@ def test_without_ray_the_flag_says_what_to_install(
 # -- on a cluster ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_results_come_in_order_while_little_is_out(nodes: raycluster.Nodes) -> None:
     with RayWorkers(nodes.address, 3) as workers:
         assert workers.count == 2
@@ -133,6 +134,7 @@ def test_lost_process_is_told_and_made_up_for_a_few_times(nodes: raycluster.Node
         list(workers.map(raycluster.killed, range(20)))
 
 
+@pytest.mark.slow
 def test_cluster_quantizes_to_the_bytes_of_one_machine(
     nodes: raycluster.Nodes, tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran]
 ) -> None:

@@ -19,7 +19,7 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.checkpoint.safetensors_format import read_header
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines.output import MANIFEST_NAME, Output
-from alphaq.errors import AlphaQError, BudgetError, CheckpointError, PlanError, VerificationError
+from alphaq.errors import AlphaQError, BudgetError, CheckpointError, OutputError, PlanError, VerificationError
 from alphaq.planning import resolve
 from alphaq.quantizers.coding import is_coded
 from alphaq.recoding import recode
@@ -403,9 +403,9 @@ def test_a_run_killed_before_or_amid_coding_resumes_to_identical_bytes(tiny: Pat
         for one in (undisturbed, place):
             one.out.parent.mkdir(parents=True)
         assert run(CODED, undisturbed).code == 0
-        for moment in ((pipeline, "recode"), (recoding, "write_manifest")):
+        for moment in ((pipeline, "recode_into"), (recoding, "write_manifest")):
             assert run(CODED, place, kills_before(*moment)).code == -signal.SIGKILL
-            assert (place.out.parent / ".out.uncoded").is_dir() or (place.out.parent / "..out.uncoded.partial").is_dir()
+            assert (place.out.parent / ".out.partial" / "uncoded").is_dir()
             assert not place.out.exists()
         assert run(CODED, place).code == 0
         assert contents(place.out) == contents(undisturbed.out)
@@ -414,24 +414,36 @@ def test_a_run_killed_before_or_amid_coding_resumes_to_identical_bytes(tiny: Pat
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("what", ["a damaged byte", "another plan", "no plan"])
-def test_what_an_earlier_run_left_is_used_only_if_it_is_whole(tiny: Path, tmp_path: Path, what: str) -> None:
-    plan = plan_of(tiny, budget=Budget(bits=2.5), choices="2,3")
-    pipeline.quantize(open_checkpoint(tiny), plan, tmp_path / "good")
-    recode(tmp_path / "good", tmp_path / ".out.uncoded", "none")
-    left = tmp_path / ".out.uncoded"
-    if what == "another plan":
-        shutil.rmtree(left)
-        pipeline.quantize(open_checkpoint(tiny), plan_of(tiny, budget=Budget(bits=3), choices="3,4", codec=None), left)
-    elif what == "no plan":
-        (left / "plan.json").unlink()
-    else:
-        path = sorted(left.glob("*.safetensors"))[0]
-        data = bytearray(path.read_bytes())
-        data[-100] ^= 1
-        path.write_bytes(data)
-    pipeline.quantize(open_checkpoint(tiny), plan, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "good")
+def test_an_unfinished_coded_run_of_another_plan_is_not_mixed_with_this_one(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, out = open_checkpoint(tiny), tmp_path / "out"
+    earlier, plan = (plan_of(tiny, budget=Budget(bits=2.5), choices="2,3", seed=seed) for seed in (0, 1))
+    pipeline.quantize(checkpoint, plan, tmp_path / "good")
+
+    def fail(*_: Any) -> Any:
+        raise OSError("No space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "recode_into", fail)
+        with pytest.raises(OutputError, match="No space left"):
+            pipeline.quantize(checkpoint, earlier, out)
+    with pytest.raises(OutputError, match="its plan changed since"):
+        pipeline.quantize(checkpoint, plan, out)
+    pipeline.quantize(checkpoint, plan, out, restart=True)
+    assert contents(out) == contents(tmp_path / "good")
+
+
+def test_a_damaged_byte_between_quantizing_and_coding_is_named(tiny_quantized: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_quantized, copy)
+    path = sorted(copy.glob("*.safetensors"))[0]
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(VerificationError, match="does not have its checksum"):
+        recode(copy, tmp_path / "out", "zstd")
+    assert not (tmp_path / "out").exists()
 
 
 # -- what a runtime holds -------------------------------------------------------------------------

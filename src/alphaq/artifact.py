@@ -6,6 +6,7 @@ What an artifact cannot tell is how far it is from the original; errors that are
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from alphaq.errors import PlanError
 from alphaq.quantizers.coding import block_header, decode_tensor, decoded_info, is_coded
 from alphaq.quantizers.nested import NARROWEST
 from alphaq.quantizers.packing import decode, dequantize
-from alphaq.records import Choice, Plan
+from alphaq.records import Choice, Plan, Role
 
 
 def open_artifact(folder: Path) -> tuple[Checkpoint, Plan]:
@@ -73,11 +74,14 @@ def nested_choices(checkpoint: Checkpoint, plan: Plan) -> str | None:
     return ",".join(map(str, sorted(offered | signs)))
 
 
-def own_pins(checkpoint: Checkpoint, plan: Plan) -> list[str]:
-    """`--pin` rules that leave everything outside the budget as the artifact has it, be it coded again or not."""
+def own_pins(checkpoint: Checkpoint, plan: Plan, asked: Container[Role] = ()) -> list[str]:
+    """`--pin` rules that leave what is outside the budget as the artifact has it, coded again or not.
+
+    asked: roles whose width a user asked for.
+    """
     choices = {name: choice.stored for name, choice in plan.every_choice().items()}
     by_role: dict[str, Counter[Choice]] = {}
-    roles = ROLE_BITS.keys() - {checkpoint.planned_role}
+    roles = {role for role in ROLE_BITS if role is not checkpoint.planned_role and role not in asked}
     outside = [matrix for matrix in checkpoint.matrices if matrix.role in roles]
     for matrix in outside:
         by_role.setdefault(matrix.role.value, Counter())[choices.get(matrix.name, Choice(16))] += 1

@@ -47,7 +47,7 @@ from alphaq.options import (
     text_of,
     with_options,
 )
-from alphaq.records import Plan
+from alphaq.records import CODECS, Plan
 from alphaq.terminal import err, progress, show
 
 app = typer.Typer(
@@ -233,6 +233,8 @@ def quantize(
     planned_on_text = plan_file is None and config.calibration is not None
     source = None if planned_on_text and quantizer not in CALIBRATED else settings["calibration"]
     rounding = rounding_of(checkpoint, engine, quantizer, source, calibration_tokens)
+    if (made.config.get("codec") if plan_file is not None else config.codec) not in (None, CODECS[0]):
+        pipeline.check_codable(rounding)
     means["no_cache"] |= plan_file is not None
     with means_for(checkpoint, **means) as (pool, cache):
         if target is not None:

@@ -36,7 +36,7 @@ MOST_TRIES = 4
 GONE = ("NodeDiedError", "TaskUnschedulableError", "LocalRayletDiedError")
 """Errors of Ray that say that a node is no more."""
 CONNECT_S = 10.0
-WAIT_S = 60.0  # for a node, where none that could do the work is left
+WAIT_S = 120.0
 REFRESH_S = 10.0
 
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from alphaq.config import Blocks, Budget, Noise, PlanConfig, ProxyKind, Rule, Tail
 from alphaq.errors import AlphaQError, BudgetError
-from alphaq.records import Plan, first_fault
+from alphaq.records import CODECS, Plan, first_fault
 from alphaq.registry import unknown
 from alphaq.terminal import err, progress
 
@@ -450,6 +450,10 @@ def search_target(
         raise BudgetError(unknown("--reaches", search["reaches"], REACHES))
     if settings["engine"] != ENGINE:
         raise BudgetError(f"--ear searches plans for engine {ENGINE} only, not for {settings['engine']}. Use --size.")
+    if settings["codec"] not in (None, CODECS[0]):
+        raise BudgetError(
+            "--ear searches plans of fixed-length files. Drop --codec, and code what comes of it with `alphaq recode`."
+        )
     if settings["unweighted"]:
         raise BudgetError("--unweighted counts matrices, and --ear searches bytes. Drop one or the other.")
     return Target(

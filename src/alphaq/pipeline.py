@@ -20,7 +20,7 @@ from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.publishing import claim, publish
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.checkpoint.remote import Store
-from alphaq.checkpoint.writer import Place, atomic_file, atomic_folder, check_absent, create_file, resumable_folder
+from alphaq.checkpoint.writer import Place, atomic_file, atomic_folder, create_file, resumable_folder
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines.export import Entry, Layout
 from alphaq.engines.llama_cpp import importance_of
@@ -34,12 +34,12 @@ from alphaq.engines.output import (
     write_manifest,
 )
 from alphaq.engines.profiles import profile
-from alphaq.errors import CheckpointError, OutputError, PlanError, VerificationError
+from alphaq.errors import OutputError, PlanError
 from alphaq.journal import Journal
 from alphaq.measurement import ahead, leaving, measure
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantization import CheckTask, StoreTask, checked, plan_choices, stored
-from alphaq.recoding import recode
+from alphaq.recoding import recode_into
 from alphaq.records import CODECS, Fidelity, MatrixRef, Plan, Spectrum
 from alphaq.report.content import MAX_DENSITIES, Sources, sampled
 from alphaq.report.html import write_report
@@ -132,14 +132,7 @@ def quantize(
         )
     plan = plan.model_copy(update={"size_bytes": written.size_bytes, "source": checkpoint.identity})
     workers = workers or Workers(1, checkpoint)
-    job = {
-        "checkpoint": f"{checkpoint.fingerprint} {checkpoint.contents(hash_contents)}",
-        "plan": hashlib.sha256(plan.to_json().encode()).hexdigest(),
-        "alphaq version": alphaq.__version__,
-        "quantizer": str(rounding),
-    }
-    if rounding.calibrated is not None:
-        job["model settings"] = checkpoint.settings_digest()
+    job = _job(checkpoint, plan, rounding, hash_contents)
     left: dict[str, str] = {}
     with resumable_folder(out, job, restart) as (folder, journal):
         done = {entry["name"]: Record.model_validate(entry["record"]) for entry in journal.entries if "record" in entry}
@@ -182,42 +175,53 @@ def quantize(
 def _quantize_coded(
     checkpoint: Checkpoint, plan: Plan, out: Path, codec: str, promised: int | None, settings: tuple[Any, ...]
 ) -> dict[str, Any]:
-    """`quantize` by a plan without a codec, then code what it wrote. `settings`: the other arguments of `quantize`."""
+    """`quantize` by a plan without a codec, then code what it wrote. `settings`: the other arguments of `quantize`.
+
+    Both happen inside the folder of one unfinished run, so that another run can neither mix with it nor disturb it.
+    """
     if plan.engine != "native":
         raise PlanError(f"{plan.engine} reads no coded tensors. Drop --codec, or use --engine native.")
-    wrap, workers, restart, *_, rounding = settings
-    if rounding is not None and str(rounding) != str(Rounding.of(plan.engine)):
+    wrap, workers, restart, hash_contents, *_, rounding = settings
+    rounding = rounding or Rounding.of(plan.engine)
+    check_codable(rounding)
+    job = _job(checkpoint, plan, rounding, hash_contents) | {"codec": codec}
+    with resumable_folder(out, job, restart) as (folder, journal):
+        uncoded = folder.parent / "uncoded"
+        result = next((entry["uncoded"] for entry in journal.entries if "uncoded" in entry), None)
+        if result is None:
+            shutil.rmtree(uncoded, ignore_errors=True)
+            result = quantize(checkpoint, plan, uncoded, *settings)
+            journal.append({"uncoded": result})
+        local = None if workers is None or workers.cluster else workers  # whose nodes may not have the folder
+        coded = recode_into(uncoded, folder, codec, wrap, local)
+        raise_faults(folder, Output(folder).faults())
+        if promised is not None and coded["size_bytes"] > promised:
+            raise PlanError(
+                f"Coded, the files take {coded['size_bytes']} bytes, more than the {promised} that the plan promises: "
+                "it was made with another zstandard. Plan again here, or raise the budget, and add --restart."
+            )
+        files = [str(out / file) for file in Output(folder).headers]
+    return {**result, **coded, "out": str(out), "files": files, "source_bytes": checkpoint.nbytes}
+
+
+def check_codable(rounding: Rounding) -> None:
+    """PlanError if what a quantizer's codes take once coded cannot be known to a plan."""
+    if str(rounding) != str(Rounding.of("native")):
         raise PlanError(
             f"What codes of quantizer {rounding.name} will take is not known to a plan. Quantize without --codec, then "
-            f"code the result with `alphaq recode`."
+            "code the result with `alphaq recode`."
         )
-    check_absent(out)
-    uncoded = out.absolute().parent / f".{out.name}.uncoded"
-    checked = {} if restart else _whole(uncoded, plan, checkpoint, wrap, workers)
-    if not checked:
-        shutil.rmtree(uncoded, ignore_errors=True)
-        checked = quantize(checkpoint, plan, uncoded, *settings)
-    local = None if workers is None or workers.cluster else workers  # whose nodes may not have the folder
-    coded = recode(uncoded, out, codec, wrap, local)
-    raise_faults(out, Output(out).faults())
-    if promised is not None and coded["size_bytes"] > promised:
-        shutil.rmtree(out)
-        raise PlanError(
-            f"Coded, the files take {coded['size_bytes']} bytes, more than the {promised} that the plan promises. "
-            "Another quantizer or version of zstandard than the plan's was used: plan again here, or raise the budget."
-        )
-    shutil.rmtree(uncoded)
-    files = [str(out / file) for file in Output(out).headers]
-    quantized = {"quantizer": Rounding.of(plan.engine).name, "not_calibrated": {}}
-    return {**quantized, **checked, **coded, "files": files, "source_bytes": checkpoint.nbytes}
 
 
-def _whole(folder: Path, plan: Plan, checkpoint: Checkpoint, wrap: Wrap, workers: Workers | None) -> dict[str, Any]:
-    """What `verify` finds where an interrupted run has left a plan's files complete; nothing where it has not."""
-    try:
-        return verify(folder, checkpoint, wrap, workers) if Output(folder).plan.choices == plan.choices else {}
-    except (CheckpointError, PlanError, VerificationError):
-        return {}
+def _job(checkpoint: Checkpoint, plan: Plan, rounding: Rounding, hash_contents: bool) -> dict[str, str]:
+    """What an output depends on."""
+    job = {
+        "checkpoint": f"{checkpoint.fingerprint} {checkpoint.contents(hash_contents)}",
+        "plan": hashlib.sha256(plan.to_json().encode()).hexdigest(),
+        "alphaq version": alphaq.__version__,
+        "quantizer": str(rounding),
+    }
+    return job if rounding.calibrated is None else job | {"model settings": checkpoint.settings_digest()}
 
 
 def quantize_to_store(

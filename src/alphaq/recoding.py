@@ -18,12 +18,12 @@ import torch
 from alphaq.checkpoint.files import CHUNK_BYTES, PlainFile, check_link, is_file
 from alphaq.checkpoint.reader import INDEX_NAME
 from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, TensorSpec, layout
-from alphaq.checkpoint.writer import atomic_folder, copy_file, create_file, write_at
+from alphaq.checkpoint.writer import atomic_folder, checksum, copy_file, create_file, write_at
 from alphaq.engines.export import Stored, stored_in, write_json
 from alphaq.engines.output import MANIFEST_NAME, PLAN_NAME, Output, Record, header_of, raise_faults, write_manifest
 from alphaq.errors import PlanError, VerificationError
 from alphaq.quantizers.coding import decode_tensor, encode_tensor
-from alphaq.records import CODECS, CODED_FORMAT_VERSION, NATIVE_FORMAT_VERSION
+from alphaq.records import CERTIFICATE_NAME, CODECS, CODED_FORMAT_VERSION, NATIVE_FORMAT_VERSION
 from alphaq.untrusted import parse_json, read_bounded
 from alphaq.workers import Workers, Wrap, silent
 
@@ -35,6 +35,7 @@ class RecodeTask:
     name: str
     folder: Path
     stored: Stored
+    blake2b: str
     codec: str
 
     @property
@@ -44,9 +45,12 @@ class RecodeTask:
 
 
 def recoded(_: Any, task: RecodeTask) -> torch.Tensor:
-    """The tensor as the codec stores it. Raises CheckpointError naming it if it is damaged."""
+    """The tensor as the codec stores it. Raises VerificationError or CheckpointError naming it if it is damaged."""
     place = task.stored.place
-    held = task.stored.typed(PlainFile(task.folder / place.file).read(place.begin, place.nbytes))
+    raw = PlainFile(task.folder / place.file).read(place.begin, place.nbytes)
+    if checksum([raw.numpy().data]) != task.blake2b:
+        raise VerificationError(f"{task.name} does not have its checksum. Copy {place.file} again, or quantize again.")
+    held = task.stored.typed(raw)
     plain = decode_tensor(held.view(task.stored.shape), task.name)
     if task.codec == CODECS[0]:
         return plain
@@ -68,6 +72,12 @@ def recode(folder: Path, out: Path, codec: str, wrap: Wrap = silent, workers: Wo
     `out` appears complete or not at all. Raises PlanError if the files are another engine's, VerificationError or
     CheckpointError by name if a tensor is damaged.
     """
+    with atomic_folder(out) as made:
+        return recode_into(folder, made, codec, wrap, workers) | {"out": str(out)}
+
+
+def recode_into(folder: Path, made: Path, codec: str, wrap: Wrap, workers: Workers | None) -> dict[str, Any]:
+    """`recode` into a folder that is there; what an interrupted run has left in it is written over."""
     opened = Output(folder)
     if opened.plan.engine != "native":
         raise PlanError(
@@ -77,45 +87,44 @@ def recode(folder: Path, out: Path, codec: str, wrap: Wrap = silent, workers: Wo
     files: dict[str, list[str]] = {}
     for name, stored in opened.stored.items():
         files.setdefault(stored.place.file, []).append(name)
-    tasks = (RecodeTask(name, folder, opened.stored[name], codec) for names in files.values() for name in names)
+    tasks = (
+        RecodeTask(name, folder, opened.stored[name], opened.manifest[name].blake2b, codec)
+        for names in files.values()
+        for name in names
+    )
     results = (workers or Workers(1, None)).map(recoded, tasks, lambda task: task.nbytes)
     coded = iter(wrap(results, len(opened.stored), "code" if codec != CODECS[0] else "decode"))
-    with atomic_folder(out) as made:
-        manifest: dict[str, Record] = {}
-        headers, total, weight_map = {}, 0, {}
-        for file, names in files.items():
-            with TemporaryFile(dir=made) as waiting:
-                specs = {name: _spooled(next(coded), waiting) for name in names}
-                header, infos, nbytes = layout(specs)
-                create_file(made / file, header, nbytes)
-                places = stored_in({file: infos})
-                waiting.seek(0)
-                for name in names:
-                    place = places[name].place
-                    digest = write_at(made, [place], _pieces(waiting, place.nbytes))
-                    manifest[name] = opened.manifest[name].model_copy(update={"blake2b": digest})
-                    weight_map[name] = file
-            headers[file] = header_of(header)
-            total += nbytes
-        plan = opened.plan.model_copy(
-            update={"size_bytes": total, "config": {**opened.plan.config, "codec": codec}},
-        )
-        config = parse_json(read_bounded(folder / "config.json"))
-        version = NATIVE_FORMAT_VERSION if codec == CODECS[0] else CODED_FORMAT_VERSION
-        config["quantization_config"] |= {"format_version": version, "codec": codec}
-        write_json(made / "config.json", config)
-        index = {
-            "metadata": {"total_size": total - sum(length for length, _ in headers.values())},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        write_json(made / INDEX_NAME, index)
-        own = {*files, "config.json", INDEX_NAME, PLAN_NAME, MANIFEST_NAME}
-        for path in sorted(path for path in folder.iterdir() if path.name not in own and is_file(path)):
-            check_link(path)
-            copy_file(path, made / path.name)
-        write_manifest(made, plan, manifest, headers)
+    manifest: dict[str, Record] = {}
+    headers, total, weight_map = {}, 0, {}
+    for file, names in files.items():
+        with TemporaryFile(dir=made) as waiting:
+            specs = {name: _spooled(next(coded), waiting) for name in names}
+            header, infos, nbytes = layout(specs)
+            create_file(made / file, header, nbytes)
+            places = stored_in({file: infos})
+            waiting.seek(0)
+            for name in names:
+                place = places[name].place
+                digest = write_at(made, [place], _pieces(waiting, place.nbytes))
+                manifest[name] = opened.manifest[name].model_copy(update={"blake2b": digest})
+                weight_map[name] = file
+        headers[file] = header_of(header)
+        total += nbytes
+    plan = opened.plan.model_copy(update={"size_bytes": total, "config": {**opened.plan.config, "codec": codec}})
+    config = parse_json(read_bounded(folder / "config.json"))
+    quantization = {key: value for key, value in config["quantization_config"].items() if key != "codec"}
+    quantization["format_version"] = NATIVE_FORMAT_VERSION if codec == CODECS[0] else CODED_FORMAT_VERSION
+    config["quantization_config"] = quantization | ({} if codec == CODECS[0] else {"codec": codec})
+    write_json(made / "config.json", config)
+    data = total - sum(length for length, _ in headers.values())
+    write_json(made / INDEX_NAME, {"metadata": {"total_size": data}, "weight_map": dict(sorted(weight_map.items()))})
+    own = {*files, "config.json", INDEX_NAME, PLAN_NAME, MANIFEST_NAME, CERTIFICATE_NAME}
+    for path in sorted(path for path in folder.iterdir() if path.name not in own and is_file(path)):
+        check_link(path)
+        copy_file(path, made / path.name)
+    write_manifest(made, plan, manifest, headers)
     before = sum((folder / file).stat().st_size for file in files)
-    return {"out": str(out), "codec": codec, "size_bytes": total, "source_bytes": before, "tensors": len(manifest)}
+    return {"codec": codec, "size_bytes": total, "source_bytes": before, "tensors": len(manifest)}
 
 
 def _spooled(tensor: torch.Tensor, waiting: IO[bytes]) -> TensorSpec:

@@ -31,6 +31,7 @@ MIXES = ("", "slim", "pb2", "pb4", "pb8", "nest")  # a block's flags hold the pl
 SLIM_BITS = (2, 3, 4, 5, 6, 7)
 CODECS = ("none", "zstd")  # a coded tensor's header holds the place in this list
 PLAN_FORMAT_VERSION = 1
+CERTIFICATE_NAME = "certificate.json"  # what a model's fidelity was, which says nothing of another's
 NATIVE_FORMAT_VERSION = 1  # of native checkpoints
 CODED_FORMAT_VERSION = 2  # of those with coded tensors
 

@@ -18,6 +18,7 @@ from alphaq.planning import resolve
 from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.packing import encode
 from alphaq.quantizers.rtn import quantize_rtn
+from alphaq.recoding import recode
 from alphaq.records import Choice
 from alphaq.runtime import multiply as module
 from alphaq.runtime.multiply import multiply
@@ -115,7 +116,7 @@ def test_a_nested_model_coded_or_not_has_the_dequantized_logits(
 ) -> None:
     source = save_family("qwen2_moe", fused)
     plain = quantized(source, tmp_path / "plain", None)
-    pipeline.recode(plain, tmp_path / "coded", "zstd")
+    recode(plain, tmp_path / "coded", "zstd")
     assert any(choice.nested for choice in Output(plain).plan.every_choice().values())
     wanted = logits(load(plain_copy(open_checkpoint(source), plain, tmp_path / "restored")))
     found, coded = logits(load(plain)), logits(load(tmp_path / "coded"))

@@ -368,7 +368,7 @@ def test_newer_format_is_refused(tiny_quantized: Path, tmp_path: Path) -> None:
 
     folder = Path(shutil.copytree(tiny_quantized, tmp_path / "m"))
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 3
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="native format 2"):
+    with pytest.raises(CheckpointError, match="native format 3"):
         load(folder)

@@ -47,7 +47,7 @@ from alphaq.checkpoint.remote import Store, is_url, local_path
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo, parse_header, read_header
 from alphaq.errors import CheckpointError
 from alphaq.numerics import in_threads
-from alphaq.records import MatrixRef, Role, SourceIdentity
+from alphaq.records import CERTIFICATE_NAME, MatrixRef, Role, SourceIdentity
 from alphaq.untrusted import parse_json, read_bounded, shown
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -315,7 +315,7 @@ class Checkpoint:
         if self.gguf is not None:
             return []
         found = {path for pattern in SIDE_FILES for path in self.folder.glob(pattern)}
-        skip = {"config.json", INDEX_NAME, "plan.json", "alphaq_manifest.json", "certificate.json"}
+        skip = {"config.json", INDEX_NAME, "plan.json", "alphaq_manifest.json", CERTIFICATE_NAME}
         chosen = sorted(path for path in found if is_file(path) and path.name not in skip)
         for path in chosen:
             check_link(path)

@@ -59,8 +59,9 @@ def certify(
         )
     from alphaq import pipeline
     from alphaq.checkpoint.writer import check_file
-    from alphaq.evaluation.certificate import CERTIFICATE_NAME, other_source
+    from alphaq.evaluation.certificate import other_source
     from alphaq.evaluation.tasks import TaskRequest
+    from alphaq.records import CERTIFICATE_NAME
     from alphaq.report.tables import certificate_tables
 
     beside = Path(model).expanduser()

@@ -29,7 +29,7 @@ def recode(
 ) -> None:
     """Make a native checkpoint smaller on disk, or plain again: the same weights to the bit."""
     check_codec(codec)
-    from alphaq import pipeline
+    from alphaq import recoding
     from alphaq.report.tables import human_bytes
     from alphaq.workers import Workers, sensible_count
 
@@ -37,7 +37,7 @@ def recode(
         raise AlphaQError(f"No folder {folder}. Point to the output of `alphaq quantize`.")
     nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     with Workers(workers or sensible_count(nbytes), None) as pool:
-        found = pipeline.recode(folder, output, codec, progress, pool)
+        found = recoding.recode(folder, output, codec, progress, pool)
     share = found["size_bytes"] / found["source_bytes"]
     show(
         as_json,

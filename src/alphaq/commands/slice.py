@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from alphaq.options import JsonOption, build_plan, means_for, means_settings, plan_config, plan_settings, with_options
-from alphaq.terminal import progress, show
+from alphaq.terminal import err, progress, show
 
 
 @with_options(
@@ -33,13 +33,16 @@ def slice_(
     from alphaq import pipeline
     from alphaq.artifact import nested_choices, open_artifact, own_pins
     from alphaq.checkpoint.writer import check_absent
+    from alphaq.engines.output import coded_with
     from alphaq.engines.profiles import profile
     from alphaq.report.tables import human_bytes, plan_table
 
     check_absent(output)
     checkpoint, held = open_artifact(folder)
+    if config.codec is None and config.engine == held.engine and coded_with(held) is not None:
+        err.print("note: the slice is not coded; `alphaq recode` codes it", highlight=False)
     if config.engine == held.engine:  # what is outside the budget stays as it is
-        settings["pin"] = [*own_pins(checkpoint, held), *(settings["pin"] or ())]
+        settings["pin"] = [*own_pins(checkpoint, held, config.roles()), *(settings["pin"] or ())]
         settings["choices"] = settings["choices"] or (None if config.codec else nested_choices(checkpoint, held))
         config = plan_config(settings)
     with means_for(checkpoint, **means) as (pool, cache):

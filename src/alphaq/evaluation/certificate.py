@@ -30,7 +30,6 @@ from alphaq.evaluation.fidelity import WindowScore
 from alphaq.records import Plan, first_fault
 from alphaq.untrusted import parse_json, read_bounded
 
-CERTIFICATE_NAME = "certificate.json"
 FORMAT_VERSION = 1
 CONFIDENCE = 0.95
 DRAWS = 2000

@@ -171,6 +171,8 @@ def _read_header(
         raise _damaged(name, f"a tensor of shape {list(shape)} does not take {nbytes} bytes")
     if kind != _BLOCK and sum(size for _, size in sizes) != nbytes:
         raise _damaged(name, "its planes do not make up the tensor")
+    if kind == _BLOCK and sizes[0][1] > nbytes:
+        raise _damaged(name, "its first plane is larger than the block")
     if kind == _BLOCK and nbytes > 8 + 2 * sum(size for _, size in sizes):  # symbols are no shorter than codes
         raise _damaged(name, "its planes do not make up the block")
     return kind, shape, sizes, nbytes

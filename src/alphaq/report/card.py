@@ -21,8 +21,8 @@ from alphaq.checkpoint.architecture import architecture_of
 from alphaq.checkpoint.reader import read_config
 from alphaq.engines.output import Output
 from alphaq.errors import AlphaQError, CheckpointError, OutputError
-from alphaq.evaluation.certificate import CERTIFICATE_NAME, Certificate
-from alphaq.records import Choice, Plan
+from alphaq.evaluation.certificate import Certificate
+from alphaq.records import CERTIFICATE_NAME, Choice, Plan
 from alphaq.report.tables import figure_cells, human_bytes, verdict_lines
 from alphaq.untrusted import read_bounded
 
