@@ -23,7 +23,7 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 SCRATCH = HERE / "scratch"
-PACKAGES = ("alphaq", "torch", "numpy", "numba", "scipy", "pulp", "hqq")
+PACKAGES = ("alphaq", "torch", "numpy", "numba", "scipy", "pulp", "hqq", "zstandard", "constriction")
 
 
 @dataclass(frozen=True)
