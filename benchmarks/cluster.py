@@ -1,6 +1,6 @@
 """Ray beside one process: wall time on 1 and 2 nodes, bytes, a killed node, and the driver's memory as matrices grow.
 
-    python benchmarks/cluster.py --scratch /tmp/bench
+    python benchmarks/cluster.py [--scratch DIR]
 
 Every node is a group of processes of its own (`ray.cluster_utils.Cluster`). Writes benchmarks/results/cluster.json.
 """
