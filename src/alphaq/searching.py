@@ -122,14 +122,15 @@ def smallest_reaching(low: int, high: int, reaches: Callable[[int], bool]) -> in
     """
     if not reaches(high):
         return None
-    failing = low - 1
-    while high - failing > 1:
-        middle = (failing + high) // 2
-        if reaches(middle):
-            high = middle
-        else:
-            failing = middle
-    return high
+    return _between(low - 1, high, reaches)
+
+
+def _between(failing: int, reaching: int, reaches: Callable[[int], bool]) -> int:
+    """A step that reaches the target while the one before it does not, from one that fails and one that reaches."""
+    while reaching - failing > 1:
+        middle = (failing + reaching) // 2
+        failing, reaching = (failing, middle) if reaches(middle) else (middle, reaching)
+    return reaching
 
 
 def descend(low: int, high: int, reaches: Callable[[int], bool]) -> int:
@@ -140,13 +141,7 @@ def descend(low: int, high: int, reaches: Callable[[int], bool]) -> int:
             failing = high - stride
             break
         high, stride = high - stride, 2 * stride
-    while high - failing > 1:
-        middle = (failing + high) // 2
-        if reaches(middle):
-            high = middle
-        else:
-            failing = middle
-    return high
+    return _between(failing, high, reaches)
 
 
 def search(
