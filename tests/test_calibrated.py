@@ -19,6 +19,7 @@ from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantizers.hqq import quantize_hqq
 from alphaq.quantizers.learned import quantize_learned
 from alphaq.quantizers.packing import dequantize
+from alphaq.recoding import recode
 from alphaq.records import Choice, Plan
 from conftest import DATA, Ran, read_back
 from families import random_family, save_layout
@@ -83,6 +84,23 @@ def test_every_matrix_is_calibrated_or_named(model: Checkpoint, tmp_path: Path) 
     same = {name for name in experts if torch.equal(mine[name], plain[name])}
     assert same == left.keys()
     assert nearest["not_calibrated"] == {}
+
+
+def test_a_coded_plan_s_bytes_hold_with_inputs_too(model: Checkpoint, tmp_path: Path) -> None:
+    request = resolve(PlanConfig(budget=Budget(bpw=2.5), method="alphaq", codec="zstd"))
+    plan = make_plan(model, request, measure_for_plan(model, request))
+    done = pipeline.quantize(model, plan, tmp_path / "gptq", rounding=Rounding.of("native", "gptq", Text("self", 4096)))
+    assert plan.size_bytes is not None
+    assert 0.98 * plan.size_bytes < done["size_bytes"] <= plan.size_bytes
+    fixed = {name for name, choice in plan.every_choice().items() if not choice.rate}
+    assert done["not_calibrated"].keys() == fixed and fixed
+    assert pipeline.verify(tmp_path / "gptq", model)["against_source"]
+    pipeline.quantize(model, plan, tmp_path / "rtn")
+    for name in ("gptq", "rtn"):
+        recode(tmp_path / name, tmp_path / f"{name}-decoded", "none")
+    mine, plain = (read_back(tmp_path / f"{name}-decoded", model) for name in ("gptq", "rtn"))
+    assert all(torch.equal(mine[name], plain[name]) for name in fixed)
+    assert sum(torch.equal(mine[one.name], plain[one.name]) for one in model.planned) < len(model.planned) / 10
 
 
 def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(

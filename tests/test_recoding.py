@@ -354,11 +354,16 @@ def test_stats_alone_cannot_tell_coded_bytes(alphaq: Callable[..., Any], tiny: P
     assert "--codec needs the weights" in ran.err
 
 
-def test_gptq_with_a_codec_is_refused(alphaq: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantizer", ["hqq", "learned"])
+def test_codes_of_unknown_bytes_are_refused(
+    alphaq: Callable[..., Any], tiny: Path, tmp_path: Path, quantizer: str
+) -> None:
     choices = {matrix.name: "2g128" for matrix in open_checkpoint(tiny).planned}
     (tmp_path / "plan.json").write_text(Plan(choices=choices, config={"codec": "zstd"}).to_json())
     text = sorted((tiny.parent / "texts").glob("*.txt"))[0]
-    options = ("--plan", tmp_path / "plan.json", "--quantizer", "gptq", "--calibration", text)
+    options = ("--plan", tmp_path / "plan.json", "--quantizer", quantizer)
+    if quantizer == "learned":
+        options += ("--calibration", text)
     ran = alphaq("quantize", tiny, *options, "-o", tmp_path / "out")
     assert ran.code == 2
     assert "alphaq recode" in ran.err

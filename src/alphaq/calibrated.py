@@ -33,6 +33,7 @@ from alphaq.registry import unknown
 LEVELS = "hqq"  # whose levels are rounded to, where the storage allows: the best of those tried (docs/LOG.md)
 DOUBT = 0.2  # of the mean diagonal, where there are as many tokens as columns (docs/LOG.md)
 ENOUGH, MOST = 2, 131_072  # tokens for each column of an average expert; tokens, unless asked for otherwise
+_UNKNOWN_BYTES = "a plan knows what its codes take once coded only as they are without inputs"
 
 
 class CalibratedQuantizer(Protocol):
@@ -61,6 +62,8 @@ class Rounding:
     plain: str
     calibrated: str | None = None
     inputs: Text | Proxy | None = None
+    rates_only: bool = False
+    """Calibrate nothing but choices of a rate, whose coded bytes are then those of `plain` at most."""
 
     @classmethod
     def of(cls, engine: str, name: str | None = None, inputs: Text | Proxy | None = None) -> Rounding:
@@ -80,6 +83,10 @@ class Rounding:
             )
         return cls(usual, name, inputs or Text(SELF))
 
+    def leaves(self, choice: Choice) -> bool:
+        """Whether inputs are not to be looked at for a choice."""
+        return self.rates_only and not choice.rate
+
     @property
     def name(self) -> str:
         """The quantizer, as users call it."""
@@ -87,7 +94,8 @@ class Rounding:
 
     def __str__(self) -> str:
         """Tells apart what leaves other bytes."""
-        parts = (self.calibrated, self.plain, self.inputs, quantizer_version(self.plain))
+        rates = "rates" if self.rates_only else ""
+        parts = (self.calibrated, self.plain, self.inputs, quantizer_version(self.plain), rates)
         return " ".join(str(part) for part in parts if part)
 
 
@@ -117,7 +125,7 @@ def store_calibrated(
             if task is None or task.entry.choice is None or task.entry.choice.bits == 16:
                 restored.append(checkpoint.read(matrix).float())
                 continue
-            if reason := _too_few(inputs, matrix):
+            if reason := _too_few(inputs, matrix) or (_UNKNOWN_BYTES if rounding.leaves(task.entry.choice) else ""):
                 left[matrix.name] = reason
                 round_ = None
             else:
@@ -130,7 +138,7 @@ def store_calibrated(
 
     try:
         if isinstance(rounding.inputs, Proxy):
-            _store_by_proxy(checkpoint, tasks, quantizer, rounding.inputs, keep)
+            _store_by_proxy(checkpoint, tasks, rounding, rounding.inputs, keep)
         else:
             stream_inputs(checkpoint, rounding.inputs.windows(checkpoint), visit)
     except CheckpointError as error:
@@ -144,17 +152,17 @@ def store_calibrated(
 def _store_by_proxy(
     checkpoint: Checkpoint,
     tasks: Sequence[StoreTask],
-    quantizer: str,
+    rounding: Rounding,
     proxy: Proxy,
     keep: Callable[[StoreTask, Record], None],
 ) -> None:
     known = proxy.diagonals(checkpoint)
     for task in tasks:
         matrix, choice = task.entry.source, task.entry.choice
-        if not isinstance(matrix, MatrixRef) or choice is None or choice.bits == 16:
+        if not isinstance(matrix, MatrixRef) or choice is None or choice.bits == 16 or rounding.leaves(choice):
             continue
         moments = proxy.diagonal(known, matrix)
-        round_ = partial(_rounded, quantizer=quantizer, own=task.quantizer, moments=moments)
+        round_ = partial(_rounded, quantizer=rounding.name, own=task.quantizer, moments=moments)
         keep(task, store(checkpoint, task, round_))
 
 
@@ -166,7 +174,7 @@ def _rounded(
     ):  # their levels are several in a group; what inputs say is which of them are salient
         importance = moments if moments.ndim == 1 else moments.diagonal()
         return quantizer_of(own, importance.numpy())(weight, choice, name)
-    levels = LEVELS if own in PLAIN and choice.bits > 1 else own
+    levels = LEVELS if own in PLAIN and choice.bits > 1 and not choice.rate else own
     return CALIBRATED[quantizer](weight, choice, name, moments, quantizer_of(levels)(weight, choice, name))
 
 

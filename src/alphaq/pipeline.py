@@ -184,6 +184,7 @@ def _quantize_coded(
     wrap, workers, restart, hash_contents, *_, rounding = settings
     rounding = rounding or Rounding.of(plan.engine)
     check_codable(rounding)
+    settings = (*settings[:-1], replace(rounding, rates_only=rounding.calibrated is not None))
     job = _job(checkpoint, plan, rounding, hash_contents) | {"codec": codec}
     with resumable_folder(out, job, restart) as (folder, journal):
         uncoded = folder.parent / "uncoded"
@@ -205,11 +206,12 @@ def _quantize_coded(
 
 
 def check_codable(rounding: Rounding) -> None:
-    """PlanError if what a quantizer's codes take once coded cannot be known to a plan."""
-    if str(rounding) != str(Rounding.of("native")):
+    """PlanError if what a quantizer's codes take once coded cannot be held to what a plan says."""
+    known = rounding.plain == Rounding.of("native").plain and rounding.calibrated in (None, "gptq")
+    if not known:
         raise PlanError(
-            f"What codes of quantizer {rounding.name} will take is not known to a plan. Quantize without --codec, then "
-            "code the result with `alphaq recode`."
+            f"What codes of quantizer {rounding.name} will take is not known to a plan. Use --quantizer gptq, or "
+            "quantize without --codec and code the result with `alphaq recode`."
         )
 
 

@@ -6,9 +6,11 @@ import torch
 
 from alphaq.errors import QuantizationError
 from alphaq.quantizers import gptq
+from alphaq.quantizers.coding import encode_tensor
 from alphaq.quantizers.gptq import grid_of, quantize_gptq
 from alphaq.quantizers.nested import quantize_nested
-from alphaq.quantizers.packing import dequantize
+from alphaq.quantizers.packing import dequantize, encode
+from alphaq.quantizers.rated import quantize_rated
 from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.records import Choice, QuantizedMatrix
 
@@ -128,3 +130,47 @@ def test_rounds_to_nested_levels_as_published(text: str) -> None:
     expected = objective(weight, plain_gptq(weight, hessian, found), hessian)
     assert error == pytest.approx(expected, rel=1e-3)  # a code or two fall on the other side of a tie
     assert error < 0.8 * objective(weight, dequantize(plain), hessian)
+
+
+def rated(weight: torch.Tensor, rate: str) -> QuantizedMatrix:
+    return quantize_rated(weight, Choice.parse(rate))
+
+
+@pytest.mark.parametrize("rate", ["@1.25", "@2", "@3", "@4.5"])
+def test_codes_of_a_rate_move_outputs_less_in_no_more_bytes(rate: str) -> None:
+    weight, hessian = seeded(96, 384), moments(384, 2000)
+    plain = rated(weight, rate)
+    found = quantize_gptq(weight, plain.choice, "matrix", hessian, plain)
+    sizes = [encode_tensor(encode(matrix)).nbytes for matrix in (found, plain)]
+    assert 0.98 * sizes[1] < sizes[0] <= sizes[1]
+    error, nearest = (objective(weight, dequantize(matrix), hessian) for matrix in (found, plain))
+    assert error < 0.6 * nearest
+    assert len(found.scales.unique()) == 1
+    assert found.squared_error == pytest.approx(float((weight - dequantize(found)).double().square().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("rate", ["@1.5", "@2.5"])
+def test_the_rate_term_is_worth_its_bits(rate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the same bytes, rounding what is best with the rate beats rounding the weights themselves."""
+    weight, hessian = seeded(128, 384), moments(384, 2000)
+    plain = rated(weight, rate)
+    with_rate = quantize_gptq(weight, plain.choice, "matrix", hessian, plain)
+    monkeypatch.setattr(gptq, "_shrunk", lambda weight, *_: weight)
+    without = quantize_gptq(weight, plain.choice, "matrix", hessian, plain)
+    errors = [objective(weight, dequantize(matrix), hessian) for matrix in (with_rate, without)]
+    assert errors[0] < 0.85 * errors[1]
+
+
+def test_what_is_best_with_a_rate_is_that_of_its_equation() -> None:
+    weight, hessian, mu = seeded(7, 50), moments(50), 0.3
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    found = gptq._shrunk(weight, gptq._factor(hessian, order, "matrix", mu), mu, order)
+    damped = hessian.double() + gptq.DAMPING * hessian.double().diagonal().mean() * torch.eye(50)
+    expected = weight.double() @ damped @ torch.linalg.inv(damped + mu * torch.eye(50))
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+
+
+def test_a_rate_of_zeros_stays_zeros() -> None:
+    plain = rated(torch.zeros(8, 96), "@2")
+    found = quantize_gptq(torch.zeros(8, 96), plain.choice, "matrix", moments(96), plain)
+    assert not dequantize(found).any()

@@ -20,8 +20,10 @@ import torch
 from scipy.linalg import lapack
 
 from alphaq.errors import QuantizationError
-from alphaq.numerics import in_threads, slices
-from alphaq.quantizers.packing import pack, restored_error
+from alphaq.numerics import in_threads, slices, squared_norm
+from alphaq.quantizers.coding import encode_tensor
+from alphaq.quantizers.packing import encode, pack, restored_error
+from alphaq.quantizers.rated import quantize_rated
 from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.records import Choice, QuantizedMatrix
 from alphaq.simd import LANES, fma, kernel, load, maximum, minimum, nearest, splat, store, store_bytes, where_less
@@ -30,6 +32,7 @@ DAMPING = 0.01  # of the mean diagonal
 RETRIES = 4  # with ten times the damping each
 BLOCK = 128  # columns whose errors reach the later ones together
 TASK_LANES = 8  # rows of a task, in vectors
+RATE_TRIES, RATE_SLACK = 6, 0.004  # for coded bytes within so much of what they may be
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def quantize_gptq(
     """
     if choice.scheme:
         raise QuantizationError(f"{name}: {choice} is rounded by llama.cpp's own code. Give it an --imatrix instead.")
-    found = found or quantize_rtn(weight, choice, name)
+    found = found or (quantize_rated if choice.rate else quantize_rtn)(weight, choice, name)
     if hessian is None or hessian.ndim == 1:
         return found
     columns = weight.shape[1]
@@ -82,19 +85,84 @@ def quantize_gptq(
         return found
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     factor = _factor(hessian, order, name)
+    if choice.rate:
+        return _rounded_for_rate(weight, choice, name, hessian, found, factor, order)
     codes = _round_in_order(weight, grid_of(found), choice, factor, order)
     matrix = replace(found, codes=torch.from_numpy(pack(codes, choice.bits)), squared_error=None)
     return replace(matrix, squared_error=restored_error(matrix, weight))
 
 
-def _factor(hessian: torch.Tensor, order: torch.Tensor, name: str) -> np.ndarray:
+def _rounded_for_rate(
+    weight: torch.Tensor,
+    choice: Choice,
+    name: str,
+    hessian: torch.Tensor,
+    found: QuantizedMatrix,
+    factor: np.ndarray,
+    order: torch.Tensor,
+) -> QuantizedMatrix:
+    """A matrix whose codes will be entropy-coded, in no more bytes than `found` takes (CERWU).
+
+    Coded bits grow by Σŵ²/(2·ln 2·σ²) about where weights of variance σ² are, so that λ times the rate is μ·|ŵ|²:
+    (w − ŵ)·H·(w − ŵ)ᵀ + μ·|ŵ|² is least where GPTQ with H + μ rounds w·H·(H + μ)⁻¹. On the curve that the step Δ moves
+    along, μ = mean D·Δ²/(12·σ²). The step is then widened until the bytes fit, and fitted to the codes at last.
+    """
+    limit = _coded_bytes(found)
+    energy = squared_norm(weight)
+    step, parameters = float(found.scales[0, 0]), weight.numel()
+    if not step > 0 or not energy > 0:
+        return found
+    effective = float(np.square(factor.diagonal(), dtype=np.float64).mean())
+    best, most = found, 0
+    for _ in range(RATE_TRIES):
+        mu = effective * step * step * parameters / (12 * energy)
+        tilted = _factor(hessian, order, name, mu)
+        steps = torch.full(found.scales.shape, step)
+        grid = Grid(steps, -steps * 2.0 ** (choice.bits - 1))
+        codes = _round_in_order(_shrunk(weight, tilted, mu, order), grid, choice, tilted, order)
+        matrix = replace(found, codes=torch.from_numpy(pack(codes, choice.bits)), squared_error=None)
+        nbytes = _coded_bytes(matrix)
+        if most < nbytes <= limit:
+            best, most = _fitted(matrix, weight, codes, hessian), nbytes
+        if limit * (1 - RATE_SLACK) <= nbytes <= limit:
+            break
+        step *= 2.0 ** (8 * (nbytes - limit * (1 - RATE_SLACK / 2)) / parameters)
+    return replace(best, squared_error=restored_error(best, weight))
+
+
+def _coded_bytes(matrix: QuantizedMatrix) -> int:
+    return encode_tensor(encode(matrix)).nbytes
+
+
+def _shrunk(weight: torch.Tensor, factor: np.ndarray, mu: float, order: torch.Tensor) -> torch.Tensor:
+    """w·H·(H + μ)⁻¹ = w − μ·w·(H + μ)⁻¹, float32 [rows, columns]; factor: that of H + μ."""
+    backwards = order.flip(0)
+    wanted = weight.float()[:, backwards].numpy().T
+    solved, _ = lapack.spotrs(factor.T, wanted, lower=0)
+    shrunk = weight.float().clone()
+    shrunk[:, backwards] -= mu * torch.from_numpy(np.ascontiguousarray(solved.T))
+    return shrunk
+
+
+def _fitted(matrix: QuantizedMatrix, weight: torch.Tensor, codes: np.ndarray, hessian: torch.Tensor) -> QuantizedMatrix:
+    """The same codes with the one step of least (w − ŵ)·H·(w − ŵ)ᵀ."""
+    levels = torch.from_numpy(codes).float() - 2.0 ** (matrix.choice.bits - 1)
+    weighed = levels @ hessian
+    square = float((weighed * levels).sum(dtype=torch.float64))
+    step = float((weighed * weight.float()).sum(dtype=torch.float64)) / square if square > 0 else 0.0
+    scales = torch.full_like(matrix.scales, step)
+    return replace(matrix, scales=scales) if step > 0 and torch.isfinite(scales[0, 0]) else matrix
+
+
+def _factor(hessian: torch.Tensor, order: torch.Tensor, name: str, more: float = 0.0) -> np.ndarray:
     """Lower triangular L with L·Lᵀ = H + damping, for columns in reversed order; float32 [columns, columns].
 
-    What lies above the diagonal is not to be read. Raises QuantizationError if no damping makes H positive definite.
+    more: damping beyond the usual. What lies above the diagonal is not to be read. Raises QuantizationError if no
+    damping makes H positive definite.
     """
     backwards = order.flip(0)
     diagonal = hessian.diagonal()[backwards]
-    damping = DAMPING * float(diagonal.double().mean())
+    damping = DAMPING * float(diagonal.double().mean()) + more
     for _ in range(RETRIES):
         reordered = hessian[backwards[:, None], backwards]
         reordered.diagonal().add_(damping)
