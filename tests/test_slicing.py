@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from alphaq import pipeline
-from alphaq.artifact import nested_choices, open_artifact, open_source, own_pins
+from alphaq import artifact, pipeline
+from alphaq.artifact import known_alphas, nested_choices, open_artifact, open_source, own_pins
 from alphaq.checkpoint.files import PlainFile
-from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines.output import Output
 from alphaq.errors import PlanError
@@ -21,7 +21,7 @@ from alphaq.planning import resolve
 from alphaq.quantizers.coding import decode_tensor
 from alphaq.quantizers.packing import decode, dequantize, unpack
 from alphaq.recoding import recode
-from alphaq.records import QuantizedMatrix
+from alphaq.records import MatrixRef, QuantizedMatrix
 
 FAST = ("--method", "alphaq", "--workers", 1)
 
@@ -69,16 +69,13 @@ def check_top_bits(source: Path, out: Path) -> None:
     assert widths - {0}
 
 
-def same(one: torch.Tensor, other: torch.Tensor, nested: bool = False) -> bool:
-    """Whether two stored tensors stand for the same; blocks without nested codes may have other zero points for it."""
-    if nested or one.dtype != torch.uint8:
-        return one.dtype == other.dtype and torch.equal(one, other)
-    first, second = decode(one), decode(other)
-    return first.choice == second.choice and torch.equal(dequantize(first), dequantize(second))
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two stored tensors are the same, byte by byte."""
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def check_rest(source: Path, out: Path) -> None:
-    """Everything outside the budget has the values that it had, to the bit."""
+    """Everything outside the budget has the bytes that it had."""
     before, after = Output(source), Output(out)
     assert before.stored.keys() == after.stored.keys()
     planned = before.plan.assignment.keys()
@@ -152,7 +149,7 @@ def test_a_larger_budget_keeps_everything_as_it_is(nested: Path, alphaq: Callabl
     before, after = Output(nested), Output(tmp_path / "out")
     assert after.plan.choices == before.plan.choices
     for name in before.stored:
-        assert same(stored(nested, name), stored(tmp_path / "out", name), name in before.plan.assignment), name
+        assert same(stored(nested, name), stored(tmp_path / "out", name)), name
 
 
 def test_an_artifact_reads_as_what_it_stands_for(nested: Path) -> None:
@@ -178,6 +175,36 @@ def test_an_artifact_reads_as_what_it_stands_for(nested: Path) -> None:
     }
 
 
+def test_no_weight_is_restored_for_a_slice_and_no_spectrum_measured(
+    nested: Path, alphaq: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planned matrices are cut by their codes; α is that of the original weights."""
+    read = Checkpoint.read
+
+    def only_others(checkpoint: Checkpoint, matrix: MatrixRef) -> torch.Tensor:
+        encoding = checkpoint.info(matrix.tensor).encoding
+        assert encoding is None or encoding.decoder is not artifact._values, matrix.name
+        return read(checkpoint, matrix)
+
+    monkeypatch.setattr(Checkpoint, "read", only_others)
+    choices = ("--choices", "1g128s,2g128-nest,3g128-nest")
+    ran = alphaq("slice", nested, "-o", tmp_path / "out", "--bits", 2.2, *FAST, *choices, "--no-cache")
+    assert ran.code == 0, ran.err
+    assert Output(tmp_path / "out").plan.alpha == Output(nested).plan.alpha
+
+
+def test_alphas_are_measured_where_the_plan_cannot_tell_them(nested: Path) -> None:
+    checkpoint, plan = open_artifact(nested)
+    config = PlanConfig(budget=Budget(bits=3), method="alphaq")
+    known = known_alphas(checkpoint, plan, config)
+    assert known is not None
+    assert {name: one.alpha for name, one in known.spectra.items()} == plan.alpha
+    forgotten = plan.model_copy(update={"alpha": dict(list(plan.alpha.items())[1:])})
+    assert known_alphas(checkpoint, forgotten, config) is None
+    for other in ({"spectrum": "whole"}, {"tail": "ks"}, {"noise": "analytic"}):
+        assert known_alphas(checkpoint, plan, config.model_copy(update=other)) is None
+
+
 def test_an_artifact_without_nested_codes_is_planned_anew(
     tiny_quantized: Path, alphaq: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -198,7 +225,7 @@ def test_a_slice_for_another_engine_is_that_engine_s(nested: Path, alphaq: Calla
 
 
 @pytest.mark.parametrize("codec", ["none", pytest.param("zstd", marks=pytest.mark.slow)])
-def test_whatever_is_outside_the_budget_keeps_its_values(
+def test_whatever_is_outside_the_budget_keeps_its_bytes(
     tiny: Path, alphaq: Callable[..., Any], tmp_path: Path, codec: str
 ) -> None:
     """Rates, which only coded files have, mixes of widths, and single matrices unlike the others of their role."""

@@ -5,6 +5,7 @@ What an artifact cannot tell is how far it is from the original; errors that are
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Container
 from dataclasses import replace
@@ -16,6 +17,7 @@ from alphaq.checkpoint.encodings import Encoding
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import NATIVE_METHOD, Checkpoint, open_checkpoint, open_native
 from alphaq.checkpoint.safetensors_format import TensorInfo
+from alphaq.config import PlanConfig
 from alphaq.engines.native import NESTED
 from alphaq.engines.output import PLAN_NAME, Output
 from alphaq.engines.profile import ROLE_BITS
@@ -23,7 +25,8 @@ from alphaq.errors import PlanError
 from alphaq.quantizers.coding import block_header, decode_tensor, decoded_info, is_coded
 from alphaq.quantizers.nested import NARROWEST
 from alphaq.quantizers.packing import decode, dequantize
-from alphaq.records import Choice, Plan, Role
+from alphaq.records import Choice, Plan, Role, Spectrum
+from alphaq.spectra.measure import Stats
 
 
 def open_artifact(folder: Path) -> tuple[Checkpoint, Plan]:
@@ -72,6 +75,26 @@ def nested_choices(checkpoint: Checkpoint, plan: Plan) -> str | None:
     }
     signs = {Choice(1, own.group_size, symmetric=True) for own in held}
     return ",".join(map(str, sorted(offered | signs)))
+
+
+def known_alphas(checkpoint: Checkpoint, plan: Plan, config: PlanConfig) -> Stats | None:
+    """α of planned matrices as the original weights have it, if the plan was made of it and the config wants the same.
+
+    Energies are NaN: they are added up from codes while errors are measured.
+    """
+    same = all(plan.config.get(key) == getattr(config, key) for key in ("spectrum", "tail"))
+    names = [matrix.name for matrix in checkpoint.planned]
+    if not same or config.noise == "analytic" or not plan.alpha.keys() | plan.neutral.keys() >= set(names):
+        return None
+    unknown = math.nan
+    return Stats(
+        {
+            name: Spectrum(plan.alpha.get(name), 0, 0, unknown, unknown, unknown, plan.neutral.get(name, ""))
+            for name in names
+        },
+        {},
+        {},
+    )
 
 
 def own_pins(checkpoint: Checkpoint, plan: Plan, asked: Container[Role] = ()) -> list[str]:

@@ -21,6 +21,7 @@ from alphaq.quantizers.base import (
     squared_errors,
 )
 from alphaq.quantizers.coding import coder_version, encode_tensor
+from alphaq.quantizers.cutting import CUTS, can_cut, cut_errors, cutting, held_form
 from alphaq.quantizers.packing import encode
 from alphaq.records import Choice, MatrixRef, Spectrum, WeightStatistics
 from alphaq.spectra.device import device_batch, device_spectra, device_tasks
@@ -79,13 +80,21 @@ def measure_one(checkpoint: Checkpoint, task: MeasureTask) -> Measured:
     name = task.matrix.name
     if task.streamed:
         return Measured(streamed_spectrum(partial(checkpoint.read_rows, task.matrix), task.matrix.shape, name))
+    held = held_form(checkpoint, task.matrix) if task.choices and task.quantizer == CUTS else None
+    cuts = () if held is None or task.codec else tuple(one for one in task.choices if can_cut(held.choice, one))
+    if held is not None and cuts == task.choices and not (task.spectrum or task.statistics):
+        return Measured(None, cut_errors(held, cuts))
     weight = checkpoint.read(task.matrix)
     own = spectrum if task.variant == FAST_VARIANT else partial(variant_spectrum, variant=task.variant)
     quantizer = quantizer_of(task.quantizer, task.importance)
     if task.codec is None:
-        errors = squared_errors(weight, task.choices, name, quantizer, task.sample_values)
+        rest = tuple(choice for choice in task.choices if choice not in cuts)
+        errors = squared_errors(weight, rest, name, quantizer, task.sample_values)
+        if held is not None and cuts:
+            exact = cut_errors(held, cuts)
+            errors = replace(exact, expected=exact.expected | errors.expected, deviation=errors.deviation)
     else:
-        errors = coded_errors(weight, task.choices, name, quantizer)
+        errors = coded_errors(weight, task.choices, name, cutting(held, quantizer))
     return Measured(
         own(weight, name) if task.spectrum else None,
         errors,
@@ -224,8 +233,9 @@ def coded_bytes(checkpoint: Checkpoint, task: tuple[str | MatrixRef, Choice | No
     else:
         name, weight = source.name, checkpoint.read(source)
         assert choice is not None  # of a matrix
-        fixed = choice.bits == 16
-        stored = sixteen_bits(weight) if fixed else encode(quantizer_of(quantizer)(weight, choice, name))
+        held = held_form(checkpoint, source) if quantizer == CUTS else None
+        rounded = cutting(held, quantizer_of(quantizer))
+        stored = sixteen_bits(weight) if choice.bits == 16 else encode(rounded(weight, choice, name))
     coded = encode_tensor(stored)
     return stored_bytes(name, TensorSpec(DTYPE_NAMES[coded.dtype], tuple(coded.shape)))
 

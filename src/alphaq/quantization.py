@@ -24,6 +24,8 @@ from alphaq.errors import CheckpointError, PlanError, QuantizationError
 from alphaq.numerics import squared_distance, squared_norm
 from alphaq.quantizers.base import Quantizer, quantizer_of, sixteen_bits
 from alphaq.quantizers.coding import decode_tensor, is_coded
+from alphaq.quantizers.cutting import CUTS, can_cut, cut, held_form
+from alphaq.quantizers.packing import encode
 from alphaq.records import Choice, MatrixRef, Plan
 from alphaq.simd import flat
 from alphaq.workers import Workers
@@ -126,12 +128,26 @@ def _made(
     """The bytes of a quantized matrix, and its relative error."""
     entry, source = task.entry, task.entry.source
     assert entry.choice is not None and isinstance(source, MatrixRef)  # a matrix always has one
+    if quantizer is None and task.quantizer == CUTS and (found := _cut(checkpoint, entry)) is not None:
+        block, relative_error = found
+        return [_bytes_of(block)], relative_error
     writer, own = profile(task.engine).writer, quantizer_of(task.quantizer, task.importance)
     weight = writer.convert(checkpoint.read(source), entry.form, checkpoint)
     tensors, error = _quantized(weight, entry.choice, entry.name, writer, quantizer or own)
     if quantizer is not None and entry.choice.bits != 16:
         error = squared_error_of(writer.reader(tensors, entry.choice, source.shape, entry.name), weight)
     return [_bytes_of(tensor) for tensor in tensors], _relative(error, weight)
+
+
+def _cut(checkpoint: Checkpoint, entry: Entry) -> tuple[torch.Tensor, float] | None:
+    """The block of a matrix whose codes the checkpoint holds, and its relative error; None if weights are needed."""
+    assert entry.choice is not None and isinstance(entry.source, MatrixRef)  # the callers know
+    held = None if entry.form else held_form(checkpoint, entry.source)
+    if held is None or not can_cut(held.choice, entry.choice):
+        return None
+    matrix, energy = cut(held, entry.choice)
+    error = matrix.squared_error or 0.0
+    return encode(matrix), error / energy if energy else error
 
 
 def _keep(kept: Path, data: Sequence[memoryview], record: Record) -> None:
@@ -362,6 +378,8 @@ def check(source: Checkpoint | None, task: CheckTask) -> str | None:
     if fault is not None or source is None or task.entry is None:
         return fault
     assert isinstance(task.entry.source, MatrixRef)
+    if task.engine == "native" and (own := _cut(source, task.entry)) is not None and torch.equal(own[0], parts[0]):
+        return _error_fault(task, own[1])
     weight = writer.convert(source.read(task.entry.source), task.entry.form, source)
     if task.choice.bits == 16:
         error = squared_distance(weight, parts[0].view(weight.shape))
@@ -370,7 +388,12 @@ def check(source: Checkpoint | None, task: CheckTask) -> str | None:
             error = squared_error_of(writer.reader(parts, task.choice, task.entry.source.shape, task.name), weight)
         except CheckpointError as damaged:
             return str(damaged)
-    error, agreed = _relative(error, weight), task.record.relative_error or 0.0
+    return _error_fault(task, _relative(error, weight))
+
+
+def _error_fault(task: CheckTask, error: float) -> str | None:
+    """What is wrong with a relative error, or None."""
+    agreed = task.record.relative_error or 0.0
     if abs(error - agreed) > 1e-6 * (1 + agreed):
         return f"{task.name} has relative error {error:.3g} against its source, not {agreed:.3g}"
     return None

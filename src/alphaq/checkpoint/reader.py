@@ -190,6 +190,13 @@ class Checkpoint:
             return values[:: matrix.row_step].contiguous()
         return values.T[matrix.row_start :: matrix.row_step][: matrix.shape[0]].contiguous()
 
+    def stored(self, matrix: MatrixRef) -> torch.Tensor | None:
+        """The bytes of a matrix that a format of this package's own holds as a tensor of its own; None elsewhere."""
+        shard, info = self.shard_of[matrix.tensor], self.info(matrix.tensor)
+        if info.encoding is None or info.encoding.decoder is None or info.shape != matrix.shape or matrix.transposed:
+            return None
+        return self.file(shard).read(info.begin, info.nbytes)
+
     def read_rows(self, matrix: MatrixRef, part: slice) -> torch.Tensor:
         """Some rows of a matrix; all of it is read if disk has its columns."""
         shard, info = self.shard_of[matrix.tensor], self.info(matrix.tensor)

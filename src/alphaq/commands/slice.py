@@ -31,7 +31,7 @@ def slice_(
     settings = settings | fixed
     config = plan_config(settings)
     from alphaq import pipeline
-    from alphaq.artifact import nested_choices, open_artifact, own_pins
+    from alphaq.artifact import known_alphas, nested_choices, open_artifact, own_pins
     from alphaq.checkpoint.writer import check_absent
     from alphaq.engines.output import coded_with
     from alphaq.engines.profiles import profile
@@ -45,6 +45,7 @@ def slice_(
         settings["pin"] = [*own_pins(checkpoint, held, config.roles()), *(settings["pin"] or ())]
         settings["choices"] = settings["choices"] or (None if config.codec else nested_choices(checkpoint, held))
         config = plan_config(settings)
+        settings["stats"] = known_alphas(checkpoint, held, config)
     with means_for(checkpoint, **means) as (pool, cache):
         made = build_plan(checkpoint, config, settings, pool, cache, means["device"])
         if cache is not None:

@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -33,7 +33,7 @@ from alphaq.quantizers.coding import coder_version
 from alphaq.records import Choice, MatrixRef, Spectrum
 from alphaq.sensitivity.distortion import analytic_noise
 from alphaq.sensitivity.methods import Evidence, Need
-from alphaq.spectra.measure import read_stats
+from alphaq.spectra.measure import Stats, read_stats
 from alphaq.spectra.variants import SpectrumVariant
 from alphaq.workers import Workers, Wrap, silent
 
@@ -66,7 +66,7 @@ class Measurements:
 def measure_for_plan(
     checkpoint: Checkpoint | None,
     request: Request,
-    stats: Path | None = None,
+    stats: Path | Stats | None = None,
     wrap: Wrap = silent,
     workers: Workers | None = None,
     cache: Cache | None = None,
@@ -84,7 +84,7 @@ def measure_for_plan(
     """
     config, choices = request.config, request.choices
     wanted = set(request.method.needs if needs is None else needs)
-    given = read_stats(stats) if stats is not None else None
+    given = read_stats(stats) if isinstance(stats, Path) else stats
     if checkpoint is None:
         return _from_stats(request, wanted, given)
 
@@ -106,11 +106,13 @@ def measure_for_plan(
     begin = time.perf_counter()
     importance = {} if imatrix is None else importance_of(checkpoint, imatrix)
     digest = f"{quantizer_version(request.profile.quantizer)} {imatrix.digest if imatrix else ''}".strip()
-    obstacle = request.profile.obstacle
-    possible = {
-        matrix.name: frozenset(c for c in real if obstacle(c, matrix) is None and pinned(request, matrix) in (None, c))
-        for matrix in matrices
-    }
+
+    def able(matrix: MatrixRef) -> frozenset[Choice]:
+        pin = pinned(request, matrix)
+        wanted = request.offered if pin is None else {pin}
+        return frozenset(c for c in real if c in wanted and request.profile.obstacle(c, matrix) is None)
+
+    possible = {matrix.name: able(matrix) for matrix in matrices}
     units: dict[str, list[MatrixRef]] = {}
     for matrix in matrices:
         units.setdefault(request.profile.unit_of(matrix), []).append(matrix)
@@ -129,9 +131,12 @@ def measure_for_plan(
     for matrix, found in zip(matrices, wrap(results, len(matrices), "measure"), strict=True):
         own = found.spectrum or (given.spectra[matrix.name] if given is not None else None)
         assert own is not None  # measured unless given
+        measured = found.squared_errors
+        if math.isnan(own.mean_square):  # only α is known
+            mean_square = measured.energy / matrix.parameters
+            own = replace(own, variance=mean_square, mean_square=mean_square)
         spectra[matrix.name] = own
         energy = own.mean_square * matrix.parameters
-        measured = found.squared_errors
         formula = (c for c in choices if c not in possible[matrix.name])
         others = {c: _expected(own, c, energy, matrix.parameters) for c in formula}
         rows.append([others[c] if c in others else measured.expected.get(c, np.nan) for c in choices])
@@ -142,8 +147,8 @@ def measure_for_plan(
     joined = {}
     if request.joint and real:
         others_too = outside_experts(checkpoint, request)[1]
-        able = {matrix.name: frozenset(c for c in real if obstacle(c, matrix) is None) for matrix in others_too}
-        whole = Sampling(request.profile.quantizer, SAMPLE_VALUES, able, importance, digest)
+        each = {matrix.name: able(matrix) for matrix in others_too}
+        whole = Sampling(request.profile.quantizer, SAMPLE_VALUES, each, importance, digest)
         results = measure(others_too, workers or Workers(1, checkpoint), cache, False, real, sampling=whole)
         usual = gaussian_errors(choices)
         for matrix, found in zip(others_too, wrap(results, len(others_too), "measure the rest"), strict=True):

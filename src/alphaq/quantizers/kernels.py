@@ -21,6 +21,7 @@ from alphaq.simd import (
     load,
     load_bytes,
     load_some,
+    load_word,
     magnitude,
     maximum,
     minimum,
@@ -28,6 +29,7 @@ from alphaq.simd import (
     splat,
     store,
     store_bytes,
+    store_word,
     where_less,
 )
 
@@ -340,7 +342,8 @@ def _encode_two(values, count, scale, offset, split, codes):
 def _pack(codes, eights, count, bits, packed, at, end):
     """Write codes as a stream of bits from byte `at` on, eight codes becoming `bits` bytes at a time.
 
-    eights: the codes seen as uint64. Three steps halve the number of gaps between the codes.
+    eights: the codes seen as uint64. Three steps halve the number of gaps between the codes. Up to `end`, bytes after
+    the last one become 0.
     """
     for index in range(count, -(-count // 8) * 8):
         codes[index] = 0
@@ -351,9 +354,12 @@ def _pack(codes, eights, count, bits, packed, at, end):
         value = (value & _LOW_8) | ((value & ~_LOW_8) >> first)
         value = (value & _LOW_16) | ((value & ~_LOW_16) >> second)
         value = (value & _LOW_32) | ((value & ~_LOW_32) >> third)
-        for byte in range(min(bits, end - at)):
-            packed[at + byte] = np.uint8(value & np.uint64(255))
-            value >>= np.uint64(8)
+        if at + 8 <= end:
+            store_word(packed, at, value)
+        else:
+            for byte in range(min(bits, end - at)):
+                packed[at + byte] = np.uint8(value & np.uint64(255))
+                value >>= np.uint64(8)
         at += bits
 
 
@@ -363,10 +369,14 @@ def _unpack(packed, at, end, count, bits, eights):
     width = np.uint64(bits)
     first, second, third = np.uint64(8) - width, np.uint64(16) - 2 * width, np.uint64(32) - 4 * width
     low_8, low_16, low_32 = _LOW_8 >> first, _LOW_16 >> second, _LOW_32 >> third
+    held = ~np.uint64(0) >> (np.uint64(64) - 8 * width)
     for index in range(-(-count // 8)):
         value = np.uint64(0)
-        for byte in range(min(bits, end - at)):
-            value |= np.uint64(packed[at + byte]) << np.uint64(8 * byte)
+        if at + 8 <= packed.size:
+            value = load_word(packed, at) & held
+        else:
+            for byte in range(min(bits, end - at)):
+                value |= np.uint64(packed[at + byte]) << np.uint64(8 * byte)
         at += bits
         value = (value & low_32) | ((value & ~low_32) << third)
         value = (value & low_16) | ((value & ~low_16) << second)

@@ -1,10 +1,10 @@
-"""Codes whose top bits are codes too, group by group."""
+"""Codes whose top bits are codes too, group by group: found, and cut down."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from alphaq.quantizers.kernels import _least_biased, _pack, _range, _read
+from alphaq.quantizers.kernels import _least_biased, _pack, _range, _read, _unpack
 from alphaq.simd import (
     LANES,
     as_half,
@@ -14,6 +14,7 @@ from alphaq.simd import (
     lane_minimum,
     lane_sum,
     load,
+    load_bytes,
     maximum,
     minimum,
     nearest,
@@ -164,3 +165,56 @@ def _encode_nested(values, count, bits, width, step, bias_weight, codes):
         miss = (np.float64(codes[at]) - 2.0 ** (bits - 1) + 0.5) * scale - values[at]
         error += miss * miss
     return scale, error
+
+
+@kernel
+def cut_rows(packed, columns, bits, group_size, steps, width, bias_weight, cut, scales, energy):
+    """Keep the top `width` bits of the codes of whole rows; returns Σ(ŵ − ŵ')² in float64.
+
+    packed: uint8 [rows · bytes per row], codes of `bits` bits on steps, float32 [rows · groups]. cut: uint8 [rows ·
+    bytes per row of that width], zeroed. scales: float32 [rows · groups], become those that fit what the codes stood
+    for. energy: float64 [1], becomes Σŵ². bias_weight: as for `nest_rows`. Products of levels are exact.
+    """
+    groups = -(-columns // group_size)
+    rows = steps.size // groups
+    row_bytes, cut_bytes = 4 * -(-columns * bits // 32), 4 * -(-columns * width // 32)
+    codes = np.empty(group_size + LANES, np.uint8)
+    eights = codes.view(np.uint64)
+    none, drop = splat(np.float32(0)), np.uint8(bits - width)
+    middle, middle_cut = splat(np.float32(2.0 ** (bits - 1) - 0.5)), splat(np.float32(2.0 ** (width - 1) - 0.5))
+    share = splat(np.float32(2.0 ** (width - bits)))
+    unit = 2.0 if width == 1 else 1.0  # levels of single bits are ±1
+    error, energy[0] = 0.0, 0.0
+    for row in range(rows):
+        for group in range(groups):
+            begin = group * group_size
+            count = min(group_size, columns - begin)
+            _unpack(packed, row * row_bytes + begin * bits // 8, (row + 1) * row_bytes, count, bits, eights)
+            product, square, own = none, none, none
+            whole = count // LANES * LANES
+            for at in range(0, whole, LANES):
+                code = load_bytes(codes, at)
+                top = _floor(code * share)
+                level, narrow = code - middle, top - middle_cut
+                store_bytes(codes, at, top)
+                product = fma(level, narrow, product)
+                square = fma(narrow, narrow, square)
+                own = fma(level, level, own)
+            along, squares, total = lane_sum(product) * 1.0, lane_sum(square) * 1.0, lane_sum(own) * 1.0
+            for at in range(whole, count):
+                level = np.float64(codes[at]) - (2.0 ** (bits - 1) - 0.5)
+                codes[at] >>= drop
+                narrow = np.float64(codes[at]) - (2.0 ** (width - 1) - 0.5)
+                along += level * narrow
+                squares += narrow * narrow
+                total += level * level
+            step = np.float64(steps[row * groups + group])
+            fitted, against, size = unit * step * along, unit * unit * squares, step * step * total
+            scale = as_half(np.float32(_least_biased(fitted, against, size, size, bias_weight)))
+            if not scale > 0:
+                scale = as_half(np.float32(step * 2.0 ** (bits - width) / unit))
+            scales[row * groups + group] = scale
+            error += scale * (scale * against - 2.0 * fitted) + size
+            energy[0] += size
+            _pack(codes, eights, count, width, cut, row * cut_bytes + begin * width // 8, (row + 1) * cut_bytes)
+    return error

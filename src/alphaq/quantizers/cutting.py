@@ -1,0 +1,98 @@
+"""From wide nested codes to narrow ones by their bits alone, without the values that they stand for.
+
+Levels of nested codes are odd halves of a step, so everything that the narrow codes' scale is fitted to, and their
+error, are sums of whole numbers: the top bits are kept, and a group's numbers added up, at the speed of memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.numerics import in_threads, row_parts, squared_norm
+from alphaq.quantizers.base import Quantizer, SquaredErrors
+from alphaq.quantizers.coding import decode_tensor, is_block
+from alphaq.quantizers.nested_kernels import cut_rows
+from alphaq.quantizers.packing import decode, dequantize
+from alphaq.quantizers.rtn import BIAS_WEIGHT
+from alphaq.records import Choice, MatrixRef, QuantizedMatrix
+
+CUTS = "rtn"  # the quantizer whose scales these are
+
+
+def held_form(checkpoint: Checkpoint, matrix: MatrixRef) -> QuantizedMatrix | None:
+    """The codes of a matrix, where the checkpoint is a native one that holds them; else None.
+
+    Raises CheckpointError naming the tensor if it is damaged.
+    """
+    stored = checkpoint.stored(matrix)
+    if stored is None:
+        return None
+    block = decode_tensor(stored, matrix.name)
+    return decode(block, matrix.name) if is_block(block) else None
+
+
+def can_cut(held: Choice, choice: Choice) -> bool:
+    """Whether codes of one choice hold those of another: the same, or the top bits of nested ones."""
+    if choice == held or not held.nested:
+        return choice == held
+    sign = Choice(1, held.group_size, symmetric=True)
+    return choice == sign or (choice.nested and choice.group_size == held.group_size and choice.bits < held.bits)
+
+
+def cutting(held: QuantizedMatrix | None, quantizer: Quantizer) -> Quantizer:
+    """A quantizer that takes codes where they hold what is asked for, and rounds weights elsewhere."""
+
+    def quantize(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
+        if held is not None and can_cut(held.choice, choice):
+            return cut(held, choice)[0]
+        return quantizer(weight, choice, name)
+
+    return quantize
+
+
+def cut_errors(held: QuantizedMatrix, choices: Sequence[Choice]) -> SquaredErrors:
+    """Exact errors at choices that the codes hold (`can_cut`), and Σŵ²."""
+    found = {choice: cut(held, choice) for choice in choices}
+    energy = max((energy for _, energy in found.values()), default=0.0)
+    errors = {choice: matrix.squared_error or 0.0 for choice, (matrix, _) in found.items()}
+    return SquaredErrors(errors, energy=energy or squared_norm(dequantize(held)))
+
+
+def cut(held: QuantizedMatrix, choice: Choice) -> tuple[QuantizedMatrix, float]:
+    """A matrix at a choice that its own codes hold (`can_cut`), and Σŵ² of what it stood for before.
+
+    The squared error of the result is the distance from that. Where nothing is cut, both are 0.
+    """
+    if choice == held.choice:
+        return replace(held, squared_error=0.0), 0.0
+    rows, columns = held.shape
+    parts = row_parts(rows, columns)
+    width, groups = choice.bits, choice.groups(columns)
+    packed = np.zeros((rows, choice.row_bytes(columns)), np.uint8)
+    scales, energies = np.empty((rows, groups), np.float32), np.empty((len(parts), 1))
+    codes, steps = held.codes.numpy(), held.scales.float().numpy()
+
+    def work(number: int) -> float:
+        part = parts[number]
+        return cut_rows(
+            codes[part].reshape(-1),
+            columns,
+            held.choice.bits,
+            choice.group_size,
+            steps[part].reshape(-1),
+            width,
+            np.float32(BIAS_WEIGHT),
+            packed[part].reshape(-1),
+            scales[part].reshape(-1),
+            energies[number],
+        )
+
+    error = math.fsum(in_threads(work, range(len(parts))))
+    made = torch.from_numpy(packed), torch.from_numpy(scales.astype(np.float16))
+    return QuantizedMatrix(choice, held.shape, *made, None, max(error, 0.0)), float(energies.sum())
