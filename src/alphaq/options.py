@@ -478,8 +478,11 @@ def search_plan(
     scratch: Path | None = None,
 ) -> Plan:
     """The smallest plan that reaches the target; says what every budget gave on stderr."""
-    from alphaq import searching
+    from alphaq import pipeline, searching
 
+    pipeline.check_source(checkpoint, searching.ENGINE)
+    if checkpoint.store is not None:
+        raise BudgetError(f"--ear runs the model, and {checkpoint.store.url} is not on this machine. Download it first.")
     request, found = measurements(
         checkpoint, config, settings, workers, cache, device, rounding.calibrated if rounding else None
     )

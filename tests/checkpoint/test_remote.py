@@ -230,3 +230,22 @@ def test_addresses_are_told_from_paths(text: str, expected: bool) -> None:
 def test_revision_is_for_the_hub(hosted: str) -> None:
     with pytest.raises(AlphaQError, match="--revision is of hub models"):
         open_checkpoint(hosted, "main")
+
+
+@pytest.mark.parametrize(
+    "command", [("slice", "--bits", 2), ("recode",), ("plan", "--bits", 2), ("analyze",), ("report",)], ids=str
+)
+def test_only_quantize_writes_to_an_address(
+    command: tuple[Any, ...], tiny: Path, alphaq: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = alphaq(command[0], tiny, *command[1:], "-o", "s3://bucket/out")
+    assert ran.code == 2
+    assert "is an address" in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_needs_the_model_on_this_machine(hosted: str, tiny: Path, alphaq: Callable[..., Ran]) -> None:
+    ran = alphaq("plan", hosted, "--ear", 0.9, "--text", tiny.parent / "texts" / "code.txt")
+    assert ran.code == 2
+    assert "Download it first" in ran.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, TensorInfo
 from alphaq.errors import CheckpointError
+from alphaq.quantizers import coding
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.coding import (
     PREFIX_BYTES,
@@ -28,6 +31,7 @@ from alphaq.quantizers.coding import (
 from alphaq.quantizers.coding_kernels import join_rows, split_rows
 from alphaq.quantizers.packing import encode, unpack
 from alphaq.records import CHOICE_BITS, Choice
+from alphaq.runtime.replace import stored_tensors
 
 HEADER = struct.Struct("<2sBBBBHQ")
 BLOCKS = [
@@ -257,7 +261,7 @@ def claims_block(rows: int, columns: int, nbytes: int) -> bytes:
         (made_up(U8, (10,), [(TEN, 10)], 10, dimensions=200), "200 dimensions"),
         (made_up(U8, (11,), [(TEN, 10)], 10), "does not take 10 bytes"),
         (made_up(U8, (HUGE, HUGE), [(TEN, 10)], 10), "does not take"),
-        (made_up(U8, (HUGE,), [(TEN, HUGE)], HUGE), "more bytes than its frame"),
+        (made_up(U8, (HUGE,), [(TEN, HUGE)], HUGE), "claim to stand for"),
         (made_up(U8, (1 << 20,), [(TEN, 1 << 20)], 1 << 20), "another size"),
         (made_up(U8, (9,), [(TEN, 9)], 9), "another size"),
         (made_up(U8, (10,), [(b"not a frame of zstd at all", 10)], 10), "cannot be decoded"),
@@ -266,7 +270,8 @@ def claims_block(rows: int, columns: int, nbytes: int) -> bytes:
         (made_up(BF16, (10,), [(TEN, 10), (frame(b"123456789"), 9)], 20), "do not make up"),
         (made_up(BLOCK, (2, 5), [(TEN, 10)], 10), "does not take"),
         (made_up(BLOCK, (10,), [(TEN, 10)], 10), "not a native block"),
-        (made_up(BLOCK, (HUGE,), [(frame(claims_block(2**32 - 1, 2**32 - 1, 0)), 16)], HUGE), "make up the block"),
+        (made_up(BLOCK, (HUGE,), [(frame(claims_block(2**32 - 1, 2**32 - 1, 0)), 16)], HUGE), "claim to stand for"),
+        (made_up(BLOCK, (1 << 20,), [(frame(claims_block(9, 9, 0)), 16)], 1 << 20), "make up the block"),
         (made_up(BLOCK, (32,), [(frame(claims_block(9, 9, 0)), 16)], 32), "not a native block"),
     ],
 )
@@ -290,6 +295,25 @@ def test_a_frame_that_claims_more_than_any_memory_is_refused() -> None:
     lying = b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", claimed) + bytes(64 << 20)
     with pytest.raises(CheckpointError, match=r"layers\.7\.w"):
         decode_tensor(made_up(U8, (claimed,), [(lying, claimed)], claimed), "layers.7.w")
+
+
+def test_what_would_claim_too_much_is_not_coded(monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = torch.zeros(1 << 20, dtype=torch.bfloat16)
+    assert encode_tensor(zeros).nbytes < zeros.nbytes / 1000
+    coded = encode_tensor(zeros)
+    monkeypatch.setattr(coding, "_ALWAYS", 1 << 20)
+    assert encode_tensor(zeros) is zeros
+    with pytest.raises(CheckpointError, match=r"layers\.7\.w .*claim to stand for 2097152"):
+        decode_tensor(coded, "layers.7.w")
+
+
+def test_many_tensors_cannot_claim_what_one_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coded = {f"w{number}": encode_tensor(torch.zeros(1 << 18, dtype=torch.bfloat16)) for number in range(4)}
+    save_file(coded, tmp_path / "model.safetensors")
+    assert len(stored_tensors([str(tmp_path / "model.safetensors")])) == 4
+    monkeypatch.setattr(coding, "_ALWAYS", 1 << 20)
+    with pytest.raises(CheckpointError, match="The checkpoint is damaged: .*claim to stand for 2097152"):
+        stored_tensors([str(tmp_path / "model.safetensors")])
 
 
 # -- kernels --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import glob
 import hashlib
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -37,6 +38,8 @@ def check_file(out: Path) -> None:
 
 
 def _check_parent(out: Path) -> None:
+    if re.match(r"[a-z][a-z0-9+.\-]+:/", str(out), re.IGNORECASE):
+        raise OutputError(f"{out} is an address. Only `alphaq quantize -o` writes to one; name a folder of this machine.")
     parent = out.absolute().parent
     if not parent.is_dir():
         raise OutputError(f"{parent} is not a folder. Create it first.")

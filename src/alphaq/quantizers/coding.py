@@ -34,7 +34,7 @@ _VERSION = 1
 _BLOCK = "block"
 _KINDS = (_BLOCK, "BF16", "F16", "F32", "F64", "U8", "I8", "I16", "I32", "I64", "U32", "BOOL", "F8_E4M3", "F8_E5M2")
 _LEVEL = 1  # higher ones look longer for repetitions, which codes do not have
-_MOST_PACKED = 1 << 16  # bytes that one byte of a frame can stand for, and more
+_ALWAYS, _MOST_TIMES = 1 << 28, 256  # bytes that may be claimed by any file; by one of so many times less
 _MOST_PLANES = 8
 PREFIX_BYTES = _HEADER.size + 8 * MAX_DIMENSIONS + 16 * _MOST_PLANES
 
@@ -55,9 +55,20 @@ def encode_tensor(tensor: torch.Tensor) -> torch.Tensor:
     header = _HEADER.pack(_MAGIC, _VERSION, CODECS.index("zstd"), _KINDS.index(kind), len(shape), len(frames), raw.size)
     sizes = [size for frame, plane in zip(frames, planes, strict=True) for size in (len(frame), plane.size)]
     coded = b"".join((header, struct.pack(f"<{len(shape) + len(sizes)}Q", *shape, *sizes), *frames))
-    if len(coded) < raw.size or is_coded(tensor):  # bytes that look coded would be taken for it
+    shorter = len(coded) < raw.size <= _most_decoded(len(coded))
+    if shorter or is_coded(tensor):  # bytes that look coded would be taken for it
         return torch.frombuffer(bytearray(coded), dtype=torch.uint8)
     return tensor
+
+
+def _most_decoded(stored_bytes: int) -> int:
+    return max(_ALWAYS, _MOST_TIMES * stored_bytes)
+
+
+def check_claims(decoded_bytes: int, stored_bytes: int, name: str) -> None:
+    """CheckpointError if so few bytes claim to stand for so many that memory would fill up with zeros."""
+    if decoded_bytes > _most_decoded(stored_bytes):
+        raise _damaged(name, f"its {stored_bytes} bytes claim to stand for {decoded_bytes}")
 
 
 def coder_version(codec: str) -> str:
@@ -97,6 +108,11 @@ def decoded_info(info: TensorInfo, prefix: torch.Tensor) -> TensorInfo:
         return info
     kind, shape, _, _ = _read_header(prefix.numpy().tobytes(), info.nbytes, info.name)
     return TensorInfo(info.name, "U8" if kind == _BLOCK else kind, shape, info.begin, info.end)
+
+
+def decoded_bytes(info: TensorInfo) -> int:
+    """Bytes of a tensor of this dtype and shape, wherever it is stored."""
+    return math.prod(info.shape) * ITEM_BYTES[info.dtype]
 
 
 def block_header(read: Callable[[int, int], torch.Tensor], info: TensorInfo) -> tuple[Choice, Shape] | None:
@@ -164,8 +180,7 @@ def _read_header(
     header_bytes = _HEADER.size + 8 * (dimensions + 2 * count)
     if header_bytes + sum(coded for coded, _ in sizes) != stored_bytes:
         raise _damaged(name, f"its planes do not fill its {stored_bytes} bytes")
-    if any(size > _MOST_PACKED * coded for coded, size in sizes):
-        raise _damaged(name, "a plane claims more bytes than its frame can hold")
+    check_claims(max(nbytes, sum(size for _, size in sizes)), stored_bytes, name)
     item = 1 if kind == _BLOCK else ITEM_BYTES[kind]
     if math.prod(shape) * item != nbytes or (kind == _BLOCK and dimensions != 1):
         raise _damaged(name, f"a tensor of shape {list(shape)} does not take {nbytes} bytes")

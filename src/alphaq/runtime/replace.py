@@ -31,7 +31,7 @@ from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.safetensors_format import ITEM_BYTES, TORCH_DTYPES, TensorInfo, read_header
 from alphaq.errors import CheckpointError
 from alphaq.numerics import in_threads
-from alphaq.quantizers.coding import PREFIX_BYTES, decode_tensor, decoded_info, is_coded
+from alphaq.quantizers.coding import PREFIX_BYTES, check_claims, decode_tensor, decoded_bytes, decoded_info, is_coded
 from alphaq.quantizers.packing import decode, dequantize, read_block_header
 from alphaq.records import Shape
 from alphaq.runtime.modules import PackedExperts, PackedLinear, RestoredParameter, packed_class
@@ -137,12 +137,14 @@ class Target:
 
 def stored_tensors(files: Sequence[str]) -> dict[str, tuple[Path, TensorInfo]]:
     """What the checkpoint's files hold, by name, as it is once decoded. Raises CheckpointError if a file is damaged."""
-    found = {}
+    found, stored, decoded = {}, 0, 0
     for path in map(Path, files):
         opened = PlainFile(path)
         for name, info in read_header(path)[0].items():
             prefix = opened.read(info.begin, min(info.nbytes, PREFIX_BYTES)) if is_block(info) else torch.empty(0)
             found[name] = path, decoded_info(info, prefix)
+            stored, decoded = stored + info.nbytes, decoded + decoded_bytes(found[name][1])
+    check_claims(decoded, stored, "The checkpoint")
     return found
 
 
