@@ -3,7 +3,7 @@
     python benchmarks/smaller.py MODEL [MODEL ...] --text TEXT [TEXT ...] [--max-tokens 4096] [--skip-tokens 0]
 
 Coded: at each width, a fixed-length plan (method auto); the same files coded (the same weights); and coded plans of 0.9
-and 0.8 of the fixed-length bytes. Sliced: a nested 4-bit artifact cut down, beside models quantized directly by the
+and 0.8 of the fixed-length bytes, also with GPTQ on the model's own writing. Sliced: a nested 4-bit artifact cut down, beside models quantized directly by the
 same plan and by a plan of the same bytes with the usual choices.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 from common import SCRATCH, markdown_table, parser, results_folder, save
 
 TITLE = "Coded files and sliced models"
-WIDTHS = (3.0, 4.0)
+WIDTHS = (2.0, 3.0, 4.0)
 SHARES = (0.9, 0.8)
 SLICES = (3.0, 2.5, 2.0)
 
@@ -50,12 +50,14 @@ class Bench:
         with Cache(self.scratch / "cache", identity) as cache:
             return make_plan(source, request, measure_for_plan(source, request, cache=cache))
 
-    def quantized(self, plan: Any, name: str, checkpoint: Any = None) -> Path:
+    def quantized(self, plan: Any, name: str, checkpoint: Any = None, quantizer: str | None = None) -> Path:
         """The folder that a plan makes."""
         from alphaq import pipeline
+        from alphaq.calibrated import Rounding
 
         folder = self.scratch / name
-        pipeline.quantize(checkpoint or self.checkpoint, plan, folder, check=False)
+        rounding = Rounding.of("native", quantizer)
+        pipeline.quantize(checkpoint or self.checkpoint, plan, folder, check=False, rounding=rounding)
         return folder
 
     def row(self, kind: str, folder: Path) -> dict[str, Any]:
@@ -91,7 +93,10 @@ def coded(bench: Bench, width: float) -> list[dict[str, Any]]:
     for share in SHARES:
         size = int(share * rows[0]["size_bytes"])
         plan = bench.plan(budget=Budget(size_bytes=size), codec="zstd")
-        rows.append(bench.row(f"--codec zstd, {share:g} of it", bench.quantized(plan, f"plan-{width:g}-{share:g}")))
+        for quantizer in (None, "gptq"):
+            folder = bench.quantized(plan, f"plan-{width:g}-{share:g}-{quantizer}", quantizer=quantizer)
+            kind = f"{width:g} bits' bytes, {share:g} of them, --codec zstd"
+            rows.append(bench.row(kind + (f" --quantizer {quantizer}" if quantizer else ""), folder))
     return rows
 
 

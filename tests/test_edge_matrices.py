@@ -94,8 +94,8 @@ def assert_finite(found: Any, name: str) -> None:
     elif isinstance(found, list | tuple):
         for value in found:
             assert_finite(value, name)
-    elif hasattr(found, "__dict__"):
-        assert_finite(vars(found), name)
+    elif is_dataclass(found):
+        assert_finite({one.name: getattr(found, one.name) for one in fields(found)}, name)
 
 
 def check_spectrum(found: Spectrum, name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import TypeVar
 
 import numpy as np
@@ -35,7 +35,7 @@ ENERGY = "energy"  # what the cache calls Σw², beside the errors of choices
 BYTES = "bytes"  # after the name of an error: how many the matrix takes once coded
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MeasureTask:
     """What is still to be measured of one matrix."""
 
@@ -66,7 +66,7 @@ class MeasureTask:
         return 2 * (PANEL_VALUES if self.streamed else self.matrix.parameters)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Measured:
     """Spectrum and statistics (None if not asked for) and Σ(w − ŵ)² by choice of one matrix."""
 
@@ -126,7 +126,13 @@ class Sampling:
         """The choices to measure of one matrix."""
         if self.matrices is None:
             return choices
-        return tuple(choice for choice in choices if choice in self.matrices.get(name, ()))
+        return _kept(choices, self.matrices.get(name, frozenset()))
+
+
+@lru_cache(maxsize=256)
+def _kept(choices: tuple[Choice, ...], wanted: frozenset[Choice]) -> tuple[Choice, ...]:
+    """One tuple for all matrices alike."""
+    return tuple(choice for choice in choices if choice in wanted)
 
 
 def measure(
@@ -147,11 +153,12 @@ def measure(
     checkpoint: Checkpoint = workers.shared
     known = Known() if cache is None else cache.known
     kind = str(variant)
+    keys = {choice: sampling.key(choice) for choice in choices}
     tasks = {}
     for matrix in matrices:
         name = matrix.name
         wanted = sampling.of(name, choices)
-        missing = tuple(choice for choice in wanted if (name, sampling.key(choice)) not in known.errors)
+        missing = _kept(wanted, frozenset(one for one in wanted if (name, keys[one]) not in known.errors))
         task = MeasureTask(
             matrix,
             spectra and (name, kind) not in known.spectra,
@@ -174,16 +181,16 @@ def measure(
         pairs = {c: (error, fresh.deviation.get(c, 0.0)) for c, error in fresh.expected.items()}
         coded = dict(fresh.coded)
         if cache is not None and name in tasks:
-            kept = {sampling.key(choice): pair for choice, pair in pairs.items()}
-            kept |= {f"{sampling.key(choice)} {BYTES}": (float(nbytes), 0.0) for choice, nbytes in coded.items()}
+            kept = {keys[choice]: pair for choice, pair in pairs.items()}
+            kept |= {f"{keys[choice]} {BYTES}": (float(nbytes), 0.0) for choice, nbytes in coded.items()}
             if pairs:
                 kept[ENERGY] = fresh.energy, 0.0
             cache.add(name, one.spectrum, kept, one.statistics, kind)
         for choice in sampling.of(name, choices):
             if choice not in pairs:
-                pairs[choice] = known.errors[name, sampling.key(choice)]
+                pairs[choice] = known.errors[name, keys[choice]]
                 if sampling.codec is not None:
-                    coded[choice] = int(known.errors[name, f"{sampling.key(choice)} {BYTES}"][0])
+                    coded[choice] = int(known.errors[name, f"{keys[choice]} {BYTES}"][0])
         expected, deviation = ({choice: pair[part] for choice, pair in pairs.items()} for part in (0, 1))
         energy = fresh.energy or known.errors.get((name, ENERGY), (0.0, 0.0))[0]
         yield Measured(

@@ -482,7 +482,9 @@ def search_plan(
 
     pipeline.check_source(checkpoint, searching.ENGINE)
     if checkpoint.store is not None:
-        raise BudgetError(f"--ear runs the model, and {checkpoint.store.url} is not on this machine. Download it first.")
+        raise BudgetError(
+            f"--ear runs the model, and {checkpoint.store.url} is not on this machine. Download it first."
+        )
     request, found = measurements(
         checkpoint, config, settings, workers, cache, device, rounding.calibrated if rounding else None
     )

@@ -58,7 +58,7 @@ def plan_choices(plan: Plan, checkpoint: Checkpoint) -> dict[str, Choice]:
     return choices
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoreTask:
     """One entry of an output to make."""
 
@@ -286,7 +286,7 @@ def _relative(error: float, weight: torch.Tensor) -> float:
     return error / energy if energy else error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CheckTask:
     """One written entry to read again; `entry` only if it is to be compared with the original."""
 

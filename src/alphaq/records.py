@@ -61,7 +61,7 @@ class Role(str, enum.Enum):
     OTHER = "other"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MatrixRef:
     """One 2-D weight, wherever it lies on disk: alone, or as a slice of a fused tensor."""
 
@@ -95,7 +95,7 @@ class MatrixRef:
         return self.shape[0] * self.shape[1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Spectrum:
     """What was measured of a matrix. `alpha` is None if it is undefined, `reason` then says why."""
 

@@ -24,7 +24,7 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 LANES = 16
-_I32, _I64 = ir.IntType(32), ir.IntType(64)
+_I32 = ir.IntType(32)
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
 _ELEMENTS = {types.float32: ir.FloatType(), types.int16: ir.HalfType(), types.uint16: ir.IntType(16)}
@@ -106,29 +106,6 @@ def store(typing: Any, array: Any, offset: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.intp, float32x16), code
-
-
-@intrinsic
-def load_word(typing: Any, array: Any, offset: Any) -> Any:
-    """Eight bytes of a flat uint8 array as one number, the first one lowest."""
-
-    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        value = builder.load(_place(context, builder, sig.args[0], args[0], args[1], _I64))
-        value.align = 1
-        return value
-
-    return types.uint64(array, types.intp), code
-
-
-@intrinsic
-def store_word(typing: Any, array: Any, offset: Any, value: Any) -> Any:
-    """Write a uint64 to eight bytes of a flat uint8 array, the lowest one first."""
-
-    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        builder.store(args[2], _place(context, builder, sig.args[0], args[0], args[1], _I64), align=1)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, types.uint64), code
 
 
 @intrinsic

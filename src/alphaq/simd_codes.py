@@ -167,6 +167,52 @@ def unpack(typing: Any, address: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def pack(typing: Any, address: Any, bits: Any, codes: Any) -> Any:
+    """Write 64 codes of 1 to 8 bits to an address; fills 8·bits bytes."""
+    lanes = ir.VectorType(_I64, CODES // 8)
+
+    def moved(builder: Any, value: Any, kept: int, right: int) -> Any:
+        """Every second piece of each lane, moved down to the one before it."""
+        low = builder.and_(value, _constant(lanes, [kept] * lanes.count))
+        high = builder.and_(value, _constant(lanes, [~kept & (2**64 - 1)] * lanes.count))
+        return builder.or_(low, builder.lshr(high, _constant(lanes, [right] * lanes.count)))
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address, bits, codes = args
+        after = builder.append_basic_block("packed")
+        switch = builder.switch(bits, after)
+        for width in range(1, 9):
+            block = builder.append_basic_block(f"pack{width}")
+            switch.add_case(_I64(width), block)
+            builder.position_at_end(block)
+            value = builder.bitcast(codes, lanes)
+            for kept, piece in ((0x00FF00FF00FF00FF, 8), (0x0000FFFF0000FFFF, 16), (0x00000000FFFFFFFF, 32)):
+                if width < 8:
+                    value = moved(builder, value, kept, piece - piece // 8 * width)
+            order = [8 * lane + byte for lane in range(lanes.count) for byte in range(width)]
+            whole = builder.bitcast(value, _BYTES)
+            index = ir.Constant(ir.VectorType(_I32, len(order)), order)
+            packed = builder.shuffle_vector(whole, ir.Constant(_BYTES, ir.Undefined), index)
+            builder.store(packed, _at(builder, address, packed.type), align=1)
+            builder.branch(after)
+        builder.position_at_end(after)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, uint8x64), code
+
+
+@intrinsic
+def address_of(typing: Any, array: Any, index: Any) -> Any:
+    """Where an element of a flat array lies."""
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        data = context.make_array(sig.args[0])(context, builder, args[0]).data
+        return builder.ptrtoint(builder.gep(data, [args[1]]), _I64)
+
+    return types.int64(array, types.intp), code
+
+
+@intrinsic
 def codes_at(typing: Any, address: Any) -> Any:
     """64 bytes from an address."""
 
@@ -220,6 +266,38 @@ def add_products(typing: Any, total: Any, codes: Any, numbers: Any) -> Any:
         return builder.add(total, products)
 
     return int32x16(int32x16, uint8x64, uint8x64), code
+
+
+@intrinsic
+def right_by(typing: Any, codes: Any, bits: Any) -> Any:
+    """Codes without their last bits, fewer than 8."""
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        one = builder.insert_element(ir.Constant(_BYTES, ir.Undefined), builder.trunc(args[1], _I8), _I32(0))
+        shifts = builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_I32, CODES), [0] * CODES))
+        return builder.lshr(args[0], shifts)
+
+    return uint8x64(uint8x64, types.int64), code
+
+
+@intrinsic
+def less_128(typing: Any, codes: Any) -> Any:
+    """Codes minus 128, as signed bytes."""
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.xor(args[0], _constant(_BYTES, [128] * CODES))
+
+    return uint8x64(uint8x64), code
+
+
+@intrinsic
+def ones(typing: Any) -> Any:
+    """64 codes of 1."""
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _constant(_BYTES, [1] * CODES)
+
+    return uint8x64(), code
 
 
 @intrinsic

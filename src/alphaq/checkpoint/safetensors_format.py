@@ -48,7 +48,7 @@ ITEM_BYTES = {name: torch.empty((), dtype=dtype, device="meta").element_size() f
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where a tensor lies: bytes [begin, end) of its file, header included in the count.
 

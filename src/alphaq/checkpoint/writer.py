@@ -39,7 +39,9 @@ def check_file(out: Path) -> None:
 
 def _check_parent(out: Path) -> None:
     if re.match(r"[a-z][a-z0-9+.\-]+:/", str(out), re.IGNORECASE):
-        raise OutputError(f"{out} is an address. Only `alphaq quantize -o` writes to one; name a folder of this machine.")
+        raise OutputError(
+            f"{out} is an address. Only `alphaq quantize -o` writes to one; name a folder of this machine."
+        )
     parent = out.absolute().parent
     if not parent.is_dir():
         raise OutputError(f"{parent} is not a folder. Create it first.")
@@ -188,7 +190,7 @@ def checksum(pieces: Iterable[memoryview]) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """Bytes of a file in an output folder."""
 

@@ -47,7 +47,7 @@ class Part:
 RAW = "raw"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One thing to write: a matrix in its choice, or a stored tensor that is kept (no choice).
 

@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -107,10 +107,13 @@ def measure_for_plan(
     importance = {} if imatrix is None else importance_of(checkpoint, imatrix)
     digest = f"{quantizer_version(request.profile.quantizer)} {imatrix.digest if imatrix else ''}".strip()
 
+    sets: dict[frozenset[Choice], frozenset[Choice]] = {}  # most are alike, and there may be 70,000 matrices
+
     def able(matrix: MatrixRef) -> frozenset[Choice]:
         pin = pinned(request, matrix)
         wanted = request.offered if pin is None else {pin}
-        return frozenset(c for c in real if c in wanted and request.profile.obstacle(c, matrix) is None)
+        found = frozenset(c for c in real if c in wanted and request.profile.obstacle(c, matrix) is None)
+        return sets.setdefault(found, found)
 
     possible = {matrix.name: able(matrix) for matrix in matrices}
     units: dict[str, list[MatrixRef]] = {}
@@ -127,8 +130,10 @@ def measure_for_plan(
         variant,
         _sampling(request.profile.quantizer, units, possible, importance, digest, config.codec),
     )
-    spectra, rows, deviations, statistics, nbytes = {}, [], [], [], []
-    for matrix, found in zip(matrices, wrap(results, len(matrices), "measure"), strict=True):
+    spectra, statistics = {}, []
+    rows, deviations = np.empty((2, len(matrices), len(choices)))
+    nbytes = np.empty((len(matrices), len(choices)), np.int64)
+    for number, (matrix, found) in enumerate(zip(matrices, wrap(results, len(matrices), "measure"), strict=True)):
         own = found.spectrum or (given.spectra[matrix.name] if given is not None else None)
         assert own is not None  # measured unless given
         measured = found.squared_errors
@@ -139,9 +144,9 @@ def measure_for_plan(
         energy = own.mean_square * matrix.parameters
         formula = (c for c in choices if c not in possible[matrix.name])
         others = {c: _expected(own, c, energy, matrix.parameters) for c in formula}
-        rows.append([others[c] if c in others else measured.expected.get(c, np.nan) for c in choices])
-        deviations.append([measured.deviation.get(c, 0.0) for c in choices])
-        nbytes.append([measured.coded.get(c) or c.storage_bytes(matrix.shape) for c in choices])
+        rows[number] = [others[c] if c in others else measured.expected.get(c, np.nan) for c in choices]
+        deviations[number] = [measured.deviation.get(c, 0.0) for c in choices]
+        nbytes[number] = [measured.coded.get(c) or c.storage_bytes(matrix.shape) for c in choices]
         if found.statistics is not None:
             statistics.append(found.statistics)
     joined = {}
@@ -160,7 +165,7 @@ def measure_for_plan(
     seconds = {"errors": time.perf_counter() - begin}
     weights = np.array([matrix.parameters for matrix in matrices], dtype=np.int64)
     energies = np.array([found.mean_square for found in spectra.values()]) * weights
-    errors, deviation = _by_unit(units, spectra, np.array(rows), np.array(deviations), energies)
+    errors, deviation = _by_unit(units, spectra, rows, deviations, energies)
     left_out = {} if given is None else {n: why for n, why in given.left_out.items() if "not an expert" not in why}
     seen: dict[Need, Any] = {}
 
@@ -191,7 +196,7 @@ def measure_for_plan(
         seen.get("prior"),
         seen.get("synthetic"),
         seen.get("text"),
-        coded=np.array(nbytes, dtype=np.int64) if coded else None,
+        coded=nbytes if coded else None,
         rest_bytes=_coded_rest(checkpoint, request, workers or Workers(1, checkpoint), cache, wrap) if coded else 0,
     )
     return Measurements(spectra, choices, errors, weights, left_out, evidence, seconds, deviation, joined)
@@ -352,7 +357,7 @@ def _finite(found: Any) -> bool:
         return math.isfinite(found)
     if isinstance(found, Mapping):
         return all(map(_finite, found.values()))
-    return all(map(_finite, vars(found).values())) if is_dataclass(found) else True
+    return not is_dataclass(found) or all(_finite(getattr(found, one.name)) for one in fields(found))
 
 
 def _refuse_damaged(checkpoint: Checkpoint) -> None:

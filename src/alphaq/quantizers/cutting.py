@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.numerics import in_threads, row_parts, squared_norm
+from alphaq.numerics import in_threads, slices, squared_norm
 from alphaq.quantizers.base import Quantizer, SquaredErrors
 from alphaq.quantizers.coding import decode_tensor, is_block
 from alphaq.quantizers.nested_kernels import cut_rows
@@ -22,6 +22,7 @@ from alphaq.quantizers.packing import decode, dequantize
 from alphaq.quantizers.rtn import BIAS_WEIGHT
 from alphaq.records import Choice, MatrixRef, QuantizedMatrix
 
+PART_CODES = 1 << 20  # what one thread works on at a time
 CUTS = "rtn"  # the quantizer whose scales these are
 
 
@@ -72,7 +73,7 @@ def cut(held: QuantizedMatrix, choice: Choice) -> tuple[QuantizedMatrix, float]:
     if choice == held.choice:
         return replace(held, squared_error=0.0), 0.0
     rows, columns = held.shape
-    parts = row_parts(rows, columns)
+    parts = slices(rows, max(1, PART_CODES // columns))
     width, groups = choice.bits, choice.groups(columns)
     packed = np.zeros((rows, choice.row_bytes(columns)), np.uint8)
     scales, energies = np.empty((rows, groups), np.float32), np.empty((len(parts), 1))

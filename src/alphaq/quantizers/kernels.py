@@ -21,7 +21,6 @@ from alphaq.simd import (
     load,
     load_bytes,
     load_some,
-    load_word,
     magnitude,
     maximum,
     minimum,
@@ -29,9 +28,9 @@ from alphaq.simd import (
     splat,
     store,
     store_bytes,
-    store_word,
     where_less,
 )
+from alphaq.simd_codes import CODES, address_of, codes_at, pack, put_codes, unpack
 
 REFITS = 4
 MOST_STRETCHED = 1.5  # times the least Σ(w − ŵ)²; with bias counting 4 times it is at most that
@@ -340,43 +339,43 @@ def _encode_two(values, count, scale, offset, split, codes):
 
 @kernel
 def _pack(codes, eights, count, bits, packed, at, end):
-    """Write codes as a stream of bits from byte `at` on, eight codes becoming `bits` bytes at a time.
+    """Write codes as a stream of bits from byte `at` on, eight codes becoming `bits` bytes.
 
-    eights: the codes seen as uint64. Three steps halve the number of gaps between the codes. Up to `end`, bytes after
-    the last one become 0.
+    eights: the codes seen as uint64. Three steps halve the number of gaps between the codes.
     """
     for index in range(count, -(-count // 8) * 8):
         codes[index] = 0
+    whole = count // CODES
+    for block in range(whole):
+        pack(address_of(packed, at), bits, codes_at(address_of(codes, block * CODES)))
+        at += 8 * bits
     width = np.uint64(bits)
     first, second, third = np.uint64(8) - width, np.uint64(16) - 2 * width, np.uint64(32) - 4 * width
-    for index in range(-(-count // 8)):
+    for index in range(whole * CODES // 8, -(-count // 8)):
         value = eights[index]
         value = (value & _LOW_8) | ((value & ~_LOW_8) >> first)
         value = (value & _LOW_16) | ((value & ~_LOW_16) >> second)
         value = (value & _LOW_32) | ((value & ~_LOW_32) >> third)
-        if at + 8 <= end:
-            store_word(packed, at, value)
-        else:
-            for byte in range(min(bits, end - at)):
-                packed[at + byte] = np.uint8(value & np.uint64(255))
-                value >>= np.uint64(8)
+        for byte in range(min(bits, end - at)):
+            packed[at + byte] = np.uint8(value & np.uint64(255))
+            value >>= np.uint64(8)
         at += bits
 
 
 @kernel
 def _unpack(packed, at, end, count, bits, eights):
     """The inverse of `_pack`."""
+    whole = count // CODES
+    for block in range(whole):
+        put_codes(address_of(eights, block * CODES // 8), unpack(address_of(packed, at), bits))
+        at += 8 * bits
     width = np.uint64(bits)
     first, second, third = np.uint64(8) - width, np.uint64(16) - 2 * width, np.uint64(32) - 4 * width
     low_8, low_16, low_32 = _LOW_8 >> first, _LOW_16 >> second, _LOW_32 >> third
-    held = ~np.uint64(0) >> (np.uint64(64) - 8 * width)
-    for index in range(-(-count // 8)):
+    for index in range(whole * CODES // 8, -(-count // 8)):
         value = np.uint64(0)
-        if at + 8 <= packed.size:
-            value = load_word(packed, at) & held
-        else:
-            for byte in range(min(bits, end - at)):
-                value |= np.uint64(packed[at + byte]) << np.uint64(8 * byte)
+        for byte in range(min(bits, end - at)):
+            value |= np.uint64(packed[at + byte]) << np.uint64(8 * byte)
         at += bits
         value = (value & low_32) | ((value & ~low_32) << third)
         value = (value & low_16) | ((value & ~low_16) << second)

@@ -14,13 +14,24 @@ from alphaq.simd import (
     lane_minimum,
     lane_sum,
     load,
-    load_bytes,
     maximum,
     minimum,
     nearest,
     splat,
     store_bytes,
     where_less,
+)
+from alphaq.simd_codes import (
+    CODES,
+    add_products,
+    address_of,
+    less_128,
+    no_products,
+    ones,
+    pack,
+    right_by,
+    unpack,
+    whole_sum,
 )
 
 _WIDEST = 8
@@ -180,41 +191,55 @@ def cut_rows(packed, columns, bits, group_size, steps, width, bias_weight, cut, 
     row_bytes, cut_bytes = 4 * -(-columns * bits // 32), 4 * -(-columns * width // 32)
     codes = np.empty(group_size + LANES, np.uint8)
     eights = codes.view(np.uint64)
-    none, drop = splat(np.float32(0)), np.uint8(bits - width)
-    middle, middle_cut = splat(np.float32(2.0 ** (bits - 1) - 0.5)), splat(np.float32(2.0 ** (width - 1) - 0.5))
-    share = splat(np.float32(2.0 ** (width - bits)))
+    drop = bits - width
+    middle, middle_cut = 2.0 ** (bits - 1) - 0.5, 2.0 ** (width - 1) - 0.5
     unit = 2.0 if width == 1 else 1.0  # levels of single bits are ±1
     error, energy[0] = 0.0, 0.0
     for row in range(rows):
         for group in range(groups):
             begin = group * group_size
             count = min(group_size, columns - begin)
-            _unpack(packed, row * row_bytes + begin * bits // 8, (row + 1) * row_bytes, count, bits, eights)
-            product, square, own = none, none, none
-            whole = count // LANES * LANES
-            for at in range(0, whole, LANES):
-                code = load_bytes(codes, at)
-                top = _floor(code * share)
-                level, narrow = code - middle, top - middle_cut
-                store_bytes(codes, at, top)
-                product = fma(level, narrow, product)
-                square = fma(narrow, narrow, square)
-                own = fma(level, level, own)
-            along, squares, total = lane_sum(product) * 1.0, lane_sum(square) * 1.0, lane_sum(own) * 1.0
-            for at in range(whole, count):
-                level = np.float64(codes[at]) - (2.0 ** (bits - 1) - 0.5)
-                codes[at] >>= drop
-                narrow = np.float64(codes[at]) - (2.0 ** (width - 1) - 0.5)
-                along += level * narrow
-                squares += narrow * narrow
-                total += level * level
+            source, target = row * row_bytes + begin * bits // 8, row * cut_bytes + begin * width // 8
+            if count % CODES == 0:
+                own, tops, both, own_square, top_square = _cut_whole(packed, source, count, bits, width, cut, target)
+            else:
+                own, tops, both, own_square, top_square = 0, 0, 0, 0, 0
+                _unpack(packed, source, (row + 1) * row_bytes, count, bits, eights)
+                for at in range(count):
+                    code = np.int64(codes[at])
+                    top = code >> drop
+                    codes[at] = top
+                    own += code
+                    tops += top
+                    both += code * top
+                    own_square += code * code
+                    top_square += top * top
+                _pack(codes, eights, count, width, cut, target, (row + 1) * cut_bytes)
             step = np.float64(steps[row * groups + group])
-            fitted, against, size = unit * step * along, unit * unit * squares, step * step * total
+            along = both - middle_cut * own - middle * tops + count * middle * middle_cut
+            square = top_square - 2 * middle_cut * tops + count * middle_cut * middle_cut
+            size = step * step * (own_square - 2 * middle * own + count * middle * middle)
+            fitted, against = unit * step * along, unit * unit * square
             scale = as_half(np.float32(_least_biased(fitted, against, size, size, bias_weight)))
             if not scale > 0:
-                scale = as_half(np.float32(step * 2.0 ** (bits - width) / unit))
+                scale = as_half(np.float32(step * 2.0**drop / unit))
             scales[row * groups + group] = scale
             error += scale * (scale * against - 2.0 * fitted) + size
             energy[0] += size
-            _pack(codes, eights, count, width, cut, row * cut_bytes + begin * width // 8, (row + 1) * cut_bytes)
     return error
+
+
+@kernel
+def _cut_whole(packed, source, count, bits, width, cut, target):
+    """Cut a group of whole vectors of codes q to p: Σq, Σp, Σq·p, Σq², Σp²."""
+    own, tops, both, own_square, top_square = no_products(), no_products(), no_products(), no_products(), no_products()
+    one = ones()
+    for block in range(count // CODES):
+        code = unpack(address_of(packed, source + 8 * bits * block), bits)
+        top = right_by(code, bits - width)
+        pack(address_of(cut, target + 8 * width * block), width, top)
+        own, tops = add_products(own, code, one), add_products(tops, top, one)
+        both = add_products(both, code, top)
+        own_square, top_square = add_products(own_square, code, less_128(code)), add_products(top_square, top, top)
+    total = whole_sum(own)
+    return total, whole_sum(tops), whole_sum(both), whole_sum(own_square) + 128 * total, whole_sum(top_square)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +119,7 @@ def write_stats(path: Path, rows: Iterable[tuple[MatrixRef, Spectrum]]) -> None:
                 "rows": matrix.shape[0],
                 "columns": matrix.shape[1],
                 "dtype": matrix.dtype,
-                **vars(found),
+                **asdict(found),
             }
             writer.writerow(["" if cells[column] is None else cells[column] for column in COLUMNS])
 
