@@ -3,8 +3,8 @@
     python benchmarks/smaller.py MODEL [MODEL ...] --text TEXT [TEXT ...] [--max-tokens 4096] [--skip-tokens 0]
 
 Coded: at each width, a fixed-length plan (method auto); the same files coded (the same weights); and coded plans of 0.9
-and 0.8 of the fixed-length bytes, also with GPTQ on the model's own writing. Sliced: a nested 4-bit artifact cut down, beside models quantized directly by the
-same plan and by a plan of the same bytes with the usual choices.
+and 0.8 of the fixed-length bytes, also with GPTQ on the model's own writing. Sliced: a nested 4-bit artifact cut down,
+beside models quantized directly by the same plan and by a plan of the same bytes with the usual choices.
 """
 
 from __future__ import annotations

@@ -312,7 +312,7 @@ def test_many_tensors_cannot_claim_what_one_cannot(tmp_path: Path, monkeypatch: 
     save_file(coded, tmp_path / "model.safetensors")
     assert len(stored_tensors([str(tmp_path / "model.safetensors")])) == 4
     monkeypatch.setattr(coding, "_ALWAYS", 1 << 20)
-    with pytest.raises(CheckpointError, match="The checkpoint is damaged: .*claim to stand for 2097152"):
+    with pytest.raises(CheckpointError, match=r"The checkpoint is damaged: .*claim to stand for 2097152"):
         stored_tensors([str(tmp_path / "model.safetensors")])
 
 
