@@ -244,3 +244,20 @@ def test_node_that_cannot_read_the_checkpoint_is_left_out(nodes: raycluster.Node
     told: list[str] = []
     with pytest.raises(WorkerError, match="cannot read the weights"), RayWorkers(nodes.address, other, log=told.append):
         pass
+
+
+@pytest.mark.slow
+def test_node_that_joins_without_the_output_s_folder_is_left_out(nodes: raycluster.Nodes, tmp_path: Path) -> None:
+    told: list[str] = []
+    with RayWorkers(nodes.address, None, log=told.append) as workers:
+        assert workers.shares(tmp_path)
+        before = {node.id for node in workers.nodes}
+        workers._seeing = lambda folder, asked: 0  # as if the new one had another disk
+        late = nodes.add(1)
+        try:
+            workers._refresh()
+            assert {node.id for node in workers.nodes} == before
+            assert any(f"cannot write into {tmp_path}" in line for line in told), told
+            assert set(workers.map(raycluster.where, range(20))) <= before
+        finally:
+            nodes.kill(late)

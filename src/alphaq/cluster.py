@@ -165,6 +165,7 @@ class RayWorkers(Workers):
         self.told = _Count()
         self._known: dict[str, Node | None] = {}
         self._refreshed = 0.0
+        self._folder: Path | None = None
 
     def __enter__(self) -> RayWorkers:
         self._ray = ray_package()
@@ -205,14 +206,20 @@ class RayWorkers(Workers):
             raise DeviceError("No node that can read the checkpoint has a GPU. Drop --device, or add such a node.")
 
     def shares(self, folder: Path) -> bool:
-        """Whether every node that works can write into a folder of this machine."""
+        """Whether every node that works can write into a folder of this machine; those that join later must then too."""
+        whole = self._seeing(folder, [node.id for node in self.nodes]) == len(self.nodes)
+        self._folder = folder if whole else None
+        return whole
+
+    def _seeing(self, folder: Path, nodes: Sequence[str]) -> int:
+        """How many of the nodes can write into a folder of this machine."""
         token = folder / f".alphaq-{uuid4().hex}"
         token.write_text(token.name, encoding="utf-8")
         try:
-            asked = [self._on(node.id, _sees).remote(str(token)) for node in self.nodes]
-            return all(self._ray.get(asked, timeout=WAIT_S))
+            asked = [self._on(node, _sees).remote(str(token)) for node in nodes]
+            return sum(self._ray.get(asked, timeout=WAIT_S))
         except (self._ray.exceptions.RayError, TimeoutError):
-            return False
+            return 0
         finally:
             token.unlink()
 
@@ -379,6 +386,10 @@ class RayWorkers(Workers):
                 continue
             if files is not None and not files:
                 refused.append(f"{name} cannot read the weights")
+                continue
+            folder = self._folder if self._folder is not None and self._folder.is_dir() else None
+            if folder is not None and not self._seeing(folder, [key]):
+                refused.append(f"{name} cannot write into {folder}")
                 continue
             cores, cards = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
             self._known[key] = Node(key, f"{name} ({key[:8]})", cores, cards, files)
