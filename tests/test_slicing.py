@@ -217,11 +217,20 @@ def test_an_artifact_without_nested_codes_is_planned_anew(
 
 
 @pytest.mark.slow
-def test_a_slice_for_another_engine_is_that_engine_s(nested: Path, alphaq: Callable[..., Any], tmp_path: Path) -> None:
-    ran = alphaq("slice", nested, "-o", tmp_path / "out", "--engine", "mlx", "--bits", 3, *FAST)
+@pytest.mark.parametrize(("engine", "bits"), [("mlx", 3), ("gptqmodel", 3), ("vllm", 4)])
+def test_a_slice_for_another_engine_is_that_engine_s(
+    tiny: Path, alphaq: Callable[..., Any], tmp_path: Path, engine: str, bits: int
+) -> None:
+    """Also where it names a choice as the artifact does, whose bytes are others all the same."""
+    options = ("--method", "uniform", "--workers", 1, "--bits")
+    assert (
+        alphaq("quantize", tiny, "-o", tmp_path / "in", "--choices", "4g128", "--attention-bits", 4, *options, 4).code
+        == 0
+    )
+    ran = alphaq("slice", tmp_path / "in", "-o", tmp_path / "out", "--engine", engine, *options, bits)
     assert ran.code == 0, ran.err
-    assert Output(tmp_path / "out").plan.engine == "mlx"
-    assert pipeline.verify(tmp_path / "out", open_artifact(nested)[0])["against_source"]
+    assert Output(tmp_path / "out").plan.engine == engine
+    assert pipeline.verify(tmp_path / "out", open_artifact(tmp_path / "in")[0])["against_source"]
 
 
 @pytest.mark.parametrize("codec", ["none", pytest.param("zstd", marks=pytest.mark.slow)])

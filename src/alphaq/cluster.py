@@ -206,7 +206,7 @@ class RayWorkers(Workers):
             raise DeviceError("No node that can read the checkpoint has a GPU. Drop --device, or add such a node.")
 
     def shares(self, folder: Path) -> bool:
-        """Whether every node that works can write into a folder of this machine; those that join later must then too."""
+        """Whether every node that works can write into a folder of this machine; later ones must then too."""
         whole = self._seeing(folder, [node.id for node in self.nodes]) == len(self.nodes)
         self._folder = folder if whole else None
         return whole

@@ -128,7 +128,7 @@ def _made(
     """The bytes of a quantized matrix, and its relative error."""
     entry, source = task.entry, task.entry.source
     assert entry.choice is not None and isinstance(source, MatrixRef)  # a matrix always has one
-    if quantizer is None and task.quantizer == CUTS and (found := _cut(checkpoint, entry)) is not None:
+    if quantizer is None and task.quantizer == CUTS and (found := _cut(checkpoint, task)) is not None:
         block, relative_error = found
         return [_bytes_of(block)], relative_error
     writer, own = profile(task.engine).writer, quantizer_of(task.quantizer, task.importance)
@@ -139,10 +139,12 @@ def _made(
     return [_bytes_of(tensor) for tensor in tensors], _relative(error, weight)
 
 
-def _cut(checkpoint: Checkpoint, entry: Entry) -> tuple[torch.Tensor, float] | None:
-    """The block of a matrix whose codes the checkpoint holds, and its relative error; None if weights are needed."""
-    assert entry.choice is not None and isinstance(entry.source, MatrixRef)  # the callers know
-    held = None if entry.form else held_form(checkpoint, entry.source)
+def _cut(checkpoint: Checkpoint, task: StoreTask | CheckTask) -> tuple[torch.Tensor, float] | None:
+    """The native block of a matrix whose codes the checkpoint holds, and its relative error; None where weights are
+    needed."""
+    entry = task.entry
+    assert entry is not None and entry.choice is not None and isinstance(entry.source, MatrixRef)  # the callers know
+    held = held_form(checkpoint, entry.source) if task.engine == "native" else None
     if held is None or not can_cut(held.choice, entry.choice):
         return None
     matrix, energy = cut(held, entry.choice)
@@ -378,7 +380,7 @@ def check(source: Checkpoint | None, task: CheckTask) -> str | None:
     if fault is not None or source is None or task.entry is None:
         return fault
     assert isinstance(task.entry.source, MatrixRef)
-    if task.engine == "native" and (own := _cut(source, task.entry)) is not None and torch.equal(own[0], parts[0]):
+    if (own := _cut(source, task)) is not None and torch.equal(own[0], parts[0]):
         return _error_fault(task, own[1])
     weight = writer.convert(source.read(task.entry.source), task.entry.form, source)
     if task.choice.bits == 16:
