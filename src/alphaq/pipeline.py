@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from alphaq.evaluation.certificate import Certificate
     from alphaq.evaluation.tasks import TaskRequest
 
+UPLOADED_NAME = "uploaded.jsonl"
+
 
 def analyze(
     checkpoint: Checkpoint,
@@ -250,36 +252,41 @@ def quantize_to_store(
     ]
     job = hashlib.sha256("\0".join(given).encode()).hexdigest()
     staging = scratch / f".{store.name}.upload-{hashlib.sha256(store.url.encode()).hexdigest()[:12]}"
-    out, noted, finished = staging / store.name, staging / "job", staging / "result.json"
+    out = staging / store.name
     try:
         staging.mkdir(exist_ok=True)
-        earlier = noted.read_text(encoding="utf-8") if noted.exists() else job
+        run = Journal(staging / "run.jsonl")  # no other run may be at work here
+    except OSError as error:
+        raise OutputError(f"Cannot write {staging}: {error.strerror or error}. Choose another --scratch.") from error
+    with run:
+        earlier = next((entry["job"] for entry in run.entries if "job" in entry), job)
         if earlier != job and not restart:
             raise OutputError(
                 f"An unfinished run for {store.url} is in {staging}, of another checkpoint or plan. Repeat the earlier "
                 "command to finish it, or add --restart to discard it."
             )
         if earlier != job or restart:
-            shutil.rmtree(staging)
-            staging.mkdir()
-        noted.write_text(job, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"Cannot write {staging}: {error.strerror or error}. Choose another --scratch.") from error
-    claim(store, job, restart)
-    if out.exists() and finished.is_file():
-        result = json.loads(finished.read_text(encoding="utf-8"))
-    else:
-        if out.exists():  # the process was killed between the two
-            shutil.rmtree(out)
-        result = quantize(
-            checkpoint, plan, out, wrap, workers, False, hash_contents, imatrix=imatrix, rounding=rounding
-        )
-        result["files"] = [f"{store.url}/{Path(file).name}" for file in result["files"]]
-        result["out"] = store.url
-        with atomic_file(finished) as unfinished:
-            unfinished.write_text(json.dumps(result), encoding="utf-8")
-    publish(out, store, job, staging / "uploaded.jsonl", wrap)
-    shutil.rmtree(staging, ignore_errors=True)
+            for path in staging.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name == UPLOADED_NAME:
+                    path.unlink()
+            run.clear()
+        if not run.entries:
+            run.append({"job": job})
+        claim(store, job, restart)
+        result = next((entry["result"] for entry in run.entries if "result" in entry), None)
+        if result is None or not out.exists():
+            if out.exists():  # the process was killed between the two
+                shutil.rmtree(out)
+            result = quantize(
+                checkpoint, plan, out, wrap, workers, False, hash_contents, imatrix=imatrix, rounding=rounding
+            )
+            result["files"] = [f"{store.url}/{Path(file).name}" for file in result["files"]]
+            result["out"] = store.url
+            run.append({"result": result})
+        publish(out, store, job, staging / UPLOADED_NAME, wrap)
+        shutil.rmtree(staging, ignore_errors=True)
     return result
 
 

@@ -167,3 +167,31 @@ def test_quantized_model_on_a_store_has_the_bytes_of_a_local_one(
     again = alphaq(*command)
     assert again.code == 2 and "already exists" in again.err
     assert publishing.MARKER_NAME in there
+
+
+def test_parts_that_may_not_be_listed_are_told_before_any_work(
+    store: Store, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(bucket: str) -> None:
+        raise PermissionError("AccessDenied")
+
+    monkeypatch.setattr(store.system, "list_multipart_uploads", refuse)
+    with pytest.raises(OutputError, match="AccessDenied"):
+        claim(store, "job")
+
+
+def test_two_runs_into_one_address_do_not_mix(
+    server: objectstore.Server, tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even with --restart, which would remove what the other is at."""
+    options = ("--bits", "2.5", "--method", "uniform", "--workers", "1")
+    command = ("quantize", tiny, "-o", "s3://out/models/twice", "--scratch", tmp_path, *options)
+    seen = []
+
+    def quantize(*_: object, **__: object) -> None:
+        seen.append(alphaq(*command, "--restart"))
+        raise OutputError("stopped")
+
+    monkeypatch.setattr("alphaq.pipeline.quantize", quantize)
+    assert "stopped" in alphaq(*command).err
+    assert len(seen) == 1 and seen[0].code == 2 and "Another alphaq is at work" in seen[0].err

@@ -41,7 +41,7 @@ def storing(url: str) -> Iterator[None]:
 
 
 def claim(store: Store, job: str, restart: bool = False) -> None:
-    """Take a folder for a job, before any work: also to see that it can be written to.
+    """Take a folder for a job, before any work: also to see that it can be written to, and parts of uploads listed.
 
     Raises OutputError if it has files of anyone else; with `restart`, what an unfinished upload left is removed.
     """
@@ -50,6 +50,7 @@ def claim(store: Store, job: str, restart: bool = False) -> None:
         if CLAIM_NAME in there:
             owner = _owner(store, there[CLAIM_NAME])
             if owner == job:
+                _abort_parts(store)
                 return
             if MARKER_NAME in there or not restart:
                 raise OutputError(
@@ -61,6 +62,7 @@ def claim(store: Store, job: str, restart: bool = False) -> None:
         elif there:
             raise OutputError(f"{store.url} already exists. Remove it or choose another output.")
         store.system.pipe_file(store.at(CLAIM_NAME), json.dumps({"job": job}).encode())
+        _abort_parts(store)
 
 
 def publish(folder: Path, store: Store, job: str, journal: Path, wrap: Wrap = silent) -> None:
@@ -73,7 +75,6 @@ def publish(folder: Path, store: Store, job: str, journal: Path, wrap: Wrap = si
     with Journal(journal) as lines, storing(store.url):
         sent = {line["name"]: Stamp(int(line["size"]), line["version"]) for line in lines.entries}
         there = _present(store)
-        _abort_parts(store)
         for name in wrap(names, len(names), "upload"):
             if name in sent and there.get(name) == sent[name]:
                 continue
