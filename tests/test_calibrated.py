@@ -50,7 +50,7 @@ def outputs(folder: Path, ids: torch.Tensor) -> torch.Tensor:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits.log_softmax(-1)
 
 
-@pytest.mark.parametrize("text", [str(CODE), "self"], ids=["file", "self"])
+@pytest.mark.parametrize("text", [pytest.param(str(CODE), marks=pytest.mark.slow, id="file"), "self"])
 def test_the_model_stays_closer_to_itself_on_that_text(alphaq: Run, tiny: Path, tmp_path: Path, text: str) -> None:
     common = ("quantize", tiny, "--bits", "2", "--method", "uniform", "--choices", "2,3", "--json")
     plain = alphaq(*common, "-o", tmp_path / "rtn")
@@ -201,6 +201,7 @@ def test_without_correlations_gptq_takes_the_nearest_levels(
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.mark.slow
 def test_norms_say_which_columns_weigh_most(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     checkpoint, choice = open_checkpoint(tiny), Choice(2, 128)
     ran = alphaq(

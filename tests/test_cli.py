@@ -258,7 +258,9 @@ def test_a_budget_wider_than_every_choice_says_what_it_leaves_unused(alphaq: Run
     assert "no choice offered is wider than 3 bits" in ran.err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_keeps_its_work_and_shows_no_output(tiny: Path, tmp_path: Path, number: int, code: int) -> None:
     def arm() -> None:
         pipeline.write_manifest = lambda *_: signal.raise_signal(number)  # type: ignore[assignment]

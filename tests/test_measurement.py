@@ -136,7 +136,7 @@ def test_touched_and_rewritten_weights_are_told_apart(tmp_path: Path, tiny: Path
     assert open_checkpoint(copy).contents(hashed=True) != before_hashed
 
 
-@pytest.mark.parametrize("method", ["alphaq", "auto"])
+@pytest.mark.parametrize("method", ["alphaq", pytest.param("auto", marks=pytest.mark.slow)])
 def test_a_second_budget_measures_nothing(
     alphaq: Any, tiny: Path, reads: list[str], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

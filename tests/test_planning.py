@@ -528,6 +528,7 @@ def unit_errors(plan: Measurements, units: np.ndarray) -> np.ndarray:
     return totals
 
 
+@pytest.mark.slow
 def test_sampled_errors_of_a_unit_are_near_those_of_all_its_weights(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -689,6 +690,7 @@ def test_another_config_runs_the_model_again(
         measure_for_plan(open_checkpoint(folder), request, cache=cache)
 
 
+@pytest.mark.slow
 def test_damaged_pass_in_the_cache_is_run_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
     request = resolve(config_of(method="auto"))
     with Cache(tmp_path, {}) as own:

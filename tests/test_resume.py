@@ -92,7 +92,9 @@ def place(tmp_path: Path) -> Place:
     return made
 
 
-@pytest.mark.parametrize(("workers", "moments"), [(1, [40, 30, 60, 70]), (2, [MATRICES + 80])])
+@pytest.mark.parametrize(
+    ("workers", "moments"), [(1, [40, 30, 60, 70]), pytest.param(2, [MATRICES + 80], marks=pytest.mark.slow)]
+)
 def test_killed_run_resumes_to_identical_bytes(
     place: Place, undisturbed: dict[str, bytes], workers: int, moments: list[int]
 ) -> None:
@@ -103,6 +105,7 @@ def test_killed_run_resumes_to_identical_bytes(
     kill_and_resume(place, QUANTIZE, moments, undisturbed, f" --workers {workers}")
 
 
+@pytest.mark.slow
 def test_killed_run_that_runs_the_model_resumes_to_identical_bytes(place: Place, tiny_quantized: Path) -> None:
     """All matrices are measured and the model begins to run; files are being written."""
     job = Job("", QUANTIZE.command.replace("alphaq -o", "auto -o"))

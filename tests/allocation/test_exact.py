@@ -97,6 +97,7 @@ def subset_sum(seed: int, units: int, choices: int) -> Instance:
     return 1.0 - costs * 1e-6, costs, int(costs.mean(axis=1).sum())
 
 
+@pytest.mark.slow
 def test_losses_proportional_to_uneven_costs_stay_within_memory_and_a_millionth() -> None:
     losses, costs, budget = subset_sum(0, 500, 15)
     solution = solve_exact(losses, costs, budget)

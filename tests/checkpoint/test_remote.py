@@ -65,6 +65,7 @@ def test_checkpoint_on_a_store_is_that_of_the_folder(tiny: Path, hosted: str) ->
         assert torch.equal(there.read(matrix), local.read(matrix))
 
 
+@pytest.mark.slow
 def test_quantizing_from_a_store_gives_the_same_bytes(
     tiny: Path, hosted: str, tmp_path: Path, alphaq: Callable[..., Ran]
 ) -> None:

@@ -112,6 +112,7 @@ def test_gptqmodel_itself_decodes_them(choice: Choice) -> None:
     assert torch.equal(module.dequantize_weight().T, dequantize(matrix).half())
 
 
+@pytest.mark.slow
 def test_command_line_quantizes_and_verifies(tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
     result = alphaq("quantize", tiny, "--engine", "gptqmodel", "--bits", 3.5, "-o", tmp_path / "out", "--json")
     assert result.code == 0, result.err
@@ -120,9 +121,8 @@ def test_command_line_quantizes_and_verifies(tiny: Path, tmp_path: Path, alphaq:
     assert alphaq("verify", tmp_path / "out", "--source", tiny).code == 0
 
 
-@pytest.mark.parametrize(
-    "share", [pytest.param(0.0, marks=pytest.mark.slow), 0.3, pytest.param(0.7, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
 def test_size_is_never_exceeded(tiny: Path, tmp_path: Path, share: float) -> None:
     small, large = (plan_of(tiny, "gptqmodel", budget=Budget(bits=bits)).size_bytes for bits in (2, 8))
     limit = round((1 - share) * small + share * large)

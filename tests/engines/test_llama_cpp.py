@@ -486,6 +486,7 @@ def test_gguf_source_keeps_its_metadata_and_what_is_not_quantized(
             assert after[name] == before[name], name
 
 
+@pytest.mark.slow
 def test_gguf_source_and_folder_with_the_same_weights_give_the_same_tensors(
     tiny: Path, source_in: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -649,6 +650,7 @@ def test_tied_embedding_is_counted_in_both_its_places(tiny: Path, tmp_path: Path
     assert plan.size_bytes <= 4_000_000
 
 
+@pytest.mark.slow
 def test_bounds_hold_for_every_role_of_a_joint_budget(tiny: Path) -> None:
     settings = {"budget": Budget(size_bytes=5_500_000), "method": "auto", "choices": FAST, "noise": "analytic"}
     plan = plan_of(open_checkpoint(tiny), min_sqnr_db=15.0, **settings)

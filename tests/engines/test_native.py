@@ -217,7 +217,7 @@ def test_damaged_manifest_is_refused(damaged: Path, content: str) -> None:
         pipeline.verify(damaged)
 
 
-@pytest.mark.parametrize("method", ["auto", "alphaq"])
+@pytest.mark.parametrize("method", [pytest.param("auto", marks=pytest.mark.slow), "alphaq"])
 def test_plan_does_not_depend_on_the_number_of_threads(tiny: Path, method: str) -> None:
     before = torch.get_num_threads()
     try:
