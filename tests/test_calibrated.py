@@ -92,15 +92,14 @@ def test_a_coded_plan_s_bytes_hold_with_inputs_too(model: Checkpoint, tmp_path: 
     done = pipeline.quantize(model, plan, tmp_path / "gptq", rounding=Rounding.of("native", "gptq", Text("self", 4096)))
     assert plan.size_bytes is not None
     assert 0.98 * plan.size_bytes < done["size_bytes"] <= plan.size_bytes
-    fixed = {name for name, choice in plan.every_choice().items() if not choice.rate}
-    assert done["not_calibrated"].keys() == fixed and fixed
+    assert done["not_calibrated"] == {}
     assert pipeline.verify(tmp_path / "gptq", model)["against_source"]
     pipeline.quantize(model, plan, tmp_path / "rtn")
     for name in ("gptq", "rtn"):
         recode(tmp_path / name, tmp_path / f"{name}-decoded", "none")
     mine, plain = (read_back(tmp_path / f"{name}-decoded", model) for name in ("gptq", "rtn"))
-    assert all(torch.equal(mine[name], plain[name]) for name in fixed)
-    assert sum(torch.equal(mine[one.name], plain[one.name]) for one in model.planned) < len(model.planned) / 10
+    assert {choice.rate > 0 for choice in plan.every_choice().values()} == {False, True}
+    assert sum(torch.equal(mine[name], plain[name]) for name in plan.choices) < len(plan.choices) / 5
 
 
 def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(

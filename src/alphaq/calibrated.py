@@ -33,7 +33,6 @@ from alphaq.registry import unknown
 LEVELS = "hqq"  # whose levels are rounded to, where the storage allows: the best of those tried (docs/LOG.md)
 DOUBT = 0.2  # of the mean diagonal, where there are as many tokens as columns (docs/LOG.md)
 ENOUGH, MOST = 2, 131_072  # tokens for each column of an average expert; tokens, unless asked for otherwise
-_UNKNOWN_BYTES = "a plan knows what its codes take once coded only as they are without inputs"
 
 
 class CalibratedQuantizer(Protocol):
@@ -62,8 +61,8 @@ class Rounding:
     plain: str
     calibrated: str | None = None
     inputs: Text | Proxy | None = None
-    rates_only: bool = False
-    """Calibrate nothing but choices of a rate, whose coded bytes are then those of `plain` at most."""
+    coded: bool = False
+    """Whether codes will be entropy-coded, and may then take no more bytes than those of `plain`."""
 
     @classmethod
     def of(cls, engine: str, name: str | None = None, inputs: Text | Proxy | None = None) -> Rounding:
@@ -83,10 +82,6 @@ class Rounding:
             )
         return cls(usual, name, inputs or Text(SELF))
 
-    def leaves(self, choice: Choice) -> bool:
-        """Whether inputs are not to be looked at for a choice."""
-        return self.rates_only and not choice.rate
-
     @property
     def name(self) -> str:
         """The quantizer, as users call it."""
@@ -94,8 +89,8 @@ class Rounding:
 
     def __str__(self) -> str:
         """Tells apart what leaves other bytes."""
-        rates = "rates" if self.rates_only else ""
-        parts = (self.calibrated, self.plain, self.inputs, quantizer_version(self.plain), rates)
+        coded = "coded" if self.coded else ""
+        parts = (self.calibrated, self.plain, self.inputs, quantizer_version(self.plain), coded)
         return " ".join(str(part) for part in parts if part)
 
 
@@ -125,12 +120,12 @@ def store_calibrated(
             if task is None or task.entry.choice is None or task.entry.choice.bits == 16:
                 restored.append(checkpoint.read(matrix).float())
                 continue
-            if reason := _too_few(inputs, matrix) or (_UNKNOWN_BYTES if rounding.leaves(task.entry.choice) else ""):
+            if reason := _too_few(inputs, matrix):
                 left[matrix.name] = reason
                 round_ = None
             else:
                 moments = _damped_moments(inputs) if moments is None else moments
-                round_ = partial(_rounded, quantizer=quantizer, own=task.quantizer, moments=moments)
+                round_ = partial(_rounded, rounding=rounding, moments=moments)
             record = store(checkpoint, task, round_)
             keep(task, record)
             restored.append(_read_back(checkpoint, task, matrix, stored))
@@ -159,23 +154,28 @@ def _store_by_proxy(
     known = proxy.diagonals(checkpoint)
     for task in tasks:
         matrix, choice = task.entry.source, task.entry.choice
-        if not isinstance(matrix, MatrixRef) or choice is None or choice.bits == 16 or rounding.leaves(choice):
+        if not isinstance(matrix, MatrixRef) or choice is None or choice.bits == 16:
             continue
         moments = proxy.diagonal(known, matrix)
-        round_ = partial(_rounded, quantizer=rounding.name, own=task.quantizer, moments=moments)
+        round_ = partial(_rounded, rounding=rounding, moments=moments)
         keep(task, store(checkpoint, task, round_))
 
 
 def _rounded(
-    weight: Tensor, choice: Choice, name: str = "matrix", *, quantizer: str, own: str, moments: Tensor
+    weight: Tensor, choice: Choice, name: str = "matrix", *, rounding: Rounding, moments: Tensor
 ) -> QuantizedMatrix:
+    assert rounding.calibrated is not None  # else nobody asks
+    own = rounding.plain
     if (
         choice.mix and not choice.nested
     ):  # their levels are several in a group; what inputs say is which of them are salient
         importance = moments if moments.ndim == 1 else moments.diagonal()
-        return quantizer_of(own, importance.numpy())(weight, choice, name)
+        return quantizer_of(own, None if rounding.coded else importance.numpy())(weight, choice, name)
+    if rounding.coded:  # only gptq can be held to bytes
+        return quantize_gptq(weight, choice, name, moments, quantizer_of(own)(weight, choice, name), coded=True)
     levels = LEVELS if own in PLAIN and choice.bits > 1 and not choice.rate else own
-    return CALIBRATED[quantizer](weight, choice, name, moments, quantizer_of(levels)(weight, choice, name))
+    found = quantizer_of(levels)(weight, choice, name)
+    return CALIBRATED[rounding.calibrated](weight, choice, name, moments, found)
 
 
 def _damped_moments(inputs: Inputs) -> Tensor:

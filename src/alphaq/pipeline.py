@@ -186,7 +186,7 @@ def _quantize_coded(
     wrap, workers, restart, hash_contents, *_, rounding = settings
     rounding = rounding or Rounding.of(plan.engine)
     check_codable(rounding)
-    settings = (*settings[:-1], replace(rounding, rates_only=rounding.calibrated is not None))
+    settings = (*settings[:-1], replace(rounding, coded=rounding.calibrated is not None))
     job = _job(checkpoint, plan, rounding, hash_contents) | {"codec": codec}
     with resumable_folder(out, job, restart) as (folder, journal):
         uncoded = folder.parent / "uncoded"

@@ -6,6 +6,7 @@ import torch
 
 from alphaq.errors import QuantizationError
 from alphaq.quantizers import gptq
+from alphaq.quantizers.base import quantizer_of
 from alphaq.quantizers.coding import encode_tensor
 from alphaq.quantizers.gptq import grid_of, quantize_gptq
 from alphaq.quantizers.nested import quantize_nested
@@ -174,3 +175,22 @@ def test_a_rate_of_zeros_stays_zeros() -> None:
     plain = rated(torch.zeros(8, 96), "@2")
     found = quantize_gptq(torch.zeros(8, 96), plain.choice, "matrix", moments(96), plain)
     assert not dequantize(found).any()
+
+
+@pytest.mark.parametrize("choice", ["1g64", "2g128", "3g64s", "4g128", "4g128-nest", "8g128"])
+def test_codes_that_will_be_coded_take_no_more_bytes_than_those_they_improve_on(choice: str) -> None:
+    weight, hessian = seeded(96, 384), moments(384, 2000)
+    plain = quantizer_of("rtn")(weight, Choice.parse(choice), "matrix")
+    found = quantize_gptq(weight, plain.choice, "matrix", hessian, plain, coded=True)
+    sizes = [encode_tensor(encode(matrix)).nbytes for matrix in (found, plain)]
+    assert sizes[0] <= sizes[1]
+    error, nearest = (objective(weight, dequantize(matrix), hessian) for matrix in (found, plain))
+    assert error < 0.7 * nearest or found.codes is plain.codes
+    assert (found.codes is plain.codes) is (choice == "8g128" and sizes[0] == sizes[1])
+
+
+def test_where_no_codes_fit_those_to_nearest_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, plain = seeded(96, 384), rated(seeded(96, 384), "@2")
+    monkeypatch.setattr(gptq, "_coded_bytes", lambda matrix: 100 if matrix is plain else 101)
+    found = quantize_gptq(weight, plain.choice, "matrix", moments(384), plain)
+    assert torch.equal(found.codes, plain.codes) and torch.equal(found.scales, plain.scales)

@@ -62,13 +62,15 @@ def quantize_gptq(
     name: str = "matrix",
     hessian: torch.Tensor | None = None,
     found: QuantizedMatrix | None = None,
+    coded: bool = False,
 ) -> QuantizedMatrix:
     """Quantize a [rows, columns] matrix whose inputs x have the second moments `hessian`, any multiple of E[x·xᵀ].
 
     hessian: float32 [columns, columns], or [columns] where only its diagonal is known; None or a diagonal leave
     nothing to make up for, so the levels nearest to the weights are kept. found: a quantized form whose levels are
-    used; RTN's otherwise. Raises QuantizationError naming the matrix if it cannot be stored, or if the moments are
-    not those of its inputs.
+    used; RTN's otherwise. coded: the codes will be entropy-coded, and may take no more bytes then than those of
+    `found`; so it is with every choice of a rate. Raises QuantizationError naming the matrix if it cannot be stored,
+    or if the moments are not those of its inputs.
     """
     if choice.scheme:
         raise QuantizationError(f"{name}: {choice} is rounded by llama.cpp's own code. Give it an --imatrix instead.")
@@ -85,48 +87,51 @@ def quantize_gptq(
         return found
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     factor = _factor(hessian, order, name)
-    if choice.rate:
-        return _rounded_for_rate(weight, choice, name, hessian, found, factor, order)
+    if coded or choice.rate:
+        return _rounded_within_bytes(weight, name, hessian, found, factor, order)
     codes = _round_in_order(weight, grid_of(found), choice, factor, order)
     matrix = replace(found, codes=torch.from_numpy(pack(codes, choice.bits)), squared_error=None)
     return replace(matrix, squared_error=restored_error(matrix, weight))
 
 
-def _rounded_for_rate(
+def _rounded_within_bytes(
     weight: torch.Tensor,
-    choice: Choice,
     name: str,
     hessian: torch.Tensor,
     found: QuantizedMatrix,
     factor: np.ndarray,
     order: torch.Tensor,
 ) -> QuantizedMatrix:
-    """A matrix whose codes will be entropy-coded, in no more bytes than `found` takes (CERWU).
+    """A matrix whose codes will be entropy-coded, in no more bytes than `found` takes; `found` if none are fewer.
 
-    Coded bits grow by Σŵ²/(2·ln 2·σ²) about where weights of variance σ² are, so that λ times the rate is μ·|ŵ|²:
+    Coded bits grow by about Σŵ²/(2·ln 2·σ²) where weights have variance σ², so λ times the rate is μ·|ŵ|² (CERWU):
     (w − ŵ)·H·(w − ŵ)ᵀ + μ·|ŵ|² is least where GPTQ with H + μ rounds w·H·(H + μ)⁻¹. On the curve that the step Δ moves
-    along, μ = mean D·Δ²/(12·σ²). The step is then widened until the bytes fit, and fitted to the codes at last.
+    along, μ = mean D·Δ²/(12·σ²). Where a rate asks for one step it is widened, else μ raised, until the bytes fit. The
+    one step is fitted to the codes at last.
     """
-    limit = _coded_bytes(found)
-    energy = squared_norm(weight)
-    step, parameters = float(found.scales[0, 0]), weight.numel()
-    if not step > 0 or not energy > 0:
+    choice, limit, energy, parameters = found.choice, _coded_bytes(found), squared_norm(weight), weight.numel()
+    steps, start = grid_of(found).step, grid_of(found).start
+    mean_square = float(steps.double().square().mean())
+    if not mean_square > 0 or not energy > 0:
         return found
-    effective = float(np.square(factor.diagonal(), dtype=np.float64).mean())
-    best, most = found, 0
+    natural = float(np.square(factor.diagonal(), dtype=np.float64).mean()) * mean_square * parameters / (12 * energy)
+    best, most, wider, more = found, 0, 1.0, 1.0
     for _ in range(RATE_TRIES):
-        mu = effective * step * step * parameters / (12 * energy)
+        mu = natural * wider * wider * more
         tilted = _factor(hessian, order, name, mu)
-        steps = torch.full(found.scales.shape, step)
-        grid = Grid(steps, -steps * 2.0 ** (choice.bits - 1))
-        codes = _round_in_order(_shrunk(weight, tilted, mu, order), grid, choice, tilted, order)
+        codes = _round_in_order(
+            _shrunk(weight, tilted, mu, order), Grid(wider * steps, wider * start), choice, tilted, order
+        )
         matrix = replace(found, codes=torch.from_numpy(pack(codes, choice.bits)), squared_error=None)
         nbytes = _coded_bytes(matrix)
         if most < nbytes <= limit:
-            best, most = _fitted(matrix, weight, codes, hessian), nbytes
-        if limit * (1 - RATE_SLACK) <= nbytes <= limit:
+            best, most = _fitted(matrix, weight, codes, hessian) if choice.rate else matrix, nbytes
+        if nbytes <= limit and (not choice.rate or nbytes >= limit * (1 - RATE_SLACK)):
             break
-        step *= 2.0 ** (8 * (nbytes - limit * (1 - RATE_SLACK / 2)) / parameters)
+        if choice.rate:
+            wider *= 2.0 ** (8 * (nbytes - limit * (1 - RATE_SLACK / 2)) / parameters)
+        else:
+            more *= 2
     return replace(best, squared_error=restored_error(best, weight))
 
 
