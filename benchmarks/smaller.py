@@ -2,9 +2,10 @@
 
     python benchmarks/smaller.py MODEL [MODEL ...] --text TEXT [TEXT ...] [--max-tokens 4096] [--skip-tokens 0]
 
-Coded: at each width, a fixed-length plan (method auto); the same files coded (the same weights); and coded plans of 0.9
-and 0.8 of the fixed-length bytes, also with GPTQ on the model's own writing. Sliced: a nested 4-bit artifact cut down,
-beside models quantized directly by the same plan and by a plan of the same bytes with the usual choices.
+Coded: at each width, a fixed-length plan (method auto); the same files coded (the same weights), also with GPTQ on the
+model's own writing; and coded plans of 0.9 and 0.8 of the fixed-length bytes, both ways. Sliced: a nested 4-bit
+artifact cut down, beside models quantized directly by the same plan and by a plan of the same bytes with the usual
+choices.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ def coded(bench: Bench, width: float) -> list[dict[str, Any]]:
     rows = [bench.row(f"{width:g} bits", folder)]
     recode(folder, bench.scratch / f"coded-{width:g}", "zstd")
     rows.append(bench.row(f"{width:g} bits, coded", bench.scratch / f"coded-{width:g}"))
+    rows.append(calibrated(bench, width))
     for share in SHARES:
         size = int(share * rows[0]["size_bytes"])
         plan = bench.plan(budget=Budget(size_bytes=size), codec="zstd")
@@ -98,6 +100,16 @@ def coded(bench: Bench, width: float) -> list[dict[str, Any]]:
             kind = f"{width:g} bits' bytes, {share:g} of them, --codec zstd"
             rows.append(bench.row(kind + (f" --quantizer {quantizer}" if quantizer else ""), folder))
     return rows
+
+
+def calibrated(bench: Bench, width: float) -> dict[str, Any]:
+    """The fixed-length plan rounded by GPTQ on the model's own writing, then coded."""
+    from alphaq.config import Budget
+    from alphaq.recoding import recode
+
+    folder = bench.quantized(bench.plan(budget=Budget(bits=width)), f"gptq-{width:g}", quantizer="gptq")
+    recode(folder, bench.scratch / f"gptq-coded-{width:g}", "zstd")
+    return bench.row(f"{width:g} bits --quantizer gptq, coded", bench.scratch / f"gptq-coded-{width:g}")
 
 
 def sliced(bench: Bench) -> list[dict[str, Any]]:
