@@ -25,9 +25,9 @@ LAYERS, BITS, ROUNDS = 8, 3.0, 3
 ABOUT = """\
 A checkpoint of a Mixtral's shape (8 experts of 2,816, hidden size 2,048, random weights), quantized to `4g128-nest`,
 is cut down to 3 bits as `alphaq slice --method alphaq` does: planned from α of its plan and from errors that are added
-up from codes, written, and re-read against the artifact. `write` is without the re-reading. Beside it the same files are read
-and written in chunks, and synchronised to the disk, as slices are. Megabytes are those of the artifact; the files are
-not in the system's cache at first."""
+up from codes, written, and re-read against the artifact. `write` is without the re-reading. Beside it the same files
+are read and written in chunks, and synchronised to the disk, as slices are. Megabytes are those of the artifact; the
+files are not in the system's cache at first."""
 
 
 def timed(work: Callable[[], Any], before: Callable[[], None]) -> float:
