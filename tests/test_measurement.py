@@ -206,6 +206,7 @@ def test_a_killed_worker_is_an_error_with_a_remedy() -> None:
         list(workers.map(die, range(3)))
 
 
+@pytest.mark.slow
 def test_large_tasks_keep_every_process_busy_and_no_more() -> None:
     with Workers(2, 1) as workers:
         for size, most in ((0, 9), (1 << 40, 3)):

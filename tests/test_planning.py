@@ -133,7 +133,10 @@ def check_promises(plan: Plan, limit: int, spent: int, matrices: dict[str, Matri
     assert plan.objective == pytest.approx(objective, rel=1e-5)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine",
+    [one if one in ("native", "llama.cpp") else pytest.param(one, marks=pytest.mark.slow) for one in ENGINES],
+)
 def test_every_engine_s_plan_fits_agrees_and_is_proven(
     plan: MakePlan, checkpoint: Checkpoint, matrices: dict[str, MatrixRef], engine: str
 ) -> None:

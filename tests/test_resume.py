@@ -149,6 +149,7 @@ def unfinished(place: Place, undisturbed: dict[str, bytes]) -> Path:
     return place.out
 
 
+@pytest.mark.slow
 def test_another_plan_is_refused_until_told_to_restart(alphaq: Any, tiny: Path, unfinished: Path) -> None:
     ran = alphaq("quantize", tiny, *OPTIONS, "--bits", "3", "-o", unfinished)
     assert ran.code == 2
@@ -230,6 +231,7 @@ def test_damaged_input_leaves_nothing(alphaq: Any, tiny: Path, tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "plan.json"]
 
 
+@pytest.mark.slow
 def test_damaged_matrix_kept_in_16_bits_is_refused_too(alphaq: Any, tiny: Path, tmp_path: Path) -> None:
     import shutil
 

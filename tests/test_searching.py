@@ -94,6 +94,7 @@ def test_plan_quantize_certify_agree_and_the_next_smaller_step_fails(alphaq: Run
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.json", "out", "plan.json"]
 
 
+@pytest.mark.slow
 def test_quantize_searches_too(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     ran = alphaq(
         *("quantize", tiny, "--ear", 0.5, "--text", TEXT, *SCORING, "--choices", "2,4", "--ear-step", 2, "--json"),
@@ -106,6 +107,7 @@ def test_quantize_searches_too(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     assert "no smaller budget is feasible" in ran.err
 
 
+@pytest.mark.slow
 def test_target_beyond_the_widest_choices_says_what_they_reach(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     curve = tmp_path / "curve.json"
     ran = alphaq(

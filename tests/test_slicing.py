@@ -134,6 +134,7 @@ def test_a_slice_of_a_slice_is_a_slice(nested: Path, alphaq: Callable[..., Any],
             assert np.array_equal(codes_of(found), codes_of(first) >> (first.choice.bits - choice.bits))
 
 
+@pytest.mark.slow
 def test_a_slice_can_be_coded(nested: Path, alphaq: Callable[..., Any], tmp_path: Path) -> None:
     options = ("--bits", 3, "--codec", "zstd", "--choices", "2g128-nest,3g128-nest,4g128-nest")
     ran = alphaq("slice", nested, "-o", tmp_path / "out", *options, *FAST, "--json")
@@ -143,6 +144,7 @@ def test_a_slice_can_be_coded(nested: Path, alphaq: Callable[..., Any], tmp_path
     check_rest(nested, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_larger_budget_keeps_everything_as_it_is(nested: Path, alphaq: Callable[..., Any], tmp_path: Path) -> None:
     ran = alphaq("slice", nested, "-o", tmp_path / "out", "--size", weight_bytes(nested) + 10_000, *FAST)
     assert ran.code == 0, ran.err

@@ -130,6 +130,7 @@ def test_damaged_files_are_refused(tmp_path: Path, data: bytes) -> None:
         read_imatrix(tmp_path / "i.dat")
 
 
+@pytest.mark.slow
 def test_plan_and_quantize_must_have_the_same_one(alphaq, tmp_path: Path, tiny: Path, sums: np.ndarray) -> None:  # type: ignore[no-untyped-def]
     stacks = {name: (values, np.ones(8)) for name, values in every_stack(sums).items()}
     given = write_gguf(tmp_path / "i.gguf", stacks | {"output_norm.weight": (sums[:1], np.ones(1))})

@@ -115,6 +115,7 @@ def test_one_matrix_costs_its_own_bytes(server: objectstore.Server, hosted: str)
     assert server.counter.served == checkpoint.stored_bytes(matrix)
 
 
+@pytest.mark.slow
 def test_large_ranges_are_read_in_parts(hosted: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there, local = open_checkpoint(hosted), open_checkpoint(tiny)
     monkeypatch.setattr(remote, "PART_BYTES", 10_000)

@@ -104,6 +104,7 @@ def test_packed_words_are_those_that_mlx_makes(choice: Choice) -> None:
     assert np.array_equal(unpack(found.view(np.uint8), choice.bits, 384), expected)
 
 
+@pytest.mark.slow
 def test_command_line_quantizes_and_verifies(tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
     result = alphaq("quantize", tiny, "--engine", "mlx", "--bits", 3.5, "-o", tmp_path / "out", "--json")
     assert result.code == 0, result.err

@@ -85,6 +85,7 @@ def test_command_line_quantizes_and_verifies(tiny: Path, tmp_path: Path, alphaq:
     assert alphaq("verify", tmp_path / "out", "--source", tiny).code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "share", [pytest.param(0.0, marks=pytest.mark.slow), 0.3, pytest.param(0.7, marks=pytest.mark.slow)]
 )

@@ -126,7 +126,7 @@ def test_sixteen_bits_lose_nothing_of_bf16() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("columns", [1, 15, 33, 128, 300, 1024])
+@pytest.mark.parametrize("columns", [33, 300, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 15, 128, 1024))])
 @pytest.mark.parametrize("choice", ALL, ids=str)
 @pytest.mark.parametrize("bias_weight", [1.0, BIAS_WEIGHT])
 def test_kernel_agrees_with_plain_torch(choice: Choice, columns: int, dtype: torch.dtype, bias_weight: float) -> None:
