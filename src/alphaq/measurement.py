@@ -21,7 +21,7 @@ from alphaq.quantizers.base import (
     squared_errors,
 )
 from alphaq.quantizers.coding import coder_version, encode_tensor
-from alphaq.quantizers.cutting import CUTS, can_cut, cut_errors, cutting, held_form
+from alphaq.quantizers.cutting import CUTS, cut_errors, cutting, held_form
 from alphaq.quantizers.packing import encode
 from alphaq.records import Choice, MatrixRef, Spectrum, WeightStatistics
 from alphaq.spectra.device import device_batch, device_spectra, device_tasks
@@ -81,17 +81,16 @@ def measure_one(checkpoint: Checkpoint, task: MeasureTask) -> Measured:
     if task.streamed:
         return Measured(streamed_spectrum(partial(checkpoint.read_rows, task.matrix), task.matrix.shape, name))
     held = held_form(checkpoint, task.matrix) if task.choices and task.quantizer == CUTS else None
-    cuts = () if held is None or task.codec else tuple(one for one in task.choices if can_cut(held.choice, one))
-    if held is not None and cuts == task.choices and not (task.spectrum or task.statistics):
-        return Measured(None, cut_errors(held, cuts))
+    exact = SquaredErrors() if held is None or task.codec else cut_errors(held, task.choices)
+    rest = tuple(choice for choice in task.choices if choice not in exact.expected)
+    if held is not None and not (rest or task.spectrum or task.statistics):
+        return Measured(None, exact)
     weight = checkpoint.read(task.matrix)
     own = spectrum if task.variant == FAST_VARIANT else partial(variant_spectrum, variant=task.variant)
     quantizer = quantizer_of(task.quantizer, task.importance)
     if task.codec is None:
-        rest = tuple(choice for choice in task.choices if choice not in cuts)
         errors = squared_errors(weight, rest, name, quantizer, task.sample_values)
-        if held is not None and cuts:
-            exact = cut_errors(held, cuts)
+        if exact.expected:
             errors = replace(exact, expected=exact.expected | errors.expected, deviation=errors.deviation)
     else:
         errors = coded_errors(weight, task.choices, name, cutting(held, quantizer))

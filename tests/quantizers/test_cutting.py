@@ -100,3 +100,5 @@ def test_errors_are_exact_and_come_with_the_energy() -> None:
     assert errors.energy == pytest.approx(squared_norm(dequantize(wide)))
     assert [errors.expected[one] for one in choices] == sorted(errors.expected.values(), reverse=True)
     assert cut_errors(wide, (wide.choice,)).energy == pytest.approx(errors.energy)
+    assert cut_errors(wide, (Choice.parse("2g64"),)).expected == {}
+    assert cut_errors(wide, (Choice.parse("2g64"), *choices)) == errors

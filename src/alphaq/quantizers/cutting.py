@@ -58,9 +58,11 @@ def cutting(held: QuantizedMatrix | None, quantizer: Quantizer) -> Quantizer:
 
 
 def cut_errors(held: QuantizedMatrix, choices: Sequence[Choice]) -> SquaredErrors:
-    """Exact errors at choices that the codes hold (`can_cut`), and Σŵ²."""
-    found = {choice: cut(held, choice) for choice in choices}
-    energy = max((energy for _, energy in found.values()), default=0.0)
+    """Exact errors at those choices that the codes hold (`can_cut`), and Σŵ²; nothing if they hold none."""
+    found = {choice: cut(held, choice) for choice in choices if can_cut(held.choice, choice)}
+    if not found:
+        return SquaredErrors()
+    energy = max(energy for _, energy in found.values())
     errors = {choice: matrix.squared_error or 0.0 for choice, (matrix, _) in found.items()}
     return SquaredErrors(errors, energy=energy or squared_norm(dequantize(held)))
 
