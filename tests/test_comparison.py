@@ -1,25 +1,35 @@
 import csv
 import json
 import math
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from alphaq import comparison, pipeline, trials
+from alphaq.cache import Cache
 from alphaq.calibrated import Rounding
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.comparison import Row, compare, variant_of
 from alphaq.config import Budget, PlanConfig, Rule
-from alphaq.errors import AlphaQError, OutputError, StatsError
+from alphaq.engines.profiles import ENGINES
+from alphaq.errors import AlphaQError, BudgetError, OutputError, StatsError
 from alphaq.evaluation.fidelity import Remembered, WindowScore, paired_bootstrap, windows
+from alphaq.planning import make_plan, measure_for_plan, measure_for_plans, plain_size, resolve
+from alphaq.records import Plan
+from alphaq.sensitivity.methods import METHODS as METHODS_KNOWN
 from conftest import DATA
 
 TEXTS = sorted((DATA / "texts").glob("*.txt"))[:2]
 CONFIG = PlanConfig(budget=Budget(bits=2), choices="2,3")
 METHODS = ("uniform", "first-layers", "distortion")
+slow = pytest.mark.slow
 
 
 def run(tiny: Path, out: Path, methods: tuple[str, ...] = METHODS, **settings: Any) -> list[Row]:
@@ -76,7 +86,7 @@ def test_finished_comparison_is_read_and_not_repeated(
     finished: tuple[Path, list[Row]], tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, rows = finished
-    monkeypatch.setattr(comparison, "measure_for_plan", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(comparison, "measure_for_plans", lambda *_, **__: pytest.fail("measured again"))
     monkeypatch.setattr(trials, "load_model", lambda *_, **__: pytest.fail("loaded again"))
     assert run(tiny, out) == rows
 
@@ -104,6 +114,81 @@ def test_interrupted_comparison_goes_on_to_the_same_figures(
     assert figures(again) == figures(finished[1])
     distinct = {json.dumps(choices, sort_keys=True) for choices in plans}
     assert len(plans) == len(distinct) + 1  # the one that was stopped is done again, equal plans are not
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cache of what `plan` measures, apart from the comparison's."""
+    return tmp_path_factory.mktemp("own")
+
+
+@pytest.mark.parametrize("order", [("uniform", "auto"), ("auto", "uniform"), ("mint", "auto", "uniform")])
+def test_plans_do_not_depend_on_order_or_company_and_are_those_of_plan(
+    order: tuple[str, ...], tiny: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Plan] = []
+
+    def scored(trials: object, plan: Plan | None, rounding: Rounding | None) -> dict[str, Any]:
+        seen.extend([] if plan is None else [plan])
+        return {"digest": "", "scores": {"text": [[1, 1.0, 0.0, 1.0, 1.0, 1.0]]}, "seconds_to_quantize": 0.0}
+
+    monkeypatch.setattr(trials, "load_model", lambda *_: (SimpleNamespace(dtype="", device="", config=None), None))
+    monkeypatch.setattr(trials.Trials, "run", scored)
+    checkpoint = open_checkpoint(tiny)
+    with Cache(tmp_path / "cache", {}) as cache:  # --no-cache measures the same, only later again
+        for row in compare(checkpoint, order, [2.5], TEXTS, tmp_path / "out", cache=cache)[1:]:
+            config = PlanConfig(budget=Budget(size_bytes=row.budget_bytes), method=row.method)
+            with Cache(own, {}) as kept:
+                found = measure_for_plan(checkpoint, resolve(config), cache=kept)
+            alone = make_plan(checkpoint, resolve(config), found)
+            made = next(plan for plan in seen if plan.config["method"] == row.method)
+            assert made.to_json() == alone.to_json()
+    assert [plan.config["method"] for plan in seen] == [*["uniform"] * ("uniform" not in order), *order]
+
+
+@pytest.mark.parametrize(
+    "engine", [name if name != "llama.cpp" else pytest.param(name, marks=slow) for name in ENGINES]
+)
+def test_measuring_for_all_methods_together_gives_each_what_it_measures_alone(
+    engine: str, save_family: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Every method that goes by errors, first and last; whatever else is offered beside it."""
+    checkpoint = open_checkpoint(save_family("qwen2_moe") if engine != "llama.cpp" else DATA / "tiny")
+    size = plain_size(checkpoint, resolve(PlanConfig(budget=Budget(bits=4), engine=engine, method="uniform")), 4.5)
+    config = PlanConfig(budget=Budget(size_bytes=size), engine=engine)
+    requests = {}
+    for name, method in METHODS_KNOWN.items():
+        with suppress(AlphaQError):  # methods that engines or their choices have no room for
+            requests[name] = resolve(config.model_copy(update={"method": name})) if not method.needs_text else None
+    requests = {name: request for name, request in requests.items() if request is not None}
+    assert {"auto", "uniform", "distortion", "mint"} <= requests.keys()
+    with Cache(tmp_path / "cache", {}) as cache:
+        alone = {
+            name: measure_for_plan(checkpoint, one, cache=cache, check_budget=False) for name, one in requests.items()
+        }
+    with Cache(tmp_path / "other", {}) as cache:
+        for names in (list(requests), list(requests)[::-1]):
+            found = measure_for_plans(checkpoint, {n: requests[n] for n in names}, cache=cache, check_budget=False)
+            for name, request in requests.items():
+                one, other = found[name], alone[name]
+                assert one.choices == other.choices and one.measured == other.measured == request.offered
+                np.testing.assert_array_equal(one.squared_errors, other.squared_errors)
+                with suppress(BudgetError):  # --min-sqnr may leave nothing, then for both
+                    made = make_plan(checkpoint, request, other)
+                    assert make_plan(checkpoint, request, one).to_json() == made.to_json()
+
+
+def test_choices_that_were_not_measured_cannot_be_planned_with(tiny: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    narrow = resolve(PlanConfig(budget=Budget(bits=2.5), choices="2,3"))
+    found = measure_for_plan(checkpoint, narrow)
+    wide = resolve(PlanConfig(budget=Budget(bits=2.5), choices="2,3,2g32", pins=(Rule(pattern="down", value="3"),)))
+    with pytest.raises(BudgetError, match="2g32 was not measured"):
+        make_plan(checkpoint, wide, found)
+    pinned = resolve(PlanConfig(budget=Budget(bits=2.5), choices="2", pins=(Rule(pattern="down", value="3"),)))
+    asked_for_more = replace(narrow, choices=pinned.choices)
+    with pytest.raises(BudgetError, match="3g128 was not measured"):  # its errors are known of pinned matrices only
+        make_plan(checkpoint, asked_for_more, measure_for_plan(checkpoint, pinned))
 
 
 def test_other_settings_need_another_folder(finished: tuple[Path, list[Row]], tiny: Path) -> None:

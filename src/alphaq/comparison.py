@@ -34,7 +34,7 @@ from alphaq.evaluation.fidelity import (
     summarize_windows,
 )
 from alphaq.journal import Journal
-from alphaq.planning import Measurements, Request, make_plan, measure_for_plan, plain_size, resolve
+from alphaq.planning import Measurements, Request, make_plan, measure_for_plans, plain_size, resolve
 from alphaq.records import Fidelity, Plan, first_fault
 from alphaq.registry import unknown
 from alphaq.sensitivity.methods import METHODS
@@ -109,6 +109,9 @@ def compare(
     first = next(iter(quantizers))
     base = config or PlanConfig(budget=Budget(bits=bits[0]))
     contents = read_texts(list(texts))
+    plain = resolve(base.model_copy(update={"method": BASELINE}))
+    sizes = {width: plain_size(checkpoint, plain, width) for width in bits}
+    base = base.model_copy(update={"budget": Budget(size_bytes=sizes[bits[0]])})
     requests = _requests(base, methods, calibration)
     job = _job(checkpoint, base, contents, calibration) | {
         "window": window,
@@ -128,11 +131,17 @@ def compare(
         missing = [key for key in wanted if key not in entries]
         if missing:
             asked = {name: request for name, request in requests.items() if any(key[0] == name for key in missing)}
-            measured = _measured(checkpoint, asked, calibration, wrap, workers, cache)
+            measured = measure_for_plans(
+                checkpoint,
+                asked,
+                wrap=wrap,
+                workers=workers,
+                cache=cache,
+                calibration=calibration,
+                check_budget=False,  # an infeasible budget costs its own row only
+            )
             if cache is not None:
                 cache.close()  # others may measure while this one evaluates
-            plain = resolve(base.model_copy(update={"method": BASELINE}))
-            sizes = {width: plain_size(checkpoint, plain, width) for width in bits}
             runs = _runs(checkpoint, requests, measured, missing, sizes)
             score = partial(score_texts, texts=contents, window=window, max_tokens=max_tokens, skip_tokens=skip_tokens)
             trials = Trials(checkpoint, score, out / SCRATCH_NAME, dtype, wrap, workers, device)
@@ -187,7 +196,7 @@ def _claim(out: Path) -> None:
 
 
 def _requests(base: PlanConfig, methods: Sequence[str], calibration: Text | None) -> dict[str, Request]:
-    """Every method's request, all over the same columns. Raises AlphaQError before any work."""
+    """Every method's request. Raises AlphaQError before any work."""
     found = {}
     for name in methods:
         config = variant_of(base, name)
@@ -196,8 +205,7 @@ def _requests(base: PlanConfig, methods: Sequence[str], calibration: Text | None
         found[name] = resolve(config)
         if found[name].method.needs_text and calibration is None:
             raise StatsError(f"Method {name} needs a text. Give one with --calibration FILE, or leave it out.")
-    columns = tuple(sorted({choice for request in found.values() for choice in request.choices}))
-    return {name: replace(request, choices=columns) for name, request in found.items()}
+    return found
 
 
 def _job(
@@ -221,38 +229,10 @@ def _job(
     }
 
 
-def _measured(
-    checkpoint: Checkpoint,
-    requests: Mapping[str, Request],
-    calibration: Text | None,
-    wrap: Wrap,
-    workers: Workers | None,
-    cache: Cache | None,
-) -> dict[tuple[str | None, ...], Measurements]:
-    """What the requests need to know, once for all of a kind."""
-    found: dict[tuple[str | None, ...], Measurements] = {}
-    for request in requests.values():
-        kind = _kind(request)
-        if kind not in found:
-            needs = {need for other in requests.values() if _kind(other) == kind for need in other.method.needs}
-            found[kind] = measure_for_plan(
-                checkpoint,
-                request,
-                None,
-                wrap,
-                workers,
-                cache,
-                calibration=calibration,
-                needs=needs,
-                check_budget=False,  # an infeasible budget costs its own row only
-            )
-    return found
-
-
 def _runs(
     checkpoint: Checkpoint,
     requests: Mapping[str, Request],
-    measured: Mapping[tuple[str | None, ...], Measurements],
+    measured: Mapping[str, Measurements],
     missing: Sequence[Key],
     sizes: Mapping[float, int],
 ) -> Iterable[tuple[Key, Plan | None, dict[str, Any]]]:
@@ -264,7 +244,7 @@ def _runs(
             yield key, None, entry | dict.fromkeys(("budget_bytes", "size_bytes"), checkpoint.nbytes)
             continue
         request = requests[name]
-        found = measured[_kind(request)]
+        found = measured[name]
         size = sizes[width]
         entry["budget_bytes"] = size
         budget = {"budget": Budget(size_bytes=size)}
@@ -282,11 +262,6 @@ def _runs(
             "seconds_to_plan": seconds,
         }
         yield key, plan, entry
-
-
-def _kind(request: Request) -> tuple[str | None, ...]:
-    """Requests of one kind can share measurements."""
-    return request.config.noise, request.config.spectrum, request.config.tail
 
 
 def _rows(entries: Sequence[Mapping[str, Any]], first: str) -> list[Row]:

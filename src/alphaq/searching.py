@@ -215,7 +215,7 @@ def search(
 def _steps(checkpoint: Checkpoint, request: Request, found: Measurements, step: float) -> tuple[int, int]:
     """First and last step between the narrowest and the widest plan. Raises BudgetError if that is too many."""
     most = request.config.model_copy(update={"budget": Budget(bpw=32.0)})
-    problem = problem_of(checkpoint, replace(request, config=most, choices=found.choices), found.evidence)
+    problem = problem_of(checkpoint, replace(request, config=most), found.evidence)
     parameters = sum(matrix.parameters for matrix in checkpoint.planned)
     least, most_bytes = (int(problem.unit_costs.min(axis=1).sum()), int(problem.unit_costs.max(axis=1).sum()))
     low, high = (math.ceil(8 * nbytes / parameters / step - 1e-9) for nbytes in (least, most_bytes))

@@ -1,6 +1,6 @@
 """The stage that makes a plan: what is asked for, what must be known for it, what the budget allows, what is best."""
 
-from alphaq.planning.evidence import Measurements, measure_for_plan
+from alphaq.planning.evidence import Measurements, measure_for_plan, measure_for_plans
 from alphaq.planning.limits import nominal_bytes, plain_size, problem_of
 from alphaq.planning.plan import make_plan
 from alphaq.planning.request import Request, resolve
@@ -10,6 +10,7 @@ __all__ = [
     "Request",
     "make_plan",
     "measure_for_plan",
+    "measure_for_plans",
     "nominal_bytes",
     "plain_size",
     "problem_of",

@@ -23,7 +23,7 @@ from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import FILE_OVERHEAD
 from alphaq.engines.llama_cpp import GAUSSIAN_ERROR, gaussian_errors, importance_of
-from alphaq.errors import CheckpointError, QuantizationError, StatsError
+from alphaq.errors import BudgetError, CheckpointError, QuantizationError, StatsError
 from alphaq.measurement import Sampling, coded_bytes, measure
 from alphaq.numerics import squared_norm
 from alphaq.planning.limits import outside_experts, pinned, problem_of
@@ -46,11 +46,14 @@ SAMPLE_MEMBERS = 32  # matrices of a unit whose errors are measured
 class Measurements:
     """What was measured of the matrices to plan; enough for any number of budgets and methods that need no more.
 
-    squared_errors: expected Σ(w − ŵ)² [matrices, choices]. weights: parameters, or ones where unknown.
+    squared_errors: expected Σ(w − ŵ)² [matrices, choices]. measured: choices whose errors are known of every matrix
+    that could take them; those of the others, which only pins name, come from a formula. weights: parameters, or ones
+    where unknown.
     """
 
     spectra: dict[str, Spectrum]
     choices: tuple[Choice, ...]
+    measured: frozenset[Choice]
     squared_errors: np.ndarray
     weights: np.ndarray
     left_out: dict[str, str]
@@ -61,6 +64,58 @@ class Measurements:
     """Relative standard error of a unit's summed errors, for each of its matrices [matrices, choices]."""
     joined: dict[str, np.ndarray] = field(default_factory=dict)
     """Σ(w − ŵ)²/Σw² [choices] of matrices outside the experts that share their budget, where they were measured."""
+
+    def of(self, request: Request) -> Measurements:
+        """What a request would have measured by itself. Raises BudgetError if it offers what was not measured."""
+        if lacking := (request.offered - self.measured) | (set(request.choices) - set(self.choices)):
+            raise BudgetError(
+                f"{', '.join(map(str, sorted(lacking)))} was not measured. Measure for this request, or plan with the "
+                "same choices."
+            )
+        if request.choices == self.choices:
+            return self
+        columns = [self.choices.index(choice) for choice in request.choices]
+        coded = self.evidence.coded
+        errors = self.squared_errors[:, columns]
+        return replace(
+            self,
+            choices=request.choices,
+            measured=request.offered,
+            squared_errors=errors,
+            evidence=replace(
+                self.evidence,
+                choices=request.choices,
+                errors=errors,
+                coded=None if coded is None else coded[:, columns],
+            ),
+            deviations=None if self.deviations is None else self.deviations[:, columns],
+            joined={name: relative[columns] for name, relative in self.joined.items()},
+        )
+
+
+def measure_for_plans(
+    checkpoint: Checkpoint, requests: Mapping[str, Request], **settings: Any
+) -> dict[str, Measurements]:
+    """What each request would measure by itself, with everything that they share measured once.
+
+    settings: those of `measure_for_plan`.
+    """
+    kinds: dict[tuple[str | None, ...], dict[str, Request]] = {}
+    for name, request in requests.items():
+        config = request.config
+        kinds.setdefault((config.noise, config.spectrum, config.tail), {})[name] = request
+    found = {}
+    for members in kinds.values():
+        several = list(members.values())
+        together = replace(
+            next((request for request in several if request.joint), several[0]),
+            choices=tuple(sorted({choice for request in several for choice in request.choices})),
+            offered=frozenset().union(*(request.offered for request in several)),
+        )
+        needs = {need for request in several for need in request.method.needs}
+        measured = measure_for_plan(checkpoint, together, needs=needs, **settings)
+        found |= {name: measured.of(request) for name, request in members.items()}
+    return found
 
 
 def measure_for_plan(
@@ -199,7 +254,9 @@ def measure_for_plan(
         coded=nbytes if coded else None,
         rest_bytes=_coded_rest(checkpoint, request, workers or Workers(1, checkpoint), cache, wrap) if coded else 0,
     )
-    return Measurements(spectra, choices, errors, weights, left_out, evidence, seconds, deviation, joined)
+    return Measurements(
+        spectra, choices, request.offered, errors, weights, left_out, evidence, seconds, deviation, joined
+    )
 
 
 def _coded_rest(checkpoint: Checkpoint, request: Request, workers: Workers, cache: Cache | None, wrap: Wrap) -> int:
@@ -299,7 +356,7 @@ def _from_stats(request: Request, wanted: set[Need], given: Any) -> Measurements
     )
     energies = np.array([found.variance for found in given.spectra.values()]) * weights
     evidence = Evidence(tuple(given.spectra), choices, errors, energies, weights, _alphas(given.spectra))
-    return Measurements(given.spectra, choices, errors, weights, given.left_out, evidence)
+    return Measurements(given.spectra, choices, request.offered, errors, weights, given.left_out, evidence)
 
 
 def _alphas(spectra: dict[str, Spectrum]) -> np.ndarray:

@@ -25,14 +25,10 @@ from alphaq.sensitivity.roles import role_weights
 def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measurements) -> Plan:
     """Solve the budget and describe the result.
 
-    `found` may hold more choices than are asked for. Raises BudgetError if it lacks one, or nothing fits.
+    `found` may hold more choices than are asked for, which change nothing. Raises BudgetError if it lacks one, or
+    nothing fits.
     """
-    if lacking := set(request.choices) - set(found.choices):
-        raise BudgetError(
-            f"{', '.join(map(str, sorted(lacking)))} was not measured. Measure for this request, or plan with the "
-            "same choices."
-        )
-    request = replace(request, choices=found.choices)
+    found = found.of(request)
     config, choices = request.config, request.choices
     problem = problem_of(checkpoint, request, found.evidence)
     evidence = _accounted(replace(found.evidence, gamma=config.gamma, seed=config.seed), request)
