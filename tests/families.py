@@ -185,7 +185,7 @@ def config_of(family: str, **overrides: Any) -> Any:
     """A family's smallest config."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return _small(CONFIG_MAPPING[family], {**FAMILIES[family], **overrides})
+    return _small(CONFIG_MAPPING[family], {**FAMILIES.get(family, {}), **overrides})
 
 
 def _small(cls: Any, overrides: dict[str, Any]) -> Any:

@@ -147,6 +147,10 @@ class PlanConfig(BaseModel):
     """Name of the text that calibrated methods used."""
     imatrix: str | None = None
     """Name and digest of the importance matrix that llama.cpp's quantizers are to use."""
+    bos: bool = True
+    """Whether windows of tokens begin with what the model's tokenizer puts before a text."""
+    check: bool = True
+    """Whether a plan of the default method is compared with a uniform one before it is handed out."""
     codec: str | None = None
     """What codes the tensors of the files; a budget then counts coded bytes."""
 

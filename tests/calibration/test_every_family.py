@@ -16,7 +16,7 @@ from alphaq.planning.evidence import measure_for_plan
 from families import FAMILIES, random_family, save_layout
 
 NOT_RUN = {
-    "dbrx", "jetmoe", "llama4", "llama4_text", "muse_spark", "zaya",
+    "jetmoe", "llama4", "llama4_text", "muse_spark", "zaya",
 }  # fmt: skip
 """Families whose experts or layers compute something of their own."""
 NO_PRIOR = {"deepseek_v4", "flex_olmo", "gemma4", "gemma4_text", "qwen4_exp", "qwen4_exp_text"}

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from alphaq.calibration.inputs import Inputs, stream_inputs
-from alphaq.calibration.stream import random_windows, stream_forward
+from alphaq.calibration.stream import stream_forward
+from alphaq.calibration.tokens import random_windows
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.records import Role
 from conftest import COMMON, FAMILIES

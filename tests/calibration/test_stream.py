@@ -8,7 +8,8 @@ import torch
 from changed_checkpoint import changed
 
 from alphaq.calibration import stream
-from alphaq.calibration.stream import LayerTraffic, random_windows, read_windows, rewritten, stream_forward
+from alphaq.calibration.stream import LayerTraffic, stream_forward
+from alphaq.calibration.tokens import random_windows, read_windows, rewritten
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import AlphaQError, CheckpointError
 from conftest import COMMON, FAMILIES, random_model

@@ -10,7 +10,7 @@ import torch
 from changed_checkpoint import biased_to_first_two, changed
 
 from alphaq import numerics
-from alphaq.calibration.stream import random_windows
+from alphaq.calibration.tokens import random_windows
 from alphaq.calibration.traffic import Calibration, ExpertUse, curvature, expert_uses, gather, squared_row_ranges
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import ChoiceError, StatsError

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alphaq import pipeline
-from alphaq.calibration.stream import LayerTraffic, random_windows, stream_forward
+from alphaq.calibration.stream import LayerTraffic, stream_forward
+from alphaq.calibration.tokens import random_windows
 from alphaq.checkpoint.encodings import Encoding, decode
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import INDEX_NAME, Checkpoint, open_checkpoint, summarize

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from alphaq.calibration.stream import random_windows, stream_forward
+from alphaq.calibration.stream import stream_forward
+from alphaq.calibration.tokens import random_windows
 from alphaq.checkpoint.gguf_format import read_gguf
 from alphaq.checkpoint.gguf_source import open_gguf
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint

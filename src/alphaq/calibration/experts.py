@@ -50,8 +50,16 @@ class ExpertForm:
         return None if bias is None else bias[expert]
 
 
+def _folded(module: Any) -> Any:
+    """The part of a DBRX-like module that holds all its experts' weights, [experts · width, hidden] each."""
+    inner = getattr(module, "mlp", None)
+    return inner if all(isinstance(getattr(inner, name, None), Tensor) for name in ("w1", "v1", "w2")) else None
+
+
 def is_expert_module(module: nn.Module, count: int, role: Role) -> bool:
     """Whether it holds a layer's routed experts, that many, or is the MLP of a dense model."""
+    if role is Role.EXPERT and _folded(module) is not None:
+        return getattr(module, "num_experts", None) == count
     down: Any = getattr(module, "down_proj", None)
     first = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
     if role is not Role.EXPERT:
@@ -62,12 +70,14 @@ def is_expert_module(module: nn.Module, count: int, role: Role) -> bool:
 
 def form_of(module: Any, experts: dict[int, dict[str, MatrixRef]], where: str) -> ExpertForm:
     """The form of a module's experts. Raises CheckpointError if they have another, or matrices of other shapes."""
+    folded = _folded(module)
     parts = experts[0].keys()
     first = next((names for names in (("gate", "up"), ("gate_up",), ("up",)) if {*names, "down"} == parts), None)
-    dense = isinstance(module.down_proj, nn.Linear)
+    dense = folded is None and isinstance(module.down_proj, nn.Linear)
     biased = dense and any(child.bias is not None for child in module.children() if isinstance(child, nn.Linear))
-    more = not dense and len(list(module.parameters())) > len(list(module.parameters(recurse=False)))
-    act = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+    more = not dense and folded is None and len(list(module.parameters())) > len(list(module.parameters(recurse=False)))
+    runs = folded or module
+    act = getattr(runs, "act_fn", None) or getattr(runs, "activation_fn", None)
     turned = not getattr(module, "is_concatenated", True) and first == ("gate", "up")
     refused = CheckpointError(
         f"{where} ({type(module).__name__}) computes something of its own in its experts, so they cannot be run "
@@ -80,8 +90,11 @@ def form_of(module: Any, experts: dict[int, dict[str, MatrixRef]], where: str) -
             f"{where} ({type(module).__name__}) has experts without weights, which are not run here. "
             "Use --method alphaq, or another that needs no forward pass."
         )
-    down = module.down_proj.weight.shape if dense else module.down_proj.shape[1:]
-    hidden, width = reversed(down) if getattr(module, "is_transposed", False) else down
+    if folded is not None:
+        hidden, width = folded.hidden_size, folded.ffn_hidden_size
+    else:
+        down = module.down_proj.weight.shape if dense else module.down_proj.shape[1:]
+        hidden, width = reversed(down) if getattr(module, "is_transposed", False) else down
     for matrices in experts.values():
         for part, matrix in matrices.items():
             rows = 2 * width if part == "gate_up" else width
@@ -93,4 +106,4 @@ def form_of(module: Any, experts: dict[int, dict[str, MatrixRef]], where: str) -
                     f"{where}: {matrix.name} has shape {list(matrix.shape)}, the model's class expects "
                     f"{list(expected)}. Download the checkpoint again or correct config.json."
                 )
-    return ExpertForm(module, first)
+    return ExpertForm(runs, first)

@@ -15,19 +15,18 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alphaq.calibration.experts import ExpertForm, form_of, is_expert_module
+from alphaq.calibration.passage import Passage, Recorder
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import AlphaQError, CheckpointError
 from alphaq.records import MatrixRef, Role
 
 MMAP_THRESHOLD, LARGE_BYTES = -3, 1 << 22  # glibc's name of the setting; tensors of 4 MiB
-HEAD_TOKENS = 128  # whose chances are held at once, in float64: 155 MB with 152 000 words
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +34,7 @@ class LayerTraffic:
     """What one MoE layer saw: `weights` are as the layer multiplies its experts' outputs.
 
     inputs: float32 [tokens, hidden]. experts: int64 [tokens, top_k]. weights: float32 [tokens, top_k].
-    residual: float64 [tokens], squared norm of the stream that the layer's output has joined; None if not run.
+    passage: how the experts' output reaches the stream; None if not asked for, or not run.
     """
 
     layer: int
@@ -43,7 +42,7 @@ class LayerTraffic:
     experts: Tensor
     weights: Tensor
     form: ExpertForm
-    residual: Tensor | None = None
+    passage: Passage | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,8 @@ class HollowModel:
             decoders = (one for one in model.modules() if hasattr(one, "layers") and hasattr(one, "embed_tokens"))
             self.base = next(decoders, self.base)
         names = {module: name for name, module in self.model.named_modules()}
-        layers = list(getattr(self.base, "layers", ()))
+        stack = getattr(self.base, "layers", getattr(self.base, "blocks", None))  # DBRX has blocks
+        layers = list(stack or ())
         self.layers = [names[layer] for layer in layers]
         self.planned_role = checkpoint.planned_role
         self.matrices: dict[int, dict[int, dict[str, MatrixRef]]] = {}
@@ -135,7 +135,7 @@ class HollowModel:
             layer: form_of(self.model.get_submodule(name), self.matrices[layer], f"{name} of {checkpoint.folder}")
             for layer, name in self.experts.items()
         }
-        self.parts = [names[part] for part in self.base.children() if part is not self.base.layers] + self.layers
+        self.parts = [names[part] for part in self.base.children() if part is not stack] + self.layers
         mapping: Any = get_model_conversion_mapping(model)
         self._loading = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping)
         self._sources = self._match_stored_tensors()
@@ -226,11 +226,12 @@ def stream_forward(
     visit: Callable[[LayerTraffic], None],
     hollow: HollowModel | None = None,
     experts_of: Callable[[HollowModel, LayerTraffic], Tensor] | None = None,
+    with_passages: bool = False,
 ) -> Tensor:
     """Final hidden states, float32 [windows, length, hidden], of int64 token ids [windows, length].
 
     On the way `visit` is shown each MoE layer's traffic, in order; tokens are in row-major order of the windows.
-    experts_of: gives a layer's output of its experts instead of `run_experts`.
+    experts_of: gives a layer's output of its experts instead of `run_experts`. with_passages: traffic comes with them.
     Memory: a layer's weights without its routed experts and one of these, in float32, and the activations of all
     windows in one layer. Raises CheckpointError as `HollowModel` does, and AlphaQError for
     ids that are no windows of this model's tokens.
@@ -250,24 +251,8 @@ def stream_forward(
     def empty(name: str) -> Callable[..., None]:
         return lambda module, arguments, output: hollow.empty(name)
 
-    seen: dict[int, LayerTraffic] = {}
-    experts_of = experts_of or run_experts
-
-    def keep(layer: int) -> Callable[..., None]:
-        return lambda module, args, kwargs: seen.update({layer: traffic_of(hollow, layer, args, kwargs)})
-
-    def show(layer: int) -> Callable[..., None]:
-        def finish(module: nn.Module, arguments: Any, output: Any) -> None:
-            stream = output[0] if isinstance(output, tuple) else output
-            visit(replace(seen.pop(layer), residual=stream.flatten(0, -2).square().sum(-1, dtype=torch.float64)))
-
-        return finish
-
-    for layer, name in hollow.experts.items():
-        experts = hollow.model.get_submodule(name)
-        experts.register_forward_pre_hook(keep(layer), with_kwargs=True)
-        experts.forward = lambda states, *args, layer=layer, **kwargs: experts_of(hollow, seen[layer]).view_as(states)
-        hollow.model.get_submodule(hollow.layers[layer]).register_forward_hook(show(layer))
+    for layer in hollow.experts:
+        _Watched(hollow, layer, experts_of or run_experts, visit, with_passages)
     for name in hollow.parts:
         part = hollow.model.get_submodule(name)
         part.register_forward_pre_hook(fill(name))
@@ -285,6 +270,61 @@ def stream_forward(
             f"{type(hollow.base).__name__} of {checkpoint.name} cannot be run layer by layer ({str(error)[:200]}). "
             "Use --method alphaq, or another that needs no forward pass."
         ) from error
+
+
+class _Watched:
+    """One MoE layer: its experts compute with what is on disk, and what they saw is shown once the layer is done."""
+
+    def __init__(
+        self,
+        hollow: HollowModel,
+        layer: int,
+        experts_of: Callable[[HollowModel, LayerTraffic], Tensor],
+        visit: Callable[[LayerTraffic], None],
+        with_passage: bool,
+    ) -> None:
+        self.hollow, self.layer, self.experts_of, self.visit = hollow, layer, experts_of, visit
+        self.traffic: LayerTraffic | None = None
+        self.output: Tensor | None = None
+        experts: Any = hollow.model.get_submodule(hollow.experts[layer])
+        decoder = hollow.model.get_submodule(hollow.layers[layer])
+        self.recorder = Recorder(decoder, experts) if with_passage else None
+        experts.register_forward_pre_hook(self._see, with_kwargs=True)
+        experts.forward = self._run
+        decoder.register_forward_hook(self._show, with_kwargs=True)
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.output is None:
+            self.traffic = traffic_of(self.hollow, self.layer, args, kwargs)
+
+    def _run(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.traffic is not None  # the hook comes first
+        if self.output is None:
+            self.output = self.experts_of(self.hollow, self.traffic)
+        return self.output.view_as(states)
+
+    def _show(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        assert self.traffic is not None and self.output is not None  # the layer has been run
+        traffic, put_out, recorder = self.traffic, self.output, self.recorder
+        if recorder is not None:
+
+            def rerun(other: Tensor) -> Tensor:
+                self.output = other
+                with recorder.replaying():
+                    return _stream(module.forward(*args, **kwargs))
+
+            where = f"{self.hollow.layers[self.layer]} of {self.hollow.checkpoint.name}"
+            traffic = replace(traffic, passage=Passage(rerun, put_out, _stream(output), where))
+        self.visit(traffic)
+        self.traffic = self.output = None
+        if recorder is not None:
+            recorder.clear()
+
+
+def _stream(output: Any) -> Tensor:
+    """The stream in what a decoder layer gives."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 @cache
@@ -327,13 +367,6 @@ def traffic_of(hollow: HollowModel, layer: int, args: tuple[Any, ...], kwargs: d
     return LayerTraffic(layer, inputs, experts.long(), weights, hollow.forms[layer])
 
 
-def _drawn(logits: Tensor, numbers: Tensor) -> Tensor:
-    """A token for each of logits [windows, positions, words], by float64 numbers [windows, positions, 1] below 1."""
-    chances = logits.double().softmax(-1).cumsum(-1)
-    found = torch.searchsorted(chances, (numbers * chances[..., -1:]).contiguous())
-    return found.squeeze(-1).clamp(max=chances.shape[-1] - 1)
-
-
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """transformers shows one per load, which here is hundreds."""
@@ -346,65 +379,3 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def read_windows(tokenizer_folder: str | Path, text: str, length: int, max_tokens: int) -> Tensor:
-    """A text's first tokens as int64 [windows, length], whole windows only.
-
-    Raises CheckpointError if the tokenizer cannot be loaded, AlphaQError if there is not one whole window.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"transformers cannot load the tokenizer of {tokenizer_folder} ({reason}). Restore tokenizer.json and "
-            "tokenizer_config.json."
-        ) from error
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0, :max_tokens].long()
-    count = len(ids) // length
-    if not count:
-        raise AlphaQError(
-            f"The text gives {len(ids)} tokens (at most {max_tokens} are taken), fewer than one window of {length}. "
-            "Give a longer text, more tokens or shorter windows."
-        )
-    return ids[: count * length].view(count, length)
-
-
-def random_windows(vocabulary: int, windows: int, length: int, seed: int = 0) -> Tensor:
-    """Uniformly random tokens, int64 [windows, length]: hidden states of the model without any text."""
-    return torch.randint(vocabulary, (windows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def rewritten(checkpoint: Checkpoint, ids: Tensor, seed: int = 0) -> Tensor:
-    """Each token but the first of a window replaced by a sample of what the model expects after those before it.
-
-    One pass turns random tokens into ones that the model itself would write after them, all positions at once: no
-    text, but frequencies and neighbours closer to it. Memory: as `stream_forward`, and the head's weights.
-    """
-    hollow = HollowModel(checkpoint)
-    states = stream_forward(checkpoint, ids, lambda traffic: None, hollow)[:, :-1]
-    head = hollow.model.get_output_embeddings()
-    name = next((name for name, module in hollow.model.named_modules() if module is head), None)
-    if name is None:
-        raise CheckpointError(
-            f"{type(hollow.model).__name__} of {checkpoint.name} has no head for words. Use --method alphaq, or "
-            "another that needs no forward pass."
-        )
-    if not hollow.stores(name):  # tied: the head is the embedding
-        embeddings = hollow.base.get_input_embeddings()
-        name = next(name for name, module in hollow.model.named_modules() if module is embeddings)
-    hollow.fill(name)
-    weight = hollow.model.get_submodule(name).weight
-    draws = torch.rand(*states.shape[1::-1], 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    written = [ids[:, :1]]
-    with torch.no_grad():
-        # Many positions at once, because each product reads the whole head; not all, because chances are wide.
-        step = max(1, HEAD_TOKENS // len(ids))
-        for part, drawn in zip(states.split(step, dim=1), draws.transpose(0, 1).split(step, dim=1), strict=True):
-            rows = zip(part.split(HEAD_TOKENS), drawn.split(HEAD_TOKENS), strict=True)
-            written.append(torch.cat([_drawn(some @ weight.T, numbers) for some, numbers in rows]))
-    hollow.empty(name)
-    return torch.cat(written, dim=1)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from alphaq.calibration.stream import random_windows, read_windows, rewritten
+from alphaq.calibration.tokens import model_prefix, random_windows, read_windows, rewritten
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import StatsError
 
@@ -20,16 +20,21 @@ REWRITINGS = 1  # of random tokens; four made no difference (docs/LOG.md)
 
 @dataclass(frozen=True)
 class Text:
-    """The first `tokens` of a file, or as many of the model's own."""
+    """The first `tokens` of a file, or as many of the model's own.
+
+    bos: each window begins with what the model's tokenizer puts before a text, where it does.
+    """
 
     source: Path | Literal["self"]
     tokens: int = 16_384
+    bos: bool = True
 
     def __str__(self) -> str:
         """Tells texts apart by what they hold."""
+        cut = f"{self.tokens} by {WINDOW}{'' if self.bos else ' without BOS'}"
         if isinstance(self.source, Path):
-            return f"{hashlib.sha256(self.content().encode()).hexdigest()[:16]} {self.tokens} by {WINDOW}"
-        return f"{SELF} {self.tokens} by {WINDOW}, {REWRITINGS} times"
+            return f"{hashlib.sha256(self.content().encode()).hexdigest()[:16]} {cut}"
+        return f"{SELF} {cut}, {REWRITINGS} times"
 
     @property
     def name(self) -> str:
@@ -51,8 +56,14 @@ class Text:
         """
         length = min(WINDOW, self.tokens)
         if isinstance(self.source, Path):
-            return read_windows(checkpoint.folder, self.content(), length, self.tokens)
-        ids = random_windows(int(checkpoint.text_config["vocab_size"]), self.tokens // length, length)
-        for seed in range(REWRITINGS):
-            ids = rewritten(checkpoint, ids, seed)
-        return ids
+            return read_windows(checkpoint.folder, self.content(), length, self.tokens, self.bos)
+        return own_writing(checkpoint, self.tokens // length, length, self.bos)
+
+
+def own_writing(checkpoint: Checkpoint, windows: int, length: int, bos: bool = True) -> Tensor:
+    """Tokens that stand for text the model would write, int64 [windows, length]: random ones, rewritten by it."""
+    prefix = model_prefix(checkpoint) if bos else ()
+    ids = random_windows(int(checkpoint.text_config["vocab_size"]), windows, length, prefix=prefix)
+    for seed in range(REWRITINGS):
+        ids = rewritten(checkpoint, ids, seed, max(1, len(prefix)))
+    return ids

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from alphaq.calibration.passage import Passage
 from alphaq.calibration.stream import HollowModel, LayerTraffic, stream_forward
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import ChoiceError, QuantizationError, StatsError
@@ -30,10 +31,9 @@ from alphaq.quantizers.packing import dequantize
 from alphaq.records import Choice, MatrixRef
 
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PROBE = Choice(2, 128)
 """The rounding at which `signal` is measured; being relative, it hardly depends on it."""
-SMALLEST_RESIDUAL = 1e-30
 
 Expert = tuple[int, int]
 """Layer and number of a routed expert."""
@@ -65,8 +65,8 @@ class MatrixUse:
     output_errors: dict[Choice, float]
     """Σ w²‖y − ŷ‖² per token of the layer, with only this matrix of the expert stored at the choice."""
     signal: float = 0.0
-    """Σ w²‖y − ŷ‖² / ‖h‖² per token of the layer, h the stream after it, per relative squared error of the matrix;
-    0 if not asked for, NaN if the expert cannot be rounded."""
+    """Σ ‖h − ĥ‖² / ‖h‖² per token of the layer, h the stream behind it, per relative squared error of the matrix; 0 if
+    not asked for, NaN if the expert cannot be rounded."""
 
 
 @dataclass(frozen=True)
@@ -150,15 +150,17 @@ def gather(
     def visit(traffic: LayerTraffic) -> None:
         experts = hollow.matrices[traffic.layer]
         uses = expert_uses(traffic.experts, traffic.weights, len(experts))
+        signal = None if traffic.passage is None else LayerSignal(traffic, traffic.passage)
         for number, use in enumerate(uses):
-            matrices, block_errors = _Expert(checkpoint, experts[number], traffic, number).measure(
-                choices, with_baq, with_signal
-            )
+            expert = _Expert(checkpoint, experts[number], traffic, number)
+            matrices, block_errors = expert.measure(choices, with_baq, signal)
             found.experts[traffic.layer, number] = use
             found.matrices.update(matrices)
             found.block_errors[traffic.layer, number] = block_errors
+        for name, strength in signal.strengths().items() if signal is not None else ():
+            found.matrices[name] = replace(found.matrices[name], signal=strength)
 
-    stream_forward(checkpoint, ids, visit, hollow)
+    stream_forward(checkpoint, ids, visit, hollow, with_passages=with_signal)
     return found
 
 
@@ -174,6 +176,42 @@ def expert_uses(experts: Tensor, weights: Tensor, count: int) -> list[ExpertUse]
     ]
 
 
+class LayerSignal:
+    """How rounding each matrix of a layer's experts moves the stream behind the layer.
+
+    Where the way there only multiplies, a change of an expert's output counts at once. Elsewhere the changes of a layer
+    are put together, float32 [top_k, tokens, hidden] for each projection, and the layer is run with them.
+    """
+
+    def __init__(self, traffic: LayerTraffic, passage: Passage) -> None:
+        self.traffic, self.passage = traffic, passage
+        self.gains = passage.gains()
+        self.undefined: set[str] = set()
+        self._found: dict[str, float] = {}
+        self._waiting: dict[str, tuple[int, int, float]] = {}
+        self._changes: dict[int, Tensor] = {}
+
+    def add(self, name: str, expert: int, part: int, change: Tensor, scale: float) -> None:
+        """Take in how an expert's output [n, hidden] changes by a matrix rounded to 1 / scale of its energy."""
+        token, slot = torch.where(self.traffic.experts == expert)
+        change = change * self.traffic.weights[token, slot, None]
+        if self.gains is not None:
+            self._found[name] = scale * _weighted(self.gains[token], change) / len(self.gains)
+            return
+        if part not in self._changes:
+            self._changes[part] = torch.zeros(self.traffic.experts.shape[1], *self.passage.output.shape)
+        self._changes[part][slot, token] = change
+        self._waiting[name] = expert, part, scale
+
+    def strengths(self) -> dict[str, float]:
+        """Σ ‖h − ĥ‖² / ‖h‖² per token of the layer and relative squared error, by matrix."""
+        moved = {part: torch.stack([*map(self.passage.moved, slots)]) for part, slots in self._changes.items()}
+        for name, (expert, part, scale) in self._waiting.items():
+            token, slot = torch.where(self.traffic.experts == expert)
+            self._found[name] = scale * float(moved[part][slot, token].sum()) / len(self.traffic.experts)
+        return self._found | dict.fromkeys(self.undefined, math.nan)
+
+
 class _Expert:
     """One expert's tokens of a layer, and what its matrices make of them.
 
@@ -186,14 +224,12 @@ class _Expert:
         self.form, self.number = traffic.form, number
         self.inputs = traffic.inputs[token]
         self.square_weights = traffic.weights[token, slot].double().square() / len(traffic.inputs)
-        assert traffic.residual is not None  # the layer has been run
-        self.relative_weights = self.square_weights / traffic.residual[token].clamp(min=SMALLEST_RESIDUAL)
         self.all_tokens = len(traffic.inputs)
 
     def measure(
-        self, choices: tuple[Choice, ...], with_baq: bool, with_signal: bool
+        self, choices: tuple[Choice, ...], with_baq: bool, signal: LayerSignal | None
     ) -> tuple[dict[str, MatrixUse], dict[Choice, float]]:
-        """Uses of the matrices by name, and the errors of the expert as a whole."""
+        """Uses of the matrices by name, their signal left to `signal`, and the errors of the expert as a whole."""
         first, parts = self.form.first, self.form.parts
         if not len(self.inputs):
             none = dict.fromkeys(choices, 0.0)
@@ -204,7 +240,6 @@ class _Expert:
         hidden = self._hidden(products)
         errors: dict[str, dict[Choice, float]] = {part: {} for part in parts}
         block_errors = {}
-        signals = dict.fromkeys(parts, 0.0)
 
         def moved(choice: Choice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             """Rounded matrices, and how each alone moves the output; "block" with all of them together."""
@@ -223,15 +258,8 @@ class _Expert:
             block_errors[choice] = math.sqrt(misses["block"] * self.all_tokens)
             for part in parts:
                 errors[part][choice] = misses[part]
-        if with_signal:
-            try:
-                rounded, misses_of = moved(PROBE)
-            except QuantizationError:  # which may be pinned to 16 bits
-                signals = dict.fromkeys(parts, math.nan)
-            else:
-                for part in parts:
-                    error, energy = squared_distance(stored[part], rounded[part]), squared_norm(stored[part])
-                    signals[part] = _weighted(self.relative_weights, misses_of[part]) * energy / error if error else 0.0
+        if signal is not None:
+            self._signal(stored, moved, signal)
         seen = dict.fromkeys(first, self.inputs) | {"down": hidden}
         curvatures = dict.fromkeys(parts, 0.0)
         if with_baq:
@@ -243,11 +271,28 @@ class _Expert:
                 hessian_trace=_weighted(self.square_weights, seen[part]) / seen[part].shape[1],
                 baq=squared_row_ranges(stored[part]) * curvatures[part] / 24,
                 output_errors=errors[part],
-                signal=signals[part],
             )
             for part in parts
         }
         return uses, block_errors
+
+    def _signal(
+        self,
+        stored: Mapping[str, Tensor],
+        moved: Callable[[Choice], tuple[dict[str, Tensor], dict[str, Tensor]]],
+        signal: LayerSignal,
+    ) -> None:
+        """Tell how rounding each matrix to `PROBE` moves the expert's output."""
+        names = {part: self.refs[part].name for part in self.form.parts}
+        try:
+            rounded, moves = moved(PROBE)
+        except QuantizationError:  # which may be pinned to 16 bits
+            signal.undefined.update(names.values())
+            return
+        for order, (part, name) in enumerate(names.items()):
+            error, energy = squared_distance(stored[part], rounded[part]), squared_norm(stored[part])
+            if error:
+                signal.add(name, self.number, order, moves[part], energy / error)
 
     def _hidden(self, products: Mapping[str, Tensor]) -> Tensor:
         return self.form.hidden([products[part] for part in self.form.first], self.number)

@@ -16,8 +16,8 @@ import torch
 
 from alphaq.cache import Cache
 from alphaq.calibration.prior import routing_prior, seen_uses
-from alphaq.calibration.stream import random_windows, rewritten
-from alphaq.calibration.text import Text
+from alphaq.calibration.text import Text, own_writing
+from alphaq.calibration.tokens import model_prefix
 from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, gather
 from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
@@ -104,7 +104,7 @@ def measure_for_plans(
     for name, request in requests.items():
         config = request.config
         kinds.setdefault((config.noise, config.spectrum, config.tail), {})[name] = request
-    found = {}
+    found: dict[str, Measurements] = {}
     for members in kinds.values():
         several = list(members.values())
         together = replace(
@@ -225,7 +225,7 @@ def measure_for_plan(
     seen: dict[Need, Any] = {}
 
     def synthetic() -> Calibration:
-        return seen["synthetic"] if "synthetic" in seen else _synthetic_pass(checkpoint, cache, wrap)
+        return seen["synthetic"] if "synthetic" in seen else _synthetic_pass(checkpoint, config.bos, cache, wrap)
 
     passes: dict[Need, Callable[[], Any]] = {
         "synthetic": synthetic,
@@ -370,15 +370,16 @@ def _expected(spectrum: Spectrum, choice: Choice, energy: float, parameters: int
     return float(analytic_noise(spectrum, (choice,))[0]) * parameters
 
 
-def _synthetic_pass(checkpoint: Checkpoint, cache: Cache | None, wrap: Wrap) -> Calibration:
+def _synthetic_pass(checkpoint: Checkpoint, bos: bool, cache: Cache | None, wrap: Wrap) -> Calibration:
     """How errors join the signal, seen with random tokens that the model has rewritten once."""
 
     def run() -> str:
-        vocabulary = int(checkpoint.text_config["vocab_size"])
-        ids = random_windows(vocabulary, SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH)
-        return gather(checkpoint, rewritten(checkpoint, ids), with_signal=True).to_json()
+        ids = own_writing(checkpoint, SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH, bos)
+        return gather(checkpoint, ids, with_signal=True).to_json()
 
-    return _pass(checkpoint, "synthetic", f"{SYNTHETIC_WINDOWS}x{SYNTHETIC_LENGTH}", run, cache, wrap, "random tokens")
+    prefix = model_prefix(checkpoint) if bos else ()
+    given = f"{SYNTHETIC_WINDOWS}x{SYNTHETIC_LENGTH} after {prefix}"
+    return _pass(checkpoint, "synthetic", given, run, cache, wrap, "random tokens")
 
 
 def _text_pass(

@@ -1,0 +1,81 @@
+"""From final hidden states to logits, by the model's own class: its head, scales, caps and all.
+
+Streaming ends before the head (see stream.py). Here the class's forward runs from there on: the part below the head is
+replaced by one that gives the states, so that whatever a family does to its logits is done.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alphaq.calibration.stream import HollowModel
+from alphaq.errors import CheckpointError
+
+
+class _Given:
+    """What stands for the outputs of the part below the head: the states, and nothing else."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.last_hidden_state if key == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class Head:
+    """A context in which hidden states become logits. Memory: the head's weights in float32.
+
+    Raises CheckpointError if the class has no head for words, or cannot run it by itself.
+    """
+
+    def __init__(self, hollow: HollowModel) -> None:
+        self.hollow = hollow
+        self.module: Any = hollow.model.get_output_embeddings()
+        if self.module is None:
+            raise CheckpointError(
+                f"{type(hollow.model).__name__} of {hollow.checkpoint.name} has no head for words. Use --method "
+                "alphaq, or another that needs no forward pass."
+            )
+        names = {module: name for name, module in hollow.model.named_modules()}
+        self.name = names[self.module]
+        self.tied = None if hollow.stores(self.name) else hollow.base.get_input_embeddings()
+        self.filled = self.name if self.tied is None else names[self.tied]
+
+    def __enter__(self) -> Head:
+        self.hollow.fill(self.filled)
+        if self.tied is not None:
+            self.module.weight = self.tied.weight
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.hollow.empty(self.name)
+        self.hollow.empty(self.filled)
+
+    @torch.no_grad()
+    def __call__(self, states: Tensor) -> Tensor:
+        """Logits, float32 [windows, length, words], of final hidden states [windows, length, hidden]."""
+        model = self.hollow.model
+        below = model.base_model
+        held = below.forward
+        below.forward = lambda *args, **kwargs: _Given(states)
+        try:
+            # Classes with parts for images look the ids up before they hand them on: none of those stand here.
+            found = model(input_ids=torch.zeros(states.shape[:2], dtype=torch.int64), use_cache=False)
+        except (RuntimeError, TypeError, AttributeError, NotImplementedError, ValueError) as error:
+            raise CheckpointError(
+                f"The head of {type(model).__name__} ({self.hollow.checkpoint.name}) cannot be run by itself "
+                f"({str(error)[:200]}). Use --method alphaq, or another that needs no forward pass."
+            ) from error
+        finally:
+            below.forward = held
+        logits: Tensor = found.logits
+        return logits.float()

@@ -1,0 +1,110 @@
+"""Token ids that are run through a model: a text's, random ones, and what the model itself makes of these."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alphaq.calibration.head import Head
+from alphaq.calibration.stream import HollowModel, stream_forward
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.errors import AlphaQError, CheckpointError
+
+HEAD_TOKENS = 128  # whose chances are held at once, in float64: 155 MB with 152 000 words
+Prefix = tuple[int, ...]
+
+
+def text_prefix(tokenizer: Any) -> Prefix:
+    """Special tokens that a tokenizer puts before every text: usually BOS, or none."""
+    whole, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    starts = (start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
+    return tuple(whole[: next(starts, 0)])
+
+
+def model_prefix(checkpoint: Checkpoint) -> Prefix:
+    """The same of a checkpoint's tokenizer; none of a checkpoint that has no tokenizer."""
+    if checkpoint.gguf is not None:
+        held = {key: value.value for key, value in checkpoint.gguf.metadata.items() if key.startswith("tokenizer.ggml")}
+        adds = held.get("tokenizer.ggml.add_bos_token", held.get("tokenizer.ggml.model") == "llama")
+        begin = held.get("tokenizer.ggml.bos_token_id")
+        return (begin,) if adds and isinstance(begin, int) else ()
+    with suppress(CheckpointError):
+        return text_prefix(_tokenizer(checkpoint.folder))
+    return ()
+
+
+def _tokenizer(folder: str | Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"transformers cannot load the tokenizer of {folder} ({reason}). Restore tokenizer.json and "
+            "tokenizer_config.json."
+        ) from error
+
+
+def read_windows(tokenizer_folder: str | Path, text: str, length: int, max_tokens: int, bos: bool = True) -> Tensor:
+    """A text's first tokens as int64 [windows, length], whole windows only.
+
+    bos: each window begins with what the tokenizer puts before a text. Raises CheckpointError if the tokenizer cannot
+    be loaded, AlphaQError if there is not one whole window.
+    """
+    tokenizer = _tokenizer(tokenizer_folder)
+    prefix = text_prefix(tokenizer) if bos else ()
+    ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False)["input_ids"][0, :max_tokens]
+    own = length - len(prefix)
+    count = len(ids) // own if own > 0 else 0
+    if not count:
+        raise AlphaQError(
+            f"The text gives {len(ids)} tokens (at most {max_tokens} are taken), fewer than one window of {length}. "
+            "Give a longer text, more tokens or shorter windows."
+        )
+    return prefixed(ids[: count * own].long().view(count, own), prefix)
+
+
+def prefixed(ids: Tensor, prefix: Prefix) -> Tensor:
+    """Windows [windows, length] with the same tokens before each."""
+    return torch.cat([torch.tensor(prefix, dtype=ids.dtype).expand(len(ids), -1), ids], dim=1) if prefix else ids
+
+
+def random_windows(vocabulary: int, windows: int, length: int, seed: int = 0, prefix: Prefix = ()) -> Tensor:
+    """Uniformly random tokens, int64 [windows, length]: hidden states of the model without any text.
+
+    prefix: what each window begins with instead.
+    """
+    ids = torch.randint(vocabulary, (windows, length), generator=torch.Generator().manual_seed(seed))
+    return prefixed(ids[:, len(prefix) :], prefix)
+
+
+def rewritten(checkpoint: Checkpoint, ids: Tensor, seed: int = 0, keep: int = 1) -> Tensor:
+    """Each token of a window but the first `keep` replaced by a sample of what the model expects after those before it.
+
+    One pass turns random tokens into ones that the model itself would write after them, all positions at once: no
+    text, but frequencies and neighbours closer to it. Memory: as `stream_forward`, and the head's weights.
+    """
+    hollow = HollowModel(checkpoint)
+    head = Head(hollow)
+    states = stream_forward(checkpoint, ids, lambda traffic: None, hollow)[:, keep - 1 : -1]
+    draws = torch.rand(*states.shape[1::-1], 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    written = [ids[:, :keep]]
+    with head:
+        # Many positions at once, because each product reads the whole head; not all, because chances are wide.
+        step = max(1, HEAD_TOKENS // len(ids))
+        for part, drawn in zip(states.split(step, dim=1), draws.transpose(0, 1).split(step, dim=1), strict=True):
+            rows = zip(part.split(HEAD_TOKENS), drawn.split(HEAD_TOKENS), strict=True)
+            written.append(torch.cat([_drawn(head(some), numbers) for some, numbers in rows]))
+    return torch.cat(written, dim=1)
+
+
+def _drawn(logits: Tensor, numbers: Tensor) -> Tensor:
+    """A token for each of logits [windows, positions, words], by float64 numbers [windows, positions, 1] below 1."""
+    chances = logits.double().softmax(-1).cumsum(-1)
+    found = torch.searchsorted(chances, (numbers * chances[..., -1:]).contiguous())
+    return found.squeeze(-1).clamp(max=chances.shape[-1] - 1)
