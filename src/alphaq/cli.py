@@ -25,6 +25,7 @@ from alphaq.config import ProxyKind
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.options import (
     ANY_BUDGET,
+    BosOption,
     JsonOption,
     ModelArgument,
     RevisionOption,
@@ -211,7 +212,7 @@ def quantize(
         check_absent(place)
     given, target = given_options(context), None
     if plan_file is not None:
-        if conflicting := given & {*settings, *search, "no_cache", "device"} - {"imatrix", "calibration"}:
+        if conflicting := given & {*settings, *search, "no_cache", "device"} - {"imatrix", "calibration", "bos"}:
             names = option_names(conflicting)
             raise BudgetError(f"--plan already decides everything that {names} would. Drop one or the other.")
         if not plan_file.is_file():
@@ -232,7 +233,8 @@ def quantize(
     pipeline.check_source(checkpoint, engine)
     planned_on_text = plan_file is None and config.calibration is not None
     source = None if planned_on_text and quantizer not in CALIBRATED else settings["calibration"]
-    rounding = rounding_of(checkpoint, engine, quantizer, source, calibration_tokens)
+    bos = settings["bos"] and (plan_file is None or made.config.get("bos", True))
+    rounding = rounding_of(checkpoint, engine, quantizer, source, calibration_tokens, bos)
     if (made.config.get("codec") if plan_file is not None else config.codec) not in (None, CODECS[0]):
         pipeline.check_codable(rounding)
     means["no_cache"] |= plan_file is not None
@@ -352,7 +354,14 @@ def compare(
     listed = [name.strip() for name in (quantizers or "").split(",") if name.strip()]
     source, calibrated = settings["calibration"], [name in CALIBRATED for name in listed]
     roundings = [
-        rounding_of(checkpoint, "native", name, source if on_text else None, calibration_tokens if on_text else None)
+        rounding_of(
+            checkpoint,
+            "native",
+            name,
+            source if on_text else None,
+            calibration_tokens if on_text else None,
+            settings["bos"],
+        )
         for name, on_text in zip(listed, calibrated, strict=True)
     ]
     on_text = any(method(name.partition(":")[0]).needs_text for name in names)
@@ -368,7 +377,7 @@ def compare(
             [*text, *(more or ())],
             output,
             config,
-            text_of(source) if on_text else None,
+            text_of(source, settings["bos"]) if on_text else None,
             window,
             max_tokens,
             skip_tokens,
@@ -473,6 +482,7 @@ def evaluate(
     reference: Annotated[str | None, typer.Option(help="Model to compare with: KL, top-1, acceptance rate.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each text to use; all by default.")] = None,
+    bos: BosOption = True,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the GPU if there is one.")] = None,
     as_json: JsonOption = False,
@@ -482,7 +492,8 @@ def evaluate(
     from alphaq import pipeline
     from alphaq.report.tables import fidelity_table
 
-    fidelity = pipeline.evaluate(model, [*text, *(more or ())], reference, window, max_tokens, device, dtype, progress)
+    texts = [*text, *(more or ())]
+    fidelity = pipeline.evaluate(model, texts, reference, window, max_tokens, device, dtype, progress, bos)
     show(as_json, {"model": model, **pipeline.fidelity_json(fidelity)}, fidelity_table(fidelity))
 
 

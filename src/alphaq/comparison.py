@@ -34,7 +34,7 @@ from alphaq.evaluation.fidelity import (
     summarize_windows,
 )
 from alphaq.journal import Journal
-from alphaq.planning import Measurements, Request, make_plan, measure_for_plans, plain_size, resolve
+from alphaq.planning import Measurements, Request, checked_plan, measure_for_plans, plain_size, resolve
 from alphaq.records import Fidelity, Plan, first_fault
 from alphaq.registry import unknown
 from alphaq.sensitivity.methods import METHODS
@@ -44,7 +44,7 @@ from alphaq.workers import Workers, Wrap, silent
 BASELINE = "uniform"
 REFERENCE = "reference"
 JOURNAL_NAME = "results.jsonl"
-FORMAT_VERSION = 3  # of the journal
+FORMAT_VERSION = 4  # of the journal
 SCRATCH_NAME = ".alphaq-scratch"
 Scores = dict[str, list[WindowScore]]
 Key = tuple[str, float, str]  # method, bits, rounding
@@ -142,8 +142,10 @@ def compare(
             )
             if cache is not None:
                 cache.close()  # others may measure while this one evaluates
-            runs = _runs(checkpoint, requests, measured, missing, sizes)
-            score = partial(score_texts, texts=contents, window=window, max_tokens=max_tokens, skip_tokens=skip_tokens)
+            runs = _runs(checkpoint, requests, measured, missing, sizes, cache)
+            score = partial(
+                score_texts, texts=contents, window=window, max_tokens=max_tokens, skip_tokens=skip_tokens, bos=base.bos
+            )
             trials = Trials(checkpoint, score, out / SCRATCH_NAME, dtype, wrap, workers, device)
             trials.known = {entry["digest"]: entry["scores"] for entry in entries.values() if "scores" in entry}
             for key, plan, entry in runs:
@@ -235,6 +237,7 @@ def _runs(
     measured: Mapping[str, Measurements],
     missing: Sequence[Key],
     sizes: Mapping[float, int],
+    cache: Cache | None,
 ) -> Iterable[tuple[Key, Plan | None, dict[str, Any]]]:
     """For each missing result its plan (None for the reference) and the entry so far."""
     for key in missing:
@@ -250,7 +253,9 @@ def _runs(
         budget = {"budget": Budget(size_bytes=size)}
         begin = time.perf_counter()
         try:
-            plan = make_plan(checkpoint, replace(request, config=request.config.model_copy(update=budget)), found)
+            plan = checked_plan(
+                checkpoint, replace(request, config=request.config.model_copy(update=budget)), found, cache
+            )
         except BudgetError as error:
             yield key, None, entry | {"error": str(error)}
             continue

@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from alphaq.cache import Cache, Known
 from alphaq.checkpoint.reader import Checkpoint
@@ -22,7 +23,8 @@ from alphaq.quantizers.base import (
 )
 from alphaq.quantizers.coding import coder_version, encode_tensor
 from alphaq.quantizers.cutting import CUTS, cut_errors, cutting, held_form
-from alphaq.quantizers.packing import encode
+from alphaq.quantizers.ggml import restore_rows
+from alphaq.quantizers.packing import dequantize, encode
 from alphaq.records import Choice, MatrixRef, Spectrum, WeightStatistics
 from alphaq.spectra.device import device_batch, device_spectra, device_tasks
 from alphaq.spectra.measure import PANEL_VALUES, spectrum, streamed_spectrum
@@ -226,6 +228,20 @@ def _found(workers: Workers, tasks: list[MeasureTask], device: str) -> Iterator[
     for task in tasks:
         rest = next(measured) if task.choices or task.statistics else Measured()
         yield replace(rest, spectrum=next(spectra) if task.spectrum else None)
+
+
+def restored(
+    checkpoint: Checkpoint, matrix: MatrixRef, choice: Choice, quantizer: str, importance: Mapping[str, np.ndarray]
+) -> torch.Tensor:
+    """What an engine computes with in a matrix's place, float32 [rows, columns]. importance: of columns, by matrix."""
+    weight = checkpoint.read(matrix)
+    if choice.bits == 16:
+        return sixteen_bits(weight).float()
+    held = held_form(checkpoint, matrix) if quantizer == CUTS else None
+    found = cutting(held, quantizer_of(quantizer, importance.get(matrix.name)))(weight, choice, matrix.name)
+    if choice.scheme:
+        return restore_rows(found.codes.numpy(), choice, matrix.shape[1])
+    return dequantize(found)
 
 
 def coded_bytes(checkpoint: Checkpoint, task: tuple[str | MatrixRef, Choice | None, str]) -> int:

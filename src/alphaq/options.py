@@ -37,6 +37,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 WorkersOption = Annotated[
     int | None, typer.Option(min=1, help="Processes; all cores by default, fewer for a small model. Same result.")
 ]
+BosOption = Annotated[
+    bool,
+    typer.Option("--bos/--no-bos", help="Begin each window with what the model's tokenizer puts before a text."),
+]
 TextsOption = Annotated[list[Path], typer.Option("--text", help="UTF-8 text file; may be repeated.")]
 MoreTextsArgument = Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="Further text files.")]
 BUDGET, CHOICES, SCORES, LIMITS = "Budget (one of)", "Choices", "Scores", "Limits"
@@ -134,6 +138,15 @@ def plan_settings(
         typer.Option(help="Entropy-code the files: zstd. Budgets count coded bytes.", rich_help_panel=CHOICES),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of method random.", rich_help_panel=SCORES)] = 0,
+    bos: BosOption = True,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="Hold the default method's plan against uniform bits on the model's own writing, and take the better.",
+            rich_help_panel=SCORES,
+        ),
+    ] = True,
     unweighted: Annotated[
         bool,
         typer.Option(
@@ -290,7 +303,7 @@ def plan_config(settings: Mapping[str, Any], with_model: bool = True) -> PlanCon
     return config if text is None else config.model_copy(update={"calibration": text.name})
 
 
-def text_of(source: str | None) -> Text | None:
+def text_of(source: str | None, bos: bool = True) -> Text | None:
     """What methods are to look at. Raises AlphaQError if it is no text."""
     if source is None:
         return None
@@ -299,10 +312,10 @@ def text_of(source: str | None) -> Text | None:
     if source in get_args(ProxyKind):
         raise AlphaQError(f"--calibration {source} stands for inputs of quantizers alone. Give a text, or self.")
     if source == SELF:
-        return Text(SELF)
+        return Text(SELF, bos=bos)
     if not Path(source).is_file():
         raise AlphaQError(f"No text file {source}. Give a UTF-8 text with --calibration, or --calibration self.")
-    return Text(Path(source))
+    return Text(Path(source), bos=bos)
 
 
 def _inputs_of(source: str | None) -> Text | Proxy | None:
@@ -316,7 +329,12 @@ def _inputs_of(source: str | None) -> Text | Proxy | None:
 
 
 def rounding_of(
-    checkpoint: Checkpoint, engine: str, quantizer: str | None, source: str | None, tokens: int | None
+    checkpoint: Checkpoint,
+    engine: str,
+    quantizer: str | None,
+    source: str | None,
+    tokens: int | None,
+    bos: bool = True,
 ) -> Rounding:
     """How matrices are to be rounded. Raises AlphaQError for options that fit no quantizer."""
     from dataclasses import replace
@@ -329,7 +347,8 @@ def rounding_of(
         if tokens is not None:
             raise AlphaQError("--calibration-tokens is of quantizers gptq and learned, and of texts. Drop it.")
         return rounding
-    return replace(rounding, inputs=replace(rounding.inputs, tokens=tokens or enough_tokens(checkpoint)))
+    inputs = replace(rounding.inputs, tokens=tokens or enough_tokens(checkpoint), bos=bos)
+    return replace(rounding, inputs=inputs)
 
 
 def importance_matrix(path: Path | None) -> ImportanceMatrix | None:
@@ -461,6 +480,7 @@ def search_target(
         reaches=search["reaches"],
         step=search["ear_step"],
         device=device,
+        bos=settings["bos"],
         **{name: search[name] for name in ("window", "max_tokens", "skip_tokens", "dtype")},
     )
 
@@ -539,7 +559,7 @@ def build_plan(
     from alphaq import planning
 
     request, found = measurements(checkpoint, config, settings, workers, cache, device, quantizer)
-    plan = planning.make_plan(checkpoint, request, found)
+    plan = planning.checked_plan(checkpoint, request, found, cache, progress)
     _note_plan(plan)
     widest = max(request.offered).bits
     if config.budget.bits is not None and config.budget.bits > widest:
@@ -562,7 +582,7 @@ def measurements(
     request = planning.resolve(config, checkpoint is not None)
     if config.gamma != "auto" and request.config.method not in ("alphaq", "paper"):
         raise BudgetError(f"--gamma is of methods alphaq and paper; {request.config.method} does not use it. Drop it.")
-    text = text_of(settings["calibration"]) if request.method.needs_text else None
+    text = text_of(settings["calibration"], config.bos) if request.method.needs_text else None
     if settings["calibration"] is not None and text is None and quantizer is None:
         raise BudgetError(f"--calibration is of no use to method {request.config.method}. Drop it.")
     found = planning.measure_for_plan(
@@ -581,9 +601,18 @@ def measurements(
 
 def _note_plan(plan: Plan) -> None:
     """What is not as a user would expect, on stderr."""
+    from alphaq.report.tables import check_words
+
     missed = {name: reason for name, reason in plan.unplanned.items() if "not an expert" not in reason}
     for name, reason in [*missed.items(), *plan.neutral.items()][:5]:
         err.print(f"note: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if plan.check is not None and plan.check.taken == "uniform":
+        err.print(
+            f"note: uniform bits are taken, since they change the model less ({check_words(plan.check)}); --no-check "
+            "leaves the check out",
+            highlight=False,
+            soft_wrap=True,
+        )
     if plan.lower_bound is not None and plan.gap > 1e-6:
         err.print(f"note: this plan is proven to be within {plan.gap:.2g} (relative) of the best one", highlight=False)
 

@@ -37,7 +37,8 @@ from alphaq.engines.profiles import profile
 from alphaq.errors import OutputError, PlanError
 from alphaq.journal import Journal
 from alphaq.measurement import ahead, leaving, measure
-from alphaq.planning import make_plan, measure_for_plan, resolve
+from alphaq.planning import checked_plan, measure_for_plan, resolve
+from alphaq.planning import make_plan as make_plan
 from alphaq.quantization import CheckTask, StoreTask, checked, plan_choices, stored
 from alphaq.recoding import recode_into
 from alphaq.records import CODECS, Fidelity, MatrixRef, Plan, Spectrum
@@ -407,14 +408,19 @@ def evaluate(
     device: str | None = None,
     dtype: str = "auto",
     wrap: Wrap = silent,
+    bos: bool = True,
 ) -> Fidelity:
-    """Perplexity per text, and distance from a reference model if one is given."""
-    from alphaq.evaluation.fidelity import evaluate_texts, read_texts
+    """Perplexity per text, and distance from a reference model if one is given.
+
+    bos: each window begins with what the tokenizer puts before a text, where it does.
+    """
+    from alphaq.evaluation.fidelity import evaluate_texts, read_texts, window_beginning
     from alphaq.runtime.loading import load_pair
 
     contents = read_texts(texts)
     loaded, against, tokenizer = load_pair(model, reference, dtype, device)
-    return Fidelity(dict(evaluate_texts(loaded, tokenizer, contents, against, window, max_tokens, wrap)))
+    found = dict(evaluate_texts(loaded, tokenizer, contents, against, window, max_tokens, wrap, bos))
+    return Fidelity(found, window_beginning(tokenizer, bos))
 
 
 def fidelity_json(fidelity: Fidelity) -> dict[str, Any]:
@@ -430,7 +436,8 @@ def fidelity_json(fidelity: Fidelity) -> dict[str, Any]:
         }
         for name, text in fidelity.texts.items()
     }
-    return {"texts": texts, "geomean_perplexity": fidelity.geomean_perplexity, "mean_kl": fidelity.mean_kl}
+    begins = {"windows_begin_with": fidelity.begins_with}
+    return {"texts": texts, **begins, "geomean_perplexity": fidelity.geomean_perplexity, "mean_kl": fidelity.mean_kl}
 
 
 def certify(
@@ -446,13 +453,14 @@ def certify(
     tasks: TaskRequest | None = None,
     command: str = "",
     wrap: Wrap = silent,
+    bos: bool = True,
 ) -> Certificate:
     """Measure how faithful a model is to its reference, and put it on record. tasks: of lm-eval, to run on both.
 
     Raises AlphaQError if they have different tokenizers, or a text is too short for an interval.
     """
     from alphaq.evaluation import certificate as record
-    from alphaq.evaluation.fidelity import Remembered, read_texts, score_texts
+    from alphaq.evaluation.fidelity import Remembered, read_texts, score_texts, window_beginning
     from alphaq.evaluation.tasks import certify_tasks, find_tasks
     from alphaq.runtime.loading import load_pair
 
@@ -461,7 +469,7 @@ def certify(
     identities = [record.identity_of(one) for one in (model, reference)]
     loaded, against, tokenizer = load_pair(model, reference, dtype, device)
     scores = dict(
-        score_texts(loaded, tokenizer, contents, Remembered(against), window, max_tokens, skip_tokens, wrap=wrap)
+        score_texts(loaded, tokenizer, contents, Remembered(against), window, max_tokens, skip_tokens, wrap, bos)
     )
     overall, each = record.text_figures(scores, contents)
     done = None if tasks is None else certify_tasks(loaded, against, tokenizer, tasks, manager, wrap)
@@ -478,6 +486,7 @@ def certify(
             dtype=dtype,
             computed_in=str(loaded.dtype).removeprefix("torch."),
             device=str(loaded.device),
+            begins_with=window_beginning(tokenizer, bos),
         ),
         texts=each,
         overall=overall,
@@ -513,7 +522,7 @@ def demo(out: Path, wrap: Wrap = silent) -> dict[str, Any]:
         ]
         for label, method, bits in DEMO_RUNS:
             request = resolve(config.model_copy(update={"budget": Budget(bits=bits), "method": method}))
-            plan = make_plan(checkpoint, request, found)
+            plan = checked_plan(checkpoint, request, found)
             target = folder / "model" if method == "auto" else Path(scratch) / label
             written = quantize(checkpoint, plan, target, wrap)
             fidelity = evaluate(target, texts, model, max_tokens=DEMO_MAX_TOKENS, wrap=wrap)

@@ -10,7 +10,7 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -372,6 +372,22 @@ class RateDistortion(BaseModel):
     points: dict[str, tuple[float, float, float]] = Field(default_factory=dict)
 
 
+class PlanCheck(BaseModel):
+    """How a plan and uniform bits of the same bytes were compared before the better was taken.
+
+    by: "kl", KL in nats per token of the planned model to the original, on tokens of the model's own writing; or
+    "moves", Σ of the squared relative moves of the stream by each matrix. taken: "plan" or "uniform".
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    by: Literal["kl", "moves"]
+    tokens: int | None
+    plan: float
+    uniform: float
+    taken: Literal["plan", "uniform"]
+
+
 class Plan(BaseModel):
     """The decision: which choice each matrix gets, for which budget and engine, and why."""
 
@@ -409,6 +425,8 @@ class Plan(BaseModel):
     """Standard error of the expected errors, relative, of the unit where it is largest; 0 if none was sampled."""
     rate_distortion: RateDistortion | None = None
     """Against what any quantizer could do; None where losses are not proportional to squared errors."""
+    check: PlanCheck | None = None
+    """What the default method's plan was held against; None of other methods, and without a check."""
     table: PlanTable | None = None
 
     @model_validator(mode="after")
@@ -501,9 +519,10 @@ class TextFidelity:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Fidelity over several texts."""
+    """Fidelity over several texts. begins_with: special tokens put before each window, in words."""
 
     texts: dict[str, TextFidelity] = field(default_factory=dict)
+    begins_with: str = ""
 
     @property
     def geomean_perplexity(self) -> float:

@@ -28,7 +28,7 @@ from alphaq.config import Budget
 from alphaq.engines.profile import ROLE_BITS
 from alphaq.errors import BudgetError
 from alphaq.evaluation.certificate import Estimate, Settings, digest_of, figures
-from alphaq.evaluation.fidelity import read_texts, score_texts
+from alphaq.evaluation.fidelity import read_texts, score_texts, window_beginning
 from alphaq.planning import Measurements, Request, make_plan, problem_of
 from alphaq.records import Plan, SourceIdentity
 from alphaq.trials import Trials, window_scores
@@ -59,6 +59,7 @@ class Target(_Record):
     skip_tokens: int = 0
     dtype: str = "float32"
     device: str | None = None
+    bos: bool = True
 
     def budget(self, steps: int) -> float:
         """Stored bits per planned weight of so many steps."""
@@ -176,6 +177,7 @@ def search(
         window=target.window,
         max_tokens=target.max_tokens,
         skip_tokens=target.skip_tokens,
+        bos=target.bos,
     )
     plans: dict[tuple[int, int], Plan] = {}
     points: dict[tuple[int, int], Point] = {}
@@ -280,6 +282,7 @@ def _curve(
             window=target.window,
             max_tokens=target.max_tokens,
             skip_tokens=target.skip_tokens,
+            begins_with=window_beginning(trials.tokenizer, target.bos),
             dtype=target.dtype,
             computed_in=trials.computed_in,
             device=str(trials.reference.device),

@@ -337,14 +337,20 @@ def _map_large_tensors() -> None:
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE_BYTES)
 
 
-def run_experts(hollow: HollowModel, traffic: LayerTraffic) -> Tensor:
-    """Σ w·expert(x) over each token's experts, float32 [tokens, hidden], an expert at a time."""
+def run_experts(
+    hollow: HollowModel, traffic: LayerTraffic, read: Callable[[MatrixRef], Tensor] | None = None
+) -> Tensor:
+    """Σ w·expert(x) over each token's experts, float32 [tokens, hidden], an expert at a time.
+
+    read: gives a matrix in float32; the stored one by default.
+    """
+    read = read or (lambda matrix: hollow.checkpoint.read(matrix).float())
     output, form = torch.zeros_like(traffic.inputs), traffic.form
     for number, matrices in hollow.matrices[traffic.layer].items():
         token, slot = torch.where(traffic.experts == number)
         if not len(token):
             continue
-        *first, down = (hollow.checkpoint.read(matrices[part]).float() for part in form.parts)
+        *first, down = (read(matrices[part]) for part in form.parts)
         hidden = form.hidden([traffic.inputs[token] @ matrix.T for matrix in first], number)
         output.index_add_(0, token, form.output(hidden @ down.T, number) * traffic.weights[token, slot, None])
     return output

@@ -73,12 +73,14 @@ class MatrixUse:
 class Calibration:
     """One pass's numbers: experts by (layer, expert), matrices by name.
 
-    block_errors: √Σ w²‖y − ŷ‖² with the expert's matrices at one choice, PMQ's ε (arXiv 2410.06270).
+    block_errors: √Σ w²‖y − ŷ‖² with the expert's matrices at one choice, PMQ's ε (arXiv 2410.06270). tokens: ids that
+    went through the model, by window.
     """
 
     experts: dict[Expert, ExpertUse] = field(default_factory=dict)
     matrices: dict[str, MatrixUse] = field(default_factory=dict)
     block_errors: dict[Expert, dict[Choice, float]] = field(default_factory=dict)
+    tokens: tuple[tuple[int, ...], ...] = ()
 
     def to_json(self) -> str:
         """Indented JSON with a final newline; every float comes back as it was."""
@@ -89,6 +91,7 @@ class Calibration:
                 name: vars(use) | {"output_errors": _named(use.output_errors)} for name, use in self.matrices.items()
             },
             "block_errors": {_key(expert): _named(errors) for expert, errors in self.block_errors.items()},
+            "tokens": self.tokens,
         }
         return json.dumps(data, indent=1) + "\n"
 
@@ -106,6 +109,7 @@ class Calibration:
                     for name, use in data["matrices"].items()
                 },
                 {_expert(key): _parsed(errors) for key, errors in data["block_errors"].items()},
+                tuple(tuple(map(int, window)) for window in data["tokens"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError, ChoiceError) as error:
             raise StatsError(f"{where} holds no calibration ({error!r}). Delete it and calibrate again.") from error
@@ -145,7 +149,7 @@ def gather(
         if choice.scheme:
             raise ChoiceError(f"{choice} is not rounded to nearest here. Give bits and a group size, such as 3g64.")
     hollow = HollowModel(checkpoint)
-    found = Calibration()
+    found = Calibration(tokens=tuple(map(tuple, ids.tolist())))
 
     def visit(traffic: LayerTraffic) -> None:
         experts = hollow.matrices[traffic.layer]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from alphaq.errors import AlphaQError
-from alphaq.options import JsonOption, ModelArgument, MoreTextsArgument, TextsOption, check_dtype
+from alphaq.options import BosOption, JsonOption, ModelArgument, MoreTextsArgument, TextsOption, check_dtype
 from alphaq.terminal import err, progress, show
 
 TASKS = "Tasks (with --tasks)"
@@ -47,6 +47,7 @@ def certify(
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each text to use; all by default.")] = None,
     skip_tokens: Annotated[int, typer.Option(min=0, help="Tokens to leave out at the start of each text.")] = 0,
+    bos: BosOption = True,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the GPU if there is one.")] = None,
     as_json: JsonOption = False,
@@ -90,6 +91,7 @@ def certify(
         request,
         _command(context),
         progress,
+        bos,
     )
     made.write(output)
     if note := other_source(made.model, made.reference):

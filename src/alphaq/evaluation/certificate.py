@@ -130,7 +130,8 @@ class ModelIdentity(_Record):
 
 
 class Settings(_Record):
-    """How texts were scored. computed_in: the dtype of activations; dtype is what was asked for."""
+    """How texts were scored. computed_in: the dtype of activations; dtype is what was asked for. begins_with: special
+    tokens put before each window, in words."""
 
     window: int
     max_tokens: int | None
@@ -141,6 +142,7 @@ class Settings(_Record):
     confidence: float = CONFIDENCE
     draws: int = DRAWS
     seed: int = SEED
+    begins_with: str = ""
 
 
 class Certificate(_Record):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from alphaq.calibration.tokens import prefixed, text_prefix
 from alphaq.errors import AlphaQError
 from alphaq.records import TextFidelity
 from alphaq.workers import Wrap, silent
@@ -38,20 +39,46 @@ class WindowScore:
     reference_negative_log_likelihood: float = 0.0
 
 
-def windows(tokenizer: Any, text: str, length: int, max_tokens: int | None, skip_tokens: int = 0) -> list[torch.Tensor]:
-    """Token ids cut into consecutive windows [1, ≤ length]; a rest shorter than two tokens is left out."""
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, skip_tokens:][:, :max_tokens]
-    return [part for part in ids.split(length, dim=1) if part.shape[1] >= 2]
+@dataclass(frozen=True)
+class Windows:
+    """Token ids [1, length] of consecutive windows. context: how many of each are given, not scored."""
+
+    parts: list[torch.Tensor]
+    context: int
+
+
+def windows(
+    tokenizer: Any, text: str, length: int, max_tokens: int | None, skip_tokens: int = 0, bos: bool = True
+) -> Windows:
+    """A text cut into windows of at most `length` tokens; a rest without a token to score is left out.
+
+    bos: each begins with what the tokenizer puts before a text (BOS), where it does, as in llama.cpp and lm-eval; all
+    of the text is scored then. Otherwise the first token of each window is context.
+    """
+    prefix = text_prefix(tokenizer)[: length - 1] if bos else ()
+    ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False)["input_ids"]
+    ids = ids.long()[:, skip_tokens:][:, :max_tokens]
+    context = max(1, len(prefix))
+    parts = [prefixed(part, prefix) for part in ids.split(length - len(prefix), dim=1)]
+    return Windows([part for part in parts if part.shape[1] > context], context)
+
+
+def window_beginning(tokenizer: Any, bos: bool = True) -> str:
+    """What each window begins with, in words; empty if nothing is put before it."""
+    prefix = text_prefix(tokenizer) if bos else ()
+    return str(tokenizer.decode(list(prefix))) if prefix else ""
 
 
 @torch.inference_mode()
-def score_windows(model: Any, reference: Any | None, ids: torch.Tensor) -> list[WindowScore]:
-    """Score every token but the first of each window [windows, length], given those before it."""
+def score_windows(model: Any, reference: Any | None, ids: torch.Tensor, context: int = 1) -> list[WindowScore]:
+    """Score every token but the first `context` of each window [windows, length], given those before it."""
     ids = ids.to(model.device)
-    logits = model(ids).logits[:, :-1]
-    against = None if reference is None else reference(ids.to(reference.device)).logits[:, :-1].to(model.device)
+    logits = model(ids).logits[:, context - 1 : -1]
+    against = None
+    if reference is not None:
+        against = reference(ids.to(reference.device)).logits[:, context - 1 : -1].to(model.device)
     found = []
-    for window, targets in enumerate(ids[:, 1:]):
+    for window, targets in enumerate(ids[:, context:]):
         loss = kl = top1 = ear = reference_loss = 0.0
         for start in range(0, len(targets), POSITIONS_AT_ONCE):
             part = slice(start, start + POSITIONS_AT_ONCE)
@@ -129,19 +156,20 @@ def score_texts(
     max_tokens: int | None = None,
     skip_tokens: int = 0,
     wrap: Wrap = silent,
+    bos: bool = True,
 ) -> Iterator[tuple[str, list[WindowScore]]]:
     """Scores per text, window by window, after its first `skip_tokens`; at most `max_tokens` of it.
 
-    `wrap` may show progress. Raises AlphaQError if fewer than two tokens are left of a text.
+    `wrap` may show progress. bos: see `windows`. Raises AlphaQError if no token to score is left of a text.
     """
     limit = getattr(model.config, "max_position_embeddings", None) or window
     for name, text in texts.items():
-        parts = windows(tokenizer, text, min(window, limit), max_tokens, skip_tokens)
-        if not parts:
+        cut = windows(tokenizer, text, min(window, limit), max_tokens, skip_tokens, bos)
+        if not cut.parts:
             raise AlphaQError(f"Text {name!r} has fewer than two tokens to score. Give a longer text.")
-        groups = batches(parts, model.config.get_text_config().vocab_size)
+        groups = batches(cut.parts, model.config.get_text_config().vocab_size)
         shown = wrap(groups, len(groups), f"evaluate {name}")
-        yield name, [score for ids in shown for score in score_windows(model, reference, ids)]
+        yield name, [score for ids in shown for score in score_windows(model, reference, ids, cut.context)]
 
 
 class Remembered:
@@ -200,7 +228,8 @@ def evaluate_texts(
     window: int = 512,
     max_tokens: int | None = None,
     wrap: Wrap = silent,
+    bos: bool = True,
 ) -> Iterator[tuple[str, TextFidelity]]:
     """Fidelity per text, as `score_texts` finds it."""
-    for name, scores in score_texts(model, tokenizer, texts, reference, window, max_tokens, wrap=wrap):
+    for name, scores in score_texts(model, tokenizer, texts, reference, window, max_tokens, wrap=wrap, bos=bos):
         yield name, summarize_windows(scores, reference is not None)

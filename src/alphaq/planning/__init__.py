@@ -1,5 +1,6 @@
 """The stage that makes a plan: what is asked for, what must be known for it, what the budget allows, what is best."""
 
+from alphaq.planning.check import checked_plan
 from alphaq.planning.evidence import Measurements, measure_for_plan, measure_for_plans
 from alphaq.planning.limits import nominal_bytes, plain_size, problem_of
 from alphaq.planning.plan import make_plan
@@ -8,6 +9,7 @@ from alphaq.planning.request import Request, resolve
 __all__ = [
     "Measurements",
     "Request",
+    "checked_plan",
     "make_plan",
     "measure_for_plan",
     "measure_for_plans",

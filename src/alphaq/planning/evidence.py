@@ -64,6 +64,8 @@ class Measurements:
     """Relative standard error of a unit's summed errors, for each of its matrices [matrices, choices]."""
     joined: dict[str, np.ndarray] = field(default_factory=dict)
     """Σ(w − ŵ)²/Σw² [choices] of matrices outside the experts that share their budget, where they were measured."""
+    importance: dict[str, np.ndarray] = field(default_factory=dict)
+    """Of the columns of a matrix, by its name, where an importance matrix tells."""
 
     def of(self, request: Request) -> Measurements:
         """What a request would have measured by itself. Raises BudgetError if it offers what was not measured."""
@@ -255,7 +257,7 @@ def measure_for_plan(
         rest_bytes=_coded_rest(checkpoint, request, workers or Workers(1, checkpoint), cache, wrap) if coded else 0,
     )
     return Measurements(
-        spectra, choices, request.offered, errors, weights, left_out, evidence, seconds, deviation, joined
+        spectra, choices, request.offered, errors, weights, left_out, evidence, seconds, deviation, joined, importance
     )
 
 

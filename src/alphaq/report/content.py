@@ -176,6 +176,7 @@ def content_of(run: Run, sources: Sources) -> Content:
     facts = {
         "name": plan.source.name if plan.source else run.name,
         "plan": plan,
+        "check": check_words(plan.check) if plan.check else "",
         "matrices": len(names),
         "size": None if plan.size_bytes is None else human_bytes(plan.size_bytes),
         "gap": None if math.isnan(plan.gap) else plan.gap,

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from alphaq.records import Choice, Fidelity, Plan
+from alphaq.records import Choice, Fidelity, Plan, PlanCheck
 
 if TYPE_CHECKING:
     from alphaq.evaluation.certificate import Certificate, Estimate, Figures
@@ -67,6 +67,8 @@ def plan_table(plan: Plan) -> Table:
         )
     if plan.sampling_error:
         table.add_row("standard error of the errors (sampled)", f"at most {100 * plan.sampling_error:.2g} %")
+    if plan.check is not None:
+        table.add_row("beside uniform bits in these bytes", check_words(plan.check))
     if plan.budget_slack is not None:
         unused = f"{plan.budget_slack:,.0f}"
         table.add_row("left of the budget", unused if plan.source is None else f"{unused} {plan.cost_unit}")
@@ -83,9 +85,24 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def check_words(check: PlanCheck) -> str:
+    """What the plan and uniform bits were found to do, and which was taken."""
+    what = "summed moves of the stream" if check.by == "moves" else f"KL on {check.tokens:,} tokens of its own writing"
+    taken = "" if check.taken == "plan" else "; uniform taken"
+    return f"{what}: {check.plan:.4g}, uniform {check.uniform:.4g}{taken}"
+
+
+def begun(begins_with: str) -> str:
+    """How a title says what each window begins with."""
+    return f", each window after {begins_with}" if begins_with else ""
+
+
 def fidelity_table(fidelity: Fidelity) -> Table:
     """One row per text."""
-    table = plain_table("Fidelity", "text", "tokens", "perplexity", "95 % interval", "KL", "top-1", "EAR")
+    table = plain_table(
+        "Fidelity" + begun(fidelity.begins_with),
+        *("text", "tokens", "perplexity", "95 % interval", "KL", "top-1", "EAR"),
+    )
     for name, text in fidelity.texts.items():
         low, high = text.perplexity_interval
         against = (
@@ -188,7 +205,8 @@ def certificate_tables(certificate: Certificate) -> list[Any]:
     """Figures by text with intervals, tasks, and the verdicts in words."""
     share = f"{100 * certificate.settings.confidence:g} %"
     table = plain_table(
-        f"{certificate.model.name} against {certificate.reference.name}, with {share} intervals",
+        f"{certificate.model.name} against {certificate.reference.name}, with {share} intervals"
+        + begun(certificate.settings.begins_with),
         *("text", "tokens", "EAR", "KL", "top-1", "perplexity", "of the reference", "ratio"),
     )
     for text in certificate.texts:
