@@ -159,7 +159,18 @@ def compare(
     return rows
 
 
-SETTINGS = ("gamma", "noise", "spectrum", "tail", "seed", "min_sqnr_db", "per_layer", "unweighted", "symmetric")
+SETTINGS = (
+    "gamma",
+    "noise",
+    "spectrum",
+    "tail",
+    "seed",
+    "min_sqnr_db",
+    "per_layer",
+    "unweighted",
+    "symmetric",
+    "check",
+)
 
 
 def variant_of(base: PlanConfig, name: str) -> PlanConfig:

@@ -24,7 +24,7 @@ from alphaq.report.commands import reproduce
 from alphaq.report.path import BudgetPath, budget_path, tables_of
 from alphaq.report.places import Place, place_by_name
 from alphaq.report.runs import ComparedRow, Run
-from alphaq.report.tables import human_bytes
+from alphaq.report.tables import check_words, human_bytes
 from alphaq.spectra.density import Density
 
 MAX_DENSITIES = 2000

