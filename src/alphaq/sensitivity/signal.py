@@ -2,12 +2,12 @@
 
     loss = √S(layer, projection) · πₑ · Σ(w − ŵ)² / Σw² · parameters
 
-S is measured, not assumed: random tokens, rewritten once by the model itself, are sent through it, and S is the
-squared error that rounding puts on a layer's output, per unit of relative weight error, over the squared norm of
-the residual stream at that layer. It finds what is true of most models, early layers and down projections first,
-without being told. Such tokens overstate the first layers, hence the root. πₑ is the routing prior, averaged within
-the layer. For llama.cpp's types S without a root was better. Where rounding shrinks all weights, harm grows faster
-than the squared error; RTN prevents that (quantizers/rtn.py). Experiments: docs/LOG.md.
+S is measured, not assumed: random tokens, rewritten once by the model itself, are sent through it, and S is how far
+rounding moves the stream behind a layer, squared and relative to it, per unit of relative weight error. It finds what
+is true of most models, early layers and down projections first, without being told. Such tokens overstate the first
+layers, hence the root. πₑ is the routing prior, averaged within the layer. For llama.cpp's types S without a root was
+better. Where rounding shrinks all weights, harm grows faster than the squared error; RTN prevents that
+(quantizers/rtn.py). Experiments: docs/LOG.md.
 """
 
 from __future__ import annotations
