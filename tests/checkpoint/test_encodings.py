@@ -145,7 +145,7 @@ def test_mxfp4_decodes_every_code_at_every_scale_as_transformers_does() -> None:
 
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 255, 16, 16).contiguous()
     scales = torch.arange(255, dtype=torch.uint8).view(1, 255, 1).expand(1, 255, 16).contiguous()
-    found = decode(Encoding("mxfp4", (1, 32)), blocks.view(255, -1), scales[0])
+    found = decode(Encoding("mxfp4", (1, 32)), blocks.view(255, -1), {"scales": scales[0]})
     expected = convert_moe_packed_tensors(blocks, scales)[0].T
     assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
     assert torch.equal(torch.signbit(found), torch.signbit(expected))
@@ -153,7 +153,7 @@ def test_mxfp4_decodes_every_code_at_every_scale_as_transformers_does() -> None:
 
 def test_mxfp4_scale_that_is_no_number_decodes_to_none() -> None:
     codes, scales = torch.zeros(1, 16, dtype=torch.uint8), torch.full((1, 1), 255, dtype=torch.uint8)
-    assert not decode(Encoding("mxfp4", (1, 32)), codes, scales).isfinite().any()
+    assert not decode(Encoding("mxfp4", (1, 32)), codes, {"scales": scales}).isfinite().any()
 
 
 def test_q8_0_decodes_as_gguf_does() -> None:
@@ -162,7 +162,7 @@ def test_q8_0_decodes_as_gguf_does() -> None:
 
     values = np.random.default_rng(0).normal(size=(7, 96)).astype(np.float32) * 10.0 ** np.arange(-8, -1)[:, None]
     codes = quantize(values, GGMLQuantizationType.Q8_0)
-    found = decode(Encoding("Q8_0", (1, 32)), torch.from_numpy(codes), None)
+    found = decode(Encoding("Q8_0", (1, 32)), torch.from_numpy(codes), {})
     assert found.dtype == torch.float32
     assert torch.equal(found, torch.from_numpy(dequantize(codes, GGMLQuantizationType.Q8_0)))
 

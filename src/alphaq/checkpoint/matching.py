@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from alphaq.checkpoint.architecture import NUMBERED_LAYER, Architecture, TensorRule, count
+from alphaq.checkpoint.encodings import unfolded as unfolded_tensor
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.errors import ArchitectureError
 from alphaq.records import MatrixRef, Role
@@ -85,10 +86,10 @@ def unfolded(
         if rule is None or not rule.folded or len(tensor.shape) != 2:
             return tensor
         experts = architecture.experts_per_layer(config)
-        rows, columns = tensor.shape
+        rows = tensor.shape[0]
         if rows % experts:
             raise ArchitectureError(f"{tensor.name!r}: {rows} rows cannot hold {experts} experts. Correct config.json.")
-        return replace(tensor, shape=(experts, rows // experts, columns))
+        return unfolded_tensor(tensor, experts)
 
     if not any(rule.folded for rule in architecture.rules):
         return {shard: dict(tensors) for shard, tensors in shards.items()}
