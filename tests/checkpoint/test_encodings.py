@@ -332,8 +332,7 @@ def test_encoded_checkpoint_travels_to_workers(fp8_and_bf16: tuple[Path, Path]) 
         (lambda t: t.update({f"{GATE}_scale_inv": torch.ones(2, 2).int()}), r"is I32 .* needs F32 or BF16 or F16"),
         (lambda t: t.update({GATE: t[GATE][0]}), r"is F8_E4M3 \[64\], not a matrix"),
         (lambda t: t.update({GATE: t[GATE][:0]}), r"is F8_E4M3 \[0, 64\], not a matrix"),
-        (lambda t: t.update({GATE.replace("weight", "weight_scale"): torch.ones(1)}), r"form of FP8 .* 16-bit"),
-        (lambda t: t.update({GATE.replace("weight", "input_scale"): torch.ones(1)}), r"form of FP8 .* 16-bit"),
+        (lambda t: t.update({GATE.replace("weight", "weight_scale"): torch.ones(1)}), r"are scales of the same weight"),
     ],
 )
 def test_damaged_or_other_fp8_is_refused(
@@ -343,8 +342,8 @@ def test_damaged_or_other_fp8_is_refused(
         open_checkpoint(damaged(fp8_and_bf16[0], tmp_path / "out", change))
 
 
-@pytest.mark.parametrize("block", [None, 128, [128], [0, 128], [True, 1], [128.0, 128], [-1, 1], [2**40, 1]])
-def test_fp8_without_blocks_is_refused(fp8_and_bf16: tuple[Path, Path], tmp_path: Path, block: object) -> None:
+@pytest.mark.parametrize("block", [128, [128], [0, 128], [True, 1], [128.0, 128], [-1, 1], [2**40, 1]])
+def test_fp8_in_blocks_of_no_size_is_refused(fp8_and_bf16: tuple[Path, Path], tmp_path: Path, block: object) -> None:
     with pytest.raises(CheckpointError, match=r"weight_block_size is .* 16-bit"):
         open_checkpoint(damaged(fp8_and_bf16[0], tmp_path / "out", lambda tensors: None, weight_block_size=block))
 
@@ -367,12 +366,20 @@ def test_damaged_mxfp4_is_refused(
         open_checkpoint(damaged(mxfp4_and_bf16[0], tmp_path / "out", change))
 
 
-@pytest.mark.parametrize("method", ["gptq", "compressed-tensors", None, ["fp8"]])
+def test_fp8_whose_scales_have_other_blocks_than_the_config_names_is_refused(
+    fp8_and_bf16: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = damaged(fp8_and_bf16[0], tmp_path / "out", lambda tensors: None, weight_block_size=None)
+    with pytest.raises(CheckpointError, match=r"_scale_inv is F32 .*needs F32 .* or \[\] or \[1\]"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("method", ["gptq", None, ["fp8"]])
 def test_other_quantized_sources_are_still_refused(
     fp8_and_bf16: tuple[Path, Path], tmp_path: Path, method: object
 ) -> None:
     folder = damaged(fp8_and_bf16[0], tmp_path / "out", lambda tensors: None, quant_method=method)
-    with pytest.raises(CheckpointError, match=r"already quantized .*16-bit.* fp8 and mxfp4"):
+    with pytest.raises(CheckpointError, match=r"already quantized by .*16-bit.* FP8, MXFP4, NVFP4"):
         open_checkpoint(folder)
 
 

@@ -154,7 +154,8 @@ def _require_of_model(finder: _Finder, info: TensorInfo, coded: Mapping[str, obj
         return
     codes = f"{name.removesuffix(end)}{'_blocks' if end == '_scales' else ''}" if end else "what they scale"
     codes = f"{codes}.weight" if end and end.startswith((".weight", ".qscale")) else codes
-    raise CheckpointError(f"{name} are scales, but {codes} is not there as {method}. Download it again.")
+    what = "are scales" if "scale" in (end or "scale") else "belongs to codes"
+    raise CheckpointError(f"{name} {what}, but {codes} is not there as {method}. Download it again.")
 
 
 # -- one tensor -----------------------------------------------------------------------------------
@@ -311,7 +312,7 @@ def _grids(told: Announced, codes: TensorInfo, shape: Shape, scales: TensorInfo)
         yield (height, width), grid, grid
         if told.method == MODELOPT:  # which keeps the blocks' own sides
             yield (height, width), (*grid[:-1], 1, grid[-1], 1), grid
-    if not (floats and told.strict):
+    if not (floats and told.strict) and (floats or scales.dtype in _NUMBERS):
         yield from _whole_grids(tuple(lead), rows, columns)
     if not floats or scales.dtype in _EXPONENTS or told.method == COMPRESSED_TENSORS:
         size = _group_size(columns, scales)

@@ -56,7 +56,7 @@ def match_tensors(
             )
         if rule.stacked:
             matrices.extend(_unstack(architecture, tensor, rule, fields, architecture.experts_per_layer(config)))
-        elif len(tensor.shape) == 2 and rule.role is not Role.OTHER:
+        elif len(tensor.shape) == 2 and rule.role is not Role.OTHER and not _is_table(tensor, rule.role):
             rows, columns = tensor.shape[::-1] if rule.transposed else tensor.shape
             projection = fields.get("projection")
             matrices.append(
@@ -74,6 +74,11 @@ def match_tensors(
             )
     _check_expert_count(architecture, config, matrices)
     return matrices, roles
+
+
+def _is_table(tensor: TensorInfo, role: Role) -> bool:
+    """Whether a router's tensor says which experts a token goes to (DeepSeek-V4's tid2eid), and is no weight."""
+    return role is Role.ROUTER and tensor.dtype in ("I64", "I32", "I16", "BOOL")
 
 
 def unfolded(
