@@ -489,6 +489,20 @@ def test_damaged_nvfp4_is_refused_by_name(
         open_checkpoint(folder)
 
 
+def test_integers_of_modelopt_are_not_taken_for_4_bit_floats(modelopt: Pair, tmp_path: Path) -> None:
+    """It may mix them in; their codes are bytes too, but their scales are not."""
+
+    def change(tensors: Tensors) -> None:
+        tensors.pop(f"{GATE}.weight_scale_2")
+        tensors.update(
+            {f"{GATE}.weight": torch.zeros(32, 64, dtype=torch.int8), f"{GATE}.weight_scale": torch.ones(32)}
+        )
+
+    folder = changed(modelopt.coded, tmp_path / "out", change, quant_method="modelopt", quant_algo="MIXED_PRECISION")
+    with pytest.raises(CheckpointError, match=r"weight_scale is F32 \[32\], but .* needs U8 or F8_E8M0 or F8_E4M3"):
+        open_checkpoint(folder)
+
+
 def test_packed_integers_of_odd_widths_are_refused(save_family: Callable[..., Path], tmp_path: Path) -> None:
     weights = INT | dict(num_bits=3, strategy="group", group_size=32)
     pair = compressed(tmp_path, save_family("qwen3_moe"), "pack-quantized", **weights)

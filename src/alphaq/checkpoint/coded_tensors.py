@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from alphaq.checkpoint.announced import COMPRESSED_TENSORS, FP8, MODELOPT, MXFP4, Announced
+from alphaq.checkpoint.announced import COMPRESSED_TENSORS, FP8, MXFP4, Announced
 from alphaq.checkpoint.encodings import MXFP4_COLUMNS, Encoding, Part, packed_bits
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
+from alphaq.checkpoint.scale_grids import EXPONENTS, NUMBERS, Form, Shape, misfit, required_grid, single
 from alphaq.errors import CheckpointError
 
-Shape = tuple[int, ...]
 Shards = Mapping[str, Mapping[str, TensorInfo]]
 Read = Callable[[str, TensorInfo], Tensor]
 """The bytes of a stored tensor of a shard."""
 
-_NUMBERS = ("F32", "BF16", "F16")
-_EXPONENTS = ("U8", "F8_E8M0")
 _MXFP4_BYTES = 16
-NVFP4_COLUMNS = 16
 _PACKED_WIDTHS = (2, 4, 8)
 _WORD_BITS = 32
 _HELPERS = re.compile(r".*([._]q?scale(_inv|_2|_weight|_act)?|_zero_point|_shape|_g_idx)")
@@ -178,22 +175,21 @@ def _decoded(finder: _Finder, codes: TensorInfo) -> TensorInfo:
     scales = finder.places[name][1]
     if len(codes.shape) not in (2, 3) or 0 in codes.shape:
         raise _unfit(codes, "a matrix, or one to each expert")
-    scheme, columns = _form(finder, codes, scales)
+    form = _form(finder, codes, scales)
     finder.first([names.shape])
-    shape = (*codes.shape[:-1], columns)
-    block, seen = _required_grid(finder.told, codes, shape, scales)
-    rows_alone = scheme == "fp4" and scales.dtype in _EXPONENTS and block == (1, MXFP4_COLUMNS)
+    block, seen = required_grid(form, scales)
+    mxfp4 = form.scheme == "fp4" and scales.dtype in EXPONENTS and block == (1, MXFP4_COLUMNS)
     encoding = Encoding(
-        "mxfp4" if rows_alone else scheme,
+        "mxfp4" if mxfp4 else form.scheme,
         block,
         finder.part(name, seen, block[0]),
-        columns=columns if codes.dtype == "I32" else 0,
-        label=_label(scheme, scales),
+        columns=form.shape[-1] if codes.dtype == "I32" else 0,
+        label=_label(form.scheme, scales),
     )
     encoding = _with_tensor_scale(finder, encoding, codes, names)
     encoding = _with_zero_points(finder, encoding, codes, names.zero_points)
     dtype = "F16" if scales.dtype == "F16" else "BF16"
-    return replace(codes, name=names.decoded, dtype=dtype, shape=shape, encoding=encoding)
+    return replace(codes, name=names.decoded, dtype=dtype, shape=form.shape, encoding=encoding)
 
 
 def _gpt_oss(finder: _Finder, codes: TensorInfo) -> TensorInfo:
@@ -205,38 +201,41 @@ def _gpt_oss(finder: _Finder, codes: TensorInfo) -> TensorInfo:
     if codes.dtype != "U8" or len(codes.shape) != 4 or codes.shape[-1] != _MXFP4_BYTES or 0 in codes.shape:
         raise _unfit(codes, f"U8 [experts, rows, columns / {MXFP4_COLUMNS}, {_MXFP4_BYTES}]")
     scales, (experts, rows, groups, _) = finder.places[name][1], codes.shape
-    if scales.dtype not in _EXPONENTS or scales.shape != codes.shape[:-1]:
-        raise _misfit(codes, scales, _EXPONENTS, [codes.shape[:-1]])
+    if scales.dtype not in EXPONENTS or scales.shape != codes.shape[:-1]:
+        raise misfit(codes, scales, EXPONENTS, [codes.shape[:-1]])
     part = finder.part(name, scales.shape, 1)
     encoding = Encoding("mxfp4", (1, MXFP4_COLUMNS), part, turned=True, label="MXFP4")
     return replace(codes, name=stem, dtype="BF16", shape=(experts, groups * MXFP4_COLUMNS, rows), encoding=encoding)
 
 
-def _form(finder: _Finder, codes: TensorInfo, scales: TensorInfo) -> tuple[str, int]:
-    """How codes are decoded, and the columns of what they stand for. CheckpointError for scales of another dtype."""
-    floats = (*_NUMBERS, *_EXPONENTS)
+def _form(finder: _Finder, codes: TensorInfo, scales: TensorInfo) -> Form:
+    """By the dtypes of codes and scales. Raises CheckpointError for those that do not belong together."""
+    method, columns = finder.told.method, codes.shape[-1]
     if codes.dtype == "I32":
-        _require_dtype(codes, scales, _NUMBERS)
+        _require_dtype(codes, scales, NUMBERS)
         bits, columns = _packed(finder, codes, scales)
-        return f"packed{bits}", columns
-    if codes.dtype == "F8_E4M3":
-        _require_dtype(codes, scales, floats)
-        return "fp8", codes.shape[-1]
-    if codes.dtype == "I8" and finder.told.method == COMPRESSED_TENSORS:
-        _require_dtype(codes, scales, _NUMBERS)
-        return "int8", codes.shape[-1]
-    _require_dtype(codes, scales, (*floats, "F8_E4M3"))
-    return "fp4", 2 * codes.shape[-1]
+        scheme = f"packed{bits}"
+    elif codes.dtype == "F8_E4M3":
+        _require_dtype(codes, scales, (*NUMBERS, *EXPONENTS))
+        scheme = "fp8"
+    elif codes.dtype == "I8" and method == COMPRESSED_TENSORS:
+        _require_dtype(codes, scales, NUMBERS)
+        scheme = "int8"
+    else:
+        # Other tools' bytes may be integers; only transformers' FP8 has 4-bit floats with scales of more than 8 bits.
+        _require_dtype(codes, scales, (*EXPONENTS, "F8_E4M3", *(NUMBERS if method == FP8 else ())))
+        scheme, columns = "fp4", 2 * columns
+    return Form(finder.told, codes, scheme, (*codes.shape[:-1], columns))
 
 
 def _require_dtype(codes: TensorInfo, scales: TensorInfo, dtypes: Sequence[str]) -> None:
     if scales.dtype not in dtypes:
-        raise _misfit(codes, scales, dtypes, ())
+        raise misfit(codes, scales, dtypes, ())
 
 
 def _label(scheme: str, scales: TensorInfo) -> str:
     if scheme == "fp4":
-        return "MXFP4" if scales.dtype in _EXPONENTS else "NVFP4" if scales.dtype == "F8_E4M3" else "FP4"
+        return "MXFP4" if scales.dtype in EXPONENTS else "NVFP4" if scales.dtype == "F8_E4M3" else "FP4"
     return "F8_E4M3" if scheme == "fp8" else f"INT{scheme.removeprefix('int').removeprefix('packed')}"
 
 
@@ -286,67 +285,6 @@ def _stored_columns(finder: _Finder, codes: TensorInfo) -> int | None:
     return int(columns)
 
 
-# -- the shapes of scales -------------------------------------------------------------------------
-
-Grid = tuple[tuple[int, int], Shape, Shape]
-"""Rows and columns that share a scale; the shape of such scales on disk, and that in which to see them."""
-
-
-def _required_grid(
-    told: Announced, codes: TensorInfo, shape: Shape, scales: TensorInfo
-) -> tuple[tuple[int, int], Shape]:
-    """Rows and columns that share a scale, and the shape [..., rows, columns] in which to see the scales."""
-    grids = list(_grids(told, codes, shape, scales))
-    for block, stored, seen in grids:
-        if scales.shape == stored:
-            return block, seen
-    raise _misfit(codes, scales, (scales.dtype,), [stored for _, stored, _ in grids])
-
-
-def _grids(told: Announced, codes: TensorInfo, shape: Shape, scales: TensorInfo) -> Iterator[Grid]:
-    """Those that codes of a dtype may have."""
-    *lead, rows, columns = shape
-    floats = codes.dtype == "F8_E4M3"
-    for height, width in told.blocks if floats else ():
-        grid = (*lead, -(-rows // height), -(-columns // width))
-        yield (height, width), grid, grid
-        if told.method == MODELOPT:  # which keeps the blocks' own sides
-            yield (height, width), (*grid[:-1], 1, grid[-1], 1), grid
-    if not (floats and told.strict) and (floats or scales.dtype in _NUMBERS):
-        yield from _whole_grids(tuple(lead), rows, columns)
-    if not floats or scales.dtype in _EXPONENTS or told.method == COMPRESSED_TENSORS:
-        size = _group_size(columns, scales)
-        if size and columns % size == 0:
-            grid = (*lead, rows, columns // size)
-            yield (1, size), grid, grid
-
-
-def _whole_grids(lead: Shape, rows: int, columns: int) -> Iterator[Grid]:
-    """A scale to each row, or to each matrix."""
-    for stored in ((*lead, rows, 1), (*lead, rows)):
-        yield (1, columns), stored, (*lead, rows, 1)
-    for stored, seen in _single(lead):
-        yield (rows, columns), stored, seen
-
-
-def _single(lead: Shape) -> Iterator[tuple[Shape, Shape]]:
-    """The shapes of a number to each matrix, or of one to all of a stack; and those in which to see them."""
-    for stored in ((*lead, 1, 1), *([(*lead, 1), lead] if lead else [])):
-        yield stored, (*lead, 1, 1)
-    for stored in ((), (1,)):
-        yield stored, (1, 1)
-
-
-def _group_size(columns: int, scales: TensorInfo) -> int:
-    """Columns to a scale: fixed by the format, else what the number of scales makes of a row; 0 if nothing does."""
-    if scales.dtype == "F8_E4M3":
-        return NVFP4_COLUMNS
-    if scales.dtype in _EXPONENTS:
-        return MXFP4_COLUMNS
-    groups = scales.shape[-1] if scales.shape else 0
-    return columns // groups if groups and columns % groups == 0 else 0
-
-
 def _with_tensor_scale(finder: _Finder, encoding: Encoding, codes: TensorInfo, names: _Names) -> Encoding:
     """NVFP4 has a second scale, of the whole tensor, that brings the others into the range of 8-bit floats."""
     if encoding.label != "NVFP4":
@@ -354,10 +292,10 @@ def _with_tensor_scale(finder: _Finder, encoding: Encoding, codes: TensorInfo, n
     name = finder.first([*names.factors, names.divisor])
     if name is None:
         raise _no_scales(codes.name, f"{names.factors[0]} or {names.divisor}")
-    info, forms = finder.places[name][1], dict(reversed(list(_single(codes.shape[:-2]))))
+    info, forms = finder.places[name][1], dict(reversed(list(single(codes.shape[:-2]))))
     seen = forms.get(info.shape)
-    if seen is None or info.dtype not in _NUMBERS:
-        raise _misfit(codes, info, _NUMBERS, list(forms))
+    if seen is None or info.dtype not in NUMBERS:
+        raise misfit(codes, info, NUMBERS, list(forms))
     part = finder.part(name, seen, codes.shape[-2])
     return replace(encoding, divisor=part) if name == names.divisor else replace(encoding, factor=part)
 
@@ -374,10 +312,10 @@ def _with_zero_points(finder: _Finder, encoding: Encoding, codes: TensorInfo, na
         rows, bits = codes.shape[0], packed_bits(encoding.scheme)
         words = (-(-rows * bits // _WORD_BITS), encoding.scales.info.shape[-1])
         if info.shape != words:
-            raise _misfit(codes, info, ("I32",), [words])
+            raise misfit(codes, info, ("I32",), [words])
         return replace(encoding, zero_points=finder.part(name, words, _WORD_BITS // bits))
-    if info.dtype not in ("I8", "F8_E4M3", *_NUMBERS) or info.shape != scales.shape:
-        raise _misfit(codes, info, ("I8", *_NUMBERS), [scales.shape])
+    if info.dtype not in ("I8", "F8_E4M3", *NUMBERS) or info.shape != scales.shape:
+        raise misfit(codes, info, ("I8", *NUMBERS), [scales.shape])
     return replace(encoding, zero_points=finder.part(name, encoding.scales.info.shape, encoding.block[0]))
 
 
@@ -393,13 +331,4 @@ def _no_scales(codes: str, scales: str) -> CheckpointError:
 def _unfit(info: TensorInfo, form: str) -> CheckpointError:
     return CheckpointError(
         f"{info.name} is {info.dtype} {list(info.shape)}, not {form}. Download the checkpoint again."
-    )
-
-
-def _misfit(codes: TensorInfo, helper: TensorInfo, dtypes: Sequence[str], shapes: Sequence[Shape]) -> CheckpointError:
-    wanted, forms = " or ".join(dtypes), " or ".join(dict.fromkeys(str(list(shape)) for shape in shapes))
-    return CheckpointError(
-        f"{helper.name} is {helper.dtype} {list(helper.shape)}, but {codes.name} of shape {list(codes.shape)} needs "
-        f"{f'{wanted} {forms}'.strip()}. Download the checkpoint again or correct "
-        "config.json."
     )
