@@ -256,6 +256,26 @@ def test_fp8_with_a_scale_to_each_matrix_decodes_as_transformers_does(
     assert not any("scale" in name for name in found.shard_of)
 
 
+@pytest.mark.parametrize("grid", [(EXPERTS,), (EXPERTS, 64), (EXPERTS, 64, 1), (EXPERTS, 1, 64), (), (1,)])
+def test_scales_of_a_stack_are_told_apart_by_their_shape(
+    grid: tuple[int, ...], save_family: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One to each expert, to each row or column of each, or to all."""
+
+    def code(name: str, weight: Tensor) -> tuple[Tensors, Tensor] | None:
+        if not name.endswith("gate_up_proj"):
+            return None
+        scales = torch.rand(grid, generator=seeded(name)) + 0.5
+        codes = (weight.float() * 9).to(torch.float8_e4m3fn)
+        spread = scales if len(grid) == 3 else scales[..., None] if len(grid) == 2 else scales.view(-1, 1, 1)
+        return {name: codes, f"{name}_scale": scales}, (codes.float() * spread).bfloat16()
+
+    source = save_family("deepseek_v3", fused=True)
+    pair = coded_pair(tmp_path, source, code, {"quantization_config": {"quant_method": "fp8"}})
+    assert open_checkpoint(pair.coded).info(f"{GATE.rsplit('.', 2)[0]}.gate_up_proj").shape == (EXPERTS, 64, 64)
+    assert_same_values(open_checkpoint(pair.coded), open_checkpoint(pair.plain))
+
+
 # -- ModelOpt -------------------------------------------------------------------------------------
 
 
@@ -327,7 +347,7 @@ def int4(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(save(base / "nested", config, {"model-1.safetensors": tensors}), pair.plain)
 
 
-@pytest.mark.parametrize("source", ["int4", "modelopt", "v4"])
+@pytest.mark.parametrize("source", ["int4", "modelopt", pytest.param("v4", marks=pytest.mark.slow)])
 def test_commands_see_the_decoded_weights(
     source: str, request: pytest.FixtureRequest, alphaq: Callable[..., Ran], tmp_path: Path
 ) -> None:

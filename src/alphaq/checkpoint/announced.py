@@ -157,7 +157,7 @@ def _announcements(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for path, part in parts:
         mlx = _is_mlx(part.get("quantization"))
         for key in ["quantization"] if mlx else KEYS:
-            if part.get(key) is not None:
+            if part.get(key):
                 yield f"config.json, {path}{key}", {"quant_method": "mlx"} if mlx else part[key]
         parts += [
             (f"{path}{key}.", value) for key, value in part.items() if key not in KEYS and isinstance(value, dict)
@@ -188,11 +188,9 @@ def _understood(model: object, where: str, said: Mapping[str, Any]) -> Announced
     method = _METHODS.get(named) if isinstance(named, str) else None
     if where == MODELOPT_FILE:
         method = MODELOPT
-    if method == FP8:
+    if method in (FP8, MXFP4):
         blocks, strict = _fp8_blocks(said)
-        return Announced(FP8, where, blocks, strict)
-    if method == MXFP4:
-        return Announced(MXFP4, where)
+        return Announced(method, where, blocks, strict)
     if method == MODELOPT:
         algorithm = said.get("quant_algo")
         if algorithm is not None and algorithm not in _ALGORITHMS:

@@ -60,11 +60,13 @@ def _grids(form: Form, scales: TensorInfo) -> Iterator[Grid]:
 
 
 def _whole_grids(lead: Shape, rows: int, columns: int) -> Iterator[Grid]:
-    """A scale to each row, or to each matrix."""
+    """A scale to each row, to each matrix or, where a stack holds columns before rows, to each column."""
     for stored in ((*lead, rows, 1), (*lead, rows)):
         yield (1, columns), stored, (*lead, rows, 1)
     for stored, seen in single(lead):
         yield (rows, columns), stored, seen
+    if lead:
+        yield (rows, 1), (*lead, 1, columns), (*lead, 1, columns)
 
 
 def single(lead: Shape) -> Iterator[tuple[Shape, Shape]]:
