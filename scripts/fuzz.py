@@ -60,6 +60,7 @@ from alphaq.quantizers.packing import decode, dequantized_rows, encode
 from alphaq.records import Choice, Plan
 from alphaq.report.explanation import explain_plan, explanation_tables
 from alphaq.spectra.measure import read_stats
+from alphaq.untrusted import parse_json
 
 SLOW_S = 1.0
 HANGS_S = 20
@@ -230,7 +231,42 @@ ENCODED = {  # tensors that an encoding may claim
     "fp4_blocks": TensorSpec("U8", (2, 3, 1, 16)),
     "fp4_scales": TensorSpec("U8", (2, 3, 1)),
 }
-QUANTIZATIONS = ({"quant_method": "fp8", "weight_block_size": [2, 4]}, {"quant_method": "mxfp4"}, None)
+CODED = {  # ways to store weights, each with what helps to decode it
+    "fp8": {"w.weight": ("F8_E4M3", (4, 8)), "w.weight_scale_inv": ("BF16", ()), "w.activation_scale": ("F32", ())},
+    "rows": {"w.weight": ("F8_E4M3", (4, 8)), "w.weight_scale": ("F16", (4, 1))},
+    "stack": {"w.up": ("F8_E4M3", (3, 4, 8)), "w.up_scale_inv": ("F32", (3, 1, 1))},
+    "mxfp4": {"w.weight": ("I8", (4, 16)), "w.scale": ("F8_E8M0", (4, 1))},
+    "nvfp4": {
+        "w.weight": ("U8", (4, 16)),
+        "w.weight_scale": ("F8_E4M3", (4, 2)),
+        "w.weight_scale_2": ("F32", ()),
+        "w.input_scale": ("F32", ()),
+    },
+    "int4": {
+        "w.weight_packed": ("I32", (8, 4)),
+        "w.weight_scale": ("BF16", (8, 2)),
+        "w.weight_zero_point": ("I32", (1, 2)),
+        "w.weight_shape": ("I64", (2,)),
+    },
+    "int8": {"w.weight": ("I8", (4, 8)), "w.weight_scale": ("F32", (4,)), "w.weight_zero_point": ("I8", (4,))},
+}
+GROUP = {"format": "pack-quantized", "weights": {"num_bits": 4, "type": "int", "group_size": 16, "strategy": "group"}}
+BLOCKS: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [2, 4]}
+WHOLE_FP8: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": None}
+MODELOPT: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+COMPRESSED: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": GROUP},
+}
+SOUND = [
+    *(("fp8", WHOLE_FP8), ("rows", WHOLE_FP8), ("stack", WHOLE_FP8), ("mxfp4", BLOCKS), ("nvfp4", MODELOPT)),
+    *((form, COMPRESSED) for form in ("rows", "int4", "int8")),
+]
+QUANTIZATIONS = (
+    {"quant_method": "fp8", "weight_block_size": [2, 4]},
+    {"quant_method": "mxfp4", "weight_block_size": [2, 4]},
+)
 
 
 def write_model(folder: Path, config: Any = CONFIG, more: dict[str, TensorSpec] | None = None) -> Path:
@@ -418,6 +454,38 @@ def config_target(folder: Path) -> Target:
     return Target(seeds, {"value": [*JSON_VALUES, *words]}, plain, run)
 
 
+def sources_target(folder: Path) -> Target:
+    """Config and header of checkpoints in few bits, as one JSON text, so that both can be damaged."""
+    write_model(folder)
+
+    def run(raw: bytes) -> None:
+        try:
+            given = parse_json(raw)
+            specs = {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in given["tensors"].items()}
+            if not all(type(side) is int and side >= 0 for spec in specs.values() for side in spec.shape):
+                raise ValueError("no shape")
+            header, _, total = layout(specs | {name: TensorSpec("BF16", shape) for name, shape in SHAPES.items()})
+            if total > 1 << 20:
+                raise ValueError("too large to be written")
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+            raise AlphaQError("This describes no safetensors file.") from error  # of which other targets damage headers
+        (folder / "model.safetensors").write_bytes(header.ljust(total, b"\x3c"))
+        (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": given.get("told")}))
+        checkpoint = open_checkpoint(folder)
+        summarize(checkpoint)
+        for name in checkpoint.shard_of:
+            if name not in SHAPES:
+                found = checkpoint.tensor(name)
+                assert (found.shape, DTYPE_NAMES[found.dtype]) == (
+                    checkpoint.info(name).shape,
+                    checkpoint.info(name).dtype,
+                )
+
+    seeds = [json_tokens({"tensors": CODED[form], "told": told}) for form, told in SOUND]
+    words = [*TORCH_DTYPES, *(name for coded in CODED.values() for name in coded), "mxfp4", "modelopt", "float"]
+    return Target(seeds, {"value": [*JSON_VALUES, *(json.dumps(word).encode() for word in words)]}, plain, run)
+
+
 def plan_target(folder: Path) -> Target:
     checkpoint = open_checkpoint(write_model(folder))
     experts = [name for name in SHAPES if "experts" in name]
@@ -565,6 +633,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "gguf": gguf_target,
     "index": index_target,
     "config": config_target,
+    "sources": sources_target,
     "plan": plan_target,
     "stats": stats_target,
     "imatrix": imatrix_target,

@@ -3,14 +3,13 @@
 import json
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from coded import Tensors, assert_same_values, changed, is_linear, load, save
 from torch import Tensor
 
 from alphaq import pipeline
@@ -18,36 +17,18 @@ from alphaq.calibration.stream import LayerTraffic, stream_forward
 from alphaq.calibration.tokens import random_windows
 from alphaq.checkpoint.encodings import Encoding, decode
 from alphaq.checkpoint.files import PlainFile
-from alphaq.checkpoint.reader import INDEX_NAME, Checkpoint, open_checkpoint, summarize
+from alphaq.checkpoint.reader import open_checkpoint, summarize
 from alphaq.errors import CheckpointError
 from alphaq.records import MatrixRef, Plan, Role
 from conftest import COMMON, Ran, read_back
 from runnable import byte_level, save_runnable, save_tokenizer
 
-Tensors = dict[str, Tensor]
 BLOCK = (24, 40)  # divides no side of the tiny models' matrices
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
 GATE = "model.layers.1.mlp.experts.0.gate_proj.weight"
 FUSED = "model.layers.0.mlp.experts.gate_up_proj"
 STACKED = "model.layers.1.mlp.experts"
-
-
-def save(folder: Path, config: dict[str, Any], shards: Mapping[str, Tensors]) -> Path:
-    """A checkpoint of these files."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    for shard, tensors in shards.items():
-        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / shard, {"format": "pt"})
-    weight_map = {name: shard for shard, tensors in shards.items() for name in tensors}
-    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
-    return folder
-
-
-def load(folder: Path) -> tuple[dict[str, Any], Tensors]:
-    """Config and tensors of a checkpoint."""
-    tensors = {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
-    return json.loads((folder / "config.json").read_text()), tensors
 
 
 def expanded(scales: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -64,10 +45,6 @@ def to_fp8(name: str, weight: Tensor, scale_dtype: torch.dtype = torch.float32) 
     codes = (weight.float() / expanded(scales, tuple(weight.shape))).clamp(-448, 448).to(torch.float8_e4m3fn)
     decoded = (codes.float() * expanded(scales, tuple(weight.shape))).to(torch.bfloat16)
     return {name: codes, f"{name}_scale_inv": scales}, decoded
-
-
-def is_linear(name: str, value: Tensor) -> bool:
-    return value.ndim >= 2 and not any(part in name for part in ("embed", "lm_head", "mlp.gate.", "norm"))
 
 
 @pytest.fixture(scope="module")
@@ -115,29 +92,6 @@ def mxfp4_and_bf16(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
     return save(base / "model", config, {"model-1.safetensors": codes | rest}), base / "saved"
 
 
-def damaged(source: Path, out: Path, change: Callable[[Tensors], object], **settings: object) -> Path:
-    """A copy after `change` has worked on its tensors, and these settings on its quantization_config."""
-    config, tensors = load(source)
-    change(tensors)
-    config["quantization_config"] |= settings
-    return save(out, config, {"model-1.safetensors": tensors})
-
-
-def assert_same_values(found: Checkpoint, expected: Checkpoint) -> None:
-    by_name = {matrix.name: matrix for matrix in expected.matrices}
-    assert by_name.keys() == {matrix.name for matrix in found.matrices}
-    for matrix in found.matrices:
-        other = by_name[matrix.name]
-        assert (matrix.shape, matrix.dtype, matrix.role) == (other.shape, other.dtype, other.role)
-        assert torch.equal(found.read(matrix), expected.read(other)), matrix.name
-        assert found.read(matrix).is_contiguous()
-    assert found.shard_of.keys() == expected.shard_of.keys()
-    for name in found.shard_of:
-        whole = found.tensor(name)
-        assert torch.equal(whole, expected.tensor(name)) and whole.dtype == expected.tensor(name).dtype, name
-        assert (found.info(name).dtype, found.info(name).shape) == (expected.info(name).dtype, whole.shape)
-
-
 # -- values ---------------------------------------------------------------------------------------
 
 
@@ -146,7 +100,7 @@ def test_mxfp4_decodes_every_code_at_every_scale_as_transformers_does() -> None:
 
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 255, 16, 16).contiguous()
     scales = torch.arange(255, dtype=torch.uint8).view(1, 255, 1).expand(1, 255, 16).contiguous()
-    found = decode(Encoding("mxfp4", (1, 32)), blocks.view(255, -1), scales[0])
+    found = decode(Encoding("mxfp4", (1, 32)), blocks.view(255, -1), {"scales": scales[0]})
     expected = convert_moe_packed_tensors(blocks, scales)[0].T
     assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
     assert torch.equal(torch.signbit(found), torch.signbit(expected))
@@ -154,7 +108,7 @@ def test_mxfp4_decodes_every_code_at_every_scale_as_transformers_does() -> None:
 
 def test_mxfp4_scale_that_is_no_number_decodes_to_none() -> None:
     codes, scales = torch.zeros(1, 16, dtype=torch.uint8), torch.full((1, 1), 255, dtype=torch.uint8)
-    assert not decode(Encoding("mxfp4", (1, 32)), codes, scales).isfinite().any()
+    assert not decode(Encoding("mxfp4", (1, 32)), codes, {"scales": scales}).isfinite().any()
 
 
 def test_q8_0_decodes_as_gguf_does() -> None:
@@ -163,7 +117,7 @@ def test_q8_0_decodes_as_gguf_does() -> None:
 
     values = np.random.default_rng(0).normal(size=(7, 96)).astype(np.float32) * 10.0 ** np.arange(-8, -1)[:, None]
     codes = quantize(values, GGMLQuantizationType.Q8_0)
-    found = decode(Encoding("Q8_0", (1, 32)), torch.from_numpy(codes), None)
+    found = decode(Encoding("Q8_0", (1, 32)), torch.from_numpy(codes), {})
     assert found.dtype == torch.float32
     assert torch.equal(found, torch.from_numpy(dequantize(codes, GGMLQuantizationType.Q8_0)))
 
@@ -333,21 +287,20 @@ def test_encoded_checkpoint_travels_to_workers(fp8_and_bf16: tuple[Path, Path]) 
         (lambda t: t.update({f"{GATE}_scale_inv": torch.ones(2, 2).int()}), r"is I32 .* needs F32 or BF16 or F16"),
         (lambda t: t.update({GATE: t[GATE][0]}), r"is F8_E4M3 \[64\], not a matrix"),
         (lambda t: t.update({GATE: t[GATE][:0]}), r"is F8_E4M3 \[0, 64\], not a matrix"),
-        (lambda t: t.update({GATE.replace("weight", "weight_scale"): torch.ones(1)}), r"form of FP8 .* 16-bit"),
-        (lambda t: t.update({GATE.replace("weight", "input_scale"): torch.ones(1)}), r"form of FP8 .* 16-bit"),
+        (lambda t: t.update({GATE.replace("weight", "weight_scale"): torch.ones(1)}), r"are scales of the same weight"),
     ],
 )
 def test_damaged_or_other_fp8_is_refused(
     fp8_and_bf16: tuple[Path, Path], tmp_path: Path, change: Callable[[Tensors], object], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(damaged(fp8_and_bf16[0], tmp_path / "out", change))
+        open_checkpoint(changed(fp8_and_bf16[0], tmp_path / "out", change))
 
 
-@pytest.mark.parametrize("block", [None, 128, [128], [0, 128], [True, 1], [128.0, 128], [-1, 1], [2**40, 1]])
-def test_fp8_without_blocks_is_refused(fp8_and_bf16: tuple[Path, Path], tmp_path: Path, block: object) -> None:
+@pytest.mark.parametrize("block", [128, [128], [0, 128], [True, 1], [128.0, 128], [-1, 1], [2**40, 1]])
+def test_fp8_in_blocks_of_no_size_is_refused(fp8_and_bf16: tuple[Path, Path], tmp_path: Path, block: object) -> None:
     with pytest.raises(CheckpointError, match=r"weight_block_size is .* 16-bit"):
-        open_checkpoint(damaged(fp8_and_bf16[0], tmp_path / "out", lambda tensors: None, weight_block_size=block))
+        open_checkpoint(changed(fp8_and_bf16[0], tmp_path / "out", lambda tensors: None, weight_block_size=block))
 
 
 @pytest.mark.parametrize(
@@ -365,15 +318,23 @@ def test_damaged_mxfp4_is_refused(
     mxfp4_and_bf16: tuple[Path, Path], tmp_path: Path, change: Callable[[Tensors], object], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(damaged(mxfp4_and_bf16[0], tmp_path / "out", change))
+        open_checkpoint(changed(mxfp4_and_bf16[0], tmp_path / "out", change))
 
 
-@pytest.mark.parametrize("method", ["gptq", "compressed-tensors", None, ["fp8"]])
+def test_fp8_whose_scales_have_other_blocks_than_the_config_names_is_refused(
+    fp8_and_bf16: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = changed(fp8_and_bf16[0], tmp_path / "out", lambda tensors: None, weight_block_size=None)
+    with pytest.raises(CheckpointError, match=r"_scale_inv is F32 .*needs F32 .* or \[\] or \[1\]"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("method", ["gptq", None, ["fp8"]])
 def test_other_quantized_sources_are_still_refused(
     fp8_and_bf16: tuple[Path, Path], tmp_path: Path, method: object
 ) -> None:
-    folder = damaged(fp8_and_bf16[0], tmp_path / "out", lambda tensors: None, quant_method=method)
-    with pytest.raises(CheckpointError, match=r"already quantized .*16-bit.* fp8 and mxfp4"):
+    folder = changed(fp8_and_bf16[0], tmp_path / "out", lambda tensors: None, quant_method=method)
+    with pytest.raises(CheckpointError, match=r"already quantized by .*16-bit.* FP8, MXFP4, NVFP4"):
         open_checkpoint(folder)
 
 

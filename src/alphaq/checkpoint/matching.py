@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from alphaq.checkpoint.architecture import NUMBERED_LAYER, Architecture, TensorRule, count
+from alphaq.checkpoint.encodings import unfolded as unfolded_tensor
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.errors import ArchitectureError
 from alphaq.records import MatrixRef, Role
@@ -55,7 +56,7 @@ def match_tensors(
             )
         if rule.stacked:
             matrices.extend(_unstack(architecture, tensor, rule, fields, architecture.experts_per_layer(config)))
-        elif len(tensor.shape) == 2 and rule.role is not Role.OTHER:
+        elif len(tensor.shape) == 2 and rule.role is not Role.OTHER and not _is_table(tensor, rule.role):
             rows, columns = tensor.shape[::-1] if rule.transposed else tensor.shape
             projection = fields.get("projection")
             matrices.append(
@@ -75,6 +76,11 @@ def match_tensors(
     return matrices, roles
 
 
+def _is_table(tensor: TensorInfo, role: Role) -> bool:
+    """Whether a router's tensor says which experts a token goes to (DeepSeek-V4's tid2eid), and is no weight."""
+    return role is Role.ROUTER and tensor.dtype in ("I64", "I32", "I16", "BOOL")
+
+
 def unfolded(
     architecture: Architecture, config: Mapping[str, Any], shards: Mapping[str, Mapping[str, TensorInfo]]
 ) -> dict[str, dict[str, TensorInfo]]:
@@ -85,10 +91,10 @@ def unfolded(
         if rule is None or not rule.folded or len(tensor.shape) != 2:
             return tensor
         experts = architecture.experts_per_layer(config)
-        rows, columns = tensor.shape
+        rows = tensor.shape[0]
         if rows % experts:
             raise ArchitectureError(f"{tensor.name!r}: {rows} rows cannot hold {experts} experts. Correct config.json.")
-        return replace(tensor, shape=(experts, rows // experts, columns))
+        return unfolded_tensor(tensor, experts)
 
     if not any(rule.folded for rule in architecture.rules):
         return {shard: dict(tensors) for shard, tensors in shards.items()}

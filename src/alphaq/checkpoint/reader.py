@@ -1,7 +1,7 @@
 """Open a checkpoint (a folder or a hub id) and read its matrices one at a time.
 
-Only safetensors is read: a pickle runs code when it is loaded. Weights stored in FP8 or MXFP4 are decoded as they
-are read; only `encodings` knows how.
+Only safetensors is read: a pickle runs code when it is loaded. Weights stored in 8 or 4 bits are decoded as they are
+read; only `encodings` knows how, and `coded_tensors` which.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
+from alphaq.checkpoint.announced import MODELOPT_FILE, QUANTIZER_FILES, announced, require_no_codes, unquantized
 from alphaq.checkpoint.architecture import Architecture, architecture_of
+from alphaq.checkpoint.coded_tensors import decoded_shards
 from alphaq.checkpoint.encodings import (
-    READABLE_METHODS,
     Encoding,
     bytes_on_disk,
     decode,
-    decoded_shards,
     rows_place,
     stored_dtype,
     stored_grid,
@@ -111,8 +111,9 @@ class Checkpoint:
     @cached_property
     def weight_files(self) -> list[str]:
         """The shards, then files that hold nothing but scales."""
-        encodings = (info.encoding for tensors in self.shards.values() for info in tensors.values())
-        return list(dict.fromkeys([*self.shards, *(e.scales_shard for e in encodings if e and e.scales_shard)]))
+        encodings = (info.encoding for tensors in self.shards.values() for info in tensors.values() if info.encoding)
+        parts = (part.shard for encoding in encodings if encoding for _, part in encoding.parts)
+        return list(dict.fromkeys([*self.shards, *parts]))
 
     @property
     def nbytes(self) -> int:
@@ -153,9 +154,9 @@ class Checkpoint:
         return self._files[shard]
 
     def shards_under(self, tensor: str) -> set[str]:
-        """The weight files that hold a tensor: its own, and that of its scales."""
-        shard, encoding = self.shard_of[tensor], self.info(tensor).encoding
-        return {shard, (encoding.scales_shard if encoding is not None else None) or shard}
+        """The weight files that hold a tensor: its own, and those of its scales."""
+        encoding = self.info(tensor).encoding
+        return {self.shard_of[tensor], *(part.shard for _, part in (encoding.parts if encoding is not None else ()))}
 
     def info(self, tensor: str) -> TensorInfo:
         """Where a tensor lies and how."""
@@ -215,11 +216,11 @@ class Checkpoint:
         data = self.file(shard).read(*rows_place(info, index, start, stop)).view(stop - start, -1)
         if encoding is None or encoding.scheme == "plain":
             return data.view(TORCH_DTYPES[info.dtype])
-        scales = None
-        if encoding.scales is not None:
-            needed = encoding.scale_rows(start, stop)
-            scales = self._read(encoding.scales_shard or shard, encoding.scales, index, *needed)
-        return decode(encoding, data, scales, start % encoding.block[0])
+        parts = {
+            name: self._read(part.shard, part.info, part.slice_of(index), *part.rows(start, stop))
+            for name, part in encoding.parts
+        }
+        return decode(encoding, data, parts, start)
 
     def _decoded(
         self, shard: str, info: TensorInfo, decoder: Callable[[torch.Tensor, str], torch.Tensor]
@@ -254,11 +255,9 @@ class Checkpoint:
         """Tell the system that a matrix will be read soon."""
         shard, info = self.shard_of[matrix.tensor], self.info(matrix.tensor)
         self.file(shard).expect(*self.place(matrix))
-        encoding = info.encoding
-        if encoding is not None and encoding.scales is not None:
-            needed = encoding.scale_rows(*_stored_rows(info, matrix))
-            scales = rows_place(encoding.scales, matrix.index or 0, *needed)
-            self.file(encoding.scales_shard or shard).expect(*scales)
+        for _, part in info.encoding.parts if info.encoding is not None else ():
+            needed = part.rows(*_stored_rows(info, matrix))
+            self.file(part.shard).expect(*rows_place(part.info, part.slice_of(matrix.index or 0), *needed))
 
     def forget(self, shard: str) -> None:
         """Tell the system that a shard is done with; only where the checkpoint does not fit into memory anyway."""
@@ -322,7 +321,7 @@ class Checkpoint:
         if self.gguf is not None:
             return []
         found = {path for pattern in SIDE_FILES for path in self.folder.glob(pattern)}
-        skip = {"config.json", INDEX_NAME, "plan.json", "alphaq_manifest.json", CERTIFICATE_NAME}
+        skip = {"config.json", INDEX_NAME, "plan.json", "alphaq_manifest.json", CERTIFICATE_NAME, *QUANTIZER_FILES}
         chosen = sorted(path for path in found if is_file(path) and path.name not in skip)
         for path in chosen:
             check_link(path)
@@ -387,23 +386,26 @@ def _open_folder(
 ) -> Checkpoint:
     stamps = _stamps(folder.iterdir()) if stamps is None else stamps
     config = read_config(folder)
-    quantization = config.pop("quantization_config", None)  # what is read is no longer quantized
-    native = restored is not None and quantization is not None and quantization.get("quant_method") == NATIVE_METHOD
+    native = (config.get("quantization_config") or {}).get("quant_method") == NATIVE_METHOD
     if restored is not None and not native:
         raise CheckpointError(f"{folder} is no native checkpoint. Point to the output of `alphaq quantize`.")
-    if quantization is not None and not native and quantization.get("quant_method") not in READABLE_METHODS:
-        method = shown(quantization.get("quant_method", "unknown"))
-        raise CheckpointError(
-            f"{model} is already quantized (quant_method {method}). Start from the original 16-bit checkpoint; of "
-            f"quantized ones only {' and '.join(READABLE_METHODS)} can be read."
-        )
+    modelopt = read_json(folder / MODELOPT_FILE) if is_file(folder / MODELOPT_FILE) else None
+    told = announced(model, config, modelopt) if restored is None else None
+    config = unquantized(config)  # what is read is no longer quantized
     architecture = architecture_of(config)
     shards, fingerprint = read_shards(folder, stamps, store)
     if restored is not None:
         at_hand = {shard: PlainFile(folder / shard) for shard in shards}
         shards = {s: {name: restored(at_hand[s], one) for name, one in held.items()} for s, held in shards.items()}
-    elif quantization is not None:
-        shards = decoded_shards(shards, quantization)
+    else:
+        require_no_codes(model, (one for held in shards.values() for one in held.values()), told)
+    if told is not None:
+
+        def read(shard: str, one: TensorInfo) -> torch.Tensor:
+            file = store.file(shard, stamps[shard]) if store is not None else PlainFile(folder / shard)
+            return file.read(one.begin, one.nbytes)
+
+        shards = decoded_shards(shards, told, read)
     opened = _checkpoint(folder, folder.resolve().name, config, architecture, shards, fingerprint)
     return replace(opened, stamps=stamps, store=store)
 

@@ -36,6 +36,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.uint8,  # exponents; torch has had a type for them since 2.7 only
     "I64": torch.int64,
     "I32": torch.int32,
     "U32": torch.uint32,
