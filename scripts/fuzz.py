@@ -40,7 +40,7 @@ import zstandard
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.gguf_format import VALUE_TYPES
 from alphaq.checkpoint.imatrix import read_imatrix
-from alphaq.checkpoint.reader import open_checkpoint, read_shards, summarize
+from alphaq.checkpoint.reader import open_checkpoint, summarize
 from alphaq.checkpoint.safetensors_format import (
     DTYPE_NAMES,
     TORCH_DTYPES,

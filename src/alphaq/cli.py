@@ -35,6 +35,8 @@ from alphaq.options import (
     importance_matrix,
     means_for,
     means_settings,
+    note,
+    note_folders,
     opened,
     option_names,
     output_target,
@@ -65,7 +67,9 @@ def inspect(model: ModelArgument, revision: RevisionOption = None, as_json: Json
     from alphaq.checkpoint.reader import open_checkpoint, summarize
     from alphaq.report.tables import inspect_table
 
-    summary = summarize(open_checkpoint(model, revision))
+    checkpoint = open_checkpoint(model, revision, headers_only=True)
+    note(checkpoint.notes)
+    summary = summarize(checkpoint)
     show(as_json, summary, inspect_table(summary))
 
 
@@ -253,6 +257,7 @@ def quantize(
         else:
             result = pipeline.quantize_to_store(checkpoint, made, place, scratch or Path(), *work, **rest)
     usage = profile(made.engine).writer.usage.format(out=output) if isinstance(place, Path) else "Uploaded."
+    note(result["notes"])
     left = result["not_calibrated"]
     for name, reason in list(left.items())[:5]:
         err.print(f"note: {name} is rounded without its inputs: {reason}", markup=False, soft_wrap=True)
@@ -451,6 +456,7 @@ def verify(
     from alphaq.artifact import open_source
 
     original = None if source is None else open_source(source)
+    note(() if original is None else original.notes)
     with means_for(original, workers) as (pool, _):
         result = pipeline.verify(output, original, progress, pool)
     beside = ""
@@ -482,6 +488,7 @@ def evaluate(
     from alphaq import pipeline
     from alphaq.report.tables import fidelity_table
 
+    note_folders(model, reference)
     fidelity = pipeline.evaluate(model, [*text, *(more or ())], reference, window, max_tokens, device, dtype, progress)
     show(as_json, {"model": model, **pipeline.fidelity_json(fidelity)}, fidelity_table(fidelity))
 
@@ -497,6 +504,7 @@ def generate(
     """Continue a prompt greedily."""
     from alphaq.runtime.loading import generate_text
 
+    note_folders(model)
     completion = generate_text(model, prompt, max_new_tokens, device)
     if as_json:
         show(True, {"model": model, "prompt": prompt, "completion": completion})

@@ -379,7 +379,25 @@ def opened(model: str, means: Mapping[str, Any]) -> Any:
 
     from alphaq.checkpoint.reader import open_checkpoint
 
-    return replace(open_checkpoint(model, means["revision"]), pre_tokenizer=means.get("pre_tokenizer"))
+    checkpoint = open_checkpoint(model, means["revision"])
+    note(checkpoint.notes)
+    return replace(checkpoint, pre_tokenizer=means.get("pre_tokenizer"))
+
+
+def note(lines: Iterable[str]) -> None:
+    """Tell what a user should know, on stderr."""
+    for line in lines:
+        err.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def note_folders(*models: str | Path | None) -> None:
+    """Tell what lies in models' folders and is not read, where transformers will load them."""
+    from alphaq.checkpoint.weights import weight_files
+
+    for model in models:
+        folder = None if model is None else Path(model).expanduser()
+        if folder is not None and (folder / "config.json").is_file():
+            note(f"{model}: {line}" for line in weight_files(folder).notes())
 
 
 @contextmanager

@@ -1,0 +1,196 @@
+"""What comes along beside the weights: tokenizer, templates, processors, code, licence, and all that these refer to.
+
+Copying is not running: code files (`auto_map`) are data here. Files come from within the model's folder only, in
+bounded number and size; what a config refers to and does not come along is told.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from alphaq.checkpoint.files import check_link, is_file
+from alphaq.records import CERTIFICATE_NAME
+from alphaq.untrusted import MAX_JSON_BYTES, parse_json, read_bounded, shown
+
+SIDE_FILES = (
+    *("*.json", "*.txt", "*.model", "*.model.v*", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.vocab"),
+    *("*.py", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"),
+)
+"""Those that lie in the folder itself."""
+TEMPLATE_FOLDER = "additional_chat_templates/"
+NOT_CARRIED = {
+    *("config.json", "plan.json", "alphaq_manifest.json", CERTIFICATE_NAME),  # every output has its own
+    *("adapter_config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json"),
+}
+"""Files that say something of the source's weights."""
+MOST_SIDE_FILES, MOST_SIDE_BYTES = 1000, MAX_JSON_BYTES
+MOST_NOTES = 20
+MOST_SCANNED_BYTES = 1_000_000
+"""Of a config or a code file that is searched for names of other files; vocabularies are larger and name none."""
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+_NAMES_FOLDERS = re.compile(r"dir|path|folder|file|template", re.IGNORECASE)
+_PATH = re.compile(r"[\w\-. +@/]{1,240}")
+_AUTO_CLASS = re.compile(r"([\w/]+)\.\w+")
+_OUTSIDE = re.compile(r"[/~\\].*|[A-Za-z]:.*|(?:.*[/\\])?\.\.(?:[/\\].*)?")
+_IMPORTED = re.compile(r"^\s*from\s+\.([\w.]+)\s+import\b", re.MULTILINE)
+_QUOTED = re.compile(r"""["']([\w\-./]+)["']""")
+
+
+@dataclass(frozen=True)
+class SideFiles:
+    """Names relative to the folder, with forward slashes; and what does not come along, and why."""
+
+    names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def is_small(name: str) -> bool:
+    """Whether a file in the folder itself is small by its name: configs and indexes, and what is carried over."""
+    return any(fnmatchcase(name, pattern) for pattern in SIDE_FILES)
+
+
+def is_carried(name: str) -> bool:
+    """Whether a file in the folder itself comes along by its name."""
+    return _may_be_carried(name) and is_small(name)
+
+
+def side_files(folder: Path) -> SideFiles:
+    """The files to carry over from a folder. Raises CheckpointError for a link out of it."""
+    entries = {path.name for path in folder.iterdir()}
+    wanted = References.of(folder, entries)
+    names = {name for name in entries | wanted.files if is_carried(name) or ("/" not in name and name in wanted)}
+    for top in sorted(wanted.tops()):
+        names.update(name for name in files_below(folder, top) if name in wanted)
+    notes = [f"{shown(name)}, which {by} names, lies outside of the folder" for name, by in wanted.outside.items()]
+    kept = []
+    for name in sorted(names, key=lambda name: ("/" in name, name)):
+        if not _may_be_carried(name) or not is_file(folder / name):
+            continue
+        check_link(folder / name, folder)
+        if reason := _obstacle(folder / name):
+            notes.append(f"{name} {reason}")
+        else:
+            kept.append(name)
+    if len(kept) > MOST_SIDE_FILES:
+        notes.append(f"{len(kept) - MOST_SIDE_FILES} of {len(kept)} small files, more than {MOST_SIDE_FILES}")
+    return SideFiles(tuple(kept[:MOST_SIDE_FILES]), tuple(f"not copied: {note}" for note in notes))
+
+
+def _may_be_carried(name: str) -> bool:
+    """Whether it is neither the model's weights, which are written anew, nor says something of them."""
+    return name not in NOT_CARRIED and not name.endswith((".index.json", ".safetensors", ".gguf"))
+
+
+def _obstacle(path: Path) -> str | None:
+    if path.name.endswith(_WEIGHTS):
+        return "holds weights"
+    nbytes = path.stat().st_size
+    return f"has {nbytes} bytes, more than the {MOST_SIDE_BYTES} of a small file" if nbytes > MOST_SIDE_BYTES else None
+
+
+def files_below(folder: Path, top: str) -> Iterator[str]:
+    """Files under a folder of the folder, relative to the latter, hidden ones left out.
+
+    Raises CheckpointError for a link out of the folder.
+    """
+    waiting, seen = [folder / top], 0
+    while waiting:
+        here = waiting.pop()
+        if not here.is_dir():
+            continue
+        if here.is_symlink():
+            check_link(here, folder)
+        for path in sorted(here.iterdir()):
+            seen += 1
+            if seen > 10 * MOST_SIDE_FILES:
+                return
+            if path.name.startswith((".", "__pycache__")):
+                continue
+            if path.is_dir():
+                waiting.append(path)
+            else:
+                yield path.relative_to(folder).as_posix()
+
+
+@dataclass(frozen=True)
+class References:
+    """What configs and code files refer to: names of files, and of folders with a slash at the end.
+
+    outside: files out of the folder, with the file that names each.
+    """
+
+    files: frozenset[str]
+    folders: frozenset[str]
+    outside: dict[str, str]
+
+    def __contains__(self, name: str) -> bool:
+        parents = (name[: at + 1] for at, character in enumerate(name) if character == "/")
+        return name in self.files or any(parent in self.folders for parent in parents)
+
+    def tops(self) -> set[str]:
+        """What lies in the folder and holds something that is referred to."""
+        return {name.partition("/")[0] for name in (*self.files, *self.folders) if "/" in name}
+
+    def among(self, names: Iterable[str]) -> list[str]:
+        """Of the files that lie somewhere else, those below a folder that are referred to."""
+        found = (name for name in names if "/" in name and name in self and not name.endswith(_WEIGHTS))
+        return sorted(found)[:MOST_SIDE_FILES]
+
+    @classmethod
+    def of(cls, folder: Path, entries: Collection[str]) -> References:
+        """What the files in a folder refer to, of the files and folders that the folder has (`entries`)."""
+        files: set[str] = set()
+        folders = {TEMPLATE_FOLDER} if TEMPLATE_FOLDER[:-1] in entries else set()
+        outside: dict[str, str] = {}
+        for path in sorted(folder.iterdir()):
+            if not (is_carried(path.name) or path.name == "config.json") or not is_file(path):
+                continue
+            for text, of_folder in _named_in(path):
+                name = text.removeprefix("./").rstrip("/")
+                if _OUTSIDE.fullmatch(text):
+                    if len(outside) < MOST_NOTES and is_file(folder / text):
+                        outside.setdefault(text, path.name)
+                elif name.partition("/")[0] in entries and _PATH.fullmatch(name):
+                    files.add(name)
+                    if of_folder or "/" in text:
+                        folders.add(f"{name}/")
+        return cls(frozenset(files), frozenset(folders), outside)
+
+
+def _named_in(path: Path) -> Iterator[tuple[str, bool]]:
+    """What may be a path in a file, and whether it may be one of a folder."""
+    if path.suffix not in (".json", ".py") or path.stat().st_size > MOST_SCANNED_BYTES:
+        return
+    raw = read_bounded(path, MOST_SCANNED_BYTES)
+    if path.suffix == ".py":
+        text = raw.decode(errors="replace")
+        yield from ((one, False) for one in _QUOTED.findall(text))
+        for module in _IMPORTED.findall(text):
+            yield f"{module.replace('.', '/')}.py", False
+            yield module.partition(".")[0], True
+        return
+    try:
+        data = parse_json(raw)
+    except ValueError:
+        return
+    yield from _strings(data, "")
+
+
+def _strings(data: Any, key: str) -> Iterator[tuple[str, bool]]:
+    waiting: list[tuple[str, Any]] = [(key, data)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += [(key, one) for one in value]
+        elif isinstance(value, str) and value:
+            yield value, _NAMES_FOLDERS.search(key) is not None
+            if match := _AUTO_CLASS.fullmatch(value):
+                yield f"{match[1]}.py", False
+                yield match[1].rpartition("/")[0], True
