@@ -120,7 +120,7 @@ def recode_into(folder: Path, made: Path, codec: str, wrap: Wrap, workers: Worke
     data = total - sum(length for length, _ in headers.values())
     write_json(made / INDEX_NAME, {"metadata": {"total_size": data}, "weight_map": dict(sorted(weight_map.items()))})
     own = {*files, "config.json", INDEX_NAME, PLAN_NAME, MANIFEST_NAME, CERTIFICATE_NAME}
-    for name in sorted(name for name in files_below(folder, "") if name not in own and is_file(folder / name)):
+    for name in sorted(name for name in files_below(folder) if name not in own and is_file(folder / name)):
         check_link(folder / name, folder)
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         copy_file(folder / name, made / name)

@@ -98,6 +98,27 @@ def test_analyzing_reads_no_more_than_the_matrices(
     assert needed <= server.counter.served - small <= SLACK * needed
 
 
+def test_small_files_in_folders_come_along_if_something_names_them(server: objectstore.Server, copy: str) -> None:
+    path, system = copy.removeprefix("s3://"), server.system()
+    for name in ("additional_chat_templates/tools.jinja", "assets/words.dat", "original/notes.txt"):
+        system.pipe_file(f"{path}/{name}", name.encode())
+    objectstore.put_json(system, f"{path}/processor_config.json", {"words": "assets/words.dat"})
+    checkpoint = open_checkpoint(copy)
+    below = [
+        path.relative_to(checkpoint.folder) for path in checkpoint.side_files() if path.parent != checkpoint.folder
+    ]
+    assert list(map(str, below)) == ["additional_chat_templates/tools.jinja", "assets/words.dat"]
+    assert not (checkpoint.folder / "original").exists()
+
+
+def test_a_left_over_index_is_told_of_a_store_too(server: objectstore.Server, copy: str) -> None:
+    index = f"{copy.removeprefix('s3://')}/model.safetensors.index.json"
+    objectstore.put_json(server.system(), index, {"weight_map": {"a": "gone.safetensors"}})
+    checkpoint = open_checkpoint(copy)
+    assert list(checkpoint.shards) == ["model.safetensors"]
+    assert "model.safetensors.index.json is not read" in checkpoint.notes[0]
+
+
 def test_inspecting_reads_headers_alone(server: objectstore.Server, hosted: str, alphaq: Callable[..., Ran]) -> None:
     checkpoint = open_checkpoint(hosted)
     small = sum(path.stat().st_size for path in checkpoint.folder.iterdir())

@@ -64,7 +64,7 @@ def check_link(path: Path, folder: Path | None = None) -> None:
     """
     home, target = Path(os.path.realpath(folder or path.parent)), Path(os.path.realpath(path))
     blobs = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
-    inside = target.parent == home if folder is None else home in target.parents
+    inside = target.parent == home if folder is None else home in (target, *target.parents)
     if not inside and target.parent not in blobs and not _is_cached_blob(target):
         raise CheckpointError(
             f"{path} is a link out of its folder. Copy the file that it should be to its place: links are followed "

@@ -66,7 +66,9 @@ def side_files(folder: Path) -> SideFiles:
     names = {name for name in entries | wanted.files if is_carried(name) or ("/" not in name and name in wanted)}
     for top in sorted(wanted.tops()):
         names.update(name for name in files_below(folder, top) if name in wanted)
-    notes = [f"{shown(name)}, which {by} names, lies outside of the folder" for name, by in wanted.outside.items()]
+    notes = [
+        f"{shown(name)}, which {by} names, lies outside of the folder" for name, by in sorted(wanted.outside.items())
+    ]
     kept = []
     for name in sorted(names, key=lambda name: ("/" in name, name)):
         if not _may_be_carried(name) or not is_file(folder / name):
@@ -93,28 +95,28 @@ def _obstacle(path: Path) -> str | None:
     return f"has {nbytes} bytes, more than the {MOST_SIDE_BYTES} of a small file" if nbytes > MOST_SIDE_BYTES else None
 
 
-def files_below(folder: Path, top: str) -> Iterator[str]:
-    """Files under a folder of the folder, relative to the latter, hidden ones left out.
+def files_below(folder: Path, top: str = "") -> Iterator[str]:
+    """Files under the folder or one of its own, by their names relative to the former; hidden ones are left out.
 
-    Raises CheckpointError for a link out of the folder.
+    Links to folders are not followed, but for `top` itself. Raises CheckpointError for a link out of the folder.
     """
+    if top and (folder / top).is_symlink():
+        check_link(folder / top, folder)
     waiting, seen = [folder / top], 0
     while waiting:
         here = waiting.pop()
-        if not here.is_dir():
-            continue
-        if here.is_symlink():
-            check_link(here, folder)
-        for path in sorted(here.iterdir()):
+        for path in sorted(here.iterdir()) if here.is_dir() else ():
             seen += 1
             if seen > 10 * MOST_SIDE_FILES:
                 return
             if path.name.startswith((".", "__pycache__")):
                 continue
-            if path.is_dir():
-                waiting.append(path)
-            else:
+            if not path.is_dir():
                 yield path.relative_to(folder).as_posix()
+            elif path.is_symlink():
+                check_link(path, folder)
+            else:
+                waiting.append(path)
 
 
 @dataclass(frozen=True)
