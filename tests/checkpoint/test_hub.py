@@ -29,6 +29,7 @@ def model(save_family: Callable[..., Path], tmp_path: Path) -> Path:
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tools.jinja").write_text("tools")
     (folder / "tokenization_own.py").write_text("raise SystemExit")
+    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization_own.Own", null]}}')
     return folder
 
 

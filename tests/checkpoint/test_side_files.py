@@ -37,8 +37,8 @@ def carried(folder: Path) -> set[str]:
     return set(side_files(folder).names)
 
 
-def test_templates_vocabularies_and_code_come_along(folder: Path) -> None:
-    names = {TEMPLATE, "chat_template.jinja", "tokenizer.json", "qwen.tiktoken", "tokenizer.model.v3", "modeling_x.py"}
+def test_templates_vocabularies_and_licences_come_along(folder: Path) -> None:
+    names = {TEMPLATE, "chat_template.jinja", "tokenizer.json", "qwen.tiktoken", "tokenizer.model.v3"}
     names |= {"merges.txt", "vocab.bpe", "source.spm", "LICENSE", "NOTICE.txt", "README.md", "preprocessor_config.json"}
     for name in names:
         put(folder, name)
@@ -55,6 +55,9 @@ def test_what_says_something_of_the_source_s_weights_stays(folder: Path) -> None
     assert side_files(folder).notes == ()
 
 
+CODE = {"own.py", "helper.py", "bare.dat", "package/part.py", "package/__init__.py"}
+
+
 @pytest.mark.parametrize(
     ("config", "content", "names"),
     [
@@ -67,8 +70,8 @@ def test_what_says_something_of_the_source_s_weights_stays(folder: Path) -> None
             {"auto_map": {"AutoConfig": "code/configuration.Own"}},
             {"code/configuration.py", "code/util.py"},
         ),
-        ("tokenization.py", 'FILES = {"vocab_file": "bare.dat"}', {"bare.dat"}),
-        ("modeling.py", "from .package.part import f\n", {"package/part.py", "package/__init__.py"}),
+        ("config.json", {"auto_map": {"AutoModel": ["own.Own", None]}}, CODE),
+        ("config.json", {"auto_map": {"AutoModel": "another/repository--own.Own"}}, set()),
         ("tokenizer_config.json", {"model_type": "voices"}, set()),  # which happens to be the name of a folder
         ("tokenizer_config.json", {"bos_token": ".", "eos_token": "/", "sep": "..", "x": "", "y": "\0"}, set()),
     ],
@@ -84,6 +87,9 @@ def test_what_a_file_refers_to_comes_along(config: str, content: Any, names: set
         "unasked/x.txt",
     ):
         put(folder, name)
+    put(folder, "own.py", 'from .helper import f\nFILES = {"vocab_file": "bare.dat"}\nfrom .package.part import g\n')
+    put(folder, "helper.py", "import os\n")
+    put(folder, "sitecustomize.py")
     put(folder, config, content)
     assert carried(folder) == names | ({config} - {"config.json"})
     assert side_files(folder).notes == ()

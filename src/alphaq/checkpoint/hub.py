@@ -15,7 +15,7 @@ from pathlib import Path
 
 from alphaq.checkpoint.files import is_file
 from alphaq.checkpoint.remote import Store
-from alphaq.checkpoint.side_files import SIDE_FILES, References
+from alphaq.checkpoint.side_files import CODE_FILES, SIDE_FILES, References
 from alphaq.checkpoint.weights import weight_files
 from alphaq.errors import CheckpointError
 
@@ -65,7 +65,7 @@ def _download(model: str, revision: str | None) -> Path:
 
 def _small_files(model: str, revision: str | None) -> tuple[Path, Collection[str] | None]:
     """The folder with the small files, and the names of all files at the top; None for these if nobody tells."""
-    folder = _snapshot(model, revision, SIDE_FILES, ("*/*",))
+    folder = _snapshot(model, revision, (*SIDE_FILES, *CODE_FILES), ("*/*",))
     names = _listing(model, _commit(folder) or revision)
     if names is None:
         return folder, None

@@ -1,11 +1,12 @@
 """What comes along beside the weights: tokenizer, templates, processors, code, licence, and all that these refer to.
 
-Copying is not running: code files (`auto_map`) are data here. Files come from within the model's folder only, in
-bounded number and size; what a config refers to and does not come along is told.
+Copying is not running: code files (`auto_map`) are data here, and only those that a config names come along. Files come
+from within the model's folder only, in bounded number and size; what a config refers to and does not come along is told.
 """
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from alphaq.untrusted import MAX_JSON_BYTES, parse_json, read_bounded, shown
 
 SIDE_FILES = (
     *("*.json", "*.txt", "*.model", "*.model.v*", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.vocab"),
-    *("*.py", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"),
 )
-"""Those that lie in the folder itself."""
+"""Those that come along whether something refers to them or not; they lie in the folder itself."""
+CODE_FILES = ("*.py",)
+"""Those that come along if something refers to them."""
 TEMPLATE_FOLDER = "additional_chat_templates/"
 NOT_CARRIED = {
     *("config.json", "plan.json", "alphaq_manifest.json", CERTIFICATE_NAME),  # every output has its own
@@ -51,12 +54,12 @@ class SideFiles:
 
 def is_small(name: str) -> bool:
     """Whether a file in the folder itself is small by its name: configs and indexes, and what is carried over."""
-    return any(fnmatchcase(name, pattern) for pattern in SIDE_FILES)
+    return any(fnmatchcase(name, pattern) for pattern in (*SIDE_FILES, *CODE_FILES))
 
 
 def is_carried(name: str) -> bool:
-    """Whether a file in the folder itself comes along by its name."""
-    return _may_be_carried(name) and is_small(name)
+    """Whether a file in the folder itself comes along by its name, even if nothing refers to it."""
+    return _may_be_carried(name) and any(fnmatchcase(name, pattern) for pattern in SIDE_FILES)
 
 
 def side_files(folder: Path) -> SideFiles:
@@ -145,28 +148,30 @@ class References:
 
     @classmethod
     def of(cls, folder: Path, entries: Collection[str]) -> References:
-        """What the files in a folder refer to, of the files and folders that the folder has (`entries`)."""
+        """What configs in a folder refer to, and code that they name, of what the folder has (`entries`)."""
         files: set[str] = set()
         folders = {TEMPLATE_FOLDER} if TEMPLATE_FOLDER[:-1] in entries else set()
         outside: dict[str, str] = {}
-        for path in sorted(folder.iterdir()):
-            if not (is_carried(path.name) or path.name == "config.json") or not is_file(path):
-                continue
-            for text, of_folder in _named_in(path):
-                name = text.removeprefix("./").rstrip("/")
-                if _OUTSIDE.fullmatch(text):
-                    if len(outside) < MOST_NOTES and is_file(folder / text):
-                        outside.setdefault(text, path.name)
+        waiting = sorted(name for name in entries if name.endswith(".json") and name != "tokenizer.json")
+        while waiting:
+            by = waiting.pop()
+            for text, of_folder in _named_in(folder / by):
+                name = posixpath.normpath(posixpath.join(posixpath.dirname(by), text) if by.endswith(".py") else text)
+                if _OUTSIDE.fullmatch(name):
+                    if len(outside) < MOST_NOTES and is_file(folder / name):
+                        outside.setdefault(text, by)
                 elif name.partition("/")[0] in entries and _PATH.fullmatch(name):
-                    files.add(name)
                     if of_folder or "/" in text:
                         folders.add(f"{name}/")
+                    if name.endswith(".py") and name not in files:
+                        waiting.append(name)
+                    files.add(name)
         return cls(frozenset(files), frozenset(folders), outside)
 
 
 def _named_in(path: Path) -> Iterator[tuple[str, bool]]:
     """What may be a path in a file, and whether it may be one of a folder."""
-    if path.suffix not in (".json", ".py") or path.stat().st_size > MOST_SCANNED_BYTES:
+    if not is_file(path) or path.stat().st_size > MOST_SCANNED_BYTES:
         return
     raw = read_bounded(path, MOST_SCANNED_BYTES)
     if path.suffix == ".py":
