@@ -1,7 +1,7 @@
 """What comes along beside the weights: tokenizer, templates, processors, code, licence, and all that these refer to.
 
 Copying is not running: code files (`auto_map`) are data here, and only those that a config names come along. Files come
-from within the model's folder only, in bounded number and size; what a config refers to and does not come along is told.
+from within the model's folder only, in bounded number and size; what is referred to and does not come along is told.
 """
 
 from __future__ import annotations
