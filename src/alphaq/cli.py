@@ -46,6 +46,7 @@ from alphaq.options import (
     search_plan,
     search_settings,
     search_target,
+    show_outline,
     text_of,
     with_options,
 )
@@ -128,6 +129,9 @@ def plan(
         Path | None,
         typer.Option(help="Also write the types for `llama-quantize --tensor-type-file` (engine llama.cpp)."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check budget and engine by shapes; reads and fetches headers alone.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Choose bits for every expert matrix under a budget; shows the plan, and writes it with -o."""
@@ -147,6 +151,11 @@ def plan(
         raise AlphaQError("--write-type-file is for llama.cpp and needs the model. Add MODEL and --engine llama.cpp.")
     if target is not None and model is None:
         raise BudgetError("--ear runs the model. Give MODEL.")
+    if dry_run:
+        if model is None or target is not None or output is not None or write_type_file is not None:
+            raise AlphaQError("--dry-run needs MODEL and makes no plan. Drop --output, --write-type-file and --ear.")
+        show_outline(opened(model, means, headers_only=True), config, as_json)
+        return
     checkpoint: Any = None if model is None else opened(model, means)
     with means_for(checkpoint, **means) as (pool, cache):
         if target is None:

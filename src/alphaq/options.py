@@ -18,7 +18,7 @@ from alphaq.config import Blocks, Budget, Noise, PlanConfig, ProxyKind, Rule, Ta
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.records import CODECS, Plan, first_fault
 from alphaq.registry import unknown
-from alphaq.terminal import err, progress
+from alphaq.terminal import err, progress, show
 
 if TYPE_CHECKING:
     from alphaq.calibrated import Rounding
@@ -373,15 +373,27 @@ def output_target(output: str, scratch: Path | None) -> Any:
     return path
 
 
-def opened(model: str, means: Mapping[str, Any]) -> Any:
+def opened(model: str, means: Mapping[str, Any], headers_only: bool = False) -> Any:
     """The checkpoint that a command is to work on."""
     from dataclasses import replace
 
     from alphaq.checkpoint.reader import open_checkpoint
 
-    checkpoint = open_checkpoint(model, means["revision"])
+    checkpoint = open_checkpoint(model, means["revision"], headers_only=headers_only)
     note(checkpoint.notes)
     return replace(checkpoint, pre_tokenizer=means.get("pre_tokenizer"))
+
+
+def show_outline(checkpoint: Any, config: PlanConfig, as_json: bool) -> None:
+    """Print what shapes alone say of a plan."""
+    from dataclasses import asdict
+
+    from alphaq import planning
+    from alphaq.planning.outline import outline
+    from alphaq.report.tables import outline_table
+
+    found = outline(checkpoint, planning.resolve(config))
+    show(as_json, asdict(found), outline_table(found))
 
 
 def note(lines: Iterable[str]) -> None:

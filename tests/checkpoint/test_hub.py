@@ -65,6 +65,14 @@ def test_inspecting_fetches_headers_alone(hub: hubserver.Hub, model: Path, alpha
         assert weights(hub)[shard] == 8 + length
 
 
+def test_a_dry_run_fetches_headers_alone(hub: hubserver.Hub, model: Path, alphaq: Callable[..., Ran]) -> None:
+    ran = alphaq("plan", "org/model", "--bits", 2.5, "--dry-run", "--json")
+    assert ran.code == 0, ran.err
+    assert sum(weights(hub).values()) < 0.2 * ran.json["source_bytes"]
+    there = alphaq("plan", model, "--bits", 2.5, "--dry-run", "--json").json
+    assert {**ran.json, "model": ""} == {**there, "model": ""}
+
+
 def test_a_download_takes_the_index_s_shards_and_the_small_files(hub: hubserver.Hub, model: Path) -> None:
     checkpoint = open_checkpoint("org/model")
     assert weights(hub) == {shard: (model / shard).stat().st_size for shard in checkpoint.shards}
