@@ -49,6 +49,7 @@ from alphaq.checkpoint.safetensors_format import (
     layout,
     read_header,
 )
+from alphaq.checkpoint.weights import read_shards
 from alphaq.config import Budget, PlanConfig
 from alphaq.errors import AlphaQError
 from alphaq.ggml import GGML_TYPES

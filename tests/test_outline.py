@@ -21,8 +21,6 @@ QUICK = ("--method", "uniform", "--noise", "analytic", "--workers", 1)
 def test_a_plan_takes_what_its_outline_says(
     options: tuple[object, ...], tiny: Path, alphaq: Callable[..., Ran]
 ) -> None:
-    options: tuple[object, ...], tiny: Path, alphaq: Callable[..., Ran]
-) -> None:
     outline = alphaq("plan", tiny, *options, *QUICK, "--dry-run", "--json")
     plan = alphaq("plan", tiny, *options, *QUICK, "--json")
     assert outline.code == plan.code == 0, outline.err + plan.err
