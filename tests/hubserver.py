@@ -1,4 +1,7 @@
-"""A Hugging Face hub on this machine's loopback that serves one folder as one model, and counts what it gave."""
+"""A Hugging Face hub on this machine's loopback that serves one folder as one model, and counts what it gave.
+
+And a plain web server that does the same.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ import json
 import re
 import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -42,6 +47,35 @@ class Hub:
 
     def stop(self) -> None:
         self._server.shutdown()
+
+
+def start_plain(folder: Path) -> Hub:
+    """A web server that lists a folder and serves ranges, as any does."""
+    hub = Hub(folder)
+
+    class Handler(SimpleHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+        def send_head(self) -> Any:
+            path = hub.folder / unquote(self.path).lstrip("/")
+            if self.command != "GET" or not path.is_file():
+                return super().send_head()
+            data, code, more = path.read_bytes(), 200, ""
+            if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+                first, last = int(wanted[1]), min(int(wanted[2] or len(data) - 1), len(data) - 1)
+                code, more = 206, f"bytes {first}-{last}/{len(data)}"
+                data = data[first : last + 1]
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Range", more)
+            self.end_headers()
+            hub.served[path.name] = hub.served.get(path.name, 0) + len(data)
+            return BytesIO(data)
+
+    return _serve(hub, partial(Handler, directory=str(folder)))
 
 
 def start(folder: Path) -> Hub:
@@ -98,7 +132,11 @@ def start(folder: Path) -> Hub:
                 self.send_header(key, value)
             self.end_headers()
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    return _serve(hub, Handler)
+
+
+def _serve(hub: Hub, handler: Any) -> Hub:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     hub.url, hub._server = f"http://127.0.0.1:{server.server_port}", server
     return hub

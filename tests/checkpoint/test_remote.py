@@ -16,6 +16,7 @@ pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'alphaq[s
 import fsspec
 import torch
 
+import hubserver
 import objectstore
 from alphaq.checkpoint import remote
 from alphaq.checkpoint.reader import open_checkpoint
@@ -117,6 +118,17 @@ def test_a_left_over_index_is_told_of_a_store_too(server: objectstore.Server, co
     checkpoint = open_checkpoint(copy)
     assert list(checkpoint.shards) == ["model.safetensors"]
     assert "model.safetensors.index.json is not read" in checkpoint.notes[0]
+
+
+def test_a_web_server_that_serves_ranges_is_a_store(tiny: Path, alphaq: Callable[..., Ran]) -> None:
+    served = hubserver.start_plain(tiny.parent)
+    try:
+        ran = alphaq("inspect", f"{served.url}/tiny", "--json")
+        assert ran.code == 0, ran.err
+        assert ran.json == alphaq("inspect", tiny, "--json").json
+        assert served.served["model.safetensors"] < 0.01 * ran.json["bytes"]
+    finally:
+        served.stop()
 
 
 def test_inspecting_reads_headers_alone(server: objectstore.Server, hosted: str, alphaq: Callable[..., Ran]) -> None:

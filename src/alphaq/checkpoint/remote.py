@@ -28,7 +28,18 @@ T = TypeVar("T")
 PART_BYTES = 8 << 20  # of one request; a larger range is several requests at once
 CONNECTIONS = 8
 MOST_LEVELS = 4  # of folders that are looked into for small files
-_VERSIONS = ("ETag", "etag", "generation", "xet_hash", "blob_id", "md5Hash", "LastModified", "last_modified", "mtime")
+_VERSIONS = (
+    "ETag",
+    "etag",
+    "generation",
+    "xet_hash",
+    "blob_id",
+    "md5Hash",
+    "LastModified",
+    "Last-Modified",
+    "last_modified",
+    "mtime",
+)
 """What stores call that which tells a file's contents from others', the best first."""
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 
@@ -101,7 +112,9 @@ class Store:
                 raise MissingExtraError(_EXTRAS[scheme], f"{scheme}:// needs a package of its own") from None
             raise AlphaQError(f"{self.url} cannot be opened: {error}.") from None
         except ValueError as error:
-            raise AlphaQError(f"{self.url} cannot be opened ({error}). Known: s3://, gs://, hf://, file://.") from None
+            raise AlphaQError(
+                f"{self.url} cannot be opened ({error}). Known: s3://, gs://, hf://, https://, file://."
+            ) from None
         return system, path.rstrip("/")
 
     @property
@@ -131,7 +144,10 @@ class Store:
     def listing(self) -> dict[str, Stamp]:
         """`stamps` with the store's own errors."""
         self.system.invalidate_cache()
-        return {name: stamp_of(info) for name, info in self._entries().items() if info.get("type") == "file"}
+        files = {name: info for name, info in self._entries().items() if info.get("type") == "file"}
+        silent = [name for name, info in files.items() if info.get("size") is None]  # web servers list names alone
+        files.update(zip(silent, self.map(silent, lambda name: self.system.info(self.at(name))), strict=True))
+        return {name: stamp_of(info) for name, info in files.items()}
 
     def _entries(self) -> dict[str, Mapping[str, Any]]:
         """What lies in the folder, folders too."""

@@ -131,10 +131,13 @@ def _without_weights(folder: Path, names: Collection[str]) -> CheckpointError:
             "Convert them to safetensors first (`save_pretrained` in transformers does)."
         )
     others = sorted(name for name in names if name.endswith(".safetensors"))
+    gguf = min((name for name in names if name.endswith(".gguf")), default=None)
     variant = next((name for name in others if re.fullmatch(r"model\.\w+\.safetensors", name)), None)
     remedy = "Complete the download."
     if variant is not None:
         remedy = f"{variant} is a variant, which nothing loads by itself: if it is the model, call it {SINGLE_NAME}."
+    elif gguf is not None and not others:
+        remedy = f"It holds GGUF files: name one on this machine, such as {gguf}."
     elif others and all(name.startswith(_OWN_FORMAT) for name in others):
         remedy = f"{others[0]} has the weights in another format. Download those for transformers."
     return CheckpointError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}. {remedy}")
