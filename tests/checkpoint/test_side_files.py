@@ -99,16 +99,22 @@ def test_what_does_not_come_along_is_told(folder: Path, tmp_path: Path, monkeypa
     put(tmp_path, "secret.txt")
     put(folder, "speaker.pt")
     put(folder, "long.txt", "x" * 1000)
-    outside = {"a": "../secret.txt", "b": str(tmp_path / "secret.txt"), "c": "../absent.txt", "d": "/no/such/file"}
+    put(tmp_path, "tokenizer.json")
+    put(folder, "tokenizer.json")
+    put(folder, "codec/config.json")
+    put(folder, "codec/model.safetensors")
+    outside = {"old": str(tmp_path / "tokenizer.json"), "codec_path": "codec"}  # of which the folder has its own
+    outside |= {"a": "../secret.txt", "b": str(tmp_path / "secret.txt"), "c": "../absent.txt", "d": "/no/such/file"}
     put(folder, "processor_config.json", {**outside, "speaker": "speaker.pt"})
     monkeypatch.setattr(module, "MOST_SIDE_BYTES", 500)
     found = side_files(folder)
-    assert found.names == ("processor_config.json",)
+    assert found.names == ("processor_config.json", "tokenizer.json", "codec/config.json")
     assert [note.partition(": ")[2] for note in found.notes] == [
         "'../secret.txt', which processor_config.json names, lies outside of the folder",
         f"'{tmp_path}/secret.txt', which processor_config.json names, lies outside of the folder",
         "long.txt has 1000 bytes, more than the 500 of a small file",
         "speaker.pt holds weights",
+        "codec/model.safetensors holds weights",
     ]
 
 

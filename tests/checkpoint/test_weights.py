@@ -48,6 +48,8 @@ def published(folder: Path) -> None:
     sharded(folder)
     put(folder / "consolidated.safetensors", a=[1])
     put(folder / "original" / SINGLE_NAME, a=[1])
+    put(folder / "model.fp16.safetensors", a=[1])
+    put(folder / "model.fp16-00001-of-00002.safetensors", a=[1])
 
 
 def saved_as_one_after(folder: Path) -> None:

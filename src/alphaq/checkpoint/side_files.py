@@ -87,8 +87,8 @@ def side_files(folder: Path) -> SideFiles:
 
 
 def _may_be_carried(name: str) -> bool:
-    """Whether it is neither the model's weights, which are written anew, nor says something of them."""
-    return name not in NOT_CARRIED and not name.endswith((".index.json", ".safetensors", ".gguf"))
+    """Whether a file is neither the model's weights, which are written anew, nor says something of them."""
+    return "/" in name or (name not in NOT_CARRIED and not name.endswith((".index.json", ".safetensors", ".gguf")))
 
 
 def _obstacle(path: Path) -> str | None:
@@ -158,7 +158,8 @@ class References:
             for text, of_folder in _named_in(folder / by):
                 name = posixpath.normpath(posixpath.join(posixpath.dirname(by), text) if by.endswith(".py") else text)
                 if _OUTSIDE.fullmatch(name):
-                    if len(outside) < MOST_NOTES and is_file(folder / name):
+                    own = posixpath.basename(name) in entries  # which is what others find under that name
+                    if not own and len(outside) < MOST_NOTES and is_file(folder / name):
                         outside.setdefault(text, by)
                 elif name.partition("/")[0] in entries and _PATH.fullmatch(name):
                     if of_folder or "/" in text:

@@ -30,6 +30,8 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth")
 _OWN_FORMAT = "consolidated"
 """What Mistral and others call the same weights in their own format, which nobody takes for these."""
+_VARIANT = re.compile(r"model\.\w+(-\d{5}-of-\d{5})?\.safetensors")
+"""Another precision of the same weights, which transformers loads on request only."""
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 Shards = dict[str, dict[str, TensorInfo]]
@@ -113,7 +115,9 @@ def _left_over(folder: Path, names: Collection[str], used: Collection[str | None
     left = {
         name
         for name in names
-        if name.endswith((".safetensors", _INDEX_SUFFIX)) and name not in used and not name.startswith(_OWN_FORMAT)
+        if name.endswith((".safetensors", _INDEX_SUFFIX))
+        and name not in used
+        and not (name.startswith(_OWN_FORMAT) or _VARIANT.fullmatch(name))
     }
     if INDEX_NAME in left:  # many publish one beside a single file
         try:
@@ -132,7 +136,7 @@ def _without_weights(folder: Path, names: Collection[str]) -> CheckpointError:
         )
     others = sorted(name for name in names if name.endswith(".safetensors"))
     gguf = min((name for name in names if name.endswith(".gguf")), default=None)
-    variant = next((name for name in others if re.fullmatch(r"model\.\w+\.safetensors", name)), None)
+    variant = next((name for name in others if _VARIANT.fullmatch(name)), None)
     remedy = "Complete the download."
     if variant is not None:
         remedy = f"{variant} is a variant, which nothing loads by itself: if it is the model, call it {SINGLE_NAME}."
