@@ -227,8 +227,8 @@ def test_a_gguf_file_has_the_templates_and_how_to_sample(tmp_path: Path, templat
 
 def test_what_a_gguf_file_has_no_place_for_is_told(templated: Path) -> None:
     from alphaq.checkpoint.reader import open_checkpoint
-    from alphaq.engines.llama_cpp import notes
+    from alphaq.engines.llama_cpp import side_notes
 
-    assert notes(open_checkpoint(templated)) == ()
+    assert side_notes(open_checkpoint(templated)) == ()
     put(templated, "preprocessor_config.json", {})
-    assert "not in the GGUF file: preprocessor_config.json" in notes(open_checkpoint(templated))[0]
+    assert "not in the GGUF file: preprocessor_config.json" in side_notes(open_checkpoint(templated))[0]

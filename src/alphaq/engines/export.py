@@ -111,10 +111,10 @@ class Export:
     layout: (checkpoint, choices) → every file. encode: a quantized matrix → one tensor for each of its parts.
     reader: (parts, choice, shape, name) → a function of a row slice that gives the values the engine will compute
     with, by the engine's own library where it has one. stored: a folder's tensors by name. usage: a command that runs
-    the folder {out}. write_rest: (folder, checkpoint, plan, layout), config and tokenizer. notes: what does not come
-    along of the checkpoint's small files. convert: (values, form,
+    the folder {out}. write_rest: (folder, checkpoint, plan, layout), config and tokenizer. convert: (values, form,
     checkpoint) → values to store or quantize. fault: (name, choice, its stored tensors, their bytes) → why they are
     not of that choice, as far as shows without the source. from_gguf: whether a GGUF file has all that is needed.
+    side_notes: what of a checkpoint's small files does not come along, and why.
     """
 
     layout: Callable[[Checkpoint, Mapping[str, Choice]], Layout]
@@ -126,7 +126,7 @@ class Export:
     convert: Callable[[torch.Tensor, str, Checkpoint], torch.Tensor] = _as_it_is
     fault: Callable[[str, Choice, Sequence[Stored], Sequence[torch.Tensor]], str | None] = lambda *_: None
     from_gguf: bool = False
-    notes: Callable[[Checkpoint], tuple[str, ...]] = Checkpoint.side_notes
+    side_notes: Callable[[Checkpoint], tuple[str, ...]] = Checkpoint.side_notes
 
 
 def squared_error_of(rows: Rows, weight: torch.Tensor) -> float:

@@ -234,7 +234,7 @@ def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout
     """Nothing: a GGUF file holds it all."""
 
 
-def notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+def side_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What lies beside the weights and has no place in the file: processors, and code."""
     left = [path.name for path in checkpoint.side_files() if "processor" in path.name and path.suffix == ".json"]
     if not left:
@@ -308,7 +308,7 @@ PROFILE = Profile(
         stored=stored,
         usage=f"Serve it: llama-server -m {{out}}/{FILE_NAME}",
         write_rest=write_rest,
-        notes=notes,
+        side_notes=side_notes,
         convert=convert,
         fault=fault,
         from_gguf=True,
