@@ -40,7 +40,7 @@ import zstandard
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.gguf_format import VALUE_TYPES
 from alphaq.checkpoint.imatrix import read_imatrix
-from alphaq.checkpoint.reader import open_checkpoint, read_shards, summarize
+from alphaq.checkpoint.reader import open_checkpoint, summarize
 from alphaq.checkpoint.safetensors_format import (
     DTYPE_NAMES,
     TORCH_DTYPES,
@@ -49,6 +49,7 @@ from alphaq.checkpoint.safetensors_format import (
     layout,
     read_header,
 )
+from alphaq.checkpoint.weights import read_shards
 from alphaq.config import Budget, PlanConfig
 from alphaq.errors import AlphaQError
 from alphaq.ggml import GGML_TYPES

@@ -350,8 +350,11 @@ def test_code_in_a_checkpoint_is_never_run(
     poison(copy, marker)
     assert alphaq("inspect", copy).code == 0
     assert alphaq("quantize", copy, "--bits", 2.5, "--method", "uniform", "-o", out).code == 0
-    assert not list(out.rglob("*.py"))
-    assert alphaq("generate", copy, "def", "--max-new-tokens", 1).code == 0
+    named = {"configuration_own.py", "modeling_own.py", "tokenization_own.py"}  # which come along as they are
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*.py")} == named
+    for folder in (copy, out):
+        assert alphaq("generate", folder, "def", "--max-new-tokens", 1).code == 0
+    assert alphaq("verify", out, "--source", copy).code == 0
     assert not marker.exists()
 
 

@@ -36,6 +36,8 @@ from alphaq.options import (
     importance_matrix,
     means_for,
     means_settings,
+    note,
+    note_folders,
     opened,
     option_names,
     output_target,
@@ -45,6 +47,7 @@ from alphaq.options import (
     search_plan,
     search_settings,
     search_target,
+    show_outline,
     text_of,
     with_options,
 )
@@ -66,7 +69,9 @@ def inspect(model: ModelArgument, revision: RevisionOption = None, as_json: Json
     from alphaq.checkpoint.reader import open_checkpoint, summarize
     from alphaq.report.tables import inspect_table
 
-    summary = summarize(open_checkpoint(model, revision))
+    checkpoint = open_checkpoint(model, revision, headers_only=True)
+    note(checkpoint.notes)
+    summary = summarize(checkpoint)
     show(as_json, summary, inspect_table(summary))
 
 
@@ -125,6 +130,9 @@ def plan(
         Path | None,
         typer.Option(help="Also write the types for `llama-quantize --tensor-type-file` (engine llama.cpp)."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check budget and engine by shapes; reads and fetches headers alone.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Choose bits for every expert matrix under a budget; shows the plan, and writes it with -o."""
@@ -144,6 +152,11 @@ def plan(
         raise AlphaQError("--write-type-file is for llama.cpp and needs the model. Add MODEL and --engine llama.cpp.")
     if target is not None and model is None:
         raise BudgetError("--ear runs the model. Give MODEL.")
+    if dry_run:
+        if model is None or target is not None or output is not None or write_type_file is not None:
+            raise AlphaQError("--dry-run needs MODEL and makes no plan. Drop --output, --write-type-file and --ear.")
+        show_outline(opened(model, means, headers_only=True), config, as_json)
+        return
     checkpoint: Any = None if model is None else opened(model, means)
     with means_for(checkpoint, **means) as (pool, cache):
         if target is None:
@@ -255,6 +268,7 @@ def quantize(
         else:
             result = pipeline.quantize_to_store(checkpoint, made, place, scratch or Path(), *work, **rest)
     usage = profile(made.engine).writer.usage.format(out=output) if isinstance(place, Path) else "Uploaded."
+    note(result["notes"])
     left = result["not_calibrated"]
     for name, reason in list(left.items())[:5]:
         err.print(f"note: {name} is rounded without its inputs: {reason}", markup=False, soft_wrap=True)
@@ -460,6 +474,7 @@ def verify(
     from alphaq.artifact import open_source
 
     original = None if source is None else open_source(source)
+    note(() if original is None else original.notes)
     with means_for(original, workers) as (pool, _):
         result = pipeline.verify(output, original, progress, pool)
     beside = ""
@@ -492,6 +507,7 @@ def evaluate(
     from alphaq import pipeline
     from alphaq.report.tables import fidelity_table
 
+    note_folders(model, reference)
     texts = [*text, *(more or ())]
     fidelity = pipeline.evaluate(model, texts, reference, window, max_tokens, device, dtype, progress, bos)
     show(as_json, {"model": model, **pipeline.fidelity_json(fidelity)}, fidelity_table(fidelity))
@@ -508,6 +524,7 @@ def generate(
     """Continue a prompt greedily."""
     from alphaq.runtime.loading import generate_text
 
+    note_folders(model)
     completion = generate_text(model, prompt, max_new_tokens, device)
     if as_json:
         show(True, {"model": model, "prompt": prompt, "completion": completion})

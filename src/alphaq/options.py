@@ -18,7 +18,7 @@ from alphaq.config import Blocks, Budget, Noise, PlanConfig, ProxyKind, Rule, Ta
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.records import CODECS, Plan, first_fault
 from alphaq.registry import unknown
-from alphaq.terminal import err, progress
+from alphaq.terminal import err, progress, show
 
 if TYPE_CHECKING:
     from alphaq.calibrated import Rounding
@@ -392,13 +392,43 @@ def output_target(output: str, scratch: Path | None) -> Any:
     return path
 
 
-def opened(model: str, means: Mapping[str, Any]) -> Any:
+def opened(model: str, means: Mapping[str, Any], headers_only: bool = False) -> Any:
     """The checkpoint that a command is to work on."""
     from dataclasses import replace
 
     from alphaq.checkpoint.reader import open_checkpoint
 
-    return replace(open_checkpoint(model, means["revision"]), pre_tokenizer=means.get("pre_tokenizer"))
+    checkpoint = open_checkpoint(model, means["revision"], headers_only=headers_only)
+    note(checkpoint.notes)
+    return replace(checkpoint, pre_tokenizer=means.get("pre_tokenizer"))
+
+
+def show_outline(checkpoint: Any, config: PlanConfig, as_json: bool) -> None:
+    """Print what shapes alone say of a plan."""
+    from dataclasses import asdict
+
+    from alphaq import planning
+    from alphaq.planning.outline import outline
+    from alphaq.report.tables import outline_table
+
+    found = outline(checkpoint, planning.resolve(config))
+    show(as_json, asdict(found), outline_table(found))
+
+
+def note(lines: Iterable[str]) -> None:
+    """Tell what a user should know, on stderr."""
+    for line in lines:
+        err.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def note_folders(*models: str | Path | None) -> None:
+    """Tell what lies in models' folders and is not read, where transformers will load them."""
+    from alphaq.checkpoint.weights import weight_files
+
+    for model in models:
+        folder = None if model is None else Path(model).expanduser()
+        if folder is not None and (folder / "config.json").is_file():
+            note(f"{model}: {line}" for line in weight_files(folder).notes())
 
 
 @contextmanager

@@ -171,6 +171,7 @@ def quantize(
         "source_bytes": checkpoint.nbytes,
         "quantizer": rounding.name,
         "not_calibrated": left,
+        "notes": list(writer.side_notes(checkpoint)),
         **found,
     }
 

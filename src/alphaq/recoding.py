@@ -16,8 +16,9 @@ from typing import IO, Any
 import torch
 
 from alphaq.checkpoint.files import CHUNK_BYTES, PlainFile, check_link, is_file
-from alphaq.checkpoint.reader import INDEX_NAME
 from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, TensorSpec, layout
+from alphaq.checkpoint.side_files import files_below
+from alphaq.checkpoint.weights import INDEX_NAME
 from alphaq.checkpoint.writer import atomic_folder, checksum, copy_file, create_file, write_at
 from alphaq.engines.export import Stored, stored_in, write_json
 from alphaq.engines.output import MANIFEST_NAME, PLAN_NAME, Output, Record, header_of, raise_faults, write_manifest
@@ -119,9 +120,10 @@ def recode_into(folder: Path, made: Path, codec: str, wrap: Wrap, workers: Worke
     data = total - sum(length for length, _ in headers.values())
     write_json(made / INDEX_NAME, {"metadata": {"total_size": data}, "weight_map": dict(sorted(weight_map.items()))})
     own = {*files, "config.json", INDEX_NAME, PLAN_NAME, MANIFEST_NAME, CERTIFICATE_NAME}
-    for path in sorted(path for path in folder.iterdir() if path.name not in own and is_file(path)):
-        check_link(path)
-        copy_file(path, made / path.name)
+    for name in sorted(name for name in files_below(folder) if name not in own and is_file(folder / name)):
+        check_link(folder / name, folder)
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(folder / name, made / name)
     write_manifest(made, plan, manifest, headers)
     before = sum((folder / file).stat().st_size for file in files)
     return {"codec": codec, "size_bytes": total, "source_bytes": before, "tensors": len(manifest)}

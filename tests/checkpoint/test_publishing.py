@@ -68,6 +68,19 @@ def test_interrupted_upload_shows_no_model_and_goes_on(
         assert server.system().cat_file(store.at(path.name)) == path.read_bytes()
 
 
+def test_files_in_folders_are_uploaded_too(
+    server: objectstore.Server, store: Store, model: Path, tmp_path: Path
+) -> None:
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    publish(model, store, "job", tmp_path / "uploaded.jsonl")
+    assert server.system().cat_file(store.at("additional_chat_templates/tools.jinja")) == b"tools"
+    server.counter.reset()
+    publish(model, Store.of(f"{store.url}-2"), "job", tmp_path / "others.jsonl")
+    with pytest.raises(OutputError, match="already exists"):
+        claim(Store.of(f"{store.url}-2"), "another")
+
+
 def test_upload_killed_before_its_claim_is_gone_ends_by_removing_it(
     server: objectstore.Server, store: Store, model: Path, tmp_path: Path
 ) -> None:

@@ -94,24 +94,6 @@ def test_hub_id_that_cannot_be_fetched_is_one_line(monkeypatch: pytest.MonkeyPat
         open_checkpoint("some-org/some-model")
 
 
-def test_hub_download_asks_for_safetensors_only(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    asked: dict[str, object] = {}
-
-    def fetch(model: str, **options: object) -> str:
-        asked.update(options, model=model)
-        return str(tiny)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert len(open_checkpoint("org/model", revision="main").matrices) > 0
-    patterns = asked["allow_patterns"]
-    assert asked["model"] == "org/model"
-    assert isinstance(patterns, list)
-    assert "*.safetensors" in patterns
-    assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in patterns)
-
-
 def test_a_side_file_may_not_lead_out_of_the_folder(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     (copy / "notes.txt").symlink_to(tmp_path / "secret")

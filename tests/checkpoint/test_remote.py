@@ -16,6 +16,7 @@ pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'alphaq[s
 import fsspec
 import torch
 
+import hubserver
 import objectstore
 from alphaq.checkpoint import remote
 from alphaq.checkpoint.reader import open_checkpoint
@@ -96,6 +97,38 @@ def test_analyzing_reads_no_more_than_the_matrices(
     assert ran.code == 0, ran.err
     small = sum(path.stat().st_size for path in checkpoint.folder.iterdir())
     assert needed <= server.counter.served - small <= SLACK * needed
+
+
+def test_small_files_in_folders_come_along_if_something_names_them(server: objectstore.Server, copy: str) -> None:
+    path, system = copy.removeprefix("s3://"), server.system()
+    for name in ("additional_chat_templates/tools.jinja", "assets/words.dat", "original/notes.txt"):
+        system.pipe_file(f"{path}/{name}", name.encode())
+    objectstore.put_json(system, f"{path}/processor_config.json", {"words": "assets/words.dat"})
+    checkpoint = open_checkpoint(copy)
+    below = [
+        path.relative_to(checkpoint.folder) for path in checkpoint.side_files() if path.parent != checkpoint.folder
+    ]
+    assert list(map(str, below)) == ["additional_chat_templates/tools.jinja", "assets/words.dat"]
+    assert not (checkpoint.folder / "original").exists()
+
+
+def test_a_left_over_index_is_told_of_a_store_too(server: objectstore.Server, copy: str) -> None:
+    index = f"{copy.removeprefix('s3://')}/model.safetensors.index.json"
+    objectstore.put_json(server.system(), index, {"weight_map": {"a": "gone.safetensors"}})
+    checkpoint = open_checkpoint(copy)
+    assert list(checkpoint.shards) == ["model.safetensors"]
+    assert "model.safetensors.index.json is not read" in checkpoint.notes[0]
+
+
+def test_a_web_server_that_serves_ranges_is_a_store(tiny: Path, alphaq: Callable[..., Ran]) -> None:
+    served = hubserver.start_plain(tiny.parent)
+    try:
+        ran = alphaq("inspect", f"{served.url}/tiny", "--json")
+        assert ran.code == 0, ran.err
+        assert ran.json == alphaq("inspect", tiny, "--json").json
+        assert served.served["model.safetensors"] < 0.01 * ran.json["bytes"]
+    finally:
+        served.stop()
 
 
 def test_inspecting_reads_headers_alone(server: objectstore.Server, hosted: str, alphaq: Callable[..., Ran]) -> None:

@@ -7,12 +7,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
 from alphaq.errors import CheckpointError
-from alphaq.untrusted import open_regular
+from alphaq.untrusted import open_regular, parse_json, read_bounded
 
 CHUNK_BYTES = 8 << 20
 
@@ -56,15 +56,38 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def check_link(path: Path) -> None:
+def check_link(path: Path, folder: Path | None = None) -> None:
     """CheckpointError if a file is a link out of its folder, to where its author has nothing to do.
 
-    The hub's cache links `snapshots/REVISION/…` to `blobs`; any other way out is not followed.
+    folder: the model's, where the file lies below it. The hub's cache links `snapshots/REVISION/…` to `blobs`, and
+    folders downloaded with links have links to there; any other way out is not followed.
     """
-    folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
-    blobs = [above.parent / "blobs" for above in folder.parents if above.name == "snapshots"]
-    if target.parent not in (folder, *blobs):
-        raise CheckpointError(f"{path} is a link out of its folder. Replace it by the file it should be.")
+    home, target = Path(os.path.realpath(folder or path.parent)), Path(os.path.realpath(path))
+    blobs = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
+    inside = target.parent == home if folder is None else home in (target, *target.parents)
+    if not inside and target.parent not in blobs and not _is_cached_blob(target):
+        raise CheckpointError(
+            f"{path} is a link out of its folder. Copy the file that it should be to its place: links are followed "
+            "within the folder and into the hub's cache only."
+        )
+
+
+def _is_cached_blob(target: Path) -> bool:
+    """Whether a file lies where the hub's client keeps what it downloaded: `models--ORG--NAME/blobs/HASH`."""
+    return target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object. Raises CheckpointError naming the file."""
+    check_link(path)
+    try:
+        with reading(path):
+            data = parse_json(read_bounded(path))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}). Download it again.") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is not a JSON object. Download it again.")
+    return data
 
 
 class SourceFile:

@@ -71,7 +71,8 @@ def publish(folder: Path, store: Store, job: str, journal: Path, wrap: Wrap = si
     Files that an interrupted upload has finished are not sent again. Raises OutputError.
     """
     claim(store, job)
-    names = upload_order(path.name for path in folder.iterdir())
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    names = upload_order(path.relative_to(folder).as_posix() for path in files)
     with Journal(journal) as lines, storing(store.url):
         sent = {line["name"]: Stamp(int(line["size"]), line["version"]) for line in lines.entries}
         there = _present(store)
@@ -79,6 +80,8 @@ def publish(folder: Path, store: Store, job: str, journal: Path, wrap: Wrap = si
             if name in sent and there.get(name) == sent[name]:
                 continue
             path = folder / name
+            if "/" in name:
+                store.system.makedirs(store.at(name).rpartition("/")[0], exist_ok=True)
             store.system.put_file(str(path), store.at(name))
             found = _present(store).get(name)
             if found is None or found.nbytes != path.stat().st_size:
@@ -97,8 +100,10 @@ def upload_order(names: Iterator[str]) -> list[str]:
 
 
 def _present(store: Store) -> dict[str, Stamp]:
+    """Files by their names relative to the folder, those in folders of it too."""
     with suppress(FileNotFoundError):
-        return store.listing()
+        store.system.invalidate_cache()
+        return store.listing_below()
     return {}
 
 

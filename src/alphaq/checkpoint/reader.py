@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from alphaq.checkpoint.announced import MODELOPT_FILE, QUANTIZER_FILES, announced, require_no_codes, unquantized
+from alphaq.checkpoint.announced import MODELOPT_FILE, announced, require_no_codes, unquantized
 from alphaq.checkpoint.architecture import Architecture, architecture_of
 from alphaq.checkpoint.coded_tensors import decoded_shards
 from alphaq.checkpoint.encodings import (
@@ -35,32 +34,25 @@ from alphaq.checkpoint.files import (
     SourceFile,
     Stamp,
     changed,
-    check_link,
     is_file,
     memory_bytes,
+    read_json,
     reading,
 )
 from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, metadata_bytes
 from alphaq.checkpoint.gguf_source import find_gguf, open_gguf
+from alphaq.checkpoint.hub import expanded, local_folder, resolve_folder, small_files
 from alphaq.checkpoint.matching import match_tensors, unfolded
 from alphaq.checkpoint.remote import Store, is_url, local_path
-from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo, parse_header, read_header
+from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
+from alphaq.checkpoint.side_files import SideFiles, side_files
+from alphaq.checkpoint.weights import INDEX_NAME, NAMED_KEY, SINGLE_NAME, read_weights
+from alphaq.checkpoint.weights import read_shards as read_shards
 from alphaq.errors import CheckpointError
 from alphaq.numerics import in_threads
-from alphaq.records import CERTIFICATE_NAME, MatrixRef, Role, SourceIdentity
-from alphaq.untrusted import parse_json, read_bounded, shown
+from alphaq.records import MatrixRef, Role, SourceIdentity
+from alphaq.untrusted import shown
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-SIDE_FILES = (
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-    "LICENSE*",
-    "README.md",
-)
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of a weight file, to recognise it by
 SETTINGS_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 NATIVE_METHOD = "alphaq"  # the quant_method of native checkpoints
@@ -96,6 +88,8 @@ class Checkpoint:
     """Of each file when the checkpoint was opened."""
     store: Store | None = None
     """Where the weights are, if on an object store; `folder` has the small files then."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of the files that were read."""
     _files: dict[str, SourceFile] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -288,7 +282,7 @@ class Checkpoint:
 
     def require_unchanged(self) -> None:
         """Raise CheckpointError if weights, config or tokenizer are not those that were opened."""
-        names = [*self.weight_files, *([] if self.gguf is not None else (*SETTINGS_FILES, INDEX_NAME))]
+        names = [*self.weight_files, *([] if self.gguf is not None else (*SETTINGS_FILES, INDEX_NAME, SINGLE_NAME))]
         now = _stamps(self.folder / name for name in names) if self.store is None else self.store.stamps()
         for name in names:
             if now.get(name) != self.stamps.get(name):
@@ -318,21 +312,25 @@ class Checkpoint:
 
     def side_files(self) -> list[Path]:
         """Tokenizer, generation config, licence and other small files to carry over; a GGUF file has none."""
-        if self.gguf is not None:
-            return []
-        found = {path for pattern in SIDE_FILES for path in self.folder.glob(pattern)}
-        skip = {"config.json", INDEX_NAME, "plan.json", "alphaq_manifest.json", CERTIFICATE_NAME, *QUANTIZER_FILES}
-        chosen = sorted(path for path in found if is_file(path) and path.name not in skip)
-        for path in chosen:
-            check_link(path)
-        return chosen
+        return [self.folder / name for name in self._side_files.names]
+
+    def side_notes(self) -> tuple[str, ...]:
+        """What of those does not come along, and why."""
+        return self._side_files.notes
+
+    @property
+    def _side_files(self) -> SideFiles:
+        return SideFiles(()) if self.gguf is not None else side_files(self.folder)
 
 
-def open_checkpoint(model: str | Path, revision: str | None = None, quantized: bool = False) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path, revision: str | None = None, quantized: bool = False, headers_only: bool = False
+) -> Checkpoint:
     """Open a local folder, a GGUF file, a folder's address (`s3://…`), or a hub id such as `Qwen/Qwen1.5-MoE-A2.7B`.
 
-    quantized: whether a GGUF file may be, because it is only to be run. Every header is read and checked, no weight
-    is. Raises CheckpointError or ArchitectureError.
+    quantized: whether a GGUF file may be, because it is only to be run. headers_only: no weight will be read, so those
+    of a hub model stay there. Every header is read and checked, no weight is. Raises CheckpointError or
+    ArchitectureError.
     """
     if is_url(model):
         path = local_path(str(model))
@@ -340,8 +338,11 @@ def open_checkpoint(model: str | Path, revision: str | None = None, quantized: b
             return _open_store(str(model), revision)
         model = path
     with reading(Path(model)):
-        if (path := find_gguf(_expanded(model))) is not None:
+        if (path := find_gguf(expanded(model))) is not None:
             return _open_gguf(path, quantized)
+        if headers_only and local_folder(model) is None:
+            folder, store = small_files(str(model), revision)
+            return _open_folder(folder, model, store.stamps() if store else None, store)
         return _open_folder(resolve_folder(str(model), revision), model)
 
 
@@ -373,7 +374,7 @@ def _open_store(url: str, revision: str | None) -> Checkpoint:
     stamps = store.stamps()
     if "config.json" not in stamps:
         raise CheckpointError(f"{url} has no config.json. Point to a Hugging Face model folder.")
-    store = store.download(stamps, SIDE_FILES)
+    store = store.download(stamps)
     return _open_folder(store.folder, url, stamps, store)
 
 
@@ -393,7 +394,9 @@ def _open_folder(
     told = announced(model, config, modelopt) if restored is None else None
     config = unquantized(config)  # what is read is no longer quantized
     architecture = architecture_of(config)
-    shards, fingerprint = read_shards(folder, stamps, store)
+    weights = read_weights(folder, stamps, store)
+    config.pop(NAMED_KEY, None)  # what is written has the usual names
+    shards = weights.shards
     if restored is not None:
         at_hand = {shard: PlainFile(folder / shard) for shard in shards}
         shards = {s: {name: restored(at_hand[s], one) for name, one in held.items()} for s, held in shards.items()}
@@ -406,8 +409,8 @@ def _open_folder(
             return file.read(one.begin, one.nbytes)
 
         shards = decoded_shards(shards, told, read)
-    opened = _checkpoint(folder, folder.resolve().name, config, architecture, shards, fingerprint)
-    return replace(opened, stamps=stamps, store=store)
+    opened = _checkpoint(folder, folder.resolve().name, config, architecture, shards, weights.fingerprint)
+    return replace(opened, stamps=stamps, store=store, notes=weights.notes)
 
 
 def _stamps(paths: Iterable[Path]) -> dict[str, Stamp]:
@@ -459,136 +462,6 @@ def read_config(folder: Path) -> dict[str, Any]:
             if "/" in str(part[key]):
                 raise CheckpointError(f"{path}: {key} asks for code from the hub, {shown(part[key])}. Remove the line.")
     return config
-
-
-def read_shards(
-    folder: Path, stamps: Mapping[str, Stamp] | None = None, store: Store | None = None
-) -> tuple[dict[str, dict[str, TensorInfo]], str]:
-    """Checked headers of every weight file, and a fingerprint over names, sizes and headers.
-
-    store: where the weights are, if not in the folder; then `stamps` says which files it has.
-    """
-    shards: dict[str, dict[str, TensorInfo]] = {}
-    digest = hashlib.sha256()
-    owner: dict[str, str] = {}
-    promised = shard_index(folder, None if store is None else stamps)
-    names = list(dict.fromkeys(promised.values())) if promised else [SINGLE_NAME]
-    for shard, (nbytes, tensors, raw) in zip(names, _headers(folder, names, stamps or {}, store), strict=True):
-        for name in tensors:
-            if name in owner:
-                raise CheckpointError(
-                    f"Tensor {name!r} is in both {owner[name]} and {shard}. Keep one and correct {INDEX_NAME}."
-                )
-            owner[name] = shard
-        shards[shard] = tensors
-        digest.update(f"{shard}\0{nbytes}\0".encode() + raw)
-    for name, shard in promised.items():
-        if owner.get(name) != shard:
-            raise CheckpointError(
-                f"{INDEX_NAME} places {shown(name)} in {shard}, but it is not there. Download the shard again."
-            )
-    return shards, digest.hexdigest()
-
-
-def _headers(
-    folder: Path, names: list[str], stamps: Mapping[str, Stamp], store: Store | None
-) -> Iterator[tuple[int, dict[str, TensorInfo], bytes]]:
-    """Size, checked header and its bytes of each weight file."""
-    if store is not None:
-        if missing := [name for name in names if name not in stamps]:
-            raise CheckpointError(f"{store.url} lacks {missing[0]}, which its index names. Complete the upload.")
-        yield from store.map(names, lambda name: _remote_header(store, name, stamps[name]))
-        return
-    for name in names:
-        path = folder / name
-        if not is_file(path):
-            raise CheckpointError(f"{folder} lacks {name}, which its index names. Complete the download.")
-        check_link(path)
-        yield path.stat().st_size, *read_header(path)
-
-
-def _remote_header(store: Store, name: str, stamp: Stamp) -> tuple[int, dict[str, TensorInfo], bytes]:
-    file = store.file(name, stamp)
-    header = parse_header(name, stamp.nbytes, lambda begin, nbytes: file.read(begin, nbytes).numpy().tobytes())
-    return stamp.nbytes, *header
-
-
-def shard_index(folder: Path, present: Container[str] | None = None) -> dict[str, str]:
-    """Tensor name → shard file, empty for a single-file checkpoint. Shards must lie in the folder.
-
-    present: names of the files that are there, where the weights are not in the folder itself.
-    """
-    single = is_file(folder / SINGLE_NAME) if present is None else SINGLE_NAME in present
-    if single and not is_file(folder / INDEX_NAME):
-        return {}
-    if not is_file(folder / INDEX_NAME):
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        if pickles:
-            raise CheckpointError(
-                f"{folder} holds only pickled weights ({pickles[0]}), which can run code when loaded. "
-                "Convert them to safetensors first (`save_pretrained` in transformers does)."
-            )
-        raise CheckpointError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}. Complete the download.")
-    index = read_json(folder / INDEX_NAME).get("weight_map")
-    if not isinstance(index, dict) or not index:
-        raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map. Download the index again.")
-    for name, shard in index.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w.\-]{1,240}\.safetensors", shard):
-            raise CheckpointError(
-                f"{INDEX_NAME} places {shown(name)} in {shown(shard)}, which is not a safetensors file of this folder. "
-                "Do not use this checkpoint; its index may be hostile."
-            )
-    return index
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object. Raises CheckpointError naming the file."""
-    check_link(path)
-    try:
-        with reading(path):
-            data = parse_json(read_bounded(path))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). Download it again.") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object. Download it again.")
-    return data
-
-
-def resolve_folder(model: str, revision: str | None = None) -> Path:
-    """A local folder, or the hub cache's with the files of a hub id. Raises CheckpointError."""
-    folder = _expanded(model)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{model} is a file. Point to the model's folder instead.")
-    if not re.fullmatch(r"[\w\-][\w.\-]*/[\w.\-]+", model) or ".." in model:
-        raise CheckpointError(f"No folder {model}. Check the path, or give a hub id such as Qwen/Qwen3-30B-A3B.")
-    return _download(model, revision)
-
-
-def _expanded(model: str | Path) -> Path:
-    """The path that a user means. Raises CheckpointError if there can be none."""
-    try:
-        path = Path(model).expanduser()
-        path.is_dir()
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{model} is no path ({error}). Check it.") from None
-    return path
-
-
-def _download(model: str, revision: str | None) -> Path:
-    """Fetch the config, tokenizer and safetensors of a hub model into the shared cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", *SIDE_FILES]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{model} is no local folder and could not be fetched from the hub ({reason}). "
-            "Check the name, the network and, for gated models, `hf auth login`."
-        ) from None
 
 
 def summarize(checkpoint: Checkpoint) -> dict[str, Any]:

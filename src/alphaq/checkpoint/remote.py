@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,14 +20,26 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from alphaq.checkpoint.files import SourceFile, Stamp, changed
+from alphaq.checkpoint.side_files import MOST_SIDE_FILES, References, is_small
 from alphaq.errors import AlphaQError, CheckpointError, MissingExtraError
 from alphaq.untrusted import MAX_JSON_BYTES, shown
 
 T = TypeVar("T")
 PART_BYTES = 8 << 20  # of one request; a larger range is several requests at once
 CONNECTIONS = 8
-MOST_SIDE_FILES = 1000
-_VERSIONS = ("ETag", "etag", "generation", "xet_hash", "blob_id", "md5Hash", "LastModified", "last_modified", "mtime")
+MOST_LEVELS = 4  # of folders that are looked into for small files
+_VERSIONS = (
+    "ETag",
+    "etag",
+    "generation",
+    "xet_hash",
+    "blob_id",
+    "md5Hash",
+    "LastModified",
+    "Last-Modified",
+    "last_modified",
+    "mtime",
+)
 """What stores call that which tells a file's contents from others', the best first."""
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 
@@ -101,7 +112,9 @@ class Store:
                 raise MissingExtraError(_EXTRAS[scheme], f"{scheme}:// needs a package of its own") from None
             raise AlphaQError(f"{self.url} cannot be opened: {error}.") from None
         except ValueError as error:
-            raise AlphaQError(f"{self.url} cannot be opened ({error}). Known: s3://, gs://, hf://, file://.") from None
+            raise AlphaQError(
+                f"{self.url} cannot be opened ({error}). Known: s3://, gs://, hf://, https://, file://."
+            ) from None
         return system, path.rstrip("/")
 
     @property
@@ -131,39 +144,60 @@ class Store:
     def listing(self) -> dict[str, Stamp]:
         """`stamps` with the store's own errors."""
         self.system.invalidate_cache()
-        stamps = {}
+        files = {name: info for name, info in self._entries().items() if info.get("type") == "file"}
+        silent = [name for name, info in files.items() if info.get("size") is None]  # web servers list names alone
+        files.update(zip(silent, self.map(silent, lambda name: self.system.info(self.at(name))), strict=True))
+        return {name: stamp_of(info) for name, info in files.items()}
+
+    def _entries(self) -> dict[str, Mapping[str, Any]]:
+        """What lies in the folder, folders too."""
+        entries = {}
         for info in self.system.ls(self.path, detail=True):
             parent, _, name = str(info["name"]).rstrip("/").rpartition("/")
-            if info.get("type") == "file" and parent == self.path.lstrip("/") and name not in ("", ".", ".."):
-                stamps[name] = stamp_of(info)
-        return stamps
+            if parent == self.path.lstrip("/") and name not in ("", ".", ".."):
+                entries[name] = info
+        return entries
 
-    def download(self, stamps: Mapping[str, Stamp], patterns: Iterable[str]) -> Store:
-        """The store with its small files, those that match a pattern, copied to a folder that lives as long as it."""
-        patterns = tuple(patterns)
-        names = [name for name in sorted(stamps) if any(fnmatchcase(name, pattern) for pattern in patterns)]
-        for name in names:
-            if "\\" in name or not name.isprintable():
-                raise CheckpointError(f"{self.url} holds a file named {shown(name)}. Remove or rename it.")
-            if stamps[name].nbytes > MAX_JSON_BYTES:
-                raise CheckpointError(
-                    f"{self.url}/{name} has {stamps[name].nbytes} bytes, more than the {MAX_JSON_BYTES} that a small "
-                    "file beside a model may have. Move it out of the folder."
-                )
-        if len(names) > MOST_SIDE_FILES:
-            raise CheckpointError(f"{self.url} holds {len(names)} small files, more than {MOST_SIDE_FILES}.")
+    def listing_below(self, top: str = "") -> dict[str, Stamp]:
+        """The files under the folder or one of its own, by their names relative to the former."""
+        start = f"{self.path}/".lstrip("/")
+        found = self.system.find(self.at(top).rstrip("/"), maxdepth=MOST_LEVELS if top else None, detail=True)
+        names = {str(name).lstrip("/").removeprefix(start): info for name, info in found.items()}
+        return {name: stamp_of(info) for name, info in names.items() if name.startswith(top)}
+
+    def download(self, stamps: Mapping[str, Stamp]) -> Store:
+        """The store with its small files copied to a folder that lives as long as it."""
         scratch = TemporaryDirectory(prefix="alphaq-")
         folder = Path(scratch.name) / self.name
         folder.mkdir()
-
-        def fetch(name: str) -> None:
-            (folder / name).write_bytes(self.file(name, stamps[name]).read(0, stamps[name].nbytes).numpy().data)
-
-        for _ in self.map(names, fetch):
-            pass
+        self._copy({name: stamps[name] for name in stamps if is_small(name)}, folder)
+        with asking(self.url):
+            wanted = References.of(folder, self._entries())
+            below = {name: stamp for top in wanted.tops() for name, stamp in self.listing_below(top).items()}
+        self._copy({name: below[name] for name in wanted.among(below)}, folder)
         kept = Store(self.url, scratch)
         kept.__dict__["_opened"] = self._opened
         return kept
+
+    def _copy(self, stamps: Mapping[str, Stamp], folder: Path) -> None:
+        """Copy small files to a local folder."""
+        for name, stamp in stamps.items():
+            if "\\" in name or not name.isprintable() or not {"", ".", ".."}.isdisjoint(name.split("/")):
+                raise CheckpointError(f"{self.url} holds a file named {shown(name)}. Remove or rename it.")
+            if stamp.nbytes > MAX_JSON_BYTES:
+                raise CheckpointError(
+                    f"{self.url}/{name} has {stamp.nbytes} bytes, more than the {MAX_JSON_BYTES} that a small "
+                    "file beside a model may have. Move it out of the folder."
+                )
+        if len(stamps) > MOST_SIDE_FILES:
+            raise CheckpointError(f"{self.url} holds {len(stamps)} small files, more than {MOST_SIDE_FILES}.")
+
+        def fetch(name: str) -> None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(self.file(name, stamps[name]).read(0, stamps[name].nbytes).numpy().data)
+
+        for _ in self.map(sorted(stamps), fetch):
+            pass
 
     def map(self, names: Iterable[str], ask: Callable[[str], T]) -> Iterator[T]:
         """ask(name) for each, several at the same time, since a request waits far longer than it works; in order."""

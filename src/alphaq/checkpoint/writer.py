@@ -170,7 +170,7 @@ def _publish(folder: Path, out: Path) -> None:
 
 
 def _sync_all(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
+    for path in [*folder.rglob("*"), folder]:
         _sync(path)
 
 

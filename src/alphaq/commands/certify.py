@@ -10,7 +10,15 @@ from typing import Annotated
 import typer
 
 from alphaq.errors import AlphaQError
-from alphaq.options import BosOption, JsonOption, ModelArgument, MoreTextsArgument, TextsOption, check_dtype
+from alphaq.options import (
+    BosOption,
+    JsonOption,
+    ModelArgument,
+    MoreTextsArgument,
+    TextsOption,
+    check_dtype,
+    note_folders,
+)
 from alphaq.terminal import err, progress, show
 
 TASKS = "Tasks (with --tasks)"
@@ -78,6 +86,7 @@ def certify(
         request = TaskRequest.of(
             tasks, include_path=include_path, limit=limit, few_shot=num_fewshot, batch_size=batch_size
         )
+    note_folders(model, reference)
     made = pipeline.certify(
         model,
         reference,

@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from alphaq.options import JsonOption, build_plan, means_for, means_settings, plan_config, plan_settings, with_options
+from alphaq.options import (
+    JsonOption,
+    build_plan,
+    means_for,
+    means_settings,
+    note,
+    plan_config,
+    plan_settings,
+    with_options,
+)
 from alphaq.terminal import err, progress, show
 
 
@@ -51,6 +60,7 @@ def slice_(
         if cache is not None:
             cache.close()  # others may measure while this one writes
         result = pipeline.quantize(checkpoint, made, output, progress, pool, restart, means["hash_contents"])
+    note(result["notes"])
     summary = (
         f"{output}: {human_bytes(result['size_bytes'])} of weights, was {human_bytes(result['source_bytes'])}; "
         f"{result['tensors']} tensors re-read and correct\n{profile(made.engine).writer.usage.format(out=output)}"

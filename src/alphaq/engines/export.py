@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from alphaq.checkpoint.reader import INDEX_NAME, Checkpoint, read_shards
+from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import (
     TORCH_DTYPES,
     TensorInfo,
@@ -26,6 +26,7 @@ from alphaq.checkpoint.safetensors_format import (
     layout,
     stored_bytes,
 )
+from alphaq.checkpoint.weights import INDEX_NAME, read_shards
 from alphaq.checkpoint.writer import Place, copy_file
 from alphaq.errors import PlanError
 from alphaq.numerics import in_threads, row_parts, squared_distance
@@ -113,6 +114,7 @@ class Export:
     the folder {out}. write_rest: (folder, checkpoint, plan, layout), config and tokenizer. convert: (values, form,
     checkpoint) → values to store or quantize. fault: (name, choice, its stored tensors, their bytes) → why they are
     not of that choice, as far as shows without the source. from_gguf: whether a GGUF file has all that is needed.
+    side_notes: what of a checkpoint's small files does not come along, and why.
     """
 
     layout: Callable[[Checkpoint, Mapping[str, Choice]], Layout]
@@ -124,6 +126,7 @@ class Export:
     convert: Callable[[torch.Tensor, str, Checkpoint], torch.Tensor] = _as_it_is
     fault: Callable[[str, Choice, Sequence[Stored], Sequence[torch.Tensor]], str | None] = lambda *_: None
     from_gguf: bool = False
+    side_notes: Callable[[Checkpoint], tuple[str, ...]] = Checkpoint.side_notes
 
 
 def squared_error_of(rows: Rows, weight: torch.Tensor) -> float:
@@ -329,7 +332,9 @@ def write_model_folder(
     write_json(folder / "config.json", {**checkpoint.config, **config})
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     for path in checkpoint.side_files():
-        copy_file(path, folder / path.name)
+        copied = folder / path.relative_to(checkpoint.folder)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(path, copied)
 
 
 def write_json(path: Path, data: Any) -> None:

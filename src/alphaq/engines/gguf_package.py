@@ -11,8 +11,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from alphaq.checkpoint.files import check_link, is_file, read_json
 from alphaq.checkpoint.gguf_format import GgufValue
+from alphaq.checkpoint.side_files import MOST_SIDE_BYTES, TEMPLATE_FOLDER
 from alphaq.errors import MissingExtraError
+from alphaq.untrusted import read_bounded
+
+MOST_SETTING = 1e6
 
 
 def package() -> ModuleType:
@@ -35,8 +40,12 @@ def general_metadata(
     """
     metadata = package().Metadata
 
+    sampling = _sampling(folder)
+
     def labels(card: Mapping[str, Any]) -> dict[str, GgufValue]:
         found = metadata.apply_metadata_heuristic(metadata(), card, config, Path(name), parameters[0])
+        for key, value in sampling.items():
+            setattr(found, key, value)
         found.name = found.name or name
         found.size_label = found.size_label or package().size_label(*parameters, experts)
         return _collected(found.set_gguf_meta_model)
@@ -49,10 +58,41 @@ def general_metadata(
         return labels({})
 
 
+def _sampling(folder: Path) -> dict[str, float]:
+    """How the model is to be sampled unless a user says otherwise, if its generation config wants it sampled."""
+    path = folder / "generation_config.json"
+    config = read_json(path) if is_file(path) else {}
+    known = {"sampling_temp": "temperature", "sampling_top_k": "top_k", "sampling_top_p": "top_p"}
+    if config.get("do_sample") is not True:
+        return {}
+    values = ((key, config.get(name)) for key, name in (known | {"sampling_min_p": "min_p"}).items())
+    return {key: value for key, value in values if isinstance(value, int | float) and 0 <= value < MOST_SETTING}
+
+
 def special_tokens(folder: Path, vocab_size: int, merges: bool) -> dict[str, GgufValue]:
-    """Ids of special tokens, which of them are added to every text, the chat template and, if asked for, the merges."""
+    """Ids of special tokens, which of them are added to every text, chat templates and, if asked for, the merges."""
     found = package().SpecialVocab(folder, load_merges=merges, n_vocab=vocab_size)
-    return _collected(lambda writer: found.add_to_gguf(writer, quiet=True))
+    found.chat_template = _templates(folder) or found.chat_template
+    collected = _collected(lambda writer: found.add_to_gguf(writer, quiet=True))
+    names = package().Keys.Tokenizer.CHAT_TEMPLATES
+    listed = collected[names].value if names in collected else None
+    if isinstance(listed, tuple):  # of a set, whose order is another in each process
+        collected[names] = GgufValue.array("string", sorted(map(str, listed)))
+    return collected
+
+
+def _templates(folder: Path) -> str | list[dict[str, str]] | None:
+    """Chat templates that lie in files of their own, which transformers prefers to the tokenizer's config."""
+    default = folder / "chat_template.jinja"
+    more = sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
+    files = {"default": default} if is_file(default) else {}
+    texts = {}
+    for name, path in (files | {path.stem: path for path in more}).items():
+        check_link(path, folder)
+        texts[name] = read_bounded(path, MOST_SIDE_BYTES).decode(errors="replace")
+    if texts.keys() <= {"default"}:
+        return texts.get("default")
+    return [{"name": name, "template": text} for name, text in texts.items()]
 
 
 def _collected(fill: Callable[[Any], None]) -> dict[str, GgufValue]:

@@ -234,6 +234,14 @@ def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout
     """Nothing: a GGUF file holds it all."""
 
 
+def side_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What lies beside the weights and has no place in the file: processors, and code."""
+    left = [path.name for path in checkpoint.side_files() if "processor" in path.name and path.suffix == ".json"]
+    if not left:
+        return ()
+    return (f"not in the GGUF file: {', '.join(left)}. For images and sounds llama.cpp needs files of its own",)
+
+
 def importance_of(checkpoint: Checkpoint, given: ImportanceMatrix) -> dict[str, np.ndarray]:
     """Importance of the columns of each matrix, float32 [columns]; outside the experts some may be left out.
 
@@ -300,6 +308,7 @@ PROFILE = Profile(
         stored=stored,
         usage=f"Serve it: llama-server -m {{out}}/{FILE_NAME}",
         write_rest=write_rest,
+        side_notes=side_notes,
         convert=convert,
         fault=fault,
         from_gguf=True,

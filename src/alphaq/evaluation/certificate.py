@@ -23,7 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field
 import alphaq
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.gguf_source import find_gguf
-from alphaq.checkpoint.reader import open_checkpoint, read_shards, resolve_folder
+from alphaq.checkpoint.hub import resolve_folder
+from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.checkpoint.weights import read_shards
 from alphaq.checkpoint.writer import atomic_file
 from alphaq.errors import AlphaQError, CheckpointError
 from alphaq.evaluation.fidelity import WindowScore

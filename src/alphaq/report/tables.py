@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from alphaq.planning.outline import Outline
 from alphaq.records import Choice, Fidelity, Plan, PlanCheck
 
 if TYPE_CHECKING:
@@ -45,6 +46,17 @@ def inspect_table(summary: dict[str, Any]) -> Table:
     table.add_section()
     matrices = sum(counts["matrices"] for counts in summary["roles"].values())
     table.add_row("all", f"{matrices:,}", f"{summary['parameters']:,}", human_bytes(summary["bytes"]))
+    return table
+
+
+def outline_table(found: Outline) -> Table:
+    """What is known of a plan before any weight is read."""
+    table = plain_table(f"Plan for {found.engine} ({found.method}, {found.budget}), from shapes alone", "", "")
+    table.add_row("matrices to plan", f"{found.matrices:,} with {found.parameters:,} weights")
+    table.add_row("planning reads", f"{human_bytes(found.planned_bytes)} of {human_bytes(found.source_bytes)}")
+    table.add_row("weight files at least", f"{human_bytes(found.least_bytes)} ({found.least_bytes:,} bytes)")
+    if found.most_bytes is not None:
+        table.add_row("weight files at most", f"{human_bytes(found.most_bytes)} ({found.most_bytes:,} bytes)")
     return table
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from alphaq.calibration.stream import HollowModel, model_class
+from alphaq.checkpoint.files import is_file
 from alphaq.checkpoint.gguf_source import find_gguf
-from alphaq.checkpoint.reader import open_checkpoint, read_config, resolve_folder
+from alphaq.checkpoint.hub import resolve_folder
+from alphaq.checkpoint.reader import open_checkpoint, read_config
+from alphaq.checkpoint.weights import read_weights
 from alphaq.errors import AlphaQError, CheckpointError
 
 
@@ -28,7 +32,7 @@ def load_model(model: str | Path, dtype: str = "auto", device: str | None = None
         loaded, tokenizer = _load_gguf(path, dtype)
         return loaded.to(target), tokenizer
     source = resolve_folder(str(model))
-    read_config(source)  # refuses what transformers would fetch code for
+    _check_folder(source)
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -47,6 +51,17 @@ def load_model(model: str | Path, dtype: str = "auto", device: str | None = None
             "Complete the download, or check it with `alphaq verify` or `alphaq inspect`."
         )
     return loaded.to(target).eval(), tokenizer
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise CheckpointError unless transformers would load of a folder what every other command reads."""
+    read_config(folder)  # refuses what transformers would fetch code for
+    read_weights(folder)
+    if is_file(folder / "adapter_config.json") and find_spec("peft") is not None:
+        raise CheckpointError(
+            f"{folder} holds an adapter beside the weights, which transformers adds where peft is installed. Merge it "
+            "(merge_and_unload in peft), or move adapter_config.json out of the folder."
+        )
 
 
 def load_pair(
