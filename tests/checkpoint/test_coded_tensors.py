@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from alphaq import pipeline
-from alphaq.calibration.stream import random_windows, stream_forward
+from alphaq.calibration.stream import stream_forward
+from alphaq.calibration.tokens import random_windows
 from alphaq.checkpoint.reader import open_checkpoint, summarize
 from alphaq.errors import AlphaQError, CheckpointError
 from alphaq.records import Plan, Role
