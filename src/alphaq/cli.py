@@ -35,6 +35,7 @@ from alphaq.options import (
     importance_matrix,
     means_for,
     means_settings,
+    note_importance,
     opened,
     option_names,
     output_target,
@@ -235,6 +236,9 @@ def quantize(
     rounding = rounding_of(checkpoint, engine, quantizer, source, calibration_tokens)
     if (made.config.get("codec") if plan_file is not None else config.codec) not in (None, CODECS[0]):
         pipeline.check_codable(rounding)
+    imatrix = importance_matrix(settings["imatrix"])
+    if plan_file is not None:
+        note_importance(checkpoint, imatrix)
     means["no_cache"] |= plan_file is not None
     with means_for(checkpoint, **means) as (pool, cache):
         if target is not None:
@@ -247,7 +251,7 @@ def quantize(
         if cache is not None:
             cache.close()  # others may measure while this one writes
         work: Any = (progress, pool, restart, means["hash_contents"])
-        rest: Any = {"imatrix": importance_matrix(settings["imatrix"]), "rounding": rounding}
+        rest: Any = {"imatrix": imatrix, "rounding": rounding}
         if isinstance(place, Path):
             result = pipeline.quantize(checkpoint, made, place, *work, **rest)
         else:

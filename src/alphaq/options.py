@@ -338,6 +338,16 @@ def importance_matrix(path: Path | None) -> ImportanceMatrix | None:
     return None if path is None else read_imatrix(path)
 
 
+def note_importance(checkpoint: Checkpoint | None, given: ImportanceMatrix | None) -> None:
+    """What an importance matrix leaves open, on stderr."""
+    from alphaq.engines.gguf_importance import importance_of
+
+    if checkpoint is None or given is None:
+        return
+    if note := importance_of(checkpoint, given).note(given.name):
+        err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
 def _gamma(text: str) -> float | str:
     try:
         return text if text == "auto" else float(text)
@@ -565,6 +575,8 @@ def measurements(
     text = text_of(settings["calibration"]) if request.method.needs_text else None
     if settings["calibration"] is not None and text is None and quantizer is None:
         raise BudgetError(f"--calibration is of no use to method {request.config.method}. Drop it.")
+    imatrix = importance_matrix(settings["imatrix"])
+    note_importance(checkpoint, imatrix)
     found = planning.measure_for_plan(
         checkpoint,
         request,
@@ -574,7 +586,7 @@ def measurements(
         cache,
         device,
         text,
-        imatrix=importance_matrix(settings["imatrix"]),
+        imatrix=imatrix,
     )
     return request, found
 

@@ -23,7 +23,7 @@ from alphaq.checkpoint.remote import Store
 from alphaq.checkpoint.writer import Place, atomic_file, atomic_folder, create_file, resumable_folder
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines.export import Entry, Layout
-from alphaq.engines.llama_cpp import importance_of
+from alphaq.engines.gguf_importance import Importance, importance_of
 from alphaq.engines.output import (
     MANIFEST_NAME,
     Output,
@@ -125,7 +125,7 @@ def quantize(
             f"The plan was made with the importance matrix {planned or 'of ones'}, not with "
             f"{imatrix.name if imatrix else 'one of ones'}. Give --imatrix the same file, or make the plan again."
         )
-    importance = {} if imatrix is None else importance_of(checkpoint, imatrix)
+    importance = Importance() if imatrix is None else importance_of(checkpoint, imatrix)
     rounding = rounding or Rounding.of(plan.engine)
     written = writer.layout(checkpoint, choices)
     if plan.size_bytes not in (None, written.size_bytes):
@@ -142,7 +142,13 @@ def quantize(
             create_file(folder / file, header, nbytes)
         tasks = [
             StoreTask(
-                entry, plan.engine, folder, rounding.plain, done.get(entry.name), shared, importance.get(entry.name)
+                entry,
+                plan.engine,
+                folder,
+                rounding.plain,
+                done.get(entry.name),
+                shared,
+                importance.columns.get(entry.name),
             )
             for entry in written.entries
         ]

@@ -16,7 +16,6 @@ import torch
 
 from alphaq.checkpoint.gguf_format import ALIGNMENT_KEY, GgufTensor, GgufValue, layout, read_gguf
 from alphaq.checkpoint.gguf_source import READABLE_TYPES
-from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
 from alphaq.checkpoint.writer import Place
@@ -232,34 +231,6 @@ def fault(name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[t
 
 def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout) -> None:
     """Nothing: a GGUF file holds it all."""
-
-
-def importance_of(checkpoint: Checkpoint, given: ImportanceMatrix) -> dict[str, np.ndarray]:
-    """Importance of the columns of each matrix, float32 [columns]; outside the experts some may be left out.
-
-    Raises CheckpointError if it is of another model, or lacks a stack of experts.
-    """
-    found: dict[str, np.ndarray] = {}
-    for recipe in gguf_tensors(checkpoint):
-        rows = given.tensors.get(recipe.name)
-        if not recipe.matrices or recipe.transform.startswith("kv_b"):
-            continue
-        if rows is None:
-            if recipe.matrices[0].role is Role.EXPERT:
-                raise CheckpointError(
-                    f"{given.name} lacks {recipe.name}. Use an importance matrix of this model, made by a current "
-                    "llama-imatrix."
-                )
-            continue
-        # The older format has all experts' columns in one row.
-        columns = rows.reshape(len(recipe.matrices), -1) if rows.size % max(1, len(recipe.matrices)) == 0 else rows
-        if columns.shape != (len(recipe.matrices), recipe.shape[-1]):
-            raise CheckpointError(
-                f"{given.name}: {recipe.name} has {rows.size} values, not {recipe.shape[-1]} for each of "
-                f"{len(recipe.matrices)} matrices. Use the importance matrix of this model."
-            )
-        found.update(zip((matrix.name for matrix in recipe.matrices), columns, strict=True))
-    return found
 
 
 def type_file(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> str:

@@ -22,7 +22,8 @@ from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, gathe
 from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import FILE_OVERHEAD
-from alphaq.engines.llama_cpp import GAUSSIAN_ERROR, gaussian_errors, importance_of
+from alphaq.engines.gguf_importance import importance_of
+from alphaq.engines.llama_cpp import GAUSSIAN_ERROR, gaussian_errors
 from alphaq.errors import CheckpointError, QuantizationError, StatsError
 from alphaq.measurement import Sampling, coded_bytes, measure
 from alphaq.numerics import squared_norm
@@ -104,7 +105,7 @@ def measure_for_plan(
     real = tuple(choice for choice in choices if choice.bits != 16 or coded) if config.noise == "measured" else ()
     variant = SpectrumVariant(config.spectrum, config.tail)
     begin = time.perf_counter()
-    importance = {} if imatrix is None else importance_of(checkpoint, imatrix)
+    importance = {} if imatrix is None else importance_of(checkpoint, imatrix).columns
     digest = f"{quantizer_version(request.profile.quantizer)} {imatrix.digest if imatrix else ''}".strip()
 
     sets: dict[frozenset[Choice], frozenset[Choice]] = {}  # most are alike, and there may be 70,000 matrices
