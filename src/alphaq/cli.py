@@ -42,6 +42,7 @@ from alphaq.options import (
     plan_config,
     plan_settings,
     rounding_of,
+    said_by,
     search_plan,
     search_settings,
     search_target,
@@ -212,14 +213,18 @@ def quantize(
         check_absent(place)
     given, target = given_options(context), None
     if plan_file is not None:
-        if conflicting := given & {*settings, *search, "no_cache", "device"} - {"imatrix", "calibration"}:
-            names = option_names(conflicting)
-            raise BudgetError(f"--plan already decides everything that {names} would. Drop one or the other.")
         if not plan_file.is_file():
             raise BudgetError(
                 f"No plan file {plan_file}. Make one with `alphaq plan MODEL --bits 2.5 -o {plan_file.name}`."
             )
         made = Plan.read(plan_file)
+        conflicting = given & {*settings, *search, "no_cache", "device"} - {"imatrix", "calibration"}
+        if conflicting := conflicting - said_by(made, settings, given):
+            whose = f" (it is for {made.engine})" if "engine" in conflicting else ""
+            raise BudgetError(
+                f"--plan already decides everything that {option_names(conflicting)} would{whose}. Drop one or the "
+                "other."
+            )
     else:
         target = search_target(search, settings, given, means["device"] if "device" in given else None)
         config = plan_config(settings if target is None else settings | {"bpw": ANY_BUDGET})

@@ -165,7 +165,8 @@ def quantize(
             if record != task.found:
                 _note(journal, task, record)
         writer.write_rest(folder, checkpoint, plan, written)
-        write_manifest(folder, plan, manifest, {file: header_of(header) for file, (header, _) in written.files.items()})
+        headers = {file: header_of(header) for file, (header, _) in written.files.items()}
+        write_manifest(folder, plan, manifest, headers, rounding.options(plan.engine, checkpoint.pre_tokenizer))
         found = verify(folder, checkpoint, wrap, workers) if check else {}
         checkpoint.require_unchanged()
     files = [str(out / file) for file in written.files]

@@ -122,7 +122,7 @@ def recode_into(folder: Path, made: Path, codec: str, wrap: Wrap, workers: Worke
     for path in sorted(path for path in folder.iterdir() if path.name not in own and is_file(path)):
         check_link(path)
         copy_file(path, made / path.name)
-    write_manifest(made, plan, manifest, headers)
+    write_manifest(made, plan, manifest, headers, opened.options)
     before = sum((folder / file).stat().st_size for file in files)
     return {"codec": codec, "size_bytes": total, "source_bytes": before, "tensors": len(manifest)}
 
