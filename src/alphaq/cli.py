@@ -35,7 +35,7 @@ from alphaq.options import (
     importance_matrix,
     means_for,
     means_settings,
-    note_importance,
+    note_source,
     opened,
     option_names,
     output_target,
@@ -243,7 +243,7 @@ def quantize(
         pipeline.check_codable(rounding)
     imatrix = importance_matrix(settings["imatrix"])
     if plan_file is not None:
-        note_importance(checkpoint, imatrix)
+        note_source(checkpoint, engine, imatrix)
     means["no_cache"] |= plan_file is not None
     with means_for(checkpoint, **means) as (pool, cache):
         if target is not None:

@@ -361,13 +361,15 @@ def importance_matrix(path: Path | None) -> ImportanceMatrix | None:
     return None if path is None else read_imatrix(path)
 
 
-def note_importance(checkpoint: Checkpoint | None, given: ImportanceMatrix | None) -> None:
-    """What an importance matrix leaves open, on stderr."""
+def note_source(checkpoint: Checkpoint, engine: str, given: ImportanceMatrix | None) -> None:
+    """What the engine's files cannot hold of a checkpoint, and what an importance matrix leaves open, on stderr."""
     from alphaq.engines.gguf_importance import importance_of
+    from alphaq.engines.profiles import profile
 
-    if checkpoint is None or given is None:
-        return
-    if note := importance_of(checkpoint, given).note(given.name):
+    notes = [*profile(engine).writer.notes(checkpoint)]
+    if given is not None:
+        notes.append(importance_of(checkpoint, given).note(given.name) or "")
+    for note in filter(None, notes):
         err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -599,7 +601,8 @@ def measurements(
     if settings["calibration"] is not None and text is None and quantizer is None:
         raise BudgetError(f"--calibration is of no use to method {request.config.method}. Drop it.")
     imatrix = importance_matrix(settings["imatrix"])
-    note_importance(checkpoint, imatrix)
+    if checkpoint is not None:
+        note_source(checkpoint, config.engine, imatrix)
     found = planning.measure_for_plan(
         checkpoint,
         request,

@@ -1,6 +1,7 @@
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -68,7 +69,7 @@ class Flip(NamedTuple):
     """A value that a setting does not have by itself, and what else it takes for it to be one."""
 
     value: Any
-    needs: dict[str, Any] = {}
+    needs: Mapping[str, Any] = MappingProxyType({})
 
 
 LLAMA = {"engine": "llama.cpp"}
@@ -173,7 +174,7 @@ def test_quantizing_is_repeated_with_its_own_options(rounding: Rounding, words: 
     plan = Plan(choices={"a": "2"}, config={"imatrix": "i m.gguf 0123"})
     steps = dict(remake(plan, rounding.options("native"), Names("m", "out")))
     shown = shlex.split(steps["Quantize"])
-    assert shown == [*"alphaq quantize m --plan plan.json --imatrix".split(), "i m.gguf", *words, "-o", "out"]
+    assert shown == [*["alphaq", "quantize", "m", "--plan", "plan.json", "--imatrix"], "i m.gguf", *words, "-o", "out"]
 
 
 def test_report_and_card_repeat_what_an_output_was_quantized_with(alphaq: Run, tiny: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ are read; only `encodings` knows how.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import math
 import os
@@ -42,6 +43,7 @@ from alphaq.checkpoint.files import (
 )
 from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, metadata_bytes
 from alphaq.checkpoint.gguf_source import find_gguf, open_gguf
+from alphaq.checkpoint.incomplete import check_fetched, check_stubs
 from alphaq.checkpoint.matching import match_tensors, unfolded
 from alphaq.checkpoint.remote import Store, is_url, local_path
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo, parse_header, read_header
@@ -446,6 +448,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not is_file(path):
         raise CheckpointError(f"{folder} has no config.json. Point to a Hugging Face model folder.")
+    check_fetched(folder, SIDE_FILES)
     config = read_json(path)
     if not isinstance(config.get("quantization_config"), (dict, type(None))):
         raise CheckpointError(f"{path}: quantization_config is not an object. Restore the file.")
@@ -480,6 +483,7 @@ def read_shards(
             owner[name] = shard
         shards[shard] = tensors
         digest.update(f"{shard}\0{nbytes}\0".encode() + raw)
+    check_stubs(shards)
     for name, shard in promised.items():
         if owner.get(name) != shard:
             raise CheckpointError(
@@ -542,10 +546,15 @@ def shard_index(folder: Path, present: Container[str] | None = None) -> dict[str
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's object. Raises CheckpointError naming the file."""
     check_link(path)
+    with reading(path):
+        raw = read_bounded(path)
     try:
-        with reading(path):
-            data = parse_json(read_bounded(path))
+        data = parse_json(raw)
     except ValueError as error:
+        if raw.startswith(codecs.BOM_UTF8):
+            raise CheckpointError(
+                f"{path} begins with a byte-order mark, which transformers refuses too. Save it as UTF-8 without one."
+            ) from None
         raise CheckpointError(f"{path} is not valid JSON ({error}). Download it again.") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is not a JSON object. Download it again.")

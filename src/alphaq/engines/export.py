@@ -112,7 +112,8 @@ class Export:
     with, by the engine's own library where it has one. stored: a folder's tensors by name. usage: a command that runs
     the folder {out}. write_rest: (folder, checkpoint, plan, layout), config and tokenizer. convert: (values, form,
     checkpoint) → values to store or quantize. fault: (name, choice, its stored tensors, their bytes) → why they are
-    not of that choice, as far as shows without the source. from_gguf: whether a GGUF file has all that is needed.
+    not of that choice, as far as shows without the source. from_gguf: whether a GGUF file has all that is needed. notes:
+    what of a checkpoint the files cannot hold and nobody will miss.
     """
 
     layout: Callable[[Checkpoint, Mapping[str, Choice]], Layout]
@@ -124,6 +125,7 @@ class Export:
     convert: Callable[[torch.Tensor, str, Checkpoint], torch.Tensor] = _as_it_is
     fault: Callable[[str, Choice, Sequence[Stored], Sequence[torch.Tensor]], str | None] = lambda *_: None
     from_gguf: bool = False
+    notes: Callable[[Checkpoint], Sequence[str]] = lambda _: ()
 
 
 def squared_error_of(rows: Rows, weight: torch.Tensor) -> float:

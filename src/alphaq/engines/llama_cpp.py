@@ -22,6 +22,7 @@ from alphaq.checkpoint.writer import Place
 from alphaq.engines.export import RAW, Entry, Export, Layout, Rows, Stored
 from alphaq.engines.gguf_model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
 from alphaq.engines.gguf_package import package
+from alphaq.engines.gguf_tokenizer import tokens_left_out
 from alphaq.engines.profile import Profile
 from alphaq.errors import CheckpointError, ChoiceError, PlanError
 from alphaq.ggml import GGML_BLOCKS
@@ -233,6 +234,18 @@ def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout
     """Nothing: a GGUF file holds it all."""
 
 
+def notes(checkpoint: Checkpoint) -> list[str]:
+    """Tokens that no row of the embedding stands for, as some tools add them without resizing the model."""
+    embedding = next((recipe for recipe in gguf_tensors(checkpoint) if recipe.name == "token_embd.weight"), None)
+    if checkpoint.gguf is not None or embedding is None:
+        return []
+    rows, left = embedding.shape[0], tokens_left_out(checkpoint.folder, embedding.shape[0])
+    if not left:
+        return []
+    named = f"{left[0]!r}{f' and {len(left) - 1} more' if len(left) > 1 else ''}"
+    return [f"the embedding has {rows} rows, none for the tokenizer's {named}: left out, as the model cannot read it"]
+
+
 def type_file(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> str:
     """What `llama-quantize --tensor-type-file` reads: a line `pattern=type` for every matrix that is not in F32."""
     types = {recipe.name: _type(recipe, choices, checkpoint) for recipe in gguf_tensors(checkpoint)}
@@ -274,5 +287,6 @@ PROFILE = Profile(
         convert=convert,
         fault=fault,
         from_gguf=True,
+        notes=notes,
     ),
 )

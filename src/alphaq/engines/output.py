@@ -51,6 +51,9 @@ class QuantizeOptions(BaseModel):
     pre_tokenizer: str | None = None
 
 
+NO_OPTIONS = QuantizeOptions()
+
+
 class Manifest(BaseModel):
     """What `alphaq_manifest.json` holds."""
 
@@ -86,10 +89,10 @@ def write_manifest(
     plan: Plan,
     manifest: Mapping[str, Record],
     headers: Mapping[str, tuple[int, str]],
-    options: QuantizeOptions = QuantizeOptions(),
+    options: QuantizeOptions = NO_OPTIONS,
 ) -> None:
     """Plan and manifest."""
-    told = options if options != QuantizeOptions() else None
+    told = options if options != NO_OPTIONS else None
     whole = Manifest(headers=dict(headers), options=told, tensors=dict(sorted(manifest.items())))
     (folder / MANIFEST_NAME).write_text(whole.model_dump_json(indent=1, exclude_none=True) + "\n", encoding="utf-8")
     (folder / PLAN_NAME).write_text(plan.to_json(), encoding="utf-8")
@@ -120,7 +123,7 @@ class Output:
         self.profile = profile(self.plan.engine)
         found = read_manifest(folder / MANIFEST_NAME)
         self.manifest, self.headers = found.tensors, found.headers
-        self.options = found.options or QuantizeOptions()
+        self.options = found.options or NO_OPTIONS
         self.stored: dict[str, Stored] = self.profile.writer.stored(folder)
 
     @property

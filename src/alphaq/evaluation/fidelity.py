@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from alphaq.calibration.text import check_ids
 from alphaq.errors import AlphaQError
 from alphaq.records import TextFidelity
 from alphaq.workers import Wrap, silent
@@ -113,7 +114,7 @@ def read_texts(paths: list[Path]) -> dict[str, str]:
     texts = {}
     for path in paths:
         try:
-            content = path.read_text(encoding="utf-8")
+            content = path.read_text(encoding="utf-8-sig")  # a mark of the byte order is no text
         except (OSError, UnicodeDecodeError) as error:
             raise AlphaQError(f"Cannot read text {path} ({error}). Give a UTF-8 text file.") from None
         texts[path.stem if stems.count(path.stem) == 1 else str(path)] = content
@@ -135,10 +136,13 @@ def score_texts(
     `wrap` may show progress. Raises AlphaQError if fewer than two tokens are left of a text.
     """
     limit = getattr(model.config, "max_position_embeddings", None) or window
+    rows = model.config.get_text_config().vocab_size
     for name, text in texts.items():
         parts = windows(tokenizer, text, min(window, limit), max_tokens, skip_tokens)
         if not parts:
             raise AlphaQError(f"Text {name!r} has fewer than two tokens to score. Give a longer text.")
+        for part in parts:
+            check_ids(part, rows, f"Text {name!r}")
         groups = batches(parts, model.config.get_text_config().vocab_size)
         shown = wrap(groups, len(groups), f"evaluate {name}")
         yield name, [score for ids in shown for score in score_windows(model, reference, ids)]

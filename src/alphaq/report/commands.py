@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alphaq.config import Budget, PlanConfig, Rule, option_of
-from alphaq.engines.output import QuantizeOptions
+from alphaq.engines.output import NO_OPTIONS, QuantizeOptions
 from alphaq.errors import PlanError
 from alphaq.records import Plan, first_fault
 from alphaq.sensitivity.methods import METHODS
@@ -33,9 +33,7 @@ class Names:
     stats: str | None = None
 
 
-def reproduce(
-    plan: Plan, options: QuantizeOptions = QuantizeOptions(), names: Names = Names()
-) -> list[tuple[str, str]]:
+def reproduce(plan: Plan, options: QuantizeOptions = NO_OPTIONS, names: Names = Names()) -> list[tuple[str, str]]:
     """Pairs of what a step does and its command line, in order; empty for a plan that records no budget.
 
     Names of files that the plan only knows by their name (a text, an importance matrix) are repeated as they are.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from alphaq.engines.output import MANIFEST_NAME, PLAN_NAME, QuantizeOptions, read_manifest
+from alphaq.engines.output import MANIFEST_NAME, NO_OPTIONS, PLAN_NAME, QuantizeOptions, read_manifest
 from alphaq.errors import AlphaQError, OutputError
 from alphaq.records import Plan, first_fault
 from alphaq.untrusted import parse_json, read_bounded
@@ -23,7 +23,7 @@ class Run:
     name: str
     plan: Plan
     measured: dict[str, float] = field(default_factory=dict)
-    options: QuantizeOptions = QuantizeOptions()
+    options: QuantizeOptions = NO_OPTIONS
 
 
 def read_run(path: Path) -> Run:
@@ -36,7 +36,7 @@ def read_run(path: Path) -> Run:
         return run
     found = read_manifest(path / MANIFEST_NAME)
     measured = {name: one.relative_error for name, one in found.tensors.items() if one.relative_error is not None}
-    return replace(run, measured=measured, options=found.options or QuantizeOptions())
+    return replace(run, measured=measured, options=found.options or NO_OPTIONS)
 
 
 class ComparedRow(BaseModel):
