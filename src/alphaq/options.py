@@ -614,6 +614,14 @@ def measurements(
         text,
         imatrix=imatrix,
     )
+    if zeros := found.zeros:
+        err.print(
+            f"warning: {len(zeros):,} of {len(found.evidence.names):,} planned matrices hold nothing but zeros, "
+            f"{zeros[0]} for one, so any bits will do for them. Check that the checkpoint was written to its end.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     return request, found
 
 

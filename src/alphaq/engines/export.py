@@ -112,8 +112,8 @@ class Export:
     with, by the engine's own library where it has one. stored: a folder's tensors by name. usage: a command that runs
     the folder {out}. write_rest: (folder, checkpoint, plan, layout), config and tokenizer. convert: (values, form,
     checkpoint) → values to store or quantize. fault: (name, choice, its stored tensors, their bytes) → why they are
-    not of that choice, as far as shows without the source. from_gguf: whether a GGUF file has all that is needed. notes:
-    what of a checkpoint the files cannot hold and nobody will miss.
+    not of that choice, as far as shows without the source. from_gguf: whether a GGUF file has all that is needed.
+    notes: what of a checkpoint the files cannot hold and nobody will miss.
     """
 
     layout: Callable[[Checkpoint, Mapping[str, Choice]], Layout]

@@ -62,6 +62,13 @@ class Measurements:
     """Relative standard error of a unit's summed errors, for each of its matrices [matrices, choices]."""
     joined: dict[str, np.ndarray] = field(default_factory=dict)
     """Σ(w − ŵ)²/Σw² [choices] of matrices outside the experts that share their budget, where they were measured."""
+    by_shapes: bool = False
+    """Whether no weight was read; enough for methods that go by places alone."""
+
+    @property
+    def zeros(self) -> list[str]:
+        """Matrices that hold nothing but zeros."""
+        return [name for name, energy in zip(self.evidence.names, self.evidence.energies, strict=True) if energy == 0]
 
 
 def measure_for_plan(
@@ -91,9 +98,11 @@ def measure_for_plan(
 
     matrices = checkpoint.planned
     if check_budget and config.codec is None:  # what coded files take is only known when they have been coded
-        # An infeasible budget, or a model that the engine's files cannot hold, is told before any measuring.
-        problem_of(checkpoint, request)
+        # A model that the engine's files cannot hold, or an infeasible budget, is told before any measuring.
         request.profile.writer.layout(checkpoint, {})
+        problem_of(checkpoint, request)
+    if given is None and needs is None and request.method.by_shapes and config.noise == "analytic":
+        return _from_headers(checkpoint, request)
     if given is not None:
         for matrix in matrices:
             if matrix.name not in given.spectra:
@@ -280,6 +289,24 @@ def _by_unit(
         relative[rows] = np.sqrt(spread) / np.where(total > 0, total, 1.0)
         errors[missing] = ratio * energies[missing, None]
     return errors, relative
+
+
+def _from_headers(checkpoint: Checkpoint, request: Request) -> Measurements:
+    """What a formula says of weights of variance 1, which none was read to learn."""
+    choices, matrices = request.choices, checkpoint.planned
+    unit = Spectrum(None, 0, 0, 1.0, 1.0, math.nan)
+    weights = np.array([matrix.parameters for matrix in matrices], dtype=np.int64)
+    errors = weights[:, None] * np.array([_expected(unit, choice, 1.0, 1) for choice in choices])
+    evidence = Evidence(
+        tuple(matrix.name for matrix in matrices),
+        choices,
+        errors,
+        weights.astype(float),
+        weights,
+        np.full(len(matrices), np.nan),
+        tuple(matrices),
+    )
+    return Measurements({}, choices, errors, weights, {}, evidence, by_shapes=True)
 
 
 def _from_stats(request: Request, wanted: set[Need], given: Any) -> Measurements:

@@ -32,6 +32,8 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
             f"{', '.join(map(str, sorted(lacking)))} was not measured. Measure for this request, or plan with the "
             "same choices."
         )
+    if found.by_shapes and not request.method.by_shapes:
+        raise BudgetError(f"--method {request.config.method} needs the weights, which were not read. Measure for it.")
     request = replace(request, choices=found.choices)
     config, choices = request.config, request.choices
     problem = problem_of(checkpoint, request, found.evidence)
