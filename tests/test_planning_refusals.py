@@ -89,7 +89,7 @@ def test_the_least_budget_names_what_rows_are_stored_as_and_a_method_that_can_do
     ran = alphaq("plan", odd, *options, "--method", "uniform")
     said = ran.err.replace("\n", " ")
     assert ran.code == 2
-    assert "16 at Q2_K and 8 at Q8_0 (rows of 96 weights are not whole Q2_K blocks of 256)" in said
+    assert "16 matrices at Q2_K and 8 at Q8_0 (rows of 96 weights are not whole Q2_K blocks of 256)" in said
     assert "--method distortion" in said and "narrower" not in said
     assert alphaq("plan", odd, *options, "--method", "distortion", "--workers", "1").code == 0
 

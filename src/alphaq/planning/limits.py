@@ -158,9 +158,9 @@ def _least(problem: Problem, request: Request, least: str, matrices: Sequence[Ma
         ),
         "",
     )
-    mix = (
-        " and ".join(f"{count:,} at {choice}" for choice, count in counts) if len(counts) > 1 else f"all at {narrowest}"
-    )
+    mix = " and ".join(f"{count:,} at {choice}" for choice, count in counts).replace(" at", " matrices at", 1)
+    if len(counts) == 1:
+        mix = f"all at {narrowest}"
     ways = ["Raise it"]
     if config.min_bits or config.pins or config.min_sqnr_db is not None:
         ways.append("relax pins and bounds")
