@@ -47,5 +47,7 @@ def test_quantize_takes_the_engine_of_its_plan_and_refuses_another(
     assert alphaq("plan", tiny, "--engine", "mlx", "--bits", "4", "--method", "uniform", "-o", plan).code == 0
     ran = alphaq("quantize", tiny, "--plan", plan, "--engine", "native", "--bits", "4", "-o", made)
     assert ran.code == 2 and "--engine would (it is for mlx). Drop one" in ran.err
+    ran = alphaq("quantize", tiny, "--plan", plan, "--gamma", "2", "--symmetric", "--bits", "4", "-o", made)
+    assert ran.code == 2 and "everything that --gamma, --symmetric would" in ran.err
     ran = alphaq("quantize", tiny, "--plan", plan, "--engine", "mlx", "--bits", "4", "-o", made)
     assert ran.code == 0, ran.err

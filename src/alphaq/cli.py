@@ -37,12 +37,11 @@ from alphaq.options import (
     means_settings,
     note_source,
     opened,
-    option_names,
     output_target,
     plan_config,
     plan_settings,
+    read_plan,
     rounding_of,
-    said_by,
     search_plan,
     search_settings,
     search_target,
@@ -213,18 +212,7 @@ def quantize(
         check_absent(place)
     given, target = given_options(context), None
     if plan_file is not None:
-        if not plan_file.is_file():
-            raise BudgetError(
-                f"No plan file {plan_file}. Make one with `alphaq plan MODEL --bits 2.5 -o {plan_file.name}`."
-            )
-        made = Plan.read(plan_file)
-        conflicting = given & {*settings, *search, "no_cache", "device"} - {"imatrix", "calibration"}
-        if conflicting := conflicting - said_by(made, settings, given):
-            whose = f" (it is for {made.engine})" if "engine" in conflicting else ""
-            raise BudgetError(
-                f"--plan already decides everything that {option_names(conflicting)} would{whose}. Drop one or the "
-                "other."
-            )
+        made = read_plan(plan_file, settings, given & {*settings, *search, "no_cache", "device"})
     else:
         target = search_target(search, settings, given, means["device"] if "device" in given else None)
         config = plan_config(settings if target is None else settings | {"bpw": ANY_BUDGET})

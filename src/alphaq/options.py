@@ -292,6 +292,26 @@ def _parsed(settings: Mapping[str, Any]) -> PlanConfig:
         raise BudgetError(f"{first_fault(error)}. See `alphaq plan --help`.") from None
 
 
+def read_plan(path: Path, settings: Mapping[str, Any], given: set[str]) -> Plan:
+    """A plan file, unless an option that was typed (`given`) would decide what the plan has decided otherwise.
+
+    Raises BudgetError naming the options, or PlanError.
+    """
+    given = given - {"imatrix", "calibration"}  # a plan only names them
+    conflicting, plan = given - settings.keys(), None
+    if not conflicting:
+        if not path.is_file():
+            raise BudgetError(f"No plan file {path}. Make one with `alphaq plan MODEL --bits 2.5 -o {path.name}`.")
+        plan = Plan.read(path)
+        conflicting = given - said_by(plan, settings, given)
+    if plan is None or conflicting:
+        whose = f" (it is for {plan.engine})" if plan is not None and "engine" in conflicting else ""
+        raise BudgetError(
+            f"--plan already decides everything that {option_names(conflicting)} would{whose}. Drop one or the other."
+        )
+    return plan
+
+
 def said_by(plan: Plan, settings: Mapping[str, Any], given: set[str]) -> set[str]:
     """Which of the options that were typed say the same as a plan."""
     same = {"engine"} & given if settings["engine"] == plan.engine else set()
