@@ -188,8 +188,11 @@ def other_architecture(folder: Path) -> None:
         (damage_nothing, ["--bits", "2", "--method", "alphaq", "--gamma", "1e6"], ["--gamma"]),
         (damage_nothing, ["--bits", "2", "--stats", "absent.csv"], ["absent.csv"]),
         (damage_nothing, ["--plan", "absent.json"], ["absent.json"]),
-        (damage_nothing, ["--plan", "absent.json", "--bits", "2"], ["--plan"]),
-        (damage_nothing, ["--plan", "absent.json", "--gamma", "2", "--symmetric"], ["--gamma, --symmetric"]),
+        (
+            damage_nothing,
+            ["--plan", "absent.json", "--no-cache"],
+            ["--plan already decides everything that --no-cache"],
+        ),
         (damage_nothing, ["--size", "9" * 400], ["not a size"]),
     ],
     ids=lambda value: value.__name__ if callable(value) else None,

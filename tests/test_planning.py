@@ -389,9 +389,9 @@ def test_least_signal_to_noise_ratio_holds_for_every_matrix(
             {"engine": "vllm", "budget": Budget(bits=8.0), "pins": [f"{FIRST}=4", "layers.0.mlp.experts.1.*=8"]},
             r"No choice is left for 'layers\.0\.experts'.*relax one of them",
         ),
-        ({"min_bits": ["3"], "budget": Budget(bits=2.0)}, r"below the least.*--bits 3 with most experts at 3g128"),
+        ({"min_bits": ["3"], "budget": Budget(bits=2.0)}, r"below the least.*--bits 3 with all at 3g128"),
         ({"pins": ["down=8"], "budget": Budget(bits=2.0)}, r"below the least.*--bits 3\.4109.*relax pins and bounds"),
-        ({"min_bits": ["3"], "budget": Budget(bpw=2.0)}, r"below the least.*--bpw 3\.\d+ with most experts at 3g128"),
+        ({"min_bits": ["3"], "budget": Budget(bpw=2.0)}, r"below the least.*--bpw 3\.\d+ with all at 3g128"),
         ({"choices": "2,3", "budget": Budget(bits=1.5)}, r"below the least.*--bits 2 .*narrower --choices"),
     ],
 )
@@ -638,7 +638,7 @@ def test_stats_alone_heed_the_least_signal_to_noise_ratio(stats: Path) -> None:
     low, bound = Budget(bits=1.5), 9.0  # Var·2^(−2b): 6 dB at 1 bit, 12 dB at 2
     assert from_stats(stats, budget=low).histogram == {1: 48, 2: 48}
     assert min(from_stats(stats, min_sqnr_db=bound).histogram) == 2
-    with pytest.raises(BudgetError, match="--bits 2 with most experts at 2g128"):
+    with pytest.raises(BudgetError, match="--bits 2 with all at 2g128"):
         from_stats(stats, budget=low, min_sqnr_db=bound)
 
 
@@ -656,7 +656,7 @@ def test_stats_alone_plan_by_alpha_unless_told_otherwise(stats: Path) -> None:
         ({"budget": Budget(bpw=3.0)}, BudgetError, "know no bytes"),
         ({"engine": "mlx", "choices": "2,3"}, BudgetError, "Give MODEL"),
         ({"pins": ["down=4"]}, BudgetError, "Give MODEL"),
-        ({"budget": Budget(bits=0.5)}, BudgetError, r"--bits 1 with most experts at 1g128"),
+        ({"budget": Budget(bits=0.5)}, BudgetError, r"--bits 1 with all at 1g128"),
     ],
 )
 def test_what_stats_alone_cannot_do_is_told(

@@ -20,7 +20,7 @@ from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import read_header
 from alphaq.engines.export import Stored, stored_in
-from alphaq.engines.output import Record
+from alphaq.engines.output import QuantizeOptions, Record
 from alphaq.engines.profiles import profile
 from alphaq.errors import AlphaQError, CheckpointError, PlanError
 from alphaq.quantization import StoreTask, store
@@ -86,6 +86,17 @@ class Rounding:
     def name(self) -> str:
         """The quantizer, as users call it."""
         return self.calibrated or self.plain
+
+    def options(self, engine: str, pre_tokenizer: str | None = None) -> QuantizeOptions:
+        """What a user types for it."""
+        usual = self == Rounding.of(engine)
+        text = self.inputs if isinstance(self.inputs, Text) else None
+        return QuantizeOptions(
+            quantizer=None if usual else self.name,
+            calibration=None if self.inputs is None else text.name if text else str(self.inputs),
+            calibration_tokens=text.tokens if text else None,
+            pre_tokenizer=pre_tokenizer,
+        )
 
     def __str__(self) -> str:
         """Tells apart what leaves other bytes."""

@@ -38,11 +38,12 @@ from alphaq.options import (
     means_settings,
     note,
     note_folders,
+    note_source,
     opened,
-    option_names,
     output_target,
     plan_config,
     plan_settings,
+    read_plan,
     rounding_of,
     search_plan,
     search_settings,
@@ -225,14 +226,7 @@ def quantize(
         check_absent(place)
     given, target = given_options(context), None
     if plan_file is not None:
-        if conflicting := given & {*settings, *search, "no_cache", "device"} - {"imatrix", "calibration", "bos"}:
-            names = option_names(conflicting)
-            raise BudgetError(f"--plan already decides everything that {names} would. Drop one or the other.")
-        if not plan_file.is_file():
-            raise BudgetError(
-                f"No plan file {plan_file}. Make one with `alphaq plan MODEL --bits 2.5 -o {plan_file.name}`."
-            )
-        made = Plan.read(plan_file)
+        made = read_plan(plan_file, settings, given & {*settings, *search, "no_cache", "device"})
     else:
         target = search_target(search, settings, given, means["device"] if "device" in given else None)
         config = plan_config(settings if target is None else settings | {"bpw": ANY_BUDGET})
@@ -250,6 +244,9 @@ def quantize(
     rounding = rounding_of(checkpoint, engine, quantizer, source, calibration_tokens, bos)
     if (made.config.get("codec") if plan_file is not None else config.codec) not in (None, CODECS[0]):
         pipeline.check_codable(rounding)
+    imatrix = importance_matrix(settings["imatrix"])
+    if plan_file is not None:
+        note_source(checkpoint, engine, imatrix)
     means["no_cache"] |= plan_file is not None
     with means_for(checkpoint, **means) as (pool, cache):
         if target is not None:
@@ -262,7 +259,7 @@ def quantize(
         if cache is not None:
             cache.close()  # others may measure while this one writes
         work: Any = (progress, pool, restart, means["hash_contents"])
-        rest: Any = {"imatrix": importance_matrix(settings["imatrix"]), "rounding": rounding}
+        rest: Any = {"imatrix": imatrix, "rounding": rounding}
         if isinstance(place, Path):
             result = pipeline.quantize(checkpoint, made, place, *work, **rest)
         else:

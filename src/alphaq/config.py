@@ -111,8 +111,20 @@ class Rule(BaseModel):
         return bits
 
 
+_OPTIONS = {"size_bytes": "size", "pins": "pin", "min_sqnr_db": "min_sqnr"}
+"""Settings whose option is not called after them."""
+
+
+def option_of(setting: str) -> str:
+    """The command line's option for a setting, for one that is on by default without its `no-`."""
+    return f"--{_OPTIONS.get(setting, setting).replace('_', '-')}"
+
+
 class PlanConfig(BaseModel):
-    """Everything that decides a plan, apart from the checkpoint itself."""
+    """Everything that decides a plan, apart from the checkpoint itself.
+
+    A field is repeated by its option (`option_of`) in the command that a report or a card shows.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -143,6 +155,8 @@ class PlanConfig(BaseModel):
     unweighted: bool = False
     """Every matrix counts once, and bits are code bits: the reference implementation's accounting."""
     seed: int = Field(default=0, ge=0)
+    stats: str | None = None
+    """Name of the file that scores came from instead of the weights."""
     calibration: str | None = None
     """Name of the text that calibrated methods used."""
     imatrix: str | None = None

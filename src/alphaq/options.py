@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 from pydantic import ValidationError
 
-from alphaq.config import Blocks, Budget, Noise, PlanConfig, ProxyKind, Rule, Tail
+from alphaq.config import Blocks, Budget, Noise, PlanConfig, ProxyKind, Rule, Tail, option_of
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.records import CODECS, Plan, first_fault
 from alphaq.registry import unknown
@@ -276,31 +276,74 @@ def plan_config(settings: Mapping[str, Any], with_model: bool = True) -> PlanCon
     """Check everything a plan is asked for before any work. Raises AlphaQError."""
     from alphaq.planning import resolve
 
+    config = _parsed(settings)
+    if settings["stats"] is not None and (config.spectrum, config.tail) != ("farms", "hill"):
+        raise AlphaQError("--stats already holds α, so --spectrum and --tail decide nothing. Drop one or the other.")
+    text = text_of(settings["calibration"]) if resolve(config, with_model).method.needs_text else None
+    return config if text is None else config.model_copy(update={"calibration": text.name})
+
+
+def _parsed(settings: Mapping[str, Any]) -> PlanConfig:
+    """The options' values, each checked by itself; the text is left out."""
     given = dict(settings)
     for name, known in (("noise", get_args(Noise)), ("spectrum", get_args(Blocks)), ("tail", get_args(Tail))):
         if given[name] is not None and given[name] not in known:
             raise AlphaQError(unknown(f"--{name}", given[name], known))
-    budget = Budget.of(given.pop("bits"), given.pop("bpw"), given.pop("size"))
-    stats, calibration = given.pop("stats"), given.pop("calibration")
-    importance = importance_matrix(given.pop("imatrix"))
-    if stats is not None and (given["spectrum"], given["tail"]) != ("farms", "hill"):
-        raise AlphaQError("--stats already holds α, so --spectrum and --tail decide nothing. Drop one or the other.")
-    sqnr = given.pop("min_sqnr")
+    given["budget"] = Budget.of(given.pop("bits"), given.pop("bpw"), given.pop("size"))
+    importance, stats, sqnr = importance_matrix(given.pop("imatrix")), given.pop("stats"), given.pop("min_sqnr")
+    given["gamma"] = _gamma(given["gamma"])
+    given["pins"] = tuple(Rule.parse(text, "--pin") for text in given.pop("pin") or ())
+    for name in ("min_bits", "max_bits"):
+        given[name] = tuple(Rule.parse(text, f"--{name.replace('_', '-')}", "*") for text in given[name] or ())
+    given["min_sqnr_db"] = None if sqnr is None else _decibels(sqnr)
+    given["imatrix"] = None if importance is None else f"{importance.name} {importance.digest}"
+    given["stats"] = getattr(stats, "name", None)  # numbers that come from an output have none
+    given["calibration"] = None
     try:
-        config = PlanConfig(
-            budget=budget,
-            gamma=_gamma(given.pop("gamma")),  # type: ignore[arg-type]
-            pins=tuple(Rule.parse(text, "--pin") for text in given.pop("pin") or ()),
-            min_bits=tuple(Rule.parse(text, "--min-bits", "*") for text in given.pop("min_bits") or ()),
-            max_bits=tuple(Rule.parse(text, "--max-bits", "*") for text in given.pop("max_bits") or ()),
-            min_sqnr_db=None if sqnr is None else _decibels(sqnr),
-            imatrix=None if importance is None else f"{importance.name} {importance.digest}",
-            **given,
-        )
+        return PlanConfig(**given)
     except ValidationError as error:
         raise BudgetError(f"{first_fault(error)}. See `alphaq plan --help`.") from None
-    text = text_of(calibration) if resolve(config, with_model).method.needs_text else None
-    return config if text is None else config.model_copy(update={"calibration": text.name})
+
+
+def read_plan(path: Path, settings: Mapping[str, Any], given: set[str]) -> Plan:
+    """A plan file, unless an option that was typed (`given`) would decide what the plan has decided otherwise.
+
+    Raises BudgetError naming the options, or PlanError.
+    """
+    given = given - {"imatrix", "calibration"}  # a plan only names them
+    conflicting, plan = given - settings.keys(), None
+    if not conflicting:
+        if not path.is_file():
+            raise BudgetError(f"No plan file {path}. Make one with `alphaq plan MODEL --bits 2.5 -o {path.name}`.")
+        plan = Plan.read(path)
+        conflicting = given - said_by(plan, settings, given)
+    if plan is None or conflicting:
+        whose = f" (it is for {plan.engine})" if plan is not None and "engine" in conflicting else ""
+        raise BudgetError(
+            f"--plan already decides everything that {option_names(conflicting)} would{whose}. Drop one or the other."
+        )
+    return plan
+
+
+def said_by(plan: Plan, settings: Mapping[str, Any], given: set[str]) -> set[str]:
+    """Which of the options that were typed say the same as a plan."""
+    same = {"engine"} & given if settings["engine"] == plan.engine else set()
+    try:
+        config = PlanConfig.model_validate(plan.config)
+    except ValidationError:  # written by hand, or by another tool
+        return same
+    budget = ("bits", "bpw", "size")
+    if not given & {*budget}:
+        settings = {**settings, "bits": 1.0}
+    asked = _parsed({**settings, "imatrix": None, "stats": None})
+    options = {option_of(name): name for name in PlanConfig.model_fields} | dict.fromkeys(
+        map(option_of, budget), "budget"
+    )
+    for name in given & settings.keys() - {"imatrix", "stats", "calibration", "engine"}:
+        field = options[option_of(name)]
+        if getattr(asked, field) == getattr(config, field):
+            same.add(name)
+    return same
 
 
 def text_of(source: str | None, bos: bool = True) -> Text | None:
@@ -355,6 +398,18 @@ def importance_matrix(path: Path | None) -> ImportanceMatrix | None:
     from alphaq.checkpoint.imatrix import read_imatrix
 
     return None if path is None else read_imatrix(path)
+
+
+def note_source(checkpoint: Checkpoint, engine: str, given: ImportanceMatrix | None) -> None:
+    """What the engine's files cannot hold of a checkpoint, and what an importance matrix leaves open, on stderr."""
+    from alphaq.engines.gguf_importance import importance_of
+    from alphaq.engines.profiles import profile
+
+    notes = [*profile(engine).writer.notes(checkpoint)]
+    if given is not None:
+        notes.append(importance_of(checkpoint, given).note(given.name) or "")
+    for note in filter(None, notes):
+        err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _gamma(text: str) -> float | str:
@@ -615,6 +670,9 @@ def measurements(
     text = text_of(settings["calibration"], config.bos) if request.method.needs_text else None
     if settings["calibration"] is not None and text is None and quantizer is None:
         raise BudgetError(f"--calibration is of no use to method {request.config.method}. Drop it.")
+    imatrix = importance_matrix(settings["imatrix"])
+    if checkpoint is not None:
+        note_source(checkpoint, config.engine, imatrix)
     found = planning.measure_for_plan(
         checkpoint,
         request,
@@ -624,8 +682,16 @@ def measurements(
         cache,
         device,
         text,
-        imatrix=importance_matrix(settings["imatrix"]),
+        imatrix=imatrix,
     )
+    if zeros := found.zeros:
+        err.print(
+            f"warning: {len(zeros):,} of {len(found.evidence.names):,} planned matrices hold nothing but zeros, "
+            f"{zeros[0]} for one, so any bits will do for them. Check that the checkpoint was written to its end.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     return request, found
 
 

@@ -23,7 +23,7 @@ from alphaq.checkpoint.remote import Store
 from alphaq.checkpoint.writer import Place, atomic_file, atomic_folder, create_file, resumable_folder
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines.export import Entry, Layout
-from alphaq.engines.llama_cpp import importance_of
+from alphaq.engines.gguf_importance import Importance, importance_of
 from alphaq.engines.output import (
     MANIFEST_NAME,
     Output,
@@ -126,7 +126,7 @@ def quantize(
             f"The plan was made with the importance matrix {planned or 'of ones'}, not with "
             f"{imatrix.name if imatrix else 'one of ones'}. Give --imatrix the same file, or make the plan again."
         )
-    importance = {} if imatrix is None else importance_of(checkpoint, imatrix)
+    importance = Importance() if imatrix is None else importance_of(checkpoint, imatrix)
     rounding = rounding or Rounding.of(plan.engine)
     written = writer.layout(checkpoint, choices)
     if plan.size_bytes not in (None, written.size_bytes):
@@ -143,7 +143,13 @@ def quantize(
             create_file(folder / file, header, nbytes)
         tasks = [
             StoreTask(
-                entry, plan.engine, folder, rounding.plain, done.get(entry.name), shared, importance.get(entry.name)
+                entry,
+                plan.engine,
+                folder,
+                rounding.plain,
+                done.get(entry.name),
+                shared,
+                importance.columns.get(entry.name),
             )
             for entry in written.entries
         ]
@@ -160,7 +166,8 @@ def quantize(
             if record != task.found:
                 _note(journal, task, record)
         writer.write_rest(folder, checkpoint, plan, written)
-        write_manifest(folder, plan, manifest, {file: header_of(header) for file, (header, _) in written.files.items()})
+        headers = {file: header_of(header) for file, (header, _) in written.files.items()}
+        write_manifest(folder, plan, manifest, headers, rounding.options(plan.engine, checkpoint.pre_tokenizer))
         found = verify(folder, checkpoint, wrap, workers) if check else {}
         checkpoint.require_unchanged()
     files = [str(out / file) for file in written.files]

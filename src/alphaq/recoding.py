@@ -124,7 +124,7 @@ def recode_into(folder: Path, made: Path, codec: str, wrap: Wrap, workers: Worke
         check_link(folder / name, folder)
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         copy_file(folder / name, made / name)
-    write_manifest(made, plan, manifest, headers)
+    write_manifest(made, plan, manifest, headers, opened.options)
     before = sum((folder / file).stat().st_size for file in files)
     return {"codec": codec, "size_bytes": total, "source_bytes": before, "tensors": len(manifest)}
 

@@ -474,7 +474,8 @@ class Plan(BaseModel):
     def from_json(cls, text: str | bytes, where: str) -> Plan:
         """Parse and check a plan file. Raises PlanError naming the file and the first fault."""
         try:
-            return cls.model_validate(parse_json(text, strict=True))
+            given = text if isinstance(text, str) else text.decode("utf-8-sig")  # some editors mark the byte order
+            return cls.model_validate(parse_json(given, strict=True))
         except ValueError as error:
             raise PlanError(f"{where} is not a valid plan: {first_fault(error)}.") from error
 

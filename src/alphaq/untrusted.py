@@ -11,10 +11,14 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from alphaq.errors import CheckpointError
+
 MAX_JSON_BYTES = 100_000_000  # ten times the index of a model of a hundred thousand tensors
 MAX_JSON_VALUES = 5_000_000  # small values take far more memory than text
 MAX_JSON_DEPTH = 50
 SHOWN_CHARACTERS = 80
+POINTER_BEGIN = b"version https://git-lfs.github.com/spec/"
+MAX_POINTER_BYTES = 1023  # of the specification: a pointer is smaller than 1024 bytes
 
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -22,10 +26,25 @@ _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
-    """Open a file for reading. Raises OSError, also for pipes and devices, which may have no end."""
-    if not stat.S_ISREG(path.stat().st_mode):
+    """Open a file for reading. Raises OSError, also for pipes and devices, which may have no end.
+
+    Raises CheckpointError for what git leaves in place of a large file.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
-    return path.open("rb", buffering=buffering)
+    file = path.open("rb", buffering=buffering)
+    if status.st_size <= MAX_POINTER_BYTES:
+        if file.read(len(POINTER_BEGIN)) == POINTER_BEGIN:
+            file.close()
+            raise pointer(path)
+        file.seek(0)
+    return file
+
+
+def pointer(path: Path | str) -> CheckpointError:
+    """That a file was not fetched."""
+    return CheckpointError(f"{path} is a Git LFS pointer, not the file. Run `git lfs pull` in the folder.")
 
 
 def read_bounded(path: Path, most: int = MAX_JSON_BYTES) -> bytes:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from changed_checkpoint import changed
 
 from alphaq.calibration import stream
 from alphaq.calibration.stream import LayerTraffic, stream_forward
+from alphaq.calibration.text import Text
 from alphaq.calibration.tokens import random_windows, read_windows, rewritten
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import AlphaQError, CheckpointError
@@ -179,3 +181,16 @@ def test_rewritten_tokens_are_samples_of_the_model_s_own_predictions(tmp_path: P
     assert torch.equal(found[:, :1], IDS[:, :1])
     assert (found[:, 1:] == expected).float().mean() > 0.95
     assert torch.equal(found, rewritten(open_checkpoint(tmp_path / "model"), IDS))
+
+
+def test_a_text_with_a_token_that_has_no_row_is_refused(tiny: Path, tmp_path: Path) -> None:
+    folder, text = Path(shutil.copytree(tiny, tmp_path / "m")), tmp_path / "t.txt"
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 4096, "content": "[PAD]", "special": True})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    checkpoint = open_checkpoint(folder)
+    text.write_text("one two three " * 20)
+    Text(text, 16).windows(checkpoint)
+    text.write_text("[PAD] " + text.read_text())
+    with pytest.raises(AlphaQError, match=r"t\.txt has a token with the id 4096"):
+        Text(text, 16).windows(checkpoint)

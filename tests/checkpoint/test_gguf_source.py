@@ -18,7 +18,9 @@ from alphaq.calibration.stream import stream_forward
 from alphaq.calibration.tokens import random_windows
 from alphaq.checkpoint.gguf_format import read_gguf
 from alphaq.checkpoint.gguf_source import open_gguf
+from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.engines.gguf_importance import importance_of
 from alphaq.errors import ArchitectureError, CheckpointError
 from conftest import COMMON, Ran, random_model
 
@@ -199,6 +201,18 @@ def test_fused_gate_and_up_come_apart(family_folder: Callable[[str], Path], tmp_
     assert_same(read_all(checkpoint), weights(folder))
     origin = checkpoint.gguf_tensor("model.layers.1.mlp.experts.3.up_proj.weight")
     assert (origin.name, origin.type) == ("blk.1.ffn_gate_up_exps.weight", "BF16")
+
+
+def test_a_merged_file_takes_the_importance_matrix_that_was_made_of_it(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(write_gguf(family_folder("qwen2_moe"), tmp_path / "x.gguf", fused=True))
+    rows = np.arange(4 * 64, dtype=np.float32).reshape(4, 64)
+    entries = {f"blk.{layer}.ffn_gate_up_exps.weight": rows + layer for layer in range(3)}
+    found = importance_of(checkpoint, ImportanceMatrix("i.gguf", "", entries))
+    for part in ("gate", "up"):
+        assert np.array_equal(found.columns[f"model.layers.2.mlp.experts.3.{part}_proj.weight"], rows[3] + 2)
+    assert found.missing[:3] == tuple(f"blk.{layer}.ffn_down_exps.weight" for layer in range(3))
 
 
 def test_a_router_of_one_row_may_be_a_vector(family_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import gguf
@@ -8,8 +8,9 @@ import pytest
 
 from alphaq.checkpoint.imatrix import read_imatrix
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.engines.llama_cpp import importance_of
+from alphaq.engines.gguf_importance import importance_of
 from alphaq.errors import CheckpointError
+from conftest import Ran
 
 GATES = "blk.0.ffn_gate_exps.weight"
 HEAD = "output.weight"
@@ -65,13 +66,13 @@ def test_both_formats_mean_the_same_matrices(tmp_path: Path, tiny: Path, sums: n
     new = read_imatrix(write_gguf(tmp_path / "i.gguf", twos | {HEAD: (sums[:1], np.ones(1))}))
     calls = {name: (2, values) for name, values in stacks.items()}
     old = read_imatrix(write_binary(tmp_path / "i.dat", calls | {HEAD: (1, sums[0])}))
-    first, second = importance_of(checkpoint, new), importance_of(checkpoint, old)
+    first, second = importance_of(checkpoint, new).columns, importance_of(checkpoint, old).columns
     assert first.keys() == second.keys()
     assert len(first) == 4 * 8 * 3 + 1
     one = "model.layers.0.mlp.experts.3.gate_proj.weight"
     assert np.allclose(first[one], sums[3] / sums[3].mean())
     # The older format has one count for all experts, and one mean.
-    assert np.allclose(second[one] / second[one].mean(), first[one])
+    assert np.allclose(second[one], first[one])
 
 
 def test_experts_never_reached_count_as_ones_and_dead_columns_a_little(tmp_path: Path, sums: np.ndarray) -> None:
@@ -105,9 +106,52 @@ def test_one_of_another_model_is_refused(tmp_path: Path, tiny: Path, sums: np.nd
     narrow = read_imatrix(write_gguf(tmp_path / "n.gguf", whole | {GATES: (sums[:, :128], ones)}))
     with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_gate_exps\.weight has 1024 values, not 256"):
         importance_of(open_checkpoint(tiny), narrow)
-    whole.pop("blk.3.ffn_up_exps.weight")
-    with pytest.raises(CheckpointError, match=r"lacks blk\.3\.ffn_up_exps\.weight"):
-        importance_of(open_checkpoint(tiny), read_imatrix(write_gguf(tmp_path / "o.gguf", whole)))
+    dense = {f"blk.{layer}.ffn_{part}.weight": (sums[:1], np.ones(1)) for layer in range(4) for part in ("up", "down")}
+    with pytest.raises(CheckpointError, match=r"o\.gguf has no entry for any expert matrix .*blk\.0\.ffn_up\.weight"):
+        importance_of(open_checkpoint(tiny), read_imatrix(write_gguf(tmp_path / "o.gguf", dense)))
+
+
+@pytest.mark.parametrize("format", ["new", "old"])
+@pytest.mark.parametrize("kept", ["gate", "up", "gate_up"])
+def test_an_entry_speaks_for_every_matrix_that_reads_the_same_input(
+    tmp_path: Path, tiny: Path, sums: np.ndarray, kept: str, format: str
+) -> None:
+    names = [f"blk.{layer}.ffn_{part}_exps.weight" for layer in range(4) for part in (kept, "down")]
+    names += [f"blk.{layer}.attn_v.weight" for layer in range(4)]
+    entries = {name: sums if "exps" in name else sums[:1] for name in names}
+    if format == "new":
+        path = write_gguf(tmp_path / "i", {name: (values, np.ones(len(values))) for name, values in entries.items()})
+    else:
+        path = write_binary(tmp_path / "i", {name: (3, values) for name, values in entries.items()})
+    checkpoint = open_checkpoint(tiny)
+    found = importance_of(checkpoint, read_imatrix(path))
+    for matrix in checkpoint.matrices:
+        if matrix.expert is not None:
+            assert np.allclose(found.columns[matrix.name], sums[matrix.expert] / sums[matrix.expert].mean())
+        elif matrix.name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            assert np.allclose(found.columns[matrix.name], sums[0] / sums[0].mean())
+    assert not any("exps" in name or "attn_q" in name for name in found.missing)
+
+
+def test_a_stack_that_no_token_reached_counts_its_columns_alike_and_is_named(
+    alphaq: Callable[..., Ran], tmp_path: Path, tiny: Path, sums: np.ndarray
+) -> None:
+    stacks = {name: (values, np.ones(8)) for name, values in every_stack(sums).items() if "blk.2." not in name}
+    given = write_gguf(tmp_path / "short.gguf", stacks)
+    found = importance_of(open_checkpoint(tiny), read_imatrix(given))
+    assert not any(".layers.2." in name for name in found.columns)
+    assert found.missing[:3] == tuple(f"blk.2.ffn_{part}_exps.weight" for part in ("gate", "up", "down"))
+    options = ("--engine", "llama.cpp", "--bits", "3", "--choices", "Q3_K", "--method", "distortion", "--workers", "1")
+    ran = alphaq("plan", tiny, *options, "--imatrix", given)
+    assert ran.code == 0 and "short.gguf has no entry for blk.2.ffn_gate_exps.weight," in ran.err.replace("\n", " ")
+
+
+def test_an_expert_never_hit_counts_its_columns_alike_in_the_older_format(tmp_path: Path, tiny: Path) -> None:
+    sums = np.random.default_rng(0).uniform(1, 9, (8, 256))
+    sums[5] = 0
+    path = write_binary(tmp_path / "i.dat", {name: (2, values) for name, values in every_stack(sums).items()})
+    found = importance_of(open_checkpoint(tiny), read_imatrix(path)).columns
+    assert np.allclose(found["model.layers.1.mlp.experts.5.up_proj.weight"], 1)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from alphaq.checkpoint.architecture import architectures
 from alphaq.checkpoint.gguf_format import GgufFile, GgufValue, read_gguf
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.gguf_model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
-from alphaq.engines.gguf_tokenizer import _pre_tokenizers, tokenizer_metadata
+from alphaq.engines.gguf_tokenizer import _pre_tokenizers, tokenizer_metadata, tokens_left_out
 from alphaq.errors import ArchitectureError, CheckpointError, MissingExtraError
 from conftest import DATA, FAMILIES, ROOT, random_model
 from runnable import LOADABLE, VOCAB, byte_level, save_tokenizer
@@ -394,13 +394,51 @@ def test_unknown_pre_tokenizer_must_be_named(tmp_path: Path) -> None:
 
 
 def test_token_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"'ab' the id 2, but config.json has a vocab_size of 2"):
+    with pytest.raises(CheckpointError, match=r"'ab' the id 2, but the model's embedding has 2 rows.*resize_token"):
         tokenizer_metadata(named(tmp_path, GPT_2), 2)
+
+
+@pytest.mark.parametrize("in_vocabulary", [False, True])
+def test_added_tokens_without_a_row_are_left_out(tmp_path: Path, in_vocabulary: bool) -> None:
+    folder = named(tmp_path, GPT_2)
+    expected = tokenizer_metadata(folder, 3)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"] = [
+        {"id": 3, "content": "[PAD]", "special": True},
+        {"id": 4, "content": "<tool>", "special": False},
+    ]
+    if in_vocabulary:
+        tokenizer["model"]["vocab"] |= {"[PAD]": 3, "<tool>": 4}
+    path.write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+    assert tokenizer_metadata(folder, 3) == expected
+    assert tokens_left_out(folder, 3) == ["[PAD]", "<tool>"]
+    assert tokens_left_out(folder, 5) == []
+    assert tokenizer_metadata(folder, 5)["tokenizer.ggml.tokens"].value[3:] == ("[PAD]", "<tool>")
+
+
+def test_an_added_token_of_sentencepiece_without_a_row_is_left_out(tmp_path: Path) -> None:
+    save_sentencepiece(tmp_path)
+    expected = tokenizer_metadata(tmp_path, VOCAB)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<extra>": VOCAB}))
+    assert tokens_left_out(tmp_path, VOCAB)[-1] == "<extra>"
+    assert tokenizer_metadata(tmp_path, VOCAB) == expected
 
 
 def test_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no tokenizer that llama.cpp can be given"):
         tokenizer_metadata(tmp_path, 3)
+
+
+@pytest.mark.parametrize("name", ["tiktoken.model", "qwen.tiktoken", "tokenizer.model"])
+def test_folder_with_a_tiktoken_vocabulary_alone_says_what_to_make_of_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("IQ== 0\nIg== 1\nIw== 2\n")
+    with pytest.raises(CheckpointError, match=f"{name} is a tiktoken vocabulary.*convert_tiktoken_to_fast"):
+        tokenizer_metadata(tmp_path, 3)
+    from transformers.integrations.tiktoken import convert_tiktoken_to_fast
+
+    assert callable(convert_tiktoken_to_fast)
 
 
 @pytest.mark.parametrize("damage", [{"model": {"type": "BPE"}}, {"model": []}, {"added_tokens": 3}])

@@ -582,6 +582,36 @@ def test_model_that_no_file_can_hold_is_told_before_measuring(
         plan_of(open_checkpoint(save_family("qwen2_moe")), budget=Budget(bits=4), choices="Q4_0,Q8_0")
 
 
+def test_tokenizer_longer_than_the_embedding_runs_without_what_has_no_row(
+    tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran]
+) -> None:
+    folder, made = Path(shutil.copytree(tiny, tmp_path / "long")), tmp_path / "out"
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": rows, "content": "[PAD]", "special": True})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    options = (
+        "--engine",
+        "llama.cpp",
+        "--bits",
+        "16",
+        "--choices",
+        "16",
+        "--attention-bits",
+        "16",
+        "--shared-bits",
+        "16",
+    )
+    ran = alphaq("quantize", folder, *options, "--embedding-bits", "16", "--head-bits", "16", "-o", made)
+    assert ran.code == 0 and f"has {rows} rows, none for the tokenizer's '[PAD]'" in ran.err.replace("\n", " ")
+    model, encoder = load_model(tiny, "float32")
+    ids = encoder(TEXTS[0][:1000], add_special_tokens=False)["input_ids"][:64]
+    with Llama(made / FILE_NAME) as llama:
+        assert float(distance(llama, model, [ids]).kl.median()) <= 1e-3
+        text = "x [PAD] y"  # to the model these are five letters and signs
+        assert llama.tokenize(text, special=True) == encoder(text, add_special_tokens=False)["input_ids"]
+
+
 # -- packages that the plain install leaves out ---------------------------------------------------
 
 EXTRA = "pip install 'alphaq[gguf]'"

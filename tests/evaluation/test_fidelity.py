@@ -15,6 +15,27 @@ def loaded() -> tuple[object, object]:
     return load_model(DATA / "tiny", "float32", "cpu")
 
 
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
+    from alphaq.calibration.text import Text
+
+    marked, plain = tmp_path / "a.txt", tmp_path / "b.txt"
+    marked.write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    plain.write_bytes(b"one\ntwo")
+    assert read_texts([marked, plain]) == {"a": "one\ntwo", "b": "one\ntwo"}
+    assert str(Text(marked)) == str(Text(plain))
+
+
+def test_a_token_without_a_row_of_the_embedding_is_told(loaded: tuple) -> None:
+    model, tokenizer = loaded
+
+    def longer(text: str, **options: object) -> dict[str, torch.Tensor]:
+        ids = tokenizer(text, **options)["input_ids"]
+        return {"input_ids": torch.cat([ids, torch.tensor([[len(tokenizer)]])], 1)}
+
+    with pytest.raises(AlphaQError, match=r"Text 'x' has a token with the id 4096, .* 4096 rows.*resize_token_embed"):
+        next(evaluate_texts(model, longer, {"x": "def main"}))
+
+
 def test_perplexity_equals_the_model_s_own_loss(loaded: tuple) -> None:
     model, tokenizer = loaded
     text = (DATA / "texts" / "tech.txt").read_text()

@@ -1,11 +1,20 @@
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pytest
 
-from alphaq.records import Plan
-from alphaq.report.commands import reproduce
+from alphaq import cli
+from alphaq.calibrated import Rounding
+from alphaq.calibration.proxy import Proxy
+from alphaq.calibration.text import Text
+from alphaq.config import Budget, PlanConfig, Rule
+from alphaq.engines.output import QuantizeOptions
+from alphaq.planning import resolve
+from alphaq.records import Plan, SourceIdentity
+from alphaq.report.commands import Names, remake, reproduce
 from conftest import Ran
 
 Run = Callable[..., Ran]
@@ -51,9 +60,142 @@ def test_the_command_makes_the_same_plan_again(
 
 def test_a_plan_from_stats_names_the_file_it_came_from() -> None:
     plan = Plan(config={"budget": {"bits": 2.5}, "method": "alphaq", "gamma": 2.0}, choices={"a": "2"})
-    steps = dict(reproduce(plan, "numbers.csv"))
-    assert steps["Plan"] == "alphaq plan --stats numbers.csv --bits 2.5 --method alphaq --gamma 2.0 -o plan.json"
+    steps = dict(reproduce(plan, names=Names(stats="numbers.csv")))
+    assert steps["Plan"] == "alphaq plan --bits 2.5 --method alphaq --gamma 2.0 --stats numbers.csv -o plan.json"
     assert "Quantize" not in steps
+
+
+class Flip(NamedTuple):
+    """A value that a setting does not have by itself, and what else it takes for it to be one."""
+
+    value: Any
+    needs: Mapping[str, Any] = MappingProxyType({})
+
+
+LLAMA = {"engine": "llama.cpp"}
+# One for every setting of a plan: whoever adds a setting adds a line here.
+FLIPS: dict[str, list[Flip]] = {
+    "budget": [Flip(Budget(bits=2.75)), Flip(Budget(bpw=3.125)), Flip(Budget(size_bytes=7_340_033))],
+    "engine": [Flip("mlx"), Flip("llama.cpp"), Flip("vllm"), Flip("gptqmodel")],
+    "method": [Flip("uniform"), Flip("paper"), Flip("mint"), Flip("random"), Flip("hessian", {"calibration": "self"})],
+    "noise": [Flip("analytic")],
+    "gamma": [Flip(2.5, {"method": "alphaq"}), Flip(0.1 + 0.2, {"method": "paper"}), Flip(-1.0, {"method": "alphaq"})],
+    "spectrum": [Flip("whole")],
+    "tail": [Flip("ks")],
+    "choices": [Flip("2,3g64,4"), Flip("Q2_K,Q4_K", LLAMA)],
+    "group_size": [Flip(64)],
+    "symmetric": [Flip(True)],
+    "attention_bits": [Flip(8)],
+    "shared_bits": [Flip(16)],
+    "embedding_bits": [Flip(8, LLAMA)],
+    "head_bits": [Flip(8, LLAMA)],
+    "pins": [Flip((Rule(pattern="layers.0.*", value="4"), Rule(pattern="a b; rm", value="2g64")))],
+    "min_bits": [Flip((Rule(pattern="*", value="2"), Rule(pattern="down", value="3")))],
+    "max_bits": [Flip((Rule(pattern="expert", value="5"),))],
+    "min_sqnr_db": [Flip(9.5)],
+    "per_layer": [Flip(True)],
+    "unweighted": [Flip(True)],
+    "seed": [Flip(7, {"method": "random"})],
+    "stats": [Flip("numbers.csv")],
+    "calibration": [Flip("self", {"method": "baq"}), Flip("notes.txt", {"method": "baq"})],
+    "imatrix": [Flip("importance.gguf 0123456789abcdef", LLAMA)],
+    "codec": [Flip("zstd")],
+}
+
+
+def test_every_setting_of_a_plan_is_tried() -> None:
+    assert FLIPS.keys() == PlanConfig.model_fields.keys()
+
+
+class Parsed(Exception):
+    """Ends a command as soon as its settings are known."""
+
+
+@pytest.mark.parametrize(
+    ("name", "flip"), [pytest.param(name, flip, id=f"{name}-{flip.value}") for name in FLIPS for flip in FLIPS[name]]
+)
+def test_the_command_says_every_setting_of_the_plan(
+    name: str, flip: Flip, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that a report shows is parsed by the command line itself."""
+    monkeypatch.chdir(tmp_path)
+    for file in ("notes.txt", "numbers.csv"):
+        Path(file).write_text("x")
+    asked = PlanConfig.model_validate({"budget": Budget(bits=3), **flip.needs, name: flip.value})
+    assert getattr(asked, name) != PlanConfig.model_fields[name].default
+    expected = resolve(asked).config
+    plan = Plan(
+        engine=asked.engine,
+        source=SourceIdentity(name=str(tiny), fingerprint="0"),
+        config=expected.model_dump(mode="json"),
+        choices={"a": "2"},
+    )
+    seen: list[PlanConfig] = []
+
+    def stop(checkpoint: Any, config: PlanConfig, *rest: Any) -> Any:
+        seen.append(resolve(config).config)
+        raise Parsed
+
+    class Given:
+        name, digest = "importance.gguf", "0123456789abcdef"
+
+    monkeypatch.setattr(cli, "build_plan", stop)
+    monkeypatch.setattr("alphaq.options.importance_matrix", lambda path: path and Given)
+    words = shlex.split(dict(reproduce(plan))["Plan"])
+    with pytest.raises(Parsed):
+        cli.main([*words[1:], "--workers", "1"])
+    assert seen == [expected]
+
+
+def test_a_setting_that_is_on_by_default_is_turned_off_by_its_no() -> None:
+    class Later(PlanConfig):
+        check: bool = True
+
+    from alphaq.report.commands import plan_options
+
+    assert plan_options(Later(budget=Budget(bits=3), check=False), "measured") == ["--bits", "3.0", "--no-check"]
+    assert plan_options(Later(budget=Budget(bits=3)), "measured") == ["--bits", "3.0"]
+
+
+@pytest.mark.parametrize(
+    ("rounding", "words"),
+    [
+        (Rounding.of("native"), []),
+        (Rounding.of("native", "hqq"), ["--quantizer", "hqq"]),
+        (
+            Rounding.of("native", "gptq", Text(Path("texts/my.txt"), 4096)),
+            ["--quantizer", "gptq", "--calibration", "my.txt", "--calibration-tokens", "4096"],
+        ),
+        (Rounding.of("native", "learned", Proxy("norm")), ["--quantizer", "learned", "--calibration", "norm"]),
+    ],
+    ids=["usual", "hqq", "gptq", "norm"],
+)
+def test_quantizing_is_repeated_with_its_own_options(rounding: Rounding, words: list[str]) -> None:
+    plan = Plan(choices={"a": "2"}, config={"imatrix": "i m.gguf 0123"})
+    steps = dict(remake(plan, rounding.options("native"), Names("m", "out")))
+    shown = shlex.split(steps["Quantize"])
+    assert shown == [*["alphaq", "quantize", "m", "--plan", "plan.json", "--imatrix"], "i m.gguf", *words, "-o", "out"]
+
+
+def test_report_and_card_repeat_what_an_output_was_quantized_with(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--bits", "3", "--method", "uniform", "--codec", "zstd", "--noise", "measured", "--choices", "2,3,4")
+    made = alphaq("quantize", tiny, *options, "--quantizer", "gptq", "--calibration", "norm", "-o", out)
+    assert made.code == 0, made.err
+    assert alphaq("report", out, "-o", tmp_path / "report.html").code == 0
+    card = alphaq("card", out, "--base-model", "someone/tiny", "-o", "-").out
+    for text in ((tmp_path / "report.html").read_text(), card):
+        assert "--plan plan.json --quantizer gptq --calibration norm -o" in text
+        assert "--bits 3.0 --method uniform --choices 2,3,4 --codec zstd -o plan.json" in text
+    assert "alphaq plan someone/tiny --bits" in card
+
+
+def test_the_rule_that_cuts_words_is_repeated_in_both_steps() -> None:
+    plan = Plan.model_validate(
+        {"source": {"name": "m", "fingerprint": "0"}, "config": {"budget": {"bits": 3}}, "choices": {"a": "2"}}
+    )
+    steps = dict(reproduce(plan, QuantizeOptions(pre_tokenizer="llama-bpe")))
+    assert "--pre-tokenizer llama-bpe" in steps["Plan"] and "--pre-tokenizer llama-bpe" in steps["Quantize"]
 
 
 def test_names_are_quoted_for_the_shell() -> None:

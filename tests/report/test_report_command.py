@@ -38,7 +38,7 @@ def test_a_plan_from_stats_alone_has_a_report(alphaq: Run, tiny: Path, tmp_path:
     page = (tmp_path / "r.html").read_text()
     assert ran.json["units"] == 96
     assert "code bits" in page
-    assert "alphaq plan --stats s.csv --bits 2.5" in page
+    assert "alphaq plan --bits 2.5 --method alphaq" in page and "--stats s.csv -o plan.json" in page
     assert "Give --model or --stats" not in " ".join(ran.json["missing"])
 
 

@@ -173,6 +173,12 @@ def test_bad_stats_are_refused(tmp_path: Path, text: str, message: str) -> None:
         read_stats(path)
 
 
+def test_stats_from_a_spreadsheet_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    path.write_text("name,alpha,variance\na,2.5,0.1\n", encoding="utf-8-sig")
+    assert read_stats(path).spectra["a"].alpha == 2.5
+
+
 def test_binary_stats_are_refused(tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_bytes(b"\xff\xfe\x00name")
     with pytest.raises(StatsError, match="not a CSV"):

@@ -11,11 +11,23 @@ from torch import Tensor
 
 from alphaq.calibration.tokens import model_prefix, random_windows, read_windows, rewritten
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.errors import StatsError
+from alphaq.errors import AlphaQError, StatsError
+from alphaq.records import Role
 
 SELF: Literal["self"] = "self"
 WINDOW = 512  # tokens
 REWRITINGS = 1  # of random tokens; four made no difference (docs/LOG.md)
+
+
+def check_ids(ids: Tensor, rows: int, where: str) -> None:
+    """AlphaQError if a token has no row in the embedding, as where a tool added tokens without resizing the model."""
+    largest = int(ids.max()) if ids.numel() else 0
+    if largest >= rows:
+        raise AlphaQError(
+            f"{where} has a token with the id {largest}, but the model's embedding has {rows} rows: its tokenizer has "
+            "more tokens than the model. Leave that token out of the text, or give the model a row for it with "
+            "resize_token_embeddings of transformers."
+        )
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class Text:
         """The file's text. Raises StatsError if it is none."""
         assert isinstance(self.source, Path)  # the model's own is not written down
         try:
-            return self.source.read_text(encoding="utf-8")
+            return self.source.read_text(encoding="utf-8-sig")  # a mark of the byte order is no text
         except (OSError, UnicodeDecodeError) as error:
             raise StatsError(f"{self.source} is no UTF-8 text ({error}). Give one with --calibration.") from error
 
@@ -56,7 +68,10 @@ class Text:
         """
         length = min(WINDOW, self.tokens)
         if isinstance(self.source, Path):
-            return read_windows(checkpoint.folder, self.content(), length, self.tokens, self.bos)
+            ids = read_windows(checkpoint.folder, self.content(), length, self.tokens, self.bos)
+            rows = [matrix.shape[0] for matrix in checkpoint.with_role(Role.EMBEDDING)]
+            check_ids(ids, max(rows, default=int(checkpoint.text_config["vocab_size"])), str(self.source))
+            return ids
         return own_writing(checkpoint, self.tokens // length, length, self.bos)
 
 

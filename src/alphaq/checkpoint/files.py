@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import threading
 from collections.abc import Iterator
@@ -80,10 +81,15 @@ def _is_cached_blob(target: Path) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's object. Raises CheckpointError naming the file."""
     check_link(path)
+    with reading(path):
+        raw = read_bounded(path)
     try:
-        with reading(path):
-            data = parse_json(read_bounded(path))
+        data = parse_json(raw)
     except ValueError as error:
+        if raw.startswith(codecs.BOM_UTF8):
+            raise CheckpointError(
+                f"{path} begins with a byte-order mark, which transformers refuses too. Save it as UTF-8 without one."
+            ) from None
         raise CheckpointError(f"{path} is not valid JSON ({error}). Download it again.") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is not a JSON object. Download it again.")

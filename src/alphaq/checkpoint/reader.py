@@ -42,10 +42,11 @@ from alphaq.checkpoint.files import (
 from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, metadata_bytes
 from alphaq.checkpoint.gguf_source import find_gguf, open_gguf
 from alphaq.checkpoint.hub import expanded, local_folder, resolve_folder, small_files
+from alphaq.checkpoint.incomplete import check_fetched
 from alphaq.checkpoint.matching import match_tensors, unfolded
 from alphaq.checkpoint.remote import Store, is_url, local_path
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
-from alphaq.checkpoint.side_files import SideFiles, side_files
+from alphaq.checkpoint.side_files import SIDE_FILES, SideFiles, side_files
 from alphaq.checkpoint.weights import INDEX_NAME, NAMED_KEY, SINGLE_NAME, read_weights
 from alphaq.checkpoint.weights import read_shards as read_shards
 from alphaq.errors import CheckpointError
@@ -451,6 +452,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not is_file(path):
         raise CheckpointError(f"{folder} has no config.json. Point to a Hugging Face model folder.")
+    check_fetched(folder, SIDE_FILES)
     config = read_json(path)
     if not isinstance(config.get("quantization_config"), (dict, type(None))):
         raise CheckpointError(f"{path}: quantization_config is not an object. Restore the file.")

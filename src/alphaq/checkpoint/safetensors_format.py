@@ -19,7 +19,7 @@ import torch
 
 from alphaq.checkpoint.files import open_file
 from alphaq.errors import CheckpointError
-from alphaq.untrusted import parse_json, shown
+from alphaq.untrusted import MAX_POINTER_BYTES, POINTER_BEGIN, parse_json, pointer, shown
 
 if TYPE_CHECKING:
     from alphaq.checkpoint.encodings import Encoding
@@ -95,6 +95,8 @@ def parse_header(file_name: str, size: int, read: Callable[[int, int], bytes]) -
     prefix = read(0, 8) if size >= 8 else b""
     if len(prefix) < 8:
         raise damaged(f"it has {size} bytes, too few for a safetensors header")
+    if size <= MAX_POINTER_BYTES and POINTER_BEGIN.startswith(prefix) and read(0, size).startswith(POINTER_BEGIN):
+        raise pointer(file_name)  # here for those that lie on a store
     length = int.from_bytes(prefix, "little")
     if length > size - 8:
         raise damaged(f"its header claims {length} bytes, but only {size - 8} follow")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alphaq.checkpoint.files import PlainFile, SourceFile, Stamp, check_link, is_file, read_json
+from alphaq.checkpoint.incomplete import check_stubs
 from alphaq.checkpoint.remote import Store
 from alphaq.checkpoint.safetensors_format import TensorInfo, parse_header, read_header
 from alphaq.errors import CheckpointError
@@ -180,6 +181,7 @@ def read_weights(folder: Path, stamps: Mapping[str, Stamp] | None = None, store:
     for shard, (nbytes, tensors, raw) in zip(files.names, _headers(folder, files, stamps or {}, store), strict=True):
         shards[shard] = tensors
         digest.update(f"{shard}\0{nbytes}\0".encode() + raw)
+    check_stubs(shards)
 
     def opened(shard: str) -> SourceFile:
         return PlainFile(folder / shard) if store is None else store.file(shard, (stamps or {})[shard])

@@ -115,6 +115,7 @@ class Export:
     checkpoint) → values to store or quantize. fault: (name, choice, its stored tensors, their bytes) → why they are
     not of that choice, as far as shows without the source. from_gguf: whether a GGUF file has all that is needed.
     side_notes: what of a checkpoint's small files does not come along, and why.
+    notes: what of a checkpoint the files cannot hold and nobody will miss.
     """
 
     layout: Callable[[Checkpoint, Mapping[str, Choice]], Layout]
@@ -127,6 +128,7 @@ class Export:
     fault: Callable[[str, Choice, Sequence[Stored], Sequence[torch.Tensor]], str | None] = lambda *_: None
     from_gguf: bool = False
     side_notes: Callable[[Checkpoint], tuple[str, ...]] = Checkpoint.side_notes
+    notes: Callable[[Checkpoint], Sequence[str]] = lambda _: ()
 
 
 def squared_error_of(rows: Rows, weight: torch.Tensor) -> float:

@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from alphaq.checkpoint.files import open_file
 from alphaq.checkpoint.gguf_format import GgufValue
 from alphaq.checkpoint.reader import read_json
 from alphaq.engines.gguf_package import package, special_tokens
@@ -28,6 +29,8 @@ else:
 
 # Some families do not declare these special, but all mean them so.
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s*")
+MAX_LINE_BYTES = 1000
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0  # llama.cpp's converter's; nothing is merged into these
 _NO_SCORE = -1e6  # below every merge's
@@ -54,10 +57,7 @@ def tokenizer_metadata(folder: Path, vocab_size: int, pre_tokenizer: str | None 
         elif not tokenizer and (folder / "tokenizer.model").is_file():
             vocabulary = _sentencepiece(folder, vocab_size)
         else:
-            raise CheckpointError(
-                f"{folder} has no tokenizer that llama.cpp can be given: neither a tokenizer.json of type BPE nor, "
-                "alone, SentencePiece's tokenizer.model. Save the model's tokenizer there with save_pretrained."
-            )
+            raise _no_tokenizer(folder)
         return {
             "tokenizer.ggml.model": GgufValue.of("string", "llama"),
             "tokenizer.ggml.pre": GgufValue.of("string", pre_tokenizer or "default"),
@@ -69,6 +69,29 @@ def tokenizer_metadata(folder: Path, vocab_size: int, pre_tokenizer: str | None 
         raise CheckpointError(
             f"{folder}: the tokenizer's files are damaged ({type(error).__name__}: {error}). Download them again."
         ) from None
+
+
+def tokens_left_out(folder: Path, rows: int) -> list[str]:
+    """Tokens that were added to a tokenizer without a row of the embedding, so that no GGUF file can hold them."""
+    return [text for position, text, _ in _added(folder, _json(folder / "tokenizer.json")) if position >= rows]
+
+
+def _no_tokenizer(folder: Path) -> CheckpointError:
+    tiktoken = [path for pattern in ("*.tiktoken", "tiktoken.model") for path in sorted(folder.glob(pattern))]
+    if tiktoken:
+        return _only_tiktoken(tiktoken[0])
+    return CheckpointError(
+        f"{folder} has no tokenizer that llama.cpp can be given: neither a tokenizer.json of type BPE nor, "
+        "alone, SentencePiece's tokenizer.model. Save the model's tokenizer there with save_pretrained."
+    )
+
+
+def _only_tiktoken(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is a tiktoken vocabulary, which is made llama.cpp's by the model's own code only, and that is not run "
+        "here. Put a tokenizer.json beside it: another repository of the model may have one, or make it with "
+        "convert_tiktoken_to_fast of transformers.integrations.tiktoken. The other engines take the folder as it is."
+    )
 
 
 class _Vocabulary:
@@ -84,13 +107,19 @@ class _Vocabulary:
         """Place a token. Raises CheckpointError if the model has no row for it."""
         if not 0 <= position < len(self.texts):
             raise CheckpointError(
-                f"The tokenizer gives {text!r} the id {position}, but config.json has a vocab_size of "
-                f"{len(self.texts)}. Use the tokenizer that belongs to the model."
+                f"The tokenizer gives {text!r} the id {position}, but the model's embedding has {len(self.texts)} "
+                "rows. Use the tokenizer that belongs to the model, or give the model a row for every token with "
+                "resize_token_embeddings of transformers."
             )
         self.texts[position], self.kinds[position], self.scores[position] = text, int(kind), score
 
     def add(self, position: int, text: str, special: bool) -> None:
-        """Place a token that was added to the vocabulary, or say more of one that is there."""
+        """Place a token that was added to the vocabulary, or say more of one that is there.
+
+        One without a row is left out: the model cannot read it, and could not be trained to write it.
+        """
+        if position >= len(self.texts):
+            return
         if special or _LOOKS_SPECIAL.fullmatch(text):
             self.put(position, text, self.types.CONTROL, _ADDED_SCORE)
         else:  # llama.cpp looks for these in the text as it is, where spaces are spaces
@@ -114,13 +143,32 @@ def _bpe(tokenizer: Mapping[str, Any], vocab_size: int) -> _Vocabulary:
     vocabulary = _Vocabulary(vocab_size)
     pairs = (merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"])
     rank = {text: position for position, text in enumerate(dict.fromkeys("".join(pair) for pair in pairs))}
+    added = list(_added(None, tokenizer))
+    left_out = {text for position, text, _ in added if position >= vocab_size}
     for text, position in model["vocab"].items():
+        if text in left_out:
+            continue
         byte = model.get("byte_fallback") and _BYTE.fullmatch(text)
         kind = vocabulary.types.BYTE if byte else vocabulary.types.NORMAL
         vocabulary.put(position, text, kind, -float(rank[text]) if text in rank else _NO_SCORE)
-    for token in tokenizer.get("added_tokens", []):
-        vocabulary.add(token["id"], token["content"], token["special"])
+    for token in added:
+        vocabulary.add(*token)
     return vocabulary
+
+
+def _added(folder: Path | None, tokenizer: Mapping[str, Any]) -> Iterator[tuple[int, str, bool]]:
+    """Id, text and whether it is special of each token that was added to a vocabulary.
+
+    folder: where SentencePiece's model may have such tokens beside it; None for a tokenizer.json alone.
+    """
+    for token in tokenizer.get("added_tokens", []):
+        yield token["id"], token["content"], token["special"]
+    if tokenizer or folder is None:
+        return
+    for text, position in _json(folder / "added_tokens.json").items():
+        yield position, text, False
+    for number, token in _json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).items():
+        yield int(number), token["content"], token.get("special", False)
 
 
 def _sentencepiece(folder: Path, vocab_size: int) -> _Vocabulary:
@@ -132,6 +180,10 @@ def _sentencepiece(folder: Path, vocab_size: int) -> _Vocabulary:
     try:
         pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     except (OSError, RuntimeError):
+        with open_file(folder / "tokenizer.model") as file:
+            first = file.readline(MAX_LINE_BYTES)
+        if _TIKTOKEN_LINE.fullmatch(first):
+            raise _only_tiktoken(folder / "tokenizer.model") from None
         raise CheckpointError(f"{folder / 'tokenizer.model'} is no SentencePiece model. Download it again.") from None
     vocabulary = _Vocabulary(vocab_size)
     types = vocabulary.types
@@ -144,10 +196,8 @@ def _sentencepiece(folder: Path, vocab_size: int) -> _Vocabulary:
         )
         kind = next((kind for is_kind, kind in kinds if is_kind(position)), types.NORMAL)
         vocabulary.put(position, pieces.IdToPiece(position), kind, pieces.GetScore(position))
-    for text, position in _json(folder / "added_tokens.json").items():
-        vocabulary.add(position, text, special=False)
-    for position, token in _json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).items():
-        vocabulary.add(int(position), token["content"], token.get("special", False))
+    for token in _added(folder, {}):
+        vocabulary.add(*token)
     return vocabulary
 
 

@@ -16,13 +16,13 @@ import torch
 
 from alphaq.checkpoint.gguf_format import ALIGNMENT_KEY, GgufTensor, GgufValue, layout, read_gguf
 from alphaq.checkpoint.gguf_source import READABLE_TYPES
-from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
 from alphaq.checkpoint.writer import Place
 from alphaq.engines.export import RAW, Entry, Export, Layout, Rows, Stored
 from alphaq.engines.gguf_model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
 from alphaq.engines.gguf_package import package
+from alphaq.engines.gguf_tokenizer import tokens_left_out
 from alphaq.engines.profile import Profile
 from alphaq.errors import CheckpointError, ChoiceError, PlanError
 from alphaq.ggml import GGML_BLOCKS
@@ -242,32 +242,16 @@ def side_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     return (f"not in the GGUF file: {', '.join(left)}. For images and sounds llama.cpp needs files of its own",)
 
 
-def importance_of(checkpoint: Checkpoint, given: ImportanceMatrix) -> dict[str, np.ndarray]:
-    """Importance of the columns of each matrix, float32 [columns]; outside the experts some may be left out.
-
-    Raises CheckpointError if it is of another model, or lacks a stack of experts.
-    """
-    found: dict[str, np.ndarray] = {}
-    for recipe in gguf_tensors(checkpoint):
-        rows = given.tensors.get(recipe.name)
-        if not recipe.matrices or recipe.transform.startswith("kv_b"):
-            continue
-        if rows is None:
-            if recipe.matrices[0].role is Role.EXPERT:
-                raise CheckpointError(
-                    f"{given.name} lacks {recipe.name}. Use an importance matrix of this model, made by a current "
-                    "llama-imatrix."
-                )
-            continue
-        # The older format has all experts' columns in one row.
-        columns = rows.reshape(len(recipe.matrices), -1) if rows.size % max(1, len(recipe.matrices)) == 0 else rows
-        if columns.shape != (len(recipe.matrices), recipe.shape[-1]):
-            raise CheckpointError(
-                f"{given.name}: {recipe.name} has {rows.size} values, not {recipe.shape[-1]} for each of "
-                f"{len(recipe.matrices)} matrices. Use the importance matrix of this model."
-            )
-        found.update(zip((matrix.name for matrix in recipe.matrices), columns, strict=True))
-    return found
+def notes(checkpoint: Checkpoint) -> list[str]:
+    """Tokens that no row of the embedding stands for, as some tools add them without resizing the model."""
+    embedding = next((recipe for recipe in gguf_tensors(checkpoint) if recipe.name == "token_embd.weight"), None)
+    if checkpoint.gguf is not None or embedding is None:
+        return []
+    rows, left = embedding.shape[0], tokens_left_out(checkpoint.folder, embedding.shape[0])
+    if not left:
+        return []
+    named = f"{left[0]!r}{f' and {len(left) - 1} more' if len(left) > 1 else ''}"
+    return [f"the embedding has {rows} rows, none for the tokenizer's {named}: left out, as the model cannot read it"]
 
 
 def type_file(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> str:
@@ -312,5 +296,6 @@ PROFILE = Profile(
         convert=convert,
         fault=fault,
         from_gguf=True,
+        notes=notes,
     ),
 )

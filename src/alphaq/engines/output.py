@@ -39,6 +39,21 @@ class Record(BaseModel):
     parts: tuple[tuple[str, int | None], ...] | None = None
 
 
+class QuantizeOptions(BaseModel):
+    """What `alphaq quantize` was told beyond the plan, by its options' names; None is the usual."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    quantizer: str | None = None
+    calibration: str | None = None
+    """Name of the text that the quantizer looked at, or what stood for one."""
+    calibration_tokens: int | None = None
+    pre_tokenizer: str | None = None
+
+
+NO_OPTIONS = QuantizeOptions()
+
+
 class Manifest(BaseModel):
     """What `alphaq_manifest.json` holds."""
 
@@ -47,6 +62,8 @@ class Manifest(BaseModel):
     format_version: Literal[1] = 1
     headers: dict[FileName, tuple[NonNegativeInt, str]] = Field(default_factory=dict)
     """Length and checksum of what each weight file begins with, up to its tensors."""
+    options: QuantizeOptions | None = None
+    """None if there were none."""
     tensors: dict[str, Record]
 
 
@@ -68,16 +85,16 @@ def header_of(header: bytes) -> tuple[int, str]:
 
 
 def write_manifest(
-    folder: Path, plan: Plan, manifest: Mapping[str, Record], headers: Mapping[str, tuple[int, str]]
+    folder: Path,
+    plan: Plan,
+    manifest: Mapping[str, Record],
+    headers: Mapping[str, tuple[int, str]],
+    options: QuantizeOptions = NO_OPTIONS,
 ) -> None:
     """Plan and manifest."""
-    (folder / MANIFEST_NAME).write_text(
-        Manifest(headers=dict(headers), tensors=dict(sorted(manifest.items()))).model_dump_json(
-            indent=1, exclude_none=True
-        )
-        + "\n",
-        encoding="utf-8",
-    )
+    told = options if options != NO_OPTIONS else None
+    whole = Manifest(headers=dict(headers), options=told, tensors=dict(sorted(manifest.items())))
+    (folder / MANIFEST_NAME).write_text(whole.model_dump_json(indent=1, exclude_none=True) + "\n", encoding="utf-8")
     (folder / PLAN_NAME).write_text(plan.to_json(), encoding="utf-8")
 
 
@@ -106,6 +123,7 @@ class Output:
         self.profile = profile(self.plan.engine)
         found = read_manifest(folder / MANIFEST_NAME)
         self.manifest, self.headers = found.tensors, found.headers
+        self.options = found.options or NO_OPTIONS
         self.stored: dict[str, Stored] = self.profile.writer.stored(folder)
 
     @property

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from alphaq.calibration.text import check_ids
 from alphaq.calibration.tokens import prefixed, text_prefix
 from alphaq.errors import AlphaQError
 from alphaq.records import TextFidelity
@@ -140,7 +141,7 @@ def read_texts(paths: list[Path]) -> dict[str, str]:
     texts = {}
     for path in paths:
         try:
-            content = path.read_text(encoding="utf-8")
+            content = path.read_text(encoding="utf-8-sig")  # a mark of the byte order is no text
         except (OSError, UnicodeDecodeError) as error:
             raise AlphaQError(f"Cannot read text {path} ({error}). Give a UTF-8 text file.") from None
         texts[path.stem if stems.count(path.stem) == 1 else str(path)] = content
@@ -163,11 +164,14 @@ def score_texts(
     `wrap` may show progress. bos: see `windows`. Raises AlphaQError if no token to score is left of a text.
     """
     limit = getattr(model.config, "max_position_embeddings", None) or window
+    rows = model.config.get_text_config().vocab_size
     for name, text in texts.items():
         cut = windows(tokenizer, text, min(window, limit), max_tokens, skip_tokens, bos)
         if not cut.parts:
             raise AlphaQError(f"Text {name!r} has fewer than two tokens to score. Give a longer text.")
-        groups = batches(cut.parts, model.config.get_text_config().vocab_size)
+        for part in cut.parts:
+            check_ids(part, rows, f"Text {name!r}")
+        groups = batches(cut.parts, rows)
         shown = wrap(groups, len(groups), f"evaluate {name}")
         yield name, [score for ids in shown for score in score_windows(model, reference, ids, cut.context)]
 

@@ -22,7 +22,8 @@ from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, gathe
 from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import FILE_OVERHEAD
-from alphaq.engines.llama_cpp import GAUSSIAN_ERROR, gaussian_errors, importance_of
+from alphaq.engines.gguf_importance import importance_of
+from alphaq.engines.llama_cpp import GAUSSIAN_ERROR, gaussian_errors
 from alphaq.errors import BudgetError, CheckpointError, QuantizationError, StatsError
 from alphaq.measurement import Sampling, coded_bytes, measure
 from alphaq.numerics import squared_norm
@@ -66,6 +67,13 @@ class Measurements:
     """Σ(w − ŵ)²/Σw² [choices] of matrices outside the experts that share their budget, where they were measured."""
     importance: dict[str, np.ndarray] = field(default_factory=dict)
     """Of the columns of a matrix, by its name, where an importance matrix tells."""
+    by_shapes: bool = False
+    """Whether no weight was read; enough for methods that go by places alone."""
+
+    @property
+    def zeros(self) -> list[str]:
+        """Matrices that hold nothing but zeros."""
+        return [name for name, energy in zip(self.evidence.names, self.evidence.energies, strict=True) if energy == 0]
 
     def of(self, request: Request) -> Measurements:
         """What a request would have measured by itself. Raises BudgetError if it offers what was not measured."""
@@ -147,9 +155,11 @@ def measure_for_plan(
 
     matrices = checkpoint.planned
     if check_budget and config.codec is None:  # what coded files take is only known when they have been coded
-        # An infeasible budget, or a model that the engine's files cannot hold, is told before any measuring.
-        problem_of(checkpoint, request)
+        # A model that the engine's files cannot hold, or an infeasible budget, is told before any measuring.
         request.profile.writer.layout(checkpoint, {})
+        problem_of(checkpoint, request)
+    if given is None and needs is None and request.method.by_shapes and config.noise == "analytic":
+        return _from_headers(checkpoint, request)
     if given is not None:
         for matrix in matrices:
             if matrix.name not in given.spectra:
@@ -161,7 +171,7 @@ def measure_for_plan(
     real = tuple(choice for choice in choices if choice.bits != 16 or coded) if config.noise == "measured" else ()
     variant = SpectrumVariant(config.spectrum, config.tail)
     begin = time.perf_counter()
-    importance = {} if imatrix is None else importance_of(checkpoint, imatrix)
+    importance = {} if imatrix is None else importance_of(checkpoint, imatrix).columns
     digest = f"{quantizer_version(request.profile.quantizer)} {imatrix.digest if imatrix else ''}".strip()
 
     sets: dict[frozenset[Choice], frozenset[Choice]] = {}  # most are alike, and there may be 70,000 matrices
@@ -338,6 +348,24 @@ def _by_unit(
         relative[rows] = np.sqrt(spread) / np.where(total > 0, total, 1.0)
         errors[missing] = ratio * energies[missing, None]
     return errors, relative
+
+
+def _from_headers(checkpoint: Checkpoint, request: Request) -> Measurements:
+    """What a formula says of weights of variance 1, which none was read to learn."""
+    choices, matrices = request.choices, checkpoint.planned
+    unit = Spectrum(None, 0, 0, 1.0, 1.0, math.nan)
+    weights = np.array([matrix.parameters for matrix in matrices], dtype=np.int64)
+    errors = weights[:, None] * np.array([_expected(unit, choice, 1.0, 1) for choice in choices])
+    evidence = Evidence(
+        tuple(matrix.name for matrix in matrices),
+        choices,
+        errors,
+        weights.astype(float),
+        weights,
+        np.full(len(matrices), np.nan),
+        tuple(matrices),
+    )
+    return Measurements({}, choices, request.offered, errors, weights, {}, evidence, by_shapes=True)
 
 
 def _from_stats(request: Request, wanted: set[Need], given: Any) -> Measurements:

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from alphaq.config import PlanConfig, Rule
 from alphaq.engines.export import Layout, kept_dtype
 from alphaq.engines.llama_cpp import gaussian_errors
 from alphaq.engines.profile import Profile
-from alphaq.errors import BudgetError
+from alphaq.errors import BudgetError, ChoiceError
 from alphaq.planning.request import Request
 from alphaq.records import Choice, MatrixRef, Role
 from alphaq.sensitivity.methods import Evidence
@@ -51,7 +52,7 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, evidence: Eviden
             ladder,
         )
         floor = int(problem.unit_costs.min(axis=1).sum())
-        problem.check(str(config.budget), _least(problem, config, f"--bits {_up(floor / int(counted.sum()))}"))
+        problem.check(str(config.budget), _least(problem, request, f"--bits {_up(floor / int(counted.sum()))}"))
         return problem
 
     experts = checkpoint.planned
@@ -119,7 +120,7 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, evidence: Eviden
         least = f"--bits {_up(floor / len(matrices))}"
     else:
         least = f"--bits {_up(_nominal_bits(request, matrices, floor))}"
-    problem.check(str(config.budget), _least(problem, config, least))
+    problem.check(str(config.budget), _least(problem, request, least, matrices))
     return problem
 
 
@@ -143,18 +144,43 @@ def _up(bits: float) -> str:
     return f"{math.ceil(bits * 1e4 - 1e-6) / 1e4:g}"
 
 
-def _least(problem: Problem, config: PlanConfig, least: str) -> str:
-    """The smallest feasible budget, the choice that most experts have in it, and the ways out."""
-    cheapest = problem.chosen(problem.unit_costs.argmin(axis=1))
-    narrowest = problem.choices[int(np.bincount(cheapest).argmax())]
+def _least(problem: Problem, request: Request, least: str, matrices: Sequence[MatrixRef] = ()) -> str:
+    """The smallest feasible budget, the choices that matrices have in it, and the ways out."""
+    config = request.config
+    cheapest = [problem.choices[column] for column in problem.chosen(problem.unit_costs.argmin(axis=1))]
+    counts = sorted(Counter(cheapest).items())
+    narrowest = counts[0][0]
+    why = next(
+        (
+            f" ({reason})"
+            for matrix, choice in zip(matrices, cheapest, strict=False)
+            if choice != narrowest and (reason := request.profile.obstacle(narrowest, matrix))
+        ),
+        "",
+    )
+    mix = " and ".join(f"{count:,} at {choice}" for choice, count in counts).replace(" at", " matrices at", 1)
+    if len(counts) == 1:
+        mix = f"all at {narrowest}"
     ways = ["Raise it"]
     if config.min_bits or config.pins or config.min_sqnr_db is not None:
         ways.append("relax pins and bounds")
-    if narrowest.bits > 1:
+    if _has_narrower(request, narrowest.bits):
         ways.append("allow narrower --choices")
+    if why and request.method.by_widths:
+        ways.append(f"use a method that mixes all types of {request.profile.name}, such as --method distortion")
     if narrowest.group_size in (32, 64) and not narrowest.scheme:
         ways.append("use a larger --group-size")
-    return f"{least} with most experts at {narrowest}. {', or '.join(ways)}"
+    return f"{least} with {mix}{why}. {', or '.join(ways)}"
+
+
+def _has_narrower(request: Request, bits: int) -> bool:
+    """Whether the engine has a choice of fewer bits that the method would take."""
+    if not request.method.by_widths:
+        return any(choice.bits < bits for choice in request.profile.choices)
+    for width in range(1, bits):
+        with suppress(ChoiceError):
+            return request.profile.with_bits(width).bits < bits
+    return False
 
 
 def allowed_choices(request: Request, matrices: Sequence[MatrixRef]) -> np.ndarray:

@@ -29,6 +29,8 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
     nothing fits.
     """
     found = found.of(request)
+    if found.by_shapes and not request.method.by_shapes:
+        raise BudgetError(f"--method {request.config.method} needs the weights, which were not read. Measure for it.")
     config, choices = request.config, request.choices
     problem = problem_of(checkpoint, request, found.evidence)
     evidence = _accounted(replace(found.evidence, gamma=config.gamma, seed=config.seed), request)

@@ -71,7 +71,7 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
     ladder = _ladder(profile, config, given)
     # Code bits see no scales, so that the finest groups would come for nothing.
     codes_only = config.choices is None and config.budget.bits is not None and (config.unweighted or not with_model)
-    if chosen.kind in ("order", "ratio", "expert") or codes_only:
+    if chosen.by_widths or codes_only:
         if any(choice.rate for choice in given) and config.choices is not None:
             raise BudgetError(f"--method {config.method} goes by plain widths, not by rates. Offer other --choices.")
         widths = {choice.bits for choice in given}

@@ -23,6 +23,7 @@ from alphaq.engines.output import Output
 from alphaq.errors import AlphaQError, CheckpointError, OutputError
 from alphaq.evaluation.certificate import Certificate
 from alphaq.records import CERTIFICATE_NAME, Choice, Plan
+from alphaq.report.commands import Names, remake, reproduce
 from alphaq.report.tables import figure_cells, human_bytes, verdict_lines
 from alphaq.untrusted import read_bounded
 
@@ -265,9 +266,11 @@ def _body(opened: Output, folder: Path, base: str | None, certificate: Certifica
         rows.append(("all", sum(row[1] for row in rows), certificate.overall))  # type: ignore[arg-type]
     budget = plan.config.get("budget") or {}
     said = next((f"{value:g} {unit}" for unit, value in _budgets(budget)), "of another tool")
+    original_name = base or (plan.source.name if plan.source else "the original")
+    names = Names(original_name, name)
     return environment.get_template("card.md.j2").render(
         name=name,
-        base=base or (plan.source.name if plan.source else "the original"),
+        base=original_name,
         plan=plan,
         planned="expert weight" if any(".experts." in one for one in plan.assignment) else "planned weight",
         size=sum((folder / file).stat().st_size for file in {one.place.file for one in opened.stored.values()}),
@@ -277,6 +280,8 @@ def _body(opened: Output, folder: Path, base: str | None, certificate: Certifica
         certificate=certificate,
         figures=[(text, f"{tokens:,}", *figure_cells(figures)) for text, tokens, figures in rows],
         verdicts=[] if certificate is None else verdict_lines(certificate),
+        planning=dict(reproduce(plan, opened.options, names)).get("Plan"),
+        remaking=[command for _, command in remake(plan, opened.options, names)],
         usage=opened.profile.writer.usage.format(out=name).partition(": ")[2],
         licence=licence,
     )

@@ -1,83 +1,122 @@
-"""The commands that make a plan again, from what the plan records."""
+"""The commands that make a plan and its output again, from what was recorded with them.
+
+Options come from the fields of `PlanConfig` themselves, each at its own name, so that a new setting is repeated as
+soon as it exists.
+"""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from alphaq.config import PlanConfig
+from alphaq.config import Budget, PlanConfig, Rule, option_of
+from alphaq.engines.output import NO_OPTIONS, QuantizeOptions
 from alphaq.errors import PlanError
 from alphaq.records import Plan, first_fault
 from alphaq.sensitivity.methods import METHODS
 
-_DEFAULTS: dict[str, Any] = {
-    "engine": "native",
-    "method": "auto",
-    "spectrum": "farms",
-    "tail": "hill",
-    "seed": 0,
+# What a plan records otherwise than a user types it.
+_TYPED: dict[str, Callable[[Any], str]] = {
+    "min_sqnr_db": lambda decibels: f"{decibels}dB",
+    "imatrix": lambda recorded: str(recorded).rpartition(" ")[0],  # a digest follows the name
 }
-_PLAIN = (
-    *("engine", "method", "noise", "choices", "group_size", "attention_bits", "shared_bits", "embedding_bits"),
-    *("head_bits", "spectrum", "tail", "calibration"),
-)
-_FLAGS = ("symmetric", "per_layer", "unweighted")
-_RULES = (("pins", "pin"), ("min_bits", "min-bits"), ("max_bits", "max-bits"))
 
 
-def reproduce(plan: Plan, stats: str | None = None) -> list[tuple[str, str]]:
+@dataclass(frozen=True)
+class Names:
+    """What commands call things: the original model, None for what the plan says; the output; the file of stats."""
+
+    model: str | None = None
+    out: str = "OUT"
+    stats: str | None = None
+
+
+def reproduce(plan: Plan, options: QuantizeOptions = NO_OPTIONS, names: Names = Names()) -> list[tuple[str, str]]:
     """Pairs of what a step does and its command line, in order; empty for a plan that records no budget.
 
     Names of files that the plan only knows by their name (a text, an importance matrix) are repeated as they are.
     Raises PlanError if the settings are none.
     """
-    if "budget" not in plan.config:
+    config = config_of(plan)
+    if config is None:
         return []
+    steps = [("Plan", _plan_command(plan, config, options, names))]
+    if plan.source is not None:
+        model = names.model or plan.source.name
+        report = ["alphaq", "report", names.out, "--model", model, "-o", "report.html"]
+        return [*steps, *remake(plan, options, names), ("This report", shlex.join(report))]
+    stats = names.stats or config.stats or "stats.csv"
+    return [
+        *steps,
+        ("This report", shlex.join(["alphaq", "report", "plan.json", "--stats", stats, "-o", "report.html"])),
+    ]
+
+
+def remake(plan: Plan, options: QuantizeOptions, names: Names) -> list[tuple[str, str]]:
+    """The steps from a plan in plan.json to a checked output."""
+    model = names.model or (plan.source.name if plan.source is not None else "MODEL")
+    given = [] if not plan.config.get("imatrix") else ["--imatrix", _TYPED["imatrix"](plan.config["imatrix"])]
+    for name, value in options.model_dump(exclude_none=True).items():
+        given += [option_of(name), f"{value}"]
+    return [
+        ("Quantize", shlex.join(["alphaq", "quantize", model, "--plan", "plan.json", *given, "-o", names.out])),
+        ("Check what was written", shlex.join(["alphaq", "verify", names.out, "--source", model])),
+    ]
+
+
+def config_of(plan: Plan) -> PlanConfig | None:
+    """A plan's settings, None if it records no budget. Raises PlanError if they are none of `alphaq plan`."""
+    if "budget" not in plan.config:
+        return None
     try:
-        settings = PlanConfig.model_validate(plan.config)
+        return PlanConfig.model_validate(plan.config)
     except ValueError as error:
         raise PlanError(
             f"The plan's config is not one of `alphaq plan`: {first_fault(error)}. Make it again."
         ) from None
-    method = METHODS.get(settings.method)
-    preset = {} if method is None else method.preset
-    given = settings.model_dump(mode="json")
-    config = {key: value for key, value in given.items() if key not in preset or value != preset[key]}
-    budget = given["budget"]
-    # Where the numbers of a plan came from no checkpoint, they came from a file.
-    source = [plan.source.name] if plan.source else ["--stats", stats or "stats.csv"]
-    words = ["alphaq", "plan", *source]
-    for key, option in (("bits", "--bits"), ("bpw", "--bpw"), ("size_bytes", "--size")):
-        if budget.get(key) is not None:
-            words += [option, f"{budget[key]}"]
-    for key in _PLAIN:
-        value = config.get(key)
-        if value is not None and value != _DEFAULTS.get(key) and not (key == "noise" and value == _usual_noise(plan)):
-            words += [f"--{key.replace('_', '-')}", f"{value}"]
-    if config.get("method") in ("alphaq", "paper") and config.get("gamma") not in (None, "auto"):
-        words += ["--gamma", repr(config["gamma"])]
-    if config.get("method") == "random":
-        words += ["--seed", f"{config.get('seed', 0)}"]
-    if config.get("min_sqnr_db") is not None:
-        words += ["--min-sqnr", f"{config['min_sqnr_db']}dB"]
-    if config.get("imatrix"):
-        words += ["--imatrix", config["imatrix"].rpartition(" ")[0]]
-    words += [f"--{key.replace('_', '-')}" for key in _FLAGS if config.get(key)]
-    for key, option in _RULES:
-        for rule in config.get(key) or ():
-            words += [f"--{option}", f"{rule['pattern']}={rule['value']}"]
-    steps = [("Plan", shlex.join([*words, "-o", "plan.json"]))]
-    if plan.source is not None:
-        model = shlex.quote(plan.source.name)
-        steps += [
-            ("Quantize", f"alphaq quantize {model} --plan plan.json -o OUT"),
-            ("Check what was written", f"alphaq verify OUT --source {model}"),
-            ("This report", f"alphaq report OUT --model {model} -o report.html"),
-        ]
-    else:
-        steps.append(("This report", f"alphaq report plan.json --stats {stats or 'stats.csv'} -o report.html"))
-    return steps
 
 
-def _usual_noise(plan: Plan) -> str:
-    return "measured" if plan.source is not None else "analytic"
+def _plan_command(plan: Plan, config: PlanConfig, options: QuantizeOptions, names: Names) -> str:
+    stats = names.stats if plan.source is None else None
+    if plan.source is None and config.stats is None:  # numbers that came from no checkpoint came from a file
+        config = config.model_copy(update={"stats": stats or "stats.csv"})
+    elif stats is not None:
+        config = config.model_copy(update={"stats": stats})
+    words = ["alphaq", "plan", *([names.model or plan.source.name] if plan.source else [])]
+    words += plan_options(config, "measured" if plan.source else "analytic")
+    if options.pre_tokenizer is not None:
+        words += ["--pre-tokenizer", options.pre_tokenizer]
+    return shlex.join([*words, "-o", "plan.json"])
+
+
+def plan_options(config: PlanConfig, usual_noise: str) -> list[str]:
+    """Words of a command line that say what differs from the defaults and from what the method brings along.
+
+    usual_noise: what the noise is where none is asked for.
+    """
+    method = METHODS.get(config.method)
+    usual: dict[str, Any] = {"noise": usual_noise, **(method.preset if method is not None else {})}
+    words: list[str] = []
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if value != field.default and (name not in usual or value != usual[name]):
+            words += _words(name, value)
+    return words
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """One setting as it is typed."""
+    if isinstance(value, Budget):
+        return [word for unit, given in _given(value).items() for word in (option_of(unit), f"{given}")]
+    if isinstance(value, bool):
+        return [option_of(name) if value else f"--no-{option_of(name).removeprefix('--')}"]
+    if isinstance(value, tuple):
+        rules: tuple[Rule, ...] = value
+        return [word for rule in rules for word in (option_of(name), f"{rule.pattern}={rule.value}")]
+    return [option_of(name), _TYPED.get(name, str)(value)]
+
+
+def _given(budget: Budget) -> Mapping[str, Any]:
+    return budget.model_dump(exclude_none=True)

@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 
 from alphaq.errors import PlanError
 from alphaq.records import Choice, Plan
-from alphaq.report.commands import reproduce
+from alphaq.report.commands import Names, reproduce
 from alphaq.report.path import BudgetPath, budget_path, tables_of
 from alphaq.report.places import Place, place_by_name
 from alphaq.report.runs import ComparedRow, Run
@@ -190,7 +190,7 @@ def content_of(run: Run, sources: Sources) -> Content:
         "roles": _roles(plan, places),
         "compared": [row for row in sources.compared if not row.error],
         "texts": list(dict.fromkeys(text for row in sources.compared for text in row.perplexity or ())),
-        "commands": reproduce(plan, sources.stats_name),
+        "commands": reproduce(plan, run.options, Names(stats=sources.stats_name)),
         "unplanned": plan.unplanned,
         "neutral": plan.neutral,
     }

@@ -57,7 +57,7 @@ def read_places(path: Path) -> tuple[dict[str, Place], dict[str, float]]:
     alphas: dict[str, float] = {}
     remedy = f"Make it with `alphaq analyze MODEL -o {path.name}`."
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             if missing := set(needed) - set(reader.fieldnames or ()):
                 raise StatsError(f"{path} lacks the column(s) {', '.join(sorted(missing))}. {remedy}")

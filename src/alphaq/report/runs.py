@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from alphaq.engines.output import MANIFEST_NAME, PLAN_NAME, read_manifest
+from alphaq.engines.output import MANIFEST_NAME, NO_OPTIONS, PLAN_NAME, QuantizeOptions, read_manifest
 from alphaq.errors import AlphaQError, OutputError
 from alphaq.records import Plan, first_fault
 from alphaq.untrusted import parse_json, read_bounded
@@ -17,11 +17,13 @@ COMPARISON_NAME = "comparison.json"
 
 @dataclass(frozen=True)
 class Run:
-    """A plan; name: of its file or folder. measured: Σ(w − ŵ)²/Σw² by matrix as written; empty for a plan alone."""
+    """A plan; name: of its file or folder. measured: Σ(w − ŵ)²/Σw² by matrix as written; empty for a plan alone, of
+    which no options are known either."""
 
     name: str
     plan: Plan
     measured: dict[str, float] = field(default_factory=dict)
+    options: QuantizeOptions = NO_OPTIONS
 
 
 def read_run(path: Path) -> Run:
@@ -29,11 +31,12 @@ def read_run(path: Path) -> Run:
     file = path / PLAN_NAME if path.is_dir() else path
     if not file.is_file():
         raise AlphaQError(f"No plan file {file}. Make one with `alphaq plan MODEL --bits 2.5 -o {file.name}`.")
-    plan, measured = Plan.read(file), {}
-    if (path / MANIFEST_NAME).is_file():
-        tensors = read_manifest(path / MANIFEST_NAME).tensors
-        measured = {name: one.relative_error for name, one in tensors.items() if one.relative_error is not None}
-    return Run(path.resolve().name, plan, measured)
+    run = Run(path.resolve().name, Plan.read(file))
+    if not (path / MANIFEST_NAME).is_file():
+        return run
+    found = read_manifest(path / MANIFEST_NAME)
+    measured = {name: one.relative_error for name, one in found.tensors.items() if one.relative_error is not None}
+    return replace(run, measured=measured, options=found.options or NO_OPTIONS)
 
 
 class ComparedRow(BaseModel):

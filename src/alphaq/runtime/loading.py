@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from alphaq.calibration.stream import HollowModel, model_class
+from alphaq.calibration.text import check_ids
 from alphaq.checkpoint.files import is_file
 from alphaq.checkpoint.gguf_source import find_gguf
 from alphaq.checkpoint.hub import resolve_folder
@@ -40,7 +42,8 @@ def load_model(model: str | Path, dtype: str = "auto", device: str | None = None
         loaded, report = cls.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        read_weights(source)  # says more of files that hold no weights than transformers does
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"transformers cannot load {model} ({reason}). Check it with `alphaq verify` or `alphaq inspect`."
@@ -112,6 +115,7 @@ def generate_text(model: str | Path, prompt: str, max_new_tokens: int, device: s
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
     if inputs["input_ids"].shape[1] == 0:
         raise CheckpointError("The prompt has no tokens. Give at least one word.")
+    check_ids(inputs["input_ids"], loaded.config.get_text_config().vocab_size, "The prompt")
     with torch.inference_mode():
         output = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -74,6 +74,16 @@ class Method:
     joint: bool = False
 
     @property
+    def by_widths(self) -> bool:
+        """Whether it goes by plain widths, one choice for each, and takes none of the others."""
+        return self.kind != "loss"
+
+    @property
+    def by_shapes(self) -> bool:
+        """Whether it goes by places alone, so that errors only describe what it chose."""
+        return self.kind == "order" and {*self.needs} <= {"errors", "places"}
+
+    @property
     def needs_text(self) -> bool:
         """Whether it cannot work without a text from the user."""
         return "text" in self.needs

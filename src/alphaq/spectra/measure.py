@@ -143,7 +143,7 @@ def read_stats(path: Path) -> Stats:
         raise StatsError(f"No stats file {path}. Make one with `alphaq analyze MODEL -o {path.name}`.")
     stats = Stats({}, {}, {})
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             missing = {"name", "alpha", "variance"} - set(reader.fieldnames or ())
             if missing:
