@@ -248,7 +248,10 @@ class PackedExperts(FusedMoEMethodBase):
 
 
 class RestoredEmbedding(UnquantizedEmbeddingMethod):
-    """Embedding and head, which the native profile keeps unless it is told otherwise: a block is restored."""
+    """Embedding and head, which are kept unless a user names a width for them: a block is restored as it is loaded.
+
+    vLLM's own code looks rows up and computes logits, also where both are one parameter (tied).
+    """
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
