@@ -153,9 +153,11 @@ def test_family_runs_as_its_restored_matrices_do(folders: Callable[[str], tuple[
     assert_same(answers_of(out), answers_of(plain) if family in OTHERWISE else transformers_of(plain))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_quantized_embedding_and_head_run_as_their_restored_matrices_do(tmp_path: Path, tied: bool) -> None:
-    source = save_layout(random_family("qwen2_moe", tie_word_embeddings=tied, **HEADS), tmp_path / "source", True)
+@pytest.mark.parametrize(("family", "tied"), [("qwen2_moe", False), ("qwen2_moe", True), ("mixtral", False)])
+def test_quantized_embedding_and_head_run_as_their_restored_matrices_do(
+    tmp_path: Path, family: str, tied: bool
+) -> None:
+    source = save_layout(random_family(family, tie_word_embeddings=tied, **HEADS), tmp_path / "source", True)
     out = quantized(source, tmp_path / "out", {Role.EMBEDDING: "4g32", Role.HEAD: "6g64s"})
     assert_same(answers_of(out), transformers_of(plain_copy(open_checkpoint(source), out, tmp_path / "plain")))
 
