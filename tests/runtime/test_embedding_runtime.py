@@ -84,7 +84,8 @@ def check_family(source: Path, out: Path, scratch: Path) -> None:
     model = load(out)
     wanted = logits(model)
     assert isinstance(model.get_input_embeddings(), PackedEmbedding)
-    assert isinstance(model.get_output_embeddings(), PackedLinear)
+    head = model.get_output_embeddings()
+    assert head is None or isinstance(head, PackedLinear)  # one family labels tokens
     assert largest(wanted, logits(load(plain_copy(open_checkpoint(source), out, scratch / "plain")))) < 1e-4
     model.save_pretrained(scratch / "again", max_shard_size="100KB")
     first, again = tensors_of(out), tensors_of(scratch / "again")
