@@ -517,8 +517,8 @@ def test_without_a_joint_budget_roles_get_the_engine_s_usual_types(
 
 
 def test_bits_for_a_role_that_an_engine_keeps_are_refused() -> None:
-    with pytest.raises(BudgetError, match=r"native keeps the embedding in 16 bits; --embedding-bits is of no use"):
-        resolve(config_of(embedding_bits=4))
+    with pytest.raises(BudgetError, match=r"vllm keeps the embedding in 16 bits; --embedding-bits is of no use"):
+        resolve(config_of(engine="vllm", budget=Budget(bits=4), embedding_bits=4))
 
 
 # Errors from samples

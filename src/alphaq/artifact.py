@@ -19,8 +19,8 @@ from alphaq.checkpoint.reader import NATIVE_METHOD, Checkpoint, open_checkpoint,
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.config import PlanConfig
 from alphaq.engines.native import NESTED
+from alphaq.engines.native import PROFILE as NATIVE
 from alphaq.engines.output import PLAN_NAME, Output
-from alphaq.engines.profile import ROLE_BITS
 from alphaq.errors import PlanError
 from alphaq.quantizers.coding import block_header, decode_tensor, decoded_info, is_coded
 from alphaq.quantizers.nested import NARROWEST
@@ -104,8 +104,11 @@ def own_pins(checkpoint: Checkpoint, plan: Plan, asked: Container[Role] = ()) ->
     """
     choices = {name: choice.stored for name, choice in plan.every_choice().items()}
     by_role: dict[str, Counter[Choice]] = {}
-    roles = {role for role in ROLE_BITS if role is not checkpoint.planned_role and role not in asked}
-    outside = [matrix for matrix in checkpoint.matrices if matrix.role in roles]
+    roles = {role for role in NATIVE.roles if role is not checkpoint.planned_role and role not in asked}
+    copied = NATIVE.on_request  # unless the artifact has them quantized; a pin to 16 bits would convert float32
+    outside = [
+        one for one in checkpoint.matrices if one.role in roles and (one.role not in copied or one.name in choices)
+    ]
     for matrix in outside:
         by_role.setdefault(matrix.role.value, Counter())[choices.get(matrix.name, Choice(16))] += 1
     usual = {role: counts.most_common(1)[0][0] for role, counts in by_role.items()}

@@ -91,11 +91,17 @@ def plan_settings(
     ] = None,
     embedding_bits: Annotated[
         int | None,
-        typer.Option(help="Bits of the token embedding (llama.cpp: 4; kept elsewhere).", rich_help_panel=CHOICES),
+        typer.Option(
+            help="Bits of the token embedding (llama.cpp: 4; native keeps it unless asked; others keep it).",
+            rich_help_panel=CHOICES,
+        ),
     ] = None,
     head_bits: Annotated[
         int | None,
-        typer.Option(help="Bits of the output matrix (llama.cpp: 6; kept elsewhere).", rich_help_panel=CHOICES),
+        typer.Option(
+            help="Bits of the output matrix (llama.cpp: 6; native keeps it unless asked; others keep it).",
+            rich_help_panel=CHOICES,
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help="Allocator; see `alphaq methods`.", rich_help_panel=SCORES)] = "auto",
     gamma: Annotated[

@@ -17,10 +17,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -65,8 +66,11 @@ ENVIRONMENT = dict(
 )
 
 
-def quantized(source: Path, out: Path) -> Path:
-    """Every matrix at another choice than its neighbours, some kept, so that merged layers are mixed."""
+def quantized(source: Path, out: Path, vocabulary: Mapping[Role, str] = MappingProxyType({})) -> Path:
+    """Every matrix at another choice than its neighbours, some kept, so that merged layers are mixed.
+
+    vocabulary: choices of embedding and head, which are kept else.
+    """
     checkpoint = open_checkpoint(source)
     experts, others = itertools.cycle(EXPERT_CHOICES), itertools.cycle(OTHER_CHOICES)
     choices = {
@@ -74,6 +78,7 @@ def quantized(source: Path, out: Path) -> Path:
         for matrix in checkpoint.matrices
         if matrix.role in (Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.DENSE_MLP)
     }
+    choices |= {one.name: vocabulary[one.role] for one in checkpoint.matrices if one.role in vocabulary}
     pipeline.quantize(checkpoint, Plan(engine="native", choices=choices), out)
     return out
 
@@ -146,6 +151,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[P
 def test_family_runs_as_its_restored_matrices_do(folders: Callable[[str], tuple[Path, Path]], family: str) -> None:
     out, plain = folders(family)
     assert_same(answers_of(out), answers_of(plain) if family in OTHERWISE else transformers_of(plain))
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen2_moe", False), ("qwen2_moe", True), ("mixtral", False)])
+def test_quantized_embedding_and_head_run_as_their_restored_matrices_do(
+    tmp_path: Path, family: str, tied: bool
+) -> None:
+    source = save_layout(random_family(family, tie_word_embeddings=tied, **HEADS), tmp_path / "source", True)
+    out = quantized(source, tmp_path / "out", {Role.EMBEDDING: "4g32", Role.HEAD: "6g64s"})
+    assert_same(answers_of(out), transformers_of(plain_copy(open_checkpoint(source), out, tmp_path / "plain")))
 
 
 def test_experts_take_the_bytes_that_the_files_hold(folders: Callable[[str], tuple[Path, Path]]) -> None:

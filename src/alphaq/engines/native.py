@@ -28,7 +28,17 @@ from alphaq.engines.export import (
 from alphaq.engines.profile import Profile
 from alphaq.errors import CheckpointError
 from alphaq.quantizers.packing import decode, dequantized_rows, encode, read_block_header
-from alphaq.records import CHOICE_BITS, GROUP_SIZES, NATIVE_FORMAT_VERSION, SLIM_BITS, Choice, MatrixRef, Plan, Shape
+from alphaq.records import (
+    CHOICE_BITS,
+    GROUP_SIZES,
+    NATIVE_FORMAT_VERSION,
+    SLIM_BITS,
+    Choice,
+    MatrixRef,
+    Plan,
+    Role,
+    Shape,
+)
 
 
 def part(matrix: MatrixRef, choice: Choice) -> Part:
@@ -110,6 +120,7 @@ PROFILE = Profile(
     file_bytes=file_bytes,
     obstacle=lambda choice, matrix: None,
     quantizer="rtn",
+    on_request=frozenset({Role.EMBEDDING, Role.HEAD}),
     export=Export(
         layout=layout,
         encode=lambda matrix: (encode(matrix),),

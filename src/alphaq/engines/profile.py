@@ -28,9 +28,9 @@ class Profile:
     outside the budget. storage_bytes: exact bytes of one matrix's tensors at a choice. file_bytes: what they add to
     the files, header entries included. kept_bytes: what a matrix that is kept adds to them, where that depends on the
     source; None if file_bytes says it. obstacle: why a matrix cannot be stored so, or None. quantizer: the one whose
-    codes the engine reads, by name. role_bits: usual width of each role that is quantized outside the budget. joint:
-    whether a budget for all files (`--size`) chooses for those roles too. export: how files are written, None where
-    they cannot be yet.
+    codes the engine reads, by name. role_bits: usual width of each role that is quantized outside the budget.
+    on_request: roles that are copied unless a user names a width for them. joint: whether a budget for all files
+    (`--size`) chooses for those of role_bits too. export: how files are written, None where they cannot be yet.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Profile:
     obstacle: Callable[[Choice, MatrixRef], str | None]
     quantizer: str
     role_bits: Mapping[Role, int] = field(default_factory=lambda: dict(ROLE_BITS))
+    on_request: frozenset[Role] = frozenset()
     joint: bool = False
     kept_bytes: Callable[[Checkpoint, MatrixRef], int] | None = None
     export: Export | None = None
@@ -54,6 +55,11 @@ class Profile:
         if self.export is None:
             raise PlanError(f"Plans for {self.name} cannot be written as files yet. Plan with --engine native.")
         return self.export
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """Every role that can be quantized outside the budget."""
+        return self.on_request | self.role_bits.keys()
 
     def unit_of(self, matrix: MatrixRef) -> str:
         """Name of the unit that a matrix belongs to; outside the routed experts each is one of its own."""

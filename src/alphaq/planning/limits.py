@@ -233,8 +233,10 @@ def outside_experts(checkpoint: Checkpoint, request: Request) -> tuple[dict[str,
     that was asked for cannot be, or for a pin that names nothing.
     """
     profile, asked = request.profile, request.config.roles()
-    outside = profile.role_bits.keys() - {checkpoint.planned_role}
+    outside = profile.roles - {checkpoint.planned_role}
     quantizable = [matrix for matrix in checkpoint.matrices if matrix.role in outside]
+    for role in (asked.keys() & profile.on_request) - {matrix.role for matrix in quantizable}:
+        raise _stored_nowhere(checkpoint, role)
     wanted = {matrix.name: request.choice(str(asked[matrix.role])) for matrix in quantizable if matrix.role in asked}
     planned = checkpoint.planned
     for rule in request.config.pins:
@@ -252,12 +254,25 @@ def outside_experts(checkpoint: Checkpoint, request: Request) -> tuple[dict[str,
                     f"--pin '{matrix.name}=16', or drop the width asked for."
                 )
             fixed[matrix.name] = choice
+        elif matrix.role in profile.on_request:
+            continue
         elif request.joint and any(profile.obstacle(offered, matrix) is None for offered in request.offered):
             joined.append(matrix)
         else:
             usual = request.choice(str(profile.role_bits[matrix.role]))
             fixed[matrix.name] = _storable(profile, usual, matrix)
     return fixed, joined
+
+
+def _stored_nowhere(checkpoint: Checkpoint, role: Role) -> BudgetError:
+    """What a user may do who named a width for a role that has no matrix of its own."""
+    tied = {Role.HEAD: Role.EMBEDDING, Role.EMBEDDING: Role.HEAD}.get(role)
+    if tied is None or not checkpoint.with_role(tied):
+        return BudgetError(f"{checkpoint.name} stores no {role.value}. Drop --{role.value}-bits.")
+    return BudgetError(
+        f"{checkpoint.name} stores no {role.value} of its own: it is tied to the {tied.value}. Use "
+        f"--{tied.value}-bits, which is for both, in place of --{role.value}-bits."
+    )
 
 
 def byte_tables(

@@ -13,9 +13,52 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from alphaq.errors import AlphaQError
 from alphaq.runtime.multiply import multiply
 from alphaq.runtime.packed import PackedWeights
+
+
+class RestoredWhenRead(Tensor):
+    """Stands for a packed matrix where code asks for a module's `weight`: only what reads its values restores it.
+
+    Many classes ask at every step, but for the type or the device alone.
+    """
+
+    packed: PackedWeights
+
+    @staticmethod
+    @torch.compiler.disable
+    def of(packed: PackedWeights) -> Tensor:
+        """The first matrix, [rows, columns]."""
+        made: RestoredWhenRead = Tensor._make_wrapper_subclass(
+            RestoredWhenRead, packed.shape, dtype=packed.dtype, device=packed.device
+        )
+        made.packed = packed
+        made._is_hf_initialized = True  # type: ignore[attr-defined] # transformers would draw random weights
+        return made
+
+    @property
+    def data(self) -> Tensor:
+        """The values."""
+        return self.packed.dequantized(0, 0)
+
+    @data.setter
+    def data(self, _: Tensor) -> None:
+        raise AlphaQError(
+            "A packed matrix cannot be changed or resized. Make an ordinary model with `model.dequantize()` first."
+        )
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        def restored(value: Any) -> Any:
+            return value.packed.dequantized(0, 0) if isinstance(value, cls) else value
+
+        return func(*tree_map(restored, args), **tree_map(restored, kwargs or {}))
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"RestoredWhenRead({self.packed.extra_repr()})"
 
 
 class PackedLinear(nn.Module):
@@ -31,7 +74,7 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The matrix, restored at each use: for code that does not call the module."""
-        return self.packed.dequantized(0, 0)
+        return RestoredWhenRead.of(self.packed)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: [..., in_features] → [..., out_features]."""
@@ -40,6 +83,43 @@ class PackedLinear(nn.Module):
         found = multiply(rows, self.packed, torch.zeros_like(tokens), tokens)
         found = found.view(*inputs.shape[:-1], self.out_features)
         return found if self.bias is None else found + self.bias
+
+
+class PackedEmbedding(nn.Embedding):
+    """What an embedding becomes when its table is packed: the rows of the tokens that it is given are restored."""
+
+    packed: PackedWeights
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The table, restored at each use: for code that does not call the module."""
+        return RestoredWhenRead.of(self.packed)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: whole numbers […] → […, embedding_dim]."""
+        return self.packed.rows(input.reshape(-1).long()).view(*input.shape, self.embedding_dim)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Classes made here are no module's attributes, which pickles look for."""
+        return _unpickled_embedding, (self.original,), self.__getstate__()
+
+    @property
+    def original(self) -> type[nn.Embedding]:
+        """The class before."""
+        return nn.Embedding if type(self) is PackedEmbedding else type(self).__bases__[0]
+
+
+def _unpickled_embedding(original: type[nn.Embedding]) -> Any:
+    made = packed_embedding_class(original)  # type: ignore[arg-type] # types are hashable
+    return made.__new__(made)
+
+
+@cache
+def packed_embedding_class(original: Any) -> Any:
+    """An embedding class that looks rows up in a packed table, and does with them what it did."""
+    if original is nn.Embedding:
+        return PackedEmbedding
+    return type(f"Packed{original.__name__}", (original, PackedEmbedding), {"__module__": __name__})
 
 
 class PackedExperts(nn.Module):

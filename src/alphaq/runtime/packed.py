@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from alphaq.errors import CheckpointError
 from alphaq.quantizers.packing import decode, dequantize, read_block_header
 from alphaq.records import BLOCK_HEADER_BYTES, MIXES, Choice, Shape
+from alphaq.runtime.lookup import restored_rows
 
 ADDRESS, BITS, GROUP_SIZE, FLAGS = range(4)  # columns of a table
 FIELDS = 4
@@ -36,6 +37,8 @@ class PackedWeights(nn.Module):
 
     table: Tensor
     """int64 [projections, experts, FIELDS], on the blocks' device."""
+    form: Choice
+    """How the first matrix is stored."""
 
     def __init__(self, names: Sequence[Sequence[str]], shape: Shape, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -73,6 +76,7 @@ class PackedWeights(nn.Module):
             for projection, names in enumerate(self.names)
         ]
         self.table = torch.tensor(fields, dtype=torch.int64).to(self._block(0, 0).device)
+        self.form = self.choice(0, 0)
 
     def _block(self, projection: int, expert: int) -> Tensor:
         return self._buffers[f"block_{projection}_{expert}"]  # type: ignore[return-value]
@@ -97,6 +101,11 @@ class PackedWeights(nn.Module):
         return block.data_ptr(), choice.bits, choice.group_size, flags
 
     @property
+    def device(self) -> torch.device:
+        """Where the blocks are; "meta" until filled."""
+        return self.table.device if hasattr(self, "table") else torch.device("meta")
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all blocks."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
@@ -113,6 +122,12 @@ class PackedWeights(nn.Module):
         if name in self.kept:
             return block.view(self.kept[name]).view(self.shape).to(dtype)
         return dequantize(decode(block.cpu(), name), dtype).to(block.device)
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Some rows of the first matrix, which must be packed: int64 [n] → [n, columns], where the numbers are."""
+        block = self._block(0, 0)
+        found = restored_rows(block, self.form, self.shape, numbers.to(block.device))
+        return found.to(numbers.device, self.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything under its name in the checkpoint, as it is stored there."""

@@ -1,7 +1,8 @@
 """Which modules of a transformers model can stay packed, and their exchange.
 
 Where a stored tensor belongs is what transformers' own conversions say of its name, so that whatever loads can be
-packed, too. Linear layers and experts multiply packed; parameters that something else reads are restored while it runs.
+packed, too. Linear layers and experts multiply packed, embeddings look rows up; parameters that something else reads
+are restored while it runs.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from alphaq.numerics import in_threads
 from alphaq.quantizers.coding import PREFIX_BYTES, check_claims, decode_tensor, decoded_bytes, decoded_info, is_coded
 from alphaq.quantizers.packing import decode, dequantize, read_block_header
 from alphaq.records import Shape
-from alphaq.runtime.modules import PackedExperts, PackedLinear, RestoredParameter, packed_class
+from alphaq.runtime.modules import PackedExperts, RestoredParameter, packed_class
 from alphaq.runtime.packed import KEPT, PackedWeights
+from alphaq.runtime.ties import Tied, packable
 
 logger = logging.get_logger(__name__)
 EXPERTS_CALL = ("hidden_states", "top_k_index", "top_k_weights")
@@ -194,6 +196,7 @@ class Packer:
         self.stored = stored
         self.names: dict[str, str] = {}
         self._packed: list[Target] = []
+        self._tied: dict[str, Tied] = {}
         self._files: dict[Path, Tensor] = {}
 
     def pack(self, model: Any, conversions: Sequence[Any]) -> set[str]:
@@ -219,8 +222,8 @@ class Packer:
             coded = [target for target in own if self._is_coded(target)]
             if not coded:
                 continue
-            if type(module) is nn.Linear and coded[0].converter is None:
-                self._pack_linear(model, module, coded[0])
+            if packable(module) and coded[0].converter is None:
+                coded = coded if self._pack_plain(model, coded[0]) else []
             elif (pair := _first_and_down(module, own)) is not None:
                 self._pack_experts(module, *pair)
                 around._is_hf_initialized = True  # it may draw random numbers for its experts
@@ -245,10 +248,8 @@ class Packer:
         """Give a filled model ordinary parameters again."""
         for target in self._packed:
             module = model.get_submodule(target.owner)
-            if isinstance(module, PackedLinear):
-                linear = nn.Linear(module.in_features, module.out_features, device="meta")
-                linear.weight, linear.bias = nn.Parameter(target.restored(module.packed, dtype)), module.bias  # type: ignore[assignment]
-                model.set_submodule(target.owner, linear)
+            if target.name in self._tied:
+                self._tied[target.name].restore(model, nn.Parameter(target.restored(module.packed, dtype)))
                 continue
             place = _place(target)
             if isinstance(module, PackedExperts):
@@ -285,9 +286,15 @@ class Packer:
         weights.reserve(sum(_bytes_of(self.stored[name][1]) for row in target.names for name in row))
         return weights
 
-    def _pack_linear(self, model: Any, module: nn.Linear, target: Target) -> None:
-        weights = self._weights(target, (module.out_features, module.in_features))
-        model.set_submodule(target.owner, PackedLinear(weights, module.bias))
+    def _pack_plain(self, model: Any, target: Target) -> bool:
+        """Exchange an embedding or a linear layer, with what is tied to it; False if that cannot be."""
+        tied = Tied.of(model, target.name, self.names)
+        if tied is None:
+            return False
+        rows, columns = target.parameter.shape
+        tied.pack(model, self._weights(target, (rows, columns)))
+        self._tied[target.name] = tied
+        return True
 
     def _pack_experts(self, module: Any, first: Target, down: Target) -> None:
         for place, target in {"packed_first": first, "packed_down": down}.items():

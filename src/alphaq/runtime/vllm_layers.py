@@ -21,12 +21,11 @@ from vllm.model_executor.layers.fused_moe.activation import (
 )
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from alphaq.errors import CheckpointError
-from alphaq.quantizers.packing import decode, dequantize
 from alphaq.records import Shape
 from alphaq.runtime.multiply import packed_linear
 from alphaq.runtime.packed import PackedWeights
@@ -54,7 +53,8 @@ def method_of(layer: nn.Module, prefix: str, parts: Sequence[str] | None) -> Any
         )
     if isinstance(layer, RoutedExperts):
         return PackedExperts(layer)
-    return PackedLinear(prefix, parts) if isinstance(layer, LinearBase) else RestoredEmbedding(prefix)
+    # Embedding and head have matrices of 16 bits; blocks are restored as they are loaded (vllm_plugin).
+    return PackedLinear(prefix, parts) if isinstance(layer, LinearBase) else None
 
 
 class PackedLinear(LinearMethodBase):
@@ -245,23 +245,6 @@ class PackedExperts(FusedMoEMethodBase):
         if not layer.apply_router_weight_on_input:
             output = output.mul_(topk_weights.unsqueeze(-1))
         return output.sum(dim=1)
-
-
-class RestoredEmbedding(UnquantizedEmbeddingMethod):
-    """Embedding and head, which the native profile keeps unless it is told otherwise: a block is restored."""
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-
-    def create_weights(self, layer: nn.Module, *sizes: Any, weight_loader: Any, **others: Any) -> None:
-        """vLLM's own, with a loader that restores blocks first."""
-
-        def load(parameter: Tensor, loaded: Tensor) -> None:
-            if loaded.dtype == torch.uint8 and loaded.ndim == 1:
-                loaded = dequantize(decode(loaded.cpu(), f"{self.prefix}.weight"), parameter.dtype)
-            weight_loader(parameter, loaded)
-
-        super().create_weights(layer, *sizes, weight_loader=load, **others)
 
 
 def _placeholder(layer: nn.Module, name: str, collect: Any) -> None:

@@ -27,7 +27,18 @@ def register() -> None:
 
 
 class AlphaQConfig(QuantizationConfig):
-    """`quantization_config` of a native checkpoint: which blocks there are, the files say."""
+    """`quantization_config` of a native checkpoint: which blocks there are, the files say.
+
+    Every process that builds the model makes or unpickles one before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        _restore_embeddings()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _restore_embeddings()
 
     def get_name(self) -> str:
         """As in config.json."""
@@ -62,6 +73,29 @@ class AlphaQConfig(QuantizationConfig):
         from alphaq.runtime.vllm_layers import method_of
 
         return method_of(layer, prefix, self.packed_modules_mapping.get(prefix.rpartition(".")[2]))
+
+
+def _restore_embeddings() -> None:
+    """Let vLLM's embeddings and heads load blocks, as matrices.
+
+    Their class is told so, not a method of each layer: several models do not ask how their embedding is stored.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    load = VocabParallelEmbedding.weight_loader
+    if load.__module__ == __name__:
+        return
+
+    def weight_loader(self: Any, param: torch.Tensor, loaded_weight: torch.Tensor, *others: Any, **options: Any) -> Any:
+        from alphaq.quantizers.coding import is_block  # kernels, which not every process needs
+        from alphaq.quantizers.packing import decode, dequantize
+
+        if is_block(loaded_weight):
+            held = decode(loaded_weight.cpu(), "The embedding or head")
+            loaded_weight = dequantize(held, param.dtype).to(loaded_weight.device)
+        return load(self, param, loaded_weight, *others, **options)
+
+    VocabParallelEmbedding.weight_loader = weight_loader
 
 
 def _shield_llvmlite() -> None:

@@ -1,0 +1,89 @@
+"""Rows of a packed matrix, restored one by one: what an embedding needs, whose table is never restored as a whole.
+
+A row's codes lie together, so that looking up a token reads one row of them, and of each group a scale and a zero
+point: ŵ = (q − z)·s, or mean ± s for 1 bit, to the bit what `quantizers.packing.dequantize` gives. These are torch's
+own operations: they run on every device, and compilers see through them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alphaq.quantizers.salience_kernels import UNUSED
+from alphaq.records import BLOCK_HEADER_BYTES, Choice, Shape
+
+
+def restored_rows(block: Tensor, choice: Choice, shape: Shape, rows: Tensor) -> Tensor:
+    """Some rows of a matrix, float32 [n, columns]; rows: int64 [n].
+
+    block: uint8, as `quantizers.packing.encode` makes it. Raises IndexError for a row that the matrix does not have.
+    """
+    count, columns = shape
+    sizes = (BLOCK_HEADER_BYTES, *choice.parts(shape), choice.mix_bytes(shape))
+    _, codes, offsets, scales, mix = block[: sum(sizes)].split(sizes)
+    widths = mix.long() if choice.slim else torch.full((choice.groups(columns),), choice.bits, device=block.device)
+    step = _halves(_of(rows, scales, count))
+    mean, zero = torch.zeros_like(step), 2.0 ** (widths - 1).float() - 0.5 * choice.nested
+    if not choice.symmetric:
+        if choice.bits == 1:
+            mean = _halves(_of(rows, offsets, count))
+        else:
+            zero = _zero_points(offsets, widths, choice, count, rows)
+    one = widths == 1
+    start, step, zero = torch.where(one, mean - step, 0), torch.where(one, 2 * step, step), torch.where(one, 0, zero)
+    each = _spread(widths, choice, columns)
+    found = _unpacked(_of(rows, codes, count), each)
+    values = (found - _spread(zero, choice, columns)) * _spread(step, choice, columns) + _spread(start, choice, columns)
+    return _with_salient(values, mix, choice, shape, rows) if choice.salient else values
+
+
+def _of(rows: Tensor, part: Tensor, count: int) -> Tensor:
+    """Some rows of a part of a block that holds as many bytes of each, uint8 [n, bytes]."""
+    return part.view(count, -1).index_select(0, rows)
+
+
+def _halves(stored: Tensor) -> Tensor:
+    """Bytes of float16, as float32."""
+    return stored.contiguous().view(torch.float16).float()
+
+
+def _spread(by_group: Tensor, choice: Choice, columns: int) -> Tensor:
+    """[…, groups] → […, columns]."""
+    return by_group.repeat_interleave(choice.group_size, dim=-1)[..., :columns]
+
+
+def _unpacked(packed: Tensor, widths: Tensor) -> Tensor:
+    """Codes of packed rows, one after the other: uint8 [n, bytes] → float32 [n, columns]; widths: [columns]."""
+    starts = widths.cumsum(0) - widths
+    first = starts >> 3
+    second = (first + 1).clamp(max=packed.shape[1] - 1)
+    return _field(packed.index_select(1, first), packed.index_select(1, second), starts, widths)
+
+
+def _zero_points(packed: Tensor, widths: Tensor, choice: Choice, count: int, rows: Tensor) -> Tensor:
+    """Zero points of some rows, float32 [n, groups]: a group has those of all rows, one after the other."""
+    words = widths * -(-count // 32) if choice.slim else -(-widths * count // 32)
+    starts = 32 * (words.cumsum(0) - words) + rows[:, None] * widths
+    first = starts >> 3
+    return _field(packed[first], packed[(first + 1).clamp(max=len(packed) - 1)], starts, widths)
+
+
+def _field(low: Tensor, high: Tensor, starts: Tensor, widths: Tensor) -> Tensor:
+    """Numbers of up to 8 bits, float32, from the byte where each begins and the next; starts: their first bits."""
+    both = low.int() | high.int() << 8
+    return (both >> (starts & 7).int() & ((1 << widths) - 1).int()).float()
+
+
+def _with_salient(values: Tensor, mix: Tensor, choice: Choice, shape: Shape, rows: Tensor) -> Tensor:
+    """Rows with their weights of 8 bits, wide·(value − 128), in their places."""
+    (count, columns), most = shape, choice.salient
+    groups = choice.groups(columns)
+    sizes = (2 * count * groups, count * groups * most, count * groups * most)
+    wide, positions, stored = (_of(rows, part, count) for part in mix.split(sizes))
+    inner = positions.view(-1, groups, most).long()
+    own = (stored.view(-1, groups, most).float() - 128) * _halves(wide)[..., None]
+    begins = torch.arange(groups, device=rows.device)[:, None] * choice.group_size
+    places = torch.where(inner == UNUSED, columns, begins + inner)  # what is unused goes to one column more
+    room = torch.cat([values, values.new_empty(len(values), 1)], dim=1)
+    return room.scatter(1, places.view(-1, groups * most), own.view(-1, groups * most))[:, :columns]

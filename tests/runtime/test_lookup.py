@@ -1,0 +1,41 @@
+"""Rows of a block, restored alone, are those of the whole matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alphaq.engines.native import PROFILE
+from alphaq.quantizers.base import quantizer_of
+from alphaq.quantizers.packing import decode, dequantize, encode
+from alphaq.records import Choice
+from alphaq.runtime.lookup import restored_rows
+
+KINDS = sorted({(choice.bits, choice.symmetric, choice.mix) for choice in PROFILE.choices if choice.bits < 16})
+
+
+def block_of(choice: Choice, shape: tuple[int, int]) -> torch.Tensor:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(choice.bits))
+    return encode(quantizer_of("rtn")(weight, choice, "table"))
+
+
+@pytest.mark.parametrize("shape", [(37, 200), (64, 96)], ids=["ragged", "whole"])
+@pytest.mark.parametrize(("bits", "symmetric", "mix"), KINDS)
+def test_rows_are_those_of_the_whole_matrix(bits: int, symmetric: bool, mix: str, shape: tuple[int, int]) -> None:
+    rows = torch.tensor([shape[0] - 1, 0, 7, 7, 31])
+    for group_size in (32, 64, 128):
+        choice = Choice(bits, group_size, symmetric, mix=mix)
+        block = block_of(choice, shape)
+        assert torch.equal(restored_rows(block, choice, shape, rows), dequantize(decode(block))[rows])
+
+
+def test_no_rows_are_no_error() -> None:
+    choice = Choice(3, 32)
+    assert restored_rows(block_of(choice, (8, 64)), choice, (8, 64), torch.zeros(0, dtype=torch.int64)).shape == (0, 64)
+
+
+@pytest.mark.parametrize("row", [8, -1])
+def test_a_row_that_is_not_there_is_an_error(row: int) -> None:
+    choice = Choice(4, 64)
+    with pytest.raises((IndexError, RuntimeError)):
+        restored_rows(block_of(choice, (8, 64)), choice, (8, 64), torch.tensor([row]))
