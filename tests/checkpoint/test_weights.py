@@ -241,6 +241,14 @@ def test_left_over_files_are_told_by_commands_that_read_them_and_by_those_that_l
         assert ran.err.count("note:") == 1
 
 
+def test_a_left_over_index_may_be_damaged_but_not_hostile(tmp_path: Path) -> None:
+    put(tmp_path / SINGLE_NAME, a=[1])
+    (tmp_path / INDEX_NAME).write_text("{")
+    assert weight_files(tmp_path).left == (INDEX_NAME,)
+    put_index(tmp_path / INDEX_NAME, {"a": "../own.safetensors"})
+    assert "its index may be hostile" in refused(tmp_path)
+
+
 def test_what_is_written_has_the_usual_names(model: Path, tmp_path: Path) -> None:
     from alphaq.engines.export import write_model_folder
 
@@ -274,3 +282,13 @@ def test_links_into_a_cache_of_the_hub_are_followed(model: Path, tmp_path: Path)
 def test_links_to_elsewhere_are_refused(blobs: str, model: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a link out of its folder"):
         open_checkpoint(linked(model, tmp_path / blobs))
+
+
+def test_an_output_is_verified_in_the_files_that_would_be_loaded(
+    tiny: Path, tiny_quantized: Path, tmp_path: Path, alphaq: Callable[..., Ran]
+) -> None:
+    out = Path(shutil.copytree(tiny_quantized, tmp_path / "out"))
+    assert alphaq("verify", out).code == 0
+    shutil.copy(tiny / SINGLE_NAME, out)  # which transformers would load instead
+    ran = alphaq("verify", out)
+    assert ran.code == 2, ran.out

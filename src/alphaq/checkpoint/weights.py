@@ -14,8 +14,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from alphaq.checkpoint.files import PlainFile, SourceFile, Stamp, check_link, is_file, read_json
 from alphaq.checkpoint.incomplete import check_stubs
@@ -121,11 +123,11 @@ def _left_over(folder: Path, names: Collection[str], used: Collection[str | None
         and not (name.startswith(_OWN_FORMAT) or _VARIANT.fullmatch(name))
     }
     if INDEX_NAME in left:  # many publish one beside a single file
-        try:
-            if set(shard_index(folder / INDEX_NAME).values()) <= set(used):
-                left.remove(INDEX_NAME)
-        except CheckpointError:  # which nobody reads
-            pass
+        index: dict[str, Any] = {}
+        with suppress(CheckpointError):  # whatever it is, nobody reads it
+            index = _weight_map(folder / INDEX_NAME)
+        if index and set(_checked(folder / INDEX_NAME, index).values()) <= set(used):
+            left.remove(INDEX_NAME)
     return tuple(sorted(left))
 
 
@@ -150,9 +152,17 @@ def _without_weights(folder: Path, names: Collection[str]) -> CheckpointError:
 
 def shard_index(path: Path) -> dict[str, str]:
     """Tensor name → shard file, as an index says. Shards must lie in its folder."""
+    return _checked(path, _weight_map(path))
+
+
+def _weight_map(path: Path) -> dict[str, Any]:
     index = read_json(path).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{path} has no weight_map. Download the index again.")
+    return index
+
+
+def _checked(path: Path, index: dict[str, Any]) -> dict[str, str]:
     for name, shard in index.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.\-]{1,240}\.safetensors", shard):
             raise CheckpointError(
