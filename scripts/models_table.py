@@ -64,7 +64,8 @@ describes, {gguf}.
   model that speaks in Qwen3-Omni, are copied.
 - **Multi-token prediction**: layers after `num_hidden_layers`, and tensors under `mtp`, are copied in the native
   format and left out of GGUF files.
-- **FP8 and MXFP4** checkpoints of all families are read ([large models](large-models.md#quantized-sources-fp8-mxfp4)).
+- **FP8, MXFP4, NVFP4 and int4** checkpoints of all families are read
+  ([quantized sources](large-models.md#quantized-sources)); those of GPTQ, AWQ, bitsandbytes, MLX and others are not.
 - {unloadable}: only the published names, because transformers cannot load its own other ones.
 - **Wrappers**: a `model_type` that is not listed but nests a known one in `text_config`, such as InternVL with
   Qwen3-MoE or Mistral 3 with `mistral4`, is read as that one.

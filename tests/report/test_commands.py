@@ -100,6 +100,8 @@ FLIPS: dict[str, list[Flip]] = {
     "calibration": [Flip("self", {"method": "baq"}), Flip("notes.txt", {"method": "baq"})],
     "imatrix": [Flip("importance.gguf 0123456789abcdef", LLAMA)],
     "codec": [Flip("zstd")],
+    "bos": [Flip(False)],
+    "check": [Flip(False)],
 }
 
 
@@ -148,13 +150,10 @@ def test_the_command_says_every_setting_of_the_plan(
 
 
 def test_a_setting_that_is_on_by_default_is_turned_off_by_its_no() -> None:
-    class Later(PlanConfig):
-        check: bool = True
-
     from alphaq.report.commands import plan_options
 
-    assert plan_options(Later(budget=Budget(bits=3), check=False), "measured") == ["--bits", "3.0", "--no-check"]
-    assert plan_options(Later(budget=Budget(bits=3)), "measured") == ["--bits", "3.0"]
+    assert plan_options(PlanConfig(budget=Budget(bits=3), check=False), "measured") == ["--bits", "3.0", "--no-check"]
+    assert plan_options(PlanConfig(budget=Budget(bits=3)), "measured") == ["--bits", "3.0"]
 
 
 @pytest.mark.parametrize(
