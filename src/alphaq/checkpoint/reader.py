@@ -43,6 +43,7 @@ from alphaq.checkpoint.files import (
 from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, metadata_bytes
 from alphaq.checkpoint.gguf_source import find_gguf, open_gguf
 from alphaq.checkpoint.matching import match_tensors, unfolded
+from alphaq.checkpoint.prefixes import fitted
 from alphaq.checkpoint.remote import Store, is_url, local_path
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo, parse_header, read_header
 from alphaq.errors import CheckpointError
@@ -68,7 +69,7 @@ READABLE_WEIGHTS = ("F32", "F16", "BF16")
 _IMPLEMENTATIONS = {"attn_implementation", "_attn_implementation", "experts_implementation"}
 """Keys by which transformers lets a config choose kernels, also those of any repository."""
 
-QUANTIZABLE = (Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.DENSE_MLP)
+QUANTIZABLE = (Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.MIXER, Role.DENSE_MLP)
 
 
 @dataclass(frozen=True)
@@ -422,6 +423,7 @@ def _checkpoint(
     fingerprint: str,
 ) -> Checkpoint:
     """A checkpoint whose tensors have been matched with their roles."""
+    architecture, shards = fitted(architecture, config, shards)
     shards = unfolded(architecture, config, shards)
     matrices, roles = match_tensors(
         architecture, config, (tensor for tensors in shards.values() for tensor in tensors.values())

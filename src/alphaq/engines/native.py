@@ -25,10 +25,20 @@ from alphaq.engines.export import (
     safetensors_stored,
     write_model_folder,
 )
-from alphaq.engines.profile import Profile
+from alphaq.engines.profile import ROLE_BITS, Profile
 from alphaq.errors import CheckpointError
 from alphaq.quantizers.packing import decode, dequantized_rows, encode, read_block_header
-from alphaq.records import CHOICE_BITS, GROUP_SIZES, NATIVE_FORMAT_VERSION, SLIM_BITS, Choice, MatrixRef, Plan, Shape
+from alphaq.records import (
+    CHOICE_BITS,
+    GROUP_SIZES,
+    NATIVE_FORMAT_VERSION,
+    SLIM_BITS,
+    Choice,
+    MatrixRef,
+    Plan,
+    Role,
+    Shape,
+)
 
 
 def part(matrix: MatrixRef, choice: Choice) -> Part:
@@ -110,6 +120,7 @@ PROFILE = Profile(
     file_bytes=file_bytes,
     obstacle=lambda choice, matrix: None,
     quantizer="rtn",
+    role_bits=ROLE_BITS | {Role.MIXER: 4},
     export=Export(
         layout=layout,
         encode=lambda matrix: (encode(matrix),),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -76,11 +77,18 @@ def plan_table(plan: Plan) -> Table:
         point = plan.rate_distortion.points.get(choice) if plan.rate_distortion else None
         beside = f"   error {point[1]:.4f} at {point[0]:.3f} bits, {point[2]:.2f} × 2^−2R" if point else ""
         table.add_row(f"matrices at {choice}", f"{counts[choice]:,}{beside}")
+    if plan.kept:
+        table.add_row("stay in 16 bits, of all parameters", kept_text(plan.kept, "\n"))
     if plan.unplanned:
         table.add_row("not planned (see unplanned)", f"{len(plan.unplanned):,}")
     if plan.neutral:
         table.add_row("α undefined (see neutral)", f"{len(plan.neutral):,}")
     return table
+
+
+def kept_text(kept: Mapping[str, float], between: str = ", ") -> str:
+    """What stays in 16 bits and its share of all parameters."""
+    return between.join(f"{name} {100 * share:.1f} %" for name, share in kept.items())
 
 
 def fidelity_table(fidelity: Fidelity) -> Table:
