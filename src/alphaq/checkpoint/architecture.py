@@ -116,7 +116,7 @@ class Architecture:
             projections,
             data.get("router_norm", "post_attention_layernorm"),
             data.get("moe_layers", {}),
-            rules,
+            tuple(sorted(rules, key=lambda rule: rule.role is not Role.EXPERT)),  # nearly all tensors are experts
             GgufMapping.parse(data["gguf"]) if "gguf" in data else None,
         )
 

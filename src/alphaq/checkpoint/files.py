@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -65,6 +66,18 @@ def check_link(path: Path) -> None:
     blobs = [above.parent / "blobs" for above in folder.parents if above.name == "snapshots"]
     if target.parent not in (folder, *blobs):
         raise CheckpointError(f"{path} is a link out of its folder. Replace it by the file it should be.")
+
+
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    """Make many objects that all stay, without searches for garbage among them: they take a third of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class SourceFile:

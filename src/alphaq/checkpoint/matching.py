@@ -81,7 +81,7 @@ def match_tensors(
 
 
 def unfolded(
-    architecture: Architecture, config: Mapping[str, Any], shards: Mapping[str, Mapping[str, TensorInfo]]
+    architecture: Architecture, config: Mapping[str, Any], shards: dict[str, dict[str, TensorInfo]]
 ) -> dict[str, dict[str, TensorInfo]]:
     """Shards whose tensors [experts · rows, columns] are [experts, rows, columns], the same bytes."""
 
@@ -96,7 +96,7 @@ def unfolded(
         return replace(tensor, shape=(experts, rows // experts, columns))
 
     if not any(rule.folded for rule in architecture.rules):
-        return {shard: dict(tensors) for shard, tensors in shards.items()}
+        return shards
     return {shard: {name: unfold(tensor) for name, tensor in tensors.items()} for shard, tensors in shards.items()}
 
 

@@ -18,22 +18,19 @@ from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.errors import ArchitectureError
 from alphaq.records import Role
 
-Shards = Mapping[str, Mapping[str, TensorInfo]]
+Shards = dict[str, dict[str, TensorInfo]]
 
 
-def fitted(
-    architecture: Architecture, config: Mapping[str, Any], shards: Shards
-) -> tuple[Architecture, dict[str, dict[str, TensorInfo]]]:
+def fitted(architecture: Architecture, config: Mapping[str, Any], shards: Shards) -> tuple[Architecture, Shards]:
     """The architecture and the tensors under names that it knows; both unchanged where it knows them already."""
-    plain = {shard: dict(tensors) for shard, tensors in shards.items()}
-    names = [name for tensors in plain.values() for name in tensors]
-    if any(_is_anchor(architecture, name) for name in names):
-        return architecture, plain
+    if any(_is_anchor(architecture, name) for tensors in shards.values() for name in tensors):
+        return architecture, shards
+    names = [name for tensors in shards.values() for name in tensors]
     for lacking in _beginnings(architecture.models):
         if any(_is_anchor(architecture, f"{lacking}.{name}") for name in names):
-            return architecture, {shard: _completed(architecture, held, lacking) for shard, held in plain.items()}
+            return architecture, {shard: _completed(architecture, held, lacking) for shard, held in shards.items()}
     found = _prefix_of_layers(architecture, architecture.layers(config), names)
-    return (wrapped(architecture, architecture.settings, (found,)) if found else architecture), plain
+    return (wrapped(architecture, architecture.settings, (found,)) if found else architecture), shards
 
 
 def _is_anchor(architecture: Architecture, name: str) -> bool:

@@ -39,6 +39,7 @@ from alphaq.checkpoint.files import (
     is_file,
     memory_bytes,
     reading,
+    without_collecting,
 )
 from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, metadata_bytes
 from alphaq.checkpoint.gguf_source import find_gguf, open_gguf
@@ -341,7 +342,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None, quantized: b
         if path is None:
             return _open_store(str(model), revision)
         model = path
-    with reading(Path(model)):
+    with reading(Path(model)), without_collecting():
         if (path := find_gguf(_expanded(model))) is not None:
             return _open_gguf(path, quantized)
         return _open_folder(resolve_folder(str(model), revision), model)
@@ -362,7 +363,8 @@ Restore = Callable[[PlainFile, TensorInfo], TensorInfo]
 
 def open_native(folder: Path, restored: Restore) -> Checkpoint:
     """A native checkpoint as if disk held the values that it stands for. Raises CheckpointError, ArchitectureError."""
-    return _open_folder(folder, folder, restored=restored)
+    with without_collecting():
+        return _open_folder(folder, folder, restored=restored)
 
 
 def _open_store(url: str, revision: str | None) -> Checkpoint:
@@ -376,7 +378,8 @@ def _open_store(url: str, revision: str | None) -> Checkpoint:
     if "config.json" not in stamps:
         raise CheckpointError(f"{url} has no config.json. Point to a Hugging Face model folder.")
     store = store.download(stamps, SIDE_FILES)
-    return _open_folder(store.folder, url, stamps, store)
+    with without_collecting():
+        return _open_folder(store.folder, url, stamps, store)
 
 
 def _open_folder(
