@@ -61,9 +61,9 @@ describes, {gguf}.
 
 ## Published checkpoints
 
-Stand-ins of published checkpoints, with their configs, names, shapes and dtypes, were opened as a user's folder is. What
-native plans leave in 16 bits is embeddings and heads, towers for images and sound, and layers that predict further
-tokens. `scripts/published_table.py` writes this table.
+Stand-ins of published checkpoints, with their configs, names, shapes and dtypes, were opened as a user's folder is.
+What native plans leave in 16 bits is embeddings and heads, towers for images and sound, and layers that predict
+further tokens. `scripts/published_table.py` writes this table.
 
 {published}
 ## Also good to know

@@ -1,7 +1,8 @@
 """What a plan leaves in 16 bits, by name, so that nothing large is forgotten in silence.
 
-Numbers in names become `*`, but for those of layers after the last one, which predict further tokens. A name that holds too little by itself is counted with its neighbours, under what they have
-in common, so that what is not named is less than the least share of the model, all of it together.
+Numbers in names become `*`, but for those of layers after the last one, which predict further tokens. A name that holds
+too little by itself is counted with its neighbours, under what they have in common, so that what is not named is less
+than the least share of the model, all of it together.
 """
 
 from __future__ import annotations
