@@ -45,6 +45,7 @@ must be exactly what config.json promises; otherwise the first one missing or to
 | family | `model_type` | on disk | matrices | weights | logits | default method |
 |---|---|---|--:|--:|---|---|
 """
+BEGIN, END = "<!-- published: begin -->\n", "<!-- published: end -->\n"
 TAIL = """
 "fused, columns first" is how some families are published: `[experts, in, out]`.
 
@@ -58,6 +59,13 @@ The other engines name tensors in their own way. An export for vLLM, MLX and GPT
 {served}; for llama.cpp, which the [`[gguf]` table](architectures.md#gguf)
 describes, {gguf}.
 
+## Published checkpoints
+
+Stand-ins of published checkpoints, with their configs, names, shapes and dtypes, were opened as a user's folder is.
+What native plans leave in 16 bits is embeddings and heads, towers for images and sound, and layers that predict
+further tokens. `scripts/published_table.py` writes this table.
+
+{published}
 ## Also good to know
 
 - **Multi-modal models**: the language model is planned and quantized; towers for images and sound, and the second
@@ -67,8 +75,13 @@ describes, {gguf}.
 - **FP8, MXFP4, NVFP4 and int4** checkpoints of all families are read
   ([quantized sources](large-models.md#quantized-sources)); those of GPTQ, AWQ, bitsandbytes, MLX and others are not.
 - {unloadable}: only the published names, because transformers cannot load its own other ones.
-- **Wrappers**: a `model_type` that is not listed but nests a known one in `text_config`, such as InternVL with
-  Qwen3-MoE or Mistral 3 with `mistral4`, is read as that one.
+- **Wrappers**: a `model_type` that is not listed but nests a known one, under any key and any prefix, such as InternVL
+  with Qwen3-MoE, Mistral 3 with `mistral4` or Kimi-K3 with `kimi_linear`, is read as that one.
+- **Base models**, whose names lack `model.`, are read as if they had it.
+- transformers has no class for `arctic`, `bailing_moe`, `deepseek`, `deepseek_vl_v2`, `internvl_chat`, `kimi_k3` and
+  `mimo_v2`: use `--method alphaq`, and an engine that has.
+- **State-space, convolution, latent and indexer layers**: their large matrices have the role `mixer` and are quantized
+  like attention (`--attention-bits`).
 - **Dense members** of a family, such as Granite 4 without experts, are planned as dense models.
 - `qwen3_omni_moe`, as published, is read by its thinker's names; use `--method alphaq`.
 - `kimi_k2` has the names of DeepSeek-V3. transformers does not know it: use `--method alphaq`, and an engine that does.
@@ -129,7 +142,10 @@ def main() -> None:
     ]
     known = architectures()
     dense = textwrap.fill(", ".join(f"`{kind}`" for kind, one in known.items() if not one.num_experts_keys), 120)
+    page = ROOT / "docs" / "models.md"
+    published = page.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]  # another script's part
     tail = TAIL.format(
+        published=BEGIN + published + END,
         dense=dense,
         served=", ".join(sorted(SERVED)),
         gguf="for the same" if set(SERVED) == {one.name for one in known.values() if one.gguf} else "see there",
@@ -137,7 +153,7 @@ def main() -> None:
         unsupported="\n".join(f"| `{kind}` | {why} |" for kind, why in unsupported().items()),
     )
     text = HEAD.format(version=transformers.__version__) + "\n".join(lines) + "\n" + tail
-    (ROOT / "docs" / "models.md").write_text(text)
+    page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from alphaq.checkpoint.reader import Checkpoint, open_checkpoint, read_shards
 from alphaq.config import Budget, PlanConfig
 from alphaq.engines.output import Output
 from alphaq.planning import resolve
+from alphaq.records import Role
+from alphaq.runtime.packed import PackedWeights
 from conftest import read_back
 
 EXPERTS = 6
@@ -71,7 +73,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": HEADS,
     "deepseek_v3": HEADS,
     "deepseek_v32": HEADS,
-    "deepseek_v4": {},
+    "deepseek_v4": dict(
+        layer_types=["heavily_compressed_attention", "compressed_sparse_attention", "compressed_sparse_attention"],
+        num_hash_layers=1,
+    ),
     "dots1": {},
     "dots3_note_text": HEADS,
     "ernie4_5_moe": {},
@@ -280,7 +285,9 @@ class Outcome:
     expected: int
     """The same, counted in the model's modules."""
     wide: int
-    """Planned matrices that the output does not hold as packed blocks."""
+    """Matrices that the plan quantizes and the output does not hold as blocks, or the loaded model not packed."""
+    kept: frozenset[Role]
+    """Roles of large matrices that stay in 16 bits."""
     difference: float
     """Largest difference of any logit to the model with the dequantized matrices."""
     change: float
@@ -297,13 +304,15 @@ def outcome(model: Any, folder: Path, published: bool) -> Outcome:
     pipeline.quantize(source, plan, folder / "out")
     plain = plain_copy(source, folder / "out", folder / "plain")
     stored = Output(folder / "out").stored
-    answers = [logits(one) for one in (folder / "out", plain, source.folder)]
+    quantized, packed = loaded_logits(folder / "out")
+    answers = [quantized, *(loaded_logits(one)[0] for one in (plain, source.folder))]
     return Outcome(
         "fused" if any(matrix.index is not None for matrix in experts) else "one by one",
         len(experts),
         sum(matrix.parameters for matrix in experts),
         expected,
-        sum(stored[matrix.name].dtype != "U8" for matrix in experts),
+        sum(stored[name].dtype != "U8" or name not in packed for name in plan.choices),
+        frozenset(one.role for one in source.matrices if one.name not in plan.choices and min(one.shape) >= 16),
         float((answers[0] - answers[1]).abs().max()),
         float((answers[0] - answers[2]).abs().max()),
     )
@@ -311,6 +320,11 @@ def outcome(model: Any, folder: Path, published: bool) -> Outcome:
 
 def logits(folder: Path) -> torch.Tensor:
     """Of a fixed row of tokens, float32, from the class that transformers has for a checkpoint."""
+    return loaded_logits(folder)[0]
+
+
+def loaded_logits(folder: Path) -> tuple[torch.Tensor, set[str]]:
+    """The logits, and the names of the matrices that the loaded model holds packed."""
     from transformers import AutoConfig
 
     cls = model_class(AutoConfig.from_pretrained(folder))
@@ -320,4 +334,6 @@ def logits(folder: Path) -> torch.Tensor:
         assert not report["unexpected_keys"], sorted(report["unexpected_keys"])[:3]
     torch.manual_seed(0)  # a diffusion model draws the words that it begins with
     with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(3, 19)[None]).logits
+        found = model.eval()(input_ids=torch.arange(3, 19)[None]).logits
+    packed = (one.names for one in model.modules() if isinstance(one, PackedWeights))
+    return found, {name for names in packed for row in names for name in row}

@@ -186,6 +186,7 @@ class PlanConfig(BaseModel):
         """Bit-widths that were asked for, of roles that are quantized outside the budget."""
         given = {
             Role.ATTENTION: self.attention_bits,
+            Role.MIXER: self.attention_bits,
             Role.SHARED_EXPERT: self.shared_bits,
             Role.DENSE_MLP: self.shared_bits,
             Role.EMBEDDING: self.embedding_bits,

@@ -83,7 +83,8 @@ def plan_settings(
         bool, typer.Option("--symmetric", help="Store no zero points.", rich_help_panel=CHOICES)
     ] = False,
     attention_bits: Annotated[
-        int | None, typer.Option(help="Bits of attention projections (4; 16 keeps them).", rich_help_panel=CHOICES)
+        int | None,
+        typer.Option(help="Bits of attention and other mixers of tokens (4; 16 keeps them).", rich_help_panel=CHOICES),
     ] = None,
     shared_bits: Annotated[
         int | None,

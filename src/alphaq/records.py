@@ -53,6 +53,7 @@ class Role(str, enum.Enum):
     EXPERT = "expert"
     SHARED_EXPERT = "shared_expert"
     ATTENTION = "attention"
+    MIXER = "mixer"
     DENSE_MLP = "dense_mlp"
     ROUTER = "router"
     EMBEDDING = "embedding"
@@ -419,6 +420,9 @@ class Plan(BaseModel):
     """Matrices in the stats that were not planned, and why."""
     neutral: dict[str, str] = Field(default_factory=dict)
     """Planned matrices whose α is undefined, and why; they get the importance of a median matrix."""
+    kept: dict[str, float] = Field(default_factory=dict)
+    """Share of the model's parameters that stays in 16 bits, by the tensors' names without their numbers; what is not
+    named is less than 0.5 % together."""
     expected_error: dict[str, float] = Field(default_factory=dict)
     """Σ(w − ŵ)²/Σw² of each planned matrix, as measured for the plan."""
     sampling_error: float | None = None

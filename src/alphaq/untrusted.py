@@ -8,6 +8,8 @@ import math
 import os
 import re
 import stat
+import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +18,8 @@ from alphaq.errors import CheckpointError
 MAX_JSON_BYTES = 100_000_000  # ten times the index of a model of a hundred thousand tensors
 MAX_JSON_VALUES = 5_000_000  # small values take far more memory than text
 MAX_JSON_DEPTH = 50
+MANY_KEYS = 100
+"""From here on texts are kept once: an index and its files' headers have the same half million names."""
 SHOWN_CHARACTERS = 80
 POINTER_BEGIN = b"version https://git-lfs.github.com/spec/"
 MAX_POINTER_BYTES = 1023  # of the specification: a pointer is smaller than 1024 bytes
@@ -71,9 +75,9 @@ def parse_json(raw: str | bytes, strict: bool = False) -> Any:
         data = json.loads(text, object_pairs_hook=_unique, **checks)
     except RecursionError:
         raise _too_deep() from None
-    level = [[data]]
+    level: list[Any] = [[data]]
     for _ in range(MAX_JSON_DEPTH):
-        level = [inner for value in level if isinstance(value, (dict, list)) for inner in _inside(value, strict)]
+        level = [inner for value in level for inner in _inside(value, strict) if isinstance(inner, (dict, list))]
         if not level:
             break
     else:
@@ -90,7 +94,10 @@ def shown(text: object) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
+    if len(pairs) > MANY_KEYS:
+        keys = {sys.intern(key): sys.intern(value) if type(value) is str else value for key, value in pairs}
+    else:
+        keys = dict(pairs)
     if len(keys) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
@@ -105,9 +112,9 @@ def _finite(number: str) -> float:
     return value
 
 
-def _inside(value: dict[str, Any] | list[Any], strict: bool) -> list[Any]:
+def _inside(value: dict[str, Any] | list[Any], strict: bool) -> Collection[Any]:
     """What a container holds; ValueError for text that cannot be shown, if that matters."""
-    inner = list(value.values()) if isinstance(value, dict) else value
+    inner = value.values() if isinstance(value, dict) else value
     if strict:
         for text in (*value, *inner):
             if isinstance(text, str) and _CONTROL.search(text):

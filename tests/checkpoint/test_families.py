@@ -37,8 +37,21 @@ def test_family_is_found_whole_and_loads_as_its_dequantized_self(family: str, pu
     found = outcome(random_family(family), tmp_path, published)
     assert found.found == found.expected
     assert found.wide == 0
+    assert found.kept <= {Role.EMBEDDING, Role.HEAD, Role.ROUTER, Role.NORM}
+    assert_every_router_is_checked(tmp_path / "source")
     assert found.difference < 1e-4
     assert found.change > 1e-3  # quantization did change something
+
+
+def assert_every_router_is_checked(folder: Path) -> None:
+    """Each layer with experts has a tensor that counts them."""
+    source = open_checkpoint(folder)
+    family, config = source.architecture, source.config
+    matched = [family.first_match(name) for name in source.shard_of]
+    layers = {
+        int(match["layer"]) for rule, match in matched if rule is not None and match is not None and rule.per_expert
+    }
+    assert set(family.moe_layers(config)) <= layers
 
 
 def test_columns_first_as_the_hub_has_them_or_last_give_the_same_matrices(tmp_path: Path) -> None:

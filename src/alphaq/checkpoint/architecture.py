@@ -16,6 +16,7 @@ from importlib.resources import files
 from typing import Any
 
 from alphaq.checkpoint.gguf_mapping import GgufMapping
+from alphaq.checkpoint.wrappers import language_part
 from alphaq.errors import ArchitectureError
 from alphaq.records import Role
 
@@ -25,8 +26,10 @@ else:
     import tomli as tomllib
 
 
-SETTINGS = ("text_config", "language_config", "thinker_config.text_config")
-WRAPPERS = ("model.language_model", "language_model.model", "language_model")
+SETTINGS = ("text_config", "language_config", "llm_config", "thinker_config.text_config")
+WRAPPERS = ("model.language_model", "language_model.model", "language_model", "language.model", "thinker.model")
+ANCHORS = (Role.EXPERT, Role.DENSE_MLP, Role.ATTENTION)
+"""Roles whose templates tell where the language model's tensors are."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class TensorRule:
     """Whether disk holds [experts · rows, columns]."""
     alternating: bool = False
     """Whether the rows of what is stacked take turns."""
+    per_expert: bool = False
+    """Whether the first side of the tensor counts the experts."""
+    name: str = ""
+    """Of the matrices that come out of the tensor; "" for the usual one of experts."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ class Architecture:
 
     name: str
     model_types: tuple[str, ...]
+    models: tuple[str, ...]
+    """What `{model}` stands for."""
     settings: tuple[str, ...]
     """Where the config of a multi-modal model may hold the language model's part."""
     num_layers_keys: tuple[str, ...]
@@ -59,6 +68,10 @@ class Architecture:
     """Empty for a family without routed experts."""
     fewest_experts: int
     """With fewer the class builds a dense layer."""
+    top_k_keys: tuple[str, ...]
+    """Config keys of the experts that each token goes to."""
+    idle_experts: str | int
+    """How many more a router may know: those without weights, or shared ones. A number, or a config key that says."""
     expert_name: str
     projections: dict[str, str]
     router_norm: str
@@ -72,16 +85,19 @@ class Architecture:
     def parse(cls, data: Mapping[str, Any]) -> Architecture:
         """From one description, with what it extends filled in."""
         projections = data["projections"]
+        models = data.get("model", ["model"])
         rules = tuple(
             TensorRule(
                 entry["template"],
-                _compile(entry["template"], projections, data.get("model", ["model"])),
+                compiled(entry["template"], projections, models),
                 Role(entry["role"]),
                 tuple(entry.get("stacked", ())),
                 entry.get("transposed", False),
                 entry.get("columns"),
                 entry.get("folded", False),
                 entry.get("alternating", False),
+                entry.get("per_expert", entry["role"] == Role.ROUTER.value),
+                entry.get("name", ""),
             )
             for entry in data["tensors"]
             if set(entry.get("stacked", ())) <= set(projections.values())
@@ -89,15 +105,18 @@ class Architecture:
         return cls(
             data["name"],
             tuple(data["model_types"]),
+            tuple(models),
             tuple(data.get("settings", SETTINGS)),
             tuple(data.get("num_layers", ["num_hidden_layers"])),
             tuple(data["num_experts"]),
             data.get("fewest_experts", 1),
+            tuple(data.get("top_k", ())),
+            data.get("idle_experts", 0),
             data["expert_name"],
             projections,
             data.get("router_norm", "post_attention_layernorm"),
             data.get("moe_layers", {}),
-            rules,
+            tuple(sorted(rules, key=lambda rule: rule.role is not Role.EXPERT)),  # nearly all tensors are experts
             GgufMapping.parse(data["gguf"]) if "gguf" in data else None,
         )
 
@@ -111,14 +130,14 @@ class Architecture:
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The language model's part of a config, which multi-modal models nest."""
         for path in self.settings:
-            if isinstance(part := _look_up(config, path), dict):
+            if isinstance(part := look_up(config, path), dict):
                 return part
         return config
 
     def layers(self, config: Mapping[str, Any]) -> int:
         """Number of decoder layers; multi-token-prediction layers after them do not count."""
         text = self.text_config(config)
-        if all(_look_up(text, key) is None for key in self.num_layers_keys) and (kinds := self._kinds(text)):
+        if all(look_up(text, key) is None for key in self.num_layers_keys) and (kinds := self._kinds(text)):
             return len(kinds)
         return count(text, next((key for key in self.num_layers_keys if _has(text, key)), self.num_layers_keys[0]))
 
@@ -126,7 +145,7 @@ class Architecture:
         """Routed experts in one MoE layer; 0 of a dense model, also of a dense member of a family with experts."""
         text = self.text_config(config)
         present = [key for key in self.num_experts_keys if _has(text, key)]
-        counted = [key for key in present if _look_up(text, key) not in (None, 0)]
+        counted = [key for key in present if look_up(text, key) not in (None, 0)]
         if not counted and (present or not self.num_experts_keys or self._kinds(text)):
             return 0
         experts = count(text, (counted or self.num_experts_keys)[0])
@@ -142,7 +161,7 @@ class Architecture:
         if listed := _indices(_list(text, rules.get("list", ""))):
             return [layer for layer in layers if layer in listed]
         first = _number(text, rules.get("first", ""), rules.get("default_first", 0))
-        if isinstance(flags := _look_up(text, rules.get("frequency", "")), list):
+        if isinstance(flags := look_up(text, rules.get("frequency", "")), list):
             return [layer for layer, flag in zip(layers, flags, strict=False) if flag and layer >= first]
         dense = _indices(_list(text, rules.get("dense_list", "")))
         every, frequency = (_number(text, rules.get(rule, ""), 1) or 1 for rule in ("every", "frequency"))
@@ -158,17 +177,22 @@ class Architecture:
 
     def _kinds(self, text: Mapping[str, Any]) -> list[Any]:
         """What the config calls each layer, as a list or as a letter each; empty if it does not say."""
-        values = (_look_up(text, key) for key in self.moe_layer_rules.get("kinds", ()))
+        values = (look_up(text, key) for key in self.moe_layer_rules.get("kinds", ()))
         return next((list(value) for value in values if value and isinstance(value, list | str)), [])[: 10**5]
 
 
 _INDEX = "0|[1-9][0-9]{0,5}"  # one spelling per number, and no number too long to convert
+_ANY_MODEL = r"\w+(?:\.\w+){0,3}"
 NUMBERED_LAYER = re.compile(rf"(?:.*\.)?(?:layers|blocks)\.({_INDEX})\..*")
 
 
-def _compile(template: str, projections: Mapping[str, str], model: Iterable[str]) -> re.Pattern[str]:
+def compiled(template: str, projections: Mapping[str, str], models: Iterable[str] | None) -> re.Pattern[str]:
+    """The regular expression of a template; models: what `{model}` stands for, None for anything."""
+    known = list(models or ())
+    outer = {name for model in known for name in (model, model.rpartition(".")[0]) if name}
     fields = {
-        "model": f"(?P<model>{'|'.join(map(re.escape, model))})",
+        "model": f"(?P<model>{_ANY_MODEL if models is None else '|'.join(map(re.escape, known))})",
+        "outer": _ANY_MODEL if models is None else f"(?:{'|'.join(map(re.escape, sorted(outer)))})",
         "layer": rf"(?P<layer>{_INDEX})",
         "expert": rf"(?P<expert>{_INDEX})",
         "projection": f"(?P<projection>{'|'.join(map(re.escape, projections))})",
@@ -183,7 +207,7 @@ def _alternate(pieces: Iterable[str]) -> Iterable[tuple[bool, str]]:
     return ((position % 2 == 1, piece) for position, piece in enumerate(pieces))
 
 
-def _look_up(config: Mapping[str, Any], path: str) -> Any:
+def look_up(config: Mapping[str, Any], path: str) -> Any:
     """A config's value under a key or, with dots, deeper; None if it is not there."""
     found: Any = config
     for key in path.split("."):
@@ -194,13 +218,13 @@ def _look_up(config: Mapping[str, Any], path: str) -> Any:
 def _has(config: Mapping[str, Any], path: str) -> bool:
     """Whether a config says anything under a key, be it null."""
     *outer, key = path.split(".")
-    part = _look_up(config, ".".join(outer)) if outer else config
+    part = look_up(config, ".".join(outer)) if outer else config
     return isinstance(part, dict) and key in part
 
 
 def count(config: Mapping[str, Any], key: str) -> int:
     """The positive number under a key. Raises ArchitectureError."""
-    value = _look_up(config, key)
+    value = look_up(config, key)
     if type(value) is not int or not 0 < value < 10**5:
         raise ArchitectureError(
             f"config.json: {key} is {value!r:.60}, not a positive count. Restore the model's original config.json."
@@ -210,7 +234,7 @@ def count(config: Mapping[str, Any], key: str) -> int:
 
 def _number(config: Mapping[str, Any], key: str, default: int) -> int:
     """The number of a layer, or of layers, under a key; the default if there is none, or -1."""
-    value = _look_up(config, key) if key else None
+    value = look_up(config, key) if key else None
     if value is None or value == -1:
         return default
     return 0 if value == 0 and type(value) is int else count(config, key)
@@ -218,7 +242,7 @@ def _number(config: Mapping[str, Any], key: str, default: int) -> int:
 
 def _list(config: Mapping[str, Any], key: str) -> list[Any]:
     """The list under a key, or the parts of a string between commas; empty if there is none."""
-    value = (_look_up(config, key) if key else None) or []
+    value = (look_up(config, key) if key else None) or []
     value = value.split(",") if isinstance(value, str) else value
     if not isinstance(value, list) or len(value) > 10**5:
         raise ArchitectureError(f"config.json: {key} is {value!r:.60}, not a list. Restore the original file.")
@@ -254,12 +278,11 @@ def architectures() -> dict[str, Architecture]:
     return {model_type: family for family in families for model_type in family.model_types}
 
 
-@lru_cache
-def _wrapped(name: str) -> Architecture:
-    """An architecture whose tensors have a multi-modal model's names."""
-    data = _extended(_described()[name], _described())
-    own = data.get("model", ["model"])
-    return Architecture.parse({**data, "model": [*own, *WRAPPERS, *(f"language_model.{model}" for model in own)]})
+def wrapped(architecture: Architecture, settings: Iterable[str], models: Iterable[str]) -> Architecture:
+    """The same family where config.json nests its settings at one of these places, and more prefixes are known."""
+    data = _extended(_described()[architecture.name], _described())
+    every = list(dict.fromkeys([*architecture.models, *models]))
+    return Architecture.parse({**data, "model": every, "settings": list(settings)})
 
 
 def _extended(data: Mapping[str, Any], described: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -272,11 +295,11 @@ def _extended(data: Mapping[str, Any], described: Mapping[str, Any]) -> Mapping[
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """The architecture that a config names. Raises ArchitectureError listing the known ones."""
-    known, inner = architectures(), config.get("text_config")
-    model_type, inner_type = (
-        str(part.get("model_type")) if isinstance(part, dict) else "" for part in (dict(config), inner)
-    )
+    """The architecture that a config names, or that of the language model it nests.
+
+    Raises ArchitectureError listing the known ones.
+    """
+    known, model_type = architectures(), str(config.get("model_type"))
     if model_type in known:
         return known[model_type]
     if model_type in unsupported():
@@ -284,8 +307,10 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
             f"Architecture {model_type!r} (config.json, model_type) is not supported: {unsupported()[model_type]}. "
             "Choose another model; docs/models.md lists those that are."
         )
-    if inner_type in known:
-        return _wrapped(known[inner_type].name)
+    if (nested := language_part(config, known)) is not None:
+        path, family = nested
+        own = known[family].models
+        return wrapped(known[family], (path,), (*WRAPPERS, *(f"language_model.{model}" for model in own)))
     near = get_close_matches(model_type[:80], known, 3)
     raise ArchitectureError(
         f"Architecture {model_type!r:.80} (config.json, model_type) is unknown{f', near {near}' if near else ''}. "

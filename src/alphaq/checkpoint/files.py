@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -94,6 +95,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is not a JSON object. Download it again.")
     return data
+
+
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    """Make many objects that all stay, without searches for garbage among them: they take a third of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class SourceFile:

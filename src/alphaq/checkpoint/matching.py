@@ -8,6 +8,7 @@ from typing import Any
 
 from alphaq.checkpoint.architecture import NUMBERED_LAYER, Architecture, TensorRule, count
 from alphaq.checkpoint.encodings import unfolded as unfolded_tensor
+from alphaq.checkpoint.routing import check_routing
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.errors import ArchitectureError
 from alphaq.records import MatrixRef, Role
@@ -21,12 +22,13 @@ def match_tensors(
     """Every matrix in a checkpoint with its role, and the role of every stored tensor.
 
     Tensors of layers beyond `num_hidden_layers` (multi-token prediction) get role `other`. Raises
-    ArchitectureError if a tensor looks like an expert but matches no template, or if the experts
-    found are not exactly those the config promises.
+    ArchitectureError if a tensor looks like an expert but matches no template, if the experts
+    found are not exactly those the config promises, or if routers are for another number of them.
     """
     layers = architecture.layers(config)
     text = architecture.text_config(config)
     matrices: list[MatrixRef] = []
+    per_expert: list[TensorInfo] = []
     roles: dict[str, Role] = {}
     for tensor in tensors:
         rule, match = architecture.first_match(tensor.name)
@@ -45,6 +47,8 @@ def match_tensors(
             roles[tensor.name] = Role.OTHER
             continue
         roles[tensor.name] = rule.role
+        if rule.per_expert:
+            per_expert.append(tensor)
         if 0 in tensor.shape:
             raise ArchitectureError(f"{tensor.name!r} has no elements, shape {list(tensor.shape)}. Download it again.")
         if rule.columns and len(tensor.shape) > 1:
@@ -73,6 +77,7 @@ def match_tensors(
                 )
             )
     _check_expert_count(architecture, config, matrices)
+    check_routing(architecture, config, per_expert)
     return matrices, roles
 
 
@@ -82,7 +87,7 @@ def _is_table(tensor: TensorInfo, role: Role) -> bool:
 
 
 def unfolded(
-    architecture: Architecture, config: Mapping[str, Any], shards: Mapping[str, Mapping[str, TensorInfo]]
+    architecture: Architecture, config: Mapping[str, Any], shards: dict[str, dict[str, TensorInfo]]
 ) -> dict[str, dict[str, TensorInfo]]:
     """Shards whose tensors [experts · rows, columns] are [experts, rows, columns], the same bytes."""
 
@@ -97,22 +102,26 @@ def unfolded(
         return unfolded_tensor(tensor, experts)
 
     if not any(rule.folded for rule in architecture.rules):
-        return {shard: dict(tensors) for shard, tensors in shards.items()}
+        return shards
     return {shard: {name: unfold(tensor) for name, tensor in tensors.items()} for shard, tensors in shards.items()}
 
 
 def _unstack(
     architecture: Architecture, tensor: TensorInfo, rule: TensorRule, fields: Mapping[str, str], per_layer: int
 ) -> Iterable[MatrixRef]:
-    """Matrices of a fused tensor [experts, stacked · rows, columns] ([experts, columns, …] if transposed)."""
-    parts = len(rule.stacked)
-    if len(tensor.shape) != 3:
+    """Matrices of a fused tensor [experts, stacked · rows, columns] ([experts, columns, …] if transposed).
+
+    Outside the routed experts there may be any number in a stack, or one without an axis for it.
+    """
+    routed, parts = rule.role is Role.EXPERT, len(rule.stacked)
+    alone = not routed and len(tensor.shape) == 2
+    if len(tensor.shape) != 3 and not alone:
         raise ArchitectureError(
             f"{tensor.name!r} should be [experts, rows, columns] but has shape {list(tensor.shape)}. "
             "The checkpoint does not follow its architecture."
         )
-    experts, first, second = tensor.shape
-    if experts != per_layer:
+    experts, first, second = (1, *tensor.shape) if alone else tensor.shape
+    if routed and experts != per_layer:
         raise ArchitectureError(
             f"{tensor.name!r} holds {experts} experts but config.json promises {per_layer}. Correct config.json."
         )
@@ -124,20 +133,19 @@ def _unstack(
         )
     rows = total_rows // parts
     stored_names = {role: stored for stored, role in architecture.projections.items()}
+    name = rule.name or architecture.expert_name
     for expert in range(experts):
         for position, projection in enumerate(rule.stacked):
             yield MatrixRef(
-                architecture.expert_name.format_map(
-                    {**fields, "expert": expert, "projection": stored_names[projection]}
-                ),
+                name.format_map({**fields, "expert": expert, "projection": stored_names[projection]}),
                 (rows, columns),
                 tensor.dtype,
                 int(fields["layer"]),
-                expert,
+                expert if routed else None,
                 projection,
                 rule.role,
                 tensor.name,
-                expert,
+                None if alone else expert,
                 position if rule.alternating else position * rows,
                 rule.transposed,
                 parts if rule.alternating else 1,

@@ -38,12 +38,14 @@ from alphaq.checkpoint.files import (
     memory_bytes,
     read_json,
     reading,
+    without_collecting,
 )
 from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, metadata_bytes
 from alphaq.checkpoint.gguf_source import find_gguf, open_gguf
 from alphaq.checkpoint.hub import expanded, local_folder, resolve_folder, small_files
 from alphaq.checkpoint.incomplete import check_fetched
 from alphaq.checkpoint.matching import match_tensors, unfolded
+from alphaq.checkpoint.prefixes import fitted
 from alphaq.checkpoint.remote import Store, is_url, local_path
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
 from alphaq.checkpoint.side_files import SIDE_FILES, SideFiles, side_files
@@ -61,7 +63,7 @@ READABLE_WEIGHTS = ("F32", "F16", "BF16")
 _IMPLEMENTATIONS = {"attn_implementation", "_attn_implementation", "experts_implementation"}
 """Keys by which transformers lets a config choose kernels, also those of any repository."""
 
-QUANTIZABLE = (Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.DENSE_MLP)
+QUANTIZABLE = (Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.MIXER, Role.DENSE_MLP)
 
 
 @dataclass(frozen=True)
@@ -338,7 +340,7 @@ def open_checkpoint(
         if path is None:
             return _open_store(str(model), revision)
         model = path
-    with reading(Path(model)):
+    with reading(Path(model)), without_collecting():
         if (path := find_gguf(expanded(model))) is not None:
             return _open_gguf(path, quantized)
         if headers_only and local_folder(model) is None:
@@ -362,7 +364,8 @@ Restore = Callable[[PlainFile, TensorInfo], TensorInfo]
 
 def open_native(folder: Path, restored: Restore) -> Checkpoint:
     """A native checkpoint as if disk held the values that it stands for. Raises CheckpointError, ArchitectureError."""
-    return _open_folder(folder, folder, restored=restored)
+    with without_collecting():
+        return _open_folder(folder, folder, restored=restored)
 
 
 def _open_store(url: str, revision: str | None) -> Checkpoint:
@@ -376,7 +379,8 @@ def _open_store(url: str, revision: str | None) -> Checkpoint:
     if "config.json" not in stamps:
         raise CheckpointError(f"{url} has no config.json. Point to a Hugging Face model folder.")
     store = store.download(stamps)
-    return _open_folder(store.folder, url, stamps, store)
+    with without_collecting():
+        return _open_folder(store.folder, url, stamps, store)
 
 
 def _open_folder(
@@ -428,6 +432,7 @@ def _checkpoint(
     fingerprint: str,
 ) -> Checkpoint:
     """A checkpoint whose tensors have been matched with their roles."""
+    architecture, shards = fitted(architecture, config, shards)
     shards = unfolded(architecture, config, shards)
     matrices, roles = match_tensors(
         architecture, config, (tensor for tensors in shards.values() for tensor in tensors.values())

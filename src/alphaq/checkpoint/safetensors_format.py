@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,7 @@ def parse_header(file_name: str, size: int, read: Callable[[int, int], bytes]) -
         raise damaged("its header is not a JSON object")
 
     tensors = []
+    known: dict[tuple[int, ...], tuple[int, ...]] = {}  # a shape is kept once, however many tensors have it
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -128,16 +130,19 @@ def parse_header(file_name: str, size: int, read: Callable[[int, int], bytes]) -
                 f"Readable: {', '.join(ITEM_BYTES)}. Convert the checkpoint to bf16 first."
             )
         numbers = (*shape, begin, end) if isinstance(shape, list) else (None,)
-        if not all(type(number) is int and 0 <= number < MAX_TENSOR_BYTES for number in numbers):
+        if {*map(type, numbers)} != {int} or min(numbers) < 0 or max(numbers) >= MAX_TENSOR_BYTES:
             raise damaged(f"tensor {name!r} has a shape or offsets that are not counts")
         if len(shape) > MAX_DIMENSIONS:
             raise damaged(f"tensor {name!r} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
-        if math.prod(max(side, 1) for side in shape) * ITEM_BYTES[dtype] >= MAX_TENSOR_BYTES:  # a 0 hides the others
+        nbytes = math.prod(shape) * ITEM_BYTES[dtype]
+        most = nbytes or math.prod(max(side, 1) for side in shape)  # a 0 hides the others
+        if most >= MAX_TENSOR_BYTES:
             raise damaged(f"tensor {name!r} of shape {shape} is larger than any can be")
-        if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+        if end - begin != nbytes:
             raise damaged(f"tensor {name!r} of shape {shape} does not fill its {end - begin} bytes")
-        tensors.append(TensorInfo(name, dtype, tuple(shape), 8 + length + begin, 8 + length + end))
-    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
+        sides = known.setdefault(tuple(shape), tuple(shape))
+        tensors.append(TensorInfo(name, dtype, sides, 8 + length + begin, 8 + length + end))
+    tensors.sort(key=attrgetter("begin", "end"))
     position = 8 + length
     for tensor in tensors:
         if tensor.begin != position:

@@ -209,7 +209,7 @@ def kept_part(matrix: MatrixRef, tensor: str, index: int | None = None) -> Part:
 KEPT = Choice(16)
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
 """Architectures whose exports for other safetensors engines have been run there."""
-LINEAR = (Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.DENSE_MLP, Role.ROUTER, Role.HEAD)
+LINEAR = (Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.MIXER, Role.DENSE_MLP, Role.ROUTER, Role.HEAD)
 MOST_MATRICES = 99_999  # in a stack
 _MODULE = re.compile(r"(?P<stem>.*\blayers\.)(?P<layer>\d+)\.(?P<block>.*?)(experts\.(?P<expert>\d+)\.)?(?P<leaf>\w+)")
 

@@ -31,7 +31,14 @@ from alphaq.records import Choice, MatrixRef, Plan, Role, Shape
 FILE_NAME = "model.gguf"
 # Of the file, not of the model: without the first llama.cpp says what most tensors are, and places are our own.
 OF_ONE_FILE = ("general.file_type", ALIGNMENT_KEY)
-ROLE_BITS = {Role.ATTENTION: 4, Role.SHARED_EXPERT: 4, Role.DENSE_MLP: 4, Role.EMBEDDING: 4, Role.HEAD: 6}
+ROLE_BITS = {
+    Role.ATTENTION: 4,
+    Role.MIXER: 4,
+    Role.SHARED_EXPERT: 4,
+    Role.DENSE_MLP: 4,
+    Role.EMBEDDING: 4,
+    Role.HEAD: 6,
+}
 
 ALIGNMENT_BYTES = 32
 

@@ -25,7 +25,7 @@ from alphaq.engines.export import (
     safetensors_stored,
     write_model_folder,
 )
-from alphaq.engines.profile import Profile
+from alphaq.engines.profile import ROLE_BITS, Profile
 from alphaq.errors import CheckpointError
 from alphaq.quantizers.packing import decode, dequantized_rows, encode, read_block_header
 from alphaq.records import (
@@ -121,6 +121,7 @@ PROFILE = Profile(
     obstacle=lambda choice, matrix: None,
     quantizer="rtn",
     on_request=frozenset({Role.EMBEDDING, Role.HEAD}),
+    role_bits=ROLE_BITS | {Role.MIXER: 4},
     export=Export(
         layout=layout,
         encode=lambda matrix: (encode(matrix),),

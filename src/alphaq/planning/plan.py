@@ -15,6 +15,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.llama_cpp import gaussian_errors
 from alphaq.errors import BudgetError
 from alphaq.planning.evidence import Measurements
+from alphaq.planning.kept import kept_shares
 from alphaq.planning.limits import byte_tables, coded_table, outside_experts, problem_of, size_bytes
 from alphaq.planning.request import Request
 from alphaq.records import MatrixRef, Plan, PlanTable, Role, Solution
@@ -91,6 +92,7 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
         alpha={name: s.alpha for name, s in found.spectra.items() if s.alpha is not None},
         unplanned=found.left_out,
         neutral={name: s.reason for name, s in found.spectra.items() if s.alpha is None},
+        kept={} if checkpoint is None else kept_shares(checkpoint, chosen | fixed),
         expected_error={name: float(f"{error:.4g}") for name, error in zip(names, relative, strict=False)},
         sampling_error=deviation,
         rate_distortion=against_bound,

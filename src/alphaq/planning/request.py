@@ -102,7 +102,7 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
         raise BudgetError(f"--imatrix is for llama.cpp's quantizers; {profile.name} has none. Drop it.")
     for role, bits in config.roles().items():
         profile.with_bits(bits)
-        if role not in profile.roles and role is not Role.DENSE_MLP:
+        if role not in profile.roles and role not in (Role.DENSE_MLP, Role.MIXER):
             raise BudgetError(
                 f"{profile.name} keeps the {role.value} in 16 bits; --{role.value}-bits is of no use. Drop it."
             )

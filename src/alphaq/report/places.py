@@ -15,6 +15,10 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|blk|h)\.(\d{1,6})(?:\.|$)")
 _EXPERT = re.compile(r"(?<!shared_)experts?\.(?:[a-z_]+\.)?(\d{1,6})(?:\.|$)")
 _ROLES = (
     (Role.SHARED_EXPERT, re.compile(r"shared_(?:expert|mlp)")),
+    (
+        Role.MIXER,
+        re.compile(r"mamba|ssm_|indexer|compressor|latent_proj|routed_expert_|\.(?:mixer|conv)\.(?:in|out)_proj"),
+    ),
     (Role.ATTENTION, re.compile(r"attn|attention")),
     (Role.EMBEDDING, re.compile(r"embed|\bwte\b")),
     (Role.HEAD, re.compile(r"lm_head|(?:^|\.)output\.weight$")),

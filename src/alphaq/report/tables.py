@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -90,6 +91,8 @@ def plan_table(plan: Plan) -> Table:
         point = plan.rate_distortion.points.get(choice) if plan.rate_distortion else None
         beside = f"   error {point[1]:.4f} at {point[0]:.3f} bits, {point[2]:.2f} × 2^−2R" if point else ""
         table.add_row(f"matrices at {choice}", f"{counts[choice]:,}{beside}")
+    if plan.kept:
+        table.add_row("stay in 16 bits, of all parameters", kept_text(plan.kept, "\n"))
     if plan.unplanned:
         table.add_row("not planned (see unplanned)", f"{len(plan.unplanned):,}")
     if plan.neutral:
@@ -102,6 +105,11 @@ def check_words(check: PlanCheck) -> str:
     what = "summed moves of the stream" if check.by == "moves" else f"KL on {check.tokens:,} tokens of its own writing"
     taken = "" if check.taken == "plan" else "; uniform taken"
     return f"{what}: {check.plan:.4g}, uniform {check.uniform:.4g}{taken}"
+
+
+def kept_text(kept: Mapping[str, float], between: str = ", ") -> str:
+    """What stays in 16 bits and its share of all parameters."""
+    return between.join(f"{name} {100 * share:.1f} %" for name, share in kept.items())
 
 
 def begun(begins_with: str) -> str:

@@ -57,12 +57,12 @@ def fusions(model: Any, known: list[Any]) -> list[WeightConverter]:
         architecture.first_match(name)[0] or architecture.first_match(f"{prefix}.{name}")[0]
         for name, _ in model.named_parameters()
     )
-    suffix = architecture.expert_name.partition("{layer}")[2]
     merged = [pattern for entry in known if isinstance(entry, WeightConverter) for pattern in entry.source_patterns]
     found = []
     for rule in fused:
         if rule is None or not rule.stacked:
             continue
+        suffix = (rule.name or architecture.expert_name).partition("{layer}")[2]
         sources = [suffix.format(expert="*", projection=stored_names[part]) for part in rule.stacked]
         if any(re.search(pattern.replace("*", "0"), sources[0].replace("*", "0")) for pattern in merged):
             continue

@@ -23,7 +23,9 @@ OTHER_ATTENTION_SHARE = 0.27  # of a projection that only some families have
 def role_weights(matrices: Sequence[MatrixRef], experts: Sequence[MatrixRef], tied: bool = False) -> np.ndarray:
     """Loss per unit of relative error of each matrix, float64 [matrices], where that of all experts is their weights.
 
-    A dense MLP counts as much as the experts of one layer, with their shared one; a tied embedding as both that it is.
+    What mixes tokens in another way than attention was not measured, and counts as attention that only some families
+    have. A dense MLP counts as much as the experts of one layer, with their shared one; a tied embedding as both that
+    it is.
     """
     total = sum(matrix.parameters for matrix in experts)
     layers = len({matrix.layer for matrix in experts})
@@ -31,7 +33,7 @@ def role_weights(matrices: Sequence[MatrixRef], experts: Sequence[MatrixRef], ti
     shares: list[float] = []
     groups: list[tuple[Role, object]] = []
     for matrix in matrices:
-        if matrix.role is Role.ATTENTION:
+        if matrix.role in (Role.ATTENTION, Role.MIXER):
             shares.append(ATTENTION_SHARES.get(matrix.projection or "", OTHER_ATTENTION_SHARE))
             groups.append((matrix.role, matrix.projection))
         elif matrix.role is Role.DENSE_MLP:
