@@ -22,7 +22,8 @@ SMALL: dict[str, Any] = dict(
     eos_token_id=0,
 )
 GEMMA3_ROPE = dict(
-    full_attention=dict(rope_type="default", rope_theta=1e5), sliding_attention=dict(rope_type="default", rope_theta=1e3)
+    full_attention=dict(rope_type="default", rope_theta=1e5),
+    sliding_attention=dict(rope_type="default", rope_theta=1e3),
 )
 DENSE: dict[str, dict[str, Any]] = {
     "llama": {},

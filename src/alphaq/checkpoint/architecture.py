@@ -278,8 +278,12 @@ def _extended(data: Mapping[str, Any], described: Mapping[str, Any]) -> Mapping[
 
 
 def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A table of tables, whose entries replace those of the base or follow them."""
-    return {**base, **{key: {**base.get(key, {}), **one} if isinstance(one, dict) else one for key, one in own.items()}}
+    """A table of tables, whose entries replace those of the base or follow them; "" takes one out."""
+    tables = {key: {**base.get(key, {}), **one} if isinstance(one, dict) else one for key, one in own.items()}
+    return {
+        key: {name: value for name, value in one.items() if value != ""} if isinstance(one, dict) else one
+        for key, one in {**base, **tables}.items()
+    }
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:

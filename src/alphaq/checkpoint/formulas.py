@@ -7,7 +7,7 @@ computed from left to right; dots lead deeper.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Any
 
@@ -59,25 +59,30 @@ class Assumption:
     """What an engine takes a setting for, whatever a config says.
 
     values: those that it computes alike; a config that says nothing means the first. formula: the value, made of other
-    settings. repeat: a list that goes on so for every layer. least: formula of the least number that makes no
-    difference, such as a window as long as the context; none, null, makes no difference either. absent: whether the
-    setting must not be there.
+    settings; of_layers: another one for models of so many layers. repeat: a list that goes on so for all layers. least:
+    formula of the least number that makes no difference, such as a window as long as the context; none, null, makes no
+    difference either. absent: whether the setting must not be there. stated: whether a config must say it to mean it.
     """
 
     values: tuple[Any, ...] = ()
     formula: str = ""
+    of_layers: Mapping[int, str] = field(default_factory=dict)
     repeat: tuple[Any, ...] = ()
     least: str = ""
     absent: bool = False
+    stated: bool = True
 
     @classmethod
     def parse(cls, entry: Any) -> Assumption:
-        """A value, or a table with `values`, `formula`, `repeat`, `least` or `absent`."""
+        """A value, or a table with `usual`, `values`, `formula`, `repeat`, `least` or `absent`."""
         if not isinstance(entry, dict):
             return cls((entry,))
+        if "usual" in entry:
+            return cls((entry["usual"],), stated=False)
         return cls(
             tuple(entry.get("values", ())),
             entry.get("formula", ""),
+            {int(layers): formula for layers, formula in entry.get("of_layers", {}).items()},
             tuple(entry.get("repeat", ())),
             entry.get("least", ""),
             entry.get("absent", False),
@@ -88,7 +93,7 @@ class Assumption:
         if self.repeat:
             return list(islice(cycle(self.repeat), layers))
         if self.formula:
-            return evaluated(self.formula, config)
+            return evaluated(self.of_layers.get(layers, self.formula), config)
         return self.values[0] if self.values else None
 
     def holds(self, key: str, config: Mapping[str, Any], layers: int) -> bool:

@@ -69,13 +69,15 @@ class GgufMapping:
     """A family's `[gguf]` table.
 
     arch: the architecture's name in GGUF. metadata: keys without the leading `arch.`. config: what llama.cpp takes for
-    granted about this family, by config key. tensors: in the order of an exported file.
+    granted about this family, by config key. tensors: in the order of an exported file. present: config flags, which no
+    key of a file says, by the tensor that is there if they are set.
     """
 
     arch: str
     metadata: dict[str, GgufKey]
     config: dict[str, Assumption]
     tensors: tuple[GgufTensorRule, ...]
+    present: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, table: Mapping[str, Any]) -> GgufMapping:
@@ -85,6 +87,7 @@ class GgufMapping:
             {key: GgufKey.parse(entry) for key, entry in table["metadata"].items()},
             {key: Assumption.parse(entry) for key, entry in table.get("config", {}).items()},
             tuple(GgufTensorRule.parse(name, entry) for name, entry in table["tensors"].items()),
+            table.get("present", {}),
         )
 
 

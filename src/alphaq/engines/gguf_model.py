@@ -165,7 +165,9 @@ class _Stored:
         if not rule.made or looked_up("rope_parameters.rope_type", self.settings) != KIND:
             return None
         shape = _shape(replace(rule, transform=rule.made), (1,), self.settings)
-        return TensorRecipe(name, shape, "F32", vector=sorted(self.used - self.matrices.keys())[-1], transform=rule.made)
+        return TensorRecipe(
+            name, shape, "F32", vector=sorted(self.used - self.matrices.keys())[-1], transform=rule.made
+        )
 
     def left(self, layers: int) -> list[str]:
         """Stored tensors that no recipe uses and that are not meant to be dropped."""
