@@ -61,7 +61,8 @@ class Assumption:
     values: those that it computes alike; a config that says nothing means the first. formula: the value, made of other
     settings; of_layers: another one for models of so many layers. repeat: a list that goes on so for all layers. least:
     formula of the least number that makes no difference, such as a window as long as the context; none, null, makes no
-    difference either. absent: whether the setting must not be there. stated: whether a config must say it to mean it.
+    difference either. absent, present: whether the setting must not be there, or must. stated: whether a config must
+    say it to mean it.
     """
 
     values: tuple[Any, ...] = ()
@@ -70,11 +71,12 @@ class Assumption:
     repeat: tuple[Any, ...] = ()
     least: str = ""
     absent: bool = False
+    present: bool = False
     stated: bool = True
 
     @classmethod
     def parse(cls, entry: Any) -> Assumption:
-        """A value, or a table with `usual`, `values`, `formula`, `repeat`, `least` or `absent`."""
+        """A value, or a table with `usual`, `values`, `formula`, `repeat`, `least`, `absent` or `present`."""
         if not isinstance(entry, dict):
             return cls((entry,))
         if "usual" in entry:
@@ -86,6 +88,7 @@ class Assumption:
             tuple(entry.get("repeat", ())),
             entry.get("least", ""),
             entry.get("absent", False),
+            entry.get("present", False),
         )
 
     def value(self, config: Mapping[str, Any], layers: int) -> Any:
@@ -99,8 +102,8 @@ class Assumption:
     def holds(self, key: str, config: Mapping[str, Any], layers: int) -> bool:
         """Whether the engine computes what the config says."""
         said = looked_up(key, config)
-        if said is None:
-            return True
+        if said is None or self.present:
+            return said is not None or not self.present
         if self.absent:
             return False
         if self.least:
@@ -112,8 +115,8 @@ class Assumption:
         """The value in words."""
         if self.least:
             return f"none, or at least {evaluated(self.least, config)}"
-        if self.absent:
-            return "none"
+        if self.absent or self.present:
+            return "a number" if self.present else "none"
         if self.repeat:
             return " and ".join(map(repr, self.repeat)) + " in turn" if len(self.repeat) < 4 else _turns(self.repeat)
         return repr(self.value(config, layers)) if not self.values else " or ".join(map(repr, self.values))

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from alphaq.checkpoint.formulas import current, evaluated, looked_up
+from alphaq.checkpoint.formulas import evaluated, looked_up
 from alphaq.checkpoint.gguf_format import GgufValue
 from alphaq.checkpoint.gguf_mapping import GgufKey, GgufMapping, GgufTensorRule
 from alphaq.checkpoint.gguf_rope import KIND, llama3_factors
 from alphaq.checkpoint.reader import Checkpoint
+from alphaq.engines.dense import require_settings
 from alphaq.engines.gguf_package import general_metadata
 from alphaq.engines.gguf_tokenizer import tokenizer_metadata
 from alphaq.errors import ArchitectureError
@@ -98,7 +99,7 @@ def gguf_metadata(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> d
         "general.architecture": GgufValue.of("string", mapping.arch),
         "general.type": GgufValue.of("string", "model"),
         **labels,
-        **_hyperparameters(mapping, settings_of(checkpoint)),
+        **_hyperparameters(mapping, checkpoint.settings),
         "general.file_type": GgufValue.of("uint32", FILE_TYPES[embedding.type]),
         "general.quantization_version": GgufValue.of("uint32", QUANTIZATION_VERSION),
         **tokenizer_metadata(checkpoint.folder, embedding.shape[0], pre_tokenizer),
@@ -112,7 +113,7 @@ def gguf_tensors(checkpoint: Checkpoint) -> list[TensorRecipe]:
     none of llama.cpp's, if llama.cpp would compute the model otherwise, or if a stored tensor has no place in the file.
     """
     mapping = _mapping(checkpoint)
-    _check_assumptions(mapping, checkpoint)
+    require_settings(checkpoint, "llama.cpp", mapping.arch, mapping.config)
     layers = checkpoint.architecture.layers(checkpoint.config)
     found = _Stored(checkpoint)
     recipes = [
@@ -139,7 +140,7 @@ class _Stored:
         self.checkpoint = checkpoint
         self.matrices = {matrix.name: matrix for matrix in checkpoint.matrices}
         self.experts = checkpoint.architecture.experts_per_layer(checkpoint.config)
-        self.settings = settings_of(checkpoint)
+        self.settings = checkpoint.settings
         self.used: set[str] = set()
 
     def recipe(self, rule: GgufTensorRule, layer: int | None) -> TensorRecipe | None:
@@ -259,22 +260,6 @@ def _mapping(checkpoint: Checkpoint) -> GgufMapping:
             "be written for llama.cpp. Use another engine, or add the table as docs/architectures.md explains."
         )
     return checkpoint.architecture.gguf
-
-
-def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The language model's settings as transformers 5 spells them, with the class's defaults."""
-    return current({**checkpoint.architecture.defaults, **checkpoint.text_config})
-
-
-def _check_assumptions(mapping: GgufMapping, checkpoint: Checkpoint) -> None:
-    config, layers = settings_of(checkpoint), checkpoint.architecture.layers(checkpoint.config)
-    for key, assumed in mapping.config.items():
-        if not assumed.holds(key, config, layers):
-            raise ArchitectureError(
-                f"config.json: {key} is {looked_up(key, config)!r:.80}, but llama.cpp computes every {mapping.arch!r} "
-                f"model with {assumed.shown(config, layers)}: it would not load this one, or answer wrongly. Use "
-                "another engine for this model."
-            )
 
 
 def _hyperparameters(mapping: GgufMapping, config: Mapping[str, Any]) -> dict[str, GgufValue]:

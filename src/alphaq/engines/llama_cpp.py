@@ -21,7 +21,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
 from alphaq.checkpoint.writer import Place
 from alphaq.engines.export import RAW, Entry, Export, Layout, Rows, Stored
-from alphaq.engines.gguf_model import TensorRecipe, gguf_metadata, gguf_tensors, settings_of, transformed
+from alphaq.engines.gguf_model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
 from alphaq.engines.gguf_package import package
 from alphaq.engines.profile import Profile
 from alphaq.errors import CheckpointError, ChoiceError, PlanError
@@ -184,7 +184,7 @@ def _entry(
 def convert(values: torch.Tensor, form: str, checkpoint: Checkpoint) -> torch.Tensor:
     """Values laid out as llama.cpp wants them (`transform`), and in another type (`transform>type`)."""
     transform, _, type = form.partition(">")
-    values = transformed(transform, values, settings_of(checkpoint))
+    values = transformed(transform, values, checkpoint.settings)
     return values.to(TORCH_DTYPES[type]) if type else values
 
 

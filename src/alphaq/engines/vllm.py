@@ -219,6 +219,7 @@ PROFILE = Profile(
     file_bytes=lambda matrix, choice: added_bytes(parts(matrix, choice)),
     obstacle=ragged,
     quantizer="symmetric16",
+    merged={"gate": "gate_up", "up": "gate_up"},
     export=Export(
         layout=layout,
         encode=encode,
