@@ -37,8 +37,7 @@ def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> Tensor:
 
 def llama3_settings(factors: Tensor, theta: float) -> dict[str, Any] | None:
     """The `rope_parameters` that give these factors, None if no usual ones do."""
-    found = {"rope_type": KIND, "rope_theta": theta, "factor": float(factors.max()), **_USUAL}
-    # The shortest number that float32 cannot tell from it, as a config would say it.
-    found["factor"] = round(found["factor"], 4)
+    factor = round(float(factors.max()), 4)  # as a config would say it
+    found = {"rope_type": KIND, "rope_theta": theta, "factor": factor, **_USUAL}
     made = llama3_factors(found, 2 * len(factors))
     return found if torch.allclose(made, factors, rtol=1e-5, atol=0) else None

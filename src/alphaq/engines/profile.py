@@ -29,8 +29,8 @@ class Profile:
     the files, header entries included. kept_bytes: what a matrix that is kept adds to them, where that depends on the
     source; None if file_bytes says it. obstacle: why a matrix cannot be stored so, or None. quantizer: the one whose
     codes the engine reads, by name. merged: projections of a dense MLP that the engine runs as one, and what that is
-    called. role_bits: usual width of each role that is quantized outside the budget. joint: whether a budget for all files
-    (`--size`) chooses for those roles too. export: how files are written, None where they cannot be yet.
+    called. role_bits: usual width of each role that is quantized outside the budget. joint: whether a budget for all
+    files (`--size`) chooses for those roles too. export: how files are written, None where they cannot be yet.
     """
 
     name: str
@@ -58,8 +58,8 @@ class Profile:
 
     def unit_of(self, matrix: MatrixRef) -> str:
         """Name of the unit that a matrix belongs to; outside the experts each is its own, unless it is merged."""
-        if matrix.role is Role.DENSE_MLP and matrix.projection in self.merged:
-            return f"layers.{matrix.layer}.mlp.{self.merged[matrix.projection]}"
+        if matrix.role is Role.DENSE_MLP and (together := self.merged.get(matrix.projection or "")):
+            return f"layers.{matrix.layer}.mlp.{together}"
         if self.unit == "matrix" or matrix.role is not Role.EXPERT:
             return matrix.name
         layer = f"layers.{matrix.layer}.experts"
