@@ -119,7 +119,8 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, evidence: Eviden
         least = f"--bits {_up(floor / len(matrices))}"
     else:
         least = f"--bits {_up(_nominal_bits(request, matrices, floor))}"
-    problem.check(str(config.budget), _least(problem, config, least))
+    counted = "experts" if checkpoint.planned_role is Role.EXPERT else "matrices"
+    problem.check(str(config.budget), _least(problem, config, least, counted))
     return problem
 
 
@@ -143,7 +144,7 @@ def _up(bits: float) -> str:
     return f"{math.ceil(bits * 1e4 - 1e-6) / 1e4:g}"
 
 
-def _least(problem: Problem, config: PlanConfig, least: str) -> str:
+def _least(problem: Problem, config: PlanConfig, least: str, counted: str = "experts") -> str:
     """The smallest feasible budget, the choice that most experts have in it, and the ways out."""
     cheapest = problem.chosen(problem.unit_costs.argmin(axis=1))
     narrowest = problem.choices[int(np.bincount(cheapest).argmax())]
@@ -154,7 +155,7 @@ def _least(problem: Problem, config: PlanConfig, least: str) -> str:
         ways.append("allow narrower --choices")
     if narrowest.group_size in (32, 64) and not narrowest.scheme:
         ways.append("use a larger --group-size")
-    return f"{least} with most experts at {narrowest}. {', or '.join(ways)}"
+    return f"{least} with most {counted} at {narrowest}. {', or '.join(ways)}"
 
 
 def allowed_choices(request: Request, matrices: Sequence[MatrixRef]) -> np.ndarray:
