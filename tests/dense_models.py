@@ -36,6 +36,10 @@ DENSE: dict[str, dict[str, Any]] = {
     "gemma3_text": dict(
         head_dim=32, query_pre_attn_scalar=32, sliding_window=8, num_hidden_layers=7, rope_parameters=GEMMA3_ROPE
     ),
+    "granite": dict(attention_multiplier=0.3, embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=2.0),
+    "olmo2": {},
+    "seed_oss": dict(head_dim=24),
+    "smollm3": dict(num_hidden_layers=5),
 }
 
 
@@ -166,5 +170,15 @@ FLIPS: dict[str, dict[str, Flip]] = {
             _refused("rope_parameters.sliding_attention.rope_type", *ALL),
         ),
         "27B": Flip(dict(num_hidden_layers=62, query_pre_attn_scalar=16)),
+    },
+    "granite": EVERY | ROPE | {
+        "scales": Flip(dict(attention_multiplier=0.1, embedding_multiplier=2.0, residual_multiplier=0.9)),
+        "logits": Flip(dict(logits_scaling=8.0)),
+    },
+    "olmo2": EVERY | ROPE,
+    "seed_oss": EVERY | ROPE | {"no-biases": Flip(dict(attention_bias=False))},
+    "smollm3": EVERY | ROPE | {
+        "all-rope": Flip(dict(no_rope_layers=[1] * 5), _refused("no_rope_layers", "llama.cpp")),
+        "untied": Flip(dict(tie_word_embeddings=False)),
     },
 }  # fmt: skip
