@@ -135,7 +135,7 @@ FLIPS: dict[str, dict[str, Flip]] = {
     },
     "qwen2": EVERY | ROPE | WINDOWS | {
         "llama3": Flip(dict(rope_parameters=LLAMA3), {"llama.cpp": "rope_parameters.rope_type"}),
-        "heads": Flip(dict(head_dim=24), _refused("head_dim", "mlx", "vllm")),
+        "heads": Flip(dict(head_dim=24), _refused("head_dim", *ALL)),
     },
     "qwen3": EVERY | ROPE | WINDOWS | {
         "llama3": Flip(dict(rope_parameters=LLAMA3), {"llama.cpp": "rope_parameters.rope_type"}),

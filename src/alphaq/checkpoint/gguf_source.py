@@ -189,7 +189,9 @@ def _config(file: GgufFile, architecture: Architecture, mapping: GgufMapping, wh
         if assumed.stated and (value := assumed.value(config, layers)) is not None:
             _set(config, key, value, f"{where}: its {key}")
     flags = {key: tensor in file.tensors for key, tensor in mapping.present.items()}
-    return config | flags | {"tie_word_embeddings": "output.weight" not in file.tensors}
+    tied = "output.weight" not in file.tensors
+    # A class may have a padding token of its own that the vocabulary lacks.
+    return config | flags | {"tie_word_embeddings": tied, "pad_token_id": None}
 
 
 def _rope_of_factors(file: GgufFile, config: Mapping[str, Any], where: str) -> dict[str, Any]:
