@@ -22,7 +22,7 @@ from alphaq.checkpoint.architecture import Architecture, architectures
 from alphaq.checkpoint.encodings import Encoding
 from alphaq.checkpoint.files import check_link
 from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, GgufValue, Scalar, read_gguf
-from alphaq.checkpoint.gguf_mapping import GgufMapping
+from alphaq.checkpoint.gguf_mapping import GgufKey, GgufMapping
 from alphaq.checkpoint.gguf_rope import FACTORS_TENSOR, llama3_settings
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
 from alphaq.errors import ArchitectureError, CheckpointError
@@ -161,24 +161,38 @@ def _config(file: GgufFile, architecture: Architecture, mapping: GgufMapping, wh
         target = origin.config[0] if origin.config else ""
         if not re.fullmatch(r"[\w.]+", target):
             continue  # a formula, of values that other keys give
-        if origin.values:
-            meanings = {written: meant for meant, written in reversed(origin.values.items())}  # the first, of several
-            if (value or "") not in meanings:
-                raise CheckpointError(
-                    f"{where}: {mapping.arch}.{key} is {shown(value)}; readable: {', '.join(map(repr, meanings))}. "
-                    "Start from the Hugging Face folder."
-                )
-            value = meanings[value or ""]
+        value = _meant(origin, value, f"{where}: {mapping.arch}.{key}")
         if value is not None:
-            # Counts, sizes and rates: none is negative, infinite or beyond what a model could have.
-            if not isinstance(value, str) and not 0 <= value <= MAX_NUMBER:
-                raise CheckpointError(f"{where}: {mapping.arch}.{key} is {value!r}. Download the file again.")
             _set(config, target, value, f"{where}: {mapping.arch}.{key}")
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     counts = ("num_attention_heads", "num_key_value_heads", "hidden_size")
     for key in (*counts, "num_experts_per_tok") if architecture.num_experts_keys else counts:
         if type(config.get(key)) is not int or not config[key]:
             raise CheckpointError(f"{where}: its {key} is {config.get(key)!r}, not a count. Download the file again.")
+    return _completed(config, file, architecture, mapping)
+
+
+def _meant(origin: GgufKey, value: Scalar | None, where: str) -> Scalar | None:
+    """What a config says where a file has this value. Raises CheckpointError for one that no config says."""
+    if origin.values:
+        meanings = {written: meant for meant, written in reversed(origin.values.items())}  # the first, of several
+        if (value or "") not in meanings:
+            raise CheckpointError(
+                f"{where} is {shown(value)}; readable: {', '.join(map(repr, meanings))}. "
+                "Start from the Hugging Face folder."
+            )
+        value = meanings[value or ""]
+    # Counts, sizes and rates: none is negative, infinite or beyond what a model could have.
+    if value is not None and not isinstance(value, str) and not 0 <= value <= MAX_NUMBER:
+        raise CheckpointError(f"{where} is {value!r}. Download the file again.")
+    return value
+
+
+def _completed(
+    config: dict[str, Any], file: GgufFile, architecture: Architecture, mapping: GgufMapping
+) -> dict[str, Any]:
+    """A config with what the tensors say, and what llama.cpp takes for granted."""
+    where = file.files[0]
     if "attention.key_length" in mapping.metadata:  # else a class may have a default of its own
         config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     embedding = file.tensors.get("token_embd.weight")
@@ -196,12 +210,15 @@ def _config(file: GgufFile, architecture: Architecture, mapping: GgufMapping, wh
 
 def _rope_of_factors(file: GgufFile, config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The rotary settings that the file's factors stand for. Raises CheckpointError for factors of another kind."""
-    tensor = file.tensors[FACTORS_TENSOR]
-    if tensor.type == "F32" and tensor.shape == (config["head_dim"] // 2,):
+    tensor, rope, head_dim = file.tensors[FACTORS_TENSOR], config["rope_parameters"], config["head_dim"]
+    theta, plain = rope["rope_theta"], rope.get("rope_type") == "default"
+    if plain and isinstance(theta, float) and type(head_dim) is int and tensor.shape == (head_dim // 2,) != (0,):
         with (file.folder / tensor.file).open("rb") as stored:
             stored.seek(tensor.begin)
-            factors = torch.frombuffer(bytearray(stored.read(tensor.nbytes)), dtype=torch.float32)
-        if found := llama3_settings(factors, config["rope_parameters"]["rope_theta"]):
+            data = stored.read(tensor.nbytes)
+        if tensor.type == "F32" and (
+            found := llama3_settings(torch.frombuffer(bytearray(data), dtype=torch.float32), theta)
+        ):
             return found
     raise CheckpointError(
         f"{where}: {FACTORS_TENSOR} holds rotary factors that are not Llama 3's usual ones. "

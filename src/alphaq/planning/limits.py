@@ -119,8 +119,8 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, evidence: Eviden
         least = f"--bits {_up(floor / len(matrices))}"
     else:
         least = f"--bits {_up(_nominal_bits(request, matrices, floor))}"
-    counted = "experts" if checkpoint.planned_role is Role.EXPERT else "matrices"
-    problem.check(str(config.budget), _least(problem, config, least, counted))
+    units_are = "experts" if checkpoint.planned_role is Role.EXPERT else "matrices"
+    problem.check(str(config.budget), _least(problem, config, least, units_are))
     return problem
 
 
