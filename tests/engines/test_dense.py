@@ -39,6 +39,7 @@ needs = {
     for engine, package in {"llama.cpp": "xllamacpp", "mlx": "mlx_lm"}.items()
 }
 every_family = pytest.mark.parametrize("family", DENSE)
+OFTEN = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 
 
 def loaded_by(engine: str) -> pytest.MarkDecorator:
@@ -142,7 +143,7 @@ def test_defaults_are_those_of_transformers_class(family: str) -> None:
 # -- quantized ------------------------------------------------------------------------------------
 
 
-@every_family
+@pytest.mark.parametrize("family", [pytest.param(one, marks=[] if one in OFTEN else pytest.mark.slow) for one in DENSE])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_compute_with_the_decoded_weights(
     engine: str, family: str, folder: Callable[[str], Path], tmp_path: Path
