@@ -59,6 +59,10 @@ The other engines name tensors in their own way. An export for vLLM, MLX and GPT
 {served}; for llama.cpp, which the [`[gguf]` table](architectures.md#gguf)
 describes, {gguf}.
 
+Of dense models llama.cpp and MLX have files for Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2 and 3 (`gemma3_text`),
+Granite, OLMo 2, Seed-OSS and SmolLM3; GPTQModel for the same but SmolLM3; vLLM for the same but OLMo 2, Seed-OSS and
+SmolLM3.
+
 ## Published checkpoints
 
 Stand-ins of published checkpoints, with their configs, names, shapes and dtypes, were opened as a user's folder is.
@@ -66,6 +70,7 @@ What native plans leave in 16 bits is embeddings and heads, towers for images an
 further tokens. `scripts/published_table.py` writes this table.
 
 {published}
+
 ## Also good to know
 
 - **Multi-modal models**: the language model is planned and quantized; towers for images and sound, and the second
@@ -148,7 +153,9 @@ def main() -> None:
         published=BEGIN + published + END,
         dense=dense,
         served=", ".join(sorted(SERVED)),
-        gguf="for the same" if set(SERVED) == {one.name for one in known.values() if one.gguf} else "see there",
+        gguf="for the same"
+        if set(SERVED) == {one.name for one in known.values() if one.gguf and one.num_experts_keys}
+        else "see there",
         unloadable=", ".join(sorted(UNLOADABLE)),
         unsupported="\n".join(f"| `{kind}` | {why} |" for kind, why in unsupported().items()),
     )

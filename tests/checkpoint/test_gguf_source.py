@@ -314,7 +314,7 @@ OLMOE = dict(
     ("arch", "tensors", "message"),
     [
         ("deepseek2", {}, "'deepseek2' in another form.*Start from the Hugging Face folder"),
-        ("mamba", {}, "'mamba' cannot be read. Readable: llama, olmoe"),
+        ("mamba", {}, "'mamba' cannot be read. Readable: gemma, .*llama, olmo2, olmoe"),
         ("olmoe-without-experts", {}, r"lacks olmoe.expert_count; it may hold another kind"),
         ("olmoe", {"output.weight": ((4, 256), "Q4_K")}, "output.weight is already quantized to Q4_K"),
         ("olmoe", {"rope_freqs.weight": ((4,), "F32")}, "rope_freqs.weight is no known tensor of a olmoe model"),

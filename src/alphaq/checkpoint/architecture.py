@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib.resources import files
@@ -80,6 +80,8 @@ class Architecture:
     rules: tuple[TensorRule, ...]
     gguf: GgufMapping | None = None
     """None for a family that GGUF has no name for."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What the family's class takes where a config says nothing."""
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Architecture:
@@ -117,7 +119,8 @@ class Architecture:
             data.get("router_norm", "post_attention_layernorm"),
             data.get("moe_layers", {}),
             tuple(sorted(rules, key=lambda rule: rule.role is not Role.EXPERT)),  # nearly all tensors are experts
-            GgufMapping.parse(data["gguf"]) if "gguf" in data else None,
+            GgufMapping.parse(data["gguf"]) if "arch" in data.get("gguf", {}) else None,
+            data.get("defaults", {}),
         )
 
     def first_match(self, name: str) -> tuple[TensorRule | None, re.Match[str] | None]:
@@ -289,9 +292,21 @@ def _extended(data: Mapping[str, Any], described: Mapping[str, Any]) -> Mapping[
     """A description with what it leaves out taken from the one it extends; its own templates come first."""
     if "extends" not in data:
         return data
-    base = {key: value for key, value in _extended(described[data["extends"]], described).items() if key != "gguf"}
+    base = dict(_extended(described[data["extends"]], described))
+    gguf = base.pop("gguf", {})
+    if "gguf" in data:  # what another family is called is no matter of this one; a table for several is
+        data = {**data, "gguf": data["gguf"] if "arch" in gguf else _merged(gguf, data["gguf"])}
     layers = {**base.get("moe_layers", {}), **data.get("moe_layers", {})}
     return {**base, **data, "moe_layers": layers, "tensors": [*data.get("tensors", ()), *base["tensors"]]}
+
+
+def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A table of tables, whose entries replace those of the base or follow them; "" takes one out."""
+    tables = {key: {**base.get(key, {}), **one} if isinstance(one, dict) else one for key, one in own.items()}
+    return {
+        key: {name: value for name, value in one.items() if value != ""} if isinstance(one, dict) else one
+        for key, one in {**base, **tables}.items()
+    }
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:

@@ -10,16 +10,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from alphaq.checkpoint.architecture import Architecture, architectures
 from alphaq.checkpoint.encodings import Encoding
 from alphaq.checkpoint.files import check_link
 from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, GgufValue, Scalar, read_gguf
-from alphaq.checkpoint.gguf_mapping import GgufMapping
+from alphaq.checkpoint.gguf_mapping import GgufKey, GgufMapping
+from alphaq.checkpoint.gguf_rope import FACTORS_TENSOR, llama3_settings
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
 from alphaq.errors import ArchitectureError, CheckpointError
 from alphaq.ggml import GGML_TYPES
@@ -27,7 +31,9 @@ from alphaq.untrusted import shown
 
 READABLE_TYPES = ("BF16", "F16", "F32", "Q8_0")
 _HEADS = {"permute_q": "num_attention_heads", "permute_k": "num_key_value_heads"}
-"""Transforms that can be undone, with the config key of the heads whose rows they reorder."""
+"""Transforms of heads that can be undone, with the config key of the heads whose rows they reorder."""
+_SHIFTED = "plus_one"
+"""The other transform that can be undone."""
 
 _FUSED = {"blk.{layer}.ffn_gate_up_exps.weight": ("blk.{layer}.ffn_gate_exps.weight", "blk.{layer}.ffn_up_exps.weight")}
 """Stacks of newer files whose experts' rows are those of two stacks."""
@@ -35,8 +41,11 @@ _FUSED = {"blk.{layer}.ffn_gate_up_exps.weight": ("blk.{layer}.ffn_gate_exps.wei
 _ROUTER_OF_ONE = "blk.{layer}.ffn_gate_inp_shexp.weight"
 """A matrix of one row in a checkpoint, but in some files a vector."""
 
-_MAY_LACK = ("rope.", "attention.key_length", "attention.value_length", "attention.head_count_kv", "vocab_size")
-_ROPE_BASE = "rope.freq_base"
+_MAY_LACK = (
+    *("rope.", "attention.key_length", "attention.value_length", "attention.head_count_kv", "vocab_size"),
+    "final_logit_softcapping",
+)
+_ROPE_BASES = ("rope.freq_base", "rope.freq_base_swa")
 MAX_NUMBER = 1e12
 MAX_MATRICES = 250_000  # four times those of the largest model
 _USUAL_ROPE_BASE = 10_000.0  # what llama.cpp takes if a file does not say
@@ -89,7 +98,9 @@ def open_gguf(path: Path, quantized: bool = False) -> GgufModel:
                 f"{where}: {tensor.name} is already quantized to {tensor.type}. Start from a file in "
                 f"{', '.join(READABLE_TYPES)}."
             )
-    config = _config(file, mapping, where) | {"model_type": architecture.model_types[0]}
+    config = _config(file, architecture, mapping, where) | {"model_type": architecture.model_types[0]}
+    if FACTORS_TENSOR in file.tensors and any(rule.made for rule in mapping.tensors):
+        config["rope_parameters"] = _rope_of_factors(file, config, where)
     shards: dict[str, dict[str, TensorInfo]] = {part: {} for part in file.files}
     names: dict[str, str] = {}
     for tensor in file.tensors.values():
@@ -104,68 +115,115 @@ def open_gguf(path: Path, quantized: bool = False) -> GgufModel:
 
 
 def _architecture(file: GgufFile, where: str) -> tuple[Architecture, GgufMapping]:
+    """The family of a file: one architecture of llama.cpp's may be that of a family with experts and of one without."""
     name = file.metadata["general.architecture"].value if "general.architecture" in file.metadata else None
-    known = {
-        architecture.gguf.arch: (architecture, architecture.gguf)
-        for architecture in architectures().values()
-        if architecture.gguf is not None
-    }
-    readable = {
-        arch: found
-        for arch, found in known.items()
-        if all(not r.transform or r.transform in _HEADS for r in found[1].tensors)
-    }
+    count = file.metadata.get(f"{name}.expert_count")
+    sparse = count is not None and bool(count.value)
+    readable: dict[str, tuple[Architecture, GgufMapping]] = {}
+    for architecture in architectures().values():
+        mapping = architecture.gguf
+        if mapping is None or not all(not r.transform or r.transform in (*_HEADS, _SHIFTED) for r in mapping.tensors):
+            continue
+        found = readable.setdefault(mapping.arch, (architecture, mapping))
+        if _suits(architecture, sparse) and not _suits(found[0], sparse):
+            readable[mapping.arch] = architecture, mapping
     if name in readable:
         return readable[str(name)]
-    if name in known:
+    if name in {architecture.gguf.arch for architecture in architectures().values() if architecture.gguf is not None}:
         raise ArchitectureError(
             f"{where}: GGUF stores the attention of {name!r} in another form than its Hugging Face checkpoints, which "
             "cannot be undone. Start from the Hugging Face folder."
         )
     raise ArchitectureError(
-        f"{where}: its architecture {name!r} cannot be read. Readable: {', '.join(readable)}. "
+        f"{where}: its architecture {name!r} cannot be read. Readable: {', '.join(sorted(readable))}. "
         "Start from the Hugging Face folder, or add a [gguf] table as docs/architectures.md explains."
     )
+
+
+def _suits(architecture: Architecture, sparse: bool) -> bool:
+    return bool(architecture.num_experts_keys) == sparse
 
 
 # -- metadata → config ----------------------------------------------------------------------------
 
 
-def _config(file: GgufFile, mapping: GgufMapping, where: str) -> dict[str, Any]:
+def _config(file: GgufFile, architecture: Architecture, mapping: GgufMapping, where: str) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for key, origin in mapping.metadata.items():
         value = _scalar(file.metadata, f"{mapping.arch}.{key}", where)
-        if value is None and key == _ROPE_BASE:
+        if value is None and key in _ROPE_BASES:
             value = _USUAL_ROPE_BASE
-        if value is None and not origin.values and not key.startswith(_MAY_LACK):
+        if value is None and not origin.values and (origin.required or not key.startswith(_MAY_LACK)):
             raise CheckpointError(
                 f"{where} lacks {mapping.arch}.{key}; it may hold another kind of model or come from an old converter. "
-                "Convert a Mixture-of-Experts model again with a current llama.cpp."
+                "Convert the model again with a current llama.cpp."
             )
         target = origin.config[0] if origin.config else ""
         if not re.fullmatch(r"[\w.]+", target):
             continue  # a formula, of values that other keys give
-        if origin.values:
-            meanings = {written: meant for meant, written in origin.values.items()}
-            if (value or "") not in meanings:
-                raise CheckpointError(
-                    f"{where}: {mapping.arch}.{key} is {shown(value)}; readable: {', '.join(map(repr, meanings))}. "
-                    "Start from the Hugging Face folder."
-                )
-            value = meanings[value or ""]
+        value = _meant(origin, value, f"{where}: {mapping.arch}.{key}")
         if value is not None:
-            # Counts, sizes and rates: none is negative, infinite or beyond what a model could have.
-            if not isinstance(value, str) and not 0 <= value <= MAX_NUMBER:
-                raise CheckpointError(f"{where}: {mapping.arch}.{key} is {value!r}. Download the file again.")
             _set(config, target, value, f"{where}: {mapping.arch}.{key}")
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
-    for key in ("num_attention_heads", "num_key_value_heads", "hidden_size", "num_experts_per_tok"):
+    counts = ("num_attention_heads", "num_key_value_heads", "hidden_size")
+    for key in (*counts, "num_experts_per_tok") if architecture.num_experts_keys else counts:
         if type(config.get(key)) is not int or not config[key]:
             raise CheckpointError(f"{where}: its {key} is {config.get(key)!r}, not a count. Download the file again.")
+    return _completed(config, file, architecture, mapping)
+
+
+def _meant(origin: GgufKey, value: Scalar | None, where: str) -> Scalar | None:
+    """What a config says where a file has this value. Raises CheckpointError for one that no config says."""
+    if origin.values:
+        meanings = {written: meant for meant, written in reversed(origin.values.items())}  # the first, of several
+        if (value or "") not in meanings:
+            raise CheckpointError(
+                f"{where} is {shown(value)}; readable: {', '.join(map(repr, meanings))}. "
+                "Start from the Hugging Face folder."
+            )
+        value = meanings[value or ""]
+    # Counts, sizes and rates: none is negative, infinite or beyond what a model could have.
+    if value is not None and not isinstance(value, str) and not 0 <= value <= MAX_NUMBER:
+        raise CheckpointError(f"{where} is {value!r}. Download the file again.")
+    return value
+
+
+def _completed(
+    config: dict[str, Any], file: GgufFile, architecture: Architecture, mapping: GgufMapping
+) -> dict[str, Any]:
+    """A config with what the tensors say, and what llama.cpp takes for granted."""
+    where = file.files[0]
+    if "attention.key_length" in mapping.metadata:  # else a class may have a default of its own
+        config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     embedding = file.tensors.get("token_embd.weight")
     if embedding is not None and embedding.shape:
         config.setdefault("vocab_size", embedding.shape[0])
-    return config | mapping.config | {"tie_word_embeddings": "output.weight" not in file.tensors}
+    layers = architecture.layers(config)
+    for key, assumed in mapping.config.items():
+        if assumed.stated and (value := assumed.value(config, layers)) is not None:
+            _set(config, key, value, f"{where}: its {key}")
+    flags = {key: tensor in file.tensors for key, tensor in mapping.present.items()}
+    tied = "output.weight" not in file.tensors
+    # A class may have a padding token of its own that the vocabulary lacks.
+    return config | flags | {"tie_word_embeddings": tied, "pad_token_id": None}
+
+
+def _rope_of_factors(file: GgufFile, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The rotary settings that the file's factors stand for. Raises CheckpointError for factors of another kind."""
+    tensor, rope, head_dim = file.tensors[FACTORS_TENSOR], config["rope_parameters"], config["head_dim"]
+    theta, plain = rope["rope_theta"], rope.get("rope_type") == "default"
+    if plain and isinstance(theta, float) and type(head_dim) is int and tensor.shape == (head_dim // 2,) != (0,):
+        with (file.folder / tensor.file).open("rb") as stored:
+            stored.seek(tensor.begin)
+            data = stored.read(tensor.nbytes)
+        if tensor.type == "F32" and (
+            found := llama3_settings(torch.frombuffer(bytearray(data), dtype=torch.float32), theta)
+        ):
+            return found
+    raise CheckpointError(
+        f"{where}: {FACTORS_TENSOR} holds rotary factors that are not Llama 3's usual ones. "
+        "Start from the Hugging Face folder."
+    )
 
 
 def _scalar(metadata: Mapping[str, GgufValue], key: str, where: str) -> Scalar | None:
@@ -213,9 +271,12 @@ def _views(
         shape = (1, *shape)
     fits = (len(shape) == 2 and tensor.shape[0] == experts) if stacked else len(shape) in (1, 2)
     if not fits or 0 in shape or shape[0] % len(rules):
+        sort = (
+            f"model of {architecture.experts_per_layer(config)} experts" if architecture.num_experts_keys else "model"
+        )
         raise CheckpointError(
-            f"{where}: {tensor.name} has the shape {list(tensor.shape)}, unlike any in a {mapping.arch} model of "
-            f"{architecture.experts_per_layer(config)} experts. Convert the model again."
+            f"{where}: {tensor.name} has the shape {list(tensor.shape)}, unlike any in a {mapping.arch} {sort}. "
+            "Convert the model again."
         )
     shape = (shape[0] // len(rules), *shape[1:])
     nbytes = GGML_TYPES[tensor.type].storage_bytes(shape)
@@ -233,15 +294,23 @@ def _views(
 
 
 def _encoding(tensor: GgufTensor, transform: str, config: Mapping[str, Any], where: str) -> Encoding | None:
-    head_rows = 0
-    if transform:
-        heads = config[_HEADS[transform]]
-        head_rows = tensor.shape[0] // heads if type(heads) is int and heads > 0 else 0
-        if not head_rows or tensor.shape[0] % (2 * heads):
-            raise CheckpointError(
-                f"{where}: {tensor.name} of shape {list(tensor.shape)} has no {heads!r} heads of two halves. "
-                "Convert the model again."
-            )
+    heads = config[_HEADS[transform]] if transform in _HEADS else 0
+    if transform in _HEADS and (type(heads) is not int or heads <= 0 or tensor.shape[0] % (2 * heads)):
+        raise CheckpointError(
+            f"{where}: {tensor.name} of shape {list(tensor.shape)} has no {heads!r} heads of two halves. "
+            "Convert the model again."
+        )
+    if transform and len(tensor.shape) == 1:
+        if tensor.type != "F32":
+            raise CheckpointError(f"{where}: {tensor.name} is {tensor.type}, not F32. Convert the model again.")
+        return Encoding("plain", (1, 1), decoder=partial(_vector, heads=heads))
+    head_rows = tensor.shape[0] // heads if heads else 0
     if tensor.type not in TORCH_DTYPES:
         return Encoding(tensor.type, (1, GGML_TYPES[tensor.type].block_weights), head_rows=head_rows)
     return Encoding("plain", (1, 1), head_rows=head_rows) if head_rows else None
+
+
+def _vector(stored: Tensor, name: str, heads: int) -> Tensor:
+    """A bias whose heads' halves lie in turns, or without heads a norm that scales by one more, put right."""
+    values = stored.view(torch.float32)
+    return values.view(heads, -1, 2).transpose(1, 2).flatten() if heads else values - 1

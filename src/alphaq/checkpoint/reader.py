@@ -40,6 +40,7 @@ from alphaq.checkpoint.files import (
     reading,
     without_collecting,
 )
+from alphaq.checkpoint.formulas import current
 from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, metadata_bytes
 from alphaq.checkpoint.gguf_source import find_gguf, open_gguf
 from alphaq.checkpoint.hub import expanded, local_folder, resolve_folder, small_files
@@ -242,6 +243,11 @@ class Checkpoint:
         """Bytes of a matrix's own weights on disk, its scales included."""
         info = self.info(matrix.tensor)
         return bytes_on_disk(info) * matrix.parameters // math.prod(info.shape)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The language model's settings as transformers 5 spells them, with the class's defaults."""
+        return current({**self.architecture.defaults, **self.text_config})
 
     @property
     def text_config(self) -> dict[str, Any]:

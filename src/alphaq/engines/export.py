@@ -28,6 +28,7 @@ from alphaq.checkpoint.safetensors_format import (
 )
 from alphaq.checkpoint.weights import INDEX_NAME, read_shards
 from alphaq.checkpoint.writer import Place, copy_file
+from alphaq.engines.dense import dense_families, require_settings
 from alphaq.errors import PlanError
 from alphaq.numerics import in_threads, row_parts, squared_distance
 from alphaq.records import Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
@@ -257,12 +258,21 @@ def as_published(checkpoint: Checkpoint, tensor: str) -> str:
 
 
 def require_family(checkpoint: Checkpoint, engine: str) -> None:
-    """Raise PlanError unless it is known what other engines call the tensors of this architecture."""
-    if checkpoint.architecture.name not in FAMILIES:
-        raise PlanError(
-            f"The {engine} export does not know how {engine} names the tensors of {checkpoint.architecture.name!r}. "
-            f"Available: {', '.join(FAMILIES)}. Plan with --engine native."
-        )
+    """Raise PlanError unless it is known what other engines call the tensors of this architecture.
+
+    Raises ArchitectureError for a setting of a model without experts that the engine computes otherwise.
+    """
+    if checkpoint.architecture.name in FAMILIES:
+        return
+    dense, family = dense_families(engine.lower()), checkpoint.config.get("model_type")
+    if family in dense:
+        require_settings(checkpoint, engine, str(family), dense[family])
+        return
+    name = checkpoint.architecture.name if checkpoint.architecture.num_experts_keys else family
+    raise PlanError(
+        f"The {engine} export does not know how {engine} names the tensors of {name!r}. "
+        f"Available: {', '.join((*FAMILIES, *dense))}. Plan with --engine native."
+    )
 
 
 def require_agreement(

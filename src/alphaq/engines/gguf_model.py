@@ -11,14 +11,17 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from alphaq.checkpoint.formulas import evaluated, looked_up
 from alphaq.checkpoint.gguf_format import GgufValue
 from alphaq.checkpoint.gguf_mapping import GgufKey, GgufMapping, GgufTensorRule
+from alphaq.checkpoint.gguf_rope import KIND, llama3_factors
 from alphaq.checkpoint.reader import Checkpoint
+from alphaq.engines.dense import require_settings
 from alphaq.engines.gguf_package import general_metadata
 from alphaq.engines.gguf_tokenizer import tokenizer_metadata
 from alphaq.errors import ArchitectureError
@@ -30,9 +33,18 @@ QUANTIZATION_VERSION = 2  # ggml's, unchanged since 2023
 # Counts, flags and names tell their type themselves; a config may write these numbers without a point.
 _FLOATS = frozenset(
     {
+        "attention.layer_norm_epsilon",
         "attention.layer_norm_rms_epsilon",
+        "attention.scale",
+        "attention.temperature_scale",
+        "attn_logit_softcapping",
+        "embedding_scale",
         "expert_weights_scale",
+        "final_logit_softcapping",
+        "logit_scale",
+        "residual_scale",
         "rope.freq_base",
+        "rope.freq_base_swa",
         "rope.scaling.factor",
         "rope.scaling.yarn_attn_factor",
         "rope.scaling.yarn_beta_fast",
@@ -87,7 +99,7 @@ def gguf_metadata(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> d
         "general.architecture": GgufValue.of("string", mapping.arch),
         "general.type": GgufValue.of("string", "model"),
         **labels,
-        **_hyperparameters(mapping, checkpoint.config),
+        **_hyperparameters(mapping, checkpoint.settings),
         "general.file_type": GgufValue.of("uint32", FILE_TYPES[embedding.type]),
         "general.quantization_version": GgufValue.of("uint32", QUANTIZATION_VERSION),
         **tokenizer_metadata(checkpoint.folder, embedding.shape[0], pre_tokenizer),
@@ -101,7 +113,7 @@ def gguf_tensors(checkpoint: Checkpoint) -> list[TensorRecipe]:
     none of llama.cpp's, if llama.cpp would compute the model otherwise, or if a stored tensor has no place in the file.
     """
     mapping = _mapping(checkpoint)
-    _check_assumptions(mapping, checkpoint.config)
+    require_settings(checkpoint, "llama.cpp", mapping.arch, mapping.config)
     layers = checkpoint.architecture.layers(checkpoint.config)
     found = _Stored(checkpoint)
     recipes = [
@@ -128,6 +140,7 @@ class _Stored:
         self.checkpoint = checkpoint
         self.matrices = {matrix.name: matrix for matrix in checkpoint.matrices}
         self.experts = checkpoint.architecture.experts_per_layer(checkpoint.config)
+        self.settings = checkpoint.settings
         self.used: set[str] = set()
 
     def recipe(self, rule: GgufTensorRule, layer: int | None) -> TensorRecipe | None:
@@ -140,12 +153,22 @@ class _Stored:
                 matrices = tuple(self.matrices[name] for name in names)
                 self.used.update(matrix.tensor for matrix in matrices)
                 rows, columns = matrices[0].shape
-                shape = _shape(rule, (len(names), rows, columns) if stacked else (rows, columns), self.checkpoint)
+                shape = _shape(rule, (len(names), rows, columns) if stacked else (rows, columns), self.settings)
                 return TensorRecipe(name, shape, _type(name, matrices[0].dtype), matrices, transform=rule.transform)
             if names[0] in self.checkpoint.shard_of:
                 self.used.add(names[0])
-                return TensorRecipe(name, self.checkpoint.info(names[0]).shape, "F32", vector=names[0])
-        return None
+                shape = _shape(rule, self.checkpoint.info(names[0]).shape, self.settings)
+                return TensorRecipe(name, shape, "F32", vector=names[0], transform=rule.transform)
+        return self._made(rule, name)
+
+    def _made(self, rule: GgufTensorRule, name: str) -> TensorRecipe | None:
+        """How a tensor is made out of the config, where that asks for it; it is written beside the last norm."""
+        if not rule.made or looked_up("rope_parameters.rope_type", self.settings) != KIND:
+            return None
+        shape = _shape(replace(rule, transform=rule.made), (1,), self.settings)
+        return TensorRecipe(
+            name, shape, "F32", vector=sorted(self.used - self.matrices.keys())[-1], transform=rule.made
+        )
 
     def left(self, layers: int) -> list[str]:
         """Stored tensors that no recipe uses and that are not meant to be dropped."""
@@ -176,7 +199,13 @@ def _type(name: str, dtype: str) -> str:
 
 def _rotated_pairs(values: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of each head reordered so that the two that one rotary angle turns are neighbours, not half a head apart."""
-    return values.view(heads, 2, -1, values.shape[-1]).transpose(1, 2).reshape(values.shape)
+    return values.view(heads, 2, -1, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
+
+
+def _factors(config: Mapping[str, Any]) -> torch.Tensor:
+    """Of the config's rotary waves. Raises KeyError, TypeError, ValueError or ZeroDivisionError if it is incomplete."""
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return llama3_factors(config["rope_parameters"], head_dim)
 
 
 def _latent_parts(values: torch.Tensor, config: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,6 +221,9 @@ _TRANSFORMS: dict[str, Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]
     "permute_k": lambda values, config: _rotated_pairs(
         values, config.get("num_key_value_heads") or config["num_attention_heads"]
     ),
+    # Gemma's norms scale by 1 + w, llama.cpp's by w.
+    "plus_one": lambda values, config: values.float() + 1,
+    "llama3_factors": lambda values, config: _factors(config),
     # Keys are multiplied from the other side: the query is taken into the latent space, not the keys out of it.
     "kv_b_to_k": lambda values, config: _latent_parts(values, config)[0].transpose(1, 2).contiguous(),
     "kv_b_to_v": lambda values, config: _latent_parts(values, config)[1].contiguous(),
@@ -203,11 +235,15 @@ def transformed(transform: str, values: torch.Tensor, config: Mapping[str, Any])
     return _TRANSFORMS[transform](values, config)
 
 
-def _shape(rule: GgufTensorRule, shape: tuple[int, ...], checkpoint: Checkpoint) -> tuple[int, ...]:
+def _shape(rule: GgufTensorRule, shape: tuple[int, ...], settings: Mapping[str, Any]) -> tuple[int, ...]:
     """Shape after a rule's transformation. Raises ArchitectureError if config.json has no heads of that size."""
     try:
-        return tuple(_TRANSFORMS[rule.transform](torch.empty(shape, device="meta"), checkpoint.config).shape)
-    except (KeyError, RuntimeError, TypeError):
+        return tuple(_TRANSFORMS[rule.transform](torch.empty(shape, device="meta"), settings).shape)
+    except (KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError):
+        if rule.made:
+            raise ArchitectureError(
+                "config.json: rope_parameters lacks numbers that its rope_type needs. Restore the original file."
+            ) from None
         raise ArchitectureError(
             f"{rule.sources[0]!r} has shape {list(shape)}, which cannot be cut into the attention heads that "
             "config.json promises. Restore the original config.json."
@@ -226,22 +262,12 @@ def _mapping(checkpoint: Checkpoint) -> GgufMapping:
     return checkpoint.architecture.gguf
 
 
-def _check_assumptions(mapping: GgufMapping, config: Mapping[str, Any]) -> None:
-    for key, assumed in mapping.config.items():
-        if config.get(key) not in (None, assumed):
-            raise ArchitectureError(
-                f"config.json: {key} is {config[key]!r}, but llama.cpp computes every {mapping.arch!r} model with "
-                f"{assumed!r}: it would not load this one, or answer wrongly. Use another engine for this model."
-            )
-
-
 def _hyperparameters(mapping: GgufMapping, config: Mapping[str, Any]) -> dict[str, GgufValue]:
     """What the table says of the config, in the table's order."""
-    config = _current(config)
     found = {}
     for key, rule in mapping.metadata.items():
         value = _said(rule, config, mapping.arch)
-        if value is None and key in _REQUIRED:
+        if value is None and (key in _REQUIRED or rule.required):
             raise ArchitectureError(
                 f"config.json has no {' or '.join(rule.config)}, which llama.cpp needs. Restore the original file."
             )
@@ -252,7 +278,9 @@ def _hyperparameters(mapping: GgufMapping, config: Mapping[str, Any]) -> dict[st
 
 def _said(rule: GgufKey, config: Mapping[str, Any], arch: str) -> Any:
     """The value for a key, None for nothing."""
-    values = ((name, _evaluated(name, config)) for name in rule.config)
+    if any(looked_up(other, config) not in needed for other, needed in rule.when.items()):
+        return None
+    values = ((name, evaluated(name, config)) for name in rule.config)
     name, value = next((pair for pair in values if pair[1] is not None), ("", rule.default))
     if not rule.values or value is None:
         return value
@@ -264,46 +292,10 @@ def _said(rule: GgufKey, config: Mapping[str, Any], arch: str) -> Any:
     return rule.values[value]
 
 
-def _evaluated(formula: str, config: Mapping[str, Any]) -> Any:
-    """A config value, or a formula of several and numbers, from left to right; None if one of them is missing."""
-    first, *rest = formula.split(" ")
-    value = _looked_up(first, config)
-    for operator, name in zip(rest[::2], rest[1::2], strict=True):
-        other = _looked_up(name, config)
-        if not (_is_number(value) and _is_number(other)) or (operator == "/" and other == 0):
-            return None
-        value = value + other if operator == "+" else value * other if operator == "*" else value // other
-    return value
-
-
-def _looked_up(name: str, config: Mapping[str, Any]) -> Any:
-    if name[0].isdigit():
-        return float(name)
-    value: Any = config
-    for key in name.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _value_type(key: str, value: Any) -> str:
     if key in _FLOATS:
         return "float32"
     return {bool: "bool", str: "string"}.get(type(value), "uint32")
-
-
-def _current(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with `rope_parameters`, in which transformers 5 gathers what used to lie in two places."""
-    old = config.get("rope_scaling")
-    scaling = dict(old) if isinstance(old, dict) else {}
-    if "type" in scaling:
-        scaling.setdefault("rope_type", scaling.pop("type"))
-    new = config.get("rope_parameters")
-    gathered = {"rope_theta": config.get("rope_theta")} | scaling | (new if isinstance(new, dict) else {})
-    return {**config, "rope_parameters": gathered}
 
 
 def _parameters(tensors: Iterable[TensorRecipe]) -> tuple[int, int, int]:

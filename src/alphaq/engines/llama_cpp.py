@@ -191,7 +191,7 @@ def _entry(
 def convert(values: torch.Tensor, form: str, checkpoint: Checkpoint) -> torch.Tensor:
     """Values laid out as llama.cpp wants them (`transform`), and in another type (`transform>type`)."""
     transform, _, type = form.partition(">")
-    values = transformed(transform, values, checkpoint.config)
+    values = transformed(transform, values, checkpoint.settings)
     return values.to(TORCH_DTYPES[type]) if type else values
 
 

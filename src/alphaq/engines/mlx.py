@@ -118,11 +118,18 @@ def _settings(choice: Choice) -> dict[str, Any]:
 def older_names(checkpoint: Checkpoint) -> dict[str, Any]:
     """Settings that mlx-lm looks for under their older names, where config.json only has those of transformers 5.
 
-    It takes its own default for a rotary base that it does not find, and says nothing.
+    It takes its own default for a rotary base that it does not find, and says nothing; likewise where the defaults of
+    transformers' class count.
     """
     config, keys = checkpoint.config, checkpoint.architecture.num_experts_keys
+    found = dict(checkpoint.architecture.defaults)
+    if keys:
+        found[keys[0]] = checkpoint.architecture.experts_per_layer(config)
     rope = dict(config.get("rope_parameters") or {})
-    found = {keys[0]: checkpoint.architecture.experts_per_layer(config), "rope_theta": rope.pop("rope_theta", None)}
+    if isinstance(local := rope.get("sliding_attention"), dict):
+        found["rope_local_base_freq"] = local.get("rope_theta")
+        rope = dict(rope.get("full_attention") or {})
+    found["rope_theta"] = rope.pop("rope_theta", None)
     kind = rope.pop("rope_type", "default")
     if kind != "default":
         found["rope_scaling"] = {"type": kind, "rope_type": kind, **rope}

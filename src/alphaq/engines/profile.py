@@ -28,9 +28,10 @@ class Profile:
     outside the budget. storage_bytes: exact bytes of one matrix's tensors at a choice. file_bytes: what they add to
     the files, header entries included. kept_bytes: what a matrix that is kept adds to them, where that depends on the
     source; None if file_bytes says it. obstacle: why a matrix cannot be stored so, or None. quantizer: the one whose
-    codes the engine reads, by name. role_bits: usual width of each role that is quantized outside the budget.
-    on_request: roles that are copied unless a user names a width for them. joint: whether a budget for all files
-    (`--size`) chooses for those of role_bits too. export: how files are written, None where they cannot be yet.
+    codes the engine reads, by name. merged: projections of a dense MLP that the engine runs as one, and what that is
+    called. role_bits: usual width of each role that is quantized outside the budget. on_request: roles that are copied
+    unless a user names a width for them. joint: whether a budget for all files (`--size`) chooses for those of
+    role_bits too. export: how files are written, None where they cannot be yet.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Profile:
     file_bytes: Callable[[MatrixRef, Choice], int]
     obstacle: Callable[[Choice, MatrixRef], str | None]
     quantizer: str
+    merged: Mapping[str, str] = field(default_factory=dict)
     role_bits: Mapping[Role, int] = field(default_factory=lambda: dict(ROLE_BITS))
     on_request: frozenset[Role] = frozenset()
     joint: bool = False
@@ -62,7 +64,9 @@ class Profile:
         return self.on_request | self.role_bits.keys()
 
     def unit_of(self, matrix: MatrixRef) -> str:
-        """Name of the unit that a matrix belongs to; outside the routed experts each is one of its own."""
+        """Name of the unit that a matrix belongs to; outside the experts each is its own, unless it is merged."""
+        if matrix.role is Role.DENSE_MLP and (together := self.merged.get(matrix.projection or "")):
+            return f"layers.{matrix.layer}.mlp.{together}"
         if self.unit == "matrix" or matrix.role is not Role.EXPERT:
             return matrix.name
         layer = f"layers.{matrix.layer}.experts"

@@ -65,7 +65,7 @@ FUSED = {
 def with_bits(bits: int) -> Choice:
     """Symmetric with groups of 128, or 16. Raises ChoiceError unless bits is 4, 8 or 16."""
     if bits not in CHOICE_OF_BITS:
-        raise ChoiceError(f"vLLM's fused experts have no {bits}-bit kernel. Available: 4, 8, 16 (kept).")
+        raise ChoiceError(f"vLLM's kernels for these files know no {bits}-bit weights. Available: 4, 8, 16 (kept).")
     return CHOICE_OF_BITS[bits]
 
 
@@ -219,6 +219,7 @@ PROFILE = Profile(
     file_bytes=lambda matrix, choice: added_bytes(parts(matrix, choice)),
     obstacle=ragged,
     quantizer="symmetric16",
+    merged={"gate": "gate_up", "up": "gate_up"},
     export=Export(
         layout=layout,
         encode=encode,

@@ -1,5 +1,7 @@
 """A plan and a spread of α as a terminal can show them: a cell for each layer and expert, a bar for each bin.
 
+A model without experts has one map instead, a row for each projection and a cell for each layer.
+
 A cell's height is its bits (▁ is 1, █ is 8), and colour repeats it; without colour, or where a terminal knows only
 ASCII, a digit says it. What does not fit is pooled: a cell then stands for the mean of several experts or layers.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from rich.console import Console
@@ -20,34 +23,44 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 COLOURS = ("#8a5fa8", "#5f6ec4", "#3b8fb5", "#21a585", "#6ccd5a", "#b5de2b", "#fde725", "#fff4b0", "#ffffff")
 MAX_ROWS = 32
 MIN_COLUMNS = 8
-_ORDER = ("gate", "up", "down")
+_ORDER = ("gate", "up", "gate_up", "down", "q", "k", "v", "o")
 BAR_WIDTH = 40
 HISTOGRAM_BINS = 12
 
 
+@dataclass(frozen=True)
+class _Maps:
+    """What is drawn: tables of bits side by side, NaN where there is none, and what their rows and cells are."""
+
+    title: str
+    labels: tuple[str, ...]
+    tables: Mapping[str, np.ndarray]
+    row: str = "layers"
+    cell: str = "experts"
+
+
 def bit_map(plan: Plan, console: Console, places: Mapping[str, Place] | None = None) -> Text:
-    """Maps of the planned experts, a projection beside the other, as wide as the console. Empty without experts."""
-    tables = _tables(plan, places or {})
-    if not tables:
+    """Maps of the planned experts, a projection beside the other, as wide as the console; of layers without experts."""
+    maps = _maps(plan, places or {})
+    if not maps.tables:
         return Text()
-    symbols = _symbols(console)
-    layers = next(iter(tables.values()))[1]
-    label = max(len(str(layer)) for layer in layers) + 2
+    symbols, tables = _symbols(console), maps.tables
+    label = max(map(len, maps.labels)) + 2
     per_row = max(1, min(len(tables), (console.width - label + 2) // (MIN_COLUMNS + 2)))
     room = (console.width - label) // per_row - 2
-    rows = _pools(len(layers), MAX_ROWS)
+    rows = _pools(len(maps.labels), MAX_ROWS)
     found = Text(no_wrap=True)
-    found.append("Bits by layer (down) and expert (across)", "bold")
+    found.append(maps.title, "bold")
     titles = list(tables)
     pooled = 1
     for first in range(0, len(titles), per_row):
         part = titles[first : first + per_row]
-        shrunk = {title: _pooled(tables[title][0], rows, _pools(tables[title][0].shape[1], room)) for title in part}
-        pooled = max([pooled, *(math.ceil(tables[title][0].shape[1] / shrunk[title].shape[1]) for title in part)])
+        shrunk = {title: _pooled(tables[title], rows, _pools(tables[title].shape[1], room)) for title in part}
+        pooled = max([pooled, *(math.ceil(tables[title].shape[1] / shrunk[title].shape[1]) for title in part)])
         head = "".join(f"{title[: shrunk[title].shape[1]]:<{shrunk[title].shape[1] + 2}}" for title in part)
-        found.append(f"\n{'':{label}}{head.rstrip()}\n")
+        found.append(f"\n{'':{label}}{head.rstrip()}\n" if head.strip() else "\n")
         for row, members in enumerate(rows):
-            found.append(f"{layers[members[0]]:>{label - 2}}  ")
+            found.append(f"{maps.labels[members[0]]:>{label - 2}}  ")
             for title in part:
                 for value in shrunk[title][row]:
                     found.append(*_cell(value, symbols))
@@ -63,31 +76,43 @@ def bit_map(plan: Plan, console: Console, places: Mapping[str, Place] | None = N
     else:
         notes.append("a digit is bits, F is 16" if 16 in plan.assignment.values() else "a digit is bits")
     if pooled > 1:
-        notes.append(f"a cell is the mean of up to {pooled} experts")
-    if len(rows) < len(layers):
-        notes.append(f"a row of up to {math.ceil(len(layers) / len(rows))} layers")
+        notes.append(f"a cell is the mean of up to {pooled} {maps.cell}")
+    if len(rows) < len(maps.labels):
+        notes.append(f"a row of up to {math.ceil(len(maps.labels) / len(rows))} {maps.row}")
     found.append("; ".join(notes))
     found.rstrip()
     return found
 
 
-def _tables(plan: Plan, places: Mapping[str, Place]) -> dict[str, tuple[np.ndarray, list[int]]]:
-    """For each projection bits [layers, experts], NaN where there is none, and the layers' numbers."""
+def _maps(plan: Plan, places: Mapping[str, Place]) -> _Maps:
+    """The maps of a plan; no tables where numbers are those that no model has."""
     found = {name: places.get(name) or place_by_name(name) for name in plan.assignment}
-    experts = {name: place for name, place in found.items() if place.expert is not None and place.layer is not None}
-    layers = sorted({place.layer for place in experts.values() if place.layer is not None})
-    row_of = {layer: row for row, layer in enumerate(layers)}
+    layered = {name: place for name, place in found.items() if place.layer is not None}
+    experts = {name: place for name, place in layered.items() if place.expert is not None}
+    shown = experts or layered
+    layers = sorted({place.layer for place in shown.values() if place.layer is not None})
     width = 1 + max((place.expert or 0 for place in experts.values()), default=0)
-    if len(layers) * width > 16 * max(1, len(experts)):  # numbers that no model has
-        return {}
-    titles = sorted(
-        {place.projection for place in experts.values()},
-        key=lambda one: (_ORDER.index(one) if one in _ORDER else 3, one),
-    )
-    tables = {title: np.full((len(layers), width), np.nan) for title in titles}
-    for name, place in experts.items():
-        tables[place.projection][row_of[place.layer or 0], place.expert or 0] = plan.assignment[name]
-    return {title: (table, layers) for title, table in tables.items()}
+    if len(layers) * width > 16 * max(1, len(shown)):
+        return _Maps("", (), {})
+    index = {layer: number for number, layer in enumerate(layers)}
+    titles = sorted({_short(place) for place in shown.values()}, key=lambda one: (_rank(one), one))
+    # [projections, layers, experts], of which a model without experts has one.
+    bits = np.full((len(titles), len(layers), width), np.nan)
+    for name, place in shown.items():
+        bits[titles.index(_short(place)), index[place.layer or 0], place.expert or 0] = plan.assignment[name]
+    if not experts:
+        tables = {"": bits[:, :, 0]} if titles else {}
+        return _Maps("Bits by projection (down) and layer (across)", tuple(titles), tables, "projections", "layers")
+    by_projection = dict(zip(titles, bits, strict=True))
+    return _Maps("Bits by layer (down) and expert (across)", tuple(map(str, layers)), by_projection)
+
+
+def _short(place: Place) -> str:
+    return place.projection.removesuffix("_proj")
+
+
+def _rank(projection: str) -> int:
+    return _ORDER.index(projection) if projection in _ORDER else len(_ORDER)
 
 
 def _pools(count: int, room: int) -> list[list[int]]:

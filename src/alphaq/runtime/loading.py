@@ -96,7 +96,10 @@ def _load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
     hollow = HollowModel(open_checkpoint(path, quantized=True))
-    for name, _ in hollow.model.named_children():
+    names = [name for name, _ in hollow.model.named_children()]
+    for name in sorted(names, key=hollow.stores, reverse=True):
+        if not hollow.stores(name):  # tied: the head is the embedding
+            hollow.model.tie_weights()
         hollow.fill(name)
     tokenizer = None
     with suppress(OSError, ValueError, KeyError, NotImplementedError):  # of families that transformers does not know
