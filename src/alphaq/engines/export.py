@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from alphaq.checkpoint.safetensors_format import (
     layout,
     stored_bytes,
 )
-from alphaq.checkpoint.writer import Place, copy_file
+from alphaq.checkpoint.writer import Place, checksum, copy_file
+from alphaq.engines.effective import TIED, head_of, says_tied
 from alphaq.errors import PlanError
 from alphaq.numerics import in_threads, row_parts, squared_distance
 from alphaq.records import Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
@@ -136,20 +137,23 @@ def safetensors_layout(
     choices: Mapping[str, Choice],
     parts_of: Callable[[MatrixRef, Choice], Sequence[Part]],
     renamed: Callable[[str], str] = str,
+    left_out: Container[str] = (),
 ) -> Layout:
     """Output shards that mirror the source's: a matrix's parts where it was, a stack where its first matrix was.
 
-    renamed: what the engine calls a tensor that is kept.
+    renamed: what the engine calls a tensor that is kept. left_out: stored tensors that are not written.
     """
     within = checkpoint.matrices_by_tensor(choices)
     parts = {matrix.name: parts_of(matrix, choices[matrix.name]) for matrices in within.values() for matrix in matrices}
     stacked = Counter(part.tensor for each in parts.values() for part in each if part.index is not None)
     home: dict[str, str] = {}
     files, places = {}, {}
-    for position, tensors in enumerate(checkpoint.shards.values(), start=1):
-        file = shard_name(position, len(checkpoint.shards))
+    wanted = ([one for one in held.values() if one.name not in left_out] for held in checkpoint.shards.values())
+    shards = [tensors for tensors in wanted if tensors]
+    for position, tensors in enumerate(shards, start=1):
+        file = shard_name(position, len(shards))
         specs: dict[str, TensorSpec] = {}
-        for stored, info in tensors.items():
+        for stored, info in ((one.name, one) for one in tensors):
             if stored not in within:
                 specs[renamed(stored)] = TensorSpec(info.dtype, info.shape)
             for part in (part for matrix in within.get(stored, ()) for part in parts[matrix.name]):
@@ -160,8 +164,8 @@ def safetensors_layout(
         files[file] = header, nbytes
         places.update(stored_in({file: infos}))
     entries = []
-    for tensors in checkpoint.shards.values():
-        for stored in tensors:
+    for tensors in shards:
+        for stored in (one.name for one in tensors):
             if stored not in within:
                 kept = renamed(stored)
                 entries.append(Entry(stored, stored, None, (places[kept].place,), ((kept, None),)))
@@ -326,10 +330,32 @@ def write_model_folder(
         for (tensor, _), place in zip(entry.parts, entry.places, strict=True):
             weight_map[tensor] = place.file
             total += place.nbytes
-    write_json(folder / "config.json", {**checkpoint.config, **config})
+    write_json(folder / "config.json", {**checkpoint.config, **own_head(checkpoint), **config})
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     for path in checkpoint.side_files():
         copy_file(path, folder / path.name)
+
+
+def own_head(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What config.json must say where it calls a head tied that the files hold with other weights: engines differ in
+    which of the two they believe."""
+    head = head_of(checkpoint)
+    embedding = next((name for name, role in checkpoint.roles.items() if role is Role.EMBEDDING), None)
+    if head is None or not says_tied(checkpoint) or (embedding and _same_bytes(checkpoint, head, embedding)):
+        return {}
+    nested = {
+        key: {**part, TIED: False} for key, part in checkpoint.config.items() if isinstance(part, dict) and TIED in part
+    }
+    return {TIED: False, **nested}
+
+
+def _same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    first, second = (checkpoint.info(name) for name in (one, other))
+    if (first.dtype, first.shape, first.encoding) != (second.dtype, second.shape, second.encoding):
+        return False
+    files = (checkpoint.file(checkpoint.shard_of[name]) for name in (one, other))
+    sums = {checksum(file.chunks(info.begin, info.nbytes)) for file, info in zip(files, (first, second), strict=True)}
+    return len(sums) == 1
 
 
 def write_json(path: Path, data: Any) -> None:

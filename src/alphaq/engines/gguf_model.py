@@ -19,11 +19,17 @@ import torch
 from alphaq.checkpoint.gguf_format import GgufValue
 from alphaq.checkpoint.gguf_mapping import GgufKey, GgufMapping, GgufTensorRule
 from alphaq.checkpoint.reader import Checkpoint
+from alphaq.engines.effective import effective_config
+from alphaq.engines.formulas import evaluated
 from alphaq.engines.gguf_package import general_metadata
+from alphaq.engines.gguf_rope import frequency_factors, scales_frequencies
 from alphaq.engines.gguf_tokenizer import tokenizer_metadata
+from alphaq.engines.placement import is_harmless
+from alphaq.engines.settings import require_settings
 from alphaq.errors import ArchitectureError
 from alphaq.records import MatrixRef
 
+ENGINE = "llama.cpp"
 FILE_TYPES = {"F16": 1, "BF16": 32}  # llama.cpp's LLAMA_FTYPE_MOSTLY_…
 QUANTIZATION_VERSION = 2  # ggml's, unchanged since 2023
 
@@ -49,7 +55,6 @@ _REQUIRED = (
     "expert_count",
     "expert_used_count",
 )
-_NOT_WEIGHTS = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)")
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def gguf_metadata(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> d
         "general.architecture": GgufValue.of("string", mapping.arch),
         "general.type": GgufValue.of("string", "model"),
         **labels,
-        **_hyperparameters(mapping, checkpoint.config),
+        **_hyperparameters(mapping, require_settings(checkpoint, ENGINE)),
         "general.file_type": GgufValue.of("uint32", FILE_TYPES[embedding.type]),
         "general.quantization_version": GgufValue.of("uint32", QUANTIZATION_VERSION),
         **tokenizer_metadata(checkpoint.folder, embedding.shape[0], pre_tokenizer),
@@ -101,7 +106,7 @@ def gguf_tensors(checkpoint: Checkpoint) -> list[TensorRecipe]:
     none of llama.cpp's, if llama.cpp would compute the model otherwise, or if a stored tensor has no place in the file.
     """
     mapping = _mapping(checkpoint)
-    _check_assumptions(mapping, checkpoint.config)
+    config = require_settings(checkpoint, ENGINE)
     layers = checkpoint.architecture.layers(checkpoint.config)
     found = _Stored(checkpoint)
     recipes = [
@@ -115,6 +120,10 @@ def gguf_tensors(checkpoint: Checkpoint) -> list[TensorRecipe]:
         )
     if not recipes or recipes[0].name != "token_embd.weight":
         raise ArchitectureError(f"{checkpoint.folder} holds no embedding. Complete the download.")
+    if checkpoint.gguf is None and scales_frequencies(config):
+        beside = next(recipe.vector for recipe in recipes if recipe.vector)
+        shape = tuple(frequency_factors(config).shape)
+        recipes.append(TensorRecipe("rope_freqs.weight", shape, "F32", vector=beside, transform="rope_freqs"))
     return recipes
 
 
@@ -154,7 +163,7 @@ class _Stored:
             name
             for name in self.checkpoint.shard_of
             if name not in self.used
-            and not _NOT_WEIGHTS.fullmatch(name)
+            and not is_harmless(name)
             and not ((match := beyond.match(name)) and int(match[1]) >= layers)
         ]
 
@@ -195,6 +204,7 @@ _TRANSFORMS: dict[str, Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]
     # Keys are multiplied from the other side: the query is taken into the latent space, not the keys out of it.
     "kv_b_to_k": lambda values, config: _latent_parts(values, config)[0].transpose(1, 2).contiguous(),
     "kv_b_to_v": lambda values, config: _latent_parts(values, config)[1].contiguous(),
+    "rope_freqs": lambda values, config: frequency_factors(config),  # which no file stores: made of the config alone
 }
 
 
@@ -205,8 +215,11 @@ def transformed(transform: str, values: torch.Tensor, config: Mapping[str, Any])
 
 def _shape(rule: GgufTensorRule, shape: tuple[int, ...], checkpoint: Checkpoint) -> tuple[int, ...]:
     """Shape after a rule's transformation. Raises ArchitectureError if config.json has no heads of that size."""
+    if not rule.transform:
+        return shape
     try:
-        return tuple(_TRANSFORMS[rule.transform](torch.empty(shape, device="meta"), checkpoint.config).shape)
+        config = effective_config(checkpoint)
+        return tuple(_TRANSFORMS[rule.transform](torch.empty(shape, device="meta"), config).shape)
     except (KeyError, RuntimeError, TypeError):
         raise ArchitectureError(
             f"{rule.sources[0]!r} has shape {list(shape)}, which cannot be cut into the attention heads that "
@@ -226,19 +239,10 @@ def _mapping(checkpoint: Checkpoint) -> GgufMapping:
     return checkpoint.architecture.gguf
 
 
-def _check_assumptions(mapping: GgufMapping, config: Mapping[str, Any]) -> None:
-    for key, assumed in mapping.config.items():
-        if config.get(key) not in (None, assumed):
-            raise ArchitectureError(
-                f"config.json: {key} is {config[key]!r}, but llama.cpp computes every {mapping.arch!r} model with "
-                f"{assumed!r}: it would not load this one, or answer wrongly. Use another engine for this model."
-            )
-
-
 def _hyperparameters(mapping: GgufMapping, config: Mapping[str, Any]) -> dict[str, GgufValue]:
     """What the table says of the config, in the table's order."""
     config = _current(config)
-    found = {}
+    found: dict[str, GgufValue] = {}
     for key, rule in mapping.metadata.items():
         value = _said(rule, config, mapping.arch)
         if value is None and key in _REQUIRED:
@@ -247,12 +251,13 @@ def _hyperparameters(mapping: GgufMapping, config: Mapping[str, Any]) -> dict[st
             )
         if not (value is None or value is False or value == ""):  # a flag that is not there is false
             found[f"{mapping.arch}.{key}"] = GgufValue.of(_value_type(key, value), value)
-    return found
+    scaled = f"{mapping.arch}.rope.scaling.type" in found  # without a type llama.cpp takes a factor as linear
+    return {key: value for key, value in found.items() if scaled or ".rope.scaling." not in key}
 
 
 def _said(rule: GgufKey, config: Mapping[str, Any], arch: str) -> Any:
     """The value for a key, None for nothing."""
-    values = ((name, _evaluated(name, config)) for name in rule.config)
+    values = ((name, evaluated(name, config)) for name in rule.config)
     name, value = next((pair for pair in values if pair[1] is not None), ("", rule.default))
     if not rule.values or value is None:
         return value
@@ -262,31 +267,6 @@ def _said(rule: GgufKey, config: Mapping[str, Any], arch: str) -> Any:
             f"It can be {', '.join(map(repr, rule.values))}; otherwise use another engine."
         )
     return rule.values[value]
-
-
-def _evaluated(formula: str, config: Mapping[str, Any]) -> Any:
-    """A config value, or a formula of several and numbers, from left to right; None if one of them is missing."""
-    first, *rest = formula.split(" ")
-    value = _looked_up(first, config)
-    for operator, name in zip(rest[::2], rest[1::2], strict=True):
-        other = _looked_up(name, config)
-        if not (_is_number(value) and _is_number(other)) or (operator == "/" and other == 0):
-            return None
-        value = value + other if operator == "+" else value * other if operator == "*" else value // other
-    return value
-
-
-def _looked_up(name: str, config: Mapping[str, Any]) -> Any:
-    if name[0].isdigit():
-        return float(name)
-    value: Any = config
-    for key in name.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _value_type(key: str, value: Any) -> str:
@@ -303,6 +283,8 @@ def _current(config: Mapping[str, Any]) -> dict[str, Any]:
         scaling.setdefault("rope_type", scaling.pop("type"))
     new = config.get("rope_parameters")
     gathered = {"rope_theta": config.get("rope_theta")} | scaling | (new if isinstance(new, dict) else {})
+    if scales_frequencies({"rope_parameters": gathered}):  # a tensor says how
+        gathered["rope_type"] = "default"
     return {**config, "rope_parameters": gathered}
 
 
@@ -311,6 +293,8 @@ def _parameters(tensors: Iterable[TensorRecipe]) -> tuple[int, int, int]:
     shared = expert = total = 0
     # A tied embedding is in the file twice but is one.
     for tensor in {(tensor.matrices, tensor.vector, tensor.transform): tensor for tensor in tensors}.values():
+        if tensor.transform == "rope_freqs":
+            continue
         size = math.prod(tensor.shape)
         total += size
         if "_exps." in tensor.name:

@@ -41,7 +41,9 @@ from alphaq.engines.export import (
     write_json,
     write_model_folder,
 )
+from alphaq.engines.placement import left_out
 from alphaq.engines.profile import Profile, ragged
+from alphaq.engines.settings import require_settings
 from alphaq.errors import ChoiceError, PlanError
 from alphaq.quantizers.packing import dequantized_rows, pack, unpack
 from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
@@ -113,6 +115,7 @@ def parts(matrix: MatrixRef, choice: Choice) -> tuple[Part, ...]:
 def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
     """Every tensor of every output shard. Raises PlanError for what GPTQModel could not load."""
     require_family(checkpoint, "GPTQModel")
+    require_settings(checkpoint, PROFILE.name)
     if checkpoint.architecture.name in DENSE_KEPT:
         for matrix in checkpoint.with_role(Role.DENSE_MLP):
             if choices.get(matrix.name, KEPT) != KEPT:
@@ -120,7 +123,7 @@ def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
                     f"GPTQModel does not quantize dense layers of {checkpoint.architecture.name}, such as "
                     f"{matrix.name}. Keep them with --pin 'dense_mlp=16'."
                 )
-    return safetensors_layout(checkpoint, choices, parts, as_loaded)
+    return safetensors_layout(checkpoint, choices, parts, as_loaded, left_out(checkpoint, PROFILE.name))
 
 
 def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> dict[str, Any]:

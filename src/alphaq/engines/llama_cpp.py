@@ -20,6 +20,7 @@ from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
 from alphaq.checkpoint.writer import Place
+from alphaq.engines.effective import effective_config
 from alphaq.engines.export import RAW, Entry, Export, Layout, Rows, Stored
 from alphaq.engines.gguf_model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
 from alphaq.engines.gguf_package import package
@@ -184,7 +185,7 @@ def _entry(
 def convert(values: torch.Tensor, form: str, checkpoint: Checkpoint) -> torch.Tensor:
     """Values laid out as llama.cpp wants them (`transform`), and in another type (`transform>type`)."""
     transform, _, type = form.partition(">")
-    values = transformed(transform, values, checkpoint.config)
+    values = transformed(transform, values, effective_config(checkpoint)) if transform else values
     return values.to(TORCH_DTYPES[type]) if type else values
 
 

@@ -40,7 +40,9 @@ from alphaq.engines.export import (
     shape_fault,
     write_model_folder,
 )
+from alphaq.engines.placement import left_out
 from alphaq.engines.profile import Profile, ragged
+from alphaq.engines.settings import ROPE, family_settings, require_settings
 from alphaq.errors import ChoiceError, MissingExtraError, PlanError
 from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
 
@@ -89,6 +91,7 @@ def parts(matrix: MatrixRef, choice: Choice) -> tuple[Part, ...]:
 def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
     """Every tensor of every output shard. Raises PlanError for what mlx-lm could not load."""
     require_family(checkpoint, "MLX")
+    require_settings(checkpoint, PROFILE.name)
     require_agreement(checkpoint, choices, "MLX", PROFILE.unit_of)
     if checkpoint.architecture.name == "deepseek_v3":
         again = [name for name, choice in choices.items() if name.endswith("kv_b_proj.weight") and choice != KEPT]
@@ -97,7 +100,7 @@ def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
                 f"mlx-lm splits {again[0]} by head and would quantize it a second time. Keep it, and those of the "
                 "other layers, with --pin '*.kv_b_proj=16'."
             )
-    return safetensors_layout(checkpoint, choices, parts, partial(as_published, checkpoint))
+    return safetensors_layout(checkpoint, choices, parts, partial(as_published, checkpoint), left_out(checkpoint, PROFILE.name))
 
 
 def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> dict[str, Any]:
@@ -115,23 +118,27 @@ def _settings(choice: Choice) -> dict[str, Any]:
     return {"group_size": choice.group_size, "bits": choice.bits}
 
 
-def older_names(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Settings that mlx-lm looks for under their older names, where config.json only has those of transformers 5.
+def told(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Settings as mlx-lm must read them: those that it has a default of its own for, and those of older names.
 
-    It takes its own default for a rotary base that it does not find, and says nothing.
+    It says nothing of a rotary base or a type that it does not find.
     """
-    config, keys = checkpoint.config, checkpoint.architecture.num_experts_keys
-    rope = dict(config.get("rope_parameters") or {})
-    found = {keys[0]: checkpoint.architecture.experts_per_layer(config), "rope_theta": rope.pop("rope_theta", None)}
-    kind = rope.pop("rope_type", "default")
-    if kind != "default":
-        found["rope_scaling"] = {"type": kind, "rope_type": kind, **rope}
-    return {key: value for key, value in found.items() if value is not None and config.get(key) is None}
+    known = family_settings(PROFILE.name, checkpoint.architecture)
+    config, keys = require_settings(checkpoint, PROFILE.name), checkpoint.architecture.num_experts_keys
+    found = {key: config[key] for key in known.carried if config.get(key) is not None}
+    if keys:
+        found[keys[0]] = checkpoint.architecture.experts_per_layer(checkpoint.config)
+    rope = {key: value for key, value in (config.get(ROPE) or {}).items() if value is not None and key != "type"}
+    if rope:
+        found["rope_theta"] = rope.pop("rope_theta", None)
+        kind = rope.pop("rope_type", "default")
+        found["rope_scaling"] = None if kind == "default" else {"type": kind, "rope_type": kind, **rope}
+    return {key: value for key, value in found.items() if checkpoint.config.get(key) != value}
 
 
 def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout) -> None:
     """Config, index and tokenizer. The quantization appears twice, as mlx-lm writes it."""
-    config = older_names(checkpoint)
+    config = told(checkpoint)
     if quantization := quantization_config(checkpoint, plan.every_choice()):
         config |= {"quantization": quantization, "quantization_config": quantization}
     write_model_folder(folder, checkpoint, written.entries, config)

@@ -43,7 +43,9 @@ from alphaq.engines.export import (
     shape_fault,
     write_model_folder,
 )
+from alphaq.engines.placement import left_out
 from alphaq.engines.profile import Profile, ragged
+from alphaq.engines.settings import family_settings, require_settings
 from alphaq.errors import ChoiceError, MissingExtraError
 from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
 
@@ -91,8 +93,9 @@ def parts(matrix: MatrixRef, choice: Choice) -> tuple[Part, ...]:
 def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
     """Every tensor of every output shard. Raises PlanError for what vLLM could not load."""
     require_family(checkpoint, "vLLM")
+    require_settings(checkpoint, PROFILE.name)
     require_agreement(checkpoint, choices, "vLLM", _unit)
-    return safetensors_layout(checkpoint, choices, parts, partial(as_published, checkpoint))
+    return safetensors_layout(checkpoint, choices, parts, partial(as_published, checkpoint), left_out(checkpoint, PROFILE.name))
 
 
 def _unit(matrix: MatrixRef) -> str | None:
@@ -153,10 +156,12 @@ def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -
 def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout) -> None:
     """Config, index and tokenizer."""
     choices = plan.every_choice()
-    config = quantization_config(checkpoint, choices)
-    write_model_folder(
-        folder, checkpoint, written.entries, {"quantization_config": config} if config["config_groups"] else {}
-    )
+    quantization = quantization_config(checkpoint, choices)
+    needed = family_settings(PROFILE.name, checkpoint.architecture).written
+    config = {key: value for key, value in needed.items() if checkpoint.config.get(key) is None}
+    if quantization["config_groups"]:
+        config["quantization_config"] = quantization
+    write_model_folder(folder, checkpoint, written.entries, config)
 
 
 def encode(matrix: QuantizedMatrix) -> tuple[torch.Tensor, ...]:
