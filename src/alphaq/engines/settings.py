@@ -72,8 +72,7 @@ class Fixed:
 
     def __str__(self) -> str:
         """What is allowed, in words."""
-        said = [_listed(self.values)] if self.values else []
-        said += [f"the value of {self.equals}"] if self.equals else []
+        said = [f"the value of {self.equals}"] if self.equals else [_listed(self.values)] if self.values else []
         said += [f"anything but {_listed(self.never)}"] if self.never else []
         under = "".join(f", with {name} {_listed(given)}" for name, given in self.when.items())
         other = "".join(f", unless {name} is {_listed(given)}" for name, given in self.unless.items())
@@ -232,7 +231,7 @@ def _value(written: Any) -> Any:
 
 
 def _listed(values: tuple[Any, ...]) -> str:
-    return " or ".join(UNSET if value is None else repr(value) for value in values)
+    return " or ".join(map(repr, filter(lambda value: value is not None, values))) or UNSET
 
 
 def _same(one: Any, other: Any) -> bool:
