@@ -7,18 +7,25 @@ docs/engines/settings.md of the same flips.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from exported import cycled_plan, logits_of
+from safetensors.torch import save_file
 
+from alphaq import pipeline
+from alphaq.checkpoint.gguf_format import layout, read_gguf
 from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.engines.output import Output
+from alphaq.engines.running import run_in_transformers
 from alphaq.engines.settings import require_settings
 from alphaq.errors import ArchitectureError
+from alphaq.evaluation.restored import restored_from
 from conftest import random_model
 from runnable import VOCAB, byte_level, save_tokenizer
 
@@ -78,7 +85,6 @@ LATENT: dict[str, dict[str, Any]] = {
     "routed_scaling_factor": dict(routed_scaling_factor=1.7),
     "n_shared_experts": dict(n_shared_experts=2),
     "first_k_dense_replace": dict(first_k_dense_replace=2),
-    "norm_topk_prob": dict(norm_topk_prob=None),  # the other way round
     "n_group": dict(n_routed_experts=8, n_group=4, topk_group=2),
 }
 FLIPS: dict[str, dict[str, dict[str, Any]]] = {
@@ -138,9 +144,9 @@ class Answers:
         return float((self.engine - self.transformers).abs().max() / self.transformers.abs().max())
 
 
-def flipped_model(family: str, flip: str | None) -> Any:
+def flipped_model(family: str, flip: str | None, **sizes: Any) -> Any:
     """A random model in which every part matters, float32."""
-    overrides = {**BASE[family], **(FLIPS[family][flip] if flip else {})}
+    overrides = {**BASE[family], **sizes, **(FLIPS[family][flip] if flip else {})}
     model = random_model(family, vocab_size=VOCAB, **overrides)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -154,9 +160,9 @@ def flipped_model(family: str, flip: str | None) -> Any:
     return model
 
 
-def save_flipped(folder: Path, family: str, flip: str | None) -> Path:
+def save_flipped(folder: Path, family: str, flip: str | None, **sizes: Any) -> Path:
     """Its checkpoint in bf16, with a tokenizer that llama.cpp knows."""
-    flipped_model(family, flip).bfloat16().save_pretrained(folder, save_original_format=True)
+    flipped_model(family, flip, **sizes).bfloat16().save_pretrained(folder, save_original_format=True)
     save_tokenizer(folder, byte_level(), add_bos_token=False)
     return folder
 
@@ -177,17 +183,56 @@ def named_setting(message: str) -> str:
     return found[1]
 
 
-def changed_settings(folder: Path, base: Path) -> set[str]:
-    """Settings in which two configs differ, without those inside others."""
-    one, other = (json.loads((path / "config.json").read_text()) for path in (folder, base))
-    return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+# -- running --------------------------------------------------------------------------------------
+
+CHOICE = {"llama.cpp": "Q8_0", "mlx": "8g32", "vllm": "8g32s", "gptqmodel": "8g32", "native": "8g32"}
+INSTALLED = {"llama.cpp": "xllamacpp", "mlx": "mlx_lm", "vllm": "compressed_tensors", "gptqmodel": "gptqmodel"}
 
 
-def overrides_of(family: str, flip: str) -> Mapping[str, Any]:
-    """What a flip sets."""
-    return FLIPS[family][flip]
+def answers(folder: Path, engine: str, scratch: Path) -> Answers:
+    """What an engine answers with a checkpoint's experts at eight bits, and transformers with the restored weights.
+
+    The rest keeps its 16 bits. llama.cpp is given the restored weights in float32: it would round what it multiplies
+    with others.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = open_checkpoint(folder)
+    plan = cycled_plan(source, engine, (CHOICE[engine],), "16")
+    pipeline.quantize(source, plan, scratch / "out")
+    output = Output(scratch / "out")
+    restored = restored_from(output, source)
+    (scratch / "restored").mkdir()
+    shutil.copyfile(folder / "config.json", scratch / "restored" / "config.json")
+    values = {name: restored.tensor(name).float().contiguous() for name in source.shard_of}
+    save_file(values, scratch / "restored" / "model.safetensors", {"format": "pt"})
+    # What compressed-tensors decompresses is rounded to the model's own type.
+    dtype = torch.bfloat16 if engine == "vllm" else torch.float32
+    expected = AutoModelForCausalLM.from_pretrained(scratch / "restored", dtype=dtype).eval()
+    if engine == "llama.cpp":
+        in_float32(scratch / "out" / "model.gguf")
+    run = output.profile.writer.run
+    assert run is not None
+    if engine == "vllm":
+        found = run_in_transformers(scratch / "out", TOKENS, dtype)
+    else:
+        found = run.logits(scratch / "out", TOKENS)
+    return Answers(found[:, :VOCAB], logits_of(expected, TOKENS)[:, :VOCAB])
 
 
-def flips_of(family: str) -> Sequence[str]:
-    """The flips of a family by name."""
-    return tuple(FLIPS[family])
+def in_float32(path: Path) -> None:
+    """The same file with every weight as the number that it stands for."""
+    import gguf
+
+    tensors = {
+        one.name: np.ascontiguousarray(gguf.quants.dequantize(one.data, one.tensor_type).astype(np.float32))
+        for one in gguf.GGUFReader(path).tensors
+    }
+    header, places, nbytes = layout(
+        read_gguf(path).metadata, {name: ("F32", one.shape) for name, one in tensors.items()}
+    )
+    data = np.zeros(nbytes, np.uint8)
+    data[: len(header)] = np.frombuffer(header, np.uint8)
+    for name, place in places.items():
+        data[place.begin : place.end] = tensors[name].reshape(-1).view(np.uint8)
+    path.write_bytes(data.tobytes())

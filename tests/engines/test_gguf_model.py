@@ -245,10 +245,13 @@ def tiny_copy(tiny: Path, tmp_path: Path) -> Callable[..., Checkpoint]:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (dict(norm_topk_prob=True), "norm_topk_prob is True, but llama.cpp computes every 'qwen2moe' model with False"),
+        (
+            dict(norm_topk_prob=True),
+            "norm_topk_prob is True, but llama.cpp computes every 'qwen2_moe' model with False",
+        ),
         (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
         (dict(rope_parameters=dict(rope_type="dynamic", factor=2.0)), "rope_parameters.rope_type is 'dynamic'"),
-        (dict(rms_norm_eps=...), "config.json has no rms_norm_eps"),
+        (dict(rms_norm_eps="small"), "config.json is not one that transformers' Qwen2MoeConfig takes"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(

@@ -56,7 +56,7 @@ def _understood(cls: type, settings: str) -> dict[str, Any]:
         given.pop(key, None)
     try:
         with _quiet():
-            made: dict[str, Any] = cls(**copy.deepcopy(given)).to_dict()  # type: ignore[attr-defined]
+            made: dict[str, Any] = cls(**copy.deepcopy(given)).to_dict()
     except Exception as error:  # whatever a class does with what strangers write, it only means that it refuses it
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ArchitectureError(

@@ -100,6 +100,21 @@ class Stored:
 Rows = Callable[[slice], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Run:
+    """How an output folder is run in its engine.
+
+    called: the engine, in a sentence. logits: (folder, token ids) → logits after each of them, float32 [tokens,
+    words], as one sequence; raises MissingEngineError where the engine is not installed. tolerance: how far they may
+    be from those of the restored weights, in standard deviations of a token's logits, at the median of the tokens;
+    what the engine's own arithmetic takes.
+    """
+
+    called: str
+    logits: Callable[[Path, Sequence[int]], torch.Tensor]
+    tolerance: float
+
+
 def _as_it_is(values: torch.Tensor, form: str, checkpoint: Checkpoint) -> torch.Tensor:
     return values
 
@@ -114,6 +129,8 @@ class Export:
     the folder {out}. write_rest: (folder, checkpoint, plan, layout), config and tokenizer. convert: (values, form,
     checkpoint) → values to store or quantize. fault: (name, choice, its stored tensors, their bytes) → why they are
     not of that choice, as far as shows without the source. from_gguf: whether a GGUF file has all that is needed.
+    run: how the folder is run, to see whether the engine computes what it should. shape: (choice, stored tensors of
+    one quantized matrix) → its rows and columns, where each matrix lies in files of its own names.
     """
 
     layout: Callable[[Checkpoint, Mapping[str, Choice]], Layout]
@@ -125,6 +142,8 @@ class Export:
     convert: Callable[[torch.Tensor, str, Checkpoint], torch.Tensor] = _as_it_is
     fault: Callable[[str, Choice, Sequence[Stored], Sequence[torch.Tensor]], str | None] = lambda *_: None
     from_gguf: bool = False
+    run: Run | None = None
+    shape: Callable[[Choice, Sequence[Stored]], Shape] | None = None
 
 
 def squared_error_of(rows: Rows, weight: torch.Tensor) -> float:

@@ -35,7 +35,7 @@ def frequency_factors(config: Mapping[str, Any]) -> torch.Tensor:
         stretched = 1 / ((1 - share) / factor + share)
     except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError, RuntimeError) as error:
         raise ArchitectureError(
-            f"config.json: rope_parameters say {str(rope):.200}, which describes no rotary embedding of Llama 3 "
+            f"config.json: rope_parameters say {rope!s:.200}, which describes no rotary embedding of Llama 3 "
             f"({error}). Restore the original file."
         ) from error
     return stretched.float()

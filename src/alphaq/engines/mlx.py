@@ -26,6 +26,7 @@ from alphaq.engines.export import (
     Layout,
     Part,
     Rows,
+    Run,
     Stored,
     added_bytes,
     as_published,
@@ -43,7 +44,7 @@ from alphaq.engines.export import (
 from alphaq.engines.placement import left_out
 from alphaq.engines.profile import Profile, ragged
 from alphaq.engines.settings import ROPE, family_settings, require_settings
-from alphaq.errors import ChoiceError, MissingExtraError, PlanError
+from alphaq.errors import ChoiceError, MissingEngineError, MissingExtraError, PlanError
 from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -100,7 +101,9 @@ def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
                 f"mlx-lm splits {again[0]} by head and would quantize it a second time. Keep it, and those of the "
                 "other layers, with --pin '*.kv_b_proj=16'."
             )
-    return safetensors_layout(checkpoint, choices, parts, partial(as_published, checkpoint), left_out(checkpoint, PROFILE.name))
+    return safetensors_layout(
+        checkpoint, choices, parts, partial(as_published, checkpoint), left_out(checkpoint, PROFILE.name)
+    )
 
 
 def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> dict[str, Any]:
@@ -176,6 +179,21 @@ def reader(parts: Sequence[torch.Tensor], choice: Choice, shape: Shape, name: st
     return rows
 
 
+def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
+    """What mlx-lm computes in float32, float32 [tokens, words]."""
+    try:
+        from mlx_lm.utils import load_model
+    except ImportError:
+        raise MissingEngineError("mlx-lm", "'alphaq[mlx]' mlx-lm") from None
+    mx = _library()
+    try:
+        model, _ = load_model(folder)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise PlanError(f"mlx-lm cannot load {folder} ({str(error)[:300]}). Use --engine native.") from error
+    model.set_dtype(mx.float32)
+    return torch.from_numpy(np.array(model(mx.array([list(ids)]))[0].astype(mx.float32)))
+
+
 def fault(name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[torch.Tensor]) -> str | None:
     """Why a matrix is not what the plan says, or None."""
     if choice.bits == 16:
@@ -206,5 +224,7 @@ PROFILE = Profile(
         usage="Run it: mlx_lm.generate --model {out} --prompt '…'",
         write_rest=write_rest,
         fault=fault,
+        run=Run("mlx-lm", logits, tolerance=0.01),
+        shape=lambda choice, stored: (stored[1].shape[-2], stored[1].shape[-1] * choice.group_size),
     ),
 )

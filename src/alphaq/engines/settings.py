@@ -55,7 +55,8 @@ class Fixed:
         table = entry if isinstance(entry, dict) else {"values": entry}
         values, never = (tuple(_value(one) for one in table.get(key, ())) for key in ("values", "never"))
         when, unless = (
-            {name: tuple(map(_value, given)) for name, given in table.get(key, {}).items()} for key in ("when", "unless")
+            {name: tuple(map(_value, given)) for name, given in table.get(key, {}).items()}
+            for key in ("when", "unless")
         )
         return cls(values, table.get("equals", ""), never, when, unless)
 
