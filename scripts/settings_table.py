@@ -28,8 +28,8 @@ beside its code (`src/alphaq/engines/assumptions/ENGINE.toml`; for llama.cpp als
 in transformers.
 
 The tables show tiny random models whose config differs in one setting (tests/engines/flips.py). *carried*: the
-engine's logits are those of transformers {version} with the restored weights. *neutral*: the engine does not read it, and
-it changes nothing there. *refused*: `plan` and `quantize` stop and name the setting.
+engine's logits are those of transformers {version} with the restored weights. *neutral*: the engine does not read it,
+and it changes nothing there. *refused*: `plan` and `quantize` stop and name the setting.
 
 llama.cpp, mlx-lm and our runtime (native) are run by the test suite, vLLM's files by transformers with
 compressed-tensors, and by vLLM itself in `make test-vllm`; what vLLM carries was otherwise read in its source (0.32).

@@ -60,7 +60,7 @@ def _understood(cls: type, settings: str) -> dict[str, Any]:
     except Exception as error:  # whatever a class does with what strangers write, it only means that it refuses it
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ArchitectureError(
-            f"config.json is not one that transformers' {cls.__name__} takes ({reason:.200}). Restore the original file."
+            f"config.json is not one that transformers' {cls.__name__} takes ({reason:.200}). Restore the original."
         ) from error
     return made
 

@@ -1,8 +1,8 @@
 """What an engine makes of a config's settings: each is carried, changes nothing, or is taken for granted.
 
 An engine has its own program for each family. It reads some settings, and computes with a fixed value of others
-whatever the config says. What is what lies beside this module, in `assumptions/ENGINE.toml`, by family; a setting that no
-line names must have the default of the family's class in transformers, so that one which is new there is refused
+whatever the config says. What is what lies beside this module, in `assumptions/ENGINE.toml`, by family; a setting that
+no line names must have the default of the family's class in transformers, so that one which is new there is refused
 instead of ignored.
 """
 
