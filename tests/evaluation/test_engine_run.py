@@ -23,6 +23,7 @@ from alphaq.records import Plan, Role
 from conftest import FAMILIES, Ran
 
 CHOICE = {"native": "4g64", "mlx": "4g64", "vllm": "4g64s", "llama.cpp": "Q4_K", "gptqmodel": "4g64"}
+OFTEN = ("mixtral", "deepseek_v3")
 NEEDED = {"native": "transformers", "mlx": "mlx_lm", "vllm": "compressed_tensors", "llama.cpp": "xllamacpp"}
 
 
@@ -48,7 +49,7 @@ def outputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
     return make
 
 
-@pytest.mark.parametrize("with_source", [True, False], ids=["source", "alone"])
+@pytest.mark.parametrize("with_source", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["source", "alone"])
 @pytest.mark.parametrize("engine", NEEDED)
 def test_engine_computes_with_the_restored_weights(
     outputs: Callable[[str], Path], tiny: Path, engine: str, with_source: bool
@@ -73,7 +74,9 @@ def test_restored_weights_are_those_that_verify_reads(outputs: Callable[[str], P
             assert torch.equal(found, expected[matrix.name].float()), matrix.name
 
 
-@pytest.mark.parametrize("family", [*FAMILIES])
+@pytest.mark.parametrize(
+    "family", [pytest.param(one, marks=() if one in OFTEN else pytest.mark.slow) for one in FAMILIES]
+)
 def test_logits_layer_by_layer_are_those_of_the_whole_model(save_family: Callable[..., Path], family: str) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -10,7 +10,7 @@ import copy
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
@@ -82,10 +82,14 @@ def is_tied(checkpoint: Checkpoint) -> bool:
 
 def says_tied(checkpoint: Checkpoint) -> bool:
     """What the config says of the head, or its class where it says nothing."""
-    cls = config_class(checkpoint)
     text = dict(checkpoint.text_config)
-    default = text if cls is None else understood(cls, text)
-    return any(config.get(TIED) is True for config in (checkpoint.config, default))
+    said = [config[TIED] for config in (checkpoint.config, text) if isinstance(config.get(TIED), bool)]
+    cls = None if said else config_class(checkpoint)
+    if cls is None:
+        return any(said)
+    with suppress(ArchitectureError):  # it is told where the settings are asked for
+        return understood(cls, text).get(TIED) is True
+    return False
 
 
 def head_of(checkpoint: Checkpoint) -> str | None:

@@ -90,9 +90,9 @@ def measure_for_plan(
 
     matrices = checkpoint.planned
     if check_budget and config.codec is None:  # what coded files take is only known when they have been coded
-        # An infeasible budget, or a model that the engine's files cannot hold, is told before any measuring.
-        problem_of(checkpoint, request)
+        # A model that the engine's files cannot hold, or an infeasible budget, is told before any measuring.
         request.profile.writer.layout(checkpoint, {})
+        problem_of(checkpoint, request)
     if given is not None:
         for matrix in matrices:
             if matrix.name not in given.spectra:
