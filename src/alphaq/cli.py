@@ -220,6 +220,7 @@ def quantize(
     from alphaq.checkpoint.writer import check_absent, check_file
     from alphaq.engines.profiles import profile
     from alphaq.report.tables import human_bytes, plan_table
+    from alphaq.report.verified import run_hint
 
     place = output_target(output, scratch)
     if isinstance(place, Path):
@@ -264,7 +265,9 @@ def quantize(
             result = pipeline.quantize(checkpoint, made, place, *work, **rest)
         else:
             result = pipeline.quantize_to_store(checkpoint, made, place, scratch or Path(), *work, **rest)
-    usage = profile(made.engine).writer.usage.format(out=output) if isinstance(place, Path) else "Uploaded."
+    usage = "Uploaded."
+    if isinstance(place, Path):
+        usage = f"{profile(made.engine).writer.usage.format(out=output)}\n{run_hint(made.engine, output, model)}"
     note(result["notes"])
     left = result["not_calibrated"]
     for name, reason in list(left.items())[:5]:
@@ -463,26 +466,34 @@ def explain(
 def verify(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `alphaq quantize` wrote.")],
     source: Annotated[str | None, typer.Option(help="Original checkpoint, to compare values too.")] = None,
+    run: Annotated[
+        bool, typer.Option("--run", help="Also run a few tokens in the engine, beside the restored weights.")
+    ] = False,
     workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Re-read every tensor against the plan, the checksums and (with --source) the original values."""
+    from dataclasses import asdict
+
     from alphaq import pipeline
     from alphaq.artifact import open_source
+    from alphaq.report.verified import run_line
 
     original = None if source is None else open_source(source)
     note(() if original is None else original.notes)
     with means_for(original, workers) as (pool, _):
         result = pipeline.verify(output, original, progress, pool)
+    ran = pipeline.verify_run(output, original) if run else None
     beside = ""
     if result["mean_relative_error_expected"] is not None:
         found, expected = (result[f"mean_relative_error_{kind}"] for kind in ("planned", "expected"))
         beside = f"; of planned matrices {found:.4g}, expected {expected:.4g}"
     show(
         as_json,
-        {"ok": True, **result},
+        {"ok": True, **result, "run": None if ran is None else asdict(ran)},
         f"{output}: all {result['tensors']} tensors are as planned ({result['quantized']} quantized, "
         f"mean relative error {result['mean_relative_error']:.4g}{beside})",
+        run_line(ran, original is not None),
     )
 
 

@@ -73,6 +73,17 @@ class DeviceError(AlphaQError):
     """A compute device is not there."""
 
 
+class MissingEngineError(AlphaQError):
+    """An engine that a folder is to be run in is not installed."""
+
+    def __init__(self, engine: str, packages: str) -> None:
+        self.given = engine, packages
+        super().__init__(f"{engine} is not installed, so nothing can be run in it. Install it: pip install {packages}.")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), self.given
+
+
 class MissingExtraError(AlphaQError):
     """A package that only one of the extras brings is not installed."""
 

@@ -53,6 +53,7 @@ from alphaq.workers import Workers, Wrap, silent
 
 if TYPE_CHECKING:
     from alphaq.evaluation.certificate import Certificate
+    from alphaq.evaluation.engine_run import EngineRun
     from alphaq.evaluation.tasks import TaskRequest
 
 UPLOADED_NAME = "uploaded.jsonl"
@@ -382,6 +383,16 @@ def verify(
         "mean_relative_error_planned": sum(real) / len(real) if real else None,
         "mean_relative_error_expected": sum(expected.values()) / len(expected) if expected else None,
     }
+
+
+def verify_run(folder: Path, source: Checkpoint | None = None) -> EngineRun:
+    """Run a folder in its engine and compare the logits of a few tokens with those of its restored weights.
+
+    Raises as `evaluation.engine_run.run_in_engine` does.
+    """
+    from alphaq.evaluation.engine_run import run_in_engine
+
+    return run_in_engine(folder, source)
 
 
 def _in_order(manifest: dict[str, Record], entries: dict[str, Entry]) -> list[tuple[str, Record]]:

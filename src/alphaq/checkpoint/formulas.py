@@ -24,6 +24,11 @@ def evaluated(formula: str, config: Mapping[str, Any]) -> Any:
     return value
 
 
+def names_in(formula: str) -> list[str]:
+    """The config keys that a formula reads."""
+    return [name for name in formula.split(" ")[::2] if not name[0].isdigit()]
+
+
 def current(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with `rope_parameters`, in which transformers 5 gathers what used to lie in several places.
 

@@ -25,7 +25,7 @@ def dense_families(engine: str) -> dict[str, dict[str, Assumption]]:
     }
 
 
-def require_settings(checkpoint: Checkpoint, engine: str, family: str, assumed: dict[str, Assumption]) -> None:
+def require_assumptions(checkpoint: Checkpoint, engine: str, family: str, assumed: dict[str, Assumption]) -> None:
     """Raise ArchitectureError if a model of a family has a setting that an engine computes otherwise."""
     config, layers = checkpoint.settings, checkpoint.architecture.layers(checkpoint.config)
     for key, assumption in assumed.items():

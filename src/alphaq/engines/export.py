@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from alphaq.checkpoint.safetensors_format import (
     stored_bytes,
 )
 from alphaq.checkpoint.weights import INDEX_NAME, read_shards
-from alphaq.checkpoint.writer import Place, copy_file
-from alphaq.engines.dense import dense_families, require_settings
+from alphaq.checkpoint.writer import Place, checksum, copy_file
+from alphaq.engines.dense import dense_families, require_assumptions
+from alphaq.engines.effective import TIED, head_of, says_tied
 from alphaq.errors import PlanError
 from alphaq.numerics import in_threads, row_parts, squared_distance
 from alphaq.records import Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
@@ -101,6 +102,21 @@ class Stored:
 Rows = Callable[[slice], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Run:
+    """How an output folder is run in its engine.
+
+    called: the engine, in a sentence. logits: (folder, token ids) → logits after each of them, float32 [tokens,
+    words], as one sequence; raises MissingEngineError where the engine is not installed. tolerance: how far they may
+    be from those of the restored weights, in standard deviations of a token's logits, at the median of the tokens;
+    what the engine's own arithmetic takes.
+    """
+
+    called: str
+    logits: Callable[[Path, Sequence[int]], torch.Tensor]
+    tolerance: float
+
+
 def _as_it_is(values: torch.Tensor, form: str, checkpoint: Checkpoint) -> torch.Tensor:
     return values
 
@@ -117,6 +133,8 @@ class Export:
     not of that choice, as far as shows without the source. from_gguf: whether a GGUF file has all that is needed.
     side_notes: what of a checkpoint's small files does not come along, and why.
     notes: what of a checkpoint the files cannot hold and nobody will miss.
+    run: how the folder is run, to see whether the engine computes what it should. shape: (choice, stored tensors of
+    one quantized matrix) → its rows and columns, where each matrix lies in files of its own names.
     """
 
     layout: Callable[[Checkpoint, Mapping[str, Choice]], Layout]
@@ -130,6 +148,8 @@ class Export:
     from_gguf: bool = False
     side_notes: Callable[[Checkpoint], tuple[str, ...]] = Checkpoint.side_notes
     notes: Callable[[Checkpoint], Sequence[str]] = lambda _: ()
+    run: Run | None = None
+    shape: Callable[[Choice, Sequence[Stored]], Shape] | None = None
 
 
 def squared_error_of(rows: Rows, weight: torch.Tensor) -> float:
@@ -142,20 +162,23 @@ def safetensors_layout(
     choices: Mapping[str, Choice],
     parts_of: Callable[[MatrixRef, Choice], Sequence[Part]],
     renamed: Callable[[str], str] = str,
+    left_out: Container[str] = (),
 ) -> Layout:
     """Output shards that mirror the source's: a matrix's parts where it was, a stack where its first matrix was.
 
-    renamed: what the engine calls a tensor that is kept.
+    renamed: what the engine calls a tensor that is kept. left_out: stored tensors that are not written.
     """
     within = checkpoint.matrices_by_tensor(choices)
     parts = {matrix.name: parts_of(matrix, choices[matrix.name]) for matrices in within.values() for matrix in matrices}
     stacked = Counter(part.tensor for each in parts.values() for part in each if part.index is not None)
     home: dict[str, str] = {}
     files, places = {}, {}
-    for position, tensors in enumerate(checkpoint.shards.values(), start=1):
-        file = shard_name(position, len(checkpoint.shards))
+    wanted = ([one for one in held.values() if one.name not in left_out] for held in checkpoint.shards.values())
+    shards = [tensors for tensors in wanted if tensors]
+    for position, tensors in enumerate(shards, start=1):
+        file = shard_name(position, len(shards))
         specs: dict[str, TensorSpec] = {}
-        for stored, info in tensors.items():
+        for stored, info in ((one.name, one) for one in tensors):
             if stored not in within:
                 specs[renamed(stored)] = TensorSpec(info.dtype, info.shape)
             for part in (part for matrix in within.get(stored, ()) for part in parts[matrix.name]):
@@ -166,8 +189,8 @@ def safetensors_layout(
         files[file] = header, nbytes
         places.update(stored_in({file: infos}))
     entries = []
-    for tensors in checkpoint.shards.values():
-        for stored in tensors:
+    for tensors in shards:
+        for stored in (one.name for one in tensors):
             if stored not in within:
                 kept = renamed(stored)
                 entries.append(Entry(stored, stored, None, (places[kept].place,), ((kept, None),)))
@@ -266,7 +289,7 @@ def require_family(checkpoint: Checkpoint, engine: str) -> None:
         return
     dense, family = dense_families(engine.lower()), checkpoint.config.get("model_type")
     if family in dense:
-        require_settings(checkpoint, engine, str(family), dense[family])
+        require_assumptions(checkpoint, engine, str(family), dense[family])
         return
     name = checkpoint.architecture.name if checkpoint.architecture.num_experts_keys else family
     raise PlanError(
@@ -341,12 +364,34 @@ def write_model_folder(
         for (tensor, _), place in zip(entry.parts, entry.places, strict=True):
             weight_map[tensor] = place.file
             total += place.nbytes
-    write_json(folder / "config.json", {**checkpoint.config, **config})
+    write_json(folder / "config.json", {**checkpoint.config, **own_head(checkpoint), **config})
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     for path in checkpoint.side_files():
         copied = folder / path.relative_to(checkpoint.folder)
         copied.parent.mkdir(parents=True, exist_ok=True)
         copy_file(path, copied)
+
+
+def own_head(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What config.json must say where it calls a head tied that the files hold with other weights: engines differ in
+    which of the two they believe."""
+    head = head_of(checkpoint)
+    embedding = next((name for name, role in checkpoint.roles.items() if role is Role.EMBEDDING), None)
+    if head is None or not says_tied(checkpoint) or (embedding and _same_bytes(checkpoint, head, embedding)):
+        return {}
+    nested = {
+        key: {**part, TIED: False} for key, part in checkpoint.config.items() if isinstance(part, dict) and TIED in part
+    }
+    return {TIED: False, **nested}
+
+
+def _same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    first, second = (checkpoint.info(name) for name in (one, other))
+    if (first.dtype, first.shape, first.encoding) != (second.dtype, second.shape, second.encoding):
+        return False
+    files = (checkpoint.file(checkpoint.shard_of[name]) for name in (one, other))
+    sums = {checksum(file.chunks(info.begin, info.nbytes)) for file, info in zip(files, (first, second), strict=True)}
+    return len(sums) == 1
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -16,17 +16,21 @@ from typing import Any
 
 import torch
 
-from alphaq.checkpoint.formulas import evaluated, looked_up
+from alphaq.checkpoint.formulas import current, evaluated, looked_up
 from alphaq.checkpoint.gguf_format import GgufValue
 from alphaq.checkpoint.gguf_mapping import GgufKey, GgufMapping, GgufTensorRule
 from alphaq.checkpoint.gguf_rope import KIND, llama3_factors
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.engines.dense import require_settings
+from alphaq.engines.effective import settings_of
 from alphaq.engines.gguf_package import general_metadata
+from alphaq.engines.gguf_rope import frequency_factors, scales_frequencies
 from alphaq.engines.gguf_tokenizer import tokenizer_metadata
+from alphaq.engines.placement import is_harmless
+from alphaq.engines.settings import require_settings
 from alphaq.errors import ArchitectureError
 from alphaq.records import MatrixRef
 
+ENGINE = "llama.cpp"
 FILE_TYPES = {"F16": 1, "BF16": 32}  # llama.cpp's LLAMA_FTYPE_MOSTLY_…
 QUANTIZATION_VERSION = 2  # ggml's, unchanged since 2023
 
@@ -61,7 +65,6 @@ _REQUIRED = (
     "expert_count",
     "expert_used_count",
 )
-_NOT_WEIGHTS = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)")
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def gguf_metadata(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> d
         "general.architecture": GgufValue.of("string", mapping.arch),
         "general.type": GgufValue.of("string", "model"),
         **labels,
-        **_hyperparameters(mapping, checkpoint.settings),
+        **_hyperparameters(mapping, _said_in_gguf(checkpoint)),
         "general.file_type": GgufValue.of("uint32", FILE_TYPES[embedding.type]),
         "general.quantization_version": GgufValue.of("uint32", QUANTIZATION_VERSION),
         **tokenizer_metadata(checkpoint.folder, embedding.shape[0], pre_tokenizer),
@@ -113,9 +116,9 @@ def gguf_tensors(checkpoint: Checkpoint) -> list[TensorRecipe]:
     none of llama.cpp's, if llama.cpp would compute the model otherwise, or if a stored tensor has no place in the file.
     """
     mapping = _mapping(checkpoint)
-    require_settings(checkpoint, "llama.cpp", mapping.arch, mapping.config)
+    config = require_settings(checkpoint, ENGINE)
     layers = checkpoint.architecture.layers(checkpoint.config)
-    found = _Stored(checkpoint)
+    found = _Stored(checkpoint, settings_of(checkpoint))
     recipes = [
         recipe for rule, layer in _places(mapping.tensors, layers) if (recipe := found.recipe(rule, layer)) is not None
     ]
@@ -127,6 +130,10 @@ def gguf_tensors(checkpoint: Checkpoint) -> list[TensorRecipe]:
         )
     if not recipes or recipes[0].name != "token_embd.weight":
         raise ArchitectureError(f"{checkpoint.folder} holds no embedding. Complete the download.")
+    if checkpoint.gguf is None and checkpoint.architecture.num_experts_keys and scales_frequencies(config):
+        beside = next(recipe.vector for recipe in recipes if recipe.vector)
+        shape = tuple(frequency_factors(config).shape)
+        recipes.append(TensorRecipe("rope_freqs.weight", shape, "F32", vector=beside, transform="rope_freqs"))
     return recipes
 
 
@@ -136,11 +143,10 @@ def gguf_tensors(checkpoint: Checkpoint) -> list[TensorRecipe]:
 class _Stored:
     """A checkpoint's matrices and vectors by name, and which of them have been used."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
+        self.checkpoint, self.settings = checkpoint, settings
         self.matrices = {matrix.name: matrix for matrix in checkpoint.matrices}
         self.experts = checkpoint.architecture.experts_per_layer(checkpoint.config)
-        self.settings = checkpoint.settings
         self.used: set[str] = set()
 
     def recipe(self, rule: GgufTensorRule, layer: int | None) -> TensorRecipe | None:
@@ -177,7 +183,7 @@ class _Stored:
             name
             for name in self.checkpoint.shard_of
             if name not in self.used
-            and not _NOT_WEIGHTS.fullmatch(name)
+            and not is_harmless(name)
             and not ((match := beyond.match(name)) and int(match[1]) >= layers)
         ]
 
@@ -227,6 +233,7 @@ _TRANSFORMS: dict[str, Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]
     # Keys are multiplied from the other side: the query is taken into the latent space, not the keys out of it.
     "kv_b_to_k": lambda values, config: _latent_parts(values, config)[0].transpose(1, 2).contiguous(),
     "kv_b_to_v": lambda values, config: _latent_parts(values, config)[1].contiguous(),
+    "rope_freqs": lambda values, config: frequency_factors(config),  # which no file stores: made of the config alone
 }
 
 
@@ -237,6 +244,8 @@ def transformed(transform: str, values: torch.Tensor, config: Mapping[str, Any])
 
 def _shape(rule: GgufTensorRule, shape: tuple[int, ...], settings: Mapping[str, Any]) -> tuple[int, ...]:
     """Shape after a rule's transformation. Raises ArchitectureError if config.json has no heads of that size."""
+    if not rule.transform:
+        return shape
     try:
         return tuple(_TRANSFORMS[rule.transform](torch.empty(shape, device="meta"), settings).shape)
     except (KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError):
@@ -264,7 +273,7 @@ def _mapping(checkpoint: Checkpoint) -> GgufMapping:
 
 def _hyperparameters(mapping: GgufMapping, config: Mapping[str, Any]) -> dict[str, GgufValue]:
     """What the table says of the config, in the table's order."""
-    found = {}
+    found: dict[str, GgufValue] = {}
     for key, rule in mapping.metadata.items():
         value = _said(rule, config, mapping.arch)
         if value is None and (key in _REQUIRED or rule.required):
@@ -273,7 +282,8 @@ def _hyperparameters(mapping: GgufMapping, config: Mapping[str, Any]) -> dict[st
             )
         if not (value is None or value is False or value == ""):  # a flag that is not there is false
             found[f"{mapping.arch}.{key}"] = GgufValue.of(_value_type(key, value), value)
-    return found
+    scaled = f"{mapping.arch}.rope.scaling.type" in found  # without a type llama.cpp takes a factor as linear
+    return {key: value for key, value in found.items() if scaled or ".rope.scaling." not in key}
 
 
 def _said(rule: GgufKey, config: Mapping[str, Any], arch: str) -> Any:
@@ -298,11 +308,24 @@ def _value_type(key: str, value: Any) -> str:
     return {bool: "bool", str: "string"}.get(type(value), "uint32")
 
 
+def _said_in_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The settings with `rope_parameters` as metadata say them: a stretch that a tensor says is none."""
+    config = require_settings(checkpoint, ENGINE)
+    if not checkpoint.architecture.num_experts_keys:  # whose tables tell the types apart
+        return config
+    gathered = dict(current(config)["rope_parameters"])
+    if scales_frequencies({"rope_parameters": gathered}):
+        gathered["rope_type"] = "default"
+    return {**config, "rope_parameters": gathered}
+
+
 def _parameters(tensors: Iterable[TensorRecipe]) -> tuple[int, int, int]:
     """Weights in total, those that every token meets, and those of one expert in every layer."""
     shared = expert = total = 0
     # A tied embedding is in the file twice but is one.
     for tensor in {(tensor.matrices, tensor.vector, tensor.transform): tensor for tensor in tensors}.values():
+        if tensor.transform == "rope_freqs":
+            continue
         size = math.prod(tensor.shape)
         total += size
         if "_exps." in tensor.name:

@@ -27,6 +27,7 @@ from alphaq.engines.export import (
     Layout,
     Part,
     Rows,
+    Run,
     Stored,
     added_bytes,
     kept_fault,
@@ -41,8 +42,10 @@ from alphaq.engines.export import (
     write_json,
     write_model_folder,
 )
+from alphaq.engines.placement import left_out
 from alphaq.engines.profile import Profile, ragged
-from alphaq.errors import ChoiceError, PlanError
+from alphaq.engines.settings import require_settings
+from alphaq.errors import ChoiceError, MissingEngineError, PlanError
 from alphaq.quantizers.packing import dequantized_rows, pack, unpack
 from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
 
@@ -113,6 +116,7 @@ def parts(matrix: MatrixRef, choice: Choice) -> tuple[Part, ...]:
 def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
     """Every tensor of every output shard. Raises PlanError for what GPTQModel could not load."""
     require_family(checkpoint, "GPTQModel")
+    require_settings(checkpoint, PROFILE.name)
     if checkpoint.architecture.name in DENSE_KEPT:
         for matrix in checkpoint.with_role(Role.DENSE_MLP):
             if choices.get(matrix.name, KEPT) != KEPT:
@@ -120,7 +124,7 @@ def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
                     f"GPTQModel does not quantize dense layers of {checkpoint.architecture.name}, such as "
                     f"{matrix.name}. Keep them with --pin 'dense_mlp=16'."
                 )
-    return safetensors_layout(checkpoint, choices, parts, as_loaded)
+    return safetensors_layout(checkpoint, choices, parts, as_loaded, left_out(checkpoint, PROFILE.name))
 
 
 def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> dict[str, Any]:
@@ -195,6 +199,18 @@ def reader(parts: Sequence[torch.Tensor], choice: Choice, shape: Shape, name: st
     return lambda rows: dequantized_rows(matrix, rows)
 
 
+def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
+    """What GPTQModel's TorchLinear computes, float32 [tokens, words]."""
+    try:
+        from gptqmodel import GPTQModel
+    except ImportError:
+        raise MissingEngineError("GPTQModel", "gptqmodel") from None
+    loaded = GPTQModel.load(str(folder), backend="gptq_torch", device="cpu", dtype=torch.float16)
+    with torch.inference_mode():
+        values: torch.Tensor = loaded.model(input_ids=torch.tensor([list(ids)])).logits[0].float()
+    return values
+
+
 def fault(name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[torch.Tensor]) -> str | None:
     """Why a matrix is not what the plan says, or None."""
     if choice.bits == 16:
@@ -226,5 +242,7 @@ PROFILE = Profile(
         usage="Run it: python -c \"from gptqmodel import GPTQModel; GPTQModel.load('{out}', backend='gptq_torch')\"",
         write_rest=write_rest,
         fault=fault,
+        run=Run("GPTQModel", logits, tolerance=0.1),
+        shape=lambda choice, stored: (stored[2].shape[1], stored[3].shape[0]),
     ),
 )

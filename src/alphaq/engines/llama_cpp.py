@@ -19,10 +19,12 @@ from alphaq.checkpoint.gguf_source import READABLE_TYPES
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
 from alphaq.checkpoint.writer import Place
-from alphaq.engines.export import RAW, Entry, Export, Layout, Rows, Stored
+from alphaq.engines.effective import settings_of
+from alphaq.engines.export import RAW, Entry, Export, Layout, Rows, Run, Stored
 from alphaq.engines.gguf_model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
 from alphaq.engines.gguf_package import package
 from alphaq.engines.gguf_tokenizer import tokens_left_out
+from alphaq.engines.llama_library import Llama
 from alphaq.engines.profile import Profile
 from alphaq.errors import CheckpointError, ChoiceError, PlanError
 from alphaq.ggml import GGML_BLOCKS
@@ -191,7 +193,7 @@ def _entry(
 def convert(values: torch.Tensor, form: str, checkpoint: Checkpoint) -> torch.Tensor:
     """Values laid out as llama.cpp wants them (`transform`), and in another type (`transform>type`)."""
     transform, _, type = form.partition(">")
-    values = transformed(transform, values, checkpoint.settings)
+    values = transformed(transform, values, settings_of(checkpoint)) if transform else values
     return values.to(TORCH_DTYPES[type]) if type else values
 
 
@@ -268,6 +270,12 @@ def type_file(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
+    """What the real llama.cpp puts out, float32 [tokens, words]."""
+    with Llama(folder / FILE_NAME, context=len(ids)) as model:
+        return torch.from_numpy(model.logits(ids).copy())
+
+
 def _is_beaten(name: str) -> bool:
     """Whether another type is at least as small, as exact and as fine-grained, and better in one of them."""
     merits = {other: (size / block, GAUSSIAN_ERROR[other], block) for other, (_, block, size) in GGML_BLOCKS.items()}
@@ -304,5 +312,6 @@ PROFILE = Profile(
         fault=fault,
         from_gguf=True,
         notes=notes,
+        run=Run("llama.cpp", logits, tolerance=0.15),
     ),
 )

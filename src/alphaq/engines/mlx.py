@@ -26,6 +26,7 @@ from alphaq.engines.export import (
     Layout,
     Part,
     Rows,
+    Run,
     Stored,
     added_bytes,
     as_published,
@@ -40,8 +41,10 @@ from alphaq.engines.export import (
     shape_fault,
     write_model_folder,
 )
+from alphaq.engines.placement import left_out
 from alphaq.engines.profile import Profile, ragged
-from alphaq.errors import ChoiceError, MissingExtraError, PlanError
+from alphaq.engines.settings import ROPE, family_settings, require_settings
+from alphaq.errors import ChoiceError, MissingEngineError, MissingExtraError, PlanError
 from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -89,6 +92,7 @@ def parts(matrix: MatrixRef, choice: Choice) -> tuple[Part, ...]:
 def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
     """Every tensor of every output shard. Raises PlanError for what mlx-lm could not load."""
     require_family(checkpoint, "MLX")
+    require_settings(checkpoint, PROFILE.name)
     require_agreement(checkpoint, choices, "MLX", PROFILE.unit_of)
     if checkpoint.architecture.name == "deepseek_v3":
         again = [name for name, choice in choices.items() if name.endswith("kv_b_proj.weight") and choice != KEPT]
@@ -97,7 +101,9 @@ def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
                 f"mlx-lm splits {again[0]} by head and would quantize it a second time. Keep it, and those of the "
                 "other layers, with --pin '*.kv_b_proj=16'."
             )
-    return safetensors_layout(checkpoint, choices, parts, partial(as_published, checkpoint))
+    return safetensors_layout(
+        checkpoint, choices, parts, partial(as_published, checkpoint), left_out(checkpoint, PROFILE.name)
+    )
 
 
 def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> dict[str, Any]:
@@ -115,16 +121,30 @@ def _settings(choice: Choice) -> dict[str, Any]:
     return {"group_size": choice.group_size, "bits": choice.bits}
 
 
-def older_names(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Settings that mlx-lm looks for under their older names, where config.json only has those of transformers 5.
+def told(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Settings as mlx-lm must read them: those that it has a default of its own for, and those of older names.
 
-    It takes its own default for a rotary base that it does not find, and says nothing; likewise where the defaults of
-    transformers' class count.
+    It says nothing of a rotary base or a type that it does not find.
     """
-    config, keys = checkpoint.config, checkpoint.architecture.num_experts_keys
-    found = dict(checkpoint.architecture.defaults)
+    if not checkpoint.architecture.num_experts_keys:
+        return _told_of_dense(checkpoint)
+    known = family_settings(PROFILE.name, checkpoint.architecture)
+    config, keys = require_settings(checkpoint, PROFILE.name), checkpoint.architecture.num_experts_keys
+    found = {key: config[key] for key in known.carried if config.get(key) is not None}
     if keys:
-        found[keys[0]] = checkpoint.architecture.experts_per_layer(config)
+        found[keys[0]] = checkpoint.architecture.experts_per_layer(checkpoint.config)
+    rope = {key: value for key, value in (config.get(ROPE) or {}).items() if value is not None and key != "type"}
+    if rope:
+        found["rope_theta"] = rope.pop("rope_theta", None)
+        kind = rope.pop("rope_type", "default")
+        found["rope_scaling"] = None if kind == "default" else {"type": kind, "rope_type": kind, **rope}
+    return {key: value for key, value in found.items() if checkpoint.config.get(key) != value}
+
+
+def _told_of_dense(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The same of a family without experts, whose class's defaults its architecture file names."""
+    config = checkpoint.config
+    found = dict(checkpoint.architecture.defaults)
     rope = dict(config.get("rope_parameters") or {})
     if isinstance(local := rope.get("sliding_attention"), dict):
         found["rope_local_base_freq"] = local.get("rope_theta")
@@ -138,7 +158,7 @@ def older_names(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout) -> None:
     """Config, index and tokenizer. The quantization appears twice, as mlx-lm writes it."""
-    config = older_names(checkpoint)
+    config = told(checkpoint)
     if quantization := quantization_config(checkpoint, plan.every_choice()):
         config |= {"quantization": quantization, "quantization_config": quantization}
     write_model_folder(folder, checkpoint, written.entries, config)
@@ -176,6 +196,21 @@ def reader(parts: Sequence[torch.Tensor], choice: Choice, shape: Shape, name: st
     return rows
 
 
+def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
+    """What mlx-lm computes in float32, float32 [tokens, words]."""
+    try:
+        from mlx_lm.utils import load_model
+    except ImportError:
+        raise MissingEngineError("mlx-lm", "'alphaq[mlx]' mlx-lm") from None
+    mx = _library()
+    try:
+        model, _ = load_model(folder)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise PlanError(f"mlx-lm cannot load {folder} ({str(error)[:300]}). Use --engine native.") from error
+    model.set_dtype(mx.float32)
+    return torch.from_numpy(np.array(model(mx.array([list(ids)]))[0].astype(mx.float32)))
+
+
 def fault(name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[torch.Tensor]) -> str | None:
     """Why a matrix is not what the plan says, or None."""
     if choice.bits == 16:
@@ -206,5 +241,7 @@ PROFILE = Profile(
         usage="Run it: mlx_lm.generate --model {out} --prompt '…'",
         write_rest=write_rest,
         fault=fault,
+        run=Run("mlx-lm", logits, tolerance=0.01),
+        shape=lambda choice, stored: (stored[1].shape[-2], stored[1].shape[-1] * choice.group_size),
     ),
 )

@@ -18,6 +18,7 @@ from alphaq.engines.export import (
     Layout,
     Part,
     Rows,
+    Run,
     Stored,
     kept_fault,
     kept_part,
@@ -26,6 +27,7 @@ from alphaq.engines.export import (
     write_model_folder,
 )
 from alphaq.engines.profile import ROLE_BITS, Profile
+from alphaq.engines.running import run_in_transformers
 from alphaq.errors import CheckpointError
 from alphaq.quantizers.packing import decode, dequantized_rows, encode, read_block_header
 from alphaq.records import (
@@ -130,5 +132,6 @@ PROFILE = Profile(
         usage='Try it: alphaq generate {out} "def main"',
         write_rest=write_rest,
         fault=fault,
+        run=Run("our runtime in transformers", run_in_transformers, tolerance=0.01),
     ),
 )

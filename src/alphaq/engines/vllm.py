@@ -12,6 +12,7 @@ server, not the file. Source: vLLM 0.32, compressed-tensors 0.20.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from alphaq.checkpoint.reader import Checkpoint
+from alphaq.checkpoint.reader import Checkpoint, read_config
 from alphaq.checkpoint.safetensors_format import TensorSpec
 from alphaq.engines.export import (
     KEPT,
@@ -27,6 +28,7 @@ from alphaq.engines.export import (
     Layout,
     Part,
     Rows,
+    Run,
     Stored,
     added_bytes,
     as_published,
@@ -43,8 +45,11 @@ from alphaq.engines.export import (
     shape_fault,
     write_model_folder,
 )
+from alphaq.engines.placement import left_out
 from alphaq.engines.profile import Profile, ragged
-from alphaq.errors import ChoiceError, MissingExtraError
+from alphaq.engines.running import run_in_transformers
+from alphaq.engines.settings import family_settings, require_settings
+from alphaq.errors import ChoiceError, MissingExtraError, PlanError
 from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
 
 FORMAT = "pack-quantized"
@@ -91,8 +96,11 @@ def parts(matrix: MatrixRef, choice: Choice) -> tuple[Part, ...]:
 def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
     """Every tensor of every output shard. Raises PlanError for what vLLM could not load."""
     require_family(checkpoint, "vLLM")
+    require_settings(checkpoint, PROFILE.name)
     require_agreement(checkpoint, choices, "vLLM", _unit)
-    return safetensors_layout(checkpoint, choices, parts, partial(as_published, checkpoint))
+    return safetensors_layout(
+        checkpoint, choices, parts, partial(as_published, checkpoint), left_out(checkpoint, PROFILE.name)
+    )
 
 
 def _unit(matrix: MatrixRef) -> str | None:
@@ -153,10 +161,12 @@ def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -
 def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout) -> None:
     """Config, index and tokenizer."""
     choices = plan.every_choice()
-    config = quantization_config(checkpoint, choices)
-    write_model_folder(
-        folder, checkpoint, written.entries, {"quantization_config": config} if config["config_groups"] else {}
-    )
+    quantization = quantization_config(checkpoint, choices)
+    needed = family_settings(PROFILE.name, checkpoint.architecture).written
+    config = {key: value for key, value in needed.items() if checkpoint.config.get(key) is None}
+    if quantization["config_groups"]:
+        config["quantization_config"] = quantization
+    write_model_folder(folder, checkpoint, written.entries, config)
 
 
 def encode(matrix: QuantizedMatrix) -> tuple[torch.Tensor, ...]:
@@ -197,6 +207,23 @@ def reader(parts: Sequence[torch.Tensor], choice: Choice, shape: Shape, name: st
     return rows
 
 
+def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
+    """What transformers computes with the files, which compressed-tensors decompresses, float32 [tokens, words].
+
+    Raises PlanError for a plan whose experts differ: transformers gives all of them the first choice.
+    """
+    _library()
+    logging.getLogger("compressed_tensors").setLevel(logging.ERROR)  # fused experts are not matched, but restored
+    config = read_config(folder).get("quantization_config") or {"config_groups": {}, "ignore": []}
+    of_experts = [group["targets"] for group in config["config_groups"].values()] + [config["ignore"]]
+    if sum(any("experts" in target for target in targets) for targets in of_experts) > 1:
+        raise PlanError(
+            f"{folder} has several choices of experts, which vLLM loads and transformers does not; vLLM is not run "
+            f"here. Try it there: vllm serve {folder}"
+        )
+    return run_in_transformers(folder, ids)
+
+
 def fault(name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[torch.Tensor]) -> str | None:
     """Why a matrix is not what the plan says, or None."""
     if choice.bits == 16:
@@ -228,5 +255,8 @@ PROFILE = Profile(
         usage="Serve it: vllm serve {out}",
         write_rest=write_rest,
         fault=fault,
+        # vLLM wants a machine of its own; transformers reads the same files with the same library.
+        run=Run("transformers with compressed-tensors", logits, tolerance=0.02),
+        shape=lambda choice, stored: (stored[1].shape[0], stored[1].shape[1] * choice.group_size),
     ),
 )

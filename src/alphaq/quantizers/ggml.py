@@ -25,16 +25,22 @@ from alphaq.quantizers.rtn import FP16_MAX, too_large
 from alphaq.records import Choice, QuantizedMatrix
 
 
-@lru_cache(maxsize=1)
-def _library() -> Any:
+def shared_object() -> Path | None:
+    """The wheel's shared object, None if it is not installed."""
     found = find_spec("xllamacpp")
     folders = [] if found is None else list(found.submodule_search_locations or ())
-    objects = [
+    objects = (
         path for folder in folders for ending in ("so", "dylib", "pyd") for path in Path(folder).glob(f"*.{ending}")
-    ]
-    if not objects:
+    )
+    return next(objects, None)
+
+
+@lru_cache(maxsize=1)
+def _library() -> Any:
+    path = shared_object()
+    if path is None:
         raise MissingExtraError("gguf", "Quantizing for llama.cpp calls llama.cpp's own quantizers")
-    library = ctypes.CDLL(str(objects[0]))
+    library = ctypes.CDLL(str(path))
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = [
         ctypes.c_int,

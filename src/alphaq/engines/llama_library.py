@@ -1,0 +1,250 @@
+"""The real llama.cpp on a GGUF file, through the C API that the `xllamacpp` wheel's shared object exports.
+
+It runs on the CPU, without flash attention and with a float32 KV cache, so that what separates it from another
+engine is the weights and the kernels that multiply with them. Those kernels round the activations: to the weights'
+own type for F16 and BF16, to blocks of eight-bit integers (Q8_0, Q8_1, Q8_K) for quantized weights; only F32
+weights meet float32 activations.
+
+Positions of the fields below are those of llama.h in 2026 and no promise of the wheel's, so the defaults that
+llama.cpp returns are checked before any field is set. A failed call raises with llama.cpp's own last words.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alphaq.errors import AlphaQError, MissingEngineError
+from alphaq.quantizers.ggml import shared_object
+
+GGML_F32, GGML_F16 = 0, 1
+FLASH_ATTENTION_AUTO, FLASH_ATTENTION_OFF = -1, 0
+WARNING, ERROR = 3, 4
+RESERVE = 512  # bytes past the declared fields, more than llama.cpp's structures take
+
+
+class _ModelParams(ctypes.Structure):
+    _fields_ = (
+        ("devices", ctypes.c_void_p),
+        ("tensor_buft_overrides", ctypes.c_void_p),
+        ("n_gpu_layers", ctypes.c_int32),
+        ("_rest", ctypes.c_ubyte * RESERVE),
+    )
+
+
+class _ContextParams(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint32) for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq")),
+        *((name, ctypes.c_uint32) for name in ("n_outputs_max", "n_outputs_max_per_seq")),
+        *((name, ctypes.c_int32) for name in ("n_threads", "n_threads_batch", "ctx_type", "rope_scaling_type")),
+        *((name, ctypes.c_int32) for name in ("pooling_type", "attention_type", "flash_attn_type")),
+        *((name, ctypes.c_float) for name in ("rope_freq_base", "rope_freq_scale", "yarn_ext_factor")),
+        *((name, ctypes.c_float) for name in ("yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow")),
+        ("yarn_orig_ctx", ctypes.c_uint32),
+        ("defrag_thold", ctypes.c_float),
+        ("cb_eval", ctypes.c_void_p),
+        ("cb_eval_user_data", ctypes.c_void_p),
+        ("type_k", ctypes.c_int32),
+        ("type_v", ctypes.c_int32),
+        ("_rest", ctypes.c_ubyte * RESERVE),
+    )
+
+
+class _Batch(ctypes.Structure):
+    """Null positions and sequences: the next places of the only sequence."""
+
+    _fields_ = (
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.c_void_p),
+        ("pos", ctypes.c_void_p),
+        ("n_seq_id", ctypes.c_void_p),
+        ("seq_id", ctypes.c_void_p),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    )
+
+
+MODEL_DEFAULTS = {"devices": None, "tensor_buft_overrides": None, "n_gpu_layers": -1}
+CONTEXT_DEFAULTS = {
+    "n_ctx": 512,
+    "n_batch": 2048,
+    "n_ubatch": 512,
+    "n_seq_max": 1,
+    "n_threads": 4,
+    "flash_attn_type": FLASH_ATTENTION_AUTO,
+    "yarn_ext_factor": -1.0,
+    "defrag_thold": -1.0,
+    "type_k": GGML_F16,
+    "type_v": GGML_F16,
+}
+
+_words: list[str] = []
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def _listen(level: int, text: bytes, _: int | None) -> None:
+    """Keep warnings and errors for `_refusal`; print nothing."""
+    if level in (WARNING, ERROR):
+        _words.append(text.decode(errors="replace").strip())
+
+
+class LlamaError(AlphaQError):
+    """llama.cpp refused."""
+
+
+def _refusal(what: str) -> LlamaError:
+    """An error that ends with what llama.cpp logged last."""
+    return LlamaError("\n  ".join((what, *_words[-5:])))
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The shared object with its functions typed and its log silenced.
+
+    Raises MissingEngineError without the wheel, and LlamaError if a structure's defaults are not the known ones.
+    """
+    path = shared_object()
+    if path is None:
+        raise MissingEngineError("llama.cpp", "'alphaq[gguf]'")
+    library = ctypes.CDLL(str(path))
+    pointer, integer, text = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p
+    signatures: dict[str, tuple[Any, ...]] = {  # name: (result, *arguments)
+        "llama_log_set": (None, type(_listen), pointer),
+        "llama_backend_init": (None,),
+        "llama_model_default_params": (_ModelParams,),
+        "llama_context_default_params": (_ContextParams,),
+        "llama_model_load_from_file": (pointer, text, _ModelParams),
+        "llama_model_free": (None, pointer),
+        "llama_model_get_vocab": (pointer, pointer),
+        "llama_vocab_n_tokens": (integer, pointer),
+        "llama_init_from_model": (pointer, pointer, _ContextParams),
+        "llama_free": (None, pointer),
+        "llama_get_memory": (pointer, pointer),
+        "llama_memory_clear": (None, pointer, ctypes.c_bool),
+        "llama_tokenize": (
+            *(integer, pointer, text, integer, ctypes.POINTER(integer), integer),
+            *(ctypes.c_bool, ctypes.c_bool),
+        ),
+        "llama_decode": (integer, pointer, _Batch),
+        "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), pointer, integer),
+    }
+    for name, (result, *arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    library.llama_log_set(_listen, None)
+    library.llama_backend_init()
+    _check(library.llama_model_default_params(), MODEL_DEFAULTS)
+    _check(library.llama_context_default_params(), CONTEXT_DEFAULTS)
+    return library
+
+
+def _check(params: ctypes.Structure, defaults: dict[str, Any]) -> None:
+    """Raise LlamaError if a field does not hold its known default: then the structure has changed."""
+    found = {name: getattr(params, name) for name in defaults}
+    if found != defaults:
+        changed = ", ".join(
+            f"{name} {found[name]} instead of {default}" for name, default in defaults.items() if found[name] != default
+        )
+        raise LlamaError(
+            f"This build of llama.cpp fills {type(params).__name__} in another way: {changed}. Compare its llama.h."
+        )
+
+
+class Llama:
+    """A GGUF model in llama.cpp, with one sequence of up to `context` tokens. Close it, or use `with`.
+
+    Raises LlamaError if llama.cpp cannot load the file.
+    """
+
+    def __init__(self, path: Path, context: int = 512, threads: int = 2) -> None:
+        self._library = _library()
+        self._model = self._context = None
+        _words.clear()
+        model_params = self._library.llama_model_default_params()
+        model_params.n_gpu_layers = 0
+        self._model = self._library.llama_model_load_from_file(str(path).encode(), model_params)
+        if not self._model:
+            raise _refusal(f"llama.cpp cannot load {path}:")
+        params = self._library.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = context
+        params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = FLASH_ATTENTION_OFF
+        params.type_k = params.type_v = GGML_F32
+        self._context = self._library.llama_init_from_model(self._model, params)
+        if not self._context:
+            self.close()
+            raise _refusal(f"llama.cpp cannot make a context of {context} tokens for {path}:")
+        self._vocab = self._library.llama_model_get_vocab(self._model)
+        self.vocab_size: int = self._library.llama_vocab_n_tokens(self._vocab)
+        self.context = context
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model and its context; closing twice is harmless."""
+        if self._context:
+            self._library.llama_free(self._context)
+        if self._model:
+            self._library.llama_model_free(self._model)
+        self._model = self._context = None
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of a text, without tokens that the file asks to add; `special` reads `<|…|>` as such tokens."""
+        raw = text.encode()
+        ids = (ctypes.c_int32 * (len(raw) + 1))()  # no token is shorter than a byte
+        count = self._library.llama_tokenize(self._vocab, raw, len(raw), ids, len(ids), False, special)
+        if count < 0:
+            raise _refusal(f"llama.cpp cannot tokenize {text[:40]!r}…:")
+        return ids[:count]
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [tokens, vocab] after each of these tokens, seen as one sequence in one batch."""
+        self._start(len(ids))
+        return self._decode(ids, range(len(ids)))
+
+    def greedy(self, ids: Sequence[int], n: int) -> list[int]:
+        """The n likeliest next tokens, one at a time with the KV cache (and the kernels for a single row)."""
+        self._start(len(ids) + n)
+        generated: list[int] = []
+        while len(generated) < n:
+            logits = self._decode(generated[-1:] or ids, (-1,))
+            generated.append(int(logits[0].argmax()))
+        return generated
+
+    def _start(self, length: int) -> None:
+        """Forget the last sequence before one of that many tokens."""
+        if not self._context:
+            raise LlamaError("This model is closed.")
+        if not 0 < length <= self.context:
+            raise ValueError(f"{length} tokens in a context of {self.context}: give 1 to {self.context}.")
+        _words.clear()
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+
+    def _decode(self, ids: Sequence[int], wanted: Sequence[int]) -> NDArray[np.float32]:
+        """Append these tokens to the sequence; logits [wanted, vocab] of those at the wanted places."""
+        if not ids or not all(0 <= id < self.vocab_size for id in ids):
+            raise ValueError(f"llama.cpp needs ids below {self.vocab_size}, at least one.")
+        flags = np.zeros(len(ids), np.int8)
+        flags[list(wanted)] = 1
+        batch = _Batch(
+            n_tokens=len(ids),
+            token=(ctypes.c_int32 * len(ids))(*ids),
+            logits=flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+        if code := self._library.llama_decode(self._context, batch):
+            raise _refusal(f"llama_decode returned {code} for {len(ids)} tokens:")
+        rows = [self._library.llama_get_logits_ith(self._context, index % len(ids)) for index in wanted]
+        return np.stack([np.ctypeslib.as_array(row, (self.vocab_size,)) for row in rows])

@@ -1,0 +1,104 @@
+"""Whether an engine computes with a folder what its restored weights give: a few tokens through both.
+
+Weights that are right to the bit can still be run wrongly: an engine that overlooks a setting of the config answers
+fluently and otherwise. So the folder is run in its engine, and the model's own class in transformers is run with the
+restored weights, layer by layer, so that it need not fit into memory. Differences are in standard deviations of a
+token's logits; the median of the tokens counts, since rounding alone sends single tokens to another expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from alphaq.calibration.stream import HollowModel, stream_forward
+from alphaq.calibration.tokens import random_windows
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.engines.output import Output
+from alphaq.errors import CheckpointError, PlanError, VerificationError
+from alphaq.evaluation.restored import restored_alone, restored_from
+
+TOKENS = 48
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """How an engine's logits agree with those of the restored weights."""
+
+    engine: str
+    tokens: int
+    difference: float
+    """Of logits, in their standard deviations, root mean square over the words, median of the tokens."""
+    correlation: float
+    """Of all logits."""
+    tolerance: float
+
+
+def run_in_engine(folder: Path, source: Checkpoint | None = None, tokens: int = TOKENS) -> EngineRun:
+    """Run some random tokens in the engine that a folder was written for, and with its restored weights.
+
+    source: the original, whose config says what the model computes; without it the folder's own. Raises
+    VerificationError if they disagree, MissingEngineError if the engine is not installed.
+    """
+    output = Output(folder)
+    run = output.profile.writer.run
+    if run is None:
+        raise PlanError(f"It is not known how to run what is written for {output.plan.engine}. Drop --run.")
+    checkpoint = restored_alone(output) if source is None else restored_from(output, source)
+    vocabulary = int(checkpoint.text_config["vocab_size"])
+    ids = random_windows(vocabulary, 1, tokens)[0].tolist()
+    found = run.logits(folder, ids)
+    expected = restored_logits(checkpoint, ids)
+    made = _compared(run.called, found[:, : expected.shape[1]], expected[:, : found.shape[1]], run.tolerance)
+    if made.difference > made.tolerance:
+        raise VerificationError(
+            f"{folder}: {made.engine} computes otherwise than the restored weights: logits of {tokens} tokens differ "
+            f"by {made.difference:.2f} standard deviations (at most {made.tolerance} are usual), correlation "
+            f"{made.correlation:.3f}. The weights are as planned, so it reads a setting of the config otherwise. Use "
+            "--engine native, and report this model's config.json."
+        )
+    return made
+
+
+def restored_logits(checkpoint: Checkpoint, ids: Sequence[int]) -> torch.Tensor:
+    """Logits of the model's own class in float32 [tokens, words], a layer in memory at a time."""
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
+    hollow = HollowModel(checkpoint)
+    window = torch.tensor([list(ids)])
+    states = stream_forward(checkpoint, window, lambda traffic: None, hollow)
+    _fill_head(hollow)
+    hollow.base.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=states)
+    try:
+        with torch.no_grad():
+            logits: torch.Tensor = hollow.model(input_ids=window, use_cache=False, output_router_logits=False).logits
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"{type(hollow.model).__name__} of {checkpoint.name} cannot be run layer by layer ({str(error)[:200]}). "
+            "Drop --run; `alphaq eval` runs the model whole."
+        ) from error
+    return logits[0].float()
+
+
+def _fill_head(hollow: HollowModel) -> None:
+    """Give the head its weights: its own, or the embedding's."""
+    head, embedding = hollow.model.get_output_embeddings(), hollow.base.get_input_embeddings()
+    names = {module: name for name, module in hollow.model.named_modules()}
+    if head is None:
+        raise CheckpointError(f"{type(hollow.model).__name__} has no head for words, so it has no logits. Drop --run.")
+    if hollow.stores(names[head]):
+        hollow.fill(names[head])
+        return
+    hollow.fill(names[embedding])
+    head.weight = embedding.weight
+
+
+def _compared(engine: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> EngineRun:
+    spread = expected.std(dim=1)
+    apart = (found - expected).square().mean(dim=1).sqrt() / spread
+    difference = float(apart.nan_to_num(nan=torch.inf).median())
+    pair = torch.stack((found.flatten(), expected.flatten()))
+    return EngineRun(engine, len(expected), difference, float(torch.corrcoef(pair)[0, 1]), tolerance)
