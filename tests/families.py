@@ -262,6 +262,8 @@ def plain_copy(source: Checkpoint, quantized: Path, out: Path) -> Path:
     tensors = {name: source.tensor(name) for name in source.shard_of}
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     for matrix in source.matrices:
+        if matrix.tensor in values and matrix.index is not None:  # a stack that is kept whole
+            continue
         place = tensors[matrix.tensor] if matrix.index is None else tensors[matrix.tensor][matrix.index]
         place = (place.T if matrix.transposed else place)[matrix.row_start :: matrix.row_step][: matrix.shape[0]]
         place.copy_(values[matrix.name])

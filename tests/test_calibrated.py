@@ -276,7 +276,7 @@ def test_a_run_is_not_gone_on_with_under_another_config(
 
 
 def test_families_without_a_pass_are_told_what_to_use(tmp_path: Path) -> None:
-    folder = save_layout(random_family("dbrx"), tmp_path / "model", True)
+    folder = save_layout(random_family("jetmoe"), tmp_path / "model", True)
     checkpoint = open_checkpoint(folder)
     for inputs in (Text("self"), Proxy("norm")):
         rounding = Rounding.of("native", "gptq", inputs)

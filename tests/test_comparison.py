@@ -21,7 +21,7 @@ from alphaq.config import Budget, PlanConfig, Rule
 from alphaq.engines.profiles import ENGINES
 from alphaq.errors import AlphaQError, BudgetError, OutputError, StatsError
 from alphaq.evaluation.fidelity import Remembered, WindowScore, paired_bootstrap, windows
-from alphaq.planning import make_plan, measure_for_plan, measure_for_plans, plain_size, resolve
+from alphaq.planning import checked_plan, make_plan, measure_for_plan, measure_for_plans, plain_size, resolve
 from alphaq.records import Plan
 from alphaq.sensitivity.methods import METHODS as METHODS_KNOWN
 from conftest import DATA
@@ -140,7 +140,7 @@ def test_plans_do_not_depend_on_order_or_company_and_are_those_of_plan(
             config = PlanConfig(budget=Budget(size_bytes=row.budget_bytes), method=row.method)
             with Cache(own, {}) as kept:
                 found = measure_for_plan(checkpoint, resolve(config), cache=kept)
-            alone = make_plan(checkpoint, resolve(config), found)
+                alone = checked_plan(checkpoint, resolve(config), found, kept)
             made = next(plan for plan in seen if plan.config["method"] == row.method)
             assert made.to_json() == alone.to_json()
     assert [plan.config["method"] for plan in seen] == [*["uniform"] * ("uniform" not in order), *order]
@@ -251,8 +251,8 @@ def test_skipped_tokens_are_not_scored() -> None:
     def tokenizer(text: str, **_: Any) -> dict[str, torch.Tensor]:
         return {"input_ids": torch.arange(len(text))[None]}
 
-    parts = windows(tokenizer, "x" * 20, length=4, max_tokens=6, skip_tokens=10)
-    assert [part.tolist() for part in parts] == [[[10, 11, 12, 13]], [[14, 15]]]
+    cut = windows(tokenizer, "x" * 20, length=4, max_tokens=6, skip_tokens=10, bos=False)
+    assert [part.tolist() for part in cut.parts] == [[[10, 11, 12, 13]], [[14, 15]]]
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "results.jsonl"])

@@ -14,6 +14,7 @@ import pytest
 from alphaq.checkpoint import side_files as module
 from alphaq.checkpoint.side_files import side_files
 from alphaq.errors import CheckpointError
+from alphaq.untrusted import shown
 from conftest import Ran
 
 TEMPLATE = "additional_chat_templates/tools.jinja"
@@ -111,7 +112,7 @@ def test_what_does_not_come_along_is_told(folder: Path, tmp_path: Path, monkeypa
     assert found.names == ("processor_config.json", "tokenizer.json", "codec/config.json")
     assert [note.partition(": ")[2] for note in found.notes] == [
         "'../secret.txt', which processor_config.json names, lies outside of the folder",
-        f"'{tmp_path}/secret.txt', which processor_config.json names, lies outside of the folder",
+        f"{shown(tmp_path / 'secret.txt')}, which processor_config.json names, lies outside of the folder",
         "long.txt has 1000 bytes, more than the 500 of a small file",
         "speaker.pt holds weights",
         "codec/model.safetensors holds weights",

@@ -29,8 +29,10 @@ def test_a_token_without_a_row_of_the_embedding_is_told(loaded: tuple) -> None:
     model, tokenizer = loaded
 
     def longer(text: str, **options: object) -> dict[str, torch.Tensor]:
-        ids = tokenizer(text, **options)["input_ids"]
-        return {"input_ids": torch.cat([ids, torch.tensor([[len(tokenizer)]])], 1)}
+        found = tokenizer(text, **options)
+        if "return_tensors" not in options:
+            return found
+        return {"input_ids": torch.cat([found["input_ids"], torch.tensor([[len(tokenizer)]])], 1)}
 
     with pytest.raises(AlphaQError, match=r"Text 'x' has a token with the id 4096, .* 4096 rows.*resize_token_embed"):
         next(evaluate_texts(model, longer, {"x": "def main"}))

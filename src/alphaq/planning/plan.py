@@ -29,9 +29,9 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
     `found` may hold more choices than are asked for, which change nothing. Raises BudgetError if it lacks one, or
     nothing fits.
     """
-    found = found.of(request)
     if found.by_shapes and not request.method.by_shapes:
         raise BudgetError(f"--method {request.config.method} needs the weights, which were not read. Measure for it.")
+    found = found.of(request)
     config, choices = request.config, request.choices
     problem = problem_of(checkpoint, request, found.evidence)
     evidence = _accounted(replace(found.evidence, gamma=config.gamma, seed=config.seed), request)
