@@ -40,7 +40,7 @@ def row(maker: str, name: str, promised: str) -> str:
         try:
             source = open_checkpoint(Path(scratch) / name)
         except AlphaQError as error:
-            return f"| {name} | | | | refused: {str(error).replace(str(scratch), '').replace('|', '/')} |"
+            return f"| {name} | | | | refused: {str(error).replace(f'{scratch}/', '').replace('|', '/')} |"
     found = len(source.with_role(Role.EXPERT))
     count = f"{found:,}" if str(found) == promised else f"**{found:,} of {promised}**"
     kept = kept_shares(source, usual_choices(source))
