@@ -26,7 +26,7 @@ from alphaq.calibration.tokens import model_prefix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import BudgetError
 from alphaq.measurement import restored
-from alphaq.planning.evidence import Measurements
+from alphaq.planning.measured import Measurements
 from alphaq.planning.plan import make_plan
 from alphaq.planning.request import Request
 from alphaq.records import Choice, MatrixRef, Plan, PlanCheck

@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,10 +24,11 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import FILE_OVERHEAD
 from alphaq.engines.gguf_importance import importance_of
 from alphaq.engines.llama_cpp import GAUSSIAN_ERROR, gaussian_errors
-from alphaq.errors import BudgetError, CheckpointError, QuantizationError, StatsError
+from alphaq.errors import CheckpointError, QuantizationError, StatsError
 from alphaq.measurement import Sampling, coded_bytes, measure
 from alphaq.numerics import squared_norm
 from alphaq.planning.limits import outside_experts, pinned, problem_of
+from alphaq.planning.measured import Measurements
 from alphaq.planning.request import Request
 from alphaq.quantizers.base import SAMPLE_VALUES, quantizer_version
 from alphaq.quantizers.coding import coder_version
@@ -41,91 +42,6 @@ from alphaq.workers import Workers, Wrap, silent
 T = TypeVar("T")
 SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH = 8, 256
 SAMPLE_MEMBERS = 32  # matrices of a unit whose errors are measured
-
-
-@dataclass(frozen=True)
-class Measurements:
-    """What was measured of the matrices to plan; enough for any number of budgets and methods that need no more.
-
-    squared_errors: expected Σ(w − ŵ)² [matrices, choices]. measured: choices whose errors are known of every matrix
-    that could take them; those of the others, which only pins name, come from a formula. weights: parameters, or ones
-    where unknown.
-    """
-
-    spectra: dict[str, Spectrum]
-    choices: tuple[Choice, ...]
-    measured: frozenset[Choice]
-    squared_errors: np.ndarray
-    weights: np.ndarray
-    left_out: dict[str, str]
-    evidence: Evidence
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Time that each need took in this run; what the cache held took next to none."""
-    deviations: np.ndarray | None = None
-    """Relative standard error of a unit's summed errors, for each of its matrices [matrices, choices]."""
-    joined: dict[str, np.ndarray] = field(default_factory=dict)
-    """Σ(w − ŵ)²/Σw² [choices] of matrices outside the experts that share their budget, where they were measured."""
-    importance: dict[str, np.ndarray] = field(default_factory=dict)
-    """Of the columns of a matrix, by its name, where an importance matrix tells."""
-    by_shapes: bool = False
-    """Whether no weight was read; enough for methods that go by places alone."""
-
-    @property
-    def zeros(self) -> list[str]:
-        """Matrices that hold nothing but zeros."""
-        return [name for name, energy in zip(self.evidence.names, self.evidence.energies, strict=True) if energy == 0]
-
-    def of(self, request: Request) -> Measurements:
-        """What a request would have measured by itself. Raises BudgetError if it offers what was not measured."""
-        if lacking := (request.offered - self.measured) | (set(request.choices) - set(self.choices)):
-            raise BudgetError(
-                f"{', '.join(map(str, sorted(lacking)))} was not measured. Measure for this request, or plan with the "
-                "same choices."
-            )
-        if request.choices == self.choices:
-            return self
-        columns = [self.choices.index(choice) for choice in request.choices]
-        coded = self.evidence.coded
-        errors = self.squared_errors[:, columns]
-        return replace(
-            self,
-            choices=request.choices,
-            measured=request.offered,
-            squared_errors=errors,
-            evidence=replace(
-                self.evidence,
-                choices=request.choices,
-                errors=errors,
-                coded=None if coded is None else coded[:, columns],
-            ),
-            deviations=None if self.deviations is None else self.deviations[:, columns],
-            joined={name: relative[columns] for name, relative in self.joined.items()},
-        )
-
-
-def measure_for_plans(
-    checkpoint: Checkpoint, requests: Mapping[str, Request], **settings: Any
-) -> dict[str, Measurements]:
-    """What each request would measure by itself, with everything that they share measured once.
-
-    settings: those of `measure_for_plan`.
-    """
-    kinds: dict[tuple[str | None, ...], dict[str, Request]] = {}
-    for name, request in requests.items():
-        config = request.config
-        kinds.setdefault((config.noise, config.spectrum, config.tail), {})[name] = request
-    found: dict[str, Measurements] = {}
-    for members in kinds.values():
-        several = list(members.values())
-        together = replace(
-            next((request for request in several if request.joint), several[0]),
-            choices=tuple(sorted({choice for request in several for choice in request.choices})),
-            offered=frozenset().union(*(request.offered for request in several)),
-        )
-        needs = {need for request in several for need in request.method.needs}
-        measured = measure_for_plan(checkpoint, together, needs=needs, **settings)
-        found |= {name: measured.of(request) for name, request in members.items()}
-    return found
 
 
 def measure_for_plan(

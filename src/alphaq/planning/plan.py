@@ -14,9 +14,9 @@ from alphaq.allocation.problem import Problem, solve_experts, solve_losses, solv
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.llama_cpp import gaussian_errors
 from alphaq.errors import BudgetError
-from alphaq.planning.evidence import Measurements
 from alphaq.planning.kept import kept_shares
 from alphaq.planning.limits import byte_tables, coded_table, outside_experts, problem_of, size_bytes
+from alphaq.planning.measured import Measurements
 from alphaq.planning.request import Request
 from alphaq.records import MatrixRef, Plan, PlanTable, Role, Solution
 from alphaq.sensitivity.methods import Evidence, resolved_gamma
