@@ -15,11 +15,11 @@ same texts; its rank correlation (Spearman) with each method's loss of that matr
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from common import SCRATCH, markdown_table, parser, results_folder, save
@@ -161,11 +161,13 @@ def main() -> None:
     if given.add and kept.exists():
         rows = [row for row in json.loads(kept.read_text(encoding="utf-8"))["rows"] if row["model"] not in names]
     for model in given.models:
-        with TemporaryDirectory(dir=SCRATCH) as scratch:
-            rows += equal_bytes(model, given, Path(scratch))
+        scratch = SCRATCH / f"real_weights_{model.name}"  # where a killed run is gone on with
+        scratch.mkdir(parents=True, exist_ok=True)
+        rows += equal_bytes(model, given, scratch)
         save("real_weights", TITLE, rows, render(rows), given.quick)
         rows.append({"model": model.name} | harm(model, given))
         save("real_weights", TITLE, rows, render(rows), given.quick)
+        shutil.rmtree(scratch)
 
 
 if __name__ == "__main__":

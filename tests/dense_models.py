@@ -99,6 +99,10 @@ ROPE = {
     "yarn-untruncated": Flip(
         dict(rope_parameters=YARN | dict(truncate=False)), _refused("rope_parameters.truncate", *ALL)
     ),
+    "yarn-betas": Flip(
+        dict(rope_parameters=YARN | dict(beta_fast=8.0, beta_slow=2.0)),
+        _refused("rope_parameters.beta_fast", "llama.cpp"),
+    ),
     "yarn-mscale": Flip(
         dict(rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=0.5)), _refused("rope_parameters.mscale", *ALL)
     ),

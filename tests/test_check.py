@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,13 +16,16 @@ from typer.testing import CliRunner
 
 from alphaq import pipeline
 from alphaq.cache import Cache
-from alphaq.calibration.tokens import random_windows
+from alphaq.calibration.tokens import model_prefix, random_windows
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.cli import app
 from alphaq.config import Budget, PlanConfig
+from alphaq.engines.profiles import ENGINES
 from alphaq.measurement import restored
+from alphaq.numerics import squared_distance
 from alphaq.planning import check, checked_plan, make_plan, measure_for_plan, resolve
 from alphaq.planning.check import divergences
+from alphaq.quantizers.base import quantizer_of
 from alphaq.records import Choice, Plan, Role
 from alphaq.runtime.loading import load_model
 from alphaq.sensitivity import methods
@@ -133,3 +137,54 @@ def test_user_is_told(tiny: Path, ruinous: None, tmp_path: Path) -> None:
     quiet = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "other.json"), "--no-check"])
     assert quiet.exit_code == 0 and "uniform" not in quiet.output
     assert json.loads((tmp_path / "other.json").read_text())["check"] is None
+
+
+@pytest.mark.parametrize(
+    ("engine", "choice"),
+    [
+        ("native", "3g64"),
+        ("native", "4g32s"),
+        ("mlx", "3g64"),
+        ("vllm", "4g64s"),
+        ("gptqmodel", "2g32"),
+        ("llama.cpp", "Q3_K"),
+    ],
+)
+def test_what_stands_in_is_as_far_away_as_the_quantizer_says(checkpoint: Checkpoint, engine: str, choice: str) -> None:
+    """By the engine's own way to restore: MLX adds its offsets, others take them for zero points."""
+    quantizer, matrix, parsed = ENGINES[engine].quantizer, checkpoint.planned[7], Choice.parse(choice)
+    weight = checkpoint.read(matrix)
+    found = restored(checkpoint, matrix, parsed, quantizer, {})
+    error = quantizer_of(quantizer)(weight, parsed, matrix.name).squared_error
+    assert squared_distance(weight, found) == pytest.approx(error, rel=0.01)
+
+
+def test_plan_that_nothing_stands_beside_says_why(checkpoint: Checkpoint, measured: Path) -> None:
+    plan = made(checkpoint, measured, choices="3g64,2g128-slim")
+    assert plan.check is None and plan.unchecked is not None and "no uniform bits" in plan.unchecked
+    layers = made(checkpoint, measured, per_layer=True)
+    assert layers.check is None and layers.unchecked is not None and "each layer" in layers.unchecked
+
+
+@pytest.mark.slow
+def test_plan_of_all_roles_is_not_judged_by_what_the_signal_knows_of_experts(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "MOST_WEIGHTS", 1)
+    plan = made(checkpoint, tmp_path, engine="llama.cpp", budget=Budget(size_bytes=7_500_000), choices="Q3_K,Q4_K,Q6_K")
+    assert plan.check is None and plan.unchecked is not None and "too large" in plan.unchecked
+
+
+def test_damaged_verdict_in_the_cache_is_made_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plan = made(checkpoint, tmp_path)
+    (kept,) = tmp_path.glob("*/check-*.json")
+    for damage in ("", "[1.0]", '{"a": 1}'):
+        kept.write_text(damage)
+        assert made(checkpoint, tmp_path) == plan
+
+
+def test_tokenizer_that_its_library_cannot_take_does_not_stop_planning(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    assert model_prefix(open_checkpoint(folder)) == ()

@@ -132,7 +132,10 @@ def test_plans_do_not_depend_on_order_or_company_and_are_those_of_plan(
         seen.extend([] if plan is None else [plan])
         return {"digest": "", "scores": {"text": [[1, 1.0, 0.0, 1.0, 1.0, 1.0]]}, "seconds_to_quantize": 0.0}
 
-    monkeypatch.setattr(trials, "load_model", lambda *_: (SimpleNamespace(dtype="", device="", config=None), None))
+    def plain(text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [1]}
+
+    monkeypatch.setattr(trials, "load_model", lambda *_: (SimpleNamespace(dtype="", device="", config=None), plain))
     monkeypatch.setattr(trials.Trials, "run", scored)
     checkpoint = open_checkpoint(tiny)
     with Cache(tmp_path / "cache", {}) as cache:  # --no-cache measures the same, only later again

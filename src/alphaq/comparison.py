@@ -32,6 +32,7 @@ from alphaq.evaluation.fidelity import (
     read_texts,
     score_texts,
     summarize_windows,
+    window_beginning,
 )
 from alphaq.journal import Journal
 from alphaq.planning import Measurements, Request, checked_plan, measure_for_plans, plain_size, resolve
@@ -76,6 +77,10 @@ class Row:
     difference_low: float | None = None
     difference_high: float | None = None
     error: str = ""
+    taken: str = ""
+    """For the default method, whether its plan stood beside uniform bits: "plan" or "uniform"."""
+    windows_begin_with: str = ""
+    """Special tokens before each window of text, in words."""
 
 
 def compare(
@@ -151,6 +156,7 @@ def compare(
             for key, plan, entry in runs:
                 rounding = quantizers.get(key[2])
                 entry |= {"rounding": key[2], "quantizer": "" if rounding is None else rounding.name}
+                entry["windows_begin_with"] = window_beginning(trials.tokenizer, base.bos)
                 entries[key] = entry | ({} if "error" in entry else trials.run(plan, rounding))
                 journal.append(entries[key])
     shutil.rmtree(out / SCRATCH_NAME, ignore_errors=True)
@@ -276,6 +282,7 @@ def _runs(
             "average_bits": plan.average_bits,
             "bits_per_weight": plan.bits_per_weight,
             "seconds_to_plan": seconds,
+            "taken": "" if plan.check is None else plan.check.taken,
         }
         yield key, plan, entry
 

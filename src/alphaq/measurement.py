@@ -241,7 +241,12 @@ def restored(
     found = cutting(held, quantizer_of(quantizer, importance.get(matrix.name)))(weight, choice, matrix.name)
     if choice.scheme:
         return restore_rows(found.codes.numpy(), choice, matrix.shape[1])
-    return dequantize(found)
+    if quantizer != "affine" or found.offsets is None:
+        return dequantize(found)
+    # Whose offsets are added to s·q instead of being zero points.
+    columns = matrix.shape[1]
+    biases = found.offsets.float().repeat_interleave(choice.group_size, dim=1)[:, :columns]
+    return dequantize(replace(found, offsets=torch.zeros_like(found.offsets))) + biases
 
 
 def coded_bytes(checkpoint: Checkpoint, task: tuple[str | MatrixRef, Choice | None, str]) -> int:

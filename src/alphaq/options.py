@@ -716,6 +716,10 @@ def _note_plan(plan: Plan) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    if plan.unchecked is not None:
+        err.print(
+            f"note: not held against uniform bits: {plan.unchecked}", markup=False, highlight=False, soft_wrap=True
+        )
     if plan.lower_bound is not None and plan.gap > 1e-6:
         err.print(f"note: this plan is proven to be within {plan.gap:.2g} (relative) of the best one", highlight=False)
 

@@ -431,6 +431,8 @@ class Plan(BaseModel):
     """Against what any quantizer could do; None where losses are not proportional to squared errors."""
     check: PlanCheck | None = None
     """What the default method's plan was held against; None of other methods, and without a check."""
+    unchecked: str | None = None
+    """Why the default method's plan was not held against uniform bits, though it should have been."""
     table: PlanTable | None = None
 
     @model_validator(mode="after")

@@ -228,7 +228,8 @@ def _plan(checkpoint: Checkpoint, request: Request, found: Measurements, bpw: fl
     config = request.config
     widths = {name: rest for name in ("attention_bits", "shared_bits") if getattr(config, name) is None}
     config = config.model_copy(update={"budget": Budget(bpw=bpw), **widths})
-    return make_plan(checkpoint, replace(request, config=config), found)
+    made = make_plan(checkpoint, replace(request, config=config), found)
+    return made.model_copy(update={"unchecked": "--ear tries plans on your texts"} if config.check else {})
 
 
 def rest_bits(bpw: float) -> int:

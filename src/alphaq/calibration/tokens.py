@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,10 @@ def model_prefix(checkpoint: Checkpoint) -> Prefix:
         adds = held.get("tokenizer.ggml.add_bos_token", held.get("tokenizer.ggml.model") == "llama")
         begin = held.get("tokenizer.ggml.bos_token_id")
         return (begin,) if adds and isinstance(begin, int) else ()
-    with suppress(CheckpointError):
+    try:
         return text_prefix(_tokenizer(checkpoint.folder))
-    return ()
+    except Exception:  # whatever a tokenizer of strangers does to its library: passes work on ids, and need none
+        return ()
 
 
 def _tokenizer(folder: str | Path) -> Any:

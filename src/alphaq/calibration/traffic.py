@@ -141,7 +141,9 @@ def gather(
 ) -> Calibration:
     """Run token ids [windows, length] through the model and measure every routed expert.
 
-    Memory: that of `stream_forward`, and one expert's matrices and activations. Raises ChoiceError for a
+    Memory: that of `stream_forward`, and one expert's matrices and activations; with the signal also
+    what the modules of a layer take and give, and where the way to the stream does more than multiply (`LayerSignal`) a
+    float32 [top_k, tokens, hidden] for each projection. Raises ChoiceError for a
     choice that round-to-nearest cannot store, QuantizationError for weights that it cannot, and what
     `stream_forward` raises.
     """

@@ -97,7 +97,7 @@ def unfolded(
             return tensor
         experts = architecture.experts_per_layer(config)
         rows = tensor.shape[0]
-        if rows % experts:
+        if not experts or rows % experts:
             raise ArchitectureError(f"{tensor.name!r}: {rows} rows cannot hold {experts} experts. Correct config.json.")
         return unfolded_tensor(tensor, experts)
 

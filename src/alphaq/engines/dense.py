@@ -9,6 +9,7 @@ from typing import Any
 
 from alphaq.checkpoint.formulas import Assumption, looked_up
 from alphaq.checkpoint.reader import Checkpoint
+from alphaq.engines.effective import settings_of
 from alphaq.errors import ArchitectureError
 
 if sys.version_info >= (3, 11):
@@ -27,7 +28,7 @@ def dense_families(engine: str) -> dict[str, dict[str, Assumption]]:
 
 def require_assumptions(checkpoint: Checkpoint, engine: str, family: str, assumed: dict[str, Assumption]) -> None:
     """Raise ArchitectureError if a model of a family has a setting that an engine computes otherwise."""
-    config, layers = checkpoint.settings, checkpoint.architecture.layers(checkpoint.config)
+    config, layers = settings_of(checkpoint), checkpoint.architecture.layers(checkpoint.config)
     for key, assumption in assumed.items():
         if not assumption.holds(key, config, layers):
             raise ArchitectureError(

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
+from alphaq.checkpoint.formulas import current
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import ArchitectureError
 from alphaq.records import Role
@@ -36,8 +37,21 @@ def effective_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The settings that an engine's files are made by: `effective_config`, or those of a family without experts."""
-    return effective_config(checkpoint) if checkpoint.architecture.num_experts_keys else checkpoint.settings
+    """The settings that an engine's files are made by: `effective_config`, with rotary settings in one place.
+
+    Those of a GGUF file are its own.
+    """
+    if checkpoint.architecture.num_experts_keys:
+        return effective_config(checkpoint)
+    return checkpoint.settings if checkpoint.gguf is not None else current(effective_config(checkpoint))
+
+
+def model_settings(checkpoint: Checkpoint) -> set[str]:
+    """Settings of the model's class that describe the model, and not any config."""
+    from transformers import PretrainedConfig
+
+    cls = config_class(checkpoint)
+    return set() if cls is None else (understood(cls, {}).keys() - PretrainedConfig().to_dict().keys()) | {TIED}
 
 
 def config_class(checkpoint: Checkpoint) -> type | None:

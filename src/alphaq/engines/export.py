@@ -287,7 +287,7 @@ def require_family(checkpoint: Checkpoint, engine: str) -> None:
     """
     if checkpoint.architecture.name in FAMILIES:
         return
-    dense, family = dense_families(engine.lower()), checkpoint.config.get("model_type")
+    dense, family = dense_families(engine.lower()), str(checkpoint.config.get("model_type"))
     if family in dense:
         require_assumptions(checkpoint, engine, str(family), dense[family])
         return

@@ -116,7 +116,7 @@ def gguf_tensors(checkpoint: Checkpoint) -> list[TensorRecipe]:
     none of llama.cpp's, if llama.cpp would compute the model otherwise, or if a stored tensor has no place in the file.
     """
     mapping = _mapping(checkpoint)
-    config = require_settings(checkpoint, ENGINE)
+    require_settings(checkpoint, ENGINE)
     layers = checkpoint.architecture.layers(checkpoint.config)
     found = _Stored(checkpoint, settings_of(checkpoint))
     recipes = [
@@ -130,10 +130,6 @@ def gguf_tensors(checkpoint: Checkpoint) -> list[TensorRecipe]:
         )
     if not recipes or recipes[0].name != "token_embd.weight":
         raise ArchitectureError(f"{checkpoint.folder} holds no embedding. Complete the download.")
-    if checkpoint.gguf is None and checkpoint.architecture.num_experts_keys and scales_frequencies(config):
-        beside = next(recipe.vector for recipe in recipes if recipe.vector)
-        shape = tuple(frequency_factors(config).shape)
-        recipes.append(TensorRecipe("rope_freqs.weight", shape, "F32", vector=beside, transform="rope_freqs"))
     return recipes
 
 
@@ -154,6 +150,12 @@ class _Stored:
         name = rule.name.format(layer=layer)
         for source in rule.sources:
             stacked = "{expert}" in source
+            if stacked and not self.experts:
+                family = self.checkpoint.architecture.name
+                raise ArchitectureError(
+                    f"{self.checkpoint.name} has no experts, and llama.cpp runs every {family!r} model with some. Use "
+                    "another engine."
+                )
             names = [source.format(layer=layer, expert=expert) for expert in range(self.experts if stacked else 1)]
             if names[0] in self.matrices:
                 matrices = tuple(self.matrices[name] for name in names)

@@ -20,6 +20,7 @@ import torch
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
+from alphaq.engines.effective import model_settings, settings_of
 from alphaq.engines.export import (
     KEPT,
     Export,
@@ -44,7 +45,7 @@ from alphaq.engines.export import (
 from alphaq.engines.placement import left_out
 from alphaq.engines.profile import Profile, ragged
 from alphaq.engines.settings import ROPE, family_settings, require_settings
-from alphaq.errors import ChoiceError, MissingEngineError, MissingExtraError, PlanError
+from alphaq.errors import ArchitectureError, ChoiceError, MissingEngineError, MissingExtraError, PlanError
 from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -93,6 +94,7 @@ def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
     """Every tensor of every output shard. Raises PlanError for what mlx-lm could not load."""
     require_family(checkpoint, "MLX")
     require_settings(checkpoint, PROFILE.name)
+    told(checkpoint)  # what cannot be told is refused before any work
     require_agreement(checkpoint, choices, "MLX", PROFILE.unit_of)
     if checkpoint.architecture.name == "deepseek_v3":
         again = [name for name, choice in choices.items() if name.endswith("kv_b_proj.weight") and choice != KEPT]
@@ -142,18 +144,24 @@ def told(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _told_of_dense(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The same of a family without experts, whose class's defaults its architecture file names."""
-    config = checkpoint.config
-    found = dict(checkpoint.architecture.defaults)
-    rope = dict(config.get("rope_parameters") or {})
-    if isinstance(local := rope.get("sliding_attention"), dict):
+    """The same of a family without experts: every setting of its class, and rotary ones by their older names."""
+    settings = settings_of(checkpoint)
+    found = {key: settings[key] for key in model_settings(checkpoint) if settings.get(key) is not None}
+    rope = found.pop(ROPE, None) or settings.get(ROPE)
+    parts: Any = {} if rope is None else rope
+    if isinstance(parts, dict) and isinstance(local := parts.get("sliding_attention"), dict):
         found["rope_local_base_freq"] = local.get("rope_theta")
-        rope = dict(rope.get("full_attention") or {})
-    found["rope_theta"] = rope.pop("rope_theta", None)
-    kind = rope.pop("rope_type", "default")
+        parts = parts.get("full_attention")
+    if not isinstance(parts, dict):
+        raise ArchitectureError(f"config.json: {ROPE} is {rope!r:.80}, not an object. Restore the original file.")
+    parts = {key: value for key, value in parts.items() if value is not None and not isinstance(value, dict)}
+    found["rope_theta"], kind = parts.pop("rope_theta", None), parts.pop("rope_type", "default")
+    parts.pop("type", None)
     if kind != "default":
-        found["rope_scaling"] = {"type": kind, "rope_type": kind, **rope}
-    return {key: value for key, value in found.items() if value is not None and config.get(key) is None}
+        found["rope_scaling"] = {"type": kind, "rope_type": kind, **parts}
+    elif checkpoint.config.get("rope_scaling") is not None:
+        found["rope_scaling"] = None
+    return {key: value for key, value in found.items() if checkpoint.config.get(key) != value}
 
 
 def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout) -> None:

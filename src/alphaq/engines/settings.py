@@ -20,7 +20,7 @@ from alphaq.checkpoint.architecture import Architecture
 from alphaq.checkpoint.formulas import evaluated, looked_up, names_in
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.dense import require_assumptions
-from alphaq.engines.effective import config_class, effective_config, understood
+from alphaq.engines.effective import config_class, effective_config, settings_of, understood
 from alphaq.errors import ArchitectureError
 
 if sys.version_info >= (3, 11):
@@ -31,6 +31,15 @@ else:
 UNSET = "none"
 """How a table of allowed values writes null, which TOML lacks."""
 ROPE = "rope_parameters"
+RUN_BY_THE_CLASS = ("native", "gptqmodel")
+"""Engines that run the model's own class in transformers."""
+_ATTENTION_BIAS = re.compile(r".*\.self_attn\.[qkvo]_proj\.bias")
+_BIASES = {
+    "attention_bias": _ATTENTION_BIAS,
+    "qkv_bias": _ATTENTION_BIAS,
+    "mlp_bias": re.compile(r".*\.mlp\.(gate|up|down)_proj\.bias"),
+}
+"""Settings that switch biases, and what these are called."""
 _ROPE_ALWAYS = ("rope_type", "type", "rope_theta")
 
 Verdict = Literal["carried", "neutral", "fixed"]
@@ -149,10 +158,12 @@ def require_settings(checkpoint: Checkpoint, engine: str) -> dict[str, Any]:
 
     A GGUF file's own metadata are carried over as they are, so nothing is asked of them.
     """
+    if engine not in RUN_BY_THE_CLASS:
+        _require_no_idle_biases(checkpoint, engine)
     if not checkpoint.architecture.num_experts_keys:
         if engine == "llama.cpp" and (mapping := checkpoint.architecture.gguf) is not None:
             require_assumptions(checkpoint, engine, mapping.arch, mapping.config)
-        return checkpoint.settings  # other engines' assumptions are asked for with the family (dense.py)
+        return settings_of(checkpoint)  # other engines' assumptions are asked for with the family (dense.py)
     config = effective_config(checkpoint)
     known = family_settings(engine, checkpoint.architecture)
     if checkpoint.gguf is None:
@@ -160,6 +171,18 @@ def require_settings(checkpoint: Checkpoint, engine: str) -> dict[str, Any]:
         for name, value in _refused(checkpoint, known, config):
             raise ArchitectureError(_why(known, name, value))
     return {**config, **{key: value for key, value in known.written.items() if config.get(key) is None}}
+
+
+def _require_no_idle_biases(checkpoint: Checkpoint, engine: str) -> None:
+    """ArchitectureError for stored biases that the config switches off: the class leaves them out, engines do not."""
+    config = settings_of(checkpoint)
+    for setting, pattern in _BIASES.items():
+        stored = next((name for name in checkpoint.shard_of if pattern.fullmatch(name)), None)
+        if config.get(setting) is False and stored is not None and checkpoint.gguf is None:
+            raise ArchitectureError(
+                f"config.json: {setting} is false, so the model's class leaves {stored} out, and {engine} would use "
+                "it. Remove the biases from the checkpoint, or correct the setting."
+            )
 
 
 def _require_plain(checkpoint: Checkpoint, engine: str) -> None:
@@ -197,7 +220,7 @@ def _refused_rope(known: FamilySettings, config: Mapping[str, Any]) -> Iterator[
     nested = {f"{ROPE}.{kind}": part for kind, part in rope.items() if isinstance(part, dict)}
     for path, part in (nested or {ROPE: rope}).items():
         kind = part.get("rope_type", "default")
-        if kind not in known.rope:
+        if not isinstance(kind, str) or kind not in known.rope:
             yield f"{path}.rope_type", kind
             continue
         for name, value in part.items():

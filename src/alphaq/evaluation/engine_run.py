@@ -20,6 +20,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.output import Output
 from alphaq.errors import CheckpointError, PlanError, VerificationError
 from alphaq.evaluation.restored import restored_alone, restored_from
+from alphaq.records import Role
 
 TOKENS = 48
 
@@ -48,7 +49,8 @@ def run_in_engine(folder: Path, source: Checkpoint | None = None, tokens: int = 
     if run is None:
         raise PlanError(f"It is not known how to run what is written for {output.plan.engine}. Drop --run.")
     checkpoint = restored_alone(output) if source is None else restored_from(output, source)
-    vocabulary = int(checkpoint.text_config["vocab_size"])
+    rows = [matrix.shape[0] for matrix in checkpoint.with_role(Role.EMBEDDING)]
+    vocabulary = max(rows, default=0) or int(checkpoint.text_config["vocab_size"])
     ids = random_windows(vocabulary, 1, tokens)[0].tolist()
     found = run.logits(folder, ids)
     expected = restored_logits(checkpoint, ids)

@@ -24,11 +24,12 @@ from alphaq.calibration.inputs import linears
 from alphaq.calibration.stream import HollowModel, LayerTraffic, run_experts, stream_forward
 from alphaq.calibration.tokens import model_prefix
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.errors import BudgetError
+from alphaq.errors import BudgetError, StatsError
 from alphaq.measurement import restored
 from alphaq.planning.measured import Measurements
 from alphaq.planning.plan import make_plan
 from alphaq.planning.request import Request
+from alphaq.quantizers.base import quantizer_version
 from alphaq.records import Choice, MatrixRef, Plan, PlanCheck
 from alphaq.sensitivity.methods import method
 from alphaq.workers import Wrap, silent
@@ -40,6 +41,7 @@ MOST_WEIGHTS = 2 * 10**9  # of a model that is run; half a minute on two cores
 MARGIN = 1.02
 """How much worse than uniform bits a plan must be to be given up; less may be chance, another processor."""
 HEAD_TOKENS = 128
+CHECK_VERSION = 1  # raise it whenever the same plans would be compared otherwise
 Restore = Callable[[MatrixRef], Tensor]
 
 
@@ -57,11 +59,18 @@ def checked_plan(
     plan = make_plan(checkpoint, request, found)
     if checkpoint is None or request.config.method != CHECKED or not request.config.check:
         return plan
-    other = _uniform(checkpoint, request, found)
-    if other is None or other.choices == plan.choices:
+    try:
+        other = _uniform(checkpoint, request, found)
+    except BudgetError as error:
+        return plan.model_copy(update={"unchecked": f"there are no uniform bits to compare with ({error})"})
+    if other.choices == plan.choices:
         return plan
     weights = sum(matrix.parameters for matrix in checkpoint.matrices)
     affordable = weights <= MOST_WEIGHTS and checkpoint.store is None  # which would be read three times over a network
+    if not affordable and request.joint:  # whose other roles the signal does not know
+        return plan.model_copy(
+            update={"unchecked": "the model is too large to be run for it, and roles share the budget"}
+        )
     check = (
         _by_divergence(checkpoint, request, found, (plan, other), cache, wrap)
         if affordable
@@ -72,15 +81,14 @@ def checked_plan(
     return other.model_copy(update={"config": plan.config, "check": check})
 
 
-def _uniform(checkpoint: Checkpoint, request: Request, found: Measurements) -> Plan | None:
-    """Uniform bits of the same choices and budget; None where there is no such plan."""
-    config = request.config.model_copy(update={"method": BASELINE, "per_layer": False})
+def _uniform(checkpoint: Checkpoint, request: Request, found: Measurements) -> Plan:
+    """Uniform bits of the same choices and budget. Raises BudgetError where there is no such plan."""
+    if request.config.per_layer:
+        raise BudgetError("Uniform bits know no budget for each layer.")
+    config = request.config.model_copy(update={"method": BASELINE})
     rates = [choice for choice in request.offered if choice.rate]
     ladder = tuple(sorted(rates, key=lambda choice: choice.rate)) if rates else request.ladder
-    try:
-        return make_plan(checkpoint, replace(request, config=config, method=method(BASELINE), ladder=ladder), found)
-    except BudgetError:
-        return None
+    return make_plan(checkpoint, replace(request, config=config, method=method(BASELINE), ladder=ladder), found)
 
 
 def _verdict(by: Literal["kl", "moves"], values: Sequence[float], tokens: int | None) -> PlanCheck:
@@ -116,11 +124,22 @@ def _by_divergence(
         rounding = partial(restored, checkpoint, quantizer=request.profile.quantizer, importance=found.importance)
         return json.dumps(divergences(checkpoint, ids, [plan.every_choice() for plan in plans], rounding, context))
 
-    depends_on = [*(plan.choices for plan in plans), ids.tolist(), context, checkpoint.settings_digest()]
+    quantizer = request.profile.quantizer
+    rounded_by = [CHECK_VERSION, request.profile.name, quantizer, quantizer_version(quantizer), request.config.imatrix]
+    depends_on = [*(one.choices for one in plans), ids.tolist(), context, checkpoint.settings_digest(), *rounded_by]
     key = f"check-{hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:24]}.json"
     for _ in wrap([key], 1, "check"):
-        values = json.loads(run()) if cache is None else cache.kept(key, run, json.loads)
+        values = _parsed(run()) if cache is None else cache.kept(key, run, _parsed)
     return _verdict("kl", values, ids[:, context:].numel())
+
+
+def _parsed(text: str) -> list[float]:
+    """Two divergences. Raises StatsError if the text holds anything else."""
+    try:
+        planned, uniform = map(float, json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise StatsError(f"The cache holds no check ({error}). It is made again.") from error
+    return [planned, uniform]
 
 
 def divergences(

@@ -15,7 +15,7 @@ from rich.table import Table
 from alphaq.config import names
 from alphaq.errors import PlanError
 from alphaq.records import Plan
-from alphaq.report.tables import kept_text, plain_table
+from alphaq.report.tables import check_words, kept_text, plain_table
 
 
 def explain_plan(plan: Plan, pattern: str | None, limit: int = 10) -> dict[str, Any]:
@@ -54,6 +54,7 @@ def explain_plan(plan: Plan, pattern: str | None, limit: int = 10) -> dict[str, 
         "price": plan.price,
         "cost_unit": plan.cost_unit,
         "kept": plan.kept,
+        "check": None if plan.check is None else check_words(plan.check),
         "matched": matched,
         "units": units[:limit],
     }
@@ -119,6 +120,8 @@ def explanation_tables(explained: dict[str, Any]) -> list[Any]:
         f"{explained['matched']:,} unit{'s match' if explained['matched'] > 1 else ' matches'}; "
         f"showing {len(explained['units'])}",
     ]
+    if explained["check"]:
+        lines.append(f"beside uniform bits in these bytes: {explained['check']}")
     if explained["kept"]:
         lines.append(f"in 16 bits, of all parameters: {kept_text(explained['kept'])}")
     lines += [_unit_table(unit, price) for unit in explained["units"]]

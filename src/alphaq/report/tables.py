@@ -177,7 +177,7 @@ def comparison_table(rows: list[dict[str, Any]]) -> Table:
     texts = list(next((row["perplexity"] for row in rows if row["perplexity"]), {}))
     several = len({row["quantizer"] for row in rows} - {""}) > 1
     table = plain_table(
-        "Methods at the same bytes",
+        "Methods at the same bytes" + begun(next((row["windows_begin_with"] for row in rows), "")),
         *("method", *(["quantizer"] if several else []), "bits", "bytes", *texts, "mean", "against uniform (95 %)"),
         *("KL", "EAR", "top-1", "plan", "quantize"),
     )
@@ -192,7 +192,8 @@ def comparison_table(rows: list[dict[str, Any]]) -> Table:
         if last not in (None, row["bits"]):
             table.add_section()
         last = row["bits"]
-        names = (row["method"], *([row["quantizer"]] if several else []))
+        called = f"{row['method']} (uniform taken)" if row["taken"] == "uniform" else row["method"]
+        names = (called, *([row["quantizer"]] if several else []))
         if row["error"]:
             table.add_row(*names, f"{row['bits']:g}", "no plan", *("–" for _ in range(len(texts) + 7)))
             continue
