@@ -406,8 +406,9 @@ def _open_folder(
     config = unquantized(config)  # what is read is no longer quantized
     architecture = architecture_of(config)
     weights = read_weights(folder, stamps, store)
+    shards, fingerprint, notes = weights.shards, weights.fingerprint, weights.notes
+    del weights  # of half a million tensors, headers and what is made of them need not be held together
     config.pop(NAMED_KEY, None)  # what is written has the usual names
-    shards = weights.shards
     if restored is not None:
         at_hand = {shard: PlainFile(folder / shard) for shard in shards}
         shards = {s: {name: restored(at_hand[s], one) for name, one in held.items()} for s, held in shards.items()}
@@ -420,8 +421,8 @@ def _open_folder(
             return file.read(one.begin, one.nbytes)
 
         shards = decoded_shards(shards, told, read)
-    opened = _checkpoint(folder, folder.resolve().name, config, architecture, shards, weights.fingerprint)
-    return replace(opened, stamps=stamps, store=store, notes=weights.notes)
+    opened = _checkpoint(folder, folder.resolve().name, config, architecture, shards, fingerprint)
+    return replace(opened, stamps=stamps, store=store, notes=notes)
 
 
 def _stamps(paths: Iterable[Path]) -> dict[str, Stamp]:
