@@ -20,14 +20,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from alphaq import pipeline
 from alphaq.checkpoint.architecture import architectures
+from alphaq.checkpoint.gguf_rope import llama3_factors
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.effective import effective_config
-from alphaq.engines.gguf_rope import frequency_factors
 from alphaq.engines.placement import left_out
 from alphaq.engines.profiles import ENGINES as PROFILES
 from alphaq.engines.settings import Fixed, family_settings, require_settings
 from alphaq.errors import ArchitectureError
+from alphaq.records import Plan
 from conftest import FAMILIES, ROOT, Ran
+from runnable import save_runnable
 
 EXACT = 1e-4
 """Relative to the largest logit: what sums in another order make of float32."""
@@ -168,7 +170,17 @@ def test_frequency_factors_are_those_of_transformers(original: int, base: float)
     config = CONFIG_MAPPING["llama"](hidden_size=256, num_attention_heads=4, rope_parameters=rope)
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
     plain = 1 / base ** (torch.arange(0, 64, 2) / 64)
-    assert torch.allclose(plain / frequency_factors(config.to_dict()), expected, rtol=1e-5)
+    assert torch.allclose(plain / llama3_factors(rope, 64), expected, rtol=1e-5)
+
+
+def test_rotary_factors_of_a_mixtral_file_are_read_back(tmp_path: Path) -> None:
+    rope = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=8192)  # fmt: skip
+    source = open_checkpoint(save_runnable(tmp_path / "model", "mixtral", rope_parameters=rope))
+    choices = {matrix.name: "16" for matrix in source.matrices}
+    pipeline.quantize(source, Plan(engine="llama.cpp", choices=choices), tmp_path / "out")
+    again = open_checkpoint(tmp_path / "out" / "model.gguf", quantized=True)
+    assert {key: again.config["rope_parameters"][key] for key in rope} == rope
 
 
 def test_language_model_inside_another_is_left_to_native(tiny_copy: Path) -> None:

@@ -23,7 +23,6 @@ from alphaq.checkpoint.gguf_rope import KIND, llama3_factors
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.effective import settings_of
 from alphaq.engines.gguf_package import general_metadata
-from alphaq.engines.gguf_rope import frequency_factors, scales_frequencies
 from alphaq.engines.gguf_tokenizer import tokenizer_metadata
 from alphaq.engines.placement import is_harmless
 from alphaq.engines.settings import require_settings
@@ -102,7 +101,7 @@ def gguf_metadata(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> d
         "general.architecture": GgufValue.of("string", mapping.arch),
         "general.type": GgufValue.of("string", "model"),
         **labels,
-        **_hyperparameters(mapping, _said_in_gguf(checkpoint)),
+        **_hyperparameters(mapping, current(require_settings(checkpoint, ENGINE))),
         "general.file_type": GgufValue.of("uint32", FILE_TYPES[embedding.type]),
         "general.quantization_version": GgufValue.of("uint32", QUANTIZATION_VERSION),
         **tokenizer_metadata(checkpoint.folder, embedding.shape[0], pre_tokenizer),
@@ -235,7 +234,6 @@ _TRANSFORMS: dict[str, Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]
     # Keys are multiplied from the other side: the query is taken into the latent space, not the keys out of it.
     "kv_b_to_k": lambda values, config: _latent_parts(values, config)[0].transpose(1, 2).contiguous(),
     "kv_b_to_v": lambda values, config: _latent_parts(values, config)[1].contiguous(),
-    "rope_freqs": lambda values, config: frequency_factors(config),  # which no file stores: made of the config alone
 }
 
 
@@ -310,23 +308,12 @@ def _value_type(key: str, value: Any) -> str:
     return {bool: "bool", str: "string"}.get(type(value), "uint32")
 
 
-def _said_in_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The settings with `rope_parameters` as metadata say them: a stretch that a tensor says is none."""
-    config = require_settings(checkpoint, ENGINE)
-    if not checkpoint.architecture.num_experts_keys:  # whose tables tell the types apart
-        return config
-    gathered = dict(current(config)["rope_parameters"])
-    if scales_frequencies({"rope_parameters": gathered}):
-        gathered["rope_type"] = "default"
-    return {**config, "rope_parameters": gathered}
-
-
 def _parameters(tensors: Iterable[TensorRecipe]) -> tuple[int, int, int]:
     """Weights in total, those that every token meets, and those of one expert in every layer."""
     shared = expert = total = 0
     # A tied embedding is in the file twice but is one.
     for tensor in {(tensor.matrices, tensor.vector, tensor.transform): tensor for tensor in tensors}.values():
-        if tensor.transform == "rope_freqs":
+        if tensor.transform == "llama3_factors":  # made of the config, no weights
             continue
         size = math.prod(tensor.shape)
         total += size
