@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from alphaq import pipeline
 from alphaq.cache import Cache
-from alphaq.calibration.tokens import model_prefix, random_windows
+from alphaq.calibration.tokens import model_prefix, random_windows, tokenizer_fault
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.cli import app
 from alphaq.config import Budget, PlanConfig
@@ -187,4 +187,8 @@ def test_tokenizer_that_its_library_cannot_take_does_not_stop_planning(tiny: Pat
     folder = tmp_path / "model"
     shutil.copytree(tiny, folder)
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
-    assert model_prefix(open_checkpoint(folder)) == ()
+    checkpoint = open_checkpoint(folder)
+    assert model_prefix(checkpoint) == () and tokenizer_fault(checkpoint)
+    assert tokenizer_fault(open_checkpoint(tiny)) is None
+    told = CliRunner().invoke(app, ["plan", str(folder), "--bits", "2.5", "--no-check"])
+    assert told.exit_code == 0 and "tokenizer cannot be loaded" in told.output

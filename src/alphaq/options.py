@@ -680,6 +680,11 @@ def measurements(
     imatrix = importance_matrix(settings["imatrix"])
     if checkpoint is not None:
         note_source(checkpoint, config.engine, imatrix)
+    if config.bos and checkpoint is not None and "synthetic" in request.method.needs:
+        from alphaq.calibration.tokens import tokenizer_fault
+
+        if fault := tokenizer_fault(checkpoint):
+            note([f"the model's tokenizer cannot be loaded ({fault}), so passes begin without BOS"])
     found = planning.measure_for_plan(
         checkpoint,
         request,

@@ -14,6 +14,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import AlphaQError, CheckpointError
 
 HEAD_TOKENS = 128  # whose chances are held at once, in float64: 155 MB with 152 000 words
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 Prefix = tuple[int, ...]
 
 
@@ -31,10 +32,21 @@ def model_prefix(checkpoint: Checkpoint) -> Prefix:
         adds = held.get("tokenizer.ggml.add_bos_token", held.get("tokenizer.ggml.model") == "llama")
         begin = held.get("tokenizer.ggml.bos_token_id")
         return (begin,) if adds and isinstance(begin, int) else ()
+    return _folder_prefix(checkpoint.folder)[0]
+
+
+def tokenizer_fault(checkpoint: Checkpoint) -> str | None:
+    """Why a checkpoint's tokenizer cannot be asked what it puts before a text; None if it can, or there is none."""
+    return None if checkpoint.gguf is not None else _folder_prefix(checkpoint.folder)[1]
+
+
+def _folder_prefix(folder: Path) -> tuple[Prefix, str | None]:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return (), None
     try:
-        return text_prefix(_tokenizer(checkpoint.folder))
-    except Exception:  # whatever a tokenizer of strangers does to its library: passes work on ids, and need none
-        return ()
+        return text_prefix(_tokenizer(folder)), None
+    except Exception as error:  # whatever a tokenizer of strangers does to its library: passes work on ids alone
+        return (), (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _tokenizer(folder: str | Path) -> Any:
