@@ -95,9 +95,9 @@ def drive(address: str, folder: Path, apart: bool) -> dict[str, Any]:
     """Measure and quantize all matrices of a checkpoint on the cluster; this process's memory at each stage."""
     from alphaq import pipeline
     from alphaq.checkpoint.reader import open_checkpoint
-    from alphaq.cluster import RayWorkers
-    from alphaq.config import Budget, PlanConfig
+    from alphaq.nouns.settings import Budget, PlanConfig
     from alphaq.planning import resolve
+    from alphaq.work.cluster import RayWorkers
 
     before = private_mib()
     checkpoint = open_checkpoint(folder)
@@ -137,7 +137,7 @@ def drive(address: str, folder: Path, apart: bool) -> dict[str, Any]:
 def stream(address: str, counts: list[int], nbytes: int) -> list[dict[str, Any]]:
     """The driver's memory while so many results of `nbytes` each pass through it."""
     import raycluster
-    from alphaq.cluster import RayWorkers
+    from alphaq.work.cluster import RayWorkers
 
     rows = []
     for count in counts:

@@ -27,11 +27,11 @@ def run(name: str, shape: tuple[int, int]) -> dict[str, Any]:
     import torch
     import zstandard
 
-    from alphaq.numerics import in_threads
+    from alphaq.nouns.choice import Choice
     from alphaq.quantizers.base import QUANTIZERS
     from alphaq.quantizers.coding import _block_planes, decode_tensor, encode_tensor
     from alphaq.quantizers.packing import encode, unpack
-    from alphaq.records import Choice
+    from alphaq.simd.sums import in_threads
 
     torch.manual_seed(0)
     choice = Choice.parse(name)

@@ -20,16 +20,18 @@ from common import markdown_table, parser, save
 from stock_mixes import stock_types
 
 from alphaq import pipeline
-from alphaq.cache import Cache
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.config import Budget, PlanConfig
-from alphaq.engines.gguf_model import gguf_tensors
-from alphaq.ggml import GGML_BLOCKS
+from alphaq.engines.gguf.model import gguf_tensors
+from alphaq.measuring.cache import Cache
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.ggml import GGML_BLOCKS
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.ggml import blocks_of, quantize_ggml
-from alphaq.records import Choice, Plan, QuantizedMatrix
-from alphaq.workers import Workers
+from alphaq.work.workers import Workers
 
 TITLE = "GGUF at equal size"
 RECIPES = ("Q2_K", "Q3_K_M", "Q4_K_M")

@@ -23,7 +23,8 @@ import torch
 from common import machine, markdown_table, parser, results_folder, versions
 from torch.nn.functional import linear, silu
 
-from alphaq.records import BLOCK_HEADER_BYTES, Choice, Shape
+from alphaq.nouns.choice import BLOCK_HEADER_BYTES, Choice
+from alphaq.nouns.matrix import Shape
 from alphaq.runtime.packed import PackedWeights
 
 TITLE = "Decode on a GPU"

@@ -25,7 +25,7 @@ def main() -> None:
     os.environ.update(server.environment(), ALPHAQ_CACHE=tempfile.mkdtemp())
     url = server.upload(ROOT / "src" / "alphaq" / "data" / "tiny", "models", "tiny")
     from alphaq.checkpoint.reader import open_checkpoint
-    from alphaq.cli import main as run
+    from alphaq.cli.app import main as run
 
     checkpoint = open_checkpoint(url)
     matrices = sum(checkpoint.stored_bytes(matrix) for matrix in checkpoint.matrices)

@@ -18,10 +18,10 @@ from hqq.core.quantize import Quantizer
 from safetensors import safe_open
 
 import alphaq
+from alphaq.nouns.choice import Choice
 from alphaq.quantizers.hqq import NORM, lp_objective, quantize_hqq
 from alphaq.quantizers.packing import dequantize
 from alphaq.quantizers.rtn import quantize_rtn
-from alphaq.records import Choice
 
 TITLE = "Quantizing"
 GROUP_SIZE = 128

@@ -34,10 +34,10 @@ HARM_WINDOWS, HARM_LENGTH = 1, 192  # of each text
 
 def equal_bytes(model: Path, given: Any, scratch: Path) -> Iterator[dict[str, Any]]:
     """A row for each method and budget."""
-    from alphaq.cache import Cache
     from alphaq.checkpoint.reader import open_checkpoint
-    from alphaq.comparison import compare
-    from alphaq.config import Budget, PlanConfig
+    from alphaq.measuring.cache import Cache
+    from alphaq.nouns.settings import Budget, PlanConfig
+    from alphaq.trials.compare import compare
 
     checkpoint = open_checkpoint(model)
     with Cache(scratch / "cache", {"model": checkpoint.fingerprint}) as cache:
@@ -72,12 +72,12 @@ def harm(model: Path, given: Any) -> dict[str, Any]:
 
     from alphaq.calibration.tokens import model_prefix, read_windows
     from alphaq.checkpoint.reader import open_checkpoint
-    from alphaq.config import Budget, PlanConfig
     from alphaq.evaluation.fidelity import read_texts
-    from alphaq.measurement import restored
+    from alphaq.measuring.measurement import restored
+    from alphaq.nouns.choice import Choice
+    from alphaq.nouns.settings import Budget, PlanConfig
     from alphaq.planning import measure_for_plans, resolve
     from alphaq.planning.check import divergences
-    from alphaq.records import Choice
 
     checkpoint = open_checkpoint(model)
     ids = torch.cat(

@@ -22,7 +22,8 @@ from common import parser, save
 
 from alphaq.allocation.exact import solve_exact
 from alphaq.engines.native import PROFILE
-from alphaq.records import Plan, PlanTable, Role, SourceIdentity
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.plan import Plan, PlanTable, SourceIdentity
 from alphaq.report.content import Sources, sampled
 from alphaq.report.html import write_report
 from alphaq.report.places import Place, place_by_name

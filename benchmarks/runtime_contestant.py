@@ -214,7 +214,7 @@ def ceilings(threads: int) -> dict[str, float]:
     """Bytes per second of all threads: read and written by a copy, and read by a sum, of memory no cache holds."""
     import numba
 
-    from alphaq.numerics import in_threads
+    from alphaq.simd.sums import in_threads
 
     @numba.njit(nogil=True)
     def add(values: np.ndarray) -> int:

@@ -21,11 +21,13 @@ from synthetic import Dimensions, write_checkpoint
 
 from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.ggml import GGML_BLOCKS
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.ggml import GGML_BLOCKS
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.ggml import quantize_ggml
-from alphaq.records import Choice, Plan, QuantizedMatrix
-from alphaq.workers import Workers
+from alphaq.work.workers import Workers
 
 VOCABULARY = 4096
 SHARD_BYTES = 1_000_000_000

@@ -54,11 +54,11 @@ def copy(source: Path, target: Path) -> None:
 def run(layers: int, processes: int | None, quick: bool, scratch: Path) -> dict[str, Any]:
     """One artifact, planned for, cut, and copied."""
     from alphaq import pipeline
-    from alphaq.artifact import known_alphas, nested_choices, open_artifact, own_pins
     from alphaq.checkpoint.reader import open_checkpoint
-    from alphaq.config import Budget, PlanConfig, Rule
+    from alphaq.nouns.settings import Budget, PlanConfig, Rule
     from alphaq.planning import make_plan, measure_for_plan, resolve
-    from alphaq.workers import Workers, sensible_count
+    from alphaq.work.workers import Workers, sensible_count
+    from alphaq.writing.artifact import known_alphas, nested_choices, open_artifact, own_pins
 
     source, artifact, out = scratch / "slicing-source", scratch / "slicing-artifact", scratch / "slicing-out"
     for folder in (source, artifact, out):

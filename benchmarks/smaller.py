@@ -41,8 +41,8 @@ class Bench:
 
     def plan(self, checkpoint: Any = None, **settings: Any) -> Any:
         """A plan, measured for as the command line does."""
-        from alphaq.cache import Cache
-        from alphaq.config import PlanConfig
+        from alphaq.measuring.cache import Cache
+        from alphaq.nouns.settings import PlanConfig
         from alphaq.planning import make_plan, measure_for_plan, resolve
 
         source = checkpoint or self.checkpoint
@@ -54,7 +54,7 @@ class Bench:
     def quantized(self, plan: Any, name: str, checkpoint: Any = None, quantizer: str | None = None) -> Path:
         """The folder that a plan makes."""
         from alphaq import pipeline
-        from alphaq.calibrated import Rounding
+        from alphaq.writing.calibrated import Rounding
 
         folder = self.scratch / name
         rounding = Rounding.of("native", quantizer)
@@ -84,8 +84,8 @@ class Bench:
 
 def coded(bench: Bench, width: float) -> list[dict[str, Any]]:
     """Fixed-length, coded, and coded in less."""
-    from alphaq.config import Budget
-    from alphaq.recoding import recode
+    from alphaq.nouns.settings import Budget
+    from alphaq.writing.recoding import recode
 
     folder = bench.quantized(bench.plan(budget=Budget(bits=width)), f"fixed-{width:g}")
     rows = [bench.row(f"{width:g} bits", folder)]
@@ -104,8 +104,8 @@ def coded(bench: Bench, width: float) -> list[dict[str, Any]]:
 
 def calibrated(bench: Bench, width: float) -> dict[str, Any]:
     """The fixed-length plan rounded by GPTQ on the model's own writing, then coded."""
-    from alphaq.config import Budget
-    from alphaq.recoding import recode
+    from alphaq.nouns.settings import Budget
+    from alphaq.writing.recoding import recode
 
     folder = bench.quantized(bench.plan(budget=Budget(bits=width)), f"gptq-{width:g}", quantizer="gptq")
     recode(folder, bench.scratch / f"gptq-coded-{width:g}", "zstd")
@@ -114,8 +114,8 @@ def calibrated(bench: Bench, width: float) -> dict[str, Any]:
 
 def sliced(bench: Bench) -> list[dict[str, Any]]:
     """An artifact, its slices, and what direct quantization makes of the same bytes."""
-    from alphaq.artifact import nested_choices, open_artifact, own_pins
-    from alphaq.config import Budget, Rule
+    from alphaq.nouns.settings import Budget, Rule
+    from alphaq.writing.artifact import nested_choices, open_artifact, own_pins
 
     direct4 = bench.quantized(bench.plan(budget=Budget(bits=4.0), choices="4g128"), "direct-4")
     artifact = bench.quantized(bench.plan(budget=Budget(bits=4.0), choices="4g128-nest"), "nested-4")

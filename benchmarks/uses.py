@@ -16,7 +16,7 @@ from statistics import mean
 from alphaq import pipeline
 from alphaq.calibration.traffic import Expert, ExpertUse
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.config import Budget, PlanConfig
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.planning.evidence import Measurements, measure_for_plan
 

@@ -14,12 +14,12 @@ import statistics
 from itertools import combinations
 from pathlib import Path
 
-from alphaq.cache import Cache
 from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.comparison import Row, compare
-from alphaq.config import Budget, PlanConfig
+from alphaq.measuring.cache import Cache
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, plain_size, resolve
+from alphaq.trials.compare import Row, compare
 
 DATA_FREE = ("uniform", "random", "first-layers", "distortion", "alphaq", "alphaq:gamma=-1", "auto")
 CALIBRATED = ("pmq", "hessian", "mse-output")

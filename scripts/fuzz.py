@@ -50,18 +50,19 @@ from alphaq.checkpoint.safetensors_format import (
     read_header,
 )
 from alphaq.checkpoint.weights import read_shards
-from alphaq.config import Budget, PlanConfig
 from alphaq.errors import AlphaQError
-from alphaq.ggml import GGML_TYPES
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.ggml import GGML_TYPES
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, resolve
-from alphaq.quantization import plan_choices
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.coding import PREFIX_BYTES, block_header, decode_tensor, decoded_info, encode_tensor
 from alphaq.quantizers.packing import decode, dequantized_rows, encode
-from alphaq.records import Choice, Plan
 from alphaq.report.explanation import explain_plan, explanation_tables
 from alphaq.spectra.measure import read_stats
-from alphaq.untrusted import parse_json
+from alphaq.work.untrusted import parse_json
+from alphaq.writing.tasks import plan_choices
 
 SLOW_S = 1.0
 HANGS_S = 20

@@ -16,9 +16,9 @@ import transformers
 from alphaq import pipeline
 from alphaq.checkpoint.architecture import architectures, unsupported
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.config import Budget, PlanConfig
 from alphaq.engines.export import FAMILIES as SERVED
 from alphaq.errors import AlphaQError
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from families import FAMILIES, ONE_LAYOUT, UNLOADABLE, Outcome, outcome, random_family
 

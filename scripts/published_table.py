@@ -17,8 +17,9 @@ from pathlib import Path
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint, summarize
 from alphaq.engines.native import PROFILE
 from alphaq.errors import AlphaQError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import Role
 from alphaq.planning.kept import kept_shares
-from alphaq.records import Choice, Role
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- published: begin -->\n", "<!-- published: end -->\n"

@@ -111,7 +111,7 @@ def tiny_quantized(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """The bundled model at 2.5 bits."""
     from alphaq import pipeline
     from alphaq.checkpoint.reader import open_checkpoint
-    from alphaq.config import Budget, PlanConfig
+    from alphaq.nouns.settings import Budget, PlanConfig
     from alphaq.planning import resolve
 
     out = tmp_path_factory.mktemp("quantized") / "out"
@@ -147,7 +147,7 @@ class Ran:
 @pytest.fixture
 def alphaq(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """Run the command line in this process."""
-    from alphaq.cli import main
+    from alphaq.cli.app import main
 
     def run(*arguments: object) -> Ran:
         capsys.readouterr()

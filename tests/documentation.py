@@ -114,7 +114,7 @@ def only_parsed(text: str) -> str | None:
 
 @functools.cache
 def command_line() -> Any:
-    from alphaq.cli import app
+    from alphaq.cli.app import app
 
     return typer.main.get_command(app)
 
@@ -139,11 +139,11 @@ def parsed(line: str) -> tuple[str, dict[str, Any]]:
 
 def check_command(line: str) -> None:
     """Raise if `alphaq …` names a command, option or value that does not exist, or lacks one it must have."""
-    from alphaq.commands.plot import KINDS
-    from alphaq.config import PlanConfig
-    from alphaq.options import plan_config, plan_settings
+    from alphaq.cli.options import plan_config, plan_settings
+    from alphaq.cli.plot import KINDS
+    from alphaq.nouns.choice import CODECS
+    from alphaq.nouns.settings import PlanConfig
     from alphaq.quantizers.base import QUANTIZERS
-    from alphaq.records import CODECS
     from alphaq.registry import lookup
     from alphaq.sensitivity.methods import method
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from alphaq import pipeline
 from alphaq.calibration.stream import model_class
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint, read_shards
-from alphaq.config import Budget, PlanConfig
 from alphaq.engines.output import Output
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
-from alphaq.records import Role
 from alphaq.runtime.packed import PackedWeights
 from conftest import read_back
 

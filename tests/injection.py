@@ -29,7 +29,7 @@ from typing import Any
 import pytest
 import torch
 
-from alphaq.cli import main
+from alphaq.cli.app import main
 
 LONGEST_S = 120
 SYSTEM_CALLS = frozenset(

@@ -8,19 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from alphaq import calibrated, pipeline
-from alphaq.calibrated import Rounding, enough_tokens
+from alphaq import pipeline
 from alphaq.calibration.proxy import Proxy
 from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.config import Budget, PlanConfig, Rule
 from alphaq.errors import AlphaQError, CheckpointError, OutputError, PlanError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantizers.hqq import quantize_hqq
 from alphaq.quantizers.learned import quantize_learned
 from alphaq.quantizers.packing import dequantize
-from alphaq.recoding import recode
-from alphaq.records import Choice, Plan
+from alphaq.writing import calibrated
+from alphaq.writing.calibrated import Rounding, enough_tokens
+from alphaq.writing.recoding import recode
 from conftest import DATA, Ran, read_back
 from families import random_family, save_layout
 

@@ -15,20 +15,22 @@ import torch
 from typer.testing import CliRunner
 
 from alphaq import pipeline
-from alphaq.cache import Cache
 from alphaq.calibration.tokens import model_prefix, random_windows, tokenizer_fault
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.cli import app
-from alphaq.config import Budget, PlanConfig
+from alphaq.cli.app import app
 from alphaq.engines.profiles import ENGINES
-from alphaq.measurement import restored
-from alphaq.numerics import squared_distance
+from alphaq.measuring.cache import Cache
+from alphaq.measuring.measurement import restored
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import check, checked_plan, make_plan, measure_for_plan, resolve
 from alphaq.planning.check import divergences
 from alphaq.quantizers.base import quantizer_of
-from alphaq.records import Choice, Plan, Role
 from alphaq.runtime.loading import load_model
 from alphaq.sensitivity import methods
+from alphaq.simd.sums import squared_distance
 from runnable import save_runnable
 
 IDS = random_windows(340, windows=2, length=24)

@@ -16,9 +16,9 @@ import pytest
 pytest.importorskip("ray", reason="ray is not installed: pip install 'alphaq[ray]'")
 
 import raycluster
-from alphaq import cluster
-from alphaq.cluster import Node, RayWorkers, batches, choose, limited, parse_cluster
 from alphaq.errors import AlphaQError, DeviceError, QuantizationError, WorkerError
+from alphaq.work import cluster
+from alphaq.work.cluster import Node, RayWorkers, batches, choose, limited, parse_cluster
 from conftest import Ran
 
 ALL: frozenset[str] = frozenset()
@@ -178,7 +178,7 @@ def test_node_killed_in_the_middle_changes_no_byte(tiny: Path, tmp_path: Path, a
         assert alphaq("quantize", tiny, "-o", tmp_path / "one", "--plan", plan, "--workers", "1").code == 0
         from alphaq import pipeline
         from alphaq.checkpoint.reader import open_checkpoint
-        from alphaq.records import Plan
+        from alphaq.nouns.plan import Plan
 
         told: list[str] = []
         checkpoint = open_checkpoint(tiny)

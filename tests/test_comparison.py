@@ -12,18 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from alphaq import comparison, pipeline, trials
-from alphaq.cache import Cache
-from alphaq.calibrated import Rounding
+from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.comparison import Row, compare, variant_of
-from alphaq.config import Budget, PlanConfig, Rule
 from alphaq.engines.profiles import ENGINES
 from alphaq.errors import AlphaQError, BudgetError, OutputError, StatsError
 from alphaq.evaluation.fidelity import Remembered, WindowScore, paired_bootstrap, windows
+from alphaq.measuring.cache import Cache
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import checked_plan, make_plan, measure_for_plan, measure_for_plans, plain_size, resolve
-from alphaq.records import Plan
 from alphaq.sensitivity.methods import METHODS as METHODS_KNOWN
+from alphaq.trials import compare as comparison
+from alphaq.trials import trial as trials
+from alphaq.trials.compare import Row, compare, variant_of
+from alphaq.writing.calibrated import Rounding
 from conftest import DATA
 
 TEXTS = sorted((DATA / "texts").glob("*.txt"))[:2]

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from alphaq import untrusted
 from alphaq.checkpoint import (
     architecture,
     gguf_format,
@@ -23,17 +22,20 @@ from alphaq.checkpoint import (
     remote,
     safetensors_format,
 )
-from alphaq.comparison import Row
-from alphaq.config import PlanConfig
-from alphaq.engines import gguf_model
+from alphaq.engines.gguf import model as gguf_model
 from alphaq.engines.output import Manifest, Record
 from alphaq.engines.profiles import ENGINES
 from alphaq.evaluation.certificate import Certificate, ModelIdentity, Settings, TaskFigures, Tasks, TextFigures
+from alphaq.formats.versions import NATIVE_FORMAT_VERSION
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.plan import Plan, PlanTable, RateDistortion
+from alphaq.nouns.settings import PlanConfig
 from alphaq.quantizers import coding
 from alphaq.quantizers.base import SAMPLE_VALUES
-from alphaq.records import NATIVE_FORMAT_VERSION, Plan, PlanTable, RateDistortion, Role
-from alphaq.searching import Curve, Point
 from alphaq.spectra.measure import COLUMNS, PANEL_VALUES
+from alphaq.trials.compare import Row
+from alphaq.trials.search import Curve, Point
+from alphaq.work import untrusted
 from conftest import ROOT, Ran
 from families import FAMILIES
 

@@ -18,19 +18,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alphaq.cache import Cache
 from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.config import Blocks, Budget, PlanConfig, Tail
 from alphaq.engines.profiles import ENGINES
 from alphaq.errors import BudgetError, QuantizationError, SpectrumError
-from alphaq.numerics import sums
+from alphaq.measuring.cache import Cache
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import MatrixRef, Role
+from alphaq.nouns.settings import Blocks, Budget, PlanConfig, Tail
+from alphaq.nouns.spectrum import Spectrum
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.rtn import FP16_MAX, quantize_rtn
-from alphaq.records import Choice, MatrixRef, Role, Spectrum
 from alphaq.sensitivity.importance import completed
 from alphaq.sensitivity.methods import METHODS
+from alphaq.simd.sums import sums
 from alphaq.spectra.device import device_spectra
 from alphaq.spectra.measure import spectrum
 from alphaq.spectra.statistics import weight_statistics

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from alphaq import pipeline, quantization
+from alphaq import pipeline
 from alphaq.checkpoint import writer
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import CheckpointError, JournalError
-from alphaq.journal import Journal
+from alphaq.work.journal import Journal
+from alphaq.writing import tasks as quantization
 from injection import (
     CACHE_LOCKED,
     CLOCK,

@@ -17,16 +17,17 @@ import pytest
 import torch
 
 import alphaq as package
-from alphaq.cache import Cache
 from alphaq.checkpoint.gguf_format import read_gguf
 from alphaq.checkpoint.imatrix import read_imatrix
 from alphaq.checkpoint.reader import open_checkpoint, read_config, read_json, read_shards
 from alphaq.checkpoint.safetensors_format import TensorSpec, layout, read_header
 from alphaq.errors import LONGEST_MESSAGE, AlphaQError, CheckpointError, PlanError
+from alphaq.measuring.cache import Cache
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.plan import Plan
 from alphaq.quantizers.packing import decode, encode
 from alphaq.quantizers.rtn import quantize_rtn
-from alphaq.records import Choice, Plan
-from alphaq.untrusted import parse_json
+from alphaq.work.untrusted import parse_json
 from conftest import Ran
 
 Run = Callable[..., Ran]

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.config import Budget, PlanConfig, Rule
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import resolve
 from alphaq.planning.kept import LEAST_SHARE, kept_shares
 from alphaq.planning.limits import outside_experts
-from alphaq.records import Choice, Role
 from families import random_family, save_layout
 
 

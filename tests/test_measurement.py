@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 from alphaq import planning
-from alphaq.cache import Cache
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import CheckpointError, JournalError, QuantizationError, WorkerError
-from alphaq.journal import Journal
-from alphaq.measurement import leaving, measure
-from alphaq.records import Choice, Role
-from alphaq.workers import Workers
+from alphaq.measuring.cache import Cache
+from alphaq.measuring.measurement import leaving, measure
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import Role
+from alphaq.work.journal import Journal
+from alphaq.work.workers import Workers
 
 CHOICES = (Choice(2, 128), Choice(3, 128))
 
@@ -221,7 +222,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, signal, sys, time\n"
-        "from alphaq.workers import Workers\n"
+        "from alphaq.work.workers import Workers\n"
         "def pid(shared, task):\n    return os.getpid()\n"
         "if __name__ == '__main__':\n"
         "    with Workers(2, None) as workers:\n"
@@ -307,7 +308,7 @@ def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch
 def test_kernels_compile_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     import numba
 
-    from alphaq.simd import kernel
+    from alphaq.simd.vectors import kernel
 
     def njit(*arguments: Any, _real: Any = numba.njit, **options: Any) -> Any:
         if options.get("cache"):

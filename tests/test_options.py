@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from alphaq.options import plan_settings, said_by
-from alphaq.records import Plan
+from alphaq.cli.options import plan_settings, said_by
+from alphaq.nouns.plan import Plan
 from conftest import Ran
 
 CONFIG = {"budget": {"bits": 3.0}, "engine": "llama.cpp", "method": "uniform", "choices": "Q2_K,Q4_K", "seed": 0}

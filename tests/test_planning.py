@@ -12,17 +12,20 @@ import pytest
 import torch
 
 from alphaq import pipeline, planning
-from alphaq.cache import Cache
 from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.config import Budget, PlanConfig, Rule
 from alphaq.engines.profiles import ENGINES
 from alphaq.errors import AlphaQError, BudgetError, ChoiceError, StatsError
+from alphaq.measuring.cache import Cache
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import MatrixRef, Role
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import Measurements, make_plan, measure_for_plan, nominal_bytes, resolve
 from alphaq.planning.limits import outside_experts
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.ggml import quantize_ggml
-from alphaq.records import Choice, MatrixRef, Plan, QuantizedMatrix, Role
 from alphaq.sensitivity.importance import SPREAD
 from alphaq.sensitivity.methods import METHODS
 from conftest import DATA, random_model

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.config import Budget, PlanConfig
 from alphaq.errors import BudgetError
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.sensitivity.methods import METHODS
 from conftest import DATA, Ran, random_model

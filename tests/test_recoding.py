@@ -13,19 +13,22 @@ from typing import Any
 import pytest
 import torch
 
-from alphaq import measurement, pipeline, recoding
-from alphaq.cache import Cache
+from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.checkpoint.safetensors_format import read_header
-from alphaq.config import Budget, PlanConfig
 from alphaq.engines.output import MANIFEST_NAME, Output
 from alphaq.errors import AlphaQError, BudgetError, CheckpointError, OutputError, PlanError, VerificationError
+from alphaq.measuring import measurement
+from alphaq.measuring.cache import Cache
+from alphaq.nouns.choice import CODECS
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.quantizers.coding import is_coded
-from alphaq.recoding import recode
-from alphaq.records import CODECS, Plan
 from alphaq.runtime.replace import Packer, stored_tensors
-from alphaq.workers import Workers
+from alphaq.work.workers import Workers
+from alphaq.writing import recoding
+from alphaq.writing.recoding import recode
 from conftest import DATA
 from injection import Job, Place, run
 

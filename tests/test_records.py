@@ -2,10 +2,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alphaq.config import Budget, PlanConfig, parse_size
 from alphaq.errors import BudgetError, ChoiceError, PlanError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import Budget, PlanConfig, parse_size
 from alphaq.planning import resolve
-from alphaq.records import Choice, Plan
 
 groups, signs = st.sampled_from((32, 64, 128)), st.booleans()
 choices = (

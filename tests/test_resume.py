@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from alphaq import quantization
 from alphaq.checkpoint.writer import JOURNAL_NAME, UNFINISHED_NAME
 from alphaq.errors import CheckpointError
-from alphaq.journal import Journal
+from alphaq.work.journal import Journal
+from alphaq.writing import tasks as quantization
 from conftest import DATA
 from injection import Job, Place, run, warm_up
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from alphaq import searching
 from alphaq.evaluation.certificate import Certificate, Estimate
-from alphaq.records import Plan
-from alphaq.searching import Curve, Target, descend, rest_bits, smallest_reaching
+from alphaq.nouns.plan import Plan
+from alphaq.trials import search as searching
+from alphaq.trials.search import Curve, Target, descend, rest_bits, smallest_reaching
 from conftest import DATA, Ran
 
 Run = Callable[..., Ran]

@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from alphaq import artifact, pipeline
-from alphaq.artifact import known_alphas, nested_choices, open_artifact, open_source, own_pins
+from alphaq import pipeline
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.config import Budget, PlanConfig
 from alphaq.engines.output import Output
 from alphaq.errors import PlanError
+from alphaq.nouns.matrix import MatrixRef
+from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.quantizers.coding import decode_tensor
 from alphaq.quantizers.packing import decode, dequantize, unpack
-from alphaq.recoding import recode
-from alphaq.records import MatrixRef, QuantizedMatrix
+from alphaq.writing import artifact
+from alphaq.writing.artifact import known_alphas, nested_choices, open_artifact, open_source, own_pins
+from alphaq.writing.recoding import recode
 
 FAST = ("--method", "alphaq", "--workers", 1)
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.records import Role
+from alphaq.nouns.matrix import Role
 from injection import Ended, forked
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_tiny.py"

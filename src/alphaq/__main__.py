@@ -1,5 +1,5 @@
 """`python -m alphaq`."""
 
-from alphaq.cli import main
+from alphaq.cli.app import main
 
 main()

@@ -14,16 +14,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import alphaq
-from alphaq.cache import Cache
-from alphaq.calibrated import Rounding, store_calibrated
 from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.publishing import claim, publish
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.checkpoint.remote import Store
 from alphaq.checkpoint.writer import Place, atomic_file, atomic_folder, create_file, resumable_folder
-from alphaq.config import Budget, PlanConfig
 from alphaq.engines.export import Entry, Layout
-from alphaq.engines.gguf_importance import Importance, importance_of
+from alphaq.engines.gguf.importance import Importance, importance_of
 from alphaq.engines.output import (
     MANIFEST_NAME,
     Output,
@@ -35,13 +32,16 @@ from alphaq.engines.output import (
 )
 from alphaq.engines.profiles import profile
 from alphaq.errors import OutputError, PlanError
-from alphaq.journal import Journal
-from alphaq.measurement import ahead, leaving, measure
+from alphaq.measuring.cache import Cache
+from alphaq.measuring.measurement import ahead, leaving, measure
+from alphaq.nouns.choice import CODECS
+from alphaq.nouns.fidelity import Fidelity
+from alphaq.nouns.matrix import MatrixRef
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import Budget, PlanConfig
+from alphaq.nouns.spectrum import Spectrum
 from alphaq.planning import checked_plan, measure_for_plan, resolve
 from alphaq.planning import make_plan as make_plan
-from alphaq.quantization import CheckTask, StoreTask, checked, plan_choices, stored
-from alphaq.recoding import recode_into
-from alphaq.records import CODECS, Fidelity, MatrixRef, Plan, Spectrum
 from alphaq.report.content import MAX_DENSITIES, Sources, sampled
 from alphaq.report.html import write_report
 from alphaq.report.places import places_of_matrices
@@ -49,7 +49,11 @@ from alphaq.report.runs import ComparedRow, read_run
 from alphaq.spectra.density import Density, DensityTask, density_one
 from alphaq.spectra.measure import write_stats
 from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant
-from alphaq.workers import Workers, Wrap, silent
+from alphaq.work.journal import Journal
+from alphaq.work.workers import Workers, Wrap, silent
+from alphaq.writing.calibrated import Rounding, store_calibrated
+from alphaq.writing.recoding import recode_into
+from alphaq.writing.tasks import CheckTask, StoreTask, checked, plan_choices, stored
 
 if TYPE_CHECKING:
     from alphaq.evaluation.certificate import Certificate
@@ -309,7 +313,7 @@ def _calibrated(
 ) -> tuple[list[StoreTask], dict[str, str]]:
     """The tasks with what was found by looking at inputs; which matrices were not calibrated, and why."""
     assert rounding.calibrated is not None and rounding.inputs is not None  # a text goes with it
-    rounded = (task.entry for task in tasks if task.entry.choice is not None and task.entry.choice.bits != 16)
+    rounded = (task.entry for task in tasks if task.entry.choice is not None and not task.entry.choice.kept)
     waiting = {entry.name for entry in rounded}
     bar = iter(wrap(range(len(waiting)), len(waiting), f"quantize ({rounding.name})"))
     records: dict[str, Record] = {}

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from alphaq.allocation.bound import rate_distortion, water_filling
-from alphaq.records import Choice, RateDistortion
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.plan import RateDistortion
 
 Arrays = tuple[np.ndarray, np.ndarray]
 

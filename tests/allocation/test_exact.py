@@ -4,8 +4,8 @@ import pytest
 from alphaq.allocation import exact
 from alphaq.allocation.exact import relaxation_price, solve_exact
 from alphaq.allocation.milp import solve_milp
+from alphaq.allocation.solution import Solution
 from alphaq.errors import BudgetError
-from alphaq.records import Solution
 
 Instance = tuple[np.ndarray, np.ndarray, int]
 KINDS = 8

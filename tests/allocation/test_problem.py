@@ -19,7 +19,7 @@ from alphaq.allocation.problem import (
     solve_shares,
 )
 from alphaq.errors import BudgetError
-from alphaq.records import Choice
+from alphaq.nouns.choice import Choice
 
 CHOICES = tuple(Choice(bits, 128) for bits in (1, 2, 3, 4))
 

@@ -9,8 +9,8 @@ import torch
 from alphaq.calibration.prior import routing_prior
 from alphaq.calibration.stream import HollowModel, model_class, stream_forward
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.config import Budget, PlanConfig
 from alphaq.errors import CheckpointError
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.planning.evidence import measure_for_plan
 from families import FAMILIES, random_family, save_layout

@@ -10,7 +10,7 @@ from alphaq.calibration.inputs import Inputs, stream_inputs
 from alphaq.calibration.stream import stream_forward
 from alphaq.calibration.tokens import random_windows
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.records import Role
+from alphaq.nouns.matrix import Role
 from conftest import COMMON, FAMILIES
 from families import random_family, save_layout
 

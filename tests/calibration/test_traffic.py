@@ -9,14 +9,15 @@ import pytest
 import torch
 from changed_checkpoint import biased_to_first_two, changed
 
-from alphaq import numerics
 from alphaq.calibration.tokens import random_windows
 from alphaq.calibration.traffic import Calibration, ExpertUse, curvature, expert_uses, gather, squared_row_ranges
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import ChoiceError, StatsError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.packing import dequantize
-from alphaq.records import Choice, MatrixRef, Role
+from alphaq.simd import sums as numerics
 from conftest import COMMON, EXPERTS, FAMILIES
 
 IDS = random_windows(COMMON["vocab_size"], windows=3, length=24)

@@ -20,7 +20,8 @@ from alphaq.calibration.stream import stream_forward
 from alphaq.calibration.tokens import random_windows
 from alphaq.checkpoint.reader import open_checkpoint, summarize
 from alphaq.errors import AlphaQError, CheckpointError
-from alphaq.records import Plan, Role
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.plan import Plan
 from conftest import COMMON, EXPERTS, Ran, read_back
 from families import HEADS, random_family, save_layout
 

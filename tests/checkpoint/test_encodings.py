@@ -19,7 +19,8 @@ from alphaq.checkpoint.encodings import Encoding, decode
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import open_checkpoint, summarize
 from alphaq.errors import CheckpointError
-from alphaq.records import MatrixRef, Plan, Role
+from alphaq.nouns.matrix import MatrixRef, Role
+from alphaq.nouns.plan import Plan
 from conftest import COMMON, Ran, read_back
 from runnable import byte_level, save_runnable, save_tokenizer
 
@@ -350,7 +351,8 @@ def test_native_copy_of_mxfp4_loads_with_the_restored_logits(mxfp4_and_bf16: tup
     from transformers import AutoModelForCausalLM
 
     import alphaq  # noqa: F401 - registers the plug-in
-    from alphaq.records import Choice, Plan
+    from alphaq.nouns.choice import Choice
+    from alphaq.nouns.plan import Plan
 
     source = open_checkpoint(mxfp4_and_bf16[0])
     choices = {matrix.name: str(Choice(5, 32)) for matrix in source.with_role(Role.EXPERT)}

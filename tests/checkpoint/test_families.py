@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from alphaq.checkpoint.architecture import architecture_of, architectures, unsupported
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.config import Budget, PlanConfig
 from alphaq.errors import ArchitectureError, BudgetError
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.planning.limits import problem_of
-from alphaq.records import Role
 from families import FAMILIES, ONE_LAYOUT, UNLOADABLE, moe_model_types, outcome, random_family, save_layout
 
 OFTEN = ("mixtral", "qwen3_moe", "granitemoe", "gpt_oss", "dbrx", "qwen3_vl_moe", "nemotron_h", "inkling2_text")

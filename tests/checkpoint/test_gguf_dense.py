@@ -15,7 +15,7 @@ from alphaq.checkpoint.gguf_format import GgufValue, layout, read_gguf
 from alphaq.checkpoint.gguf_rope import FACTORS_TENSOR, llama3_factors, llama3_settings
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import CheckpointError
-from alphaq.records import Plan
+from alphaq.nouns.plan import Plan
 from conftest import Ran
 from dense_models import DENSE, FLIPS, LLAMA3, YARN, save_dense
 

@@ -20,7 +20,7 @@ from alphaq.checkpoint.gguf_format import read_gguf
 from alphaq.checkpoint.gguf_source import open_gguf
 from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.engines.gguf_importance import importance_of
+from alphaq.engines.gguf.importance import importance_of
 from alphaq.errors import ArchitectureError, CheckpointError
 from conftest import COMMON, Ran, random_model
 

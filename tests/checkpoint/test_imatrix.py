@@ -8,7 +8,7 @@ import pytest
 
 from alphaq.checkpoint.imatrix import read_imatrix
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.engines.gguf_importance import importance_of
+from alphaq.engines.gguf.importance import importance_of
 from alphaq.errors import CheckpointError
 from conftest import Ran
 
@@ -86,8 +86,9 @@ def test_experts_never_reached_count_as_ones_and_dead_columns_a_little(tmp_path:
 
 
 def test_importance_moves_the_error_to_columns_that_matter_less(tmp_path: Path, tiny: Path) -> None:
+    from alphaq.nouns.choice import Choice
+    from alphaq.nouns.matrix import Role
     from alphaq.quantizers.ggml import quantize_ggml, restore_rows
-    from alphaq.records import Choice, Role
 
     weight = open_checkpoint(tiny).with_role(Role.EXPERT)[0]
     values = open_checkpoint(tiny).read(weight).float()

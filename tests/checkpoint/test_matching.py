@@ -10,7 +10,7 @@ from alphaq.checkpoint.matching import match_tensors
 from alphaq.checkpoint.reader import open_checkpoint, summarize
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.errors import ArchitectureError
-from alphaq.records import Role
+from alphaq.nouns.matrix import Role
 from conftest import EXPERTS, FAMILIES
 
 if sys.version_info >= (3, 11):

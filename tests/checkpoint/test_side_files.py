@@ -14,7 +14,7 @@ import pytest
 from alphaq.checkpoint import side_files as module
 from alphaq.checkpoint.side_files import side_files
 from alphaq.errors import CheckpointError
-from alphaq.untrusted import shown
+from alphaq.work.untrusted import shown
 from conftest import Ran
 
 TEMPLATE = "additional_chat_templates/tools.jinja"
@@ -205,7 +205,7 @@ def test_outputs_of_outputs_have_them_too(tiny_quantized: Path, tmp_path: Path, 
 
 def test_a_gguf_file_has_the_templates_and_how_to_sample(tmp_path: Path, templated: Path) -> None:
     pytest.importorskip("gguf", reason="gguf is not installed: pip install 'alphaq[gguf]'")
-    from alphaq.engines.gguf_package import general_metadata, special_tokens
+    from alphaq.engines.gguf.package import general_metadata, special_tokens
 
     for name in ("b", "a", "d", "c"):
         put(templated, f"additional_chat_templates/{name}.jinja", name)
@@ -228,7 +228,7 @@ def test_a_gguf_file_has_the_templates_and_how_to_sample(tmp_path: Path, templat
 
 def test_what_a_gguf_file_has_no_place_for_is_told(templated: Path) -> None:
     from alphaq.checkpoint.reader import open_checkpoint
-    from alphaq.engines.llama_cpp import side_notes
+    from alphaq.engines.gguf.profile import side_notes
 
     assert side_notes(open_checkpoint(templated)) == ()
     put(templated, "preprocessor_config.json", {})

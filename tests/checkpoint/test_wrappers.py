@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from alphaq import pipeline
 from alphaq.checkpoint.architecture import architecture_of
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.config import Budget, PlanConfig
 from alphaq.engines.output import Output
 from alphaq.errors import ArchitectureError
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
-from alphaq.records import Plan, Role
 from conftest import random_model
 from families import logits, random_family, save_layout
 

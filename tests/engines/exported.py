@@ -14,13 +14,16 @@ from safetensors.torch import save_file
 
 from alphaq import pipeline
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.config import Budget, PlanConfig
 from alphaq.engines.export import LINEAR
 from alphaq.engines.profile import Profile
 from alphaq.engines.profiles import profile
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import MatrixRef, Role
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantizers.base import QUANTIZERS
-from alphaq.records import Choice, MatrixRef, Plan, QuantizedMatrix, Role
 
 QUANTIZED_ROLES = (Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.DENSE_MLP)
 

@@ -22,13 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from alphaq import pipeline
 from alphaq.checkpoint.architecture import architectures
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.config import Budget
 from alphaq.engines import gptqmodel
 from alphaq.engines.dense import dense_families
 from alphaq.engines.output import PLAN_NAME
 from alphaq.engines.profiles import profile
 from alphaq.errors import ArchitectureError, PlanError
-from alphaq.records import Choice, Plan
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import Budget
 from alphaq.runtime.loading import load_model
 from conftest import read_back
 from dense_models import DENSE, FLIPS, save_dense

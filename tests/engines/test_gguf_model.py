@@ -17,8 +17,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from alphaq.checkpoint.architecture import architectures
 from alphaq.checkpoint.gguf_format import GgufFile, GgufValue, read_gguf
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.engines.gguf_model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
-from alphaq.engines.gguf_tokenizer import _pre_tokenizers, tokenizer_metadata, tokens_left_out
+from alphaq.engines.gguf.model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
+from alphaq.engines.gguf.tokenizer import _pre_tokenizers, tokenizer_metadata, tokens_left_out
 from alphaq.errors import ArchitectureError, CheckpointError, MissingExtraError
 from conftest import DATA, FAMILIES, ROOT, random_model
 from dense_models import DENSE, LLAMA3, save_dense

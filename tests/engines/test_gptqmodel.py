@@ -27,13 +27,14 @@ from safetensors.torch import load_file
 
 from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.config import Budget, Rule
 from alphaq.engines import gptqmodel
 from alphaq.engines.output import PLAN_NAME, read_manifest
 from alphaq.errors import PlanError, VerificationError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import Budget, Rule
 from alphaq.quantizers.packing import dequantize
 from alphaq.quantizers.rtn import quantize_rtn
-from alphaq.records import Choice, Plan
 from conftest import FAMILIES, Ran, read_back
 
 CHOICES = ("2g32", "3g32", "4g32", "8g32", "16")

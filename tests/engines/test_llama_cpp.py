@@ -26,18 +26,21 @@ from safetensors.torch import save_file
 from alphaq import pipeline
 from alphaq.checkpoint.gguf_format import GgufValue, layout, read_gguf
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.config import Budget, PlanConfig
-from alphaq.engines import llama_cpp
-from alphaq.engines.gguf_model import gguf_metadata, gguf_tensors, transformed
-from alphaq.engines.llama_cpp import FILE_NAME, OF_ONE_FILE, PROFILE
+from alphaq.engines.gguf import profile as llama_cpp
+from alphaq.engines.gguf.model import gguf_metadata, gguf_tensors, transformed
+from alphaq.engines.gguf.profile import FILE_NAME, OF_ONE_FILE, PROFILE
 from alphaq.engines.output import MANIFEST_NAME, PLAN_NAME, read_manifest
 from alphaq.errors import CheckpointError, MissingExtraError, PlanError, VerificationError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import MatrixRef, Role
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.planning.limits import outside_experts
 from alphaq.quantizers import ggml
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.ggml import quantize_ggml, restore_rows
-from alphaq.records import Choice, MatrixRef, Plan, QuantizedMatrix, Role
 from alphaq.runtime.loading import load_model
 from conftest import DATA, FAMILIES, Ran, read_back
 from runnable import save_runnable
@@ -122,7 +125,7 @@ def expected_values(checkpoint: Checkpoint, choices: dict[str, Choice]) -> Itera
 @pytest.fixture(scope="module")
 def out(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model between 3 and 4 bits, by the command line."""
-    from alphaq.cli import main
+    from alphaq.cli.app import main
 
     folder = tmp_path_factory.mktemp("llama.cpp") / "out"
     arguments = ("quantize", tiny, "--engine", "llama.cpp", "--bits", 3.4, "--method", "alphaq", "--choices", FAST)

@@ -30,13 +30,15 @@ from transformers import AutoTokenizer
 
 from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.config import Budget, Rule
 from alphaq.engines import mlx
 from alphaq.engines.output import PLAN_NAME, read_manifest
 from alphaq.errors import MissingExtraError, PlanError, VerificationError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.nouns.settings import Budget, Rule
 from alphaq.quantizers.affine import quantize_affine
 from alphaq.quantizers.packing import unpack
-from alphaq.records import Choice, Plan, QuantizedMatrix
 from conftest import FAMILIES, Ran, random_model, read_back
 
 mx = pytest.importorskip("mlx.core")

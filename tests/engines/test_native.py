@@ -10,15 +10,16 @@ from safetensors import safe_open
 
 from alphaq import pipeline, planning
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.config import Budget, PlanConfig
 from alphaq.engines import native
 from alphaq.engines.output import MANIFEST_NAME, PLAN_NAME
 from alphaq.errors import BudgetError, CheckpointError, PlanError, VerificationError
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.planning.limits import byte_tables
 from alphaq.quantizers.packing import dequantize
 from alphaq.quantizers.rtn import quantize_rtn
-from alphaq.records import Plan, Role
 from conftest import FAMILIES, read_back
 
 

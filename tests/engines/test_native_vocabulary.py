@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.output import Output
-from alphaq.records import Choice, Role
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import Role
 from conftest import random_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

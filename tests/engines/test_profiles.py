@@ -11,13 +11,15 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alphaq.engines import llama_cpp, vllm
-from alphaq.engines.llama_cpp import GAUSSIAN_ERROR
+from alphaq.engines import vllm
+from alphaq.engines.gguf import profile as llama_cpp
+from alphaq.engines.gguf.profile import GAUSSIAN_ERROR
 from alphaq.engines.profile import Profile
 from alphaq.engines.profiles import ENGINES, profile
 from alphaq.errors import ChoiceError, UnknownNameError
-from alphaq.ggml import GGML_BLOCKS
-from alphaq.records import Choice, MatrixRef, Role, Shape
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.ggml import GGML_BLOCKS
+from alphaq.nouns.matrix import MatrixRef, Role, Shape
 
 SHAPES = [(256, 512), (1408, 2048), (2048, 256)]
 

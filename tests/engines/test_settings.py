@@ -27,7 +27,7 @@ from alphaq.engines.placement import left_out
 from alphaq.engines.profiles import ENGINES as PROFILES
 from alphaq.engines.settings import Fixed, family_settings, require_settings
 from alphaq.errors import ArchitectureError
-from alphaq.records import Plan
+from alphaq.nouns.plan import Plan
 from conftest import FAMILIES, ROOT, Ran
 from runnable import save_runnable
 
@@ -152,7 +152,7 @@ def test_a_class_that_refuses_a_config_is_an_error_in_one_line(tiny_copy: Path) 
 
 def test_defaults_of_the_class_are_told_to_engines_that_have_others(tmp_path: Path) -> None:
     """Mixtral's rotary base is a million where its config says nothing; llama.cpp and mlx-lm would take 10,000."""
-    from alphaq.engines.gguf_model import gguf_metadata
+    from alphaq.engines.gguf.model import gguf_metadata
     from alphaq.engines.mlx import told
 
     source = save_flipped(tmp_path / "source", "mixtral", None)

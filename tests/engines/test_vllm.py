@@ -33,13 +33,15 @@ from transformers import AutoModelForCausalLM
 
 from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.config import Budget, Rule
 from alphaq.engines import vllm
 from alphaq.engines.output import PLAN_NAME, read_manifest
 from alphaq.errors import MissingExtraError, PlanError, VerificationError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import Budget, Rule
 from alphaq.quantizers.affine import quantize_symmetric16
 from alphaq.quantizers.packing import dequantize
-from alphaq.records import Choice, Plan, Role
 from conftest import FAMILIES, Ran, read_back
 
 CHOICES = ("4g32s", "8g32s", "16")

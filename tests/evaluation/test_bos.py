@@ -16,7 +16,7 @@ from alphaq import pipeline
 from alphaq.calibration.text import SELF, Text, own_writing
 from alphaq.calibration.tokens import model_prefix, read_windows, text_prefix
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.cli import app
+from alphaq.cli.app import app
 from alphaq.evaluation.fidelity import score_windows, windows
 from runnable import byte_level, save_runnable, save_tokenizer
 

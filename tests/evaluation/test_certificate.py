@@ -22,7 +22,7 @@ QUICK = ("--max-tokens", 192, "--window", 48)
 @pytest.fixture(scope="module")
 def certified(tiny: Path, tiny_quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the quantized model with its certificate, made by the command line."""
-    from alphaq.cli import main
+    from alphaq.cli.app import main
 
     out = tmp_path_factory.mktemp("certified") / "out"
     shutil.copytree(tiny_quantized, out)

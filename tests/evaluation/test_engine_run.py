@@ -19,7 +19,8 @@ from alphaq.engines.profiles import ENGINES
 from alphaq.errors import PlanError, VerificationError
 from alphaq.evaluation.engine_run import restored_logits, run_in_engine
 from alphaq.evaluation.restored import restored_alone, restored_from
-from alphaq.records import Plan, Role
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.plan import Plan
 from conftest import FAMILIES, Ran
 
 CHOICE = {"native": "4g64", "mlx": "4g64", "vllm": "4g64s", "llama.cpp": "Q4_K", "gptqmodel": "4g64"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from alphaq.nouns.choice import Choice
 from alphaq.quantizers.rtn import BIAS_WEIGHT, SEARCH_STEPS, SMALLEST_SHRINK
-from alphaq.records import Choice
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from alphaq.errors import QuantizationError
+from alphaq.nouns.choice import GROUP_SIZES, Choice
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.affine import quantize_affine, quantize_symmetric16
 from alphaq.quantizers.packing import unpack
 from alphaq.quantizers.rtn import quantize_rtn
-from alphaq.records import GROUP_SIZES, Choice, QuantizedMatrix
-from alphaq.simd import as_brain, kernel, load, store
+from alphaq.simd.vectors import as_brain, kernel, load, store
 
 SYMMETRIC = [Choice(bits, group, symmetric=True) for bits in (4, 8) for group in GROUP_SIZES]
 AFFINE = [Choice(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in GROUP_SIZES]

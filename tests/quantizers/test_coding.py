@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, TensorInfo
 from alphaq.errors import CheckpointError
+from alphaq.nouns.choice import CHOICE_BITS, Choice
 from alphaq.quantizers import coding
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.coding import (
@@ -30,7 +31,6 @@ from alphaq.quantizers.coding import (
 )
 from alphaq.quantizers.coding_kernels import join_rows, split_rows
 from alphaq.quantizers.packing import encode, unpack
-from alphaq.records import CHOICE_BITS, Choice
 from alphaq.runtime.replace import stored_tensors
 
 HEADER = struct.Struct("<2sBBBBHQ")

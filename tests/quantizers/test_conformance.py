@@ -14,16 +14,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_affine import restored as restored_16
 
-from alphaq.calibrated import CALIBRATED
 from alphaq.errors import QuantizationError
-from alphaq.ggml import GGML_BLOCKS
+from alphaq.nouns.choice import CHOICE_BITS, GROUP_SIZES, Choice
+from alphaq.nouns.ggml import GGML_BLOCKS
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.ggml import restore_rows
 from alphaq.quantizers.hqq import lp_objective
 from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.packing import decode, dequantize, encode
 from alphaq.quantizers.rtn import BIAS_WEIGHT, quantize_minmax
-from alphaq.records import CHOICE_BITS, GROUP_SIZES, Choice, QuantizedMatrix
+from alphaq.writing.calibrated import CALIBRATED
 
 EVERY = {**QUANTIZERS, **CALIBRATED, "nested": quantize_nested}
 NATIVE = tuple(Choice(bits, GROUP_SIZES[bits % 3], symmetric) for bits in CHOICE_BITS for symmetric in (False, True))

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from alphaq.numerics import squared_norm
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.base import quantizer_of
 from alphaq.quantizers.cutting import can_cut, cut, cut_errors, cutting
 from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.packing import decode, dequantize, encode, unpack
-from alphaq.records import Choice, QuantizedMatrix
+from alphaq.simd.sums import squared_norm
 
 LIVE = [row for row in range(48) if row != 3]  # zeros have either sign at 1 bit
 

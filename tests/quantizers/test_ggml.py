@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from alphaq.errors import QuantizationError
-from alphaq.ggml import GGML_BLOCKS
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.ggml import GGML_BLOCKS
 from alphaq.quantizers.base import Quantizer, squared_error, squared_errors
 from alphaq.quantizers.ggml import quantize_ggml, restore_rows
 from alphaq.quantizers.rtn import quantize_rtn
-from alphaq.records import Choice
 
 pytestmark = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="llama.cpp comes with `pip install xllamacpp`")
 

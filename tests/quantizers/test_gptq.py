@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from alphaq.errors import QuantizationError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers import gptq
 from alphaq.quantizers.base import quantizer_of
 from alphaq.quantizers.coding import encode_tensor
@@ -13,7 +15,6 @@ from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.packing import dequantize, encode
 from alphaq.quantizers.rated import quantize_rated
 from alphaq.quantizers.rtn import quantize_rtn
-from alphaq.records import Choice, QuantizedMatrix
 
 CHOICES = [Choice.parse(text) for text in ("1g64", "1g32s", "2g32", "2g128s", "3g64", "4", "8g32s")]
 

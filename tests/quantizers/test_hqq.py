@@ -9,12 +9,12 @@ from reference import half_quadratic
 from safetensors import safe_open
 
 import alphaq
+from alphaq.nouns.choice import Choice
 from alphaq.quantizers.base import Quantizer
 from alphaq.quantizers.hqq import lp_objective, quantize_hqq, relative_slack
 from alphaq.quantizers.packing import dequantize
 from alphaq.quantizers.rtn import quantize_minmax
-from alphaq.records import Choice
-from alphaq.simd import kernel, load, power, splat, store
+from alphaq.simd.vectors import kernel, load, power, splat, store
 
 TINY = Path(alphaq.__file__).parent / "data" / "tiny" / "model.safetensors"
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from alphaq.errors import QuantizationError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers import learned
 from alphaq.quantizers.learned import LearnedSettings, quantize_learned
 from alphaq.quantizers.packing import decode, dequantize, encode, pack, restored_error, unpack
 from alphaq.quantizers.rtn import quantize_rtn
-from alphaq.records import Choice, QuantizedMatrix
 
 QUICK = LearnedSettings(steps=20, rounds=1, sweeps=3)
 CHOICES = [Choice(1, 32), Choice(1, 32, True), Choice(2, 64), Choice(3, 32, True)]

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphaq.errors import ChoiceError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.packing import decode, dequantize, encode, unpack
 from alphaq.quantizers.rtn import quantize_rtn
-from alphaq.records import Choice, QuantizedMatrix
 
 WIDTHS = range(2, 9)
 

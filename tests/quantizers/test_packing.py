@@ -6,10 +6,11 @@ from hypothesis import strategies as st
 from reference import values_of
 
 from alphaq.errors import CheckpointError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.quantized import QuantizedMatrix, SalientWeights
 from alphaq.quantizers.packing import decode, dequantize, encode, pack, unpack
 from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.quantizers.salience import mixing
-from alphaq.records import Choice, QuantizedMatrix, SalientWeights
 
 quantize = mixing(quantize_rtn)
 plain_choices = st.builds(Choice, st.integers(1, 8), st.sampled_from((32, 64, 128)), st.booleans())

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from alphaq.errors import ChoiceError, QuantizationError
+from alphaq.nouns.choice import Choice
 from alphaq.quantizers.base import QUANTIZERS, coded_errors
 from alphaq.quantizers.coding import encode_tensor
 from alphaq.quantizers.packing import decode, dequantize, encode, unpack
 from alphaq.quantizers.rated import quantize_rated
-from alphaq.records import Choice
 
 RATES = (1.0, 1.75, 2.5, 3.25, 4.0, 5.0, 6.0)
 

@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphaq.errors import QuantizationError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.packing import dequantize, restored_error
 from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.quantizers.salience import balanced_steps, mixing, quantize_slim
-from alphaq.records import Choice, QuantizedMatrix
 
 SLIM = ["2g128-slim", "2g32s-slim", "3g64-slim", "4g32-slim", "7g32s-slim"]
 SALIENT = ["1g128-pb2", "1g128-pb4", "1g32-pb4", "1g64-pb8", "1g128s-pb8"]

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from alphaq.records import Plan
+from alphaq.nouns.plan import Plan
 from alphaq.report.bitmap import BLOCKS, alpha_histogram, bit_map
 
 

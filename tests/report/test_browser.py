@@ -13,7 +13,8 @@ import pytest
 
 from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.records import Choice, Plan
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.plan import Plan
 from alphaq.report.content import Sources
 from alphaq.report.html import write_report
 from alphaq.report.path import BudgetPath, budget_path, tables_of

@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from alphaq import cli
-from alphaq.calibrated import Rounding
 from alphaq.calibration.proxy import Proxy
 from alphaq.calibration.text import Text
-from alphaq.config import Budget, PlanConfig, Rule
+from alphaq.cli import app as cli
 from alphaq.engines.output import QuantizeOptions
+from alphaq.nouns.plan import Plan, SourceIdentity
+from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import resolve
-from alphaq.records import Plan, SourceIdentity
 from alphaq.report.commands import Names, remake, reproduce
+from alphaq.writing.calibrated import Rounding
 from conftest import Ran
 
 Run = Callable[..., Ran]
@@ -142,7 +142,7 @@ def test_the_command_says_every_setting_of_the_plan(
         name, digest = "importance.gguf", "0123456789abcdef"
 
     monkeypatch.setattr(cli, "build_plan", stop)
-    monkeypatch.setattr("alphaq.options.importance_matrix", lambda path: path and Given)
+    monkeypatch.setattr("alphaq.cli.options.importance_matrix", lambda path: path and Given)
     words = shlex.split(dict(reproduce(plan))["Plan"])
     with pytest.raises(Parsed):
         cli.main([*words[1:], "--workers", "1"])

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphaq.errors import AlphaQError, PlanError
-from alphaq.records import Plan, PlanTable, Role
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.plan import Plan, PlanTable
 from alphaq.report.content import MAX_DENSITIES, Sources, content_of, packed_names, sampled
 from alphaq.report.html import page_of, write_report
 from alphaq.report.places import Place

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.config import Budget, PlanConfig
 from alphaq.errors import PlanError
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, resolve
-from alphaq.records import Plan
 from alphaq.report.explanation import explain_plan
 from conftest import Ran
 

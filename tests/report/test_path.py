@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphaq.allocation.exact import solve_exact
-from alphaq.records import PlanTable
+from alphaq.nouns.plan import PlanTable
 from alphaq.report.path import BudgetPath, budget_path, tables_of
 
 Tables = tuple[np.ndarray, np.ndarray]

@@ -5,7 +5,7 @@ import pytest
 from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import StatsError
-from alphaq.records import Role
+from alphaq.nouns.matrix import Role
 from alphaq.report.places import Place, place_by_name, places_of_matrices, read_places
 
 

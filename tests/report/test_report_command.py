@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from alphaq.records import Plan
+from alphaq.nouns.plan import Plan
 from conftest import Ran
 
 Run = Callable[..., Ran]

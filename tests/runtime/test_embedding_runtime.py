@@ -17,7 +17,8 @@ from alphaq import pipeline
 from alphaq.calibration.stream import model_class
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import AlphaQError
-from alphaq.records import Plan, Role
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.plan import Plan
 from alphaq.runtime.modules import PackedEmbedding, PackedLinear, RestoredWhenRead
 from alphaq.runtime.packed import PackedWeights
 from families import FAMILIES, plain_copy, random_family, save_layout

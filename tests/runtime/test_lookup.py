@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from alphaq.engines.native import PROFILE
+from alphaq.nouns.choice import Choice
 from alphaq.quantizers.base import quantizer_of
 from alphaq.quantizers.packing import decode, dequantize, encode
-from alphaq.records import Choice
 from alphaq.runtime.lookup import restored_rows
 
 KINDS = sorted({(choice.bits, choice.symmetric, choice.mix) for choice in PROFILE.choices if choice.bits < 16})

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from alphaq.errors import AlphaQError, CheckpointError
+from alphaq.nouns.choice import Choice
 from alphaq.quantizers.packing import encode
 from alphaq.quantizers.rtn import quantize_rtn
-from alphaq.records import Choice
 from alphaq.runtime import kernels
 from alphaq.runtime import multiply as module
 from alphaq.runtime.multiply import multiply, packed_linear

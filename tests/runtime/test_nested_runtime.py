@@ -12,17 +12,17 @@ import torch
 import alphaq  # noqa: F401 - registers the plug-in
 from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.config import Budget, PlanConfig
 from alphaq.engines.output import Output
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.packing import encode
 from alphaq.quantizers.rtn import quantize_rtn
-from alphaq.recoding import recode
-from alphaq.records import Choice
 from alphaq.runtime import multiply as module
 from alphaq.runtime.multiply import multiply
 from alphaq.runtime.packed import FLAGS, HALVES, SYMMETRIC, PackedWeights
+from alphaq.writing.recoding import recode
 from families import plain_copy
 
 WIDTHS = range(2, 9)

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import CheckpointError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.plan import Plan
 from alphaq.quantizers.packing import encode
 from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.quantizers.salience import mixing
-from alphaq.records import Choice, Plan
 from alphaq.runtime import multiply as module
 from alphaq.runtime import packed as packed_module
 from alphaq.runtime.multiply import multiply

@@ -16,9 +16,9 @@ import alphaq  # noqa: F401 - registers the plug-in
 from alphaq import pipeline
 from alphaq.calibration.stream import model_class
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.config import Budget, PlanConfig
 from alphaq.engines.output import Output
 from alphaq.errors import AlphaQError, CheckpointError
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.runtime.modules import PackedExperts
 from alphaq.runtime.packed import PackedWeights

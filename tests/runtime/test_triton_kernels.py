@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from alphaq.errors import DeviceError
+from alphaq.nouns.choice import CHOICE_BITS, GROUP_SIZES, Choice
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.packing import decode, dequantize, encode
-from alphaq.records import CHOICE_BITS, GROUP_SIZES, Choice
 from alphaq.runtime.packed import PackedWeights
 
 triton = pytest.importorskip("triton")

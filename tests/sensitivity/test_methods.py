@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from alphaq.calibration.traffic import Calibration, ExpertUse, MatrixUse
 from alphaq.errors import BudgetError, UnknownNameError
-from alphaq.records import Choice, MatrixRef, Role, WeightStatistics
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import MatrixRef, Role
+from alphaq.nouns.spectrum import WeightStatistics
 from alphaq.sensitivity import router, signal
 from alphaq.sensitivity.importance import SPREAD, alpha_importance, automatic_gamma
 from alphaq.sensitivity.methods import METHODS, Evidence, method, resolved_gamma

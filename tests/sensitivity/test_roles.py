@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.engines.llama_cpp import ROLE_BITS
-from alphaq.records import MatrixRef, Role
+from alphaq.engines.gguf.profile import ROLE_BITS
+from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.sensitivity.roles import (
     ATTENTION_SHARES,
     EXPERTS,

@@ -4,7 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from alphaq.records import MatrixRef, Role, WeightStatistics
+from alphaq.nouns.matrix import MatrixRef, Role
+from alphaq.nouns.spectrum import WeightStatistics
 from alphaq.sensitivity import aimer, kurtosis, outlier, stable_rank, structure
 
 Score = Callable[[Sequence[MatrixRef], Sequence[WeightStatistics]], np.ndarray]

@@ -14,7 +14,8 @@ import pytest
 
 from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.records import Plan, Role
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.plan import Plan
 
 sys.path.append(str(Path(__file__).parents[1] / "engines"))
 sys.path.append(str(Path(__file__).parent))

@@ -31,7 +31,8 @@ from safetensors.torch import load_file, save_file
 from alphaq import pipeline
 from alphaq.calibration.stream import model_class
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.records import Plan, Role
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.plan import Plan
 from families import plain_copy, random_family, save_layout
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make test-vllm)")

@@ -7,7 +7,7 @@ import torch
 
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import DeviceError, QuantizationError
-from alphaq.numerics import squared_distance, squared_norm, sums
+from alphaq.simd.sums import squared_distance, squared_norm, sums
 from alphaq.spectra.device import device_spectra
 from alphaq.spectra.eigenvalues import largest_eigenvalues, pooled_eigenvalues
 from alphaq.spectra.farms import blocks

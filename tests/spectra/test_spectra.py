@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from alphaq.errors import QuantizationError, SpectrumError, StatsError
-from alphaq.records import MatrixRef, Role, Spectrum
+from alphaq.nouns.matrix import MatrixRef, Role
+from alphaq.nouns.spectrum import Spectrum
 from alphaq.spectra.eigenvalues import pooled_eigenvalues
 from alphaq.spectra.farms import block_size, blocks, sampled_blocks
 from alphaq.spectra.measure import read_stats, spectrum, write_stats

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from alphaq.records import Choice, RateDistortion
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.plan import RateDistortion
 
 FINE = 32  # widths between two whole ones
 BISECTIONS = 80
@@ -49,7 +50,7 @@ def rate_distortion(
     points = {}
     for column, choice in enumerate(choices):
         able = np.isfinite(losses[:, column])
-        if able.any() and choice.bits != 16:
+        if able.any() and not choice.kept:
             rate = float(8 * nbytes[able, column].sum() / weights[able].sum())
             error = float(errors[able, column].sum() / max(energies[able].sum(), 1e-300))
             points[str(choice)] = _short(rate), _short(error), _short(error * 4.0**rate)

@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from alphaq.allocation.solution import Solution
 from alphaq.errors import BudgetError
-from alphaq.records import Solution
-from alphaq.simd import kernel
+from alphaq.simd.vectors import kernel
 
 RELATIVE_TOLERANCE = 1e-12  # a gap below this is rounding, not loss
 BISECTIONS = 200

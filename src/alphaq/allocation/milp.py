@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from alphaq.allocation.exact import relaxation_price
+from alphaq.allocation.solution import Solution
 from alphaq.errors import BudgetError
-from alphaq.records import Solution
 
 OBJECTIVE_SCALE = 1e6  # the objective HiGHS sees: its absolute gap of 1e-6 is then 1e-12 of it
 LARGEST_LOSS = 1e10  # beyond, HiGHS' arithmetic suffers more than its tolerance gains

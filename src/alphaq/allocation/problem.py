@@ -17,8 +17,9 @@ import numpy as np
 from alphaq.allocation.baselines import solve_ratio, solve_uniform_mix
 from alphaq.allocation.exact import solve_exact
 from alphaq.allocation.milp import SideConstraint, solve_milp
+from alphaq.allocation.solution import Solution
 from alphaq.errors import BudgetError
-from alphaq.records import Choice, Solution
+from alphaq.nouns.choice import Choice
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaq.errors import CheckpointError
-from alphaq.records import MatrixRef, Role
+from alphaq.nouns.matrix import MatrixRef, Role
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from alphaq.calibration.stream import HollowModel, LayerTraffic, stream_forward
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.records import MatrixRef
+from alphaq.nouns.matrix import MatrixRef
 
 
 @dataclass(frozen=True, eq=False)

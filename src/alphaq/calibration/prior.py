@@ -22,7 +22,7 @@ from alphaq.calibration.stream import HollowModel, LayerTraffic, traffic_of
 from alphaq.calibration.traffic import Calibration, Expert, ExpertUse, expert_uses
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import CheckpointError
-from alphaq.records import Role
+from alphaq.nouns.matrix import Role
 
 SAMPLES = 16_384
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from alphaq.calibration.prior import norm_before, stretched
 from alphaq.calibration.stream import HollowModel
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.config import ProxyKind
-from alphaq.records import MatrixRef
+from alphaq.nouns.matrix import MatrixRef
+from alphaq.nouns.settings import ProxyKind
 
 SAMPLES = 1024
 

@@ -24,7 +24,7 @@ from alphaq.calibration.experts import ExpertForm, form_of, is_expert_module
 from alphaq.calibration.passage import Passage, Recorder
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import AlphaQError, CheckpointError
-from alphaq.records import MatrixRef, Role
+from alphaq.nouns.matrix import MatrixRef, Role
 
 MMAP_THRESHOLD, LARGE_BYTES = -3, 1 << 22  # glibc's name of the setting; tensors of 4 MiB
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from alphaq.calibration.tokens import model_prefix, random_windows, read_windows, rewritten
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import AlphaQError, StatsError
-from alphaq.records import Role
+from alphaq.nouns.matrix import Role
 
 SELF: Literal["self"] = "self"
 WINDOW = 512  # tokens

@@ -25,10 +25,11 @@ from alphaq.calibration.passage import Passage
 from alphaq.calibration.stream import HollowModel, LayerTraffic, stream_forward
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import ChoiceError, QuantizationError, StatsError
-from alphaq.numerics import squared_distance, squared_norm
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import MatrixRef
 from alphaq.quantizers.base import QUANTIZERS, sixteen_bits
 from alphaq.quantizers.packing import dequantize
-from alphaq.records import Choice, MatrixRef
+from alphaq.simd.sums import squared_distance, squared_norm
 
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
 FORMAT_VERSION = 3
@@ -257,7 +258,7 @@ class _Expert:
             return rounded, moves
 
         for choice in choices:
-            if choice.bits == 16 and all(sixteen_bits(matrix) is matrix for matrix in stored.values()):
+            if choice.kept and all(sixteen_bits(matrix) is matrix for matrix in stored.values()):
                 misses = dict.fromkeys((*parts, "block"), 0.0)  # kept as it is, so nothing moves
             else:
                 misses = {part: _weighted(self.square_weights, miss) for part, miss in moved(choice)[1].items()}
@@ -304,7 +305,7 @@ class _Expert:
         return self.form.hidden([products[part] for part in self.form.first], self.number)
 
     def _rounded(self, part: str, weight: Tensor, choice: Choice) -> Tensor:
-        if choice.bits == 16:
+        if choice.kept:
             return sixteen_bits(weight).float()
         return dequantize(QUANTIZERS["rtn"](weight, choice, self.refs[part].name))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.errors import CheckpointError
-from alphaq.untrusted import shown
+from alphaq.work.untrusted import shown
 
 MODELOPT_FILE = "hf_quant_config.json"
 QUANTIZER_FILES = (MODELOPT_FILE, "quantize_config.json", "quant_config.json", "quanto_qmap.json")

@@ -18,7 +18,7 @@ from typing import Any
 from alphaq.checkpoint.gguf_mapping import GgufMapping
 from alphaq.checkpoint.wrappers import language_part
 from alphaq.errors import ArchitectureError
-from alphaq.records import Role
+from alphaq.nouns.matrix import Role
 
 if sys.version_info >= (3, 11):
     import tomllib

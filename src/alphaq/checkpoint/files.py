@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from alphaq.errors import CheckpointError
-from alphaq.untrusted import open_regular, parse_json, read_bounded
+from alphaq.work.untrusted import open_regular, parse_json, read_bounded
 
 CHUNK_BYTES = 8 << 20
 

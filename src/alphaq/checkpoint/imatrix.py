@@ -17,7 +17,7 @@ import numpy as np
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.gguf_format import MAGIC, MAX_NAME_BYTES, read_gguf
 from alphaq.errors import CheckpointError
-from alphaq.untrusted import read_bounded, shown
+from alphaq.work.untrusted import read_bounded, shown
 
 MAX_ENTRIES = 10_000  # a model has a dozen matrices to a layer
 MAX_BYTES = 1 << 30  # that of DeepSeek-V3 has 0.6 GB

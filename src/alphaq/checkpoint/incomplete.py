@@ -8,7 +8,7 @@ from pathlib import Path
 from alphaq.checkpoint.files import is_file, open_file
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.errors import CheckpointError
-from alphaq.untrusted import MAX_POINTER_BYTES
+from alphaq.work.untrusted import MAX_POINTER_BYTES
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 

@@ -11,7 +11,7 @@ from alphaq.checkpoint.encodings import unfolded as unfolded_tensor
 from alphaq.checkpoint.routing import check_routing
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.errors import ArchitectureError
-from alphaq.records import MatrixRef, Role
+from alphaq.nouns.matrix import MatrixRef, Role
 
 MAX_MATRICES = 500_000  # seven times those of Kimi-K2
 

@@ -16,7 +16,7 @@ from typing import Any
 from alphaq.checkpoint.architecture import ANCHORS, Architecture, compiled, wrapped
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.errors import ArchitectureError
-from alphaq.records import Role
+from alphaq.nouns.matrix import Role
 
 Shards = dict[str, dict[str, TensorInfo]]
 

@@ -16,9 +16,9 @@ from typing import Any
 from alphaq.checkpoint.files import Stamp
 from alphaq.checkpoint.remote import Store
 from alphaq.errors import AlphaQError, OutputError
-from alphaq.journal import Journal
-from alphaq.untrusted import parse_json
-from alphaq.workers import Wrap, silent
+from alphaq.work.journal import Journal
+from alphaq.work.untrusted import parse_json
+from alphaq.work.workers import Wrap, silent
 
 CLAIM_NAME = "alphaq_upload.json"
 MARKER_NAME = "config.json"

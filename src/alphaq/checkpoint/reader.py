@@ -53,9 +53,10 @@ from alphaq.checkpoint.side_files import SIDE_FILES, SideFiles, side_files
 from alphaq.checkpoint.weights import INDEX_NAME, NAMED_KEY, SINGLE_NAME, read_weights
 from alphaq.checkpoint.weights import read_shards as read_shards
 from alphaq.errors import CheckpointError
-from alphaq.numerics import in_threads
-from alphaq.records import MatrixRef, Role, SourceIdentity
-from alphaq.untrusted import shown
+from alphaq.nouns.matrix import MatrixRef, Role
+from alphaq.nouns.plan import SourceIdentity
+from alphaq.simd.sums import in_threads
+from alphaq.work.untrusted import shown
 
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of a weight file, to recognise it by
 SETTINGS_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")

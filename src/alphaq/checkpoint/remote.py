@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 from alphaq.checkpoint.files import SourceFile, Stamp, changed
 from alphaq.checkpoint.side_files import MOST_SIDE_FILES, References, is_small
 from alphaq.errors import AlphaQError, CheckpointError, MissingExtraError
-from alphaq.untrusted import MAX_JSON_BYTES, shown
+from alphaq.work.untrusted import MAX_JSON_BYTES, shown
 
 T = TypeVar("T")
 PART_BYTES = 8 << 20  # of one request; a larger range is several requests at once

@@ -20,7 +20,7 @@ import torch
 
 from alphaq.checkpoint.files import open_file
 from alphaq.errors import CheckpointError
-from alphaq.untrusted import MAX_POINTER_BYTES, POINTER_BEGIN, parse_json, pointer, shown
+from alphaq.work.untrusted import MAX_POINTER_BYTES, POINTER_BEGIN, parse_json, pointer, shown
 
 if TYPE_CHECKING:
     from alphaq.checkpoint.encodings import Encoding

@@ -16,8 +16,8 @@ from typing import Any
 
 from alphaq.checkpoint.announced import QUANTIZER_FILES
 from alphaq.checkpoint.files import check_link, is_file
-from alphaq.records import CERTIFICATE_NAME
-from alphaq.untrusted import MAX_JSON_BYTES, parse_json, read_bounded, shown
+from alphaq.nouns.fidelity import CERTIFICATE_NAME
+from alphaq.work.untrusted import MAX_JSON_BYTES, parse_json, read_bounded, shown
 
 SIDE_FILES = (
     *("*.json", "*.txt", "*.model", "*.model.v*", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.vocab"),

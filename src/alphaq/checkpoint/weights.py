@@ -24,7 +24,7 @@ from alphaq.checkpoint.incomplete import check_stubs
 from alphaq.checkpoint.remote import Store
 from alphaq.checkpoint.safetensors_format import TensorInfo, parse_header, read_header
 from alphaq.errors import CheckpointError
-from alphaq.untrusted import shown
+from alphaq.work.untrusted import shown
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from alphaq.checkpoint.files import PlainFile, Stamp, reading
 from alphaq.errors import OutputError, QuantizationError, VerificationError
-from alphaq.journal import Journal
+from alphaq.work.journal import Journal
 
 JOURNAL_NAME = "journal.jsonl"
 UNFINISHED_NAME = "files"

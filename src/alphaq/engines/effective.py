@@ -17,7 +17,7 @@ from typing import Any
 from alphaq.checkpoint.formulas import current
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import ArchitectureError
-from alphaq.records import Role
+from alphaq.nouns.matrix import Role
 
 HEAD = "lm_head.weight"
 TIED = "tie_word_embeddings"

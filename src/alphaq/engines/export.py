@@ -31,8 +31,11 @@ from alphaq.checkpoint.writer import Place, checksum, copy_file
 from alphaq.engines.dense import dense_families, require_assumptions
 from alphaq.engines.effective import TIED, head_of, says_tied
 from alphaq.errors import PlanError
-from alphaq.numerics import in_threads, row_parts, squared_distance
-from alphaq.records import Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import MatrixRef, Role, Shape
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.simd.sums import in_threads, row_parts, squared_distance
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,11 @@ from alphaq.engines.placement import left_out
 from alphaq.engines.profile import Profile, ragged
 from alphaq.engines.settings import require_settings
 from alphaq.errors import ChoiceError, MissingEngineError, PlanError
+from alphaq.nouns.choice import GROUP_SIZES, Choice
+from alphaq.nouns.matrix import MatrixRef, Role, Shape
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.packing import dequantized_rows, pack, unpack
-from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
 
 DENSE_KEPT = ("qwen2_moe", "qwen3_moe")
 """Families of whose layers without experts GPTQModel knows nothing."""
@@ -67,14 +70,14 @@ def with_bits(bits: int) -> Choice:
 
 def storage_bytes(choice: Choice, shape: Shape) -> int:
     """Exact bytes of `qweight`, `qzeros`, `scales` and `g_idx`."""
-    if choice.bits == 16:
+    if choice.kept:
         return 2 * shape[0] * shape[1]
     return sum(choice.parts(shape)) + 4 * shape[1]
 
 
 def obstacle(choice: Choice, matrix: MatrixRef) -> str | None:
     """Codes are packed along the columns and zero points along the rows, in whole words; groups are whole too."""
-    if choice.bits == 16:
+    if choice.kept:
         return None
     rows, columns = matrix.shape
     if rows % PACKED_ROWS or columns % PACKED_ROWS:
@@ -104,7 +107,7 @@ def module_path(matrix: MatrixRef) -> str:
 def parts(matrix: MatrixRef, choice: Choice) -> tuple[Part, ...]:
     """The tensors of one matrix."""
     module = module_path(matrix)
-    if choice.bits == 16:
+    if choice.kept:
         return (kept_part(matrix, f"{module}.weight"),)
     kinds = zip(("qweight", "qzeros", "scales", "g_idx"), ("I32", "I32", "F16", "I32"), strict=True)
     return tuple(
@@ -213,7 +216,7 @@ def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
 
 def fault(name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[torch.Tensor]) -> str | None:
     """Why a matrix is not what the plan says, or None."""
-    if choice.bits == 16:
+    if choice.kept:
         return kept_fault(name, stored)
     rows, columns = stored[0].shape[1], stored[3].shape[0]
     if why := shape_fault(name, choice, stored, shapes(choice, (rows, columns))):

@@ -46,7 +46,10 @@ from alphaq.engines.placement import left_out
 from alphaq.engines.profile import Profile, ragged
 from alphaq.engines.settings import ROPE, family_settings, require_settings
 from alphaq.errors import ArchitectureError, ChoiceError, MissingEngineError, MissingExtraError, PlanError
-from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
+from alphaq.nouns.choice import GROUP_SIZES, Choice
+from alphaq.nouns.matrix import MatrixRef, Role, Shape
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.quantized import QuantizedMatrix
 
 BITS = (2, 3, 4, 5, 6, 8)
 DEFAULT_GROUP_SIZE = 64  # mlx's own
@@ -63,7 +66,7 @@ def with_bits(bits: int) -> Choice:
 
 def storage_bytes(choice: Choice, shape: Shape) -> int:
     """Exact bytes of `weight` uint32 [out, in·b/32], `scales` and `biases` 16-bit [out, in/g] each."""
-    if choice.bits == 16:
+    if choice.kept:
         return 2 * shape[0] * shape[1]
     codes, _, scales = choice.parts(shape)
     return codes + 2 * scales
@@ -80,7 +83,7 @@ def module_path(matrix: MatrixRef) -> str:
 def parts(matrix: MatrixRef, choice: Choice) -> tuple[Part, ...]:
     """The tensors of one matrix, or its share of them."""
     module, (rows, columns) = module_path(matrix), matrix.shape
-    if choice.bits == 16:
+    if choice.kept:
         return (kept_part(matrix, f"{module}.weight", matrix.expert),)
     per_group = TensorSpec(kept_dtype(matrix.dtype), (rows, choice.groups(columns)))
     return (
@@ -221,7 +224,7 @@ def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
 
 def fault(name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[torch.Tensor]) -> str | None:
     """Why a matrix is not what the plan says, or None."""
-    if choice.bits == 16:
+    if choice.kept:
         return kept_fault(name, stored)
     *before, groups = stored[1].shape
     words = choice.row_bytes(groups * choice.group_size) // 4

@@ -29,23 +29,16 @@ from alphaq.engines.export import (
 from alphaq.engines.profile import ROLE_BITS, Profile
 from alphaq.engines.running import run_in_transformers
 from alphaq.errors import CheckpointError
+from alphaq.formats.versions import NATIVE_FORMAT_VERSION
+from alphaq.nouns.choice import CHOICE_BITS, GROUP_SIZES, SLIM_BITS, Choice
+from alphaq.nouns.matrix import MatrixRef, Role, Shape
+from alphaq.nouns.plan import Plan
 from alphaq.quantizers.packing import decode, dequantized_rows, encode, read_block_header
-from alphaq.records import (
-    CHOICE_BITS,
-    GROUP_SIZES,
-    NATIVE_FORMAT_VERSION,
-    SLIM_BITS,
-    Choice,
-    MatrixRef,
-    Plan,
-    Role,
-    Shape,
-)
 
 
 def part(matrix: MatrixRef, choice: Choice) -> Part:
     """A block of bytes, or 16-bit values."""
-    if choice.bits == 16:
+    if choice.kept:
         return kept_part(matrix, matrix.name)
     return Part(matrix.name, TensorSpec("U8", (choice.storage_bytes(matrix.shape),)))
 
@@ -71,7 +64,7 @@ def reader(parts: Sequence[torch.Tensor], choice: Choice, shape: Shape, name: st
 
 def fault(name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[torch.Tensor]) -> str | None:
     """Why a block is not what the plan says, or None."""
-    if choice.bits == 16:
+    if choice.kept:
         return kept_fault(name, stored)
     try:
         found, _ = read_block_header(parts[0], name)

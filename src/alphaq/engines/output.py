@@ -16,8 +16,9 @@ from alphaq.checkpoint.writer import Place, checksum, pieces_at
 from alphaq.engines.export import Stored
 from alphaq.engines.profiles import profile
 from alphaq.errors import CheckpointError, VerificationError
-from alphaq.records import CODECS, Choice, Plan, first_fault
-from alphaq.untrusted import read_bounded, shown
+from alphaq.nouns.choice import CODECS, Choice
+from alphaq.nouns.plan import Plan, first_fault
+from alphaq.work.untrusted import read_bounded, shown
 
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "alphaq_manifest.json"

@@ -13,7 +13,8 @@ from typing import Literal
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.export import Export
 from alphaq.errors import PlanError
-from alphaq.records import Choice, MatrixRef, Role, Shape
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import MatrixRef, Role, Shape
 
 Unit = Literal["matrix", "layer × projection", "layer"]
 ROLE_BITS = {Role.ATTENTION: 4, Role.SHARED_EXPERT: 4, Role.DENSE_MLP: 4}
@@ -76,6 +77,6 @@ class Profile:
 def ragged(choice: Choice, matrix: MatrixRef) -> str | None:
     """The obstacle of engines that have no ragged groups."""
     columns = matrix.shape[1]
-    if choice.bits != 16 and columns % choice.group_size:
+    if not choice.kept and columns % choice.group_size:
         return f"{columns} columns are not divisible by the group size {choice.group_size}"
     return None

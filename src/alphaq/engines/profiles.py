@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from alphaq.engines import gptqmodel, llama_cpp, mlx, native, vllm
+from alphaq.engines import gptqmodel, mlx, native, vllm
+from alphaq.engines.gguf import profile as llama_cpp
 from alphaq.engines.profile import Profile
 from alphaq.registry import lookup
 

@@ -50,7 +50,10 @@ from alphaq.engines.profile import Profile, ragged
 from alphaq.engines.running import run_in_transformers
 from alphaq.engines.settings import family_settings, require_settings
 from alphaq.errors import ChoiceError, MissingExtraError, PlanError
-from alphaq.records import GROUP_SIZES, Choice, MatrixRef, Plan, QuantizedMatrix, Role, Shape
+from alphaq.nouns.choice import GROUP_SIZES, Choice
+from alphaq.nouns.matrix import MatrixRef, Role, Shape
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.quantized import QuantizedMatrix
 
 FORMAT = "pack-quantized"
 CHOICE_OF_BITS = {4: Choice(4, 128, symmetric=True), 8: Choice(8, 128, symmetric=True), 16: Choice(16)}
@@ -76,14 +79,14 @@ def with_bits(bits: int) -> Choice:
 
 def storage_bytes(choice: Choice, shape: Shape) -> int:
     """Exact bytes of `weight_packed`, `weight_scale` and `weight_shape`."""
-    if choice.bits == 16:
+    if choice.kept:
         return 2 * shape[0] * shape[1]
     return sum(choice.parts(shape)) + WEIGHT_SHAPE_BYTES
 
 
 def parts(matrix: MatrixRef, choice: Choice) -> tuple[Part, ...]:
     """The tensors of one matrix."""
-    if choice.bits == 16:
+    if choice.kept:
         return (kept_part(matrix, matrix.name),)
     module, (rows, columns) = module_name(matrix.name), matrix.shape
     return (
@@ -226,7 +229,7 @@ def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
 
 def fault(name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[torch.Tensor]) -> str | None:
     """Why a matrix is not what the plan says, or None."""
-    if choice.bits == 16:
+    if choice.kept:
         return kept_fault(name, stored)
     rows, columns = parts[2].tolist()
     packed, scales = (rows, choice.row_bytes(columns) // 4), (rows, choice.groups(columns))

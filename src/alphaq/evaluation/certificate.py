@@ -29,8 +29,8 @@ from alphaq.checkpoint.weights import read_shards
 from alphaq.checkpoint.writer import atomic_file
 from alphaq.errors import AlphaQError, CheckpointError
 from alphaq.evaluation.fidelity import WindowScore
-from alphaq.records import Plan, first_fault
-from alphaq.untrusted import parse_json, read_bounded
+from alphaq.nouns.plan import Plan, first_fault
+from alphaq.work.untrusted import parse_json, read_bounded
 
 FORMAT_VERSION = 1
 CONFIDENCE = 0.95

@@ -20,7 +20,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.output import Output
 from alphaq.errors import CheckpointError, PlanError, VerificationError
 from alphaq.evaluation.restored import restored_alone, restored_from
-from alphaq.records import Role
+from alphaq.nouns.matrix import Role
 
 TOKENS = 48
 

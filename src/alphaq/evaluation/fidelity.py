@@ -20,8 +20,8 @@ import torch
 from alphaq.calibration.text import check_ids
 from alphaq.calibration.tokens import prefixed, text_prefix
 from alphaq.errors import AlphaQError
-from alphaq.records import TextFidelity
-from alphaq.workers import Wrap, silent
+from alphaq.nouns.fidelity import TextFidelity
+from alphaq.work.workers import Wrap, silent
 
 WINDOWS_AT_ONCE = 8  # of one forward pass: small models are slow on many small steps
 LOGITS_AT_ONCE = 1 << 25

@@ -12,7 +12,6 @@ from functools import cached_property
 
 import torch
 
-from alphaq.artifact import open_artifact
 from alphaq.checkpoint.architecture import architecture_of
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.matching import match_tensors
@@ -20,9 +19,10 @@ from alphaq.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.engines.output import Output
 from alphaq.errors import ArchitectureError, CheckpointError
-from alphaq.quantization import plan_choices
+from alphaq.nouns.matrix import MatrixRef
 from alphaq.quantizers.coding import decode_tensor, is_coded
-from alphaq.records import MatrixRef
+from alphaq.writing.artifact import open_artifact
+from alphaq.writing.tasks import plan_choices
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class RestoredCheckpoint(Checkpoint):
         """Whether the output holds an entry in the source's layout, or in one that can be put back."""
         assert self.output is not None
         quantized = self.output.choice(name)
-        kept = quantized is None or quantized.bits == 16
+        kept = quantized is None or quantized.kept
         return name in self.output.manifest and not (kept and self.forms.get(name))
 
     def _values(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -79,7 +79,7 @@ class RestoredCheckpoint(Checkpoint):
             values = one.typed(PlainFile(self.output.folder / place.file).read(place.begin, place.nbytes))
             parts.append(decode_tensor(values, name).reshape(-1) if is_coded(values) else values)
         choice = self.output.choice(name)
-        if choice is None or choice.bits == 16:
+        if choice is None or choice.kept:
             return parts[0].view(shape)
         return self.output.profile.writer.reader(parts, choice, (shape[0], shape[1]), name)(slice(0, shape[0]))
 
@@ -118,7 +118,7 @@ def restored_alone(output: Output) -> Checkpoint:
     for name in output.manifest:
         stored = [output.stored[tensor] for tensor, _ in output.parts(name)]
         choice, whole = output.choice(name), stored[0].shape
-        kept = choice is None or choice.bits == 16
+        kept = choice is None or choice.kept
         own = whole[1:] if output.parts(name)[0][1] is not None else whole
         shape = own if kept or choice is None else shape_of(choice, stored)
         infos[name] = TensorInfo(name, stored[0].dtype if kept else "F32", shape, 0, 0)

@@ -21,7 +21,7 @@ import numpy as np
 
 from alphaq.errors import AlphaQError, MissingExtraError
 from alphaq.evaluation.certificate import DRAWS, SEED, TaskFigures, Tasks, Verdict, estimate, task_verdict
-from alphaq.workers import Wrap, silent
+from alphaq.work.workers import Wrap, silent
 
 SEEDS = {
     "random_seed": 0,

@@ -18,21 +18,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from alphaq.cache import Cache
 from alphaq.calibration.head import Head
 from alphaq.calibration.inputs import linears
 from alphaq.calibration.stream import HollowModel, LayerTraffic, run_experts, stream_forward
 from alphaq.calibration.tokens import model_prefix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import BudgetError, StatsError
-from alphaq.measurement import restored
+from alphaq.measuring.cache import Cache
+from alphaq.measuring.measurement import restored
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import MatrixRef
+from alphaq.nouns.plan import Plan, PlanCheck
 from alphaq.planning.measured import Measurements
 from alphaq.planning.plan import make_plan
 from alphaq.planning.request import Request
 from alphaq.quantizers.base import quantizer_version
-from alphaq.records import Choice, MatrixRef, Plan, PlanCheck
 from alphaq.sensitivity.methods import method
-from alphaq.workers import Wrap, silent
+from alphaq.work.workers import Wrap, silent
 
 CHECKED = "auto"
 BASELINE = "uniform"

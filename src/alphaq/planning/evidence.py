@@ -14,7 +14,6 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
-from alphaq.cache import Cache
 from alphaq.calibration.prior import routing_prior, seen_uses
 from alphaq.calibration.text import Text, own_writing
 from alphaq.calibration.tokens import model_prefix
@@ -22,22 +21,25 @@ from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, gathe
 from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import FILE_OVERHEAD
-from alphaq.engines.gguf_importance import importance_of
-from alphaq.engines.llama_cpp import GAUSSIAN_ERROR, gaussian_errors
+from alphaq.engines.gguf.importance import importance_of
+from alphaq.engines.gguf.profile import GAUSSIAN_ERROR, gaussian_errors
 from alphaq.errors import CheckpointError, QuantizationError, StatsError
-from alphaq.measurement import Sampling, coded_bytes, measure
-from alphaq.numerics import squared_norm
+from alphaq.measuring.cache import Cache
+from alphaq.measuring.measurement import Sampling, coded_bytes, measure
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import MatrixRef
+from alphaq.nouns.spectrum import Spectrum
 from alphaq.planning.limits import outside_experts, pinned, problem_of
 from alphaq.planning.measured import Measurements
 from alphaq.planning.request import Request
 from alphaq.quantizers.base import SAMPLE_VALUES, quantizer_version
 from alphaq.quantizers.coding import coder_version
-from alphaq.records import Choice, MatrixRef, Spectrum
 from alphaq.sensitivity.distortion import analytic_noise
 from alphaq.sensitivity.methods import Evidence, Need
+from alphaq.simd.sums import squared_norm
 from alphaq.spectra.measure import Stats, read_stats
 from alphaq.spectra.variants import SpectrumVariant
-from alphaq.workers import Workers, Wrap, silent
+from alphaq.work.workers import Workers, Wrap, silent
 
 T = TypeVar("T")
 SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH = 8, 256
@@ -84,7 +86,7 @@ def measure_for_plan(
     if "text" in wanted and calibration is None:
         raise StatsError(f"--method {config.method} needs a text. Give one with --calibration FILE.")
     coded = config.codec is not None
-    real = tuple(choice for choice in choices if choice.bits != 16 or coded) if config.noise == "measured" else ()
+    real = tuple(choice for choice in choices if not choice.kept or coded) if config.noise == "measured" else ()
     variant = SpectrumVariant(config.spectrum, config.tail)
     begin = time.perf_counter()
     importance = {} if imatrix is None else importance_of(checkpoint, imatrix).columns
@@ -311,7 +313,7 @@ def _alphas(spectra: dict[str, Spectrum]) -> np.ndarray:
 
 def _expected(spectrum: Spectrum, choice: Choice, energy: float, parameters: int) -> float:
     """Σ(w − ŵ)² from a formula: a ggml type's error on Gaussian weights, or Var(W)·2^(−2b)."""
-    if choice.scheme or choice.bits == 16:
+    if choice.scheme or choice.kept:
         return GAUSSIAN_ERROR[str(choice)] * energy
     return float(analytic_noise(spectrum, (choice,))[0]) * parameters
 

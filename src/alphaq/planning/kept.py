@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from alphaq.checkpoint.architecture import NUMBERED_LAYER
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.records import Choice
+from alphaq.nouns.choice import Choice
 
 LEAST_SHARE = 0.005  # of a model's parameters
 

@@ -14,13 +14,14 @@ import numpy as np
 from alphaq.allocation.problem import Problem
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec, entry_bytes
-from alphaq.config import PlanConfig, Rule
 from alphaq.engines.export import Layout, kept_dtype
-from alphaq.engines.llama_cpp import gaussian_errors
+from alphaq.engines.gguf.profile import gaussian_errors
 from alphaq.engines.profile import Profile
 from alphaq.errors import BudgetError, ChoiceError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import MatrixRef, Role
+from alphaq.nouns.settings import PlanConfig, Rule
 from alphaq.planning.request import Request
-from alphaq.records import Choice, MatrixRef, Role
 from alphaq.sensitivity.methods import Evidence
 
 
@@ -304,7 +305,7 @@ def coded_table(evidence: Evidence) -> np.ndarray:
     for number, matrix in enumerate(evidence.matrices):
         for column, choice in enumerate(evidence.choices):
             nbytes = int(table[number, column])
-            uncoded = choice.bits == 16 and nbytes == 2 * matrix.parameters
+            uncoded = choice.kept and nbytes == 2 * matrix.parameters
             spec = TensorSpec(kept_dtype(matrix.dtype), matrix.shape) if uncoded else TensorSpec("U8", (nbytes,))
             table[number, column] += entry_bytes(matrix.name, spec)
     return table

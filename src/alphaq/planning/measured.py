@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from alphaq.errors import BudgetError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.spectrum import Spectrum
 from alphaq.planning.request import Request
-from alphaq.records import Choice, Spectrum
 from alphaq.sensitivity.methods import Evidence
 
 

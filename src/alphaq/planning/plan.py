@@ -11,14 +11,16 @@ import numpy as np
 import alphaq
 from alphaq.allocation.bound import rate_distortion
 from alphaq.allocation.problem import Problem, solve_experts, solve_losses, solve_order, solve_shares
+from alphaq.allocation.solution import Solution
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.engines.llama_cpp import gaussian_errors
+from alphaq.engines.gguf.profile import gaussian_errors
 from alphaq.errors import BudgetError
+from alphaq.nouns.matrix import MatrixRef, Role
+from alphaq.nouns.plan import Plan, PlanTable
 from alphaq.planning.kept import kept_shares
 from alphaq.planning.limits import byte_tables, coded_table, outside_experts, problem_of, size_bytes
 from alphaq.planning.measured import Measurements
 from alphaq.planning.request import Request
-from alphaq.records import MatrixRef, Plan, PlanTable, Role, Solution
 from alphaq.sensitivity.methods import Evidence, resolved_gamma
 from alphaq.sensitivity.roles import role_weights
 

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from alphaq.config import PlanConfig
 from alphaq.engines.profile import Profile
 from alphaq.engines.profiles import profile as engine_profile
 from alphaq.errors import BudgetError, ChoiceError
-from alphaq.records import CODECS, Choice, Role
+from alphaq.nouns.choice import CODECS, Choice
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.settings import PlanConfig
 from alphaq.sensitivity.methods import Method, method
 
 WIDTHS = (*range(1, 9), 16)
@@ -148,7 +149,7 @@ def _storable(choice: Choice, profile: Profile) -> Choice:
 
 def _styled(choice: Choice, config: PlanConfig) -> Choice:
     """A plain choice with the group size and symmetry that the user asked for."""
-    if choice.scheme or choice.bits == 16:
+    if choice.scheme or choice.kept:
         return choice
     return replace(
         choice,
@@ -159,15 +160,15 @@ def _styled(choice: Choice, config: PlanConfig) -> Choice:
 
 def _ladder(profile: Profile, config: PlanConfig, given: Sequence[Choice]) -> tuple[Choice, ...]:
     """The plain choice of every width the engine has; in the coarsest groups offered, if the user named choices."""
-    groups = [choice.group_size for choice in given if not choice.scheme and choice.bits != 16]
+    groups = [choice.group_size for choice in given if not choice.scheme and not choice.kept]
     rungs = []
     for bits in WIDTHS:
         try:
             choice = _styled(profile.with_bits(bits), config)
         except ChoiceError:
             continue
-        if config.choices is not None and groups and not choice.scheme and choice.bits != 16:
-            symmetric = all(other.symmetric for other in given if other.bits != 16)
+        if config.choices is not None and groups and not choice.scheme and not choice.kept:
+            symmetric = all(other.symmetric for other in given if not other.kept)
             choice = replace(choice, group_size=max(groups), symmetric=symmetric)
         if choice in profile.choices:
             rungs.append(choice)

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from alphaq.errors import QuantizationError
-from alphaq.numerics import in_threads, row_parts
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.kernels import refit_rows
 from alphaq.quantizers.rtn import BELOW_FP16, BIAS_WEIGHT, quantize_rtn
-from alphaq.records import Choice, QuantizedMatrix
-from alphaq.simd import LANES, flat
+from alphaq.simd.sums import in_threads, row_parts
+from alphaq.simd.vectors import LANES, flat
 
 
 def quantize_symmetric16(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:

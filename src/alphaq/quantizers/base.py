@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from alphaq.errors import QuantizationError
-from alphaq.numerics import in_threads, squared_distance, squared_norm
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.affine import quantize_affine, quantize_symmetric16
 from alphaq.quantizers.coding import encode_tensor
 from alphaq.quantizers.ggml import quantize_ggml
@@ -22,7 +23,7 @@ from alphaq.quantizers.hqq import quantize_hqq
 from alphaq.quantizers.packing import encode
 from alphaq.quantizers.rtn import quantize_minmax, quantize_rtn
 from alphaq.quantizers.salience import mixing
-from alphaq.records import Choice, QuantizedMatrix
+from alphaq.simd.sums import in_threads, squared_distance, squared_norm
 
 SAMPLE_VALUES = 1 << 18
 SAMPLE_ROWS = 64
@@ -74,7 +75,7 @@ def sixteen_bits(weight: torch.Tensor) -> torch.Tensor:
 
 def squared_error(weight: torch.Tensor, choice: Choice, name: str, quantizer: Quantizer = quantize_rtn) -> float:
     """Σ(w − ŵ)² after a round trip through the real quantizer; float64."""
-    if choice.bits == 16:
+    if choice.kept:
         return squared_distance(weight, sixteen_bits(weight))
     error = quantizer(weight, choice, name).squared_error
     assert error is not None  # only matrices read from files lack it
@@ -101,7 +102,7 @@ def coded_errors(
     energy = squared_norm(weight)
     found = SquaredErrors({}, {}, energy)
     for choice in choices:
-        if choice.bits == 16:
+        if choice.kept:
             stored = sixteen_bits(weight)
             error: float | None = squared_distance(weight, stored)
         else:

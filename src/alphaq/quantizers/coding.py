@@ -24,9 +24,10 @@ import zstandard
 
 from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, ITEM_BYTES, MAX_DIMENSIONS, TORCH_DTYPES, TensorInfo
 from alphaq.errors import CheckpointError
+from alphaq.nouns.choice import BLOCK_HEADER_BYTES, CODECS, Choice
+from alphaq.nouns.matrix import Shape
 from alphaq.quantizers.coding_kernels import join_rows, split_rows
 from alphaq.quantizers.packing import read_block_header
-from alphaq.records import BLOCK_HEADER_BYTES, CODECS, Choice, Shape
 
 _HEADER = struct.Struct("<2sBBBBHQ")  # magic, version, codec, kind, dimensions, planes, bytes of the tensor
 _MAGIC = b"AZ"

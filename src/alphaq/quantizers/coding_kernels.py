@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from alphaq.simd import kernel
+from alphaq.simd.vectors import kernel
 
 
 @kernel

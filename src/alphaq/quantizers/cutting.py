@@ -14,13 +14,15 @@ import numpy as np
 import torch
 
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.numerics import in_threads, slices, squared_norm
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import MatrixRef
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.base import Quantizer, SquaredErrors
 from alphaq.quantizers.coding import decode_tensor, is_block
 from alphaq.quantizers.nested_kernels import cut_rows
 from alphaq.quantizers.packing import decode, dequantize
 from alphaq.quantizers.rtn import BIAS_WEIGHT
-from alphaq.records import Choice, MatrixRef, QuantizedMatrix
+from alphaq.simd.sums import in_threads, slices, squared_norm
 
 PART_CODES = 1 << 20  # what one thread works on at a time
 CUTS = "rtn"  # the quantizer whose scales these are

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from alphaq.errors import MissingExtraError, QuantizationError
-from alphaq.ggml import GGML_BLOCKS, GGML_TYPES
-from alphaq.numerics import in_threads, row_parts, squared_distance
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.ggml import GGML_BLOCKS, GGML_TYPES
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.rtn import FP16_MAX, too_large
-from alphaq.records import Choice, QuantizedMatrix
+from alphaq.simd.sums import in_threads, row_parts, squared_distance
 
 
 def shared_object() -> Path | None:

@@ -20,13 +20,26 @@ import torch
 from scipy.linalg import lapack
 
 from alphaq.errors import QuantizationError
-from alphaq.numerics import in_threads, slices, squared_norm
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.coding import encode_tensor
 from alphaq.quantizers.packing import encode, pack, restored_error
 from alphaq.quantizers.rated import quantize_rated
 from alphaq.quantizers.rtn import quantize_rtn
-from alphaq.records import Choice, QuantizedMatrix
-from alphaq.simd import LANES, fma, kernel, load, maximum, minimum, nearest, splat, store, store_bytes, where_less
+from alphaq.simd.sums import in_threads, slices, squared_norm
+from alphaq.simd.vectors import (
+    LANES,
+    fma,
+    kernel,
+    load,
+    maximum,
+    minimum,
+    nearest,
+    splat,
+    store,
+    store_bytes,
+    where_less,
+)
 
 DAMPING = 0.01  # of the mean diagonal
 RETRIES = 4  # with ten times the damping each

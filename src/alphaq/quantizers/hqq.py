@@ -19,11 +19,12 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from alphaq.numerics import in_threads, row_parts
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.hqq_kernels import quantize_rows_by_norm
 from alphaq.quantizers.rtn import quantized
-from alphaq.records import Choice, QuantizedMatrix
-from alphaq.simd import LANES
+from alphaq.simd.sums import in_threads, row_parts
+from alphaq.simd.vectors import LANES
 
 NORM = 0.7
 SLACK = {1: 0.0, 2: 0.5, 3: 0.75, 4: 1.33, 5: 2, 6: 3, 7: 4, 8: 5}  # in codes: how far a grid may miss a group's ends

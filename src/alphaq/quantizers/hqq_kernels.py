@@ -18,7 +18,7 @@ from alphaq.quantizers.kernels import (
     _range,
     _read,
 )
-from alphaq.simd import (
+from alphaq.simd.vectors import (
     LANES,
     as_half,
     copysign,

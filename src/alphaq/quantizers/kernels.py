@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from alphaq.simd import (
+from alphaq.simd.codes import CODES, address_of, codes_at, pack, put_codes, unpack
+from alphaq.simd.vectors import (
     LANES,
     as_brain,
     as_half,
@@ -30,7 +31,6 @@ from alphaq.simd import (
     store_bytes,
     where_less,
 )
-from alphaq.simd_codes import CODES, address_of, codes_at, pack, put_codes, unpack
 
 REFITS = 4
 MOST_STRETCHED = 1.5  # times the least Σ(w − ŵ)²; with bias counting 4 times it is at most that

@@ -31,12 +31,13 @@ import torch
 from torch.nn.functional import pad
 
 from alphaq.errors import QuantizationError
-from alphaq.numerics import slices
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.gptq import quantize_gptq
 from alphaq.quantizers.packing import pack, unpack
 from alphaq.quantizers.rtn import FP16_MAX, quantize_rtn, too_large
-from alphaq.records import Choice, QuantizedMatrix
-from alphaq.workers import Wrap, silent
+from alphaq.simd.sums import slices
+from alphaq.work.workers import Wrap, silent
 
 WEIGHTS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 23}  # learning takes some 250 bytes for each
 NOISE_OFFSETS = 1 << 16
@@ -190,7 +191,7 @@ def quantize_learned(
 def _check(weight: torch.Tensor, choice: Choice, name: str, hessian: torch.Tensor | None) -> None:
     if choice.scheme:
         raise QuantizationError(f"{name}: {choice} is rounded by llama.cpp's own code. Give it an --imatrix instead.")
-    if choice.bits == 16 or choice.mix:
+    if choice.kept or choice.mix:
         raise QuantizationError(f"{name}: {choice} has no one grid of codes to learn. Use --quantizer rtn for it.")
     if not torch.isfinite(weight).all():
         raise too_large(name, FP16_MAX)

@@ -13,9 +13,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.nested_kernels import nest_rows
 from alphaq.quantizers.rtn import BIAS_WEIGHT, SEARCH_STEPS, SMALLEST_SHRINK, quantized
-from alphaq.records import Choice, QuantizedMatrix
 
 GAUSSIAN_ERROR = {2: 0.1188, 3: 0.0374, 4: 0.0115, 5: 0.00349, 6: 0.00104, 7: 0.000304, 8: 0.0000883}
 """Least relative squared error of uniform quantizers (Max, 1960)."""

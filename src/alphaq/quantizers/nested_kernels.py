@@ -5,7 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from alphaq.quantizers.kernels import _least_biased, _pack, _range, _read, _unpack
-from alphaq.simd import (
+from alphaq.simd.codes import (
+    CODES,
+    add_products,
+    address_of,
+    less_128,
+    no_products,
+    ones,
+    pack,
+    right_by,
+    unpack,
+    whole_sum,
+)
+from alphaq.simd.vectors import (
     LANES,
     as_half,
     fma,
@@ -20,18 +32,6 @@ from alphaq.simd import (
     splat,
     store_bytes,
     where_less,
-)
-from alphaq.simd_codes import (
-    CODES,
-    add_products,
-    address_of,
-    less_128,
-    no_products,
-    ones,
-    pack,
-    right_by,
-    unpack,
-    whole_sum,
 )
 
 _WIDEST = 8

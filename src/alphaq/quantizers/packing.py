@@ -18,10 +18,12 @@ import numpy as np
 import torch
 
 from alphaq.errors import CheckpointError, ChoiceError
-from alphaq.numerics import in_threads, row_parts, squared_distance
+from alphaq.nouns.choice import BLOCK_HEADER_BYTES, CHOICE_BITS, MIXES, Choice
+from alphaq.nouns.matrix import Shape
+from alphaq.nouns.quantized import QuantizedMatrix, SalientWeights
 from alphaq.quantizers.kernels import dequantize_rows, dequantize_widths
 from alphaq.quantizers.salience_kernels import UNUSED, restore_salient
-from alphaq.records import BLOCK_HEADER_BYTES, CHOICE_BITS, MIXES, Choice, QuantizedMatrix, SalientWeights, Shape
+from alphaq.simd.sums import in_threads, row_parts, squared_distance
 
 _HEADER = struct.Struct("<2sBBHHII")  # magic, version, bits, group size, flags, rows, columns
 _MAGIC = b"AQ"

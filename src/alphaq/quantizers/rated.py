@@ -22,12 +22,13 @@ import numpy as np
 import torch
 
 from alphaq.errors import QuantizationError
-from alphaq.numerics import in_threads, row_parts, squared_norm
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.packing import restored_error
 from alphaq.quantizers.rated_kernels import round_rows
 from alphaq.quantizers.rtn import BELOW_FP16, BIAS_WEIGHT, FP16_MAX, too_large
-from alphaq.records import Choice, QuantizedMatrix
-from alphaq.simd import flat
+from alphaq.simd.sums import in_threads, row_parts, squared_norm
+from alphaq.simd.vectors import flat
 
 GAUSSIAN = math.sqrt(2 * math.pi * math.e)  # 2^h of a Gaussian of variance 1
 SAME_STEP = 0.85  # of the step asked for: a coarser grid that weights already lie on is kept

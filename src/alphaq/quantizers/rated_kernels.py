@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from alphaq.quantizers.kernels import _pack, _read
-from alphaq.simd import LANES, fma, kernel, lane_sum, load, maximum, minimum, nearest, splat, store_bytes
+from alphaq.simd.vectors import LANES, fma, kernel, lane_sum, load, maximum, minimum, nearest, splat, store_bytes
 
 _AT_ONCE = 128
 

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from alphaq.errors import QuantizationError
-from alphaq.numerics import in_threads, row_parts, squared_norm
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.kernels import quantize_rows
-from alphaq.records import Choice, QuantizedMatrix
-from alphaq.simd import LANES, flat
+from alphaq.simd.sums import in_threads, row_parts, squared_norm
+from alphaq.simd.vectors import LANES, flat
 
 SEARCH_STEPS = LANES
 SMALLEST_SHRINK = {1: 1.0, 2: 0.3, 3: 0.4, 4: 0.55, 5: 0.65, 6: 0.75, 7: 0.85, 8: 0.9}

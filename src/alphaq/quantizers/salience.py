@@ -17,14 +17,15 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from alphaq.numerics import in_threads, row_parts, squared_norm
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.quantized import QuantizedMatrix, SalientWeights
 from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.packing import dequantized_rows
 from alphaq.quantizers.rated import quantize_rated
 from alphaq.quantizers.rtn import BELOW_FP16, BIAS_WEIGHT, FP16_MAX, quantize_rtn, too_large
 from alphaq.quantizers.salience_kernels import quantize_salient
-from alphaq.records import Choice, QuantizedMatrix, SalientWeights
-from alphaq.simd import flat
+from alphaq.simd.sums import in_threads, row_parts, squared_norm
+from alphaq.simd.vectors import flat
 
 Rounding = Callable[..., QuantizedMatrix]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from alphaq.quantizers.kernels import _inverse, _one_bit, _pack, _read, _stretched_two
-from alphaq.simd import LANES, as_half, kernel, lane_maximum, lane_sum, load, maximum, splat
+from alphaq.simd.vectors import LANES, as_half, kernel, lane_maximum, lane_sum, load, maximum, splat
 
 REFITS = 8
 UNUSED = 255  # in the place of a salient weight's position

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from alphaq.records import Plan
+from alphaq.nouns.plan import Plan
 from alphaq.report.places import Place, place_by_name
 
 BLOCKS = "▁▂▃▄▅▆▇█"

@@ -22,10 +22,12 @@ from alphaq.checkpoint.reader import read_config
 from alphaq.engines.output import Output
 from alphaq.errors import AlphaQError, CheckpointError, OutputError
 from alphaq.evaluation.certificate import Certificate
-from alphaq.records import CERTIFICATE_NAME, Choice, Plan
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.fidelity import CERTIFICATE_NAME
+from alphaq.nouns.plan import Plan
 from alphaq.report.commands import Names, remake, reproduce
 from alphaq.report.tables import figure_cells, human_bytes, verdict_lines
-from alphaq.untrusted import read_bounded
+from alphaq.work.untrusted import read_bounded
 
 README_NAME = "README.md"
 MAX_CARD_BYTES = 2_000_000

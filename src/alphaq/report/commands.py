@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from alphaq.config import Budget, PlanConfig, Rule, option_of
 from alphaq.engines.output import NO_OPTIONS, QuantizeOptions
 from alphaq.errors import PlanError
-from alphaq.records import Plan, first_fault
+from alphaq.nouns.plan import Plan, first_fault
+from alphaq.nouns.settings import Budget, PlanConfig, Rule, option_of
 from alphaq.sensitivity.methods import METHODS
 
 # What a plan records otherwise than a user types it.

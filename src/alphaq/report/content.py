@@ -19,7 +19,8 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from alphaq.errors import PlanError
-from alphaq.records import Choice, Plan
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.plan import Plan
 from alphaq.report.commands import Names, reproduce
 from alphaq.report.path import BudgetPath, budget_path, tables_of
 from alphaq.report.places import Place, place_by_name

@@ -12,9 +12,9 @@ from typing import Any
 
 from rich.table import Table
 
-from alphaq.config import names
 from alphaq.errors import PlanError
-from alphaq.records import Plan
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import names
 from alphaq.report.tables import check_words, kept_text, plain_table
 
 

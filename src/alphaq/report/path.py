@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from alphaq.records import PlanTable
+from alphaq.nouns.plan import PlanTable
 
 
 @dataclass(frozen=True)

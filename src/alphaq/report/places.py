@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alphaq.errors import StatsError
-from alphaq.records import MatrixRef, Role
+from alphaq.nouns.matrix import MatrixRef, Role
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|blk|h)\.(\d{1,6})(?:\.|$)")
 _EXPERT = re.compile(r"(?<!shared_)experts?\.(?:[a-z_]+\.)?(\d{1,6})(?:\.|$)")

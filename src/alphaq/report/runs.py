@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from alphaq.engines.output import MANIFEST_NAME, NO_OPTIONS, PLAN_NAME, QuantizeOptions, read_manifest
 from alphaq.errors import AlphaQError, OutputError
-from alphaq.records import Plan, first_fault
-from alphaq.untrusted import parse_json, read_bounded
+from alphaq.nouns.plan import Plan, first_fault
+from alphaq.work.untrusted import parse_json, read_bounded
 
 COMPARISON_NAME = "comparison.json"
 

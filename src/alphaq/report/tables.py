@@ -10,8 +10,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.fidelity import Fidelity
+from alphaq.nouns.plan import Plan, PlanCheck
 from alphaq.planning.outline import Outline
-from alphaq.records import Choice, Fidelity, Plan, PlanCheck
 
 if TYPE_CHECKING:
     from alphaq.evaluation.certificate import Certificate, Estimate, Figures

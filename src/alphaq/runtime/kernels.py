@@ -15,24 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, types
 
-from alphaq.simd import (
-    LANES,
-    as_brain,
-    fma,
-    kernel,
-    lane_maximum,
-    lane_sum,
-    load,
-    load_bytes,
-    magnitude,
-    maximum,
-    minimum,
-    nearest,
-    splat,
-    store,
-    where_less,
-)
-from alphaq.simd_codes import (
+from alphaq.simd.codes import (
     CODES,
     add_products,
     as_floats,
@@ -58,6 +41,23 @@ from alphaq.simd_codes import (
     unpack,
     whole_sum,
     without_digit,
+)
+from alphaq.simd.vectors import (
+    LANES,
+    as_brain,
+    fma,
+    kernel,
+    lane_maximum,
+    lane_sum,
+    load,
+    load_bytes,
+    magnitude,
+    maximum,
+    minimum,
+    nearest,
+    splat,
+    store,
+    where_less,
 )
 
 STEP_GROUP = 128  # inputs that share a step

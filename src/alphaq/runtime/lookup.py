@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from alphaq.nouns.choice import BLOCK_HEADER_BYTES, Choice
+from alphaq.nouns.matrix import Shape
 from alphaq.quantizers.salience_kernels import UNUSED
-from alphaq.records import BLOCK_HEADER_BYTES, Choice, Shape
 
 
 def restored_rows(block: Tensor, choice: Choice, shape: Shape, rows: Tensor) -> Tensor:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from alphaq.errors import AlphaQError
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.packing import decode, dequantize
-from alphaq.records import QuantizedMatrix
 from alphaq.runtime import kernels
 from alphaq.runtime.packed import ADDRESS, BITS, FLAGS, PackedWeights, coded_as
 from alphaq.runtime.threads import parallel
-from alphaq.simd import flat
-from alphaq.simd_codes import FEATURES
+from alphaq.simd.codes import FEATURES
+from alphaq.simd.vectors import flat
 
 FEW_TOKENS = 32  # of one expert; more are multiplied with its restored matrix
 RESTORED_BYTES = 16 << 20  # of a matrix at a time

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from alphaq.errors import CheckpointError
+from alphaq.nouns.choice import BLOCK_HEADER_BYTES, MIXES, Choice
+from alphaq.nouns.matrix import Shape
 from alphaq.quantizers.packing import decode, dequantize, read_block_header
-from alphaq.records import BLOCK_HEADER_BYTES, MIXES, Choice, Shape
 from alphaq.runtime.lookup import restored_rows
 
 ADDRESS, BITS, GROUP_SIZE, FLAGS = range(4)  # columns of a table

@@ -31,13 +31,13 @@ from transformers.utils import logging
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.safetensors_format import ITEM_BYTES, TORCH_DTYPES, TensorInfo, read_header
 from alphaq.errors import CheckpointError
-from alphaq.numerics import in_threads
+from alphaq.nouns.matrix import Shape
 from alphaq.quantizers.coding import PREFIX_BYTES, check_claims, decode_tensor, decoded_bytes, decoded_info, is_coded
 from alphaq.quantizers.packing import decode, dequantize, read_block_header
-from alphaq.records import Shape
 from alphaq.runtime.modules import PackedExperts, RestoredParameter, packed_class
 from alphaq.runtime.packed import KEPT, PackedWeights
 from alphaq.runtime.ties import Tied, packable
+from alphaq.simd.sums import in_threads
 
 logger = logging.get_logger(__name__)
 EXPERTS_CALL = ("hidden_states", "top_k_index", "top_k_weights")

@@ -28,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from alphaq.checkpoint.architecture import architecture_of
 from alphaq.errors import ArchitectureError, CheckpointError
-from alphaq.records import NATIVE_FORMAT_VERSION, check_native_format
+from alphaq.formats.versions import NATIVE_FORMAT_VERSION, check_native_format
 from alphaq.runtime.packed import PackedWeights
 from alphaq.runtime.replace import DequantizeBlocks, Packer, Refold, stored_tensors
 

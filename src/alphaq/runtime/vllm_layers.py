@@ -26,7 +26,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from alphaq.errors import CheckpointError
-from alphaq.records import Shape
+from alphaq.nouns.matrix import Shape
 from alphaq.runtime.multiply import packed_linear
 from alphaq.runtime.packed import PackedWeights
 

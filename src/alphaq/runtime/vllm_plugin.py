@@ -15,7 +15,8 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from alphaq.errors import CheckpointError
-from alphaq.records import CODECS, NATIVE_FORMAT_VERSION, check_native_format
+from alphaq.formats.versions import NATIVE_FORMAT_VERSION, check_native_format
+from alphaq.nouns.choice import CODECS
 
 QUANT_METHOD = "alphaq"
 

@@ -53,7 +53,7 @@ def baq(evidence: Evidence) -> np.ndarray:
     """c·2^(−2b), float64 [matrices, choices]."""
     found = _calibration(evidence)
     constants = np.array([found.matrices[name].baq for name in evidence.names])
-    return constants[:, None] * np.array([0.0 if c.bits == 16 else 4.0**-c.bits for c in evidence.choices])
+    return constants[:, None] * np.array([0.0 if c.kept else 4.0**-c.bits for c in evidence.choices])
 
 
 def hessian(evidence: Evidence) -> np.ndarray:

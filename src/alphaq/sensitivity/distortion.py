@@ -1,10 +1,11 @@
-"""Noise of storing a matrix by each choice, from a formula; `alphaq.measurement` measures the real one."""
+"""Noise of storing a matrix by each choice, from a formula; `alphaq.measuring.measurement` measures the real one."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from alphaq.records import Choice, Spectrum
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.spectrum import Spectrum
 
 
 def analytic_noise(spectrum: Spectrum, choices: tuple[Choice, ...]) -> np.ndarray:

@@ -15,7 +15,9 @@ from typing import Any, Literal
 import numpy as np
 
 from alphaq.calibration.traffic import Calibration, Expert, ExpertUse
-from alphaq.records import Choice, MatrixRef, WeightStatistics
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import MatrixRef
+from alphaq.nouns.spectrum import WeightStatistics
 from alphaq.registry import lookup
 from alphaq.sensitivity import aimer, calibrated, kurtosis, outlier, router, signal, stable_rank, structure
 from alphaq.sensitivity.importance import alpha_importance, automatic_gamma, completed

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from alphaq.records import MatrixRef, Role
+from alphaq.nouns.matrix import MatrixRef, Role
 
 EXPERTS = 1.0
 ROLE_SHARES = {Role.SHARED_EXPERT: 0.28, Role.EMBEDDING: 1.0, Role.HEAD: 2.6}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alphaq.records import Choice
+from alphaq.nouns.choice import Choice
 from alphaq.sensitivity.router import relative_use
 
 if TYPE_CHECKING:

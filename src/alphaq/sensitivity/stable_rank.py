@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from alphaq.records import MatrixRef, WeightStatistics
+from alphaq.nouns.matrix import MatrixRef
+from alphaq.nouns.spectrum import WeightStatistics
 
 
 def score(matrices: Sequence[MatrixRef], statistics: Sequence[WeightStatistics]) -> np.ndarray:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from alphaq.records import MatrixRef
+from alphaq.nouns.matrix import MatrixRef
 
 
 def score(matrices: Sequence[MatrixRef]) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import SpectrumError
-from alphaq.records import MatrixRef
+from alphaq.nouns.matrix import MatrixRef
 from alphaq.spectra.eigenvalues import pooled_eigenvalues, whole_eigenvalues
 from alphaq.spectra.farms import blocks
 from alphaq.spectra.measure import moments

@@ -11,7 +11,8 @@ import torch
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import DeviceError
-from alphaq.records import MatrixRef, Spectrum
+from alphaq.nouns.matrix import MatrixRef
+from alphaq.nouns.spectrum import Spectrum
 from alphaq.spectra.eigenvalues import block_eigenvalues, near_one
 from alphaq.spectra.farms import blocks
 from alphaq.spectra.measure import describe, moments

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from alphaq.errors import SpectrumError
-from alphaq.numerics import PART_VALUES, in_threads, slices
-from alphaq.simd import LANES, flat
+from alphaq.simd.sums import PART_VALUES, in_threads, slices
+from alphaq.simd.vectors import LANES, flat
 from alphaq.spectra import kernels
 from alphaq.spectra.farms import corners
 from alphaq.spectra.tail import tail_count

@@ -15,7 +15,7 @@ import math
 
 import numpy as np
 
-from alphaq.simd import LANES, copysign, fma, kernel, load, magnitude, splat, square_root, store, where_less
+from alphaq.simd.vectors import LANES, copysign, fma, kernel, load, magnitude, splat, square_root, store, where_less
 
 TOLERANCE = 1e-6  # relative width at which an eigenvalue counts as found
 PANEL = 4 * LANES  # eigenvalues bisected together: enough independent divisions to hide their latency

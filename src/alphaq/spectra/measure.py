@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from alphaq.errors import QuantizationError, SpectrumError, StatsError
-from alphaq.numerics import slices, sums
-from alphaq.records import MatrixRef, Role, Shape, Spectrum
-from alphaq.simd import flat
+from alphaq.nouns.matrix import MatrixRef, Role, Shape
+from alphaq.nouns.spectrum import Spectrum
+from alphaq.simd.sums import slices, sums
+from alphaq.simd.vectors import flat
 from alphaq.spectra.eigenvalues import largest_eigenvalues, largest_of_blocks
 from alphaq.spectra.farms import corners
 from alphaq.spectra.tail import tail_count, tail_exponent

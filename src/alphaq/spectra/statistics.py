@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from alphaq.numerics import in_threads, row_parts, slices
-from alphaq.records import WeightStatistics
+from alphaq.nouns.spectrum import WeightStatistics
+from alphaq.simd.sums import in_threads, row_parts, slices
 from alphaq.spectra.measure import moments
 
 ACCURACY = 1e-5  # relative error at which σ₁² counts as found, by estimate; float32 products give about 1e-6

@@ -29,9 +29,9 @@ from typing import get_args
 import numpy as np
 import torch
 
-from alphaq.config import Blocks, Tail
 from alphaq.errors import SpectrumError
-from alphaq.records import Spectrum
+from alphaq.nouns.settings import Blocks, Tail
+from alphaq.nouns.spectrum import Spectrum
 from alphaq.registry import lookup
 from alphaq.spectra.eigenvalues import pooled_eigenvalues, whole_eigenvalues
 from alphaq.spectra.farms import blocks

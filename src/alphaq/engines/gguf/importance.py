@@ -1,0 +1,96 @@
+"""What an importance matrix says of each matrix of a checkpoint, whatever tool wrote it and of whichever file.
+
+Entries go by GGUF tensor. Matrices that read the same input have the same importance, so an entry of one speaks for
+all of them: gate for up, where a fused operation hid one; `ffn_gate_up_exps` of a file whose stacks are merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from alphaq.checkpoint.imatrix import ImportanceMatrix
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.engines.gguf.model import TensorRecipe, gguf_tensors
+from alphaq.errors import CheckpointError
+from alphaq.nouns.matrix import Role
+
+# Kinds of tensors of one layer, as GGUF calls them, that multiply one and the same input. Merged ones come last.
+_ONE_INPUT = (
+    ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps"),
+    ("ffn_gate_shexp", "ffn_up_shexp"),
+    ("ffn_gate", "ffn_up"),
+    ("attn_q", "attn_k", "attn_v", "attn_qkv"),
+    ("attn_q_a", "attn_kv_a_mqa", "attn_q"),
+)
+SHOWN = 3  # of the tensors without an entry
+_SELDOM_THERE = (Role.EMBEDDING, Role.HEAD)
+"""llama-imatrix sees no inputs of the embedding, and leaves out the head's unless it is asked for it."""
+
+
+@dataclass(frozen=True)
+class Importance:
+    """columns: of each matrix, float32 [columns], mean 1. missing: GGUF tensors that nothing is known of, those that a
+    plan is about first."""
+
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+
+    def note(self, name: str) -> str | None:
+        """What a user should know of the importance matrix `name`."""
+        if not self.missing:
+            return None
+        more = f" and {len(self.missing) - SHOWN} more" if len(self.missing) > SHOWN else ""
+        return (
+            f"{name} has no entry for {', '.join(self.missing[:SHOWN])}{more}: all columns count alike there. "
+            "llama-imatrix leaves out what its text did not reach; a longer text may reach it"
+        )
+
+
+def importance_of(checkpoint: Checkpoint, given: ImportanceMatrix) -> Importance:
+    """Importance of the columns of each matrix. Matrices without an entry are left out, and count their columns alike.
+
+    Raises CheckpointError if it is of another model: an entry of another size, or none for what a plan is about.
+    """
+    found: dict[str, np.ndarray] = {}
+    missing: dict[str, Role] = {}
+    for recipe in gguf_tensors(checkpoint):
+        if not recipe.matrices or recipe.transform.startswith("kv_b"):
+            continue
+        entry = next((name for name in _entries(recipe.name) if name in given.tensors), None)
+        if entry is not None:
+            columns = _columns(recipe, entry, given)
+            found.update(zip((matrix.name for matrix in recipe.matrices), columns, strict=True))
+        elif recipe.type != "F32" and recipe.matrices[0].role not in _SELDOM_THERE:
+            missing[recipe.name] = recipe.matrices[0].role
+    if not any(matrix.name in found for matrix in checkpoint.planned):
+        raise CheckpointError(
+            f"{given.name} has no entry for any {checkpoint.planned_role.value} matrix of {checkpoint.name}; its first "
+            f"is {next(iter(given.tensors))}. Use an importance matrix of this model."
+        )
+    return Importance(found, tuple(sorted(missing, key=lambda name: missing[name] is not checkpoint.planned_role)))
+
+
+def _entries(name: str) -> Iterator[str]:
+    """Names of entries that speak for a tensor, its own first."""
+    yield name
+    layer, dot, kind = name.removesuffix(".weight").rpartition(".")
+    for kinds in _ONE_INPUT:
+        if kind in kinds:
+            yield from (f"{layer}{dot}{other}.weight" for other in kinds if other != kind)
+
+
+def _columns(recipe: TensorRecipe, entry: str, given: ImportanceMatrix) -> np.ndarray:
+    """Importance [matrices, columns] of a tensor's matrices."""
+    rows, count = given.tensors[entry], len(recipe.matrices)
+    # The older format has all experts' columns in one row.
+    columns = rows.reshape(count, -1) if rows.size % count == 0 else rows
+    if columns.shape != (count, recipe.shape[-1]):
+        raise CheckpointError(
+            f"{given.name}: {entry} has {rows.size} values, not {recipe.shape[-1]} for each of {count} matrices. "
+            "Use the importance matrix of this model."
+        )
+    # Of experts in one row the mean is 1 over all of them, and one that was never hit is at the floor.
+    return columns if columns.shape == rows.shape else columns / columns.mean(axis=1, keepdims=True)

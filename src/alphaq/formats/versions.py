@@ -1,0 +1,17 @@
+"""Versions of native files that are read here."""
+
+from __future__ import annotations
+
+from alphaq.errors import CheckpointError
+
+NATIVE_FORMAT_VERSION = 1  # of native checkpoints
+CODED_FORMAT_VERSION = 2  # of those with coded tensors
+
+
+def check_native_format(version: int) -> None:
+    """CheckpointError if a native checkpoint has another format than those that are run here."""
+    if version not in (NATIVE_FORMAT_VERSION, CODED_FORMAT_VERSION):
+        raise CheckpointError(
+            f"The checkpoint has native format {version}; this alphaq reads {NATIVE_FORMAT_VERSION} and "
+            f"{CODED_FORMAT_VERSION}. Update alphaq."
+        )

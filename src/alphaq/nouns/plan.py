@@ -1,0 +1,206 @@
+"""The decision: which matrix is stored how, and why."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from alphaq.errors import ChoiceError, PlanError
+from alphaq.nouns.choice import (
+    Choice,
+)
+from alphaq.work.untrusted import SHOWN_CHARACTERS, parse_json, read_bounded, shown
+
+PLAN_FORMAT_VERSION = 1
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class SourceIdentity(BaseModel):
+    """Which checkpoint a plan was made for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    fingerprint: str
+    """SHA-256 over shard names, sizes and headers."""
+
+
+class PlanTable(BaseModel):
+    """What the decision was made of: the loss and the cost of each unit at each choice.
+
+    losses: unit → loss per choice, None where a pin, a bound or the engine forbids it. costs: the distinct rows of
+    costs in the budget's unit; cost_of: which row is each unit's. members: matrices of units that hold several.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    choices: tuple[str, ...]
+    losses: dict[str, tuple[float | None, ...]]
+    costs: tuple[tuple[Count, ...], ...]
+    cost_of: tuple[Count, ...]
+    members: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _agree(self) -> PlanTable:
+        width = len(self.choices)
+        if any(len(row) != width for row in (*self.losses.values(), *self.costs)):
+            raise ValueError(f"table: a row of losses or costs has not {width} entries, one per choice")
+        if len(self.cost_of) != len(self.losses) or not all(0 <= row < len(self.costs) for row in self.cost_of):
+            raise ValueError("table: cost_of does not name a row of costs for every unit")
+        return self
+
+
+class RateDistortion(BaseModel):
+    """A plan's loss against the Gaussian bound at its bytes (allocation/bound.py).
+
+    bound: in units of the loss. times_bound: the plan's loss over it. whole_widths: the part of this factor that widths
+    in steps make; the rest is the quantizers'. points: of each choice, stored bits per weight R, relative squared error
+    D of all planned weights together, and D over 2^(−2R).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    bound: float
+    times_bound: float | None
+    whole_widths: float
+    points: dict[str, tuple[float, float, float]] = Field(default_factory=dict)
+
+
+class PlanCheck(BaseModel):
+    """How a plan and uniform bits of the same bytes were compared before the better was taken.
+
+    by: "kl", KL in nats per token of the planned model to the original, on tokens of the model's own writing; or
+    "moves", Σ of the squared relative moves of the stream by each matrix. taken: "plan" or "uniform".
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    by: Literal["kl", "moves"]
+    tokens: int | None
+    plan: float
+    uniform: float
+    taken: Literal["plan", "uniform"]
+
+
+class Plan(BaseModel):
+    """The decision: which choice each matrix gets, for which budget and engine, and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    format_version: int = PLAN_FORMAT_VERSION
+    alphaq_version: str = ""
+    engine: str = "native"
+    source: SourceIdentity | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    average_bits: float | None = None
+    bits_per_weight: float | None = None
+    size_bytes: int | None = None
+    budget_unit: str | None = None
+    budget_slack: float | None = None
+    objective: float | None = None
+    lower_bound: float | None = None
+    """Proven: no plan under these constraints has less loss. None for methods that follow an order."""
+    price: float | None = None
+    """Loss that one more unit of the budget's cost would save (the Lagrange multiplier). None where an order
+    decides, or limits beside the budget do."""
+    histogram: dict[int, int] = Field(default_factory=dict)
+    assignment: dict[str, int] = Field(default_factory=dict)
+    """Bits of each matrix that the budget decided on."""
+    choices: dict[str, str] = Field(min_length=1)
+    """Choice of every matrix that is quantized, fixed roles (attention, shared experts) included."""
+    alpha: dict[str, float] = Field(default_factory=dict)
+    unplanned: dict[str, str] = Field(default_factory=dict)
+    """Matrices in the stats that were not planned, and why."""
+    neutral: dict[str, str] = Field(default_factory=dict)
+    """Planned matrices whose α is undefined, and why; they get the importance of a median matrix."""
+    kept: dict[str, float] = Field(default_factory=dict)
+    """Share of the model's parameters that stays in 16 bits, by the tensors' names without their numbers; what is not
+    named is less than 0.5 % together."""
+    expected_error: dict[str, float] = Field(default_factory=dict)
+    """Σ(w − ŵ)²/Σw² of each planned matrix, as measured for the plan."""
+    sampling_error: float | None = None
+    """Standard error of the expected errors, relative, of the unit where it is largest; 0 if none was sampled."""
+    rate_distortion: RateDistortion | None = None
+    """Against what any quantizer could do; None where losses are not proportional to squared errors."""
+    check: PlanCheck | None = None
+    """What the default method's plan was held against; None of other methods, and without a check."""
+    unchecked: str | None = None
+    """Why the default method's plan was not held against uniform bits, though it should have been."""
+    table: PlanTable | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> Plan:
+        if self.format_version != PLAN_FORMAT_VERSION:
+            raise ValueError(f"format_version {self.format_version} is not {PLAN_FORMAT_VERSION}")
+        if not isinstance(self.config.get("imatrix"), (str, type(None))):
+            raise ValueError("config: imatrix is not text")
+        for name, bits in self.assignment.items():
+            if name not in self.choices or self.choice(name).bits != bits:
+                raise ValueError(f"assignment and choices disagree on {shown(name)}: edit both, or drop assignment")
+        for name in self.choices:
+            self.choice(name)
+        return self
+
+    @property
+    def gap(self) -> float:
+        """Proven distance from the best plan, relative to its loss; 0 if it is the best. NaN without a bound."""
+        if self.objective is None or self.lower_bound is None:
+            return math.nan
+        return (self.objective - self.lower_bound) / abs(self.objective) if self.objective else 0.0
+
+    @property
+    def cost_unit(self) -> str:
+        """What costs and slack are counted in."""
+        return "code bits" if self.budget_unit == "bits" and self.counts_codes else "bytes"
+
+    @property
+    def counts_codes(self) -> bool:
+        """Whether bits were counted without scales: stats alone, or every matrix once."""
+        return self.source is None or bool(self.config.get("unweighted"))
+
+    def choice(self, name: str) -> Choice:
+        """The choice of one quantized matrix."""
+        try:
+            return Choice.parse(self.choices[name])
+        except ChoiceError as error:
+            raise ValueError(f"{shown(name)}: {error}") from error
+
+    def every_choice(self) -> dict[str, Choice]:
+        """The choices of all quantized matrices."""
+        return {name: self.choice(name) for name in self.choices}
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> Plan:
+        """Parse and check a plan file. Raises PlanError naming the file and the first fault."""
+        try:
+            given = text if isinstance(text, str) else text.decode("utf-8-sig")  # some editors mark the byte order
+            return cls.model_validate(parse_json(given, strict=True))
+        except ValueError as error:
+            raise PlanError(f"{where} is not a valid plan: {first_fault(error)}.") from error
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Read and check a plan file. Raises PlanError."""
+        try:
+            return cls.from_json(read_bounded(path), str(path))
+        except OSError as error:
+            raise PlanError(f"{path} cannot be read: {error.strerror}. Check the path of the plan.") from None
+
+    def to_json(self) -> str:
+        """Indented JSON with a final newline; equal plans give equal bytes."""
+        return self.model_dump_json(indent=1) + "\n"
+
+
+def first_fault(error: ValueError) -> str:
+    """The first complaint of a pydantic error, as one line: `field: what is wrong`."""
+    details = getattr(error, "errors", None)
+    if details is None:
+        return str(error).splitlines()[0].rstrip(".")
+    first = details()[0]
+    where = ".".join(str(part)[:SHOWN_CHARACTERS] for part in first["loc"])
+    message = re.sub(r"^Value error, ", "", first["msg"]).splitlines()[0].rstrip(".")
+    return f"{where}: {message}" if where else message

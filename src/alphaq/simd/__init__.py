@@ -1,0 +1,1 @@
+"""What numba kernels share: vectors, packed codes, sums."""

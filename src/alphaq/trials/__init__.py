@@ -1,0 +1,1 @@
+"""Trying plans for real: compare and search."""

@@ -1,0 +1,88 @@
+"""Try a plan for real: quantize it into scratch space, load the result, score it, and throw it away.
+
+What trials of one checkpoint have in common is done once: a matrix stored at some choice is taken over by the next
+trial that chooses the same, equal plans are scored once, and the reference's logits are remembered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from alphaq import pipeline
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.evaluation.fidelity import Remembered, WindowScore
+from alphaq.nouns.plan import Plan
+from alphaq.runtime.loading import load_model
+from alphaq.work.workers import Workers, Wrap
+from alphaq.writing.calibrated import Rounding
+
+
+class Trials:
+    """Quantizes and scores plans of one checkpoint, each distinct one once.
+
+    score: (model, tokenizer, reference=…, wrap=…) → scores by text. scratch: a folder for quantized matrices, which is
+    made, and which the caller removes. known: scores by digest, of trials that were made before.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        score: Callable[..., Iterable[tuple[str, list[WindowScore]]]],
+        scratch: Path,
+        dtype: str,
+        wrap: Wrap,
+        workers: Workers | None,
+        device: str | None,
+    ) -> None:
+        self.checkpoint, self.score, self.dtype = checkpoint, score, dtype
+        self.wrap, self.workers, self.device = wrap, workers, device
+        self.known: dict[str, Any] = {}
+        self.blocks = scratch / "blocks"
+        self.blocks.mkdir(parents=True)
+        model, self.tokenizer = load_model(checkpoint.folder, dtype, device)
+        self.computed_in = str(model.dtype).removeprefix("torch.")
+        self.reference = Remembered(model)
+
+    def run(self, plan: Plan | None, rounding: Rounding | None) -> dict[str, Any]:
+        """Digest of the plan's choices and rounding, the scores of its model by text and window, and seconds.
+
+        Without a plan the reference itself is scored.
+        """
+        choices = {} if plan is None else plan.choices | {"": str(rounding)}
+        digest = hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:32]
+        seconds = None
+        if digest not in self.known:
+            if plan is None:
+                self.known[digest] = self._scores(self.reference)
+            else:
+                with TemporaryDirectory(dir=self.blocks.parent) as scratch:
+                    folder, begin = Path(scratch) / "model", time.perf_counter()
+                    pipeline.quantize(
+                        self.checkpoint,
+                        plan,
+                        folder,
+                        workers=self.workers,
+                        shared=self.blocks,
+                        check=False,
+                        rounding=rounding,
+                    )
+                    seconds = time.perf_counter() - begin
+                    model, _ = load_model(folder, self.dtype, self.device)
+                self.known[digest] = self._scores(model)
+        return {"digest": digest, "scores": self.known[digest], "seconds_to_quantize": seconds}
+
+    def _scores(self, model: Any) -> dict[str, list[list[float]]]:
+        found = self.score(model, self.tokenizer, reference=self.reference, wrap=self.wrap)
+        return {name: [list(asdict(score).values()) for score in scores] for name, scores in found}
+
+
+def window_scores(found: dict[str, list[list[float]]]) -> dict[str, list[WindowScore]]:
+    """Scores by text and window as records, from what `Trials.run` gives and journals keep."""
+    return {text: [WindowScore(int(values[0]), *values[1:]) for values in windows] for text, windows in found.items()}

@@ -1,0 +1,1 @@
+"""How work is spread, noted and read back: workers, journals, what strangers wrote."""

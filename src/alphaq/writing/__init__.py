@@ -1,0 +1,1 @@
+"""From a plan to files: task, store, check."""

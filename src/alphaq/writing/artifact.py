@@ -1,0 +1,123 @@
+"""A native checkpoint as a source: its matrices as what they stand for, so that it can be planned and written again.
+
+What an artifact cannot tell is how far it is from the original; errors that are measured on it are in addition.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Container
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from alphaq.checkpoint.encodings import Encoding
+from alphaq.checkpoint.files import PlainFile
+from alphaq.checkpoint.reader import NATIVE_METHOD, Checkpoint, open_checkpoint, open_native
+from alphaq.checkpoint.safetensors_format import TensorInfo
+from alphaq.engines.native import NESTED
+from alphaq.engines.native import PROFILE as NATIVE
+from alphaq.engines.output import PLAN_NAME, Output
+from alphaq.errors import PlanError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import PlanConfig
+from alphaq.nouns.spectrum import Spectrum
+from alphaq.quantizers.coding import block_header, decode_tensor, decoded_info, is_coded
+from alphaq.quantizers.nested import NARROWEST
+from alphaq.quantizers.packing import decode, dequantize
+from alphaq.spectra.measure import Stats
+
+
+def open_artifact(folder: Path) -> tuple[Checkpoint, Plan]:
+    """What `alphaq quantize` wrote, to be read like a checkpoint, and its plan.
+
+    Raises CheckpointError, or PlanError if the files are another engine's.
+    """
+    output = Output(folder)
+    if output.plan.engine != "native":
+        raise PlanError(
+            f"{folder} is for {output.plan.engine}, which cannot be read back. Only native checkpoints can be sliced."
+        )
+    return open_native(folder, _restored), output.plan
+
+
+def open_source(model: str) -> Checkpoint:
+    """What an output was made of: a checkpoint, or another output that it was sliced from."""
+    folder = Path(model).expanduser()
+    return open_artifact(folder)[0] if (folder / PLAN_NAME).is_file() else open_checkpoint(model)
+
+
+def _restored(file: PlainFile, info: TensorInfo) -> TensorInfo:
+    """What a stored tensor stands for."""
+    header = block_header(file.read, info)
+    if header is not None:
+        return replace(info, dtype="F32", shape=header[1], encoding=Encoding(NATIVE_METHOD, (1, 1), decoder=_values))
+    prefix = file.read(info.begin, min(info.nbytes, 1 << 10))
+    if not is_coded(prefix):
+        return info
+    return replace(decoded_info(info, prefix), encoding=Encoding(NATIVE_METHOD, (1, 1), decoder=decode_tensor))
+
+
+def _values(stored: torch.Tensor, name: str) -> torch.Tensor:
+    """Float32 [rows, columns] of a block, coded or not."""
+    return dequantize(decode(decode_tensor(stored, name), name))
+
+
+def nested_choices(checkpoint: Checkpoint, plan: Plan) -> str | None:
+    """What planned matrices can be cut down to, as `--choices` wants it; None if none of their codes nest."""
+    choices = plan.every_choice()
+    held = {choice for matrix in checkpoint.planned if (choice := choices[matrix.name]).nested}
+    if not held:
+        return None
+    offered = {
+        one for one in NESTED for own in held if one.group_size == own.group_size and NARROWEST <= one.bits <= own.bits
+    }
+    signs = {Choice(1, own.group_size, symmetric=True) for own in held}
+    return ",".join(map(str, sorted(offered | signs)))
+
+
+def known_alphas(checkpoint: Checkpoint, plan: Plan, config: PlanConfig) -> Stats | None:
+    """α of planned matrices as the original weights have it, if the plan was made of it and the config wants the same.
+
+    Energies are NaN: they are added up from codes while errors are measured.
+    """
+    same = all(plan.config.get(key) == getattr(config, key) for key in ("spectrum", "tail"))
+    names = [matrix.name for matrix in checkpoint.planned]
+    if not same or config.noise == "analytic" or not plan.alpha.keys() | plan.neutral.keys() >= set(names):
+        return None
+    unknown = math.nan
+    return Stats(
+        {
+            name: Spectrum(plan.alpha.get(name), 0, 0, unknown, unknown, unknown, plan.neutral.get(name, ""))
+            for name in names
+        },
+        {},
+        {},
+    )
+
+
+def own_pins(checkpoint: Checkpoint, plan: Plan, asked: Container[Role] = ()) -> list[str]:
+    """`--pin` rules that leave what is outside the budget as the artifact has it, coded again or not.
+
+    asked: roles whose width a user asked for.
+    """
+    choices = {name: choice.stored for name, choice in plan.every_choice().items()}
+    by_role: dict[str, Counter[Choice]] = {}
+    roles = {role for role in NATIVE.roles if role is not checkpoint.planned_role and role not in asked}
+    copied = NATIVE.on_request  # unless the artifact has them quantized; a pin to 16 bits would convert float32
+    outside = [
+        one for one in checkpoint.matrices if one.role in roles and (one.role not in copied or one.name in choices)
+    ]
+    for matrix in outside:
+        by_role.setdefault(matrix.role.value, Counter())[choices.get(matrix.name, Choice(16))] += 1
+    usual = {role: counts.most_common(1)[0][0] for role, counts in by_role.items()}
+    pins = [f"{role}={choice}" for role, choice in usual.items()]
+    for matrix in outside:
+        own = choices.get(matrix.name, Choice(16))
+        if own != usual[matrix.role.value]:
+            pins.append(f"{matrix.name}={own}")
+    return pins
