@@ -38,8 +38,8 @@ import torch
 import zstandard
 
 from alphaq.checkpoint.files import PlainFile
-from alphaq.checkpoint.gguf_format import VALUE_TYPES
-from alphaq.checkpoint.imatrix import read_imatrix
+from alphaq.checkpoint.gguf.format import VALUE_TYPES
+from alphaq.checkpoint.gguf.imatrix import read_imatrix
 from alphaq.checkpoint.reader import open_checkpoint, summarize
 from alphaq.checkpoint.safetensors_format import (
     DTYPE_NAMES,

@@ -15,7 +15,7 @@ from torch import Tensor
 from alphaq import pipeline
 from alphaq.calibration.stream import LayerTraffic, stream_forward
 from alphaq.calibration.tokens import random_windows
-from alphaq.checkpoint.encodings import Encoding, decode
+from alphaq.checkpoint.encoded.encodings import Encoding, decode
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import open_checkpoint, summarize
 from alphaq.errors import CheckpointError

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from alphaq.checkpoint.architecture import Architecture, architecture_of, architectures
-from alphaq.checkpoint.matching import match_tensors
+from alphaq.checkpoint.families.architecture import Architecture, architecture_of, architectures
+from alphaq.checkpoint.families.matching import match_tensors
 from alphaq.checkpoint.reader import open_checkpoint, summarize
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.errors import ArchitectureError

@@ -1,7 +1,7 @@
 """Open a checkpoint (a folder or a hub id) and read its matrices one at a time.
 
 Only safetensors is read: a pickle runs code when it is loaded. Weights stored in 8 or 4 bits are decoded as they are
-read; only `encodings` knows how, and `coded_tensors` which.
+read; only `encoded.encodings` knows how, and `encoded.tensors` which.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from typing import Any
 
 import torch
 
-from alphaq.checkpoint.announced import MODELOPT_FILE, announced, require_no_codes, unquantized
-from alphaq.checkpoint.architecture import Architecture, architecture_of
-from alphaq.checkpoint.coded_tensors import decoded_shards
-from alphaq.checkpoint.encodings import (
+from alphaq.checkpoint.encoded.announced import MODELOPT_FILE, announced, require_no_codes, unquantized
+from alphaq.checkpoint.encoded.encodings import (
     Encoding,
     bytes_on_disk,
     decode,
@@ -28,6 +26,11 @@ from alphaq.checkpoint.encodings import (
     stored_dtype,
     stored_grid,
 )
+from alphaq.checkpoint.encoded.tensors import decoded_shards
+from alphaq.checkpoint.families.architecture import Architecture, architecture_of
+from alphaq.checkpoint.families.formulas import current
+from alphaq.checkpoint.families.matching import match_tensors, unfolded
+from alphaq.checkpoint.families.prefixes import fitted
 from alphaq.checkpoint.files import (
     CHUNK_BYTES,
     PlainFile,
@@ -40,13 +43,10 @@ from alphaq.checkpoint.files import (
     reading,
     without_collecting,
 )
-from alphaq.checkpoint.formulas import current
-from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, metadata_bytes
-from alphaq.checkpoint.gguf_source import find_gguf, open_gguf
+from alphaq.checkpoint.gguf.format import GgufFile, GgufTensor, metadata_bytes
+from alphaq.checkpoint.gguf.source import find_gguf, open_gguf
 from alphaq.checkpoint.hub import expanded, local_folder, resolve_folder, small_files
 from alphaq.checkpoint.incomplete import check_fetched
-from alphaq.checkpoint.matching import match_tensors, unfolded
-from alphaq.checkpoint.prefixes import fitted
 from alphaq.checkpoint.remote import Store, is_url, local_path
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
 from alphaq.checkpoint.side_files import SIDE_FILES, SideFiles, side_files

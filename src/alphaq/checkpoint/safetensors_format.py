@@ -23,7 +23,7 @@ from alphaq.errors import CheckpointError
 from alphaq.work.untrusted import MAX_POINTER_BYTES, POINTER_BEGIN, parse_json, pointer, shown
 
 if TYPE_CHECKING:
-    from alphaq.checkpoint.encodings import Encoding
+    from alphaq.checkpoint.encoded.encodings import Encoding
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_DIMENSIONS = 8

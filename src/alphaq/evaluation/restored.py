@@ -12,9 +12,9 @@ from functools import cached_property
 
 import torch
 
-from alphaq.checkpoint.architecture import architecture_of
+from alphaq.checkpoint.families.architecture import architecture_of
+from alphaq.checkpoint.families.matching import match_tensors
 from alphaq.checkpoint.files import PlainFile
-from alphaq.checkpoint.matching import match_tensors
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.engines.output import Output

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from alphaq.calibration.stream import HollowModel, model_class
 from alphaq.calibration.text import check_ids
 from alphaq.checkpoint.files import is_file
-from alphaq.checkpoint.gguf_source import find_gguf
+from alphaq.checkpoint.gguf.source import find_gguf
 from alphaq.checkpoint.hub import resolve_folder
 from alphaq.checkpoint.reader import open_checkpoint, read_config
 from alphaq.checkpoint.weights import read_weights

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from alphaq.checkpoint.encodings import Encoding
+from alphaq.checkpoint.encoded.encodings import Encoding
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import NATIVE_METHOD, Checkpoint, open_checkpoint, open_native
 from alphaq.checkpoint.safetensors_format import TensorInfo

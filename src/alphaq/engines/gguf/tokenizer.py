@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from alphaq.checkpoint.files import open_file
-from alphaq.checkpoint.gguf_format import GgufValue
+from alphaq.checkpoint.gguf.format import GgufValue
 from alphaq.checkpoint.reader import read_json
 from alphaq.engines.gguf.package import package, special_tokens
 from alphaq.errors import CheckpointError, MissingExtraError

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from alphaq.checkpoint.announced import COMPRESSED_TENSORS, MODELOPT, Announced
-from alphaq.checkpoint.encodings import MXFP4_COLUMNS
+from alphaq.checkpoint.encoded.announced import COMPRESSED_TENSORS, MODELOPT, Announced
+from alphaq.checkpoint.encoded.encodings import MXFP4_COLUMNS
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.errors import CheckpointError
 

@@ -1,7 +1,7 @@
 """Weights stored in 8 or 4 bits and decoded as they are read, as if disk held the values that they stand for.
 
 A tensor with an encoding has the name, dtype and shape of what it decodes to; scales that are stored as tensors
-of their own are no tensors of the model (`coded_tensors` finds both). Codes are rows of whole bytes, so that rows can
+of their own are no tensors of the model (`tensors` finds both). Codes are rows of whole bytes, so that rows can
 be read alone. w is rounded once, to bfloat16, or to float16 where the scales are float16:
 
 fp8 (DeepSeek-V3):     w = code · scale in float32, a scale to each block; those at the edges may be smaller.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from alphaq.checkpoint.formulas import Assumption
+from alphaq.checkpoint.families.formulas import Assumption
 
 
 @dataclass(frozen=True)

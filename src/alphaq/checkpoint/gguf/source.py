@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alphaq.checkpoint.architecture import Architecture, architectures
-from alphaq.checkpoint.encodings import Encoding
+from alphaq.checkpoint.encoded.encodings import Encoding
+from alphaq.checkpoint.families.architecture import Architecture, architectures
 from alphaq.checkpoint.files import check_link
-from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, GgufValue, Scalar, read_gguf
-from alphaq.checkpoint.gguf_mapping import GgufKey, GgufMapping
-from alphaq.checkpoint.gguf_rope import FACTORS_TENSOR, llama3_settings
+from alphaq.checkpoint.gguf.format import GgufFile, GgufTensor, GgufValue, Scalar, read_gguf
+from alphaq.checkpoint.gguf.mapping import GgufKey, GgufMapping
+from alphaq.checkpoint.gguf.rope import FACTORS_TENSOR, llama3_settings
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
 from alphaq.errors import ArchitectureError, CheckpointError
 from alphaq.nouns.ggml import GGML_TYPES

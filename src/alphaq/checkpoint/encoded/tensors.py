@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from alphaq.checkpoint.announced import COMPRESSED_TENSORS, FP8, MXFP4, Announced
-from alphaq.checkpoint.encodings import MXFP4_COLUMNS, Encoding, Part, packed_bits
+from alphaq.checkpoint.encoded.announced import COMPRESSED_TENSORS, FP8, MXFP4, Announced
+from alphaq.checkpoint.encoded.encodings import MXFP4_COLUMNS, Encoding, Part, packed_bits
+from alphaq.checkpoint.encoded.scale_grids import EXPONENTS, NUMBERS, Form, Shape, misfit, required_grid, single
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
-from alphaq.checkpoint.scale_grids import EXPONENTS, NUMBERS, Form, Shape, misfit, required_grid, single
 from alphaq.errors import CheckpointError
 
 Shards = Mapping[str, Mapping[str, TensorInfo]]

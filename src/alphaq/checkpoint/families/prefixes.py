@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from alphaq.checkpoint.architecture import ANCHORS, Architecture, compiled, wrapped
+from alphaq.checkpoint.families.architecture import ANCHORS, Architecture, compiled, wrapped
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.errors import ArchitectureError
 from alphaq.nouns.matrix import Role

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from alphaq.checkpoint.architecture import NUMBERED_LAYER, Architecture, TensorRule, count
-from alphaq.checkpoint.encodings import unfolded as unfolded_tensor
-from alphaq.checkpoint.routing import check_routing
+from alphaq.checkpoint.encoded.encodings import unfolded as unfolded_tensor
+from alphaq.checkpoint.families.architecture import NUMBERED_LAYER, Architecture, TensorRule, count
+from alphaq.checkpoint.families.routing import check_routing
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.errors import ArchitectureError
 from alphaq.nouns.matrix import MatrixRef, Role

@@ -1,6 +1,6 @@
 """How a checkpoint says that its weights are quantized, by whom and how: in config.json or beside it.
 
-A method that `coded_tensors` can decode becomes an `Announced`; every other one is an error that names the tool. What
+A method that `tensors` can decode becomes an `Announced`; every other one is an error that names the tool. What
 is decoded is no longer quantized, so `unquantized` takes such words out of a config.
 """
 

@@ -15,8 +15,8 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
-from alphaq.checkpoint.gguf_mapping import GgufMapping
-from alphaq.checkpoint.wrappers import language_part
+from alphaq.checkpoint.families.wrappers import language_part
+from alphaq.checkpoint.gguf.mapping import GgufMapping
 from alphaq.errors import ArchitectureError
 from alphaq.nouns.matrix import Role
 
