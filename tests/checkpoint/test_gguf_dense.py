@@ -11,8 +11,9 @@ from alphaq import pipeline
 from alphaq.calibration.stream import stream_forward
 from alphaq.calibration.tokens import random_windows
 from alphaq.checkpoint.families.architecture import architectures
-from alphaq.checkpoint.gguf.format import GgufValue, layout, read_gguf
+from alphaq.checkpoint.gguf.format import layout, read_gguf
 from alphaq.checkpoint.gguf.rope import FACTORS_TENSOR, llama3_factors, llama3_settings
+from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import CheckpointError
 from alphaq.nouns.plan import Plan

@@ -68,7 +68,8 @@ app = typer.Typer(
 @app.command()
 def inspect(model: ModelArgument, revision: RevisionOption = None, as_json: JsonOption = False) -> None:
     """Show a checkpoint's architecture, roles, counts and sizes; reads headers only."""
-    from alphaq.checkpoint.reader import open_checkpoint, summarize
+    from alphaq.checkpoint.reader import open_checkpoint
+    from alphaq.checkpoint.summary import summarize
     from alphaq.report.tables import inspect_table
 
     checkpoint = open_checkpoint(model, revision, headers_only=True)

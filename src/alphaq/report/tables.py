@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from alphaq.checkpoint.summary import Summary
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.plan import Plan, PlanCheck
@@ -36,19 +37,18 @@ def plain_table(title: str, *columns: str) -> Table:
     return table
 
 
-def inspect_table(summary: dict[str, Any]) -> Table:
+def inspect_table(summary: Summary) -> Table:
     """Roles of a checkpoint."""
-    experts = summary["experts_per_layer"]
+    experts = f" × {summary.experts_per_layer} experts" if summary.experts_per_layer else ""
     title = (
-        f"{summary['model']}: {summary['architecture']}, {summary['layers']} layers"
-        f"{f' × {experts} experts' if experts else ''}, {summary['parameters']:,} parameters"
+        f"{summary.model}: {summary.architecture}, {summary.layers} layers{experts}, {summary.parameters:,} parameters"
     )
     table = plain_table(title, "role", "matrices", "parameters", "size")
-    for role, counts in summary["roles"].items():
-        table.add_row(role, f"{counts['matrices']:,}", f"{counts['parameters']:,}", human_bytes(counts["bytes"]))
+    for role, counts in summary.roles.items():
+        table.add_row(role, f"{counts.matrices:,}", f"{counts.parameters:,}", human_bytes(counts.bytes))
     table.add_section()
-    matrices = sum(counts["matrices"] for counts in summary["roles"].values())
-    table.add_row("all", f"{matrices:,}", f"{summary['parameters']:,}", human_bytes(summary["bytes"]))
+    matrices = sum(counts.matrices for counts in summary.roles.values())
+    table.add_row("all", f"{matrices:,}", f"{summary.parameters:,}", human_bytes(summary.bytes))
     return table
 
 

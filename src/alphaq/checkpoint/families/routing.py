@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from alphaq.checkpoint.families.architecture import Architecture, look_up
-from alphaq.checkpoint.safetensors_format import TensorInfo
+from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import ArchitectureError
 
 _GROUPS = ("n_group", "num_expert_group")
