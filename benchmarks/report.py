@@ -152,13 +152,13 @@ def main() -> None:
         summary = write_report(path, Run("synthetic", plan), sources)
         seconds = time.perf_counter() - start
         found: dict[str, Any] = {
-            "matrices": summary["matrices"],
-            "steps": summary["steps"],
-            "spectra": summary["spectra"],
-            "bytes": summary["bytes"],
+            "matrices": summary.matrices,
+            "steps": summary.steps,
+            "spectra": summary.spectra,
+            "bytes": summary.bytes,
             "write_s": seconds,
-            "plan_loss": summary["plan_loss"],
-            "path_loss": summary["path_loss"],
+            "plan_loss": summary.plan_loss,
+            "path_loss": summary.path_loss,
             **in_browser(path),
         }
     markdown = (

@@ -14,7 +14,7 @@ from pathlib import Path
 import transformers
 
 from alphaq import pipeline
-from alphaq.checkpoint.architecture import architectures, unsupported
+from alphaq.checkpoint.families.architecture import architectures, unsupported
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.export import FAMILIES as SERVED
 from alphaq.errors import AlphaQError

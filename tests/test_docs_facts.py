@@ -13,15 +13,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from alphaq.checkpoint import (
-    architecture,
-    gguf_format,
-    gguf_source,
-    imatrix,
-    matching,
-    remote,
-    safetensors_format,
-)
+from alphaq.checkpoint import remote, safetensors_format
+from alphaq.checkpoint.families import architecture, matching
+from alphaq.checkpoint.gguf import format as gguf_format
+from alphaq.checkpoint.gguf import imatrix
+from alphaq.checkpoint.gguf import source as gguf_source
 from alphaq.engines.gguf import model as gguf_model
 from alphaq.engines.output import Manifest, Record
 from alphaq.engines.profiles import ENGINES

@@ -17,10 +17,13 @@ import pytest
 import torch
 
 import alphaq as package
-from alphaq.checkpoint.gguf_format import read_gguf
-from alphaq.checkpoint.imatrix import read_imatrix
-from alphaq.checkpoint.reader import open_checkpoint, read_config, read_json, read_shards
+from alphaq.checkpoint.config import read_config
+from alphaq.checkpoint.files import read_json
+from alphaq.checkpoint.gguf.format import read_gguf
+from alphaq.checkpoint.gguf.imatrix import read_imatrix
+from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec, layout, read_header
+from alphaq.checkpoint.weights import read_shards
 from alphaq.errors import LONGEST_MESSAGE, AlphaQError, CheckpointError, PlanError
 from alphaq.measuring.cache import Cache
 from alphaq.nouns.choice import Choice

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import alphaq
-from alphaq.checkpoint.imatrix import ImportanceMatrix
+from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
 from alphaq.checkpoint.publishing import claim, publish
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.checkpoint.remote import Store

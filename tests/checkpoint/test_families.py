@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alphaq.checkpoint.architecture import architecture_of, architectures, unsupported
+from alphaq.checkpoint.families.architecture import architecture_of, architectures, unsupported
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import ArchitectureError, BudgetError
 from alphaq.nouns.matrix import Role

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from alphaq import pipeline
-from alphaq.checkpoint.gguf_format import GgufValue, layout, read_gguf
+from alphaq.checkpoint.gguf.format import layout, read_gguf
+from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.gguf import profile as llama_cpp
 from alphaq.engines.gguf.model import gguf_metadata, gguf_tensors, transformed

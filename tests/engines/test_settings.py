@@ -19,8 +19,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from alphaq import pipeline
-from alphaq.checkpoint.architecture import architectures
-from alphaq.checkpoint.gguf_rope import llama3_factors
+from alphaq.checkpoint.families.architecture import architectures
+from alphaq.checkpoint.gguf.rope import llama3_factors
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.effective import effective_config
 from alphaq.engines.placement import left_out

@@ -68,7 +68,8 @@ app = typer.Typer(
 @app.command()
 def inspect(model: ModelArgument, revision: RevisionOption = None, as_json: JsonOption = False) -> None:
     """Show a checkpoint's architecture, roles, counts and sizes; reads headers only."""
-    from alphaq.checkpoint.reader import open_checkpoint, summarize
+    from alphaq.checkpoint.reader import open_checkpoint
+    from alphaq.checkpoint.summary import summarize
     from alphaq.report.tables import inspect_table
 
     checkpoint = open_checkpoint(model, revision, headers_only=True)
@@ -332,8 +333,6 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Allocators side by side at the same bytes: perplexity, KL, EAR, top-1, with paired confidence intervals."""
-    from dataclasses import asdict
-
     from alphaq.sensitivity.methods import METHODS, method
 
     names = list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",") if name.strip()]
@@ -359,8 +358,8 @@ def compare(
     }
     config = plan_config(settings | fixed | {"method": "distortion"})
     check_dtype(dtype)
-    from alphaq.report.tables import comparison_table
     from alphaq.trials.compare import compare as run
+    from alphaq.trials.tables import comparison_table
     from alphaq.writing.calibrated import CALIBRATED
 
     checkpoint = opened(model, means)
@@ -403,11 +402,10 @@ def compare(
             cache,
             roundings,
         )
-    found = [asdict(row) for row in rows]
-    for row in found:
-        if row["error"]:
-            err.print(f"note: {row['method']} at {row['bits']:g} bits: {row['error']}", markup=False, soft_wrap=True)
-    show(as_json, found, comparison_table(found))
+    for row in rows:
+        if row.error:
+            err.print(f"note: {row.method} at {row.bits:g} bits: {row.error}", markup=False, soft_wrap=True)
+    show(as_json, rows, comparison_table(rows))
     err.print(f"Results in {output}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -428,7 +426,7 @@ def engines(as_json: JsonOption = False) -> None:
         }
         for one in ENGINES.values()
     ]
-    show(as_json, rows, engines_table(rows))
+    show(as_json, rows, engines_table(ENGINES.values()))
 
 
 @app.command()
@@ -441,7 +439,7 @@ def methods(as_json: JsonOption = False) -> None:
         {"method": name, "summary": one.summary, "needs_text": one.needs_text, "kind": one.kind}
         for name, one in METHODS.items()
     ]
-    show(as_json, rows, methods_table(rows))
+    show(as_json, rows, methods_table(METHODS))
 
 
 @app.command()

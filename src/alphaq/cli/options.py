@@ -24,7 +24,7 @@ from alphaq.terminal import err, progress, show
 if TYPE_CHECKING:
     from alphaq.calibration.proxy import Proxy
     from alphaq.calibration.text import Text
-    from alphaq.checkpoint.imatrix import ImportanceMatrix
+    from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
     from alphaq.checkpoint.reader import Checkpoint
     from alphaq.planning import Measurements, Request
     from alphaq.trials.search import Target
@@ -403,7 +403,7 @@ def rounding_of(
 
 
 def importance_matrix(path: Path | None) -> ImportanceMatrix | None:
-    from alphaq.checkpoint.imatrix import read_imatrix
+    from alphaq.checkpoint.gguf.imatrix import read_imatrix
 
     return None if path is None else read_imatrix(path)
 

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from alphaq.checkpoint.reader import Checkpoint, read_config
+from alphaq.checkpoint.config import read_config
+from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
 from alphaq.engines.export import (
     KEPT,

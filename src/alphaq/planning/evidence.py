@@ -18,7 +18,7 @@ from alphaq.calibration.prior import routing_prior, seen_uses
 from alphaq.calibration.text import Text, own_writing
 from alphaq.calibration.tokens import model_prefix
 from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, gather
-from alphaq.checkpoint.imatrix import ImportanceMatrix
+from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import FILE_OVERHEAD
 from alphaq.engines.gguf.importance import importance_of

@@ -17,8 +17,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from alphaq.checkpoint.architecture import architecture_of
-from alphaq.checkpoint.reader import read_config
+from alphaq.checkpoint.config import read_config
+from alphaq.checkpoint.families.architecture import architecture_of
 from alphaq.engines.output import Output
 from alphaq.errors import AlphaQError, CheckpointError, OutputError
 from alphaq.evaluation.certificate import Certificate

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from alphaq.checkpoint.imatrix import ImportanceMatrix
+from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.gguf.model import TensorRecipe, gguf_tensors
 from alphaq.errors import CheckpointError

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alphaq.checkpoint.gguf_format import ALIGNMENT_KEY, GgufTensor, GgufValue, layout, read_gguf
-from alphaq.checkpoint.gguf_source import READABLE_TYPES
+from alphaq.checkpoint.gguf.format import ALIGNMENT_KEY, GgufTensor, layout, read_gguf
+from alphaq.checkpoint.gguf.source import READABLE_TYPES
+from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
 from alphaq.checkpoint.writer import Place

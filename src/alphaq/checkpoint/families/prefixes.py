@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from alphaq.checkpoint.architecture import ANCHORS, Architecture, compiled, wrapped
-from alphaq.checkpoint.safetensors_format import TensorInfo
+from alphaq.checkpoint.families.architecture import ANCHORS, Architecture, compiled, wrapped
+from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import ArchitectureError
 from alphaq.nouns.matrix import Role
 

@@ -15,10 +15,11 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
-from alphaq.checkpoint.gguf_mapping import GgufMapping
-from alphaq.checkpoint.wrappers import language_part
+from alphaq.checkpoint.families.wrappers import language_part
+from alphaq.checkpoint.gguf.mapping import GgufMapping
 from alphaq.errors import ArchitectureError
 from alphaq.nouns.matrix import Role
+from alphaq.work.untrusted import JsonObject
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -76,7 +77,7 @@ class Architecture:
     projections: dict[str, str]
     router_norm: str
     """The norm whose output a layer's router sees."""
-    moe_layer_rules: dict[str, Any]
+    moe_layer_rules: JsonObject
     rules: tuple[TensorRule, ...]
     gguf: GgufMapping | None = None
     """None for a family that GGUF has no name for."""
@@ -258,7 +259,7 @@ def _indices(values: Iterable[Any]) -> set[int]:
 
 
 @lru_cache(maxsize=1)
-def _described() -> dict[str, dict[str, Any]]:
+def _described() -> dict[str, JsonObject]:
     """What every file of the folder says, by the file's name."""
     folder = files("alphaq.checkpoint") / "architectures"
     return {
@@ -300,7 +301,7 @@ def _extended(data: Mapping[str, Any], described: Mapping[str, Any]) -> Mapping[
     return {**base, **data, "moe_layers": layers, "tensors": [*data.get("tensors", ()), *base["tensors"]]}
 
 
-def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> JsonObject:
     """A table of tables, whose entries replace those of the base or follow them; "" takes one out."""
     tables = {key: {**base.get(key, {}), **one} if isinstance(one, dict) else one for key, one in own.items()}
     return {

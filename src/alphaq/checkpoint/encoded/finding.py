@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from alphaq.checkpoint.announced import COMPRESSED_TENSORS, FP8, MXFP4, Announced
-from alphaq.checkpoint.encodings import MXFP4_COLUMNS, Encoding, Part, packed_bits
-from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
-from alphaq.checkpoint.scale_grids import EXPONENTS, NUMBERS, Form, Shape, misfit, required_grid, single
+from alphaq.checkpoint.encoded.announced import COMPRESSED_TENSORS, FP8, MXFP4, Announcement
+from alphaq.checkpoint.encoded.encodings import MXFP4_COLUMNS, packed_bits
+from alphaq.checkpoint.encoded.scale_grids import EXPONENTS, NUMBERS, Form, Shape, misfit, required_grid, single
+from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
+from alphaq.checkpoint.tensors import Encoding, Part, TensorInfo
 from alphaq.errors import CheckpointError
 
 Shards = Mapping[str, Mapping[str, TensorInfo]]
@@ -66,25 +67,25 @@ class _Finder:
     """All tensors of a checkpoint by name, with their shards, and the names that some codes need."""
 
     places: Mapping[str, tuple[str, TensorInfo]]
-    told: Announced
+    announcement: Announcement
     read: Read
     used: set[str] = field(default_factory=set)
 
     def first(self, names: Sequence[str]) -> str | None:
         """The one of these names that is stored, which is then of no model. Raises CheckpointError for two."""
-        held = [name for name in names if name in self.places]
-        if len(held) > 1:
-            raise CheckpointError(f"{held[0]} and {held[1]} are scales of the same weight. Download it again.")
-        self.used.update(held)
-        return held[0] if held else None
+        stored = [name for name in names if name in self.places]
+        if len(stored) > 1:
+            raise CheckpointError(f"{stored[0]} and {stored[1]} are scales of the same weight. Download it again.")
+        self.used.update(stored)
+        return stored[0] if stored else None
 
     def part(self, name: str, shape: Shape, height: int) -> Part:
         """A stored tensor that helps to decode, seen in a shape of the same number of elements."""
         shard, info = self.places[name]
-        return Part(replace(info, shape=shape), shard, height)
+        return Part(info if info.shape == shape else replace(info, shape=shape), shard, height)
 
 
-def decoded_shards(shards: Shards, told: Announced, read: Read) -> dict[str, dict[str, TensorInfo]]:
+def decoded_shards(shards: Shards, announcement: Announcement, read: Read) -> dict[str, dict[str, TensorInfo]]:
     """Tensors by shard as they are once decoded; what helps to decode, and shards of nothing else, are no longer there.
 
     read: asked only for the shapes of packed integers whose scales do not tell them. Raises CheckpointError, naming
@@ -92,7 +93,7 @@ def decoded_shards(shards: Shards, told: Announced, read: Read) -> dict[str, dic
     cannot be decoded.
     """
     places = {name: (shard, info) for shard, tensors in shards.items() for name, info in tensors.items()}
-    finder = _Finder(places, told, read)
+    finder = _Finder(places, announcement, read)
     coded = {name: _decoded(finder, info) for name, (_, info) in places.items() if _is_code(finder, info)}
     decoded: dict[str, dict[str, TensorInfo]] = {}
     for name, (shard, info) in places.items():
@@ -109,7 +110,7 @@ def decoded_shards(shards: Shards, told: Announced, read: Read) -> dict[str, dic
 
 def _is_code(finder: _Finder, info: TensorInfo) -> bool:
     name = info.name
-    if finder.told.method == MXFP4 and name.endswith("_blocks"):
+    if finder.announcement.method == MXFP4 and name.endswith("_blocks"):
         return True
     if name.endswith("_packed"):
         return info.dtype in ("I32", "U8")
@@ -133,7 +134,7 @@ def _is_of_cache(info: TensorInfo) -> bool:
 
 def _require_of_model(finder: _Finder, info: TensorInfo, coded: Mapping[str, object]) -> None:
     """Raise CheckpointError for what can only belong to codes that are not there, or that no rule here knows."""
-    name, method = info.name, finder.told.method
+    name, method = info.name, finder.announcement.method
     if name.endswith(".pre_quant_scale"):
         raise CheckpointError(
             f"{name} multiplies a layer's inputs (AWQ), which cannot be decoded. Start from the 16-bit checkpoint."
@@ -168,7 +169,7 @@ def _decoded(finder: _Finder, codes: TensorInfo) -> TensorInfo:
             f"{names.order} groups columns in an order of its own (actorder), which cannot be decoded. Start from the "
             "16-bit checkpoint."
         )
-    expected = "_scale" if finder.told.method != FP8 else "_scale_inv"
+    expected = "_scale" if finder.announcement.method != FP8 else "_scale_inv"
     name = finder.first(names.scales)
     if name is None:
         raise _no_scales(codes.name, f"{names.decoded}{expected}")
@@ -210,7 +211,7 @@ def _gpt_oss(finder: _Finder, codes: TensorInfo) -> TensorInfo:
 
 def _form(finder: _Finder, codes: TensorInfo, scales: TensorInfo) -> Form:
     """By the dtypes of codes and scales. Raises CheckpointError for those that do not belong together."""
-    method, columns = finder.told.method, codes.shape[-1]
+    method, columns = finder.announcement.method, codes.shape[-1]
     if codes.dtype == "I32":
         _require_dtype(codes, scales, NUMBERS)
         bits, columns = _packed(finder, codes, scales)
@@ -225,7 +226,7 @@ def _form(finder: _Finder, codes: TensorInfo, scales: TensorInfo) -> Form:
         # Other tools' bytes may be integers; only transformers' FP8 has 4-bit floats with scales of more than 8 bits.
         _require_dtype(codes, scales, (*EXPONENTS, "F8_E4M3", *(NUMBERS if method == FP8 else ())))
         scheme, columns = "fp4", 2 * columns
-    return Form(finder.told, codes, scheme, (*codes.shape[:-1], columns))
+    return Form(finder.announcement, codes, scheme, (*codes.shape[:-1], columns))
 
 
 def _require_dtype(codes: TensorInfo, scales: TensorInfo, dtypes: Sequence[str]) -> None:
@@ -241,13 +242,17 @@ def _label(scheme: str, scales: TensorInfo) -> str:
 
 def _packed(finder: _Finder, codes: TensorInfo, scales: TensorInfo) -> tuple[int, int]:
     """Bits and columns of packed integers: by the config's groups and, where these leave a choice, the stored shape."""
-    told, words = finder.told.integers, codes.shape[-1]
+    widths_and_sizes, words = finder.announcement.integers, codes.shape[-1]
     groups = scales.shape[-1] if len(scales.shape) == len(codes.shape) else 1
-    grouped = {(bits, groups * size) for bits, size in told if size and -(-groups * size * bits // _WORD_BITS) == words}
+    grouped = {
+        (bits, groups * size)
+        for bits, size in widths_and_sizes
+        if size and -(-groups * size * bits // _WORD_BITS) == words
+    }
     if len(grouped) == 1:
         return _readable(codes, *next(iter(grouped)))
     columns = _stored_columns(finder, codes)
-    widths = {bits for bits, _ in told} or set(range(1, 9))
+    widths = {bits for bits, _ in widths_and_sizes} or set(range(1, 9))
     if columns is None:  # whole words then
         fits = {(bits, words * _WORD_BITS // bits) for bits in widths if len(widths) == 1 and bits > 0}
     else:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from alphaq.checkpoint.formulas import Assumption
+from alphaq.checkpoint.families.formulas import Assumption
+from alphaq.work.untrusted import JsonObject
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class GgufKey:
     """
 
     config: tuple[str, ...]
-    values: dict[str, Any]
+    values: JsonObject
     default: Any
     required: bool = False
     when: dict[str, list[Any]] = field(default_factory=dict)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alphaq.work.untrusted import JsonObject
+
 FACTORS_TENSOR = "rope_freqs.weight"
 KIND = "llama3"
 # What every published model has; of the factors alone, only the first is seen.
@@ -35,9 +37,9 @@ def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> Tensor:
     return torch.where(waves < context / high, 1.0, long)
 
 
-def llama3_settings(factors: Tensor, theta: float) -> dict[str, Any] | None:
+def llama3_settings(factors: Tensor, theta: float) -> JsonObject | None:
     """The `rope_parameters` that give these factors, None if no usual ones do."""
     factor = round(float(factors.max()), 4)  # as a config would say it
-    found = {"rope_type": KIND, "rope_theta": theta, "factor": factor, **_USUAL}
-    made = llama3_factors(found, 2 * len(factors))
-    return found if torch.allclose(made, factors, rtol=1e-5, atol=0) else None
+    settings = {"rope_type": KIND, "rope_theta": theta, "factor": factor, **_USUAL}
+    made = llama3_factors(settings, 2 * len(factors))
+    return settings if torch.allclose(made, factors, rtol=1e-5, atol=0) else None

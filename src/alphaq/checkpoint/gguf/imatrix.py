@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from alphaq.checkpoint.files import PlainFile
-from alphaq.checkpoint.gguf_format import MAGIC, MAX_NAME_BYTES, read_gguf
+from alphaq.checkpoint.gguf.format import MAGIC, MAX_NAME_BYTES, read_gguf
 from alphaq.errors import CheckpointError
 from alphaq.work.untrusted import read_bounded, shown
 

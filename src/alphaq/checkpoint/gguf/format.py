@@ -13,13 +13,13 @@ import hashlib
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from alphaq.checkpoint.files import check_link, open_file
+from alphaq.checkpoint.gguf.values import STRUCT_FORMATS, VALUE_TYPES, GgufValue, encoded
 from alphaq.errors import CheckpointError, OutputError
 from alphaq.nouns.ggml import GGML_TYPES
 
@@ -35,61 +35,8 @@ MAX_NAME_BYTES = 1000  # llama.cpp's own limit for tensors is 63
 MAX_DIMENSIONS = 4  # ggml's own
 MAX_WRITTEN_NAME_BYTES = 63  # llama.cpp loads no longer name of a tensor
 
-_FORMATS = {
-    # name: its format in `struct`, in the order of the numbers that stand for the types in files
-    "uint8": "B",
-    "int8": "b",
-    "uint16": "H",
-    "int16": "h",
-    "uint32": "I",
-    "int32": "i",
-    "float32": "f",
-    "bool": "?",
-    "string": "",
-    "array": "",
-    "uint64": "Q",
-    "int64": "q",
-    "float64": "d",
-}
-VALUE_TYPES = tuple(_FORMATS)
 _TYPE_NAMES = {kind.number: name for name, kind in GGML_TYPES.items()}
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
-
-Scalar = int | float | bool | str
-
-
-@dataclass(frozen=True)
-class GgufValue:
-    """One metadata value, held as its bytes so that it can be written again bit for bit.
-
-    type: one of VALUE_TYPES. raw: what follows the type's number in a file.
-    """
-
-    type: str
-    raw: bytes = field(repr=False)
-
-    @classmethod
-    def of(cls, type: str, value: Scalar) -> GgufValue:
-        """A single value. Raises OutputError if it does not fit its type."""
-        return cls(type, _encode(type, (value,)))
-
-    @classmethod
-    def array(cls, element: str, values: Sequence[Scalar]) -> GgufValue:
-        """Values of one type. Raises OutputError if one does not fit it."""
-        head = struct.pack("<IQ", VALUE_TYPES.index(element), len(values))
-        return cls("array", head + _encode(element, values))
-
-    @property
-    def element(self) -> str | None:
-        """Type of an array's values, None if it is no array."""
-        return VALUE_TYPES[int.from_bytes(self.raw[:4], "little")] if self.type == "array" else None
-
-    @cached_property
-    def value(self) -> Scalar | tuple[Scalar, ...]:
-        """The Python value, a tuple for an array."""
-        if self.element is None:
-            return _decode(self.type, 1, self.raw)[0]
-        return _decode(self.element, int.from_bytes(self.raw[4:12], "little"), self.raw[12:])
 
 
 @dataclass(frozen=True)
@@ -134,35 +81,6 @@ class GgufFile:
         return Path(self.files[0]).stem if part is None else part["stem"]
 
 
-def _encode(type: str, values: Sequence[Scalar]) -> bytes:
-    try:
-        if type == "string":
-            texts = [value.encode() for value in values if isinstance(value, str)]
-            if len(texts) != len(values):
-                raise ValueError("not all are text")
-            return b"".join(part for text in texts for part in (len(text).to_bytes(8, "little"), text))
-        return struct.pack(f"<{len(values)}{_FORMATS[type]}", *values)
-    except (struct.error, OverflowError, ValueError) as error:
-        shown = repr(values[0] if len(values) == 1 else list(values[:3]))
-        raise OutputError(
-            f"{shown} cannot be written to GGUF metadata as {type} ({error}). Correct the value in config.json or "
-            "the tokenizer's files."
-        ) from None
-
-
-def _decode(type: str, count: int, raw: bytes) -> tuple[Scalar, ...]:
-    """Values of checked bytes."""
-    if type != "string":
-        return struct.unpack(f"<{count}{_FORMATS[type]}", raw)
-    texts = []
-    place = 0
-    for _ in range(count):
-        begin = place + 8
-        place = begin + int.from_bytes(raw[place:begin], "little")
-        texts.append(raw[begin:place].decode())
-    return tuple(texts)
-
-
 class _Header:
     """A file read field by field; no field reaches beyond the file, nor beyond the longest header allowed."""
 
@@ -201,11 +119,13 @@ class _Header:
         except UnicodeDecodeError:
             raise self.damaged(f"the text that ends at byte {self.place} is not UTF-8") from None
 
-    def name(self, what: str) -> str:
+    def new_name(self, what: str, known: Container[str]) -> str:
         name = self.text()
         # Control characters cannot be shown.
         if not name.isprintable() or not 0 < len(name.encode()) <= MAX_NAME_BYTES:
             raise self.damaged(f"{what} {name[:80]!r} is not printable text of 1 to {MAX_NAME_BYTES} bytes")
+        if name in known:
+            raise self.damaged(f"{what} {name!r} appears twice")
         return name
 
     def count(self, what: str, least_bytes: int, most: int = MAX_HEADER_BYTES) -> int:
@@ -229,7 +149,9 @@ class _Header:
             element = self.type(key)
             if element == "array":
                 raise self.damaged(f"{key} is an array of arrays, which no model has")
-            count = self.count(f"values of {key}", 8 if element == "string" else struct.calcsize(_FORMATS[element]))
+            count = self.count(
+                f"values of {key}", 8 if element == "string" else struct.calcsize(STRUCT_FORMATS[element])
+            )
         if element == "string":
             self.texts += count
             if self.texts > MAX_TEXTS:
@@ -237,26 +159,22 @@ class _Header:
             for _ in range(count):
                 self.text()
         else:
-            self.take(count * struct.calcsize(f"<{_FORMATS[element]}"))
+            self.take(count * struct.calcsize(f"<{STRUCT_FORMATS[element]}"))
         self.file.seek(begin)
         return GgufValue(type, self.file.read(self.place - begin))
 
     def metadata(self, count: int) -> dict[str, GgufValue]:
-        found: dict[str, GgufValue] = {}
+        values: dict[str, GgufValue] = {}
         for _ in range(count):
-            key = self.name("the key")
-            if key in found:
-                raise self.damaged(f"the key {key!r} appears twice")
-            found[key] = self.value(key)
-        return found
+            key = self.new_name("the key", values)
+            values[key] = self.value(key)
+        return values
 
     def tensors(self, count: int) -> dict[str, GgufTensor]:
         """Tensors with offsets from the beginning of the data, which is not yet known."""
-        found: dict[str, GgufTensor] = {}
+        tensors: dict[str, GgufTensor] = {}
         for _ in range(count):
-            name = self.name("the tensor name")
-            if name in found:
-                raise self.damaged(f"the tensor {name!r} appears twice")
+            name = self.new_name("the tensor", tensors)
             dimensions = self.uint32()
             if dimensions > MAX_DIMENSIONS:
                 raise self.damaged(f"tensor {name!r} has {dimensions} dimensions, more than {MAX_DIMENSIONS}")
@@ -274,8 +192,8 @@ class _Header:
             if (shape[-1] if shape else 1) % block:
                 raise self.damaged(f"tensor {name!r} of shape {list(shape)} has no whole {type} blocks of {block}")
             end = offset + GGML_TYPES[type].storage_bytes(shape)
-            found[name] = GgufTensor(name, type, shape, offset, end, self.path.name)
-        return found
+            tensors[name] = GgufTensor(name, type, shape, offset, end, self.path.name)
+        return tensors
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -407,7 +325,7 @@ def _padded(nbytes: int, alignment: int) -> int:
 def metadata_bytes(metadata: Mapping[str, GgufValue]) -> bytes:
     """The keys and their values as a file holds them."""
     return b"".join(
-        _encode("string", (key,)) + struct.pack("<I", VALUE_TYPES.index(value.type)) + value.raw
+        encoded("string", (key,)) + struct.pack("<I", VALUE_TYPES.index(value.type)) + value.raw
         for key, value in metadata.items()
     )
 
@@ -441,7 +359,7 @@ def layout(
             )
         sizes[name] = kind.storage_bytes(shape)
         entries.append(
-            _encode("string", (name,))
+            encoded("string", (name,))
             + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind.number, offset)
         )
         offset += _padded(sizes[name], alignment)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from alphaq.checkpoint.announced import COMPRESSED_TENSORS, MODELOPT, Announced
-from alphaq.checkpoint.encodings import MXFP4_COLUMNS
-from alphaq.checkpoint.safetensors_format import TensorInfo
+from alphaq.checkpoint.encoded.announced import COMPRESSED_TENSORS, MODELOPT, Announcement
+from alphaq.checkpoint.encoded.encodings import MXFP4_COLUMNS
+from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -26,7 +26,7 @@ NVFP4_COLUMNS = 16
 class Form:
     """How codes are decoded, and the shape of what they stand for."""
 
-    told: Announced
+    announcement: Announcement
     codes: TensorInfo
     scheme: str
     shape: Shape
@@ -44,15 +44,15 @@ def required_grid(form: Form, scales: TensorInfo) -> tuple[tuple[int, int], Shap
 def _grids(form: Form, scales: TensorInfo) -> Iterator[Grid]:
     """Those that codes of a form may have."""
     *lead, rows, columns = form.shape
-    told, fp8 = form.told, form.scheme == "fp8"
-    for height, width in told.blocks if fp8 else ():
+    announcement, fp8 = form.announcement, form.scheme == "fp8"
+    for height, width in announcement.blocks if fp8 else ():
         grid = (*lead, -(-rows // height), -(-columns // width))
         yield (height, width), grid, grid
-        if told.method == MODELOPT:  # which keeps the blocks' own sides
+        if announcement.method == MODELOPT:  # which keeps the blocks' own sides
             yield (height, width), (*grid[:-1], 1, grid[-1], 1), grid
-    if form.scheme != "fp4" and not (fp8 and told.strict):
+    if form.scheme != "fp4" and not (fp8 and announcement.strict):
         yield from _whole_grids(tuple(lead), rows, columns)
-    if not fp8 or scales.dtype in EXPONENTS or told.method == COMPRESSED_TENSORS:
+    if not fp8 or scales.dtype in EXPONENTS or announcement.method == COMPRESSED_TENSORS:
         size = _group_size(columns, scales)
         if size and columns % size == 0:
             grid = (*lead, rows, columns // size)

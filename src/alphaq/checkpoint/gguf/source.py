@@ -18,16 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alphaq.checkpoint.architecture import Architecture, architectures
-from alphaq.checkpoint.encodings import Encoding
+from alphaq.checkpoint.families.architecture import Architecture, architectures
 from alphaq.checkpoint.files import check_link
-from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, GgufValue, Scalar, read_gguf
-from alphaq.checkpoint.gguf_mapping import GgufKey, GgufMapping
-from alphaq.checkpoint.gguf_rope import FACTORS_TENSOR, llama3_settings
-from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
+from alphaq.checkpoint.gguf.format import GgufFile, GgufTensor, read_gguf
+from alphaq.checkpoint.gguf.mapping import GgufKey, GgufMapping
+from alphaq.checkpoint.gguf.rope import FACTORS_TENSOR, llama3_settings
+from alphaq.checkpoint.gguf.values import GgufValue, Scalar
+from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
+from alphaq.checkpoint.tensors import Encoding, TensorInfo
 from alphaq.errors import ArchitectureError, CheckpointError
 from alphaq.nouns.ggml import GGML_TYPES
-from alphaq.work.untrusted import shown
+from alphaq.work.untrusted import JsonObject, shown
 
 READABLE_TYPES = ("BF16", "F16", "F32", "Q8_0")
 _HEADS = {"permute_q": "num_attention_heads", "permute_k": "num_key_value_heads"}
@@ -60,7 +61,7 @@ class GgufModel:
 
     file: GgufFile
     architecture: Architecture
-    config: dict[str, Any]
+    config: JsonObject
     shards: dict[str, dict[str, TensorInfo]]
     names: dict[str, str]
 
@@ -147,8 +148,8 @@ def _suits(architecture: Architecture, sparse: bool) -> bool:
 # -- metadata → config ----------------------------------------------------------------------------
 
 
-def _config(file: GgufFile, architecture: Architecture, mapping: GgufMapping, where: str) -> dict[str, Any]:
-    config: dict[str, Any] = {}
+def _config(file: GgufFile, architecture: Architecture, mapping: GgufMapping, where: str) -> JsonObject:
+    config: JsonObject = {}
     for key, origin in mapping.metadata.items():
         value = _scalar(file.metadata, f"{mapping.arch}.{key}", where)
         if value is None and key in _ROPE_BASES:
@@ -188,9 +189,7 @@ def _meant(origin: GgufKey, value: Scalar | None, where: str) -> Scalar | None:
     return value
 
 
-def _completed(
-    config: dict[str, Any], file: GgufFile, architecture: Architecture, mapping: GgufMapping
-) -> dict[str, Any]:
+def _completed(config: JsonObject, file: GgufFile, architecture: Architecture, mapping: GgufMapping) -> JsonObject:
     """A config with what the tensors say, and what llama.cpp takes for granted."""
     where = file.files[0]
     if "attention.key_length" in mapping.metadata:  # else a class may have a default of its own
@@ -208,7 +207,7 @@ def _completed(
     return config | flags | {"tie_word_embeddings": tied, "pad_token_id": None}
 
 
-def _rope_of_factors(file: GgufFile, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _rope_of_factors(file: GgufFile, config: Mapping[str, Any], where: str) -> JsonObject:
     """The rotary settings that the file's factors stand for. Raises CheckpointError for factors of another kind."""
     tensor, rope, head_dim = file.tensors[FACTORS_TENSOR], config["rope_parameters"], config["head_dim"]
     theta, plain = rope["rope_theta"], rope.get("rope_type") == "default"
@@ -239,7 +238,7 @@ def _scalar(metadata: Mapping[str, GgufValue], key: str, where: str) -> Scalar |
     return float(str(np.float32(value))) if metadata[key].type == "float32" else value
 
 
-def _set(config: dict[str, Any], key: str, value: Any, where: str) -> None:
+def _set(config: JsonObject, key: str, value: Any, where: str) -> None:
     *tables, last = key.split(".")
     for table in tables:
         config = config.setdefault(table, {})

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from alphaq.checkpoint.architecture import NUMBERED_LAYER, Architecture, TensorRule, count
-from alphaq.checkpoint.encodings import unfolded as unfolded_tensor
-from alphaq.checkpoint.routing import check_routing
-from alphaq.checkpoint.safetensors_format import TensorInfo
-from alphaq.errors import ArchitectureError
+from alphaq.checkpoint.encoded.encodings import unfolded as unfolded_tensor
+from alphaq.checkpoint.families.architecture import NUMBERED_LAYER, Architecture, TensorRule, count
+from alphaq.checkpoint.families.routing import check_routing
+from alphaq.checkpoint.tensors import TensorInfo
+from alphaq.errors import ArchitectureError, CheckpointError
 from alphaq.nouns.matrix import MatrixRef, Role
 
 MAX_MATRICES = 500_000  # seven times those of Kimi-K2
+READABLE_WEIGHTS = ("F32", "F16", "BF16")
+QUANTIZABLE = (Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.MIXER, Role.DENSE_MLP)
 
 
 def match_tensors(
@@ -26,59 +28,92 @@ def match_tensors(
     found are not exactly those the config promises, or if routers are for another number of them.
     """
     layers = architecture.layers(config)
-    text = architecture.text_config(config)
     matrices: list[MatrixRef] = []
     per_expert: list[TensorInfo] = []
     roles: dict[str, Role] = {}
     for tensor in tensors:
-        rule, match = architecture.first_match(tensor.name)
-        fields = match.groupdict() if match else {}
-        numbered = NUMBERED_LAYER.fullmatch(tensor.name)
-        layer = int(fields["layer"]) if fields.get("layer") else int(numbered[1]) if numbered else None
-        if layer is not None and layer >= layers:
-            roles[tensor.name] = Role.OTHER
+        match = _matched(architecture, tensor, layers)
+        roles[tensor.name] = match.rule.role if match is not None else Role.OTHER
+        if match is None:
             continue
-        if rule is None:
-            if ".experts." in tensor.name:
-                raise ArchitectureError(
-                    f"Tensor {tensor.name!r} looks like an expert but matches no template of "
-                    f"{architecture.name!r}. Add its template to architectures/{architecture.name}.toml."
-                )
-            roles[tensor.name] = Role.OTHER
-            continue
-        roles[tensor.name] = rule.role
-        if rule.per_expert:
+        if match.rule.per_expert:
             per_expert.append(tensor)
         if 0 in tensor.shape:
             raise ArchitectureError(f"{tensor.name!r} has no elements, shape {list(tensor.shape)}. Download it again.")
-        if rule.columns and len(tensor.shape) > 1:
-            columns = count(text, rule.columns)
-            rule = replace(rule, transposed=tensor.shape[-1] != columns and tensor.shape[-2] == columns)
         if len(matrices) > MAX_MATRICES:
             raise ArchitectureError(
                 f"More than {MAX_MATRICES} matrices. Do not use this checkpoint; it may be hostile."
             )
-        if rule.stacked:
-            matrices.extend(_unstack(architecture, tensor, rule, fields, architecture.experts_per_layer(config)))
-        elif len(tensor.shape) == 2 and rule.role is not Role.OTHER and not _is_table(tensor, rule.role):
-            rows, columns = tensor.shape[::-1] if rule.transposed else tensor.shape
-            projection = fields.get("projection")
-            matrices.append(
-                MatrixRef(
-                    tensor.name,
-                    (rows, columns),
-                    tensor.dtype,
-                    layer,
-                    int(fields["expert"]) if fields.get("expert") else None,
-                    architecture.projections[projection] if projection else fields.get("part"),
-                    rule.role,
-                    tensor.name,
-                    transposed=rule.transposed,
-                )
-            )
+        matrices.extend(_matrices_of(architecture, config, tensor, match))
     _check_expert_count(architecture, config, matrices)
     check_routing(architecture, config, per_expert)
     return matrices, roles
+
+
+@dataclass(frozen=True)
+class _Match:
+    """The rule that decides on a tensor, what its template found in the name, and the layer."""
+
+    rule: TensorRule
+    fields: Mapping[str, str]
+    layer: int | None
+
+
+def _matched(architecture: Architecture, tensor: TensorInfo, layers: int) -> _Match | None:
+    """None for tensors that are no part of a plan. Raises ArchitectureError for what looks like an unknown expert."""
+    rule, match = architecture.first_match(tensor.name)
+    fields = match.groupdict() if match else {}
+    numbered = NUMBERED_LAYER.fullmatch(tensor.name)
+    layer = int(fields["layer"]) if fields.get("layer") else int(numbered[1]) if numbered else None
+    if layer is not None and layer >= layers:
+        return None
+    if rule is None and ".experts." in tensor.name:
+        raise ArchitectureError(
+            f"Tensor {tensor.name!r} looks like an expert but matches no template of "
+            f"{architecture.name!r}. Add its template to architectures/{architecture.name}.toml."
+        )
+    return None if rule is None else _Match(rule, fields, layer)
+
+
+def _matrices_of(
+    architecture: Architecture, config: Mapping[str, Any], tensor: TensorInfo, match: _Match
+) -> Iterable[MatrixRef]:
+    """The matrices in a tensor: those of a stack, one, or none if it is no weight."""
+    rule, fields = match.rule, match.fields
+    if rule.columns and len(tensor.shape) > 1:
+        columns = count(architecture.text_config(config), rule.columns)
+        rule = replace(rule, transposed=tensor.shape[-1] != columns and tensor.shape[-2] == columns)
+    if rule.stacked:
+        yield from _unstack(architecture, tensor, rule, fields, architecture.experts_per_layer(config))
+    elif len(tensor.shape) == 2 and rule.role is not Role.OTHER and not _is_table(tensor, rule.role):
+        rows, columns = tensor.shape[::-1] if rule.transposed else tensor.shape
+        projection = fields.get("projection")
+        yield MatrixRef(
+            tensor.name,
+            (rows, columns),
+            tensor.dtype,
+            match.layer,
+            int(fields["expert"]) if fields.get("expert") else None,
+            architecture.projections[projection] if projection else fields.get("part"),
+            rule.role,
+            tensor.name,
+            transposed=rule.transposed,
+        )
+
+
+def require_readable(matrices: Iterable[MatrixRef]) -> None:
+    """Raise CheckpointError for a weight that is stored in a dtype which nothing here quantizes."""
+    for matrix in matrices:
+        if matrix.dtype not in READABLE_WEIGHTS and matrix.role in QUANTIZABLE:
+            coded = matrix.dtype.startswith("F8")
+            remedy = (
+                "Restore config.json, whose quantization_config says how to decode it"
+                if coded
+                else "Convert it to bf16"
+            )
+            raise CheckpointError(
+                f"{matrix.name} is stored as {matrix.dtype}; readable: {', '.join(READABLE_WEIGHTS)}. {remedy}."
+            )
 
 
 def _is_table(tensor: TensorInfo, role: Role) -> bool:

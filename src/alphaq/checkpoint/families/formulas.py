@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Any
 
+from alphaq.work.untrusted import JsonObject
+
 
 def evaluated(formula: str, config: Mapping[str, Any]) -> Any:
     """What a formula gives, None if a part of it is missing."""
@@ -29,7 +31,7 @@ def names_in(formula: str) -> list[str]:
     return [name for name in formula.split(" ")[::2] if not name[0].isdigit()]
 
 
-def current(config: Mapping[str, Any]) -> dict[str, Any]:
+def current(config: Mapping[str, Any]) -> JsonObject:
     """The config with `rope_parameters`, in which transformers 5 gathers what used to lie in several places.
 
     Where layers of two kinds turn in two ways, each kind has its own: `full_attention` and `sliding_attention`.

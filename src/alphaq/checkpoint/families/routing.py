@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from alphaq.checkpoint.architecture import Architecture, look_up
-from alphaq.checkpoint.safetensors_format import TensorInfo
+from alphaq.checkpoint.families.architecture import Architecture, look_up
+from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import ArchitectureError
 
 _GROUPS = ("n_group", "num_expert_group")

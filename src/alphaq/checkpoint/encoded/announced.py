@@ -1,6 +1,6 @@
 """How a checkpoint says that its weights are quantized, by whom and how: in config.json or beside it.
 
-A method that `coded_tensors` can decode becomes an `Announced`; every other one is an error that names the tool. What
+A method that `finding` can decode becomes an `Announcement`; every other one is an error that names the tool. What
 is decoded is no longer quantized, so `unquantized` takes such words out of a config.
 """
 
@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from alphaq.checkpoint.safetensors_format import TensorInfo
+from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import CheckpointError
-from alphaq.work.untrusted import shown
+from alphaq.work.untrusted import JsonObject, shown
 
 MODELOPT_FILE = "hf_quant_config.json"
 QUANTIZER_FILES = (MODELOPT_FILE, "quantize_config.json", "quant_config.json", "quanto_qmap.json")
@@ -96,7 +96,7 @@ _UNTOLD = (".weight_scale", "_scale_inv", ".weight_packed", ".weight_scale_2", "
 
 
 @dataclass(frozen=True)
-class Announced:
+class Announcement:
     """What a checkpoint says about its codes.
 
     where: the file and the key that say so. blocks: rows and columns that may share a scale; only those may if
@@ -110,16 +110,16 @@ class Announced:
     integers: tuple[tuple[int, int | None], ...] = ()
 
 
-def announced(model: object, config: Mapping[str, Any], beside: Mapping[str, Any] | None) -> Announced | None:
+def announcement_of(model: object, config: Mapping[str, Any], beside: Mapping[str, Any] | None) -> Announcement | None:
     """What a config, or else ModelOpt's file `beside` it, says about how weights are stored; None if nothing.
 
     Raises CheckpointError if that cannot be decoded, naming who quantized the model.
     """
-    found = list(_announcements(config))
-    if beside is not None and not found:
-        found = [(MODELOPT_FILE, beside.get("quantization"))]
-    methods: dict[str, Announced] = {}
-    for where, said in found:
+    said_at = list(_announcements(config))
+    if beside is not None and not said_at:
+        said_at = [(MODELOPT_FILE, beside.get("quantization"))]
+    methods: dict[str, Announcement] = {}
+    for where, said in said_at:
         if not isinstance(said, dict):
             raise CheckpointError(f"{model}: {where} is not an object. Restore the file.")
         one = _understood(model, where, said)
@@ -130,21 +130,21 @@ def announced(model: object, config: Mapping[str, Any], beside: Mapping[str, Any
     return next(iter(methods.values()), None)
 
 
-def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+def unquantized(config: Mapping[str, Any]) -> JsonObject:
     """A copy of a config that says nothing of how weights were stored, in its parts neither."""
     dropped = _STORED_KEYS if any(_announcements(config)) else KEYS
     return _without(config, dropped)
 
 
-def require_no_codes(model: object, tensors: Iterable[TensorInfo], told: Announced | None) -> None:
-    """Raise CheckpointError for tensors of a quantized model that nothing told of."""
+def require_no_codes(model: object, tensors: Iterable[TensorInfo], announcement: Announcement | None) -> None:
+    """Raise CheckpointError for tensors of a quantized model that nothing tells of."""
     for tensor in tensors:
         for end, tool in _SIGNS.items():
             if tensor.name.endswith(end):
                 raise _already(model, tool, f"the tensor {tensor.name}")
         if tensor.dtype == "U32" and tensor.name.endswith(".weight"):
             raise _already(model, "MLX", f"the tensor {tensor.name}")
-        if told is None and (tensor.name.endswith(_UNTOLD) or tensor.dtype == "F8_E8M0"):
+        if announcement is None and (tensor.name.endswith(_UNTOLD) or tensor.dtype == "F8_E8M0"):
             raise CheckpointError(
                 f"{tensor.name} belongs to a quantized weight, but neither config.json nor {MODELOPT_FILE} says how it "
                 "is stored. Restore config.json."
@@ -168,7 +168,7 @@ def _is_mlx(said: object) -> bool:
     return isinstance(said, dict) and "bits" in said and "group_size" in said
 
 
-def _without(part: Mapping[str, Any], dropped: tuple[str, ...]) -> dict[str, Any]:
+def _without(part: Mapping[str, Any], dropped: tuple[str, ...]) -> JsonObject:
     return {
         key: _without(value, dropped) if isinstance(value, dict) else value
         for key, value in part.items()
@@ -183,19 +183,19 @@ def _already(model: object, tool: str, where: str) -> CheckpointError:
     )
 
 
-def _understood(model: object, where: str, said: Mapping[str, Any]) -> Announced:
+def _understood(model: object, where: str, said: Mapping[str, Any]) -> Announcement:
     named = _method(said)
     method = _METHODS.get(named) if isinstance(named, str) else None
     if where == MODELOPT_FILE:
         method = MODELOPT
     if method in (FP8, MXFP4):
         blocks, strict = _fp8_blocks(said)
-        return Announced(method, where, blocks, strict)
+        return Announcement(method, where, blocks, strict)
     if method == MODELOPT:
         algorithm = said.get("quant_algo")
         if algorithm is not None and algorithm not in _ALGORITHMS:
             raise _already(model, f"ModelOpt as {shown(algorithm)}", where)
-        return Announced(MODELOPT, where, ((128, 128),))
+        return Announcement(MODELOPT, where, ((128, 128),))
     if method == COMPRESSED_TENSORS:
         return _compressed(model, where, said)
     tool = _TOOLS.get(named.lower(), shown(named)) if isinstance(named, str) else "an unknown tool"
@@ -230,7 +230,7 @@ def _block(value: object) -> tuple[int, int] | None:
     return None
 
 
-def _compressed(model: object, where: str, said: Mapping[str, Any]) -> Announced:
+def _compressed(model: object, where: str, said: Mapping[str, Any]) -> Announcement:
     groups = said.get("config_groups") or {}
     if not isinstance(groups, dict):
         raise CheckpointError(f"{model}: {where}.config_groups is not an object. Restore the file.")
@@ -250,7 +250,7 @@ def _compressed(model: object, where: str, said: Mapping[str, Any]) -> Announced
         for one in weights
         if one.get("type", "int") == "int" and type(one.get("num_bits")) is int
     ]
-    return Announced(
+    return Announcement(
         COMPRESSED_TENSORS,
         where,
         tuple(dict.fromkeys([*blocks, (128, 128)])),

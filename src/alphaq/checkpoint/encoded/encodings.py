@@ -1,7 +1,7 @@
 """Weights stored in 8 or 4 bits and decoded as they are read, as if disk held the values that they stand for.
 
 A tensor with an encoding has the name, dtype and shape of what it decodes to; scales that are stored as tensors
-of their own are no tensors of the model (`coded_tensors` finds both). Codes are rows of whole bytes, so that rows can
+of their own are no tensors of the model (`finding` finds both). Codes are rows of whole bytes, so that rows can
 be read alone. w is rounded once, to bfloat16, or to float16 where the scales are float16:
 
 fp8 (DeepSeek-V3):     w = code · scale in float32, a scale to each block; those at the edges may be smaller.
@@ -18,9 +18,8 @@ compressed-tensors' compressors, ModelOpt's NVFP4QTensor, gguf's quants.py.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -28,12 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alphaq.checkpoint.safetensors_format import TensorInfo
+from alphaq.checkpoint.tensors import Encoding, Part, TensorInfo, stored_grid
 from alphaq.errors import CheckpointError, MissingExtraError
 from alphaq.nouns.ggml import GGML_TYPES
-
-Scheme = str
-"""plain, fp8, mxfp4, fp4, int8, packed2, packed4, packed8, or a quantized type of ggml, such as Q8_0."""
 
 MXFP4_COLUMNS = 32
 DECODED_AT_ONCE = 1 << 20  # weights that are held in float32
@@ -42,108 +38,32 @@ _Q8_0_BYTES = 34
 _E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A stored tensor that helps to decode another: scales, or zero points. Each of its rows serves `height` rows."""
-
-    info: TensorInfo
-    shard: str
-    height: int
-
-    def rows(self, start: int, stop: int) -> tuple[int, int]:
-        """Its first row, and the row after its last, that rows [start, stop) of codes need."""
-        return start // self.height, -(-stop // self.height)
-
-    def slice_of(self, index: int) -> int:
-        """Which of its slices serves a slice of the codes: the only one, or that slice's own."""
-        return index if stored_grid(self.info)[0] > 1 else 0
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How a tensor's values are stored.
-
-    block: rows and columns of a stored matrix that share a scale. scales: where these lie, one to a block, None if
-    they are among the codes. head_rows: rows of an attention head whose halves lie on disk row by row in turns, as
-    llama.cpp's rotary embedding pairs them; 0 if rows are in order.
-    """
-
-    scheme: Scheme
-    block: tuple[int, int]
-    scales: Part | None = None
-    head_rows: int = 0
-    decoder: Callable[[Tensor, str], Tensor] | None = None
-    """Gives the values of a whole tensor from its bytes and name, where a format of this package's own is read."""
-    factor: Part | None = None
-    """One number that all scales are multiplied by."""
-    divisor: Part | None = None
-    """One number that all scales are divided by."""
-    zero_points: Part | None = None
-    """Int32 words of packed codes along the rows, or one number to a block."""
-    columns: int = 0
-    """Of a matrix whose codes may not fill a row's last word; 0 where they always do."""
-    turned: bool = False
-    """Whether disk holds rows and columns in the other order than the decoded tensor."""
-    label: str = ""
-    """What users call it, where that is not the scheme's name."""
-
-    @property
-    def parts(self) -> Iterator[tuple[str, Part]]:
-        """What has to be read besides the codes, by this record's name for it."""
-        for name in ("scales", "factor", "divisor", "zero_points"):
-            if (part := getattr(self, name)) is not None:
-                yield name, part
-
-
-def stored_grid(info: TensorInfo) -> tuple[int, int, int]:
-    """Slices, rows and columns of a tensor [..., rows, columns] as they lie on disk."""
-    *slices, rows, columns = (1, 1, *info.shape)
-    if info.encoding is not None and info.encoding.turned:
-        rows, columns = columns, rows
-    return math.prod(slices), rows, columns
-
-
-def rows_place(info: TensorInfo, index: int, start: int, stop: int) -> tuple[int, int]:
-    """First byte in its file, and number of bytes, of rows [start, stop) of one slice as they lie on disk."""
-    slices, rows, _ = stored_grid(info)
-    row_bytes = info.nbytes // (slices * rows)
-    return info.begin + (index * rows + start) * row_bytes, (stop - start) * row_bytes
-
-
-def stored_dtype(info: TensorInfo) -> str:
-    """What the values are stored as: a dtype's name, or F8_E4M3, MXFP4, NVFP4, INT4, Q8_0."""
-    if info.encoding is None or info.encoding.scheme == "plain":
-        return info.dtype
-    return info.encoding.label or info.encoding.scheme
-
-
-def bytes_on_disk(info: TensorInfo) -> int:
-    """Bytes of a tensor's data and of its scales."""
-    parts = info.encoding.parts if info.encoding is not None else ()
-    return info.nbytes + sum(part.info.nbytes for _, part in parts)
-
-
 def unfolded(info: TensorInfo, experts: int) -> TensorInfo:
     """A tensor [experts · rows, columns] as [experts, rows, columns], its scales too.
 
     Raises CheckpointError if a block of scales reaches over two experts.
     """
     rows, columns = info.shape[0] // experts, info.shape[1]
+
+    def unfold(part: Part | None) -> Part | None:
+        if part is None or (grid := stored_grid(part.info))[1] == 1:
+            return part
+        if rows % part.height:
+            raise CheckpointError(
+                f"{part.info.name}: a scale to {part.height} rows reaches over two experts of {rows}. Start from "
+                "the 16-bit checkpoint."
+            )
+        return replace(part, info=replace(part.info, shape=(experts, grid[1] // experts, grid[2])))
+
     encoding = info.encoding
     if encoding is not None:
-        parts: dict[str, Any] = {}
-        for name, part in encoding.parts:
-            _, part_rows, part_columns = stored_grid(part.info)
-            if part_rows == 1:
-                continue
-            if rows % part.height:
-                raise CheckpointError(
-                    f"{part.info.name}: a scale to {part.height} rows reaches over two experts of {rows}. Start from "
-                    "the 16-bit checkpoint."
-                )
-            shape = (experts, part_rows // experts, part_columns)
-            parts[name] = replace(part, info=replace(part.info, shape=shape))
-        encoding = replace(encoding, **parts)
+        encoding = replace(
+            encoding,
+            scales=unfold(encoding.scales),
+            factor=unfold(encoding.factor),
+            divisor=unfold(encoding.divisor),
+            zero_points=unfold(encoding.zero_points),
+        )
     return replace(info, shape=(experts, rows, columns), encoding=encoding)
 
 
@@ -166,7 +86,7 @@ def decode(encoding: Encoding, codes: Tensor, parts: Mapping[str, Tensor], start
 
 
 @lru_cache
-def _table(scheme: Scheme) -> np.ndarray[Any, Any]:
+def _table(scheme: str) -> np.ndarray[Any, Any]:
     """The values in each byte side by side in bfloat16, as one number, so that one look-up decodes them all."""
     byte = torch.arange(256, dtype=torch.uint8)
     if scheme == "fp8":
@@ -183,12 +103,12 @@ def _table(scheme: Scheme) -> np.ndarray[Any, Any]:
     return values.contiguous().view(whole).view(-1).numpy()
 
 
-def packed_bits(scheme: Scheme) -> int:
+def packed_bits(scheme: str) -> int:
     """Bits of a code of compressed-tensors' packed integers."""
     return int(scheme.removeprefix("packed"))
 
 
-def _looked_up(scheme: Scheme, codes: Tensor) -> Tensor:
+def _looked_up(scheme: str, codes: Tensor) -> Tensor:
     return torch.from_numpy(_table(scheme).take(codes.numpy())).view(torch.bfloat16)
 
 
