@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from alphaq.engines import vllm
 from alphaq.engines.gguf import profile as llama_cpp
-from alphaq.engines.gguf.profile import GAUSSIAN_ERROR
 from alphaq.engines.profile import Profile
 from alphaq.engines.profiles import ENGINES, profile
 from alphaq.errors import ChoiceError, UnknownNameError
+from alphaq.formats.gaussian import GAUSSIAN_ERROR
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.ggml import GGML_BLOCKS
 from alphaq.nouns.matrix import MatrixRef, Role, Shape

@@ -50,15 +50,34 @@ class Part:
     index: int | None = None
 
 
-RAW = "raw"
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What becomes of a tensor's values before an engine's files hold them.
+
+    transform: name of the engine's other layout (`Export.convert` knows it), none for the source's own. dtype: what
+    the values are cast to, as safetensors spells it, none for no cast. raw: the stored bytes are copied whatever they
+    mean, encoded or not.
+    """
+
+    transform: str = ""
+    dtype: str = ""
+    raw: bool = False
+
+    @property
+    def changes(self) -> bool:
+        """Whether values are not stored as the source has them."""
+        return bool(self.transform or self.dtype)
+
+
+AS_IT_IS = Form()
+RAW = Form(raw=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One thing to write: a matrix in its choice, or a stored tensor that is kept (no choice).
 
-    form: how the engine changes the values first, "" for not at all, RAW for the stored bytes whatever they mean.
-    parts: output tensor (and index in its stack) at each place.
+    form: how the engine changes the values first. parts: output tensor (and index in its stack) at each place.
     """
 
     name: str
@@ -66,7 +85,7 @@ class Entry:
     choice: Choice | None
     places: tuple[Place, ...]
     parts: tuple[tuple[str, int | None], ...]
-    form: str = ""
+    form: Form = AS_IT_IS
 
 
 @dataclass(frozen=True)
@@ -120,7 +139,7 @@ class Run:
     tolerance: float
 
 
-def _as_it_is(values: torch.Tensor, form: str, checkpoint: Checkpoint) -> torch.Tensor:
+def _as_it_is(values: torch.Tensor, form: Form, checkpoint: Checkpoint) -> torch.Tensor:
     return values
 
 
@@ -138,6 +157,9 @@ class Export:
     notes: what of a checkpoint the files cannot hold and nobody will miss.
     run: how the folder is run, to see whether the engine computes what it should. shape: (choice, stored tensors of
     one quantized matrix) → its rows and columns, where each matrix lies in files of its own names.
+    codable: whether the engine reads tensors that are entropy-coded (`--codec`, `recode`). holds_codes: whether the
+    files can be opened as a checkpoint whose codes are cut without their weights (`slice`). type_file: (checkpoint,
+    choices) → what the engine's own tool reads to quantize by a plan (`--write-type-file`), None without one.
     """
 
     layout: Callable[[Checkpoint, Mapping[str, Choice]], Layout]
@@ -146,13 +168,16 @@ class Export:
     stored: Callable[[Path], dict[str, Stored]]
     usage: str
     write_rest: Callable[[Path, Checkpoint, Plan, Layout], None]
-    convert: Callable[[torch.Tensor, str, Checkpoint], torch.Tensor] = _as_it_is
+    convert: Callable[[torch.Tensor, Form, Checkpoint], torch.Tensor] = _as_it_is
     fault: Callable[[str, Choice, Sequence[Stored], Sequence[torch.Tensor]], str | None] = lambda *_: None
     from_gguf: bool = False
     side_notes: Callable[[Checkpoint], tuple[str, ...]] = Checkpoint.side_notes
     notes: Callable[[Checkpoint], Sequence[str]] = lambda _: ()
     run: Run | None = None
     shape: Callable[[Choice, Sequence[Stored]], Shape] | None = None
+    codable: bool = False
+    holds_codes: bool = False
+    type_file: Callable[[Checkpoint, Mapping[str, Choice]], str] | None = None
 
 
 def squared_error_of(rows: Rows, weight: torch.Tensor) -> float:

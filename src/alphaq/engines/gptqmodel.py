@@ -237,6 +237,7 @@ PROFILE = Profile(
     file_bytes=lambda matrix, choice: added_bytes(parts(matrix, choice)),
     obstacle=obstacle,
     quantizer="rtn",
+    library="gptqmodel",
     export=Export(
         layout=layout,
         encode=encode,

@@ -244,6 +244,7 @@ PROFILE = Profile(
     file_bytes=lambda matrix, choice: added_bytes(parts(matrix, choice)),
     obstacle=ragged,
     quantizer="affine",
+    library="mlx",
     export=Export(
         layout=layout,
         encode=encode,

@@ -115,6 +115,8 @@ PROFILE = Profile(
     file_bytes=file_bytes,
     obstacle=lambda choice, matrix: None,
     quantizer="rtn",
+    takes_any_shape=True,
+    searchable=True,
     on_request=frozenset({Role.EMBEDDING, Role.HEAD}),
     role_bits=ROLE_BITS | {Role.MIXER: 4},
     export=Export(
@@ -126,5 +128,7 @@ PROFILE = Profile(
         write_rest=write_rest,
         fault=fault,
         run=Run("our runtime in transformers", run_in_transformers, tolerance=0.01),
+        codable=True,
+        holds_codes=True,
     ),
 )

@@ -249,6 +249,7 @@ PROFILE = Profile(
     file_bytes=lambda matrix, choice: added_bytes(parts(matrix, choice)),
     obstacle=ragged,
     quantizer="symmetric16",
+    library="vllm",
     merged={"gate": "gate_up", "up": "gate_up"},
     export=Export(
         layout=layout,
