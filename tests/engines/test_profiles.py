@@ -231,7 +231,7 @@ def test_vllm_bytes_are_those_of_compressed_tensors(choice: Choice, shape: Shape
     scheme = QuantizationScheme(targets=["Linear"], weights=settings)
     stored = PackedQuantizationCompressor.compress({"weight": weight, "weight_scale": scale}, scheme)
     assert set(stored) == {"weight_packed", "weight_scale", "weight_shape"}
-    assert sum(tensor.nbytes for tensor in stored.values()) == vllm.storage_bytes(choice, shape)
+    assert sum(tensor.nbytes for tensor in stored.values()) == vllm.PROFILE.storage_bytes(choice, shape)
 
 
 @pytest.mark.parametrize("choice", quantized(profile("mlx")), ids=str)

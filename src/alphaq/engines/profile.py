@@ -93,11 +93,3 @@ class Profile:
             return matrix.name
         layer = f"layers.{matrix.layer}.experts"
         return layer if self.unit == "layer" else f"{layer}.{matrix.projection}"
-
-
-def ragged(choice: Choice, matrix: MatrixRef) -> str | None:
-    """The obstacle of engines that have no ragged groups."""
-    columns = matrix.shape[1]
-    if not choice.kept and columns % choice.group_size:
-        return f"{columns} columns are not divisible by the group size {choice.group_size}"
-    return None
