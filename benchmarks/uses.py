@@ -18,7 +18,8 @@ from alphaq.calibration.traffic import Expert, ExpertUse
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
-from alphaq.planning.evidence import Measurements, measure_for_plan
+from alphaq.planning.evidence import measure_for_plan
+from alphaq.planning.measured import Measurements
 
 TEXTS = sorted((Path(pipeline.__file__).parent / "data" / "texts").glob("*.txt"))
 TOKENS = 8192

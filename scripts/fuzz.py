@@ -41,15 +41,9 @@ from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.gguf.imatrix import read_imatrix
 from alphaq.checkpoint.gguf.values import VALUE_TYPES
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.checkpoint.safetensors_format import (
-    DTYPE_NAMES,
-    TORCH_DTYPES,
-    TensorInfo,
-    TensorSpec,
-    layout,
-    read_header,
-)
+from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, TORCH_DTYPES, TensorSpec, layout, read_header
 from alphaq.checkpoint.summary import summarize
+from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.checkpoint.weights import read_shards
 from alphaq.errors import AlphaQError
 from alphaq.nouns.choice import Choice

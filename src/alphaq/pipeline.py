@@ -20,7 +20,6 @@ from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.checkpoint.remote import Store
 from alphaq.checkpoint.writer import Place, atomic_file, atomic_folder, create_file, resumable_folder
 from alphaq.engines.export import Entry, Layout
-from alphaq.engines.gguf.importance import Importance, importance_of
 from alphaq.engines.output import (
     MANIFEST_NAME,
     Output,
@@ -131,7 +130,7 @@ def quantize(
             f"The plan was made with the importance matrix {planned or 'of ones'}, not with "
             f"{imatrix.name if imatrix else 'one of ones'}. Give --imatrix the same file, or make the plan again."
         )
-    importance = Importance() if imatrix is None else importance_of(checkpoint, imatrix)
+    importance = profile(plan.engine).importance_of(checkpoint, imatrix)
     rounding = rounding or Rounding.of(plan.engine)
     written = writer.layout(checkpoint, choices)
     if plan.size_bytes not in (None, written.size_bytes):

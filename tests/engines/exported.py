@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from alphaq import pipeline
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.engines.export import LINEAR
 from alphaq.engines.profile import Profile
 from alphaq.engines.profiles import profile
+from alphaq.engines.safetensors.modules import LINEAR
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.plan import Plan

@@ -91,7 +91,8 @@ def test_stored_tensors_hold_what_was_promised(choice: Choice, dtype: torch.dtyp
     weight = gaussian(96, 384, dtype)
     matrix, restored = round_trip(gptqmodel.PROFILE, choice, weight)
     parts = dict(zip(NAMES, gptqmodel.encode(matrix), strict=True))
-    assert tuple(tuple(part.shape) for part in parts.values()) == gptqmodel.shapes(choice, (96, 384))
+    promised = gptqmodel.tensors(choice, (96, 384), "F16")
+    assert {name: tuple(part.shape) for name, part in parts.items()} == {n: one.shape for n, one in promised.items()}
     assert torch.equal(decoded(parts, choice.bits), dequantize(matrix))
     assert torch.equal(restored, dequantize(matrix))
     error = float((restored - weight.float()).double().square().sum())

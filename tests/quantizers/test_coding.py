@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, TensorInfo
+from alphaq.checkpoint.safetensors_format import DTYPE_NAMES
+from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import CheckpointError
 from alphaq.nouns.choice import CHOICE_BITS, Choice
 from alphaq.quantizers import coding

@@ -143,7 +143,7 @@ def plan(
     target = search_target(search, settings, given, means["device"] if "device" in given else None)
     config = plan_config(settings if target is None else settings | {"bpw": ANY_BUDGET}, model is not None)
     from alphaq.checkpoint.writer import atomic_file, check_file
-    from alphaq.engines.gguf import profile as llama_cpp
+    from alphaq.engines.profiles import profile
     from alphaq.report.bitmap import bit_map
     from alphaq.report.places import places_of_matrices
     from alphaq.report.tables import plan_table
@@ -151,7 +151,8 @@ def plan(
     for file in (output, write_type_file, search["curve"]):
         if file is not None:
             check_file(file)
-    if write_type_file is not None and (model is None or config.engine != llama_cpp.PROFILE.name):
+    type_file = profile(config.engine).writer.type_file
+    if write_type_file is not None and (model is None or type_file is None):
         raise AlphaQError("--write-type-file is for llama.cpp and needs the model. Add MODEL and --engine llama.cpp.")
     if target is not None and model is None:
         raise BudgetError("--ear runs the model. Give MODEL.")
@@ -172,8 +173,8 @@ def plan(
             )
     if write_type_file is not None:
         with atomic_file(write_type_file) as partial:
-            assert checkpoint is not None  # MODEL is given
-            partial.write_text(llama_cpp.type_file(checkpoint, made.every_choice()), encoding="utf-8")
+            assert checkpoint is not None and type_file is not None  # checked above
+            partial.write_text(type_file(checkpoint, made.every_choice()), encoding="utf-8")
         err.print(f"Types written to {write_type_file}", markup=False, highlight=False, soft_wrap=True)
     if output is not None:
         with atomic_file(output) as partial:

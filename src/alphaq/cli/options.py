@@ -410,12 +410,11 @@ def importance_matrix(path: Path | None) -> ImportanceMatrix | None:
 
 def note_source(checkpoint: Checkpoint, engine: str, given: ImportanceMatrix | None) -> None:
     """What the engine's files cannot hold of a checkpoint, and what an importance matrix leaves open, on stderr."""
-    from alphaq.engines.gguf.importance import importance_of
     from alphaq.engines.profiles import profile
 
     notes = [*profile(engine).writer.notes(checkpoint)]
     if given is not None:
-        notes.append(importance_of(checkpoint, given).note(given.name) or "")
+        notes.append(profile(engine).importance_of(checkpoint, given).note(given.name) or "")
     for note in filter(None, notes):
         err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
@@ -556,12 +555,12 @@ def search_target(
     if not 1e-3 <= search["ear_step"] <= 8:
         raise BudgetError(f"--ear-step {search['ear_step']:g} is not between 0.001 and 8 bits. Try --ear-step 0.0625.")
     check_dtype(search["dtype"])
-    from alphaq.trials.search import ENGINE, REACHES, Target
+    from alphaq.engines.profiles import profile
+    from alphaq.trials.search import REACHES, Target, require_searchable
 
     if search["reaches"] not in REACHES:
         raise BudgetError(unknown("--reaches", search["reaches"], REACHES))
-    if settings["engine"] != ENGINE:
-        raise BudgetError(f"--ear searches plans for engine {ENGINE} only, not for {settings['engine']}. Use --size.")
+    require_searchable(profile(settings["engine"]))
     if settings["codec"] not in (None, CODECS[0]):
         raise BudgetError(
             "--ear searches plans of fixed-length files. Drop --codec, and code what comes of it with `alphaq recode`."
@@ -594,7 +593,7 @@ def search_plan(
     from alphaq import pipeline
     from alphaq.trials import search as searching
 
-    pipeline.check_source(checkpoint, searching.ENGINE)
+    pipeline.check_source(checkpoint, config.engine)
     if checkpoint.store is not None:
         raise BudgetError(
             f"--ear runs the model, and {checkpoint.store.url} is not on this machine. Download it first."

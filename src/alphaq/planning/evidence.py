@@ -21,9 +21,8 @@ from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, gathe
 from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import FILE_OVERHEAD
-from alphaq.engines.gguf.importance import importance_of
-from alphaq.engines.gguf.profile import GAUSSIAN_ERROR, gaussian_errors
 from alphaq.errors import CheckpointError, QuantizationError, StatsError
+from alphaq.formats.gaussian import GAUSSIAN_ERROR, gaussian_errors
 from alphaq.measuring.cache import Cache
 from alphaq.measuring.measurement import Sampling, coded_bytes, measure
 from alphaq.nouns.choice import Choice
@@ -89,7 +88,7 @@ def measure_for_plan(
     real = tuple(choice for choice in choices if not choice.kept or coded) if config.noise == "measured" else ()
     variant = SpectrumVariant(config.spectrum, config.tail)
     begin = time.perf_counter()
-    importance = {} if imatrix is None else importance_of(checkpoint, imatrix).columns
+    importance = request.profile.importance_of(checkpoint, imatrix).columns
     digest = f"{quantizer_version(request.profile.quantizer)} {imatrix.digest if imatrix else ''}".strip()
 
     sets: dict[frozenset[Choice], frozenset[Choice]] = {}  # most are alike, and there may be 70,000 matrices

@@ -15,9 +15,9 @@ from alphaq.allocation.problem import Problem
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec, entry_bytes
 from alphaq.engines.export import Layout, kept_dtype
-from alphaq.engines.gguf.profile import gaussian_errors
 from alphaq.engines.profile import Profile
 from alphaq.errors import BudgetError, ChoiceError
+from alphaq.formats.gaussian import gaussian_errors
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.settings import PlanConfig, Rule
@@ -39,7 +39,7 @@ def problem_of(checkpoint: Checkpoint | None, request: Request, evidence: Eviden
         costs = counted[:, None] * np.array([choice.bits for choice in choices], dtype=np.int64)
         if config.budget.bits is None:
             raise BudgetError("Stats alone know no bytes. State the budget as --bits, or give MODEL.")
-        if config.engine != "native" or config.pins or config.min_bits or config.max_bits or config.per_layer:
+        if not profile.takes_any_shape or config.pins or config.min_bits or config.max_bits or config.per_layer:
             raise BudgetError("--engine, pins, bounds and --per-layer need to know the matrices. Give MODEL.")
         limit = math.floor(config.budget.bits * int(counted.sum()) + 1e-9)
         problem = Problem(

@@ -13,8 +13,8 @@ from alphaq.allocation.bound import rate_distortion
 from alphaq.allocation.problem import Problem, solve_experts, solve_losses, solve_order, solve_shares
 from alphaq.allocation.solution import Solution
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.engines.gguf.profile import gaussian_errors
 from alphaq.errors import BudgetError
+from alphaq.formats.gaussian import gaussian_errors
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.plan import Plan, PlanTable
 from alphaq.planning.kept import kept_shares

@@ -99,7 +99,7 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
     for option, rules in (("--min-bits", config.min_bits), ("--max-bits", config.max_bits)):
         for rule in rules:
             rule.number(option)
-    if config.imatrix is not None and profile.quantizer != "ggml":
+    if config.imatrix is not None and profile.importance is None:
         raise BudgetError(f"--imatrix is for llama.cpp's quantizers; {profile.name} has none. Drop it.")
     for role, bits in config.roles().items():
         profile.with_bits(bits)
@@ -114,7 +114,7 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
 
 def _check_codec(config: PlanConfig, profile: Profile, with_model: bool) -> None:
     """BudgetError where there are no coded files, or nothing to measure them on."""
-    if profile.name != "native":
+    if not profile.writer.codable:
         raise BudgetError(f"{profile.name} reads no coded tensors. Drop --codec, or use --engine native.")
     if not with_model or config.noise == "analytic" or config.unweighted:
         raise BudgetError(

@@ -31,7 +31,6 @@ from alphaq.work.untrusted import read_bounded
 
 README_NAME = "README.md"
 MAX_CARD_BYTES = 2_000_000
-LIBRARIES = {"native": "alphaq", "llama.cpp": "gguf", "vllm": "vllm", "mlx": "mlx", "gptqmodel": "gptqmodel"}
 KNOWN_LICENCES = {"Apache License": "apache-2.0", "MIT License": "mit", "The MIT License": "mit"}
 NOT_CARRIED = ("model-index", "base_model_relation", "quantized_by", "alphaq", "widget", "co2_eq_emissions")
 """What a card says of the original's own weights, which are not these; and our own keys."""
@@ -233,7 +232,7 @@ def _metadata(
     return {
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
         **licence,
-        "library_name": LIBRARIES.get(plan.engine, "alphaq"),
+        "library_name": opened.profile.library,
         "tags": list(dict.fromkeys(tags)),
         **carried,
         "quantized_by": "alphaq",

@@ -209,7 +209,7 @@ def _too_few(inputs: Inputs, matrix: MatrixRef) -> str:
 def _read_back(checkpoint: Checkpoint, task: StoreTask, matrix: MatrixRef, stored: Mapping[str, Stored]) -> Tensor:
     """What the engine will compute with, float32 [rows, columns]; the original where the engine has another layout."""
     entry = task.entry
-    if entry.form:
+    if entry.form.changes:
         return checkpoint.read(matrix).float()
     assert entry.choice is not None  # it is a matrix
     parts = [

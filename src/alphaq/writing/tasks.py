@@ -17,7 +17,7 @@ from alphaq.checkpoint.files import CHUNK_BYTES, PlainFile
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import DTYPE_NAMES
 from alphaq.checkpoint.writer import Place, checksum, pieces_at, write_at
-from alphaq.engines.export import RAW, Entry, Export, Stored, squared_error_of
+from alphaq.engines.export import Entry, Export, Form, Stored, squared_error_of
 from alphaq.engines.output import Record
 from alphaq.engines.profiles import profile
 from alphaq.errors import CheckpointError, PlanError, QuantizationError
@@ -94,7 +94,7 @@ def _held_bytes(entry: Entry) -> int:
     """A kept tensor is copied in chunks, unless its values change on the way; then it is held, twice at most."""
     if isinstance(entry.source, MatrixRef):
         return 2 * entry.source.parameters
-    return max(CHUNK_BYTES, 2 * sum(place.nbytes for place in entry.places)) if entry.form else CHUNK_BYTES
+    return max(CHUNK_BYTES, 2 * sum(place.nbytes for place in entry.places)) if entry.form.changes else CHUNK_BYTES
 
 
 def store(checkpoint: Checkpoint, task: StoreTask, quantizer: Quantizer | None = None) -> Record:
@@ -239,11 +239,11 @@ def _written(task: StoreTask, data: Iterable[memoryview], relative_error: float 
     )
 
 
-def kept_pieces(checkpoint: Checkpoint, engine: str, tensor: str, form: str) -> Iterator[memoryview]:
+def kept_pieces(checkpoint: Checkpoint, engine: str, tensor: str, form: Form) -> Iterator[memoryview]:
     """The bytes to store for a tensor that is kept: its own, unless they are encoded or the engine wants others."""
     shard = checkpoint.shard_of[tensor]
     info = checkpoint.shards[shard][tensor]
-    if form != RAW and (form or info.encoding is not None):
+    if not form.raw and (form.changes or info.encoding is not None):
         return iter([_bytes_of(profile(engine).writer.convert(checkpoint.tensor(tensor), form, checkpoint))])
     return checkpoint.file(shard).chunks(info.begin, info.nbytes)
 
