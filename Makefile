@@ -48,7 +48,7 @@ style: setup  ## apply formatting and safe fixes
 	$(BIN)/ruff format src tests scripts benchmarks
 	$(BIN)/ruff check --fix src tests scripts benchmarks
 
-bench: setup  ## side by side with peers, into benchmarks/results/ and docs/benchmarks.md; half an hour, 45 GB of disk
+bench: setup  ## side by side with peers, into benchmarks/results/ and docs/research/benchmarks.md; half an hour, 45 GB of disk
 	$(PIP) --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/run.py
 

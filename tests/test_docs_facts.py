@@ -248,7 +248,7 @@ def test_only_modules_that_contributing_names_write_files() -> None:
 
 
 def test_speeds_are_the_same_on_every_page() -> None:
-    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "research" / "benchmarks.md").read_text(encoding="utf-8")
     layer = text.partition("### One layer of Mixtral 8x7B's shape")[2].partition("\n###")[0]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in layer.splitlines() if "| native" in line]
     by_name = {row[0]: row for row in cells if len(row) == 12}
