@@ -1,7 +1,7 @@
 """What stands for the routing prior where it cannot be had: `python benchmarks/uses.py MODEL...`.
 
 Each model is planned with the default method, with its prior and with what could take its place, and compared with the
-original. The table in docs/LOG.md is of `tiny` (bundled) and `moe22m`.
+original. The table in docs/research/log.md is of `tiny` (bundled) and `moe22m`.
 """
 
 from __future__ import annotations

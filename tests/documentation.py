@@ -15,7 +15,7 @@ import typer
 from conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-HISTORY = ("docs/LOG.md", "CHANGELOG.md")
+HISTORY = ("docs/research/log.md", "CHANGELOG.md")
 """Pages that tell what was; commands there were true then."""
 
 PARSED_ONLY = {
