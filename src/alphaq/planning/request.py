@@ -12,6 +12,7 @@ from alphaq.errors import BudgetError, ChoiceError
 from alphaq.nouns.choice import CODECS, Choice
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.settings import PlanConfig
+from alphaq.quantizers.base import QUANTIZERS
 from alphaq.sensitivity.methods import Method, method
 
 WIDTHS = (*range(1, 9), 16)
@@ -99,7 +100,7 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
     for option, rules in (("--min-bits", config.min_bits), ("--max-bits", config.max_bits)):
         for rule in rules:
             rule.number(option)
-    if config.imatrix is not None and profile.quantizer != "ggml":
+    if config.imatrix is not None and QUANTIZERS[profile.quantizer].library is None:
         raise BudgetError(f"--imatrix is for llama.cpp's quantizers; {profile.name} has none. Drop it.")
     for role, bits in config.roles().items():
         profile.with_bits(bits)
