@@ -9,6 +9,7 @@ importance matrix; with one of ones some types leave less error, so that is show
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -71,7 +72,7 @@ def as_stock(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> Quan
 def fidelity(checkpoint: Checkpoint, plan: Plan, texts: list[Path], quantizer: Any, tokens: int) -> dict[str, Any]:
     """Write a plan's file and compare it with its source."""
     usual = QUANTIZERS["ggml"]
-    QUANTIZERS["ggml"] = quantizer
+    QUANTIZERS["ggml"] = replace(usual, function=quantizer)
     try:
         with TemporaryDirectory() as scratch:
             out = Path(scratch) / "out"

@@ -259,7 +259,19 @@ def test_speeds_are_the_same_on_every_page() -> None:
 # What `--json` prints
 
 
-TEXT_FREE = ["inspect", "analyze", "plan", "engines", "methods", "explain", "quantize", "recode", "slice", "verify"]
+TEXT_FREE = [
+    "inspect",
+    "analyze",
+    "plan",
+    "engines",
+    "methods",
+    "quantizers",
+    "explain",
+    "quantize",
+    "recode",
+    "slice",
+    "verify",
+]
 WITH_TEXT = ["card", "certify", "eval", "generate", "report", "plot", "compare", "demo"]
 
 
@@ -303,6 +315,7 @@ def keys_of(alphaq: Callable[..., Ran], command: str, made: Mapping[str, Path], 
         "plan": ("plan", model, *fast),
         "engines": ("engines",),
         "methods": ("methods",),
+        "quantizers": ("quantizers",),
         "explain": ("explain", out / "plan.json"),
         "quantize": ("quantize", model, *fast, "-o", scratch / "again"),
         "recode": ("recode", out, "--codec", "zstd", "-o", scratch / "coded"),

@@ -28,8 +28,9 @@ from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.settings import Blocks, Budget, PlanConfig, Tail
 from alphaq.nouns.spectrum import Spectrum
 from alphaq.planning import make_plan, measure_for_plan, resolve
-from alphaq.quantizers.base import QUANTIZERS
-from alphaq.quantizers.rtn import FP16_MAX, quantize_rtn
+from alphaq.quantizers.base import rounder_of
+from alphaq.quantizers.debiased import quantize_debiased
+from alphaq.quantizers.rows import FP16_MAX
 from alphaq.sensitivity.importance import completed
 from alphaq.sensitivity.methods import METHODS
 from alphaq.simd.sums import sums
@@ -226,7 +227,7 @@ SLOW_TABLES = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S"}  # llama.cpp buil
 def stored(weight: torch.Tensor, engine: str, choice: Choice, name: str) -> torch.Tensor:
     """A matrix as an engine's files give it back; checks the error that was promised."""
     profile = ENGINES[engine]
-    found = QUANTIZERS[profile.quantizer](weight, choice, name)
+    found = rounder_of(profile.quantizer)(weight, choice, name)
     values = profile.writer.reader(profile.writer.encode(found), choice, weight.shape, name)(slice(0, len(weight)))
     exact = float((values.double() - weight.double()).square().sum())
     assert found.squared_error == pytest.approx(exact, rel=1e-3, abs=1e-6 * sums(weight)[1] + 1e-37), name
@@ -261,7 +262,7 @@ def test_weights_of_one_value_beside_zeros_are_exact(choice: Choice) -> None:
     for value in (0.1875, -0.1875, 2.0**-24, -4096.0):
         for share in (0.01, 0.5, 1.0):
             weight = torch.where(torch.rand(4, 200, generator=torch.Generator().manual_seed(1)) <= share, value, 0.0)
-            assert quantize_rtn(weight, choice).squared_error == 0, (value, share)
+            assert quantize_debiased(weight, choice).squared_error == 0, (value, share)
 
 
 @pytest.mark.parametrize(("engine", "choice"), [(e, c) for e, c in OURS + GGML if c.bits in (2, 4)], ids=str)
@@ -269,7 +270,7 @@ def test_what_no_scale_can_hold_is_refused_by_name(engine: str, choice: Choice) 
     for value in (math.nan, math.inf, -math.inf, 1e5, 1e30, 3.3e38):
         weight = with_one(0.02 * gaussian(4, 256), value)
         with pytest.raises(QuantizationError, match=r"layers\.9\.up .* --pin 'layers\.9\.up=16'"):
-            QUANTIZERS[ENGINES[engine].quantizer](weight, choice, "layers.9.up")
+            rounder_of(ENGINES[engine].quantizer)(weight, choice, "layers.9.up")
 
 
 def test_weights_near_the_largest_float16_come_back_as_float16_or_are_refused() -> None:
@@ -279,7 +280,7 @@ def test_weights_near_the_largest_float16_come_back_as_float16_or_are_refused() 
             if choice.bits != 16:
                 if share > 0.75:
                     with pytest.raises(QuantizationError, match="too large"):
-                        quantize_rtn(weight, choice)
+                        quantize_debiased(weight, choice)
                 else:
                     assert stored(weight, "native", choice, "x").half().isfinite().all(), choice
 

@@ -28,8 +28,8 @@ from alphaq.errors import LONGEST_MESSAGE, AlphaQError, CheckpointError, PlanErr
 from alphaq.measuring.cache import Cache
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
+from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.packing import decode, encode
-from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.work.untrusted import parse_json
 from conftest import Ran
 
@@ -457,7 +457,7 @@ def test_a_tensor_s_name_is_never_a_path(alphaq: Run, copy: Path, tmp_path: Path
 
 
 def block(text: str = "2g32", shape: tuple[int, int] = (3, 33)) -> torch.Tensor:
-    return encode(quantize_rtn(torch.randn(shape), Choice.parse(text)))
+    return encode(quantize_debiased(torch.randn(shape), Choice.parse(text)))
 
 
 def packed_header(bits: int, group_size: int, flags: int, rows: int, columns: int, version: int = 1) -> bytes:

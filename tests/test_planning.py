@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -569,7 +570,7 @@ def test_of_a_large_unit_only_a_sample_of_matrices_is_measured_and_stands_for_th
         seen.add(name)
         return quantize_ggml(weight, choice, name)
 
-    monkeypatch.setitem(QUANTIZERS, "ggml", noting)
+    monkeypatch.setitem(QUANTIZERS, "ggml", replace(QUANTIZERS["ggml"], function=noting))
     monkeypatch.setattr(planning.evidence, "SAMPLE_MEMBERS", 3)
     request = resolve(config_of(engine="llama.cpp", choices="Q3_K,Q5_K,Q8_0", budget=Budget(bits=4.0)))
     found = measure_for_plan(checkpoint, request, cache=cache)

@@ -41,6 +41,7 @@ from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.nouns.spectrum import Spectrum
 from alphaq.planning import checked_plan, measure_for_plan, resolve
 from alphaq.planning import make_plan as make_plan
+from alphaq.quantizers.base import QUANTIZERS
 from alphaq.report.content import MAX_DENSITIES, Sources, sampled
 from alphaq.report.html import write_report
 from alphaq.report.places import places_of_matrices
@@ -222,8 +223,7 @@ def _quantize_coded(
 
 def check_codable(rounding: Rounding) -> None:
     """PlanError if what a quantizer's codes take once coded cannot be held to what a plan says."""
-    known = rounding.plain == Rounding.of("native").plain and rounding.calibrated in (None, "gptq")
-    if not known:
+    if not all(QUANTIZERS[name].coded_size_known for name in (rounding.plain, rounding.name)):
         raise PlanError(
             f"What codes of quantizer {rounding.name} will take is not known to a plan. Use --quantizer gptq, or "
             "quantize without --codec and code the result with `alphaq recode`."

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
@@ -228,7 +228,7 @@ def test_interrupted_run_goes_on_where_it_was(
             raise stop
         return quantize_ggml(weight, choice, name)
 
-    monkeypatch.setitem(QUANTIZERS, "ggml", stopping)
+    monkeypatch.setitem(QUANTIZERS, "ggml", replace(QUANTIZERS["ggml"], function=stopping))
     with pytest.raises(KeyboardInterrupt):
         pipeline.quantize(open_checkpoint(tiny), plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()

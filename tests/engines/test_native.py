@@ -18,8 +18,8 @@ from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.planning.limits import byte_tables
+from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.packing import dequantize
-from alphaq.quantizers.rtn import quantize_rtn
 from conftest import FAMILIES, read_back
 
 
@@ -104,7 +104,7 @@ def test_stored_values_are_the_quantizer_s(
     for name, values in read_back(tmp_path / "out", checkpoint).items():
         if name in plan.choices:
             weight = checkpoint.read(originals[name])
-            assert torch.equal(values, dequantize(quantize_rtn(weight, plan.choice(name))))
+            assert torch.equal(values, dequantize(quantize_debiased(weight, plan.choice(name))))
         else:
             with safe_open(checkpoint.folder / checkpoint.shard_of[name], "pt") as file:
                 assert torch.equal(values, file.get_tensor(name))

@@ -47,6 +47,7 @@ from alphaq.cli.options import (
     with_options,
 )
 from alphaq.cli.plot import plot
+from alphaq.cli.quantizers import quantizers
 from alphaq.cli.recode import recode
 from alphaq.cli.report import report
 from alphaq.cli.slice import slice_
@@ -203,7 +204,7 @@ def quantize(
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Use this plan instead of making one.")] = None,
     quantizer: Annotated[
         str | None,
-        typer.Option(help="rtn, clipped, hqq, gptq, learned, minmax (docs/quantizers.md); the engine's usual one."),
+        typer.Option(help="How codes are found (see `alphaq quantizers`); the engine's usual way by default."),
     ] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that gptq and learned look at; enough for the experts by default.")
@@ -237,13 +238,13 @@ def quantize(
         if search["curve"] is not None:
             check_file(search["curve"])
     from alphaq import pipeline
-    from alphaq.writing.calibrated import CALIBRATED
+    from alphaq.quantizers.base import looks_at_inputs
 
     checkpoint = opened(model, means)
     engine = made.engine if plan_file is not None else config.engine
     pipeline.check_source(checkpoint, engine)
     planned_on_text = plan_file is None and config.calibration is not None
-    source = None if planned_on_text and quantizer not in CALIBRATED else settings["calibration"]
+    source = None if planned_on_text and not looks_at_inputs(quantizer) else settings["calibration"]
     bos = settings["bos"] and (plan_file is None or made.config.get("bos", True))
     rounding = rounding_of(checkpoint, engine, quantizer, source, calibration_tokens, bos)
     if (made.config.get("codec") if plan_file is not None else config.codec) not in (None, CODECS[0]):
@@ -320,7 +321,7 @@ def compare(
     ] = "uniform,random,first-layers,structure,distortion,alphaq,paper,auto",
     quantizers: Annotated[
         str | None,
-        typer.Option(help="Quantizers, comma-separated: rtn,clipped,hqq,gptq,learned,minmax. The usual one."),
+        typer.Option(help="Quantizers, comma-separated (see `alphaq quantizers`); the usual one by default."),
     ] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that gptq and learned look at; enough for the experts by default.")
@@ -359,15 +360,15 @@ def compare(
     }
     config = plan_config(settings | fixed | {"method": "distortion"})
     check_dtype(dtype)
+    from alphaq.quantizers.base import looks_at_inputs
     from alphaq.trials.compare import compare as run
     from alphaq.trials.tables import comparison_table
-    from alphaq.writing.calibrated import CALIBRATED
 
     checkpoint = opened(model, means)
     if checkpoint.store is not None:
         raise AlphaQError("compare runs the model, whose weights must lie on a local disk. Download it first.")
     listed = [name.strip() for name in (quantizers or "").split(",") if name.strip()]
-    source, calibrated = settings["calibration"], [name in CALIBRATED for name in listed]
+    source, calibrated = settings["calibration"], [looks_at_inputs(name) for name in listed]
     roundings = [
         rounding_of(
             checkpoint,
@@ -566,6 +567,7 @@ app.command()(certify)
 app.command()(card)
 app.command()(report)
 app.command()(plot)
+app.command()(quantizers)
 
 
 def _version(wanted: bool) -> None:

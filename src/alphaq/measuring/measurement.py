@@ -17,10 +17,12 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.spectrum import Spectrum, WeightStatistics
 from alphaq.quantizers.base import (
+    DEFAULT,
+    QUANTIZERS,
     SAMPLE_VALUES,
     SquaredErrors,
     coded_errors,
-    quantizer_of,
+    rounder_of,
     sixteen_bits,
     squared_errors,
 )
@@ -48,7 +50,7 @@ class MeasureTask:
     choices: tuple[Choice, ...]
     statistics: bool = False
     variant: SpectrumVariant = FAST_VARIANT
-    quantizer: str = "rtn"
+    quantizer: str = DEFAULT
     sample_values: int = SAMPLE_VALUES
     importance: np.ndarray | None = None
     codec: str | None = None
@@ -91,13 +93,13 @@ def measure_one(checkpoint: Checkpoint, task: MeasureTask) -> Measured:
         return Measured(None, exact)
     weight = checkpoint.read(task.matrix)
     own = spectrum if task.variant == FAST_VARIANT else partial(variant_spectrum, variant=task.variant)
-    quantizer = quantizer_of(task.quantizer, task.importance)
+    rounder = rounder_of(task.quantizer, task.importance)
     if task.codec is None:
-        errors = squared_errors(weight, rest, name, quantizer, task.sample_values)
+        errors = squared_errors(weight, rest, name, rounder, task.sample_values)
         if exact.expected:
             errors = replace(exact, expected=exact.expected | errors.expected, deviation=errors.deviation)
     else:
-        errors = coded_errors(weight, task.choices, name, cutting(held, quantizer))
+        errors = coded_errors(weight, task.choices, name, cutting(held, rounder))
     return Measured(
         own(weight, name) if task.spectrum else None,
         errors,
@@ -113,7 +115,7 @@ class Sampling:
     digest: what tells it from others. codec: what codes the files; errors and bytes are then those of whole matrices.
     """
 
-    quantizer: str = "rtn"
+    quantizer: str = DEFAULT
     values: int = SAMPLE_VALUES
     matrices: Mapping[str, frozenset[Choice]] | None = None
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -240,10 +242,10 @@ def restored(
     if choice.kept:
         return sixteen_bits(weight).float()
     held = held_form(checkpoint, matrix) if quantizer == CUTS else None
-    found = cutting(held, quantizer_of(quantizer, importance.get(matrix.name)))(weight, choice, matrix.name)
+    found = cutting(held, rounder_of(quantizer, importance.get(matrix.name)))(weight, choice, matrix.name)
     if choice.scheme:
         return restore_rows(found.codes.numpy(), choice, matrix.shape[1])
-    if quantizer != "affine" or found.offsets is None:
+    if not QUANTIZERS[quantizer].adds_offsets or found.offsets is None:
         return dequantize(found)
     # Whose offsets are added to s·q instead of being zero points.
     columns = matrix.shape[1]
@@ -263,7 +265,7 @@ def coded_bytes(checkpoint: Checkpoint, task: tuple[str | MatrixRef, Choice | No
         name, weight = source.name, checkpoint.read(source)
         assert choice is not None  # of a matrix
         held = held_form(checkpoint, source) if quantizer == CUTS else None
-        rounded = cutting(held, quantizer_of(quantizer))
+        rounded = cutting(held, rounder_of(quantizer))
         stored = sixteen_bits(weight) if choice.kept else encode(rounded(weight, choice, name))
     coded = encode_tensor(stored)
     return stored_bytes(name, TensorSpec(DTYPE_NAMES[coded.dtype], tuple(coded.shape)))

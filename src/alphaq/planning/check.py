@@ -32,7 +32,7 @@ from alphaq.nouns.plan import Plan, PlanCheck
 from alphaq.planning.measured import Measurements
 from alphaq.planning.plan import make_plan
 from alphaq.planning.request import Request
-from alphaq.quantizers.base import quantizer_version
+from alphaq.quantizers.base import QUANTIZERS
 from alphaq.sensitivity.methods import method
 from alphaq.work.workers import Wrap, silent
 
@@ -128,7 +128,7 @@ def _by_divergence(
         return json.dumps(divergences(checkpoint, ids, [plan.every_choice() for plan in plans], rounding, context))
 
     quantizer = request.profile.quantizer
-    rounded_by = [CHECK_VERSION, request.profile.name, quantizer, quantizer_version(quantizer), request.config.imatrix]
+    rounded_by = [CHECK_VERSION, request.profile.name, quantizer, QUANTIZERS[quantizer].version, request.config.imatrix]
     depends_on = [*(one.choices for one in plans), ids.tolist(), context, checkpoint.settings_digest(), *rounded_by]
     key = f"check-{hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:24]}.json"
     for _ in wrap([key], 1, "check"):

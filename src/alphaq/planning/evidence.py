@@ -31,7 +31,7 @@ from alphaq.nouns.spectrum import Spectrum
 from alphaq.planning.limits import outside_experts, pinned, problem_of
 from alphaq.planning.measured import Measurements
 from alphaq.planning.request import Request
-from alphaq.quantizers.base import SAMPLE_VALUES, quantizer_version
+from alphaq.quantizers.base import QUANTIZERS, SAMPLE_VALUES
 from alphaq.quantizers.coding import coder_version
 from alphaq.sensitivity.distortion import analytic_noise
 from alphaq.sensitivity.methods import Evidence, Need
@@ -89,7 +89,7 @@ def measure_for_plan(
     variant = SpectrumVariant(config.spectrum, config.tail)
     begin = time.perf_counter()
     importance = request.profile.importance_of(checkpoint, imatrix).columns
-    digest = f"{quantizer_version(request.profile.quantizer)} {imatrix.digest if imatrix else ''}".strip()
+    digest = f"{QUANTIZERS[request.profile.quantizer].version} {imatrix.digest if imatrix else ''}".strip()
 
     sets: dict[frozenset[Choice], frozenset[Choice]] = {}  # most are alike, and there may be 70,000 matrices
 
@@ -218,7 +218,7 @@ def _coded_rest(checkpoint: Checkpoint, request: Request, workers: Workers, cach
 
     if cache is None:
         return int(run())
-    key = f"{coder_version(str(request.config.codec))} {quantizer_version(quantizer)} {sorted(fixed.items())}"
+    key = f"{coder_version(str(request.config.codec))} {QUANTIZERS[quantizer].version} {sorted(fixed.items())}"
     return cache.kept(f"rest-{hashlib.sha256(key.encode()).hexdigest()[:16]}.txt", run, int)
 
 

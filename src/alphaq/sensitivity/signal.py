@@ -6,8 +6,8 @@ S is measured, not assumed: random tokens, rewritten once by the model itself, a
 rounding moves the stream behind a layer, squared and relative to it, per unit of relative weight error. It finds what
 is true of most models, early layers and down projections first, without being told. Such tokens overstate the first
 layers, hence the root. πₑ is the routing prior, averaged within the layer. For llama.cpp's types S without a root was
-better. Where rounding shrinks all weights, harm grows faster than the squared error; RTN prevents that
-(quantizers/rtn.py). Experiments: docs/LOG.md.
+better. Where rounding shrinks all weights, harm grows faster than the squared error; the default quantizer
+prevents that (quantizers/debiased.py). Experiments: docs/LOG.md.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ from alphaq.writing.calibrated import Rounding
 BASELINE = "uniform"
 REFERENCE = "reference"
 JOURNAL_NAME = "results.jsonl"
-FORMAT_VERSION = 4  # of the journal
+FORMAT_VERSION = 5  # of the journal
 SCRATCH_NAME = ".alphaq-scratch"
 Scores = dict[str, list[WindowScore]]
 Key = tuple[str, float, str]  # method, bits, rounding
