@@ -117,6 +117,7 @@ PROFILE = Profile(
     quantizer="rtn",
     on_request=frozenset({Role.EMBEDDING, Role.HEAD}),
     role_bits=ROLE_BITS | {Role.MIXER: 4},
+    codable=True,
     export=Export(
         layout=layout,
         encode=lambda matrix: (encode(matrix),),

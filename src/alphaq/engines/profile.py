@@ -32,7 +32,8 @@ class Profile:
     codes the engine reads, by name. merged: projections of a dense MLP that the engine runs as one, and what that is
     called. role_bits: usual width of each role that is quantized outside the budget. on_request: roles that are copied
     unless a user names a width for them. joint: whether a budget for all files (`--size`) chooses for those of
-    role_bits too. export: how files are written, None where they cannot be yet.
+    role_bits too. codable: whether it reads entropy-coded tensors. export: how files are written, None where they
+    cannot be yet.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Profile:
     role_bits: Mapping[Role, int] = field(default_factory=lambda: dict(ROLE_BITS))
     on_request: frozenset[Role] = frozenset()
     joint: bool = False
+    codable: bool = False
     kept_bytes: Callable[[Checkpoint, MatrixRef], int] | None = None
     export: Export | None = None
 

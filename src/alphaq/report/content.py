@@ -19,6 +19,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from alphaq.errors import PlanError
+from alphaq.measuring.density import Density
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.report.commands import Names, reproduce
@@ -26,7 +27,6 @@ from alphaq.report.path import BudgetPath, budget_path, tables_of
 from alphaq.report.places import Place, place_by_name
 from alphaq.report.runs import ComparedRow, Run
 from alphaq.report.tables import check_words, human_bytes
-from alphaq.spectra.density import Density
 
 MAX_DENSITIES = 2000
 """Matrices whose spectra are kept at most, of those sampled: 2000 take 0.3 MB, and an eigenvalue solver minutes."""
