@@ -32,6 +32,7 @@ from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.ggml import blocks_of, quantize_ggml
+from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers
 
 TITLE = "GGUF at equal size"
@@ -95,7 +96,7 @@ def compare(model: Path, recipe: str, texts: list[Path], cache: Cache, tokens: i
     budget = Budget(size_bytes=row["stock"]["size_bytes"])
     for name, choices in (("k_types", K_TYPES), ("alphaq", None)):
         request = resolve(PlanConfig(budget=budget, engine="llama.cpp", choices=choices))
-        plan = make_plan(checkpoint, request, measure_for_plan(checkpoint, request, cache=cache))
+        plan = make_plan(checkpoint, request, measure_for_plan(checkpoint, request, resources=Resources(cache=cache)))
         row[name] = fidelity(checkpoint, plan, texts, quantize_ggml, tokens)
     return {"model": checkpoint.name, "recipe": recipe, **row}
 

@@ -50,7 +50,7 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.ggml import GGML_TYPES
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
-from alphaq.planning import make_plan, measure_for_plan, resolve
+from alphaq.planning import PlanInputs, make_plan, measure_for_plan, resolve
 from alphaq.quantizers.base import rounder_of
 from alphaq.quantizers.coding import PREFIX_BYTES, block_header, decode_tensor, decoded_info, encode_tensor
 from alphaq.quantizers.packing import decode, dequantized_rows, encode
@@ -529,7 +529,7 @@ def stats_target(folder: Path) -> Target:
     request = resolve(PlanConfig(budget=Budget(bits=2.5)), with_model=False)
 
     def plan() -> None:
-        make_plan(None, request, measure_for_plan(None, request, path))
+        make_plan(None, request, measure_for_plan(None, request, PlanInputs(path)))
 
     def run(raw: bytes) -> None:
         path.write_bytes(raw)

@@ -31,6 +31,7 @@ from alphaq.quantizers.base import rounder_of
 from alphaq.runtime.loading import load_model
 from alphaq.sensitivity import methods
 from alphaq.simd.sums import squared_distance
+from alphaq.work.resources import Resources
 from runnable import save_runnable
 
 IDS = random_windows(340, windows=2, length=24)
@@ -85,8 +86,9 @@ def ruinous(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made(checkpoint: Checkpoint, cache: Path, **settings: Any) -> Plan:
     request = resolve(PlanConfig(**{"budget": Budget(bits=2.5), **settings}))
-    with Cache(cache, {}) as kept:
-        return checked_plan(checkpoint, request, measure_for_plan(checkpoint, request, cache=kept), kept)
+    with Cache(cache, {}) as opened:
+        kept = Resources(cache=opened)
+        return checked_plan(checkpoint, request, measure_for_plan(checkpoint, request, resources=kept), kept)
 
 
 @pytest.fixture(scope="module")

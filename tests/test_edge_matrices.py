@@ -27,17 +27,19 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.settings import Blocks, Budget, PlanConfig, Tail
 from alphaq.nouns.spectrum import Spectrum
-from alphaq.planning import make_plan, measure_for_plan, resolve
+from alphaq.planning import PlanInputs, make_plan, measure_for_plan, resolve
 from alphaq.quantizers.base import rounder_of
 from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.rows import FP16_MAX
-from alphaq.sensitivity.importance import completed
+from alphaq.research.alpha_ratio import completed
+from alphaq.research.statistics import weight_statistics
+from alphaq.research.tails import variant_exponent, variant_spectrum
 from alphaq.sensitivity.methods import METHODS
 from alphaq.simd.sums import sums
 from alphaq.spectra.device import device_spectra
 from alphaq.spectra.measure import spectrum
-from alphaq.spectra.statistics import weight_statistics
-from alphaq.spectra.variants import SpectrumVariant, variant_exponent, variant_spectrum
+from alphaq.spectra.variants import SpectrumVariant
+from alphaq.work.resources import Resources
 from conftest import DATA, Ran, read_back
 from runnable import save_runnable
 
@@ -393,7 +395,7 @@ def test_every_method_plans_a_model_of_edge_matrices(
     asked = resolve(PlanConfig(budget=Budget(bits=5 if choices else 3), method=method, choices=choices))
     plans = []
     for _ in range(2):
-        found = measure_for_plan(checkpoint, asked, cache=caches[model], calibration=Text(text))
+        found = measure_for_plan(checkpoint, asked, PlanInputs(text=Text(text)), Resources(cache=caches[model]))
         plans.append(make_plan(checkpoint, asked, found))
     assert plans[0] == plans[1]
     assert_finite(json.loads(plans[0].to_json()), method)
@@ -402,7 +404,7 @@ def test_every_method_plans_a_model_of_edge_matrices(
 
 def test_mint_names_a_matrix_that_no_choice_is_clear_enough_for(edges: Path, caches: dict[str, Cache]) -> None:
     asked = resolve(PlanConfig(budget=Budget(bits=3), method="mint"))
-    found = measure_for_plan(open_checkpoint(edges), asked, cache=caches["edges"])
+    found = measure_for_plan(open_checkpoint(edges), asked, resources=Resources(cache=caches["edges"]))
     with pytest.raises(BudgetError, match=r"No choice is left for 'model\.layers\..*16 keeps a matrix"):
         make_plan(open_checkpoint(edges), asked, found)
 
@@ -421,7 +423,7 @@ def test_equal_experts_are_told_apart_alike_in_every_run(undefined: Path, caches
     checkpoint = open_checkpoint(undefined)
     for method in ("alphaq", "uniform", "alpha-ratio"):
         asked = resolve(PlanConfig(budget=Budget(bits=2.5), method=method))
-        found = measure_for_plan(checkpoint, asked, cache=caches["undefined"])
+        found = measure_for_plan(checkpoint, asked, resources=Resources(cache=caches["undefined"]))
         plan = make_plan(checkpoint, asked, found)
         assert make_plan(checkpoint, asked, measure_for_plan(checkpoint, asked)).choices == plan.choices
         assert plan.neutral.keys() == plan.assignment.keys()
@@ -481,4 +483,4 @@ def test_a_tensor_that_spoils_a_pass_is_named(tensor: str, method: str, edges: P
     text.write_text((DATA / "texts" / "code.txt").read_text()[:2500])
     asked = resolve(PlanConfig(budget=Budget(bits=3), method=method))
     with pytest.raises(QuantizationError, match=rf"layers\.0\.{re.escape(tensor)} holds NaN"):
-        measure_for_plan(open_checkpoint(folder), asked, calibration=Text(text))
+        measure_for_plan(open_checkpoint(folder), asked, PlanInputs(text=Text(text)))

@@ -32,7 +32,8 @@ from alphaq.engines.output import (
 from alphaq.engines.profiles import profile
 from alphaq.errors import OutputError, PlanError
 from alphaq.measuring.cache import Cache
-from alphaq.measuring.measurement import ahead, leaving, measure
+from alphaq.measuring.density import Density, DensityTask, density_one
+from alphaq.measuring.measurement import Wanted, ahead, leaving, measure
 from alphaq.nouns.choice import CODECS
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.matrix import MatrixRef
@@ -46,10 +47,10 @@ from alphaq.report.content import MAX_DENSITIES, Sources, sampled
 from alphaq.report.html import write_report
 from alphaq.report.places import places_of_matrices
 from alphaq.report.runs import ComparedRow, read_run
-from alphaq.spectra.density import Density, DensityTask, density_one
 from alphaq.spectra.measure import write_stats
 from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant
 from alphaq.work.journal import Journal
+from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers, Wrap, silent
 from alphaq.writing.calibrated import Rounding, store_calibrated
 from alphaq.writing.recoding import recode_into
@@ -74,7 +75,7 @@ def analyze(
 ) -> list[tuple[MatrixRef, Spectrum]]:
     """Measure every matrix and write the stats CSV."""
     matrices = checkpoint.matrices
-    found = measure(matrices, workers or Workers(1, checkpoint), cache, device=device, variant=variant)
+    found = measure(checkpoint, matrices, Wanted(variant), Resources(workers, cache, device=device))
     rows = [
         (matrix, one.spectrum)
         for matrix, one in zip(matrices, wrap(found, len(matrices), "analyze"), strict=True)
@@ -532,7 +533,7 @@ def demo(out: Path, wrap: Wrap = silent) -> dict[str, Any]:
         model, texts = data / "tiny", sorted((data / "texts").glob("*.txt"))
         checkpoint = open_checkpoint(model)
         config = PlanConfig(budget=Budget(bits=2.5))
-        found = measure_for_plan(checkpoint, resolve(config), wrap=wrap)
+        found = measure_for_plan(checkpoint, resolve(config), resources=Resources(wrap=wrap))
         rows = [
             _demo_row(
                 "bf16",

@@ -650,9 +650,10 @@ def build_plan(
     quantizer: str | None = None,
 ) -> Plan:
     from alphaq import planning
+    from alphaq.work.resources import Resources
 
     request, found = measurements(checkpoint, config, settings, workers, cache, device, quantizer)
-    plan = planning.checked_plan(checkpoint, request, found, cache, progress)
+    plan = planning.checked_plan(checkpoint, request, found, Resources(cache=cache, wrap=progress))
     _note_plan(plan)
     widest = max(request.offered).bits
     if config.budget.bits is not None and config.budget.bits > widest:
@@ -671,6 +672,7 @@ def measurements(
 ) -> tuple[Request, Measurements]:
     """The config made concrete, and what must be known for its plans. Raises AlphaQError for options of no use."""
     from alphaq import planning
+    from alphaq.work.resources import Resources
 
     request = planning.resolve(config, checkpoint is not None)
     if config.gamma != "auto" and request.config.method not in ("alphaq", "paper"):
@@ -689,13 +691,8 @@ def measurements(
     found = planning.measure_for_plan(
         checkpoint,
         request,
-        settings["stats"],
-        progress,
-        workers,
-        cache,
-        device,
-        text,
-        imatrix=imatrix,
+        planning.PlanInputs(settings["stats"], text, imatrix),
+        Resources(workers, cache, progress, device),
     )
     if zeros := found.zeros:
         err.print(

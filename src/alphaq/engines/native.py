@@ -100,7 +100,6 @@ PROFILE = Profile(
     file_bytes=lambda matrix, choice: added_bytes((part(matrix, choice),)),
     obstacle=lambda choice, matrix: None,
     quantizer="debiased",
-    takes_any_shape=True,
     searchable=True,
     on_request=frozenset({Role.EMBEDDING, Role.HEAD}),
     role_bits=ROLE_BITS | {Role.MIXER: 4},

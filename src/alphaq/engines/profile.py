@@ -36,9 +36,8 @@ class Profile:
     unless a user names a width for them. joint: whether a budget for all files (`--size`) chooses for those of
     role_bits too. export: how files are written, None where they cannot be yet. library: what the Hugging Face hub
     calls that which loads the files (`library_name` of a card). importance: (checkpoint, importance matrix) → what it
-    says of each matrix; None if the engine's quantizers take none. takes_any_shape: whether every matrix can have
-    every choice, so that a plan needs no shapes. searchable: whether `--ear` can try budgets, since the files are run
-    here.
+    says of each matrix; None if the engine's quantizers take none.
+    searchable: whether `--ear` can try budgets, since the files are run here.
     """
 
     name: str
@@ -59,7 +58,6 @@ class Profile:
     export: Export | None = None
     library: str = "alphaq"
     importance: Callable[[Checkpoint, ImportanceMatrix], Importance] | None = None
-    takes_any_shape: bool = False
     searchable: bool = False
 
     @property

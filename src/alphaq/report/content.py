@@ -16,6 +16,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from alphaq.errors import PlanError
+from alphaq.measuring.density import Density
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.report.arrays import packed, packed_counts, packed_names
@@ -25,7 +26,6 @@ from alphaq.report.places import Place, place_by_name
 from alphaq.report.runs import ComparedRow, Run
 from alphaq.report.slider import PathFacts, SliderData, slider_of
 from alphaq.report.tables import check_words, human_bytes
-from alphaq.spectra.density import Density
 
 MAX_DENSITIES = 2000
 """Matrices whose spectra are kept at most, of those sampled: 2000 take 0.3 MB, and an eigenvalue solver minutes."""

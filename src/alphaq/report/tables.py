@@ -16,7 +16,7 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.plan import Plan, PlanCheck
 from alphaq.planning.outline import Outline
-from alphaq.sensitivity.methods import Method
+from alphaq.sensitivity.base import Method
 
 if TYPE_CHECKING:
     from alphaq.evaluation.certificate import Certificate, Estimate, Figures

@@ -30,7 +30,7 @@ from alphaq.evaluation.certificate import Estimate, Settings, digest_of, figures
 from alphaq.evaluation.fidelity import read_texts, score_texts, window_beginning
 from alphaq.nouns.plan import Plan, SourceIdentity
 from alphaq.nouns.settings import Budget
-from alphaq.planning import Measurements, Request, make_plan, problem_of
+from alphaq.planning import Measurements, Request, Scope, make_plan, problem_of
 from alphaq.trials.trial import Trials, window_scores
 from alphaq.work.workers import Workers, Wrap, silent
 from alphaq.writing.calibrated import Rounding
@@ -223,7 +223,7 @@ def search(
 def _steps(checkpoint: Checkpoint, request: Request, found: Measurements, step: float) -> tuple[int, int]:
     """First and last step between the narrowest and the widest plan. Raises BudgetError if that is too many."""
     most = request.config.model_copy(update={"budget": Budget(bpw=32.0)})
-    problem = problem_of(checkpoint, replace(request, config=most), found.evidence)
+    problem = problem_of(Scope.of(checkpoint, replace(request, config=most)), found.evidence)
     parameters = sum(matrix.parameters for matrix in checkpoint.planned)
     least, most_bytes = (int(problem.unit_costs.min(axis=1).sum()), int(problem.unit_costs.max(axis=1).sum()))
     low, high = (math.ceil(8 * nbytes / parameters / step - 1e-9) for nbytes in (least, most_bytes))

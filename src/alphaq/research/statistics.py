@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from alphaq.nouns.spectrum import WeightStatistics
 from alphaq.simd.sums import in_threads, row_parts, slices
 from alphaq.spectra.measure import moments
 
@@ -26,6 +25,20 @@ MAX_STEPS = 128  # of Lanczos; a Gaussian matrix, whose top singular values crow
 MIN_STEPS = 8  # before the distance to the second value is believed: it may not have been found yet
 MAX_GROUPS = 32  # of panels: bounds what is kept of them until they are added up
 _NO_SPREAD = 1e-28  # variance / mean square that float64 rounding alone can leave
+
+
+@dataclass(frozen=True)
+class WeightStatistics:
+    """Moments of one matrix W, all dimensionless except mean_absolute and root_mean_square (units of W)."""
+
+    mean_absolute: float
+    root_mean_square: float
+    kurtosis: float
+    """E[(w − μ)⁴] / Var²; 3 for a Gaussian."""
+    outlier: float
+    """max over input columns j of max|W₍:,ⱼ₎| / mean|W₍:,ⱼ₎|; at least 1."""
+    stable_rank: float
+    """‖W‖²_F / σ₁²; from 1 to the smaller side."""
 
 
 @dataclass(frozen=True)

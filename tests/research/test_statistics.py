@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from alphaq.errors import QuantizationError
-from alphaq.spectra.statistics import weight_statistics
+from alphaq.research.statistics import weight_statistics
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

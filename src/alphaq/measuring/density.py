@@ -13,11 +13,10 @@ import torch
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import SpectrumError
 from alphaq.nouns.matrix import MatrixRef
-from alphaq.spectra.eigenvalues import pooled_eigenvalues, whole_eigenvalues
-from alphaq.spectra.farms import blocks
+from alphaq.research.tails import eigenvalues_of, variant_exponent
 from alphaq.spectra.measure import moments
 from alphaq.spectra.tail import ROUNDING
-from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant, variant_exponent
+from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant
 
 BINS = 48
 BELOW = 0.02
@@ -67,11 +66,6 @@ def density_one(checkpoint: Checkpoint, task: DensityTask) -> Density:
     weight = checkpoint.read(task.matrix)
     moments(weight, task.matrix.name)
     return density(eigenvalues_of(weight, task.matrix.name, task.variant), task.variant, task.bins)
-
-
-def eigenvalues_of(weight: torch.Tensor, name: str, variant: SpectrumVariant = FAST_VARIANT) -> torch.Tensor:
-    """The eigenvalues that `variant` looks at, ascending float64 [n]."""
-    return whole_eigenvalues(weight) if variant.blocks == "whole" else pooled_eigenvalues(blocks(weight, name).double())
 
 
 def density(eigenvalues: torch.Tensor, variant: SpectrumVariant = FAST_VARIANT, bins: int = BINS) -> Density:

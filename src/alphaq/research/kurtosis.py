@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from alphaq.nouns.matrix import MatrixRef
-from alphaq.nouns.spectrum import WeightStatistics
+from alphaq.research.statistics import WeightStatistics
 
 
 def score(matrices: Sequence[MatrixRef], statistics: Sequence[WeightStatistics]) -> np.ndarray:

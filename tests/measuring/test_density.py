@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.spectra.density import DensityTask, density, density_one
+from alphaq.measuring.density import DensityTask, density, density_one
 from alphaq.spectra.measure import spectrum
 from alphaq.spectra.variants import SpectrumVariant
 

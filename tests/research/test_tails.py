@@ -7,9 +7,10 @@ import torch
 
 from alphaq.errors import QuantizationError, SpectrumError, UnknownNameError
 from alphaq.nouns.settings import Blocks, Tail
+from alphaq.research.tails import MAX_CANDIDATES, variant_exponent, variant_spectrum
 from alphaq.spectra.eigenvalues import whole_eigenvalues
 from alphaq.spectra.measure import spectrum
-from alphaq.spectra.variants import MAX_CANDIDATES, SpectrumVariant, variant_exponent, variant_spectrum
+from alphaq.spectra.variants import SpectrumVariant
 
 TAILS = get_args(Tail)
 VARIANTS = [SpectrumVariant(blocks, tail) for blocks in get_args(Blocks) for tail in TAILS]

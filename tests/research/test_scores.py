@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from alphaq.nouns.matrix import MatrixRef, Role
-from alphaq.nouns.spectrum import WeightStatistics
-from alphaq.sensitivity import aimer, kurtosis, outlier, stable_rank, structure
+from alphaq.research import aimer, kurtosis, outlier, stable_rank
+from alphaq.research.statistics import WeightStatistics
+from alphaq.sensitivity import structure
 
 Score = Callable[[Sequence[MatrixRef], Sequence[WeightStatistics]], np.ndarray]
 
