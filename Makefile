@@ -30,8 +30,8 @@ $(DEV): $(DEMO)
 test: setup  ## the test suite, a few minutes: two processes of one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist worksteal
 
-test-slow: setup  ## slow tests for 35 minutes; what was not begun by then is named
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile --no-loadscope-reorder --minutes 35 -rs
+test-slow: setup  ## slow tests for 33 minutes; what was not begun by then is named
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile --no-loadscope-reorder --minutes 33 -rs
 
 test-all: setup  ## every test, slow ones too; hours
 	$(BIN)/python -m pytest -q
