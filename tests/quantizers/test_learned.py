@@ -9,6 +9,7 @@ from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers import learned
 from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.learned import LearnedSettings, quantize_learned
+from alphaq.quantizers.learning import annealing
 from alphaq.quantizers.packing import decode, dequantize, encode, pack, restored_error, unpack
 
 QUICK = LearnedSettings(steps=20, rounds=1, sweeps=3)
@@ -234,8 +235,8 @@ def test_rounds_end_when_they_gain_too_little(monkeypatch: pytest.MonkeyPatch) -
         rounds.append(1)
         return annealed(*arguments)
 
-    annealed = learned._annealed
-    monkeypatch.setattr(learned, "_annealed", counted)
+    annealed = annealing.annealed
+    monkeypatch.setattr(annealing, "annealed", counted)
     for tolerance, expected in ((1.0, 1), (-1.0, 3)):
         rounds.clear()
         settings = LearnedSettings(steps=5, rounds=3, tolerance=tolerance)

@@ -23,6 +23,7 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.coding import encode_tensor
 from alphaq.quantizers.debiased import quantize_debiased
+from alphaq.quantizers.moments import check_moments
 from alphaq.quantizers.packing import encode, pack, restored_error
 from alphaq.quantizers.rated import quantize_rated
 from alphaq.simd.sums import in_threads, slices, squared_norm
@@ -89,12 +90,7 @@ def quantize_gptq(
     found = found or (quantize_rated if choice.rate else quantize_debiased)(weight, choice, name)
     if hessian is None or hessian.ndim == 1:
         return found
-    columns = weight.shape[1]
-    if hessian.shape != (columns, columns) or not torch.isfinite(hessian).all():
-        raise QuantizationError(
-            f"{name}: second moments of shape {list(hessian.shape)} are not finite numbers for {columns} columns. "
-            "Calibrate with another text, or use --quantizer hqq, which needs none."
-        )
+    check_moments(hessian, weight.shape[1], name)
     if not hessian.diagonal().any():
         return found
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
