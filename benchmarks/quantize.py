@@ -18,9 +18,9 @@ from hqq.core.quantize import Quantizer
 from safetensors import safe_open
 
 import alphaq
+from alphaq.formats.blocks import dequantize
 from alphaq.nouns.choice import Choice
 from alphaq.quantizers.hqq import NORM, lp_objective, quantize_hqq
-from alphaq.quantizers.packing import dequantize
 from alphaq.quantizers.rtn import quantize_rtn
 
 TITLE = "Quantizing"

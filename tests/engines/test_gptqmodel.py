@@ -30,10 +30,10 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines import gptqmodel
 from alphaq.engines.output import PLAN_NAME, read_manifest
 from alphaq.errors import PlanError, VerificationError
+from alphaq.formats.blocks import dequantize
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, Rule
-from alphaq.quantizers.packing import dequantize
 from alphaq.quantizers.rtn import quantize_rtn
 from conftest import FAMILIES, Ran, read_back
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from alphaq.errors import AlphaQError, CheckpointError
+from alphaq.formats.blocks import encode
 from alphaq.nouns.choice import Choice
-from alphaq.quantizers.packing import encode
 from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.runtime import kernels
 from alphaq.runtime import multiply as module

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.errors import CheckpointError, MissingExtraError
-from alphaq.nouns.ggml import GGML_TYPES
+from alphaq.formats.ggml import GGML_TYPES
 
 Scheme = str
 """plain, fp8, mxfp4, fp4, int8, packed2, packed4, packed8, or a quantized type of ggml, such as Q8_0."""

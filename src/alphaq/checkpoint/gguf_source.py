@@ -26,7 +26,7 @@ from alphaq.checkpoint.gguf_mapping import GgufKey, GgufMapping
 from alphaq.checkpoint.gguf_rope import FACTORS_TENSOR, llama3_settings
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
 from alphaq.errors import ArchitectureError, CheckpointError
-from alphaq.nouns.ggml import GGML_TYPES
+from alphaq.formats.ggml import GGML_TYPES
 from alphaq.work.untrusted import shown
 
 READABLE_TYPES = ("BF16", "F16", "F32", "Q8_0")

@@ -46,11 +46,13 @@ from alphaq.engines.placement import left_out
 from alphaq.engines.profile import Profile, ragged
 from alphaq.engines.settings import require_settings
 from alphaq.errors import ChoiceError, MissingEngineError, PlanError
-from alphaq.nouns.choice import GROUP_SIZES, Choice
+from alphaq.formats.blocks import dequantized_rows, native_format
+from alphaq.formats.native import GROUP_SIZES
+from alphaq.formats.packing import pack, unpack
+from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
-from alphaq.quantizers.packing import dequantized_rows, pack, unpack
 
 DENSE_KEPT = ("qwen2_moe", "qwen3_moe")
 """Families of whose layers without experts GPTQModel knows nothing."""
@@ -61,8 +63,8 @@ PACKED_ROWS = 32  # 32 codes fill whole int32 words at every width
 
 def with_bits(bits: int) -> Choice:
     """Groups of 128, or 16. Raises ChoiceError for a width that GPTQModel lacks."""
-    if bits == 16:
-        return Choice(16)
+    if bits == KEPT.bits:
+        return KEPT
     if bits not in BITS:
         raise ChoiceError(f"GPTQModel has no {bits}-bit weights. Available: {', '.join(map(str, BITS))}, 16 (kept).")
     return Choice(bits, DEFAULT_GROUP_SIZE)
@@ -72,7 +74,7 @@ def storage_bytes(choice: Choice, shape: Shape) -> int:
     """Exact bytes of `qweight`, `qzeros`, `scales` and `g_idx`."""
     if choice.kept:
         return 2 * shape[0] * shape[1]
-    return sum(choice.parts(shape)) + 4 * shape[1]
+    return sum(native_format(choice).parts(choice, shape)) + 4 * shape[1]
 
 
 def obstacle(choice: Choice, matrix: MatrixRef) -> str | None:

@@ -46,7 +46,9 @@ from alphaq.engines.placement import left_out
 from alphaq.engines.profile import Profile, ragged
 from alphaq.engines.settings import ROPE, family_settings, require_settings
 from alphaq.errors import ArchitectureError, ChoiceError, MissingEngineError, MissingExtraError, PlanError
-from alphaq.nouns.choice import GROUP_SIZES, Choice
+from alphaq.formats.blocks import native_format
+from alphaq.formats.native import GROUP_SIZES
+from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
@@ -57,8 +59,8 @@ DEFAULT_GROUP_SIZE = 64  # mlx's own
 
 def with_bits(bits: int) -> Choice:
     """Groups of 64, or 16. Raises ChoiceError for a width that MLX lacks."""
-    if bits == 16:
-        return Choice(16)
+    if bits == KEPT.bits:
+        return KEPT
     if bits not in BITS:
         raise ChoiceError(f"MLX has no {bits}-bit weights. Available: {', '.join(map(str, BITS))}, 16 (kept).")
     return Choice(bits, DEFAULT_GROUP_SIZE)
@@ -68,7 +70,7 @@ def storage_bytes(choice: Choice, shape: Shape) -> int:
     """Exact bytes of `weight` uint32 [out, in·b/32], `scales` and `biases` 16-bit [out, in/g] each."""
     if choice.kept:
         return 2 * shape[0] * shape[1]
-    codes, _, scales = choice.parts(shape)
+    codes, _, scales, _ = native_format(choice).parts(choice, shape)
     return codes + 2 * scales
 
 

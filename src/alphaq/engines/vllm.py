@@ -50,7 +50,9 @@ from alphaq.engines.profile import Profile, ragged
 from alphaq.engines.running import run_in_transformers
 from alphaq.engines.settings import family_settings, require_settings
 from alphaq.errors import ChoiceError, MissingExtraError, PlanError
-from alphaq.nouns.choice import GROUP_SIZES, Choice
+from alphaq.formats.blocks import native_format
+from alphaq.formats.native import GROUP_SIZES
+from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
@@ -81,7 +83,7 @@ def storage_bytes(choice: Choice, shape: Shape) -> int:
     """Exact bytes of `weight_packed`, `weight_scale` and `weight_shape`."""
     if choice.kept:
         return 2 * shape[0] * shape[1]
-    return sum(choice.parts(shape)) + WEIGHT_SHAPE_BYTES
+    return sum(native_format(choice).parts(choice, shape)) + WEIGHT_SHAPE_BYTES
 
 
 def parts(matrix: MatrixRef, choice: Choice) -> tuple[Part, ...]:

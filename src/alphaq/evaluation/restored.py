@@ -19,8 +19,8 @@ from alphaq.checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from alphaq.checkpoint.safetensors_format import TensorInfo
 from alphaq.engines.output import Output
 from alphaq.errors import ArchitectureError, CheckpointError
+from alphaq.formats.coding import decode_tensor, is_coded
 from alphaq.nouns.matrix import MatrixRef
-from alphaq.quantizers.coding import decode_tensor, is_coded
 from alphaq.writing.artifact import open_artifact
 from alphaq.writing.tasks import plan_choices
 

@@ -24,6 +24,8 @@ from alphaq.checkpoint.safetensors_format import FILE_OVERHEAD
 from alphaq.engines.gguf.importance import importance_of
 from alphaq.engines.gguf.profile import GAUSSIAN_ERROR, gaussian_errors
 from alphaq.errors import CheckpointError, QuantizationError, StatsError
+from alphaq.formats.coding import coder_version
+from alphaq.formats.table import storage_bytes
 from alphaq.measuring.cache import Cache
 from alphaq.measuring.measurement import Sampling, coded_bytes, measure
 from alphaq.nouns.choice import Choice
@@ -33,7 +35,6 @@ from alphaq.planning.limits import outside_experts, pinned, problem_of
 from alphaq.planning.measured import Measurements
 from alphaq.planning.request import Request
 from alphaq.quantizers.base import SAMPLE_VALUES, quantizer_version
-from alphaq.quantizers.coding import coder_version
 from alphaq.sensitivity.distortion import analytic_noise
 from alphaq.sensitivity.methods import Evidence, Need
 from alphaq.simd.sums import squared_norm
@@ -131,7 +132,7 @@ def measure_for_plan(
         others = {c: _expected(own, c, energy, matrix.parameters) for c in formula}
         rows[number] = [others[c] if c in others else measured.expected.get(c, np.nan) for c in choices]
         deviations[number] = [measured.deviation.get(c, 0.0) for c in choices]
-        nbytes[number] = [measured.coded.get(c) or c.storage_bytes(matrix.shape) for c in choices]
+        nbytes[number] = [measured.coded.get(c) or storage_bytes(c, matrix.shape) for c in choices]
         if found.statistics is not None:
             statistics.append(found.statistics)
     joined = {}
@@ -313,8 +314,8 @@ def _alphas(spectra: dict[str, Spectrum]) -> np.ndarray:
 
 def _expected(spectrum: Spectrum, choice: Choice, energy: float, parameters: int) -> float:
     """Σ(w − ŵ)² from a formula: a ggml type's error on Gaussian weights, or Var(W)·2^(−2b)."""
-    if choice.scheme or choice.kept:
-        return GAUSSIAN_ERROR[str(choice)] * energy
+    if (relative := GAUSSIAN_ERROR.get(str(choice))) is not None:
+        return relative * energy
     return float(analytic_noise(spectrum, (choice,))[0]) * parameters
 
 

@@ -18,6 +18,7 @@ from alphaq.engines.export import Layout, kept_dtype
 from alphaq.engines.gguf.profile import gaussian_errors
 from alphaq.engines.profile import Profile
 from alphaq.errors import BudgetError, ChoiceError
+from alphaq.formats.table import format_of
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.settings import PlanConfig, Rule
@@ -169,7 +170,7 @@ def _least(problem: Problem, request: Request, least: str, matrices: Sequence[Ma
         ways.append("allow narrower --choices")
     if why and request.method.by_widths:
         ways.append(f"use a method that mixes all types of {request.profile.name}, such as --method distortion")
-    if narrowest.group_size in (32, 64) and not narrowest.scheme:
+    if narrowest.group_size in (32, 64) and format_of(narrowest).regroups:
         ways.append("use a larger --group-size")
     return f"{least} with {mix}{why}. {', or '.join(ways)}"
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from alphaq.engines.profile import Profile
 from alphaq.engines.profiles import profile as engine_profile
 from alphaq.errors import BudgetError, ChoiceError
-from alphaq.nouns.choice import CODECS, Choice
+from alphaq.formats.table import format_of, rate_of
+from alphaq.formats.table import parse_choice as read_choice
+from alphaq.formats.versions import CODECS
+from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.settings import PlanConfig
 from alphaq.sensitivity.methods import Method, method
@@ -62,7 +65,7 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
     if config.codec is not None:
         _check_codec(config, profile, with_model)
     if config.choices is None and config.codec is not None and not (config.symmetric or config.group_size):
-        given = [choice for choice in profile.choices if choice.rate]
+        given = [choice for choice in profile.choices if rate_of(choice)]
     elif config.choices is None:
         given = [_storable(_styled(choice, config), profile) for choice in profile.defaults]
     else:
@@ -73,7 +76,7 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
     # Code bits see no scales, so that the finest groups would come for nothing.
     codes_only = config.choices is None and config.budget.bits is not None and (config.unweighted or not with_model)
     if chosen.by_widths or codes_only:
-        if any(choice.rate for choice in given) and config.choices is not None:
+        if any(rate_of(choice) for choice in given) and config.choices is not None:
             raise BudgetError(f"--method {config.method} goes by plain widths, not by rates. Offer other --choices.")
         widths = {choice.bits for choice in given}
         given = [choice for choice in ladder if choice.bits in widths]
@@ -85,11 +88,11 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
     offered = frozenset(given)
     pinned = {parse_choice(rule.value, profile, config) for rule in config.pins}
     choices = tuple(sorted(offered | pinned))
-    if config.codec is None and (rated := [choice for choice in choices if choice.rate]):
+    if config.codec is None and (rated := [choice for choice in choices if rate_of(choice)]):
         raise BudgetError(
             f"{rated[0]} is for entropy-coded files. Add --codec {CODECS[-1]}, or use other --choices and pins."
         )
-    if "outputs" in chosen.needs and any(choice.scheme for choice in choices):
+    if "outputs" in chosen.needs and any(format_of(choice).foreign for choice in choices):
         raise BudgetError(
             f"--method {config.method} needs every choice's output, and {profile.name}'s quantizer is not ours. Use "
             "another method, such as hessian."
@@ -137,7 +140,7 @@ def parse_choice(text: str, profile: Profile, config: PlanConfig) -> Choice:
     if text.isdigit():
         choice = _styled(profile.with_bits(int(text)), config)
     else:
-        choice = Choice.parse(text, config.group_size or 128, config.symmetric)
+        choice = read_choice(text, config.group_size or 128, config.symmetric)
     return _storable(choice, profile)
 
 
@@ -149,27 +152,22 @@ def _storable(choice: Choice, profile: Profile) -> Choice:
 
 def _styled(choice: Choice, config: PlanConfig) -> Choice:
     """A plain choice with the group size and symmetry that the user asked for."""
-    if choice.scheme or choice.kept:
-        return choice
-    return replace(
-        choice,
-        group_size=config.group_size or choice.group_size,
-        symmetric=config.symmetric or choice.symmetric,
-    )
+    group_size, symmetric = config.group_size or choice.group_size, config.symmetric or choice.symmetric
+    return format_of(choice).regrouped(choice, group_size, symmetric)
 
 
 def _ladder(profile: Profile, config: PlanConfig, given: Sequence[Choice]) -> tuple[Choice, ...]:
     """The plain choice of every width the engine has; in the coarsest groups offered, if the user named choices."""
-    groups = [choice.group_size for choice in given if not choice.scheme and not choice.kept]
+    groups = [choice.group_size for choice in given if format_of(choice).regroups]
     rungs = []
     for bits in WIDTHS:
         try:
             choice = _styled(profile.with_bits(bits), config)
         except ChoiceError:
             continue
-        if config.choices is not None and groups and not choice.scheme and not choice.kept:
+        if config.choices is not None and groups and format_of(choice).regroups:
             symmetric = all(other.symmetric for other in given if not other.kept)
-            choice = replace(choice, group_size=max(groups), symmetric=symmetric)
+            choice = format_of(choice).regrouped(choice, max(groups), symmetric)
         if choice in profile.choices:
             rungs.append(choice)
     return tuple(rungs)

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from alphaq.errors import QuantizationError
+from alphaq.formats.blocks import encode
+from alphaq.formats.coding import encode_tensor
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.affine import quantize_affine, quantize_symmetric16
-from alphaq.quantizers.coding import encode_tensor
 from alphaq.quantizers.ggml import quantize_ggml
 from alphaq.quantizers.hqq import quantize_hqq
-from alphaq.quantizers.packing import encode
 from alphaq.quantizers.rtn import quantize_minmax, quantize_rtn
 from alphaq.quantizers.salience import mixing
 from alphaq.simd.sums import in_threads, squared_distance, squared_norm

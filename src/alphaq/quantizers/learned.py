@@ -31,10 +31,13 @@ import torch
 from torch.nn.functional import pad
 
 from alphaq.errors import QuantizationError
+from alphaq.formats.base import levels_of_bits
+from alphaq.formats.levels import grid_of
+from alphaq.formats.packing import pack, unpack
+from alphaq.formats.table import format_of
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.gptq import quantize_gptq
-from alphaq.quantizers.packing import pack, unpack
 from alphaq.quantizers.rtn import FP16_MAX, quantize_rtn, too_large
 from alphaq.simd.sums import slices
 from alphaq.work.workers import Wrap, silent
@@ -92,9 +95,9 @@ class _Levels:
         return 2**self.choice.bits - 1
 
     @property
-    def scales_per_step(self) -> int:
+    def scales_per_step(self) -> float:
         """A binary matrix stores half the distance of its two levels."""
-        return 2 if self.choice.bits == 1 else 1
+        return levels_of_bits(self.choice.bits).stretch
 
     def spread(self, per_group: torch.Tensor) -> torch.Tensor:
         """[rows, groups] → [rows, columns]; the last group may be ragged."""
@@ -189,9 +192,9 @@ def quantize_learned(
 
 
 def _check(weight: torch.Tensor, choice: Choice, name: str, hessian: torch.Tensor | None) -> None:
-    if choice.scheme:
+    if format_of(choice).foreign:
         raise QuantizationError(f"{name}: {choice} is rounded by llama.cpp's own code. Give it an --imatrix instead.")
-    if choice.kept or choice.mix:
+    if not format_of(choice).learnable:
         raise QuantizationError(f"{name}: {choice} has no one grid of codes to learn. Use --quantizer rtn for it.")
     if not torch.isfinite(weight).all():
         raise too_large(name, FP16_MAX)
@@ -233,19 +236,11 @@ def _generator(seed: str, place: torch.device) -> torch.Generator:
 
 def _levels(matrix: QuantizedMatrix, part: slice, place: torch.device) -> _Levels:
     """What some rows of a matrix stand for, whichever engine's it is."""
-    choice, offsets = matrix.choice, matrix.offsets
-    codes = torch.from_numpy(unpack(matrix.codes[part].numpy(), choice.bits, matrix.shape[1]))
-    scale = matrix.scales[part].to(place).float()
-    free_mean = offsets is not None and offsets.is_floating_point()
-    if choice.bits == 1:
-        zero = torch.full_like(scale, 0.5)
-    elif offsets is None:
-        zero = torch.full_like(scale, 2.0 ** (choice.bits - 1))
-    else:
-        zero = torch.zeros_like(scale) if free_mean else offsets[part].to(place).float()
-    mean = offsets[part].to(place).float() if offsets is not None and free_mean else torch.zeros_like(scale)
-    step = 2 * scale if choice.bits == 1 else scale
-    return _Levels(choice, matrix.scales.dtype, free_mean, codes.to(place).float(), step, zero, mean)
+    choice, grid = matrix.choice, grid_of(matrix, part)
+    codes = torch.from_numpy(unpack(matrix.codes[part].numpy(), choice.bits, matrix.shape[1])).to(place).float()
+    free_mean = matrix.offsets is not None and matrix.offsets.is_floating_point()
+    step, zero, mean = grid.step.to(place), grid.zero.to(place), grid.mean.to(place)
+    return _Levels(choice, matrix.scales.dtype, free_mean, codes, step, zero, mean)
 
 
 def _matrix(weight: torch.Tensor, levels: _Levels) -> QuantizedMatrix:
@@ -446,7 +441,7 @@ def _best_grid(levels: _Levels, group: int, codes: torch.Tensor, own: torch.Tens
     """Move a group's step, and its mean if it is free, to the exact minimum along each, if what is stored is better."""
     step, zero, mean = levels.step[:, group], levels.zero[:, group], levels.mean[:, group]
 
-    def move(value: torch.Tensor, direction: torch.Tensor, unit: int, above: float) -> None:
+    def move(value: torch.Tensor, direction: torch.Tensor, unit: float, above: float) -> None:
         pushed = own @ direction
         slope, curvature = (direction * local).sum(0), (direction * pushed).sum(0)
         best = value - torch.where(curvature > TINY, slope / curvature, 0)

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from alphaq.errors import PlanError
-from alphaq.nouns.choice import Choice
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.plan import Plan
 from alphaq.report.commands import Names, reproduce
 from alphaq.report.path import BudgetPath, budget_path, tables_of
@@ -127,7 +127,7 @@ def content_of(run: Run, sources: Sources) -> Content:
         missing.append("No α: the plan's method did not measure it. Give --stats of `alphaq analyze`.")
     elif np.isnan(alphas).any():
         missing.append(f"α is undefined for {int(np.isnan(alphas).sum()):,} matrices; their cells are grey.")
-    choices = sorted({*plan.choices.values(), *(plan.table.choices if plan.table else ())}, key=Choice.parse)
+    choices = sorted({*plan.choices.values(), *(plan.table.choices if plan.table else ())}, key=parse_choice)
     column_of = {choice: column for column, choice in enumerate(choices)}
     errors = np.array([plan.expected_error.get(name, math.nan) for name in names])
     measured = np.array([run.measured.get(name, math.nan) for name in names])
@@ -135,7 +135,7 @@ def content_of(run: Run, sources: Sources) -> Content:
     weights = [places[name].weights for name in names]
     maps, cells = _maps([places[name] for name in names])
     data: dict[str, Any] = {
-        "choices": [{"name": choice, "bits": Choice.parse(choice).bits} for choice in choices],
+        "choices": [{"name": choice, "bits": parse_choice(choice).bits} for choice in choices],
         "names": packed_names(names),
         "maps": maps,
         "map": packed(cells[0], smallest(cells[0])),

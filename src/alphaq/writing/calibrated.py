@@ -23,6 +23,7 @@ from alphaq.engines.export import Stored, stored_in
 from alphaq.engines.output import QuantizeOptions, Record
 from alphaq.engines.profiles import profile
 from alphaq.errors import AlphaQError, CheckpointError, PlanError
+from alphaq.formats.table import format_of, rate_of
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.quantized import QuantizedMatrix
@@ -179,14 +180,12 @@ def _rounded(
 ) -> QuantizedMatrix:
     assert rounding.calibrated is not None  # else nobody asks
     own = rounding.plain
-    if (
-        choice.mix and not choice.nested
-    ):  # their levels are several in a group; what inputs say is which of them are salient
+    if not format_of(choice).one_grid:  # what inputs say is which groups and weights are salient
         importance = moments if moments.ndim == 1 else moments.diagonal()
         return quantizer_of(own, None if rounding.coded else importance.numpy())(weight, choice, name)
     if rounding.coded:  # only gptq can be held to bytes
         return quantize_gptq(weight, choice, name, moments, quantizer_of(own)(weight, choice, name), coded=True)
-    levels = LEVELS if own in PLAIN and choice.bits > 1 and not choice.rate else own
+    levels = LEVELS if own in PLAIN and choice.bits > 1 and not rate_of(choice) else own
     found = quantizer_of(levels)(weight, choice, name)
     return CALIBRATED[rounding.calibrated](weight, choice, name, moments, found)
 
