@@ -23,9 +23,9 @@ from stock_mixes import stock_types
 from alphaq import pipeline
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.gguf.model import gguf_tensors
+from alphaq.formats.ggml import GGML_BLOCKS
 from alphaq.measuring.cache import Cache
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.ggml import GGML_BLOCKS
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.nouns.settings import Budget, PlanConfig
@@ -64,9 +64,9 @@ def stock_plan(checkpoint: Checkpoint, recipe: str) -> Plan:
 def as_stock(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
     """What llama.cpp makes of a matrix without an importance matrix."""
     rows, columns = weight.shape
-    _, block, nbytes = GGML_BLOCKS[choice.scheme]
+    _, block, nbytes = GGML_BLOCKS[choice.name]
     codes = np.empty((rows, columns // block * nbytes), np.uint8)
-    blocks_of(weight.float().contiguous().numpy(), choice.scheme, None, codes)
+    blocks_of(weight.float().contiguous().numpy(), choice.name, None, codes)
     return QuantizedMatrix(choice, (rows, columns), torch.from_numpy(codes), None, None, 0.0)
 
 

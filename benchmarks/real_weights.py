@@ -24,6 +24,8 @@ from typing import Any
 
 from common import SCRATCH, markdown_table, parser, results_folder, save
 
+from alphaq.formats.table import parse_choice
+
 TITLE = "Methods on real weights"
 METHODS = "uniform,auto,auto:check=false,alphaq,alphaq:gamma=-1,distortion,mint,kurtosis,outlier,stable-rank,random"
 WIDTHS = (3.0, 3.5, 4.0)
@@ -74,7 +76,6 @@ def harm(model: Path, given: Any) -> dict[str, Any]:
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.evaluation.fidelity import read_texts
     from alphaq.measuring.measurement import restored
-    from alphaq.nouns.choice import Choice
     from alphaq.nouns.settings import Budget, PlanConfig
     from alphaq.planning import measure_for_plans, resolve
     from alphaq.planning.check import divergences
@@ -84,7 +85,7 @@ def harm(model: Path, given: Any) -> dict[str, Any]:
         [read_windows(model, text, HARM_LENGTH, HARM_WINDOWS * HARM_LENGTH) for text in read_texts(given.text).values()]
     )
     rounding = partial(restored, checkpoint, quantizer="debiased", importance={})
-    matrices, probe = checkpoint.planned[:4] if given.quick else checkpoint.planned, Choice.parse(PROBE)
+    matrices, probe = checkpoint.planned[:4] if given.quick else checkpoint.planned, parse_choice(PROBE)
     found: list[float] = []
     for first in range(0, len(matrices), AT_ONCE):
         alone = [{matrix.name: probe} for matrix in matrices[first : first + AT_ONCE]]

@@ -141,7 +141,7 @@ def check_command(line: str) -> None:
     """Raise if `alphaq …` names a command, option or value that does not exist, or lacks one it must have."""
     from alphaq.cli.options import plan_config, plan_settings
     from alphaq.cli.plot import KINDS
-    from alphaq.nouns.choice import CODECS
+    from alphaq.formats.versions import CODECS
     from alphaq.nouns.settings import PlanConfig
     from alphaq.quantizers.base import QUANTIZERS
     from alphaq.registry import lookup

@@ -14,6 +14,8 @@ from alphaq.calibration.proxy import Proxy
 from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import AlphaQError, CheckpointError, OutputError, PlanError
+from alphaq.formats.blocks import dequantize
+from alphaq.formats.table import rate_of
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
@@ -21,7 +23,6 @@ from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.hqq import quantize_hqq
 from alphaq.quantizers.learned import quantize_learned
-from alphaq.quantizers.packing import dequantize
 from alphaq.writing import calibrated
 from alphaq.writing.calibrated import Rounding, enough_tokens
 from alphaq.writing.recoding import recode
@@ -103,7 +104,7 @@ def test_a_coded_plan_s_bytes_hold_with_inputs_too(model: Checkpoint, tmp_path: 
     for name in ("gptq", "debiased"):
         recode(tmp_path / name, tmp_path / f"{name}-decoded", "none")
     mine, plain = (read_back(tmp_path / f"{name}-decoded", model) for name in ("gptq", "debiased"))
-    assert {choice.rate > 0 for choice in plan.every_choice().values()} == {False, True}
+    assert {rate_of(choice) > 0 for choice in plan.every_choice().values()} == {False, True}
     assert sum(torch.equal(mine[name], plain[name]) for name in plan.choices) < len(plan.choices) / 5
 
 

@@ -19,6 +19,7 @@ from alphaq.calibration.tokens import model_prefix, random_windows, tokenizer_fa
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.cli.app import app
 from alphaq.engines.profiles import ENGINES
+from alphaq.formats.table import parse_choice
 from alphaq.measuring.cache import Cache
 from alphaq.measuring.measurement import restored
 from alphaq.nouns.choice import Choice
@@ -156,7 +157,7 @@ def test_user_is_told(tiny: Path, ruinous: None, tmp_path: Path) -> None:
 )
 def test_what_stands_in_is_as_far_away_as_the_quantizer_says(checkpoint: Checkpoint, engine: str, choice: str) -> None:
     """By the engine's own way to restore: MLX adds its offsets, others take them for zero points."""
-    quantizer, matrix, parsed = ENGINES[engine].quantizer, checkpoint.planned[7], Choice.parse(choice)
+    quantizer, matrix, parsed = ENGINES[engine].quantizer, checkpoint.planned[7], parse_choice(choice)
     weight = checkpoint.read(matrix)
     found = restored(checkpoint, matrix, parsed, quantizer, {})
     error = rounder_of(quantizer)(weight, parsed, matrix.name).squared_error

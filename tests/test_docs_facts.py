@@ -22,11 +22,11 @@ from alphaq.engines.gguf import model as gguf_model
 from alphaq.engines.output import Manifest, Record
 from alphaq.engines.profiles import ENGINES
 from alphaq.evaluation.certificate import Certificate, ModelIdentity, Settings, TaskFigures, Tasks, TextFigures
+from alphaq.formats import coding
 from alphaq.formats.versions import NATIVE_FORMAT_VERSION
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan, PlanTable, RateDistortion
 from alphaq.nouns.settings import PlanConfig
-from alphaq.quantizers import coding
 from alphaq.quantizers.base import SAMPLE_VALUES
 from alphaq.spectra.measure import COLUMNS, PANEL_VALUES
 from alphaq.trials.compare import Row

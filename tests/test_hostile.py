@@ -25,11 +25,11 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec, layout, read_header
 from alphaq.checkpoint.weights import read_shards
 from alphaq.errors import LONGEST_MESSAGE, AlphaQError, CheckpointError, PlanError
+from alphaq.formats.blocks import decode, encode, native_format
+from alphaq.formats.table import parse_choice
 from alphaq.measuring.cache import Cache
-from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.quantizers.debiased import quantize_debiased
-from alphaq.quantizers.packing import decode, encode
 from alphaq.work.untrusted import parse_json
 from conftest import Ran
 
@@ -457,7 +457,7 @@ def test_a_tensor_s_name_is_never_a_path(alphaq: Run, copy: Path, tmp_path: Path
 
 
 def block(text: str = "2g32", shape: tuple[int, int] = (3, 33)) -> torch.Tensor:
-    return encode(quantize_debiased(torch.randn(shape), Choice.parse(text)))
+    return encode(quantize_debiased(torch.randn(shape), parse_choice(text)))
 
 
 def packed_header(bits: int, group_size: int, flags: int, rows: int, columns: int, version: int = 1) -> bytes:
@@ -492,8 +492,8 @@ def test_a_hostile_block_is_refused(raw: bytes) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_scales_that_are_no_numbers_are_refused(text: str, bad: float) -> None:
     sound = block(text)
-    choice = Choice.parse(text)
-    codes, offsets, _ = choice.parts((3, 33))
+    choice = parse_choice(text)
+    codes, offsets, *_ = native_format(choice).parts(choice, (3, 33))
     hostile = sound.clone()
     at = 16 + codes + offsets
     hostile[at : at + 2] = torch.tensor([bad], dtype=torch.float16).view(torch.uint8)

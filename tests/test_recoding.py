@@ -18,13 +18,13 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.checkpoint.safetensors_format import read_header
 from alphaq.engines.output import MANIFEST_NAME, Output
 from alphaq.errors import AlphaQError, BudgetError, CheckpointError, OutputError, PlanError, VerificationError
+from alphaq.formats.coding import is_coded
+from alphaq.formats.versions import CODECS
 from alphaq.measuring import measurement
 from alphaq.measuring.cache import Cache
-from alphaq.nouns.choice import CODECS
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
-from alphaq.quantizers.coding import is_coded
 from alphaq.runtime.replace import Packer, stored_tensors
 from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers

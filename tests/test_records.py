@@ -1,68 +1,15 @@
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from alphaq.errors import BudgetError, ChoiceError, PlanError
-from alphaq.nouns.choice import Choice
+from alphaq.errors import BudgetError, PlanError
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig, parse_size
 from alphaq.planning import resolve
 
-groups, signs = st.sampled_from((32, 64, 128)), st.booleans()
-choices = (
-    st.builds(Choice, st.integers(1, 8), groups, signs)
-    | st.builds(Choice, st.integers(2, 7), groups, signs, mix=st.just("slim"))
-    | st.builds(Choice, st.just(1), groups, signs, mix=st.sampled_from(("pb2", "pb4", "pb8")))
-    | st.just(Choice(16))
-)
-
-
-@given(choices)
-def test_choice_text_round_trips(choice: Choice) -> None:
-    assert Choice.parse(str(choice)) == choice
-
-
-@pytest.mark.parametrize(
-    ("text", "shape", "expected"),
-    [
-        # header 16 + codes 4·1408·⌈2048·3/32⌉ + zero points 4·16·⌈1408·3/32⌉ + scales 2·1408·16
-        ("3g128", (1408, 2048), 16 + 4 * 1408 * 192 + 4 * 16 * 132 + 2 * 1408 * 16),
-        ("4g128s", (1408, 2048), 16 + 4 * 1408 * 256 + 2 * 1408 * 16),
-        ("1g64", (256, 256), 16 + 4 * 256 * 8 + 2 * 256 * 4 + 2 * 256 * 4),
-        ("2g32", (3, 33), 80),  # 16 + 4·3·3 + 4·2·1 + 2·3·2 = 72, padded to a multiple of 16
-        ("16", (3, 5), 30),
-        # as 2g128, and 16 widths
-        ("2g128-slim", (1408, 2048), 16 + 4 * 1408 * 128 + 4 * 16 * 88 + 2 * 1408 * 16 + 16),
-        ("3g32-slim", (3, 33), 112),  # 16 + 4·3·4 + 4·2·3 + 2·3·2 + 2 = 102
-        # as 1g128, and 4 positions, 4 values and a scale for each of 16 groups
-        ("1g128-pb4", (1408, 2048), 16 + 4 * 1408 * 64 + 4 * 1408 * 16 + 1408 * 16 * 10),
-        ("1g64s-pb8", (3, 65), 176),  # 16 + 4·3·3 + 0 + 2·3·2 + 3·2·18 = 172
-    ],
-)
-def test_storage_bytes_count_everything(text: str, shape: tuple[int, int], expected: int) -> None:
-    assert Choice.parse(text).storage_bytes(shape) == expected
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "0", "9", "3g", "3g100", "16g64", "x", "-3", "3g64x", "16s"),
-        *("2g64-", "2-fat", "1-slim", "8g128-slim", "9-slim", "2-pb4", "1-pb5", "1g100-pb4", "16-slim", "Q4_K-slim"),
-    ],
-)
-def test_bad_choice_is_refused_with_the_alternatives(text: str) -> None:
-    with pytest.raises(ChoiceError, match=r"Available|Write|write"):
-        Choice.parse(text)
-
-
-def test_a_ggml_type_has_no_mix() -> None:
-    with pytest.raises(ChoiceError, match="Q4_K has no widths to mix"):
-        Choice(4, 256, scheme="Q4_K", mix="slim")
-
 
 def test_a_mix_takes_the_usual_group_and_symmetry() -> None:
-    assert str(Choice.parse("2-slim")) == "2g128-slim"
-    assert str(Choice.parse("1-pb8", 32, symmetric=True)) == "1g32s-pb8"
+    assert str(parse_choice("2-slim")) == "2g128-slim"
+    assert str(parse_choice("1-pb8", 32, symmetric=True)) == "1g32s-pb8"
     request = resolve(PlanConfig(budget=Budget(bits=2), choices="1,1-pb8,2,2-slim", group_size=64))
     assert [str(choice) for choice in request.choices] == ["1g64", "1g64-pb8", "2g64", "2g64-slim"]
 

@@ -15,12 +15,14 @@ from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.output import Output
 from alphaq.errors import PlanError
+from alphaq.formats.blocks import decode, dequantize
+from alphaq.formats.coding import decode_tensor
+from alphaq.formats.packing import unpack
+from alphaq.formats.table import format_of, stored_choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
-from alphaq.quantizers.coding import decode_tensor
-from alphaq.quantizers.packing import decode, dequantize, unpack
 from alphaq.writing import artifact
 from alphaq.writing.artifact import known_alphas, nested_choices, open_artifact, open_source, own_pins
 from alphaq.writing.recoding import recode
@@ -61,7 +63,7 @@ def check_top_bits(source: Path, out: Path) -> None:
     widths = set()
     for name in after.assignment:
         wide, narrow = decode(stored(source, name)), decode(stored(out, name))
-        assert narrow.choice.nested
+        assert format_of(narrow.choice).name == "nested"
         drop = wide.choice.bits - narrow.choice.bits
         assert drop >= 0
         assert np.array_equal(codes_of(narrow), codes_of(wide) >> drop)
@@ -131,7 +133,7 @@ def test_a_slice_of_a_slice_is_a_slice(nested: Path, alphaq: Callable[..., Any],
         assert ran.code == 0, ran.err
     two, wide = Output(tmp_path / "two").plan, nested
     for name, choice in two.every_choice().items():
-        if name in two.assignment and choice.nested:
+        if name in two.assignment and format_of(choice).name == "nested":
             found, first = decode(stored(tmp_path / "two", name)), decode(stored(wide, name))
             assert np.array_equal(codes_of(found), codes_of(first) >> (first.choice.bits - choice.bits))
 
@@ -258,9 +260,9 @@ def test_whatever_is_outside_the_budget_keeps_its_bytes(
     before, after = Output(tmp_path / "in").plan, Output(tmp_path / "out").plan
     for name in before.choices.keys() - before.assignment.keys():
         assert same(stored(tmp_path / "in", name), stored(tmp_path / "out", name)), (name, before.choices[name])
-    assert {name: choice.stored for name, choice in before.every_choice().items() if name not in before.assignment} == {
-        name: choice for name, choice in after.every_choice().items() if name not in before.assignment
-    }
+    assert {
+        name: stored_choice(choice) for name, choice in before.every_choice().items() if name not in before.assignment
+    } == {name: choice for name, choice in after.every_choice().items() if name not in before.assignment}
 
 
 @pytest.mark.slow

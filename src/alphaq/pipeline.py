@@ -31,10 +31,10 @@ from alphaq.engines.output import (
 )
 from alphaq.engines.profiles import profile
 from alphaq.errors import OutputError, PlanError
+from alphaq.formats.versions import CODECS
 from alphaq.measuring.cache import Cache
 from alphaq.measuring.density import Density, DensityTask, density_one
 from alphaq.measuring.measurement import Wanted, ahead, leaving, measure
-from alphaq.nouns.choice import CODECS
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.plan import Plan

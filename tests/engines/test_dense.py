@@ -27,6 +27,7 @@ from alphaq.engines.dense import dense_families
 from alphaq.engines.output import PLAN_NAME
 from alphaq.engines.profiles import profile
 from alphaq.errors import ArchitectureError, PlanError
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget
@@ -153,7 +154,7 @@ def test_engines_compute_with_the_decoded_weights(
 ) -> None:
     source = open_checkpoint(folder(family))
     types = {"llama.cpp": ("Q4_0", "Q8_0", "Q5_1", "IQ4_NL"), "mlx": ("4g32", "8g32", "3g32", "16")}[engine]
-    wanted = [one for one in source.matrices if profile(engine).obstacle(Choice.parse(types[0]), one) is None]
+    wanted = [one for one in source.matrices if profile(engine).obstacle(parse_choice(types[0]), one) is None]
     if engine == "mlx":
         wanted = [one for one in wanted if one.role.value not in ("embedding", "head")]
     plan = Plan(engine=engine, choices={one.name: types[number % 4] for number, one in enumerate(wanted)})

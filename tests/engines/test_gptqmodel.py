@@ -30,11 +30,11 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines import gptqmodel
 from alphaq.engines.output import PLAN_NAME, read_manifest
 from alphaq.errors import PlanError, VerificationError
+from alphaq.formats.blocks import dequantize
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, Rule
 from alphaq.quantizers.debiased import quantize_debiased
-from alphaq.quantizers.packing import dequantize
 from conftest import FAMILIES, Ran, read_back
 
 CHOICES = ("2g32", "3g32", "4g32", "8g32", "16")

@@ -32,6 +32,8 @@ from alphaq.engines.gguf.model import gguf_metadata, gguf_tensors, transformed
 from alphaq.engines.gguf.profile import FILE_NAME, OF_ONE_FILE, PROFILE
 from alphaq.engines.output import MANIFEST_NAME, PLAN_NAME, read_manifest
 from alphaq.errors import CheckpointError, MissingExtraError, PlanError, VerificationError
+from alphaq.formats.ggml_library import restore_rows
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.plan import Plan
@@ -40,7 +42,7 @@ from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import Scope, make_plan, measure_for_plan, resolve
 from alphaq.quantizers import ggml
 from alphaq.quantizers.base import QUANTIZERS
-from alphaq.quantizers.ggml import quantize_ggml, restore_rows
+from alphaq.quantizers.ggml import quantize_ggml
 from alphaq.runtime.loading import load_model
 from conftest import DATA, FAMILIES, Ran, read_back
 from runnable import save_runnable
@@ -107,9 +109,9 @@ def expected_values(checkpoint: Checkpoint, choices: dict[str, Choice]) -> Itera
     def through(matrix: MatrixRef, transform: str) -> torch.Tensor:
         weight = transformed(transform, checkpoint.read(matrix), checkpoint.config)
         choice = choices.get(matrix.name, Choice(16))
-        if not choice.scheme:
+        if not choice.name:
             return weight.float()
-        return restore_rows(quantize_ggml(weight, choice).codes.numpy(), choice, weight.shape[1])
+        return torch.from_numpy(restore_rows(quantize_ggml(weight, choice).codes.numpy(), str(choice), weight.shape[1]))
 
     for recipe in gguf_tensors(checkpoint):
         if recipe.vector:
@@ -349,7 +351,7 @@ def write_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Writ
                 matrix
                 for matrix in sorted(source.matrices, key=lambda one: one.place)
                 if matrix.role in (Role.EXPERT, *PROFILE.role_bits)
-                and PROFILE.obstacle(Choice.parse(SMALL[0]), matrix) is None
+                and PROFILE.obstacle(parse_choice(SMALL[0]), matrix) is None
             ]
             types = dict(zip(dict.fromkeys(map(PROFILE.unit_of, possible)), cycle(SMALL), strict=False))
             plan = Plan(engine="llama.cpp", choices={one.name: types[PROFILE.unit_of(one)] for one in possible})

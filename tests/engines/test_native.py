@@ -13,13 +13,14 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines import native
 from alphaq.engines.output import MANIFEST_NAME, PLAN_NAME
 from alphaq.errors import BudgetError, CheckpointError, PlanError, VerificationError
+from alphaq.formats.blocks import dequantize
+from alphaq.formats.table import storage_bytes
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.planning.costs import byte_tables
 from alphaq.quantizers.debiased import quantize_debiased
-from alphaq.quantizers.packing import dequantize
 from conftest import FAMILIES, read_back
 
 
@@ -82,7 +83,7 @@ def test_all_three_units_are_reported_and_agree(tiny: Path) -> None:
     matrices = {matrix.name: matrix for matrix in checkpoint.with_role(Role.EXPERT)}
     parameters = sum(matrix.parameters for matrix in matrices.values())
     code_bits = sum(plan.assignment[name] * matrix.parameters for name, matrix in matrices.items())
-    stored = sum(plan.choice(name).storage_bytes(matrix.shape) for name, matrix in matrices.items())
+    stored = sum(storage_bytes(plan.choice(name), matrix.shape) for name, matrix in matrices.items())
     assert plan.average_bits == pytest.approx(code_bits / parameters)
     assert plan.bits_per_weight == pytest.approx(8 * stored / parameters)
     assert plan.average_bits <= 2.5 < plan.bits_per_weight

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.output import Output
+from alphaq.formats.table import storage_bytes
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Role
 from conftest import random_model
@@ -64,7 +65,7 @@ def test_widths_that_were_asked_for_are_stored_in_exactly_the_planned_bytes(
     assert (planned["choices"][EMBEDDING], planned["choices"][HEAD]) == ("4g32", "6g32")
     assert planned["assignment"] == kept["assignment"]  # the budget of --bits is the experts'
     shape = open_checkpoint(small).with_role(Role.EMBEDDING)[0].shape
-    saved = sum(2 * shape[0] * shape[1] - Choice(bits, 32).storage_bytes(shape) for bits in (4, 6))
+    saved = sum(2 * shape[0] * shape[1] - storage_bytes(Choice(bits, 32), shape) for bits in (4, 6))
     assert abs(kept["size_bytes"] - planned["size_bytes"] - saved) <= 16  # header entries differ by their shapes
     written = succeeded(alphaq("quantize", small, "--bits", 3, *asked, *FAST, "-o", tmp_path / "out", "--json")).json
     assert weight_bytes(tmp_path / "out") == planned["size_bytes"] == written["size_bytes"]

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from alphaq.formats.blocks import decode, dequantize, encode
+from alphaq.formats.packing import unpack
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.base import rounder_of
 from alphaq.quantizers.cutting import can_cut, cut, cut_errors, cutting
 from alphaq.quantizers.nested import quantize_nested
-from alphaq.quantizers.packing import decode, dequantize, encode, unpack
 from alphaq.simd.sums import squared_norm
 
 LIVE = [row for row in range(48) if row != 3]  # zeros have either sign at 1 bit
@@ -20,12 +22,12 @@ LIVE = [row for row in range(48) if row != 3]  # zeros have either sign at 1 bit
 def held(bits: int, group: int = 64, columns: int = 200, scale: float = 0.02) -> QuantizedMatrix:
     weight = scale * torch.randn(48, columns, generator=torch.Generator().manual_seed(bits))
     weight[3] = 0.0
-    return quantize_nested(weight, Choice(bits, group, symmetric=True, mix="nest"))
+    return quantize_nested(weight, parse_choice(f"{bits}g{group}-nest"))
 
 
 def narrower(found: QuantizedMatrix) -> list[Choice]:
     own = found.choice
-    nested = [Choice(bits, own.group_size, symmetric=True, mix="nest") for bits in range(2, own.bits)]
+    nested = [parse_choice(f"{bits}g{own.group_size}-nest") for bits in range(2, own.bits)]
     return [Choice(1, own.group_size, symmetric=True), *nested]
 
 
@@ -61,7 +63,7 @@ def test_small_and_large_weights_are_cut_like_others(scale: float) -> None:
 
 
 def test_what_codes_hold() -> None:
-    four = Choice.parse("4g128-nest")
+    four = parse_choice("4g128-nest")
     for text, can in (
         ("4g128-nest", True),
         ("3g128-nest", True),
@@ -75,9 +77,9 @@ def test_what_codes_hold() -> None:
         ("16", False),
         ("@2", False),
     ):
-        assert can_cut(four, Choice.parse(text)) is can, text
-    assert can_cut(Choice.parse("2g128"), Choice.parse("2g128"))
-    assert not can_cut(Choice.parse("4g128s"), Choice.parse("2g128s"))
+        assert can_cut(four, parse_choice(text)) is can, text
+    assert can_cut(parse_choice("2g128"), parse_choice("2g128"))
+    assert not can_cut(parse_choice("4g128s"), parse_choice("2g128s"))
 
 
 def test_what_is_not_cut_stays_as_it_is_or_is_rounded() -> None:
@@ -87,9 +89,9 @@ def test_what_is_not_cut_stays_as_it_is_or_is_rounded() -> None:
     assert torch.equal(encode(same), encode(wide))
     quantize = cutting(wide, rounder_of("debiased"))
     values = dequantize(wide)
-    usual = Choice.parse("2g64")
+    usual = parse_choice("2g64")
     assert torch.equal(encode(quantize(values, usual, "w")), encode(rounder_of("debiased")(values, usual, "w")))
-    nested = Choice.parse("2g64-nest")
+    nested = parse_choice("2g64-nest")
     assert torch.equal(encode(quantize(values, nested, "w")), encode(cut(wide, nested)[0]))
 
 
@@ -101,5 +103,5 @@ def test_errors_are_exact_and_come_with_the_energy() -> None:
     assert errors.energy == pytest.approx(squared_norm(dequantize(wide)))
     assert [errors.expected[one] for one in choices] == sorted(errors.expected.values(), reverse=True)
     assert cut_errors(wide, (wide.choice,)).energy == pytest.approx(errors.energy)
-    assert cut_errors(wide, (Choice.parse("2g64"),)).expected == {}
-    assert cut_errors(wide, (Choice.parse("2g64"), *choices)) == errors
+    assert cut_errors(wide, (parse_choice("2g64"),)).expected == {}
+    assert cut_errors(wide, (parse_choice("2g64"), *choices)) == errors

@@ -3,11 +3,12 @@ import torch
 from reference import quantize_groups, values_of
 
 from alphaq.errors import QuantizationError
+from alphaq.formats.blocks import dequantize, restored_error
+from alphaq.formats.packing import unpack
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.base import Rounder, rounder_of, squared_error
 from alphaq.quantizers.debiased import BIAS_WEIGHT, quantize_debiased
-from alphaq.quantizers.packing import dequantize, restored_error, unpack
 
 ALL = [Choice(bits, group, symmetric) for bits in range(1, 9) for group in (32, 128) for symmetric in (False, True)]
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from alphaq.errors import AlphaQError, CheckpointError
+from alphaq.formats.blocks import encode
 from alphaq.nouns.choice import Choice
 from alphaq.quantizers.debiased import quantize_debiased
-from alphaq.quantizers.packing import encode
 from alphaq.runtime import kernels
 from alphaq.runtime import multiply as module
 from alphaq.runtime.multiply import multiply, packed_linear

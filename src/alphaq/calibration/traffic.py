@@ -25,10 +25,11 @@ from alphaq.calibration.passage import Passage
 from alphaq.calibration.stream import HollowModel, LayerTraffic, stream_forward
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import ChoiceError, QuantizationError, StatsError
+from alphaq.formats.blocks import dequantize
+from alphaq.formats.table import format_of, parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.quantizers.base import DEFAULT, rounder_of, sixteen_bits
-from alphaq.quantizers.packing import dequantize
 from alphaq.simd.sums import squared_distance, squared_norm
 
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
@@ -130,7 +131,7 @@ def _named(errors: Mapping[Choice, float]) -> dict[str, float]:
 
 
 def _parsed(errors: Mapping[str, float]) -> dict[Choice, float]:
-    return {Choice.parse(name): error for name, error in errors.items()}
+    return {parse_choice(name): error for name, error in errors.items()}
 
 
 def gather(
@@ -149,7 +150,7 @@ def gather(
     `stream_forward` raises.
     """
     for choice in choices:
-        if choice.scheme:
+        if format_of(choice).foreign:
             raise ChoiceError(f"{choice} is not rounded to nearest here. Give bits and a group size, such as 3g64.")
     hollow = HollowModel(checkpoint)
     found = Calibration(tokens=tuple(map(tuple, ids.tolist())))

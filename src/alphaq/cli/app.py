@@ -52,7 +52,7 @@ from alphaq.cli.recode import recode
 from alphaq.cli.report import report
 from alphaq.cli.slice import slice_
 from alphaq.errors import AlphaQError, BudgetError
-from alphaq.nouns.choice import CODECS
+from alphaq.formats.versions import CODECS
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import ProxyKind
 from alphaq.terminal import err, progress, show

@@ -15,7 +15,7 @@ import typer
 from pydantic import ValidationError
 
 from alphaq.errors import AlphaQError, BudgetError
-from alphaq.nouns.choice import CODECS
+from alphaq.formats.versions import CODECS
 from alphaq.nouns.plan import Plan, first_fault
 from alphaq.nouns.settings import Blocks, Budget, Noise, PlanConfig, ProxyKind, Rule, Tail, option_of
 from alphaq.registry import unknown

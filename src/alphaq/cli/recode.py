@@ -9,7 +9,7 @@ import typer
 
 from alphaq.cli.options import JsonOption, WorkersOption
 from alphaq.errors import AlphaQError
-from alphaq.nouns.choice import CODECS
+from alphaq.formats.versions import CODECS
 from alphaq.registry import unknown
 from alphaq.terminal import progress, show
 

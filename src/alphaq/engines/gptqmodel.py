@@ -24,12 +24,14 @@ from alphaq.engines.export import Rows, Run
 from alphaq.engines.safetensors.engine import SafetensorsEngine, ragged, words
 from alphaq.engines.safetensors.modules import KEPT, linear_choices, module_name, module_patterns
 from alphaq.errors import MissingEngineError, PlanError
-from alphaq.nouns.choice import GROUP_SIZES, Choice
-from alphaq.nouns.foreign import JsonObject
+from alphaq.formats.blocks import dequantized_rows
+from alphaq.formats.native import GROUP_SIZES
+from alphaq.formats.packing import pack, unpack
+from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
-from alphaq.quantizers.packing import dequantized_rows, pack, unpack
+from alphaq.work.untrusted import JsonObject
 
 DENSE_KEPT = ("qwen2_moe", "qwen3_moe")
 """Families of whose layers without experts GPTQModel knows nothing."""

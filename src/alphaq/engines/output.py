@@ -16,7 +16,8 @@ from alphaq.checkpoint.writer import Place, checksum, pieces_at
 from alphaq.engines.export import Stored
 from alphaq.engines.profiles import profile
 from alphaq.errors import CheckpointError, VerificationError
-from alphaq.nouns.choice import CODECS, Choice
+from alphaq.formats.versions import CODECS
+from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan, first_fault
 from alphaq.quantizers.base import FORMERLY
 from alphaq.work.untrusted import read_bounded, shown

@@ -36,11 +36,12 @@ from alphaq.engines.safetensors.modules import (
 from alphaq.engines.safetensors.refusals import require_agreement
 from alphaq.engines.settings import family_settings
 from alphaq.errors import MissingExtraError, PlanError
-from alphaq.nouns.choice import GROUP_SIZES, Choice
-from alphaq.nouns.foreign import JsonObject
+from alphaq.formats.native import GROUP_SIZES
+from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.work.untrusted import JsonObject
 
 FORMAT = "pack-quantized"
 FUSED = {

@@ -21,8 +21,8 @@ from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.engines.export import AS_IT_IS, Form
 from alphaq.engines.output import Output
 from alphaq.errors import ArchitectureError, CheckpointError
+from alphaq.formats.coding import decode_tensor, is_coded
 from alphaq.nouns.matrix import MatrixRef
-from alphaq.quantizers.coding import decode_tensor, is_coded
 from alphaq.writing.artifact import open_artifact
 from alphaq.writing.tasks import plan_choices
 

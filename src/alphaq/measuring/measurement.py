@@ -12,6 +12,8 @@ import torch
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, TensorSpec, stored_bytes
+from alphaq.formats.blocks import dequantize, encode
+from alphaq.formats.coding import coder_version, encode_tensor
 from alphaq.measuring.cache import Cache, Entry, Known
 from alphaq.measuring.probes import PROBES
 from alphaq.nouns.choice import Choice
@@ -19,7 +21,6 @@ from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.spectrum import Spectrum
 from alphaq.quantizers.base import (
     DEFAULT,
-    QUANTIZERS,
     SAMPLE_VALUES,
     SquaredErrors,
     coded_errors,
@@ -27,10 +28,7 @@ from alphaq.quantizers.base import (
     sixteen_bits,
     squared_errors,
 )
-from alphaq.quantizers.coding import coder_version, encode_tensor
 from alphaq.quantizers.cutting import CUTS, cut_errors, cutting, held_form
-from alphaq.quantizers.ggml import restore_rows
-from alphaq.quantizers.packing import dequantize, encode
 from alphaq.research.tails import variant_spectrum
 from alphaq.spectra.device import device_batch, device_spectra, device_tasks
 from alphaq.spectra.measure import PANEL_VALUES, spectrum, streamed_spectrum
@@ -269,15 +267,7 @@ def restored(
     if choice.kept:
         return sixteen_bits(weight).float()
     held = held_form(checkpoint, matrix) if quantizer == CUTS else None
-    found = cutting(held, rounder_of(quantizer, importance.get(matrix.name)))(weight, choice, matrix.name)
-    if choice.scheme:
-        return restore_rows(found.codes.numpy(), choice, matrix.shape[1])
-    if not QUANTIZERS[quantizer].adds_offsets or found.offsets is None:
-        return dequantize(found)
-    # Whose offsets are added to s·q instead of being zero points.
-    columns = matrix.shape[1]
-    biases = found.offsets.float().repeat_interleave(choice.group_size, dim=1)[:, :columns]
-    return dequantize(replace(found, offsets=torch.zeros_like(found.offsets))) + biases
+    return dequantize(cutting(held, rounder_of(quantizer, importance.get(matrix.name)))(weight, choice, matrix.name))
 
 
 @dataclass(frozen=True, slots=True)

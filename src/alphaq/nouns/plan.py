@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alphaq.errors import ChoiceError, PlanError
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import (
     Choice,
 )
@@ -165,7 +166,7 @@ class Plan(BaseModel):
     def choice(self, name: str) -> Choice:
         """The choice of one quantized matrix."""
         try:
-            return Choice.parse(self.choices[name])
+            return parse_choice(self.choices[name])
         except ChoiceError as error:
             raise ValueError(f"{shown(name)}: {error}") from error
 

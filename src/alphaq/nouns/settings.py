@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from alphaq.errors import BudgetError
-from alphaq.nouns.choice import CODECS
+from alphaq.formats.versions import CODECS
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.registry import unknown
 

@@ -24,6 +24,7 @@ from alphaq.calibration.stream import HollowModel, LayerTraffic, run_experts, st
 from alphaq.calibration.tokens import model_prefix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import BudgetError, StatsError
+from alphaq.formats.table import rate_of
 from alphaq.measuring.measurement import restored
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
@@ -87,8 +88,8 @@ def _uniform(checkpoint: Checkpoint, request: Request, measurements: Measurement
     if request.config.per_layer:
         raise BudgetError("Uniform bits know no budget for each layer.")
     config = request.config.model_copy(update={"method": BASELINE})
-    rates = [choice for choice in request.offered if choice.rate]
-    ladder = tuple(sorted(rates, key=lambda choice: choice.rate)) if rates else request.ladder
+    rates = [choice for choice in request.offered if rate_of(choice)]
+    ladder = tuple(sorted(rates, key=rate_of)) if rates else request.ladder
     return make_plan(checkpoint, replace(request, config=config, method=method(BASELINE), ladder=ladder), measurements)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 
 from alphaq.checkpoint.safetensors_format import FILE_OVERHEAD
+from alphaq.formats.coding import coder_version
 from alphaq.measuring.measurement import CodedTask, coded_bytes
 from alphaq.planning.scope import Scope
 from alphaq.quantizers.base import QUANTIZERS
-from alphaq.quantizers.coding import coder_version
 from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
 from alphaq.formats.gaussian import gaussian_errors
+from alphaq.formats.table import storage_bytes
 from alphaq.measuring.measurement import Measured, Sampling, Wanted, measure
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
@@ -146,7 +147,7 @@ def _row(survey: Survey, matrix: MatrixRef, measured: Measured) -> _Row:
             for one in choices
         ],
         [errors.deviation.get(one, 0.0) for one in choices],
-        [errors.coded.get(one) or one.storage_bytes(matrix.shape) for one in choices if errors.coded],
+        [errors.coded.get(one) or storage_bytes(one, matrix.shape) for one in choices if errors.coded],
     )
 
 

@@ -14,16 +14,17 @@ import numpy as np
 import torch
 
 from alphaq.errors import QuantizationError
+from alphaq.formats.blocks import encode
+from alphaq.formats.coding import encode_tensor
+from alphaq.formats.table import format_of, rate_of
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.affine import quantize_affine, quantize_symmetric16
-from alphaq.quantizers.coding import encode_tensor
 from alphaq.quantizers.debiased import quantize_debiased, quantize_mse
 from alphaq.quantizers.ggml import quantize_ggml
 from alphaq.quantizers.gptq import quantize_gptq
 from alphaq.quantizers.hqq import quantize_hqq
 from alphaq.quantizers.learned import quantize_learned
-from alphaq.quantizers.packing import encode
 from alphaq.quantizers.rtn import round_to_nearest
 from alphaq.quantizers.salience import mixing
 from alphaq.simd.sums import in_threads, squared_distance, squared_norm
@@ -159,14 +160,13 @@ def rounded_by_inputs(
     plain: the quantizer that it improves on. moments: as of `InputRounder`. coded: whether codes will be entropy-coded,
     in no more bytes than those of `plain`.
     """
-    if choice.mix and not choice.nested:
-        # Their levels are several in a group; what inputs say is which of them are salient.
+    if not format_of(choice).one_grid:  # what inputs say is which groups and weights are salient
         importance = moments if moments.ndim == 1 else moments.diagonal()
         return rounder_of(plain, None if coded else importance.numpy())(weight, choice, name)
     function = QUANTIZERS[quantizer].function
     if coded:
         return function(weight, choice, name, moments, rounder_of(plain)(weight, choice, name), coded=True)
-    levels = LEVELS if QUANTIZERS[plain].plain and choice.bits > 1 and not choice.rate else plain
+    levels = LEVELS if QUANTIZERS[plain].plain and choice.bits > 1 and not rate_of(choice) else plain
     return function(weight, choice, name, moments, rounder_of(levels)(weight, choice, name))
 
 

@@ -14,14 +14,15 @@ import numpy as np
 import torch
 
 from alphaq.checkpoint.reader import Checkpoint
+from alphaq.formats.blocks import decode, dequantize, is_block
+from alphaq.formats.coding import decode_tensor
+from alphaq.formats.table import format_of
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.base import DEFAULT, Rounder, SquaredErrors
-from alphaq.quantizers.coding import decode_tensor, is_block
 from alphaq.quantizers.debiased import BIAS_WEIGHT
 from alphaq.quantizers.nested_kernels import cut_rows
-from alphaq.quantizers.packing import decode, dequantize
 from alphaq.simd.sums import in_threads, slices, squared_norm
 
 PART_CODES = 1 << 20  # what one thread works on at a time
@@ -42,10 +43,7 @@ def held_form(checkpoint: Checkpoint, matrix: MatrixRef) -> QuantizedMatrix | No
 
 def can_cut(held: Choice, choice: Choice) -> bool:
     """Whether codes of one choice hold those of another: the same, or the top bits of nested ones."""
-    if choice == held or not held.nested:
-        return choice == held
-    sign = Choice(1, held.group_size, symmetric=True)
-    return choice == sign or (choice.nested and choice.group_size == held.group_size and choice.bits < held.bits)
+    return choice == held or choice in format_of(held).narrower(held)
 
 
 def cutting(held: QuantizedMatrix | None, quantizer: Rounder) -> Rounder:

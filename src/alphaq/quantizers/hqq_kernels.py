@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from alphaq.formats.kernels import pack_group
 from alphaq.quantizers.kernels import (
     _common_step,
     _encode,
     _encode_two,
     _inverse,
     _one_bit,
-    _pack,
     _range,
     _read,
 )
@@ -77,7 +77,7 @@ def quantize_rows_by_norm(
             scales[row * groups + group] = scale
             offsets[row * groups + group] = offset
             error += found
-            _pack(codes, eights, count, bits, packed, row * row_bytes + begin * bits // 8, (row + 1) * row_bytes)
+            pack_group(codes, eights, count, bits, packed, row * row_bytes + begin * bits // 8, (row + 1) * row_bytes)
     largest[0] = lane_maximum(extent) + lane_sum(spoiled)
     return error
 

@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from alphaq.errors import QuantizationError
+from alphaq.formats.table import format_of
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.debiased import quantize_debiased
@@ -94,9 +95,9 @@ def quantize_learned(
 
 
 def _check(weight: torch.Tensor, choice: Choice, name: str, hessian: torch.Tensor | None) -> None:
-    if choice.scheme:
+    if format_of(choice).foreign:
         raise QuantizationError(f"{name}: {choice} is rounded by llama.cpp's own code. Give it an --imatrix instead.")
-    if choice.kept or choice.mix:
+    if not format_of(choice).learnable:
         raise QuantizationError(f"{name}: {choice} has no one grid of codes to learn. Use --quantizer debiased for it.")
     if not torch.isfinite(weight).all():
         raise too_large(name, FP16_MAX)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from alphaq.quantizers.kernels import _least_biased, _pack, _range, _read, _unpack
+from alphaq.formats.kernels import pack_group, unpack_group
+from alphaq.quantizers.kernels import _least_biased, _range, _read
 from alphaq.simd.codes import (
     CODES,
     add_products,
@@ -69,7 +70,7 @@ def nest_rows(
             scale, found = _encode_nested(values, count, bits, width, step, bias_weight, codes)
             scales[row * groups + group] = scale
             error += found
-            _pack(codes, eights, count, bits, packed, row * row_bytes + begin * bits // 8, (row + 1) * row_bytes)
+            pack_group(codes, eights, count, bits, packed, row * row_bytes + begin * bits // 8, (row + 1) * row_bytes)
     largest[0] = lane_maximum(extent) + lane_sum(spoiled)
     return error
 
@@ -204,7 +205,7 @@ def cut_rows(packed, columns, bits, group_size, steps, width, bias_weight, cut, 
                 own, tops, both, own_square, top_square = _cut_whole(packed, source, count, bits, width, cut, target)
             else:
                 own, tops, both, own_square, top_square = 0, 0, 0, 0, 0
-                _unpack(packed, source, (row + 1) * row_bytes, count, bits, eights)
+                unpack_group(packed, source, (row + 1) * row_bytes, count, bits, eights)
                 for at in range(count):
                     code = np.int64(codes[at])
                     top = code >> drop
@@ -214,7 +215,7 @@ def cut_rows(packed, columns, bits, group_size, steps, width, bias_weight, cut, 
                     both += code * top
                     own_square += code * code
                     top_square += top * top
-                _pack(codes, eights, count, width, cut, target, (row + 1) * cut_bytes)
+                pack_group(codes, eights, count, width, cut, target, (row + 1) * cut_bytes)
             step = np.float64(steps[row * groups + group])
             along = both - middle_cut * own - middle * tops + count * middle * middle_cut
             square = top_square - 2 * middle_cut * tops + count * middle_cut * middle_cut

@@ -17,11 +17,16 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from alphaq.formats.blocks import dequantized_rows
+from alphaq.formats.coded import Coded
+from alphaq.formats.nested import Nested
+from alphaq.formats.salient import Salient, SalientWeights, most_of
+from alphaq.formats.slim import Slim
+from alphaq.formats.table import format_of
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.quantized import QuantizedMatrix, SalientWeights
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.debiased import BIAS_WEIGHT, quantize_debiased
 from alphaq.quantizers.nested import quantize_nested
-from alphaq.quantizers.packing import dequantized_rows
 from alphaq.quantizers.rated import quantize_rated
 from alphaq.quantizers.rows import over_rows_in_fp16
 from alphaq.quantizers.salience_kernels import quantize_salient
@@ -39,14 +44,15 @@ def mixing(base: Rounding, bias_weight: float = BIAS_WEIGHT) -> Rounding:
     def quantize(
         weight: torch.Tensor, choice: Choice, name: str = "matrix", importance: np.ndarray | None = None
     ) -> QuantizedMatrix:
-        if choice.rate:
-            return quantize_rated(weight, choice, name, bias_weight)
-        if choice.nested:
-            return quantize_nested(weight, choice, name, bias_weight)
-        if choice.salient:
-            return quantize_pb(weight, choice, name, importance, bias_weight)
-        if choice.mix:
-            return quantize_slim(weight, choice, name, base, importance)
+        match format_of(choice):
+            case Coded():
+                return quantize_rated(weight, choice, name, bias_weight)
+            case Nested():
+                return quantize_nested(weight, choice, name, bias_weight)
+            case Salient():
+                return quantize_pb(weight, choice, name, importance, bias_weight)
+            case Slim():
+                return quantize_slim(weight, choice, name, base, importance)
         return base(weight, choice, name)
 
     return quantize
@@ -78,8 +84,12 @@ def quantize_slim(
 
 def _plain_choices(choice: Choice) -> tuple[Choice, Choice, Choice]:
     """What groups of each width are stored as; those of 1 bit have no mean, which would take more than a zero point."""
-    low, middle, high = (replace(choice, bits=choice.bits + step, mix="") for step in (-1, 0, 1))
-    return (replace(low, symmetric=True) if low.bits == 1 else low), middle, high
+    bits, size, symmetric = choice.bits, choice.group_size, choice.symmetric
+    return (
+        Choice(bits - 1, size, symmetric or bits == 2),
+        Choice(bits, size, symmetric),
+        Choice(bits + 1, size, symmetric),
+    )
 
 
 def column_errors(weight: torch.Tensor, matrix: QuantizedMatrix) -> np.ndarray:
@@ -136,7 +146,7 @@ def _joined(found: Sequence[QuantizedMatrix], choice: Choice, steps: np.ndarray)
         torch.cat(pieces, dim=1),
         of_each([matrix.scales for matrix in found]),
         offsets,
-        widths=torch.from_numpy((choice.bits + steps).astype(np.uint8)),
+        extra=(choice.bits + steps).astype(np.uint8),
     )
 
 
@@ -153,7 +163,7 @@ def quantize_pb(
     levels' last fit. Raises QuantizationError naming the matrix if it cannot be stored.
     """
     rows, columns = weight.shape
-    groups, most = choice.groups(columns), choice.salient
+    groups, most = choice.groups(columns), most_of(choice)
     worth = np.ones(columns, np.float32) if importance is None else np.ascontiguousarray(importance, np.float32)
     packed = np.zeros((rows, choice.row_bytes(columns)), np.uint8)
     scales, offsets, wide = np.empty((3, rows, groups), np.float32)
@@ -168,5 +178,5 @@ def quantize_pb(
         torch.from_numpy(scales).half(),
         None if choice.symmetric else torch.from_numpy(offsets).half(),
         error,
-        salient=SalientWeights(torch.from_numpy(wide).half(), torch.from_numpy(positions), torch.from_numpy(values)),
+        extra=SalientWeights(wide.astype(np.float16), positions, values),
     )

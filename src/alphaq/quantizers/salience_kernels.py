@@ -5,25 +5,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from alphaq.quantizers.kernels import _inverse, _one_bit, _pack, _read, _stretched_two
+from alphaq.formats.kernels import pack_group
+from alphaq.formats.packing import UNUSED
+from alphaq.quantizers.kernels import _inverse, _one_bit, _read, _stretched_two
 from alphaq.simd.vectors import LANES, as_half, kernel, lane_maximum, lane_sum, load, maximum, splat
 
 REFITS = 8
-UNUSED = 255  # in the place of a salient weight's position
-
-
-@kernel
-def restore_salient(positions, values, scales, most, columns, group_size, out):
-    """Put salient weights in their places in whole rows, float32 [rows · columns]: scale·(value − 128).
-
-    positions, values: uint8 [rows · groups · most]. scales: float32 [rows · groups].
-    """
-    groups = -(-columns // group_size)
-    for place in range(scales.size):
-        begin = place // groups * columns + place % groups * group_size
-        for at in range(place * most, (place + 1) * most):
-            if positions[at] != UNUSED:
-                out[begin + positions[at]] = (np.float32(values[at]) - np.float32(128)) * scales[place]
 
 
 @kernel
@@ -70,7 +57,7 @@ def quantize_salient(
             )
             scales[place], offsets[place], wide[place] = scale, offset, step
             error += miss
-            _pack(codes, eights, count, 1, packed, row * row_bytes + begin // 8, (row + 1) * row_bytes)
+            pack_group(codes, eights, count, 1, packed, row * row_bytes + begin // 8, (row + 1) * row_bytes)
     largest[0] = lane_maximum(extent) + lane_sum(spoiled)
     return error
 

@@ -22,6 +22,7 @@ from alphaq.checkpoint.families.architecture import architecture_of
 from alphaq.engines.output import Output
 from alphaq.errors import AlphaQError, CheckpointError, OutputError
 from alphaq.evaluation.certificate import Certificate
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.fidelity import CERTIFICATE_NAME
 from alphaq.nouns.plan import Plan
@@ -314,7 +315,7 @@ def _roles(opened: Output) -> list[dict[str, Any]]:
         nbytes[role] += sum(place.nbytes for place in opened.places(name))
 
     def listed(counts: Counter[str]) -> str:
-        order = sorted(counts, key=lambda text: (text == "kept", Choice(16) if text == "kept" else Choice.parse(text)))
+        order = sorted(counts, key=lambda text: (text == "kept", Choice(16) if text == "kept" else parse_choice(text)))
         return ", ".join(f"{text} ({counts[text]:,})" for text in order)
 
     return [

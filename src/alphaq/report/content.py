@@ -16,8 +16,8 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from alphaq.errors import PlanError
+from alphaq.formats.table import parse_choice
 from alphaq.measuring.density import Density
-from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.report.arrays import packed, packed_counts, packed_names
 from alphaq.report.commands import Names, reproduce
@@ -88,7 +88,7 @@ def content_of(run: Run, sources: Sources) -> Content:
         raise PlanError("The plan assigns no bits to any matrix (no assignment). Make it with `alphaq plan`.")
     places = {name: sources.places.get(name) or place_by_name(name) for name in plan.choices}
     figures = _Figures.of(run, sources)
-    choices = sorted({*plan.choices.values(), *(plan.table.choices if plan.table else ())}, key=Choice.parse)
+    choices = sorted({*plan.choices.values(), *(plan.table.choices if plan.table else ())}, key=parse_choice)
     column_of = {choice: column for column, choice in enumerate(choices)}
     slider = path = None
     if plan.table is not None:
@@ -112,7 +112,7 @@ def _data(
     maps, cells = _maps([places[name] for name in names])
     weights = [places[name].weights for name in names]
     return PageData(
-        choices=[NamedChoice(choice, Choice.parse(choice).bits) for choice in column_of],
+        choices=[NamedChoice(choice, parse_choice(choice).bits) for choice in column_of],
         names=packed_names(names),
         maps=maps,
         map=packed_counts(cells[0]),

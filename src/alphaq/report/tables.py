@@ -12,7 +12,7 @@ from rich.text import Text
 
 from alphaq.checkpoint.summary import Summary
 from alphaq.engines.profile import Profile
-from alphaq.nouns.choice import Choice
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.plan import Plan, PlanCheck
 from alphaq.planning.outline import Outline
@@ -91,7 +91,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("left of the budget", unused if plan.source is None else f"{unused} {plan.cost_unit}")
     table.add_section()
     counts = Counter(plan.choices[name] for name in plan.assignment)
-    for choice in sorted(counts, key=Choice.parse):
+    for choice in sorted(counts, key=parse_choice):
         point = plan.rate_distortion.points.get(choice) if plan.rate_distortion else None
         beside = f"   error {point[1]:.4f} at {point[0]:.3f} bits, {point[2]:.2f} × 2^−2R" if point else ""
         table.add_row(f"matrices at {choice}", f"{counts[choice]:,}{beside}")

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from alphaq.errors import AlphaQError
+from alphaq.formats.blocks import block_bytes, decode, dequantize
+from alphaq.formats.native import HEADER_BYTES
 from alphaq.nouns.quantized import QuantizedMatrix
-from alphaq.quantizers.packing import decode, dequantize
 from alphaq.runtime import kernels
-from alphaq.runtime.packed import ADDRESS, BITS, FLAGS, PackedWeights, coded_as
+from alphaq.runtime.packed import ADDRESS, BITS, FLAGS, PackedWeights
 from alphaq.runtime.threads import parallel
 from alphaq.simd.codes import FEATURES
 from alphaq.simd.vectors import flat
@@ -107,7 +108,7 @@ def _multiply_restored(
     scratch = torch.empty(min(step, rows), columns, dtype=kind)
     for projection in np.flatnonzero(chosen):
         coding = codings[projection]
-        mixed = _mixed(coding, rows, columns) if coding[FLAGS] > kernels.MIXED else None
+        mixed = _held(int(coding[ADDRESS])) if coding[FLAGS] > kernels.MIXED else None
         for first in range(0, rows, step):
             count = min(step, rows - first)
             part = scratch[:count]
@@ -120,12 +121,13 @@ def _multiply_restored(
             out[places, projection * rows + first : projection * rows + first + count] = (inputs @ part.T).float()
 
 
-def _mixed(coding: np.ndarray, rows: int, columns: int) -> QuantizedMatrix:
-    """A matrix of several widths where it lies."""
-    choice = coded_as(coding)
-    nbytes = choice.storage_bytes((rows, columns))
-    block = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(int(coding[ADDRESS])))
-    return decode(torch.from_numpy(block))
+def _held(address: int) -> QuantizedMatrix:
+    """A matrix without a kernel where its block lies."""
+
+    def bytes_there(count: int) -> Tensor:
+        return torch.from_numpy(np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(address)))
+
+    return decode(bytes_there(block_bytes(bytes_there(HEADER_BYTES))))
 
 
 def _kept(coding: np.ndarray, first: int, count: int, columns: int) -> Tensor:

@@ -32,9 +32,9 @@ from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.safetensors_format import ITEM_BYTES, TORCH_DTYPES, read_header
 from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import CheckpointError
+from alphaq.formats.blocks import decode, dequantize, read_block_header
+from alphaq.formats.coding import PREFIX_BYTES, check_claims, decode_tensor, decoded_info, is_coded
 from alphaq.nouns.matrix import Shape
-from alphaq.quantizers.coding import PREFIX_BYTES, check_claims, decode_tensor, decoded_bytes, decoded_info, is_coded
-from alphaq.quantizers.packing import decode, dequantize, read_block_header
 from alphaq.runtime.modules import PackedExperts, RestoredParameter, packed_class
 from alphaq.runtime.packed import KEPT, PackedWeights
 from alphaq.runtime.ties import Tied, packable
@@ -146,7 +146,7 @@ def stored_tensors(files: Sequence[str]) -> dict[str, tuple[Path, TensorInfo]]:
         for name, info in read_header(path)[0].items():
             prefix = opened.read(info.begin, min(info.nbytes, PREFIX_BYTES)) if is_block(info) else torch.empty(0)
             found[name] = path, decoded_info(info, prefix)
-            stored, decoded = stored + info.nbytes, decoded + decoded_bytes(found[name][1])
+            stored, decoded = stored + info.nbytes, decoded + _bytes_of(found[name][1])
     check_claims(decoded, stored, "The checkpoint")
     return found
 

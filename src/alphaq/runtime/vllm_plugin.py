@@ -15,8 +15,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from alphaq.errors import CheckpointError
-from alphaq.formats.versions import NATIVE_FORMAT_VERSION, check_native_format
-from alphaq.nouns.choice import CODECS
+from alphaq.formats.versions import CODECS, NATIVE_FORMAT_VERSION, check_native_format
 
 QUANT_METHOD = "alphaq"
 
@@ -88,8 +87,7 @@ def _restore_embeddings() -> None:
         return
 
     def weight_loader(self: Any, param: torch.Tensor, loaded_weight: torch.Tensor, *others: Any, **options: Any) -> Any:
-        from alphaq.quantizers.coding import is_block  # kernels, which not every process needs
-        from alphaq.quantizers.packing import decode, dequantize
+        from alphaq.formats.blocks import decode, dequantize, is_block  # kernels, which not every process needs
 
         if is_block(loaded_weight):
             held = decode(loaded_weight.cpu(), "The embedding or head")

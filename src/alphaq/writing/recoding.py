@@ -23,10 +23,9 @@ from alphaq.checkpoint.writer import atomic_folder, checksum, copy_file, create_
 from alphaq.engines.export import Stored, stored_in, write_json
 from alphaq.engines.output import MANIFEST_NAME, PLAN_NAME, Output, Record, header_of, raise_faults, write_manifest
 from alphaq.errors import PlanError, VerificationError
-from alphaq.formats.versions import CODED_FORMAT_VERSION, NATIVE_FORMAT_VERSION
-from alphaq.nouns.choice import CODECS
+from alphaq.formats.coding import decode_tensor, encode_tensor
+from alphaq.formats.versions import CODECS, CODED_FORMAT_VERSION, NATIVE_FORMAT_VERSION
 from alphaq.nouns.fidelity import CERTIFICATE_NAME
-from alphaq.quantizers.coding import decode_tensor, encode_tensor
 from alphaq.work.untrusted import parse_json, read_bounded
 from alphaq.work.workers import Workers, Wrap, silent
 

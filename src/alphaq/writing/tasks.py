@@ -21,13 +21,13 @@ from alphaq.engines.export import Entry, Export, Form, Stored, squared_error_of
 from alphaq.engines.output import Record
 from alphaq.engines.profiles import profile
 from alphaq.errors import CheckpointError, PlanError, QuantizationError
+from alphaq.formats.blocks import encode
+from alphaq.formats.coding import decode_tensor, is_coded
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.plan import Plan
 from alphaq.quantizers.base import Rounder, rounder_of, sixteen_bits
-from alphaq.quantizers.coding import decode_tensor, is_coded
 from alphaq.quantizers.cutting import CUTS, can_cut, cut, held_form
-from alphaq.quantizers.packing import encode
 from alphaq.simd.sums import squared_distance, squared_norm
 from alphaq.simd.vectors import flat
 from alphaq.work.workers import Workers

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from alphaq.checkpoint.tensors import Encoding, Part, TensorInfo, stored_grid
 from alphaq.errors import CheckpointError, MissingExtraError
-from alphaq.nouns.ggml import GGML_TYPES
+from alphaq.formats.ggml import GGML_TYPES
 
 MXFP4_COLUMNS = 32
 DECODED_AT_ONCE = 1 << 20  # weights that are held in float32

@@ -21,7 +21,7 @@ from typing import BinaryIO
 from alphaq.checkpoint.files import check_link, open_file
 from alphaq.checkpoint.gguf.values import STRUCT_FORMATS, VALUE_TYPES, GgufValue, encoded
 from alphaq.errors import CheckpointError, OutputError
-from alphaq.nouns.ggml import GGML_TYPES
+from alphaq.formats.ggml import GGML_TYPES
 
 MAGIC = b"GGUF"
 VERSION = 3

@@ -27,7 +27,7 @@ from alphaq.checkpoint.gguf.values import GgufValue, Scalar
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
 from alphaq.checkpoint.tensors import Encoding, TensorInfo
 from alphaq.errors import ArchitectureError, CheckpointError
-from alphaq.nouns.ggml import GGML_TYPES
+from alphaq.formats.ggml import GGML_TYPES
 from alphaq.work.untrusted import JsonObject, shown
 
 READABLE_TYPES = ("BF16", "F16", "F32", "Q8_0")

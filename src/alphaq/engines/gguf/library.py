@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alphaq.errors import AlphaQError, MissingEngineError
-from alphaq.quantizers.ggml import shared_object
+from alphaq.formats.ggml_library import shared_object
 
 GGML_F32, GGML_F16 = 0, 1
 FLASH_ATTENTION_AUTO, FLASH_ATTENTION_OFF = -1, 0

@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from alphaq.errors import CheckpointError
-from alphaq.nouns.foreign import JsonObject
+from alphaq.work.untrusted import JsonObject
 
 if sys.version_info >= (3, 11):
     import tomllib

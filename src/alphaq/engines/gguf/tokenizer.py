@@ -14,7 +14,7 @@ from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.engines.gguf.package import package, special_tokens
 from alphaq.engines.gguf.pre_tokenizer import parts_of, recognised
 from alphaq.errors import CheckpointError, MissingExtraError
-from alphaq.nouns.foreign import JsonObject
+from alphaq.work.untrusted import JsonObject
 
 # Some families do not declare these special, but all mean them so.
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)

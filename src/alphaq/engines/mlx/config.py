@@ -8,7 +8,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.effective import model_settings, settings_of
 from alphaq.engines.settings import ROPE, family_settings, require_settings
 from alphaq.errors import ArchitectureError
-from alphaq.nouns.foreign import JsonObject
+from alphaq.work.untrusted import JsonObject
 
 NAME = "mlx"
 

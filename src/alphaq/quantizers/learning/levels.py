@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import pad
 
+from alphaq.formats.base import levels_of_bits
+from alphaq.formats.levels import grid_of
+from alphaq.formats.packing import pack, unpack
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
-from alphaq.quantizers.packing import pack, unpack
 from alphaq.simd.sums import slices
 
 JUDGED_COLUMNS = 512  # of H in float64 at a time
@@ -35,9 +37,9 @@ class Levels:
         return 2**self.choice.bits - 1
 
     @property
-    def scales_per_step(self) -> int:
+    def scales_per_step(self) -> float:
         """A binary matrix stores half the distance of its two levels."""
-        return 2 if self.choice.bits == 1 else 1
+        return levels_of_bits(self.choice.bits).stretch
 
     def spread(self, per_group: torch.Tensor) -> torch.Tensor:
         """[rows, groups] → [rows, columns]; the last group may be ragged."""
@@ -85,19 +87,11 @@ class Levels:
 
 def levels_of(matrix: QuantizedMatrix, part: slice, place: torch.device) -> Levels:
     """What some rows of a matrix stand for, whichever engine's it is."""
-    choice, offsets = matrix.choice, matrix.offsets
-    codes = torch.from_numpy(unpack(matrix.codes[part].numpy(), choice.bits, matrix.shape[1]))
-    scale = matrix.scales[part].to(place).float()
-    free_mean = offsets is not None and offsets.is_floating_point()
-    if choice.bits == 1:
-        zero = torch.full_like(scale, 0.5)
-    elif offsets is None:
-        zero = torch.full_like(scale, 2.0 ** (choice.bits - 1))
-    else:
-        zero = torch.zeros_like(scale) if free_mean else offsets[part].to(place).float()
-    mean = offsets[part].to(place).float() if offsets is not None and free_mean else torch.zeros_like(scale)
-    step = 2 * scale if choice.bits == 1 else scale
-    return Levels(choice, matrix.scales.dtype, free_mean, codes.to(place).float(), step, zero, mean)
+    choice, grid = matrix.choice, grid_of(matrix, part)
+    codes = torch.from_numpy(unpack(matrix.codes[part].numpy(), choice.bits, matrix.shape[1])).to(place).float()
+    free_mean = matrix.offsets is not None and matrix.offsets.is_floating_point()
+    step, zero, mean = grid.step.to(place), grid.zero.to(place), grid.mean.to(place)
+    return Levels(choice, matrix.scales.dtype, free_mean, codes, step, zero, mean)
 
 
 def matrix_of(weight: torch.Tensor, levels: Levels) -> QuantizedMatrix:

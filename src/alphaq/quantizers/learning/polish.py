@@ -56,7 +56,7 @@ def _best_grid(levels: Levels, group: int, codes: torch.Tensor, own: torch.Tenso
     """Move a group's step, and its mean if it is free, to the exact minimum along each, if what is stored is better."""
     step, zero, mean = levels.step[:, group], levels.zero[:, group], levels.mean[:, group]
 
-    def move(value: torch.Tensor, direction: torch.Tensor, unit: int, above: float) -> None:
+    def move(value: torch.Tensor, direction: torch.Tensor, unit: float, above: float) -> None:
         pushed = own @ direction
         slope, curvature = (direction * local).sum(0), (direction * pushed).sum(0)
         best = value - torch.where(curvature > TINY, slope / curvature, 0)

@@ -16,29 +16,66 @@ import math
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import pairwise
+from dataclasses import Field, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
 import zstandard
 
-from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, ITEM_BYTES, MAX_DIMENSIONS, TORCH_DTYPES
-from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import CheckpointError
-from alphaq.nouns.choice import BLOCK_HEADER_BYTES, CODECS, Choice
+from alphaq.formats.blocks import is_block, native_format, read_block_header, split_block
+from alphaq.formats.kernels import join_rows, split_rows
+from alphaq.formats.native import HEADER_BYTES
+from alphaq.formats.versions import CODECS
+from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Shape
-from alphaq.quantizers.coding_kernels import join_rows, split_rows
-from alphaq.quantizers.packing import read_block_header
 
 _HEADER = struct.Struct("<2sBBBBHQ")  # magic, version, codec, kind, dimensions, planes, bytes of the tensor
 _MAGIC = b"AZ"
 _VERSION = 1
 _BLOCK = "block"
-_KINDS = (_BLOCK, "BF16", "F16", "F32", "F64", "U8", "I8", "I16", "I32", "I64", "U32", "BOOL", "F8_E4M3", "F8_E5M2")
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U32": torch.uint32,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_KINDS = (_BLOCK, *_DTYPES)  # a header holds the place in this list
 _LEVEL = 1  # higher ones look longer for repetitions, which codes do not have
 _ALWAYS, _MOST_TIMES = 1 << 28, 256  # bytes that may be claimed by any file; by one of so many times less
-_MOST_PLANES = 8
-PREFIX_BYTES = _HEADER.size + 8 * MAX_DIMENSIONS + 16 * _MOST_PLANES
+_MOST_PLANES, _MOST_DIMENSIONS = 8, 8
+PREFIX_BYTES = _HEADER.size + 8 * _MOST_DIMENSIONS + 16 * _MOST_PLANES
+
+
+class StoredTensor(Protocol):
+    """Where a tensor lies in its file: bytes [begin, end); with dtype and shape by which safetensors know it."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def begin(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+Info = TypeVar("Info", bound=StoredTensor)
 
 
 def encode_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -47,7 +84,7 @@ def encode_tensor(tensor: torch.Tensor) -> torch.Tensor:
     Bytes that begin like a coded tensor are always coded.
     """
     raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    kind, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+    kind, shape = _NAMES[tensor.dtype], tuple(tensor.shape)
     if _is_whole_block(tensor):
         kind, planes = _BLOCK, _block_planes(raw)
     else:
@@ -78,11 +115,6 @@ def coder_version(codec: str) -> str:
     return f"{codec} {'.'.join(map(str, zstandard.ZSTD_VERSION))}"
 
 
-def is_block(tensor: torch.Tensor) -> bool:
-    """Whether a stored tensor is a native block."""
-    return _begins(tensor, b"AQ", BLOCK_HEADER_BYTES)
-
-
 def _is_whole_block(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a native block, not other bytes that begin like one."""
     with suppress(CheckpointError):
@@ -92,16 +124,12 @@ def _is_whole_block(tensor: torch.Tensor) -> bool:
 
 def is_coded(tensor: torch.Tensor) -> bool:
     """Whether a stored tensor, or its first PREFIX_BYTES, is what `encode_tensor` makes."""
-    return _begins(tensor, _MAGIC, _HEADER.size)
-
-
-def _begins(tensor: torch.Tensor, magic: bytes, least: int) -> bool:
-    if tensor.dtype != torch.uint8 or tensor.ndim != 1 or tensor.numel() < least:
+    if tensor.dtype != torch.uint8 or tensor.ndim != 1 or tensor.numel() < _HEADER.size:
         return False
-    return bytes(tensor[:2].tolist()) == magic
+    return bytes(tensor[:2].tolist()) == _MAGIC
 
 
-def decoded_info(info: TensorInfo, prefix: torch.Tensor) -> TensorInfo:
+def decoded_info(info: Info, prefix: torch.Tensor) -> Info:
     """What a stored tensor is once decoded, told from its first PREFIX_BYTES; its place stays that of the stored bytes.
 
     Raises CheckpointError naming the tensor if its header is damaged.
@@ -109,15 +137,10 @@ def decoded_info(info: TensorInfo, prefix: torch.Tensor) -> TensorInfo:
     if info.dtype != "U8" or len(info.shape) != 1 or not is_coded(prefix):
         return info
     kind, shape, _, _ = _read_header(prefix.numpy().tobytes(), info.nbytes, info.name)
-    return TensorInfo(info.name, "U8" if kind == _BLOCK else kind, shape, info.begin, info.end)
+    return replace(info, dtype="U8" if kind == _BLOCK else kind, shape=shape)
 
 
-def decoded_bytes(info: TensorInfo) -> int:
-    """Bytes of a tensor of this dtype and shape, wherever it is stored."""
-    return math.prod(info.shape) * ITEM_BYTES[info.dtype]
-
-
-def block_header(read: Callable[[int, int], torch.Tensor], info: TensorInfo) -> tuple[Choice, Shape] | None:
+def block_header(read: Callable[[int, int], torch.Tensor], info: StoredTensor) -> tuple[Choice, Shape] | None:
     """Choice and shape of a native block, coded or not; None if a stored tensor is none.
 
     read: gives so many bytes from a place of the file on. Raises CheckpointError naming the tensor if it is damaged.
@@ -151,12 +174,12 @@ def decode_tensor(stored: torch.Tensor, name: str = "tensor") -> torch.Tensor:
     if kind == _BLOCK:
         _fill_block(planes, raw, name)
         return torch.from_numpy(raw)
-    item = ITEM_BYTES[kind]
+    item = _DTYPES[kind].itemsize
     if [plane.size for plane in planes] != [nbytes // item] * item:
         raise _damaged(name, "its planes are not those of its dtype")
     for place, plane in enumerate(planes):
         raw[place::item] = plane
-    return torch.from_numpy(raw).view(TORCH_DTYPES[kind]).view(shape)
+    return torch.from_numpy(raw).view(_DTYPES[kind]).view(shape)
 
 
 def _damaged(name: str, why: str) -> CheckpointError:
@@ -171,7 +194,7 @@ def _read_header(
         _, version, codec, kind_number, dimensions, count, nbytes = _HEADER.unpack_from(prefix)
         if version != _VERSION or codec >= len(CODECS) or kind_number >= len(_KINDS):
             raise _damaged(name, "its coding is not known to this version of alphaq")
-        if dimensions > MAX_DIMENSIONS or not 0 < count <= _MOST_PLANES:
+        if dimensions > _MOST_DIMENSIONS or not 0 < count <= _MOST_PLANES:
             raise _damaged(name, f"it claims {dimensions} dimensions and {count} planes")
         numbers = struct.unpack_from(f"<{dimensions + 2 * count}Q", prefix, _HEADER.size)
     except struct.error:
@@ -183,7 +206,7 @@ def _read_header(
     if header_bytes + sum(coded for coded, _ in sizes) != stored_bytes:
         raise _damaged(name, f"its planes do not fill its {stored_bytes} bytes")
     check_claims(max(nbytes, sum(size for _, size in sizes)), stored_bytes, name)
-    item = 1 if kind == _BLOCK else ITEM_BYTES[kind]
+    item = 1 if kind == _BLOCK else _DTYPES[kind].itemsize
     if math.prod(shape) * item != nbytes or (kind == _BLOCK and dimensions != 1):
         raise _damaged(name, f"a tensor of shape {list(shape)} does not take {nbytes} bytes")
     if kind != _BLOCK and sum(size for _, size in sizes) != nbytes:
@@ -222,43 +245,45 @@ def _symbol_bits(bits: int) -> int:
 
 
 def _block_planes(raw: np.ndarray) -> list[np.ndarray]:
-    """Header, mix and padding together; codes; zero points or both bytes of means; both bytes of scales."""
+    """Header, extra and padding together; codes; zero points or both bytes of means; both bytes of scales."""
     choice, shape = read_block_header(torch.from_numpy(raw), "block")
-    code_bytes, offset_bytes, scale_bytes = choice.parts(shape)
-    begin = BLOCK_HEADER_BYTES
-    ends = np.cumsum([begin, code_bytes, offset_bytes, scale_bytes])
-    codes, offsets, scales = (raw[first:last] for first, last in pairwise(ends))
-    rest = np.concatenate([raw[:begin], raw[ends[-1] :]])
-    width = _symbol_bits(choice.bits)
-    if width != 8:
+    header, codes, offsets, scales, *rest = split_block(raw, choice, shape)
+    if (width := _symbol_bits(choice.bits)) != 8:
         row_bytes = choice.row_bytes(shape[1])
         symbols = np.empty(shape[0] * -(-8 * row_bytes // width), np.uint8)
         split_rows(codes, row_bytes, width, symbols)
         codes = symbols
-    return [rest, codes, *_byte_planes(offsets, 2 if choice.bits == 1 else 1), *_byte_planes(scales, 2)]
+    others = np.concatenate([header, *rest])
+    return [others, codes, *_byte_planes(offsets, _offset_bytes(choice)), *_byte_planes(scales, 2)]
 
 
 def _fill_block(planes: list[np.ndarray], raw: np.ndarray, name: str) -> None:
     """The inverse of `_block_planes`."""
     choice, shape = read_block_header(torch.from_numpy(planes[0].copy()), name, raw.size)
-    parts = choice.parts(shape)
-    ends = np.cumsum([BLOCK_HEADER_BYTES, *parts]).tolist()
-    width, row_bytes, items = _symbol_bits(choice.bits), choice.row_bytes(shape[1]), 2 if choice.bits == 1 else 1
+    header, codes, offsets, scales, *rest = split_block(raw, choice, shape)
+    width, row_bytes, items = _symbol_bits(choice.bits), choice.row_bytes(shape[1]), _offset_bytes(choice)
     expected = [
-        BLOCK_HEADER_BYTES + raw.size - ends[-1],
+        HEADER_BYTES + sum(part.size for part in rest),
         shape[0] * -(-8 * row_bytes // width),
-        *[parts[1] // items] * items,
-        *[parts[2] // 2] * 2,
+        *[offsets.size // items] * items,
+        *[scales.size // 2] * 2,
     ]
     if [plane.size for plane in planes] != expected:
         raise _damaged(name, f"its planes are not those of {choice}")
-    raw[:BLOCK_HEADER_BYTES], raw[ends[-1] :] = planes[0][:BLOCK_HEADER_BYTES], planes[0][BLOCK_HEADER_BYTES:]
-    codes = raw[ends[0] : ends[1]]
+    at = HEADER_BYTES
+    header[:] = planes[0][:at]
+    for part in rest:
+        part[:], at = planes[0][at : at + part.size], at + part.size
     if width == 8:
         codes[:] = planes[1]
     else:
         join_rows(planes[1], row_bytes, width, codes)
     for place in range(items):
-        raw[ends[1] + place : ends[2] : items] = planes[2 + place]
+        offsets[place::items] = planes[2 + place]
     for place in range(2):
-        raw[ends[2] + place : ends[3] : 2] = planes[2 + items + place]
+        scales[place::2] = planes[2 + items + place]
+
+
+def _offset_bytes(choice: Choice) -> int:
+    """Bytes of a number among the offsets: means are float16, zero points a stream of bits."""
+    return 2 if native_format(choice).means else 1

@@ -3,20 +3,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import values_of
 
 from alphaq.errors import CheckpointError
+from alphaq.formats.blocks import decode, dequantize, encode, native_format
+from alphaq.formats.packing import pack, unpack
+from alphaq.formats.salient import SalientWeights
+from alphaq.formats.table import parse_choice, storage_bytes
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.quantized import QuantizedMatrix, SalientWeights
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.debiased import quantize_debiased
-from alphaq.quantizers.packing import decode, dequantize, encode, pack, unpack
 from alphaq.quantizers.salience import mixing
 
 quantize = mixing(quantize_debiased)
 plain_choices = st.builds(Choice, st.integers(1, 8), st.sampled_from((32, 64, 128)), st.booleans())
 mixed_choices = st.builds(
-    lambda kind, group, symmetric: Choice(kind[0], group, symmetric, mix=kind[1]),
-    st.sampled_from([(bits, "slim") for bits in range(2, 8)] + [(1, "pb2"), (1, "pb4"), (1, "pb8")]),
+    lambda kind, group, symmetric: parse_choice(kind, group, symmetric),
+    st.sampled_from([f"{bits}-slim" for bits in range(2, 8)] + ["1-pb2", "1-pb4", "1-pb8"]),
     st.sampled_from((32, 64, 128)),
     st.booleans(),
 )
@@ -54,7 +56,7 @@ def test_block_round_trips_and_has_the_promised_size(choice: Choice, rows: int, 
     weight *= torch.linspace(-2, 2, columns).exp()  # so that widths differ
     matrix = quantize(weight, choice)
     block = encode(matrix)
-    assert block.numel() == choice.storage_bytes((rows, columns))
+    assert block.numel() == storage_bytes(choice, (rows, columns))
     again = decode(block)
     assert again.choice == choice
     assert torch.equal(again.codes, matrix.codes)
@@ -79,12 +81,12 @@ def test_golden_block() -> None:
 
 def test_golden_block_of_several_widths() -> None:
     matrix = QuantizedMatrix(
-        Choice(2, 32, mix="slim"),
+        parse_choice("2g32-slim"),
         (1, 64),
         torch.tensor([[0b10, 0, 0, 0] + [0b01_010_001, 0, 0, 0] + [0] * 8], dtype=torch.uint8),
         torch.tensor([[0.5, 0.25]], dtype=torch.float16),
         torch.tensor([[0, 1]], dtype=torch.uint8),
-        widths=torch.tensor([1, 3], dtype=torch.uint8),
+        extra=np.array([1, 3], np.uint8),
     )
     header = b"AQ\x01\x02\x20\x00\x02\x00\x01\x00\x00\x00\x40\x00\x00\x00"
     codes = b"\x02\x00\x00\x00" + b"\x51" + bytes(11)
@@ -101,32 +103,19 @@ def test_golden_block_of_several_widths() -> None:
 
 def test_golden_block_of_salient_weights() -> None:
     matrix = QuantizedMatrix(
-        Choice(1, 32, mix="pb2"),
+        parse_choice("1g32-pb2"),
         (1, 4),
         torch.tensor([[0b0110, 0, 0, 0]], dtype=torch.uint8),
         torch.tensor([[0.5]], dtype=torch.float16),
         torch.tensor([[0.25]], dtype=torch.float16),
-        salient=SalientWeights(
-            torch.tensor([[2.0]], dtype=torch.float16),
-            torch.tensor([[[2, 255]]], dtype=torch.uint8),
-            torch.tensor([[[131, 128]]], dtype=torch.uint8),
+        extra=SalientWeights(
+            np.array([[2.0]], np.float16), np.array([[[2, 255]]], np.uint8), np.array([[[131, 128]]], np.uint8)
         ),
     )
     header = b"AQ\x01\x01\x20\x00\x04\x00\x01\x00\x00\x00\x04\x00\x00\x00"
     content = b"\x06\x00\x00\x00" + b"\x00\x34" + b"\x00\x38" + b"\x00\x40" + b"\x02\xff" + b"\x83\x80"
     assert bytes(encode(matrix).tolist()) == (header + content).ljust(32, b"\0")
     assert dequantize(matrix).tolist() == [[-0.25, 0.75, 6.0, -0.25]]
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.integers(1, 8), st.sampled_from((32, 64, 128)), st.integers(1, 300), st.integers(0, 2**32 - 1))
-def test_kernel_packs_and_unpacks_like_the_plain_functions(bits: int, group: int, columns: int, seed: int) -> None:
-    weight = torch.randn(3, columns, generator=torch.Generator().manual_seed(seed))
-    matrix = quantize_debiased(weight, Choice(bits, group))
-    codes = unpack(matrix.codes.numpy(), bits, columns)
-    assert (pack(codes, bits) == matrix.codes.numpy()).all()
-    parts = torch.from_numpy(codes), matrix.scales, matrix.offsets
-    assert torch.allclose(dequantize(matrix), values_of(parts, matrix.choice), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("damage", ["short", "magic", "version", "bits", "rows", "empty"])
@@ -144,9 +133,9 @@ def test_damaged_block_is_refused_by_name(damage: str) -> None:
 
 def mixed_block(text: str) -> tuple[torch.Tensor, int]:
     """A block of 4 × 80 weights whose last group is ragged, and where its mix begins."""
-    choice = Choice.parse(text)
+    choice = parse_choice(text)
     weight = torch.randn(4, 80, generator=torch.Generator().manual_seed(0)) * torch.linspace(-2, 2, 80).exp()
-    return encode(quantize(weight, choice)).clone(), 16 + sum(choice.parts((4, 80)))
+    return encode(quantize(weight, choice)).clone(), 16 + sum(native_format(choice).parts(choice, (4, 80))[:3])
 
 
 @pytest.mark.parametrize(

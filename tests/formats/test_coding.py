@@ -18,10 +18,9 @@ from safetensors.torch import save_file
 from alphaq.checkpoint.safetensors_format import DTYPE_NAMES
 from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import CheckpointError
-from alphaq.nouns.choice import CHOICE_BITS, Choice
-from alphaq.quantizers import coding
-from alphaq.quantizers.base import rounder_of
-from alphaq.quantizers.coding import (
+from alphaq.formats import coding
+from alphaq.formats.blocks import encode
+from alphaq.formats.coding import (
     PREFIX_BYTES,
     block_header,
     coder_version,
@@ -30,17 +29,21 @@ from alphaq.quantizers.coding import (
     encode_tensor,
     is_coded,
 )
-from alphaq.quantizers.coding_kernels import join_rows, split_rows
-from alphaq.quantizers.packing import encode, unpack
+from alphaq.formats.kernels import join_rows, split_rows
+from alphaq.formats.native import CHOICE_BITS
+from alphaq.formats.packing import unpack
+from alphaq.formats.table import parse_choice, stored_choice
+from alphaq.nouns.choice import Choice
+from alphaq.quantizers.base import rounder_of
 from alphaq.runtime.replace import stored_tensors
 
 HEADER = struct.Struct("<2sBBBBHQ")
 BLOCKS = [
     *(Choice(bits, group, symmetric) for bits in CHOICE_BITS for group, symmetric in ((32, False), (128, True))),
-    *(Choice(bits, 64, symmetric=True, mix="nest") for bits in range(2, 9)),
-    *(Choice(bits, 32, mix="slim") for bits in range(2, 8)),
-    *(Choice(1, 128, mix=mix) for mix in ("pb2", "pb4", "pb8")),
-    Choice(8, 128, True, rate=2.75),
+    *(parse_choice(f"{bits}g64-nest") for bits in range(2, 9)),
+    *(parse_choice(f"{bits}g32-slim") for bits in range(2, 8)),
+    *(parse_choice(f"1g128-{kind}") for kind in ("pb2", "pb4", "pb8")),
+    parse_choice("8g128s@2.75"),
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8]
 
@@ -162,7 +165,7 @@ def test_the_beginning_tells_what_a_block_is(choice: Choice, coded: bool) -> Non
     stored = encode_tensor(plain) if coded else plain
     info = info_of(stored)
     assert is_coded(stored) is coded or choice.bits == 1  # whose signs may be incompressible
-    assert block_header(reading(stored), info) == (choice.stored, (70, 300))
+    assert block_header(reading(stored), info) == (stored_choice(choice), (70, 300))
     told = decoded_info(info, stored[:PREFIX_BYTES])
     assert (told.dtype, told.shape) == ("U8", tuple(plain.shape))
     assert (told.name, told.begin, told.end) == (info.name, info.begin, info.end)
@@ -185,7 +188,7 @@ def test_the_beginning_tells_what_another_tensor_is(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "plain",
-    [block(Choice.parse("8g128s@2"), 8, 64), sparse_block(Choice(3, 64), 10, 128), gaussian(12, 60).bfloat16()],
+    [block(parse_choice("8g128s@2"), 8, 64), sparse_block(Choice(3, 64), 10, 128), gaussian(12, 60).bfloat16()],
     ids=["symmetric", "asymmetric", "bfloat16"],
 )
 def test_every_changed_byte_is_refused_by_name_or_changes_nothing(plain: torch.Tensor) -> None:
@@ -207,7 +210,7 @@ def test_every_changed_byte_is_refused_by_name_or_changes_nothing(plain: torch.T
 
 
 @pytest.mark.parametrize(
-    "plain", [block(Choice.parse("8g128s@2"), 8, 64), gaussian(12, 60).bfloat16()], ids=["block", "bfloat16"]
+    "plain", [block(parse_choice("8g128s@2"), 8, 64), gaussian(12, 60).bfloat16()], ids=["block", "bfloat16"]
 )
 def test_a_tensor_cut_short_or_too_long_is_refused_by_name(plain: torch.Tensor) -> None:
     coded = encode_tensor(plain)

@@ -1,6 +1,7 @@
 """Storage types of llama.cpp: how many weights share a block, and how many bytes a block takes.
 
-Source: the constants of the `gguf` package (GGML_QUANT_SIZES); a test compares them. Rows must be whole blocks.
+llama.cpp's own code finds and reads what is inside. Source: the constants of the `gguf` package (GGML_QUANT_SIZES); a
+test compares them. Rows must be whole blocks.
 """
 
 from __future__ import annotations
@@ -8,6 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
+
+from alphaq.formats.base import Format, Written
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import Shape
+from alphaq.nouns.quantized import QuantizedMatrix
 
 GGML_BLOCKS: dict[str, tuple[int, int, int]] = {
     # name: (bits in the name, weights per block, bytes per block)
@@ -86,3 +94,37 @@ GGML_TYPES: dict[str, GgmlType] = {
     "NVFP4": GgmlType(40, 64, 36),
 } | {name: GgmlType(number, *GGML_BLOCKS[name][1:]) for name, number in _NUMBERS_OF_CHOICES.items()}
 """Every type that a file may hold."""
+
+
+class Ggml(Format):
+    """One of llama.cpp's types, 'Q4_K'. Of a matrix there are only codes: uint8 [rows, bytes per row]."""
+
+    name = "ggml"
+    examples = ("Q4_K", "IQ2_S")
+    foreign = True
+
+    def parse(self, written: Written) -> Choice | None:
+        """The name of a type, in any case."""
+        name = written.text.upper()
+        return Choice(*GGML_BLOCKS[name][:2], name=name) if name in GGML_BLOCKS else None
+
+    def owns(self, choice: Choice) -> bool:
+        """Whether it is the name of a type."""
+        return choice.name in GGML_BLOCKS
+
+    def choices(self) -> tuple[Choice, ...]:
+        """All types on offer."""
+        return tuple(Choice(bits, weights, name=name) for name, (bits, weights, _) in GGML_BLOCKS.items())
+
+    def storage_bytes(self, choice: Choice, shape: Shape) -> int:
+        """Unpadded; rows must be whole blocks."""
+        return shape[0] * (shape[1] // choice.group_size) * GGML_BLOCKS[choice.name][2]
+
+    def restored(self, matrix: QuantizedMatrix, rows: slice) -> np.ndarray:
+        """By llama.cpp's own code."""
+        from alphaq.formats.ggml_library import restore_rows  # which a plain install leaves out
+
+        return restore_rows(matrix.codes[rows].numpy(), matrix.choice.name, matrix.shape[1])
+
+
+FORMAT = Ggml()
