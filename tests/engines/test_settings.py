@@ -22,10 +22,12 @@ from alphaq import pipeline
 from alphaq.checkpoint.families.architecture import architectures
 from alphaq.checkpoint.gguf.rope import llama3_factors
 from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.engines.assumptions.rules import Fixed
+from alphaq.engines.assumptions.tables import engine_table, family_settings
 from alphaq.engines.effective import effective_config
 from alphaq.engines.placement import left_out
 from alphaq.engines.profiles import ENGINES as PROFILES
-from alphaq.engines.settings import Fixed, family_settings, require_settings
+from alphaq.engines.settings import require_settings
 from alphaq.errors import ArchitectureError
 from alphaq.nouns.plan import Plan
 from conftest import FAMILIES, ROOT, Ran
@@ -82,10 +84,8 @@ def test_every_setting_of_the_class_is_flipped_or_known_to_be_neutral(family: st
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_line_of_an_engine_is_for_a_family_that_is_known(engine: str) -> None:
-    from alphaq.engines.settings import _room
-
     known = {architecture.name for architecture in architectures().values()}
-    assert set(_room(engine).get("families", {})) <= known
+    assert engine_table(engine).families.keys() <= known
 
 
 @pytest.mark.parametrize("engine", ["llama.cpp", "mlx", "vllm"])
