@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from alphaq.errors import AlphaQError, MissingExtraError
+from alphaq.errors import AlphaQError, MissingExtraError, first_line
 from alphaq.evaluation.certificate import DRAWS, SEED, TaskFigures, Tasks, Verdict, estimate, task_verdict
 from alphaq.work.untrusted import JsonObject
 from alphaq.work.workers import Wrap, silent
@@ -108,10 +108,9 @@ def run_tasks(model: Any, tokenizer: Any, manager: Any, request: TaskRequest) ->
                 **SEEDS,
             )
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise AlphaQError(
-                f"lm-eval cannot run {', '.join(request.names)} ({reason}). Check that its data is at hand, and run it "
-                "with lm-eval itself."
+                f"lm-eval cannot run {', '.join(request.names)} ({first_line(error)}). Check that its data is at hand, "
+                "and run it with lm-eval itself."
             ) from error
     if results is None:
         raise AlphaQError("lm-eval gave no results, as it does on all but one process. Run a single process.")

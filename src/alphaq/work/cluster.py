@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from alphaq.errors import AlphaQError, DeviceError, MissingExtraError, WorkerError
+from alphaq.errors import AlphaQError, DeviceError, MissingExtraError, WorkerError, first_line
 from alphaq.registry import unknown
 from alphaq.terminal import err
 from alphaq.work.batches import Batch, Node, batches, choose, limited
@@ -96,10 +96,9 @@ class RayWorkers(Workers):
             _answers(self.address)
             self._ray.init(self.address, log_to_driver=False, logging_level="ERROR", configure_logging=True)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise WorkerError(
-                f"No Ray cluster can be joined at {self.address} ({reason}). Start one with `ray start --head`, or "
-                "name one: --cluster ray:HOST:PORT."
+                f"No Ray cluster can be joined at {self.address} ({first_line(error)}). Start one with `ray start "
+                "--head`, or name one: --cluster ray:HOST:PORT."
             ) from None
         finally:
             with suppress(ValueError):  # of another thread than the main one
