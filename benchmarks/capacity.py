@@ -17,7 +17,8 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from alphaq.work.cluster import Node, batches, choose
+from alphaq.work.batches import Node, choose
+from alphaq.work.cluster import batches
 
 HERE = Path(__file__).parent
 ASSUMED = {

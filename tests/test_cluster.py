@@ -17,8 +17,8 @@ pytest.importorskip("ray", reason="ray is not installed: pip install 'alphaq[ray
 
 import raycluster
 from alphaq.errors import AlphaQError, DeviceError, QuantizationError, WorkerError
-from alphaq.work import cluster
-from alphaq.work.cluster import Node, RayWorkers, batches, choose, limited, parse_cluster
+from alphaq.work.batches import BATCH_BYTES, BATCH_TASKS, Node, batches, choose, limited
+from alphaq.work.cluster import RayWorkers, parse_cluster
 from conftest import Ran
 
 ALL: frozenset[str] = frozenset()
@@ -43,14 +43,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_batches_hold_consecutive_tasks_of_the_same_files_up_to_their_bytes() -> None:
     made = list(batches(range(10_000), lambda task: 1 << 20, lambda task: frozenset({str(task // 5000)}), 2))
     assert [task for batch in made for task in batch.tasks] == list(range(10_000))
-    assert max(batch.nbytes for batch in made) == cluster.BATCH_BYTES
+    assert max(batch.nbytes for batch in made) == BATCH_BYTES
     assert all(len({task // 5000 for task in batch.tasks}) == 1 for batch in made)
     assert [len(batch.tasks) for batch in made[:4]] == [1, 1, 2, 2]  # small at first, so that all get some
 
 
 def test_tiny_tasks_are_counted_and_a_huge_one_travels_alone() -> None:
-    assert max(len(batch.tasks) for batch in batches(range(9999), lambda _: 1, lambda _: ALL, 1)) == cluster.BATCH_TASKS
-    sizes = [1, cluster.BATCH_BYTES * 3, 1]
+    assert max(len(batch.tasks) for batch in batches(range(9999), lambda _: 1, lambda _: ALL, 1)) == BATCH_TASKS
+    sizes = [1, BATCH_BYTES * 3, 1]
     assert [len(batch.tasks) for batch in batches(sizes, lambda size: size, lambda _: ALL, 1)] == [1, 1, 1]
 
 

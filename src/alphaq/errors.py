@@ -93,3 +93,8 @@ class MissingExtraError(AlphaQError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), self.given  # a worker sends it by what it was made of
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,7 +17,7 @@ from alphaq.checkpoint.files import is_file
 from alphaq.checkpoint.remote import Store
 from alphaq.checkpoint.side_files import CODE_FILES, SIDE_FILES, References
 from alphaq.checkpoint.weights import weight_files
-from alphaq.errors import CheckpointError
+from alphaq.errors import CheckpointError, first_line
 
 LISTING_TIMEOUT_S = 20
 
@@ -123,8 +123,7 @@ def _asking(model: str) -> Iterator[None]:
 
 
 def _unreachable(model: str, error: Exception) -> CheckpointError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return CheckpointError(
-        f"{model} is no local folder and could not be fetched from the hub ({reason}). "
+        f"{model} is no local folder and could not be fetched from the hub ({first_line(error)}). "
         "Check the name, the network and, for gated models, `hf auth login`."
     )

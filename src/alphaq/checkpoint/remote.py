@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from alphaq.checkpoint.files import SourceFile, Stamp, changed
 from alphaq.checkpoint.side_files import MOST_SIDE_FILES, References, is_small
-from alphaq.errors import AlphaQError, CheckpointError, MissingExtraError
+from alphaq.errors import AlphaQError, CheckpointError, MissingExtraError, first_line
 from alphaq.work.untrusted import MAX_JSON_BYTES, shown
 
 T = TypeVar("T")
@@ -71,9 +71,8 @@ def asking(url: str) -> Iterator[None]:
     except Exception as error:  # clients of stores have hierarchies of their own
         if type(error).__name__ == "FileExpired":
             raise changed(url) from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{url} cannot be read ({reason}). Check the address, the credentials and the network."
+            f"{url} cannot be read ({first_line(error)}). Check the address, the credentials and the network."
         ) from error
 
 

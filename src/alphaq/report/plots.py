@@ -57,7 +57,7 @@ def check_format(path: Path) -> str:
 
 def save(figure: Figure, path: Path, kind: str, dpi: int) -> None:
     """Write the figure without a date, so that equal figures give equal bytes."""
-    metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
     with _style():
         figure.savefig(path, format=kind, dpi=dpi, metadata=metadata)
 

@@ -18,7 +18,7 @@ from alphaq.checkpoint.gguf.source import find_gguf
 from alphaq.checkpoint.hub import resolve_folder
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.checkpoint.weights import read_weights
-from alphaq.errors import AlphaQError, CheckpointError
+from alphaq.errors import AlphaQError, CheckpointError, first_line
 
 
 def load_model(model: str | Path, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
@@ -45,9 +45,9 @@ def load_model(model: str | Path, dtype: str = "auto", device: str | None = None
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         read_weights(source)  # says more of files that hold no weights than transformers does
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"transformers cannot load {model} ({reason}). Check it with `alphaq verify` or `alphaq inspect`."
+            f"transformers cannot load {model} ({first_line(error)}). Check it with `alphaq verify` or "
+            "`alphaq inspect`."
         ) from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(

@@ -202,11 +202,11 @@ class RestoredParameter:
     def _start(self) -> None:
         self.lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Copies have a lock of their own."""
         return {name: value for name, value in self.__dict__.items() if name != "lock"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._start()
 

@@ -17,6 +17,7 @@ from alphaq.formats.blocks import block_bytes, decode, dequantize
 from alphaq.formats.native import HEADER_BYTES
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.runtime import kernels
+from alphaq.runtime.block_kernels import TASK_ROWS
 from alphaq.runtime.packed import ADDRESS, BITS, FLAGS, PackedWeights
 from alphaq.runtime.threads import parallel
 from alphaq.simd.codes import FEATURES
@@ -104,7 +105,7 @@ def _multiply_restored(
     brain = inputs.dtype == torch.bfloat16 and "avx512bf16" in FEATURES
     kind = torch.bfloat16 if brain else torch.float32
     inputs = inputs.to(kind)
-    step = max(1, RESTORED_BYTES // (columns * kind.itemsize) // kernels.TASK_ROWS) * kernels.TASK_ROWS
+    step = max(1, RESTORED_BYTES // (columns * kind.itemsize) // TASK_ROWS) * TASK_ROWS
     scratch = torch.empty(min(step, rows), columns, dtype=kind)
     for projection in np.flatnonzero(chosen):
         coding = codings[projection]

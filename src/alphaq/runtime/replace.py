@@ -43,6 +43,8 @@ from alphaq.simd.sums import in_threads
 logger = logging.get_logger(__name__)
 EXPERTS_CALL = ("hidden_states", "top_k_index", "top_k_weights")
 CPU = torch.device("cpu")
+ByPattern = dict[str, Tensor | list[Tensor]]
+"""What a step of transformers' conversions takes: a tensor, or one to each expert, by the pattern of its name."""
 
 
 class DequantizeBlocks(ConversionOps):
@@ -52,9 +54,9 @@ class DequantizeBlocks(ConversionOps):
         self.hf_quantizer = hf_quantizer
 
     def convert(  # type: ignore[override]
-        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **_: Any
-    ) -> dict[str, Any]:
-        """{pattern: tensor or list of tensors} → the same with blocks dequantized."""
+        self, input_dict: ByPattern, full_layer_name: str = "", model: Any = None, **_: Any
+    ) -> ByPattern:
+        """The same with blocks dequantized."""
         dtype = model.get_parameter_or_buffer(full_layer_name).dtype
 
         def restore(tensor: Tensor) -> Tensor:
@@ -78,8 +80,8 @@ class Refold(ConversionOps):
     """[experts, rows, columns] takes the parameter's own shape, which may be [experts · rows, columns]."""
 
     def convert(  # type: ignore[override]
-        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **_: Any
-    ) -> dict[str, Any]:
+        self, input_dict: dict[str, Tensor], full_layer_name: str = "", model: Any = None, **_: Any
+    ) -> dict[str, Tensor]:
         """{target: fused tensor} → the same, reshaped."""
         shape = model.get_parameter_or_buffer(full_layer_name).shape
         return {target: tensor.reshape(shape) for target, tensor in input_dict.items()}
@@ -131,11 +133,12 @@ class Target:
         if self.converter is None:
             return matrices[0][0]
         patterns = [pattern for pattern in self.converter.source_patterns if pattern in self.sources]
-        found: dict[str, Any] = dict(zip(patterns, matrices, strict=True))
+        made: Any = dict(zip(patterns, matrices, strict=True))
         targets = self.converter.target_patterns
         for operation in self.operations:
-            found = operation.convert(found, source_patterns=self.converter.source_patterns, target_patterns=targets)
-        return next(iter(found.values())).reshape(self.parameter.shape)
+            made = operation.convert(made, source_patterns=self.converter.source_patterns, target_patterns=targets)
+        (parameter, *_) = made.values()
+        return parameter.reshape(self.parameter.shape)
 
 
 def stored_tensors(files: Sequence[str]) -> dict[str, tuple[Path, TensorInfo]]:
@@ -214,7 +217,7 @@ class Packer:
                     "Complete the download, or load it with the class that its config.json names."
                 )
         self.names = {name: one.names[0][0] for name, one in targets.items() if one.converter is None}
-        modules: dict[str, Any] = dict(model.named_modules())
+        modules = dict(model.named_modules())
         owners: dict[str, list[Target]] = {}
         for target in targets.values():
             owners.setdefault(target.owner, []).append(target)

@@ -123,7 +123,7 @@ class AlphaQQuantizer(HfQuantizer):
         model._weight_conversions = []  # names are put back in `get_state_dict_and_metadata`, once
         return model
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """What `save_pretrained` writes: a native checkpoint again, under the names that it had."""
         assert self.packer is not None
         names, state = self.packer.names, model.state_dict()

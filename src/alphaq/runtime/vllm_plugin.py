@@ -16,6 +16,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from alphaq.errors import CheckpointError
 from alphaq.formats.versions import CODECS, NATIVE_FORMAT_VERSION, check_native_format
+from alphaq.work.untrusted import JsonObject
 
 QUANT_METHOD = "alphaq"
 
@@ -36,7 +37,7 @@ class AlphaQConfig(QuantizationConfig):
         super().__init__()
         _restore_embeddings()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         _restore_embeddings()
 
@@ -59,7 +60,7 @@ class AlphaQConfig(QuantizationConfig):
         return []
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> AlphaQConfig:
+    def from_config(cls, config: JsonObject) -> AlphaQConfig:
         """Raises CheckpointError if the checkpoint's format is newer."""
         check_native_format(config.get("format_version", NATIVE_FORMAT_VERSION))
         if (codec := config.get("codec")) not in (None, CODECS[0]):
