@@ -4,8 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := $(VENV)/.demo
 DEV    := $(VENV)/.dev
-# Without --no-compile, pip compiles every module of every package: half a minute and 150 MB, most of it never imported.
+# pip would compile all modules of all packages; those that are imported are compiled then, and kept (the last line).
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo setup test test-slow test-all test-vllm test-eval check style bench models docs clean
 

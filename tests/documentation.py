@@ -23,7 +23,7 @@ PARSED_ONLY = {
     r"(model-bf16|some-other-\S+)\.gguf": "needs a GGUF file from elsewhere",
     r"certify .*--tasks": "needs the extra eval; tests/evaluation/test_tasks.py runs it",
     r"compare .*--skip-tokens (16384|24000)": "needs longer texts than those bundled, and hours",
-    r"--cluster ray|(s3|gs|hf)://": "needs a cluster or a store; tests/test_cluster.py and tests/checkpoint run them",
+    r"--cluster ray|(s3|gs|hf)://": "needs a cluster or a store; test_cluster.py and tests/checkpoint run them",
     r"plot KIND RUN": "a synopsis",
     r"^alphaq demo": "tests/test_cli.py runs it",
     r"from gptqmodel import": "needs GPTQModel, which asks for another torch",
