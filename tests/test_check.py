@@ -109,7 +109,7 @@ def test_ruinous_plan_is_given_up_for_uniform_bits(checkpoint: Checkpoint, measu
     assert plan.check is not None and plan.check.taken == "uniform" and plan.check.plan > plan.check.uniform
     assert plan.choices == uniform.choices != unchecked.choices
     assert plan.size_bytes == uniform.size_bytes
-    assert plan.config["method"] == "auto" and plan.config["check"]  # the command that gives it again
+    assert plan.config.method == "auto" and plan.config.check  # the command that gives it again
 
 
 def test_large_model_is_judged_by_moves_of_the_stream(

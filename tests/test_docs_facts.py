@@ -33,7 +33,7 @@ from alphaq.nouns.settings import PlanConfig
 from alphaq.quantizers import coding
 from alphaq.quantizers.base import SAMPLE_VALUES
 from alphaq.spectra.measure import COLUMNS, PANEL_VALUES
-from alphaq.trials.compare import Row
+from alphaq.trials.results import Row
 from alphaq.trials.search import Curve, Point
 from alphaq.work import untrusted
 from conftest import ROOT, Ran
@@ -269,7 +269,19 @@ def test_speeds_are_the_same_on_every_page() -> None:
 # What `--json` prints
 
 
-TEXT_FREE = ["inspect", "analyze", "plan", "engines", "methods", "explain", "quantize", "recode", "slice", "verify"]
+TEXT_FREE = [
+    "inspect",
+    "analyze",
+    "plan",
+    "engines",
+    "methods",
+    "explain",
+    "quantize",
+    "recode",
+    "slice",
+    "verify",
+    "cache",
+]
 WITH_TEXT = ["card", "certify", "eval", "generate", "report", "plot", "compare", "demo"]
 
 
@@ -313,11 +325,12 @@ def keys_of(alphaq: Callable[..., Ran], command: str, made: Mapping[str, Path], 
         "plan": ("plan", model, *fast),
         "engines": ("engines",),
         "methods": ("methods",),
+        "cache": ("cache",),
         "explain": ("explain", out / "plan.json"),
         "quantize": ("quantize", model, *fast, "-o", scratch / "again"),
         "recode": ("recode", out, "--codec", "zstd", "-o", scratch / "coded"),
         "slice": ("slice", out, *fast, "-o", scratch / "slice"),
-        "verify": ("verify", out, "--source", model, "--workers", 1),
+        "verify": ("verify", out, "--reference", model, "--workers", 1),
     }
     yield printed(alphaq, *calls[command])
     if command == "quantize":

@@ -342,7 +342,7 @@ def test_edge_matrices_go_through_every_stage(alphaq: Run, tmp_path: Path, sourc
     assert_finite(written, "plan")
     assert set(written["neutral"]) == undefined
     succeeded(alphaq("quantize", folder, "--plan", plan, "-o", out, "--json"))
-    assert succeeded(alphaq("verify", out, "--source", folder, "--json"))["ok"]
+    assert succeeded(alphaq("verify", out, "--reference", folder, "--json"))["ok"]
     checkpoint = open_checkpoint(folder)
     originals = {matrix.name: checkpoint.read(matrix).float() for matrix in checkpoint.matrices}
     for name, values in read_back(out, checkpoint).items():

@@ -79,7 +79,7 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, found: Measuremen
         alphaq_version=alphaq.__version__,
         engine=request.profile.name,
         source=None if checkpoint is None else checkpoint.identity,
-        config=resolved.model_dump(mode="json"),
+        config=resolved,
         average_bits=float(found.weights @ [choices[column].bits for column in experts] / parameters),
         bits_per_weight=None if blocks is None else 8 * blocks / parameters,
         size_bytes=size,

@@ -120,7 +120,7 @@ def content_of(run: Run, sources: Sources) -> Content:
         where = f" that {sources.known_from} does not have" if sources.known_from else ""
         missing.append(
             f"Layers, experts and roles of {unknown:,} matrices{where} are read from their names, and their sizes are "
-            "unknown. Give --model or --stats."
+            "unknown. Give --reference or --stats."
         )
     alphas = np.array([plan.alpha.get(name, sources.alphas.get(name, math.nan)) for name in names])
     if np.isnan(alphas).all():
@@ -149,7 +149,7 @@ def content_of(run: Run, sources: Sources) -> Content:
         "path": None,
         "densities": _densities(sources.densities, names),
         "compared": [row.model_dump() | {"label": row.label} for row in sources.compared if not row.error],
-        "plan": {"size_bytes": plan.size_bytes, "average_bits": plan.average_bits, "method": plan.config.get("method")},
+        "plan": {"size_bytes": plan.size_bytes, "average_bits": plan.average_bits, "method": plan.method},
     }
     if all(weights):
         known = np.array(weights, np.int64)
@@ -160,9 +160,7 @@ def content_of(run: Run, sources: Sources) -> Content:
     else:
         data["path"], path_facts = _path(plan, names, column_of)
     if not sources.densities:
-        missing.append(
-            "No eigenvalue densities: they need the weights. Give --model MODEL, the checkpoint that was planned for."
-        )
+        missing.append("No eigenvalue densities: they need the weights. Give --reference MODEL, which was planned for.")
     elif len(sources.densities) < len(names):
         missing.append(
             f"Eigenvalue densities of {len(sources.densities):,} of {len(names):,} matrices, evenly spread with the "
@@ -220,7 +218,7 @@ def _outcome(plan: Plan, compared: Sequence[ComparedRow]) -> ComparedRow | None:
         for row in compared
         if not row.error and row.size_bytes and size and abs(row.size_bytes - size) <= SAME_SIZE * size
     ]
-    own = [row for row in near if row.method == plan.config.get("method")]
+    own = [row for row in near if row.method == plan.method]
     return min(own, key=lambda row: abs((row.size_bytes or 0) - (size or 0)), default=None)
 
 
@@ -335,7 +333,7 @@ def _path(plan: Plan, names: Sequence[str], column_of: Mapping[str, int]) -> tup
         "difference": float(path.losses[at] - plan_loss) / plan_loss if plan_loss else 0.0,
         "above": _above(path, plan_cost, plan_loss),
         "cost_unit": plan.cost_unit,
-        "bound_by_more": bool(plan.config.get("per_layer")) or plan.price is None,
+        "bound_by_more": plan.price is None or (plan.config is not None and plan.config.per_layer),
         "shared": len(units) != len(names),
     }
     return data, facts

@@ -47,8 +47,8 @@ def explain_plan(plan: Plan, pattern: str | None, limit: int = 10) -> dict[str, 
         units.sort(key=_distance)
     return {
         "engine": plan.engine,
-        "method": plan.config.get("method"),
-        "budget": plan.config.get("budget"),
+        "method": plan.method,
+        "budget": None if plan.config is None else plan.config.budget.model_dump(),
         "objective": plan.objective,
         "lower_bound": plan.lower_bound,
         "price": plan.price,
