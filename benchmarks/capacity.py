@@ -17,8 +17,7 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from alphaq.work.batches import Node, choose
-from alphaq.work.cluster import batches
+from alphaq.work.batches import Node, batches, choose
 
 HERE = Path(__file__).parent
 ASSUMED = {

@@ -25,14 +25,15 @@ from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.gguf.model import gguf_tensors
 from alphaq.formats.ggml import GGML_BLOCKS
 from alphaq.measuring.cache import Cache
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.ggml import blocks_of, quantize_ggml
-from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers
 
 TITLE = "GGUF at equal size"
@@ -79,7 +80,7 @@ def fidelity(checkpoint: Checkpoint, plan: Plan, texts: list[Path], quantizer: A
             out = Path(scratch) / "out"
             with Workers(1, checkpoint) as workers:  # in this process, where the quantizer was exchanged
                 written = pipeline.quantize(checkpoint, plan, out, workers=workers, check=False)
-            found = pipeline.evaluate(out, texts, checkpoint.folder, max_tokens=tokens, dtype="float32")
+            found = pipeline.evaluate(out, Scoring(texts=tuple(texts), max_tokens=tokens), checkpoint.folder)
     finally:
         QUANTIZERS["ggml"] = usual
     assert found.mean_kl is not None  # there is a reference

@@ -38,22 +38,15 @@ def equal_bytes(model: Path, given: Any, scratch: Path) -> Iterator[dict[str, An
     """A row for each method and budget."""
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.measuring.cache import Cache
-    from alphaq.nouns.settings import Budget, PlanConfig
-    from alphaq.trials.compare import compare
+    from alphaq.measuring.resources import Resources
+    from alphaq.nouns.scoring import Scoring
+    from alphaq.trials.compare import Comparison, compare
 
     checkpoint = open_checkpoint(model)
+    comparison = Comparison(given.methods.split(","), WIDTHS[:1] if given.quick else WIDTHS)
+    scoring = Scoring(texts=given.text, max_tokens=given.max_tokens, skip_tokens=given.skip_tokens)
     with Cache(scratch / "cache", {"model": checkpoint.fingerprint}) as cache:
-        rows = compare(
-            checkpoint,
-            given.methods.split(","),
-            WIDTHS[:1] if given.quick else WIDTHS,
-            given.text,
-            scratch / "compared",
-            PlanConfig(budget=Budget(bits=WIDTHS[0])),
-            max_tokens=given.max_tokens,
-            skip_tokens=given.skip_tokens,
-            cache=cache,
-        )
+        rows = compare(checkpoint, comparison, scoring, scratch / "compared", Resources(cache=cache))
     for row in rows:
         yield {
             "model": model.name,

@@ -36,7 +36,7 @@ compressed-tensors, and by vLLM itself in `make test-vllm`; what vLLM carries wa
 GPTQModel fills transformers' own class. This page is written by `scripts/settings_table.py`.
 
 Whether an engine computes with one model what it should, with any setting, is what
-`alphaq verify OUT --source MODEL --run` shows.
+`alphaq verify OUT --reference MODEL --run` shows.
 """
 
 

@@ -22,6 +22,7 @@ from alphaq.engines.profiles import ENGINES
 from alphaq.formats.table import parse_choice
 from alphaq.measuring.cache import Cache
 from alphaq.measuring.measurement import restored
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
@@ -32,7 +33,6 @@ from alphaq.quantizers.base import rounder_of
 from alphaq.runtime.loading import load_model
 from alphaq.sensitivity import methods
 from alphaq.simd.sums import squared_distance
-from alphaq.work.resources import Resources
 from runnable import save_runnable
 
 IDS = random_windows(340, windows=2, length=24)
@@ -112,7 +112,7 @@ def test_ruinous_plan_is_given_up_for_uniform_bits(checkpoint: Checkpoint, measu
     assert plan.check is not None and plan.check.taken == "uniform" and plan.check.plan > plan.check.uniform
     assert plan.choices == uniform.choices != unchecked.choices
     assert plan.size_bytes == uniform.size_bytes
-    assert plan.config["method"] == "auto" and plan.config["check"]  # the command that gives it again
+    assert plan.config.method == "auto" and plan.config.check  # the command that gives it again
 
 
 def test_large_model_is_judged_by_moves_of_the_stream(

@@ -92,7 +92,7 @@ def test_quantize_verify_eval_generate(alphaq: Run, tiny: Path, tmp_path: Path) 
     assert alphaq("plan", tiny, "--bits", "3", "-o", tmp_path / "p.json").code == 0
     made = alphaq("quantize", tiny, "--plan", tmp_path / "p.json", "-o", out, "--json").json
     assert made["size_bytes"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    assert alphaq("verify", out, "--source", tiny, "--json").json["ok"] is True
+    assert alphaq("verify", out, "--reference", tiny, "--json").json["ok"] is True
     result = alphaq("eval", out, "--text", TEXT, "--reference", tiny, "--max-tokens", "600", "--json").json
     assert set(result["texts"]["code"]) >= {"perplexity", "kl", "top1", "ear", "tokens"}
     assert 0 < result["mean_kl"] < 0.2

@@ -18,14 +18,17 @@ from alphaq.engines.profiles import ENGINES
 from alphaq.errors import AlphaQError, BudgetError, OutputError, StatsError
 from alphaq.evaluation.fidelity import Remembered, WindowScore, paired_bootstrap, windows
 from alphaq.measuring.cache import Cache
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
+from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import checked_plan, make_plan, measure_for_plan, measure_for_plans, plain_size, resolve
 from alphaq.sensitivity.methods import METHODS as METHODS_KNOWN
 from alphaq.trials import compare as comparison
 from alphaq.trials import trial as trials
-from alphaq.trials.compare import Row, compare, variant_of
-from alphaq.work.resources import Resources
+from alphaq.trials.compare import Comparison, compare, variant_of
+from alphaq.trials.results import Row
+from alphaq.work.workers import silent
 from alphaq.writing.calibrated import Rounding
 from conftest import DATA
 
@@ -36,8 +39,10 @@ slow = pytest.mark.slow
 
 
 def run(tiny: Path, out: Path, methods: tuple[str, ...] = METHODS, **settings: Any) -> list[Row]:
-    settings = {"config": CONFIG, "max_tokens": 256, "window": 64, **settings}
-    return compare(open_checkpoint(tiny), methods, [2.0, 2.5], TEXTS, out, **settings)
+    resources = Resources(wrap=settings.pop("wrap", silent))
+    scoring = Scoring(texts=TEXTS, max_tokens=256, window=settings.pop("window", 64))
+    comparison = Comparison(methods, [2.0, 2.5], CONFIG, **settings)
+    return compare(open_checkpoint(tiny), comparison, scoring, out, resources)
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +147,17 @@ def test_plans_do_not_depend_on_order_or_company_and_are_those_of_plan(
     monkeypatch.setattr(trials.Trials, "run", scored)
     checkpoint = open_checkpoint(tiny)
     with Cache(tmp_path / "cache", {}) as cache:  # --no-cache measures the same, only later again
-        for row in compare(checkpoint, order, [2.5], TEXTS, tmp_path / "out", cache=cache)[1:]:
+        rows = compare(
+            checkpoint, Comparison(order, [2.5]), Scoring(texts=TEXTS), tmp_path / "out", Resources(cache=cache)
+        )
+        for row in rows[1:]:
             config = PlanConfig(budget=Budget(size_bytes=row.budget_bytes), method=row.method)
             with Cache(own, {}) as kept:
                 found = measure_for_plan(checkpoint, resolve(config), resources=Resources(cache=kept))
                 alone = checked_plan(checkpoint, resolve(config), found, Resources(cache=kept))
             made = next(plan for plan in seen if plan.config["method"] == row.method)
             assert made.to_json() == alone.to_json()
-    assert [plan.config["method"] for plan in seen] == [*["uniform"] * ("uniform" not in order), *order]
+    assert [plan.config.method for plan in seen] == [*["uniform"] * ("uniform" not in order), *order]
 
 
 @pytest.mark.parametrize(
@@ -275,7 +283,8 @@ def test_folder_of_something_else_is_left_alone(tiny: Path, tmp_path: Path, name
 
 def test_infeasible_budget_costs_its_own_row_only(tiny: Path, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"min_bits": (Rule(pattern="*", value="3"),)})
-    rows = compare(open_checkpoint(tiny), ("distortion",), [2.0, 3.0], TEXTS, tmp_path / "out", config, max_tokens=64)
+    comparison = Comparison(("distortion",), [2.0, 3.0], config)
+    rows = compare(open_checkpoint(tiny), comparison, Scoring(texts=TEXTS, max_tokens=64), tmp_path / "out")
     assert [(row.method, row.bits, bool(row.error)) for row in rows[1:]] == [
         ("uniform", 2.0, True),
         ("distortion", 2.0, True),

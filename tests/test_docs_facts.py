@@ -29,7 +29,7 @@ from alphaq.nouns.plan import Plan, PlanTable, RateDistortion
 from alphaq.nouns.settings import PlanConfig
 from alphaq.quantizers.base import SAMPLE_VALUES
 from alphaq.spectra.measure import COLUMNS, PANEL_VALUES
-from alphaq.trials.compare import Row
+from alphaq.trials.results import Row
 from alphaq.trials.search import Curve, Point
 from alphaq.work import untrusted
 from conftest import ROOT, Ran
@@ -271,6 +271,7 @@ TEXT_FREE = [
     "recode",
     "slice",
     "verify",
+    "cache",
 ]
 WITH_TEXT = ["card", "certify", "eval", "generate", "report", "plot", "compare", "demo"]
 
@@ -316,11 +317,12 @@ def keys_of(alphaq: Callable[..., Ran], command: str, made: Mapping[str, Path], 
         "engines": ("engines",),
         "methods": ("methods",),
         "quantizers": ("quantizers",),
+        "cache": ("cache",),
         "explain": ("explain", out / "plan.json"),
         "quantize": ("quantize", model, *fast, "-o", scratch / "again"),
         "recode": ("recode", out, "--codec", "zstd", "-o", scratch / "coded"),
         "slice": ("slice", out, *fast, "-o", scratch / "slice"),
-        "verify": ("verify", out, "--source", model, "--workers", 1),
+        "verify": ("verify", out, "--reference", model, "--workers", 1),
     }
     yield printed(alphaq, *calls[command])
     if command == "quantize":

@@ -358,7 +358,7 @@ def test_code_in_a_checkpoint_is_never_run(
     assert {path.relative_to(out).as_posix() for path in out.rglob("*.py")} == named
     for folder in (copy, out):
         assert alphaq("generate", folder, "def", "--max-new-tokens", 1).code == 0
-    assert alphaq("verify", out, "--source", copy).code == 0
+    assert alphaq("verify", out, "--reference", copy).code == 0
     assert not marker.exists()
 
 

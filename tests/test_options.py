@@ -3,41 +3,44 @@ from pathlib import Path
 
 import pytest
 
-from alphaq.cli.options import plan_settings, said_by
+from alphaq.cli.options import Asked
+from alphaq.cli.planning import said_by
+from alphaq.nouns.option import settings_of
 from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import PlanConfig
 from conftest import Ran
 
 CONFIG = {"budget": {"bits": 3.0}, "engine": "llama.cpp", "method": "uniform", "choices": "Q2_K,Q4_K", "seed": 0}
 CONFIG |= {"pins": [{"pattern": "down", "value": "Q4_K"}], "min_sqnr_db": 9.0}
 
 
-def settings(**given: object) -> dict[str, object]:
-    from inspect import signature
-
-    return {name: one.default for name, one in signature(plan_settings).parameters.items()} | given
+def asked_for(**typed: object) -> Asked[PlanConfig]:
+    settings = settings_of(PlanConfig)
+    values = {name: setting.default for name, setting in settings.items()} | typed
+    return Asked(PlanConfig, values, {name: settings[name].flag for name in typed})
 
 
 @pytest.mark.parametrize(
-    ("given", "differing"),
+    ("typed", "differing"),
     [
         ({"engine": "llama.cpp"}, set()),
         ({"engine": "mlx"}, {"engine"}),
         ({"engine": "llama.cpp", "bits": 3.0, "method": "uniform", "seed": 0}, set()),
         ({"bits": 2.0}, {"bits"}),
-        ({"size": "3GiB"}, {"size"}),
-        ({"choices": "Q2_K,Q4_K", "pin": ["down=Q4_K"], "min_sqnr": "9dB"}, set()),
-        ({"pin": ["up=Q4_K"], "min_sqnr": "8dB", "codec": "zstd"}, {"pin", "min_sqnr", "codec"}),
+        ({"size_bytes": "3GiB"}, {"size_bytes"}),
+        ({"choices": "Q2_K,Q4_K", "pins": ["down=Q4_K"], "min_sqnr_db": "9dB"}, set()),
+        ({"pins": ["up=Q4_K"], "min_sqnr_db": "8dB", "codec": "zstd"}, {"pins", "min_sqnr_db", "codec"}),
         ({"stats": Path("numbers.csv"), "attention_bits": 4}, {"stats", "attention_bits"}),
     ],
 )
-def test_an_option_beside_a_plan_conflicts_only_if_it_differs(given: dict[str, object], differing: set[str]) -> None:
+def test_an_option_beside_a_plan_conflicts_only_if_it_differs(typed: dict[str, object], differing: set[str]) -> None:
     plan = Plan(engine="llama.cpp", config=CONFIG, choices={"a": "Q4_K"})
-    assert set(given) - said_by(plan, settings(**given), set(given)) == differing
+    assert set(typed) - said_by(plan, asked_for(**typed)) == differing
 
 
 def test_beside_a_plan_written_by_hand_the_engine_may_be_named() -> None:
     plan = Plan(engine="mlx", choices={"a": "4g64"})
-    assert said_by(plan, settings(engine="mlx", bits=3.0), {"engine", "bits"}) == {"engine"}
+    assert said_by(plan, asked_for(engine="mlx", bits=3.0)) == {"engine"}
 
 
 def test_quantize_takes_the_engine_of_its_plan_and_refuses_another(

@@ -18,6 +18,7 @@ from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.profiles import ENGINES
 from alphaq.errors import AlphaQError, BudgetError, ChoiceError, StatsError
 from alphaq.measuring.cache import Cache
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.plan import Plan
@@ -28,7 +29,6 @@ from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.ggml import quantize_ggml
 from alphaq.sensitivity.importance import SPREAD
 from alphaq.sensitivity.methods import METHODS
-from alphaq.work.resources import Resources
 from conftest import DATA, random_model
 from runnable import save_runnable
 
@@ -250,7 +250,7 @@ def test_a_text_that_is_no_text_is_an_error(plan: MakePlan, tmp_path: Path) -> N
 
 def test_the_default_runs_the_model_once(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     made = plan(method="auto")
-    assert made.config["method"] == "auto"
+    assert made.config.method == "auto"
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model was run again")
@@ -621,9 +621,9 @@ def test_the_paper_s_method_is_the_same_from_stats_and_from_the_model(plan: Make
     alone, whole = from_stats(stats, method="paper"), plan(method="paper")
     assert alone.assignment == whole.assignment
     for made in (alone, whole):
-        assert made.config["gamma"] == 10.0
-        assert made.config["unweighted"] is True
-        assert made.config["noise"] == "analytic"
+        assert made.config.gamma == 10.0
+        assert made.config.unweighted is True
+        assert made.config.noise == "analytic"
         assert set(made.histogram) <= {1, 2, 3, 4}
         assert made.cost_unit == "code bits"
         assert {label.partition("g")[2] for label in made.choices.values()} == {"128"}
@@ -631,7 +631,7 @@ def test_the_paper_s_method_is_the_same_from_stats_and_from_the_model(plan: Make
 
 
 def test_a_setting_of_zero_is_not_taken_for_the_default(plan: MakePlan) -> None:
-    assert plan(method="paper", gamma=0.0).config["gamma"] == 0.0
+    assert plan(method="paper", gamma=0.0).config.gamma == 0.0
     assert resolve(config_of(method="mint", min_sqnr_db=0.0)).config.min_sqnr_db == 0.0
     assert resolve(config_of(method="mint")).config.min_sqnr_db == 9.0
 
@@ -650,7 +650,7 @@ def test_stats_alone_heed_the_least_signal_to_noise_ratio(stats: Path) -> None:
 
 
 def test_stats_alone_plan_by_alpha_unless_told_otherwise(stats: Path) -> None:
-    assert from_stats(stats, method="auto").config["method"] == "alphaq"
+    assert from_stats(stats, method="auto").config.method == "alphaq"
 
 
 @pytest.mark.parametrize(
@@ -676,8 +676,8 @@ def test_what_stats_alone_cannot_do_is_told(
 def test_automatic_gamma_is_written_down_and_spreads_the_importance(plan: MakePlan) -> None:
     made = plan(method="alphaq")
     alphas = np.array(list(made.alpha.values()))
-    assert (made.config["gamma"] * np.log(alphas)).std() == pytest.approx(SPREAD)
-    assert plan(method="alphaq", gamma=made.config["gamma"]).choices == made.choices
+    assert (made.config.gamma * np.log(alphas)).std() == pytest.approx(SPREAD)
+    assert plan(method="alphaq", gamma=made.config.gamma).choices == made.choices
     assert plan(method="alphaq", gamma=0.0).choices == plan(method="distortion").choices
 
 

@@ -22,11 +22,11 @@ from alphaq.formats.coding import is_coded
 from alphaq.formats.versions import CODECS
 from alphaq.measuring import measurement
 from alphaq.measuring.cache import Cache
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.runtime.replace import Packer, stored_tensors
-from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers
 from alphaq.writing import recoding
 from alphaq.writing.recoding import recode

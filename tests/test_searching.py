@@ -1,13 +1,15 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from alphaq.evaluation.certificate import Certificate, Estimate
 from alphaq.nouns.plan import Plan
+from alphaq.nouns.target import Reaches, Target
 from alphaq.trials import search as searching
-from alphaq.trials.search import Curve, Target, descend, rest_bits, smallest_reaching
+from alphaq.trials.search import Curve, descend, rest_bits, smallest_reaching
 from conftest import DATA, Ran
 
 Run = Callable[..., Ran]
@@ -42,9 +44,10 @@ def test_search_of_a_bumpy_curve_ends_at_neighbours_of_which_one_fails() -> None
 
 def test_what_counts_as_reached_is_as_asked_for() -> None:
     ear = Estimate(value=0.979, low=0.975, high=0.981)
-    reached = {reaches: Target(ear=0.98, reaches=reaches).reached(ear) for reaches in searching.REACHES}
+    reached = {reaches: searching.reached(Target(ear=0.98, reaches=reaches), ear) for reaches in get_args(Reaches)}
     assert reached == {"within": True, "estimate": False, "above": False}
-    assert Target(ear=0.978, reaches="estimate").reached(ear) and not Target(ear=0.978, reaches="above").reached(ear)
+    assert searching.reached(Target(ear=0.978, reaches="estimate"), ear)
+    assert not searching.reached(Target(ear=0.978, reaches="above"), ear)
 
 
 @pytest.mark.parametrize(("bpw", "bits"), [(1.2, 4), (3.0, 4), (3.1, 5), (5.0, 6), (7.0, 8), (7.5, 16)])
@@ -79,7 +82,7 @@ def test_plan_quantize_certify_agree_and_the_next_smaller_step_fails(alphaq: Run
     assert chosen.ear.high >= 0.935 > failed.ear.high and chosen.reached and not failed.reached
     assert chosen.size_bytes is not None and failed.size_bytes is not None and failed.size_bytes < chosen.size_bytes
     made = Plan.read(plan)
-    assert made.size_bytes == chosen.size_bytes and made.config["budget"]["bpw"] == chosen.budget_bpw
+    assert made.size_bytes == chosen.size_bytes and made.config.budget.bpw == chosen.budget_bpw
     assert f"--bpw {chosen.budget_bpw:g}" in ran.err and "next smaller step" in ran.err
 
     assert alphaq("quantize", tiny, "--plan", plan, "-o", out).code == 0

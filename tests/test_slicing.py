@@ -121,7 +121,7 @@ def test_a_slice_holds_top_bits_and_the_rest_unchanged_in_exactly_the_bytes(
     plan = Output(tmp_path / "out").plan
     counted = {bits: list(plan.assignment.values()).count(bits) for bits in (2, 3, 4)}
     assert plan.histogram == {bits: count for bits, count in counted.items() if count}
-    ran = alphaq("verify", tmp_path / "out", "--source", source, "--workers", 1, "--json")
+    ran = alphaq("verify", tmp_path / "out", "--reference", source, "--workers", 1, "--json")
     assert ran.code == 0, ran.err
     assert ran.json["against_source"]
 

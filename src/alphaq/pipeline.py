@@ -24,20 +24,20 @@ from alphaq.engines.output import (
     MANIFEST_NAME,
     Output,
     Record,
-    coded_with,
     header_of,
     raise_faults,
     write_manifest,
 )
 from alphaq.engines.profiles import profile
 from alphaq.errors import OutputError, PlanError
-from alphaq.formats.versions import CODECS
 from alphaq.measuring.cache import Cache
 from alphaq.measuring.density import Density, DensityTask, density_one
 from alphaq.measuring.measurement import Wanted, ahead, leaving, measure
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.plan import Plan
+from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.nouns.spectrum import Spectrum
 from alphaq.planning import checked_plan, measure_for_plan, resolve
@@ -50,7 +50,6 @@ from alphaq.report.runs import ComparedRow, read_run
 from alphaq.spectra.measure import write_stats
 from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant
 from alphaq.work.journal import Journal
-from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers, Wrap, silent
 from alphaq.writing.calibrated import Rounding, store_calibrated
 from alphaq.writing.recoding import recode_into
@@ -119,15 +118,16 @@ def quantize(
     was when it is started again with the same checkpoint and plan. Raises OutputError if they differ,
     unless told to `restart`.
     """
-    if (codec := coded_with(plan)) is not None:
-        plain = plan.model_copy(update={"size_bytes": None, "config": {**plan.config, "codec": CODECS[0]}})
+    if (codec := plan.codec) is not None:
+        plain = plan.coded_by(None).model_copy(update={"size_bytes": None})
         settings = (wrap, workers, restart, hash_contents, shared, check, imatrix, rounding)
         return _quantize_coded(checkpoint, plain, out, codec, plan.size_bytes, settings)
     writer = profile(plan.engine).writer
     check_source(checkpoint, plan.engine)
     choices = plan_choices(plan, checkpoint)
-    planned = plan.config.get("imatrix") or ""
-    if planned.rpartition(" ")[2] != (imatrix.digest if imatrix else "") and (plan.config or imatrix is not None):
+    planned = plan.imatrix or ""
+    told = plan.config is not None or imatrix is not None
+    if told and planned.rpartition(" ")[2] != (imatrix.digest if imatrix else ""):
         raise PlanError(
             f"The plan was made with the importance matrix {planned or 'of ones'}, not with "
             f"{imatrix.name if imatrix else 'one of ones'}. Give --imatrix the same file, or make the plan again."
@@ -422,28 +422,15 @@ def _sizes(places: Iterable[Place]) -> list[int]:
     return [place.nbytes for place in places]
 
 
-def evaluate(
-    model: str | Path,
-    texts: list[Path],
-    reference: str | Path | None = None,
-    window: int = 512,
-    max_tokens: int | None = None,
-    device: str | None = None,
-    dtype: str = "auto",
-    wrap: Wrap = silent,
-    bos: bool = True,
-) -> Fidelity:
-    """Perplexity per text, and distance from a reference model if one is given.
-
-    bos: each window begins with what the tokenizer puts before a text, where it does.
-    """
+def evaluate(model: str | Path, scoring: Scoring, reference: str | Path | None = None, wrap: Wrap = silent) -> Fidelity:
+    """Perplexity per text, and distance from a reference model if one is given."""
     from alphaq.evaluation.fidelity import evaluate_texts, read_texts, window_beginning
     from alphaq.runtime.loading import load_pair
 
-    contents = read_texts(texts)
-    loaded, against, tokenizer = load_pair(model, reference, dtype, device)
-    found = dict(evaluate_texts(loaded, tokenizer, contents, against, window, max_tokens, wrap, bos))
-    return Fidelity(found, window_beginning(tokenizer, bos))
+    contents = read_texts(scoring.texts)
+    loaded, against, tokenizer = load_pair(model, reference, scoring.dtype, scoring.device)
+    by_text = dict(evaluate_texts(loaded, tokenizer, contents, scoring, against, wrap))
+    return Fidelity(by_text, window_beginning(tokenizer, scoring.bos))
 
 
 def fidelity_json(fidelity: Fidelity) -> dict[str, Any]:
@@ -466,17 +453,11 @@ def fidelity_json(fidelity: Fidelity) -> dict[str, Any]:
 def certify(
     model: str | Path,
     reference: str | Path,
-    texts: list[Path],
-    window: int = 512,
-    max_tokens: int | None = None,
-    skip_tokens: int = 0,
-    device: str | None = None,
-    dtype: str = "float32",
+    scoring: Scoring,
     threshold: float = 0.99,
     tasks: TaskRequest | None = None,
     command: str = "",
     wrap: Wrap = silent,
-    bos: bool = True,
 ) -> Certificate:
     """Measure how faithful a model is to its reference, and put it on record. tasks: of lm-eval, to run on both.
 
@@ -487,13 +468,11 @@ def certify(
     from alphaq.evaluation.tasks import certify_tasks, find_tasks
     from alphaq.runtime.loading import load_pair
 
-    contents = read_texts(texts)
+    contents = read_texts(scoring.texts)
     manager = None if tasks is None else find_tasks(tasks)
     identities = [record.identity_of(one) for one in (model, reference)]
-    loaded, against, tokenizer = load_pair(model, reference, dtype, device)
-    scores = dict(
-        score_texts(loaded, tokenizer, contents, Remembered(against), window, max_tokens, skip_tokens, wrap, bos)
-    )
+    loaded, against, tokenizer = load_pair(model, reference, scoring.dtype, scoring.device)
+    scores = dict(score_texts(loaded, tokenizer, contents, scoring, Remembered(against), wrap))
     overall, each = record.text_figures(scores, contents)
     done = None if tasks is None else certify_tasks(loaded, against, tokenizer, tasks, manager, wrap)
     return record.Certificate(
@@ -503,13 +482,13 @@ def certify(
         model=identities[0],
         reference=identities[1],
         settings=record.Settings(
-            window=window,
-            max_tokens=max_tokens,
-            skip_tokens=skip_tokens,
-            dtype=dtype,
+            window=scoring.window,
+            max_tokens=scoring.max_tokens,
+            skip_tokens=scoring.skip_tokens,
+            dtype=scoring.dtype,
             computed_in=str(loaded.dtype).removeprefix("torch."),
             device=str(loaded.device),
-            begins_with=window_beginning(tokenizer, bos),
+            begins_with=window_beginning(tokenizer, scoring.bos),
         ),
         texts=each,
         overall=overall,
@@ -531,6 +510,7 @@ def demo(out: Path, wrap: Wrap = silent) -> dict[str, Any]:
         TemporaryDirectory() as scratch,
     ):
         model, texts = data / "tiny", sorted((data / "texts").glob("*.txt"))
+        scoring = Scoring(texts=tuple(texts), max_tokens=DEMO_MAX_TOKENS, dtype="auto")
         checkpoint = open_checkpoint(model)
         config = PlanConfig(budget=Budget(bits=2.5))
         found = measure_for_plan(checkpoint, resolve(config), resources=Resources(wrap=wrap))
@@ -540,7 +520,7 @@ def demo(out: Path, wrap: Wrap = silent) -> dict[str, Any]:
                 16.0,
                 16.0,
                 checkpoint.nbytes,
-                evaluate(model, texts, model, max_tokens=DEMO_MAX_TOKENS),
+                evaluate(model, scoring, model),
             )
         ]
         for label, method, bits in DEMO_RUNS:
@@ -548,7 +528,7 @@ def demo(out: Path, wrap: Wrap = silent) -> dict[str, Any]:
             plan = checked_plan(checkpoint, request, found)
             target = folder / "model" if method == "auto" else Path(scratch) / label
             written = quantize(checkpoint, plan, target, wrap)
-            fidelity = evaluate(target, texts, model, max_tokens=DEMO_MAX_TOKENS, wrap=wrap)
+            fidelity = evaluate(target, scoring, model, wrap)
             assert plan.average_bits is not None and plan.bits_per_weight is not None
             rows.append(_demo_row(label, plan.average_bits, plan.bits_per_weight, written["size_bytes"], fidelity))
         result = {"rows": rows, "report": str(out / "report.html"), "model": str(out / "model")}
@@ -578,7 +558,7 @@ def densities(
     if plan.source is None or plan.source.fingerprint != checkpoint.fingerprint:
         whose = f"{plan.source.name} with other tensors" if plan.source else "a stats file"
         raise PlanError(f"The plan was made of {whose}, not of {checkpoint.name}. Give the checkpoint it was made of.")
-    variant = SpectrumVariant(str(plan.config.get("spectrum", "farms")), str(plan.config.get("tail", "hill")))  # type: ignore[arg-type]
+    variant = FAST_VARIANT if plan.config is None else SpectrumVariant(plan.config.spectrum, plan.config.tail)
     known = {matrix.name: matrix for matrix in checkpoint.matrices}
     tasks = [DensityTask(known[name], variant) for name in sampled(plan, limit)]
     found = (workers or Workers(1, checkpoint)).map(density_one, tasks, lambda task: 10 * task.matrix.parameters)

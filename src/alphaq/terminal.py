@@ -16,9 +16,34 @@ PIPED_WIDTH, WIDEST = 120, 400
 err = Console(stderr=True)
 
 
+def set_quiet(quiet: bool) -> bool:
+    """Whether only errors and warnings go to stderr from now on."""
+    err.quiet = quiet
+    return quiet
+
+
+def tell(line: str) -> None:
+    """Say something on stderr, as it is."""
+    err.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def note(*lines: str) -> None:
+    """Say what a user should know."""
+    for line in lines:
+        tell(f"note: {line}")
+
+
+def complain(line: str) -> None:
+    """Say what is wrong, however quiet it is to be."""
+    quiet = err.quiet
+    set_quiet(False)
+    tell(line)
+    set_quiet(quiet)
+
+
 def progress(items: Iterable[T], total: int, label: str) -> Iterable[T]:
     """Yield the items under a bar with rate and time left, on stderr; plainly where that is no terminal."""
-    if not err.is_terminal:
+    if err.quiet or not err.is_terminal:
         yield from items
         return
     columns = (

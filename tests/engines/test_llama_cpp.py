@@ -145,7 +145,7 @@ def test_file_is_complete_and_has_exactly_the_promised_size(out: Path) -> None:
 
 
 def test_verify_accepts_what_was_written(out: Path, tiny: Path, alphaq: Callable[..., Ran]) -> None:
-    ran = alphaq("verify", out, "--source", tiny, "--json")
+    ran = alphaq("verify", out, "--reference", tiny, "--json")
     assert ran.code == 0, ran.err
     assert ran.json["against_source"] is True
     assert ran.json["tensors"] == len(read_manifest(out / MANIFEST_NAME).tensors)

@@ -85,7 +85,7 @@ def test_command_line_quantizes_and_verifies(tiny: Path, tmp_path: Path, alphaq:
     assert result.code == 0, result.err
     plan = Plan.from_json((tmp_path / "out" / PLAN_NAME).read_bytes(), "plan")
     assert weight_bytes(tmp_path / "out") == plan.size_bytes == result.json["size_bytes"]
-    assert alphaq("verify", tmp_path / "out", "--source", tiny).code == 0
+    assert alphaq("verify", tmp_path / "out", "--reference", tiny).code == 0
 
 
 @pytest.mark.slow

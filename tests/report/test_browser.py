@@ -240,7 +240,7 @@ def test_a_plan_alone_opens_too(browser: Any, made: tuple[Path, Plan], tmp_path:
         write_report(path, read_run(tmp_path / "plan.json"), Sources())
         for found in opened(browser, path):
             click_cell(found, 0, 0, 0, 1 + max(int(n.split(".")[2]) for n in plan.assignment), 8)
-            assert "--model" in found.page.locator("#panel").inner_text()
+            assert "--reference" in found.page.locator("#panel").inner_text()
 
 
 def test_units_that_share_a_choice_move_together(browser: Any, made: tuple[Path, Plan], tmp_path: Path) -> None:

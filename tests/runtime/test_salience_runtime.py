@@ -154,7 +154,7 @@ def test_a_budget_chooses_mixes_and_the_model_runs(alphaq: Callable[..., Ran], u
     ran = alphaq("quantize", uneven, "--plan", plan_file, "-o", out)
     assert ran.code == 0, ran.err
     assert sum(path.stat().st_size for path in out.glob("*.safetensors")) == plan.size_bytes
-    verified = alphaq("verify", out, "--source", uneven, "--json")
+    verified = alphaq("verify", out, "--reference", uneven, "--json")
     assert verified.code == 0 and verified.json["ok"], verified.err
     wanted = logits(plain_copy(open_checkpoint(uneven), out, tmp_path / "plain"))
     assert float((logits(out) - wanted).abs().max()) < 1e-4

@@ -16,11 +16,10 @@ from alphaq.checkpoint.writer import Place, checksum, pieces_at
 from alphaq.engines.export import Stored
 from alphaq.engines.profiles import profile
 from alphaq.errors import CheckpointError, VerificationError
-from alphaq.formats.versions import CODECS
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan, first_fault
 from alphaq.quantizers.base import FORMERLY
-from alphaq.work.untrusted import read_bounded, shown
+from alphaq.work.untrusted import read_bounded
 
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "alphaq_manifest.json"
@@ -107,14 +106,6 @@ def write_manifest(
     (folder / PLAN_NAME).write_text(plan.to_json(), encoding="utf-8")
 
 
-def coded_with(plan: Plan) -> str | None:
-    """The codec of a plan's files; None for none. Raises CheckpointError for one that is not known."""
-    codec = plan.config.get("codec") or CODECS[0]
-    if codec not in CODECS:
-        raise CheckpointError(f"{PLAN_NAME} names the codec {shown(codec)}. Known: {', '.join(CODECS)}. Update alphaq.")
-    return None if codec == CODECS[0] else str(codec)
-
-
 class Output:
     """What `alphaq quantize` wrote, opened for reading: plan, manifest, and every tensor's place."""
 
@@ -138,7 +129,7 @@ class Output:
     @property
     def codec(self) -> str | None:
         """What its tensors are coded with, where that makes them smaller; None if they are not."""
-        return coded_with(self.plan)
+        return self.plan.codec
 
     def parts(self, name: str) -> tuple[tuple[str, int | None], ...]:
         """Output tensors of one entry."""

@@ -112,7 +112,7 @@ def restored_alone(output: Output) -> Checkpoint:
         try:
             return open_checkpoint(next(output.folder.glob("*.gguf")), quantized=True)
         except ArchitectureError as error:
-            raise CheckpointError(f"{error} With --source MODEL its config is taken from there.") from error
+            raise CheckpointError(f"{error} With --reference MODEL its config is taken from there.") from error
     config = read_config(output.folder)
     for key in ("quantization_config", "quantization"):
         config.pop(key, None)

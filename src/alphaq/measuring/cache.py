@@ -23,6 +23,7 @@ from alphaq.nouns.spectrum import Spectrum
 from alphaq.work.journal import Journal
 
 T = TypeVar("T")
+MEASUREMENTS_NAME = "measurements.jsonl"
 MEASUREMENT_VERSION = 7
 """Raise it whenever the same weights would be measured differently."""
 
@@ -73,7 +74,7 @@ class Cache:
         self.known = Known()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._journal = Journal(self.path / "measurements.jsonl")
+            self._journal = Journal(self.path / MEASUREMENTS_NAME)
         except OSError as error:
             raise self._unusable(error) from None
         for line in self._journal.entries:

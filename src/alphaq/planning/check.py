@@ -26,6 +26,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import BudgetError, StatsError
 from alphaq.formats.table import rate_of
 from alphaq.measuring.measurement import restored
+from alphaq.measuring.resources import USUAL, Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.plan import Plan, PlanCheck
@@ -34,7 +35,6 @@ from alphaq.planning.plan import make_plan
 from alphaq.planning.request import Request
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.sensitivity.methods import method
-from alphaq.work.resources import USUAL, Resources
 
 CHECKED = "auto"
 BASELINE = "uniform"

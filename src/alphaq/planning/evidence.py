@@ -10,6 +10,7 @@ import numpy as np
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import StatsError
 from alphaq.measuring.probes import PROBES
+from alphaq.measuring.resources import USUAL, Resources
 from alphaq.planning.coded import coded_rest
 from alphaq.planning.formula import alphas_of
 from alphaq.planning.limits import problem_of
@@ -21,7 +22,6 @@ from alphaq.planning.scope import Scope
 from alphaq.planning.stats import measured_by_headers, measured_by_stats
 from alphaq.sensitivity.base import Evidence, Need
 from alphaq.spectra.measure import Stats
-from alphaq.work.resources import USUAL, Resources
 
 
 def measure_for_plan(

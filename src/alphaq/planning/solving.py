@@ -93,7 +93,7 @@ def draft(request: Request, measurements: Measurements, evidence: Evidence, answ
         alphaq_version=alphaq.__version__,
         engine=request.profile.name,
         source=None,
-        config=resolved.model_dump(mode="json"),
+        config=resolved,
         average_bits=float(measurements.weights @ bits / int(measurements.weights.sum())),
         budget_unit=next(name for name, value in config.budget.model_dump().items() if value is not None),
         budget_slack=float(problem.limit - solution.cost),

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from alphaq.checkpoint.reader import Checkpoint
+from alphaq.measuring.resources import USUAL, Resources
 from alphaq.planning.evidence import measure_for_plan
 from alphaq.planning.measured import NO_INPUTS, Measurements, PlanInputs
 from alphaq.planning.request import Request
-from alphaq.work.resources import USUAL, Resources
 
 
 def measure_for_plans(

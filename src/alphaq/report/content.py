@@ -126,7 +126,7 @@ def _data(
         path=slider,
         densities=_densities(sources.densities, names),
         compared=[row for row in sources.compared if not row.error],
-        plan=PlanFigures(plan.size_bytes, plan.average_bits, plan.config.get("method")),
+        plan=PlanFigures(plan.size_bytes, plan.average_bits, plan.method),
     )
 
 
@@ -162,7 +162,7 @@ def _missing(run: Run, sources: Sources, figures: _Figures) -> Iterator[str]:
         where = f" that {sources.known_from} does not have" if sources.known_from else ""
         yield (
             f"Layers, experts and roles of {unknown:,} matrices{where} are read from their names, and their sizes are "
-            "unknown. Give --model or --stats."
+            "unknown. Give --reference or --stats."
         )
     undefined = np.isnan(figures.alphas)
     if undefined.all():
@@ -207,7 +207,7 @@ def _outcome(plan: Plan, compared: Sequence[ComparedRow]) -> ComparedRow | None:
         for row in compared
         if not row.error and row.size_bytes and size and abs(row.size_bytes - size) <= SAME_SIZE * size
     ]
-    own = [row for row in near if row.method == plan.config.get("method")]
+    own = [row for row in near if row.method == plan.method]
     return min(own, key=lambda row: abs((row.size_bytes or 0) - (size or 0)), default=None)
 
 

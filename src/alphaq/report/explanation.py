@@ -90,8 +90,8 @@ def explain_plan(plan: Plan, pattern: str | None, limit: int = 10) -> Explanatio
         units.sort(key=lambda unit: unit.distance)
     return Explanation(
         engine=plan.engine,
-        method=plan.config.get("method"),
-        budget=plan.config.get("budget"),
+        method=plan.method,
+        budget=None if plan.config is None else plan.config.budget,
         objective=plan.objective,
         lower_bound=plan.lower_bound,
         price=plan.price,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from alphaq.report.tables import begun, plain_table
-from alphaq.trials.compare import REFERENCE, Row
+from alphaq.trials.results import REFERENCE, Row
 
 
 def comparison_table(rows: Sequence[Row]) -> Table:

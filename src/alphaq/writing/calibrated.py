@@ -13,7 +13,6 @@ from functools import partial
 from torch import Tensor
 
 from alphaq.calibration.inputs import Inputs, stream_inputs
-from alphaq.calibration.proxy import Proxy
 from alphaq.calibration.text import SELF, Text
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import Checkpoint
@@ -45,12 +44,12 @@ class Rounding:
 
     plain: str
     calibrated: str | None = None
-    inputs: Text | Proxy | None = None
+    inputs: Text | None = None
     coded: bool = False
     """Whether codes will be entropy-coded, and may then take no more bytes than those of `plain`."""
 
     @classmethod
-    def of(cls, engine: str, name: str | None = None, inputs: Text | Proxy | None = None) -> Rounding:
+    def of(cls, engine: str, name: str | None = None, inputs: Text | None = None) -> Rounding:
         """What a user means by a quantizer's name; the engine's usual one without. Raises PlanError, AlphaQError."""
         usual = profile(engine).quantizer
         if name in FORMERLY:
@@ -76,11 +75,10 @@ class Rounding:
     def options(self, engine: str, pre_tokenizer: str | None = None) -> QuantizeOptions:
         """What a user types for it."""
         usual = self == Rounding.of(engine)
-        text = self.inputs if isinstance(self.inputs, Text) else None
         return QuantizeOptions(
             quantizer=None if usual else self.name,
-            calibration=None if self.inputs is None else text.name if text else str(self.inputs),
-            calibration_tokens=text.tokens if text else None,
+            calibration=None if self.inputs is None else self.inputs.name,
+            calibration_tokens=None if self.inputs is None else self.inputs.tokens,
             pre_tokenizer=pre_tokenizer,
         )
 
@@ -99,8 +97,7 @@ def store_calibrated(
 ) -> dict[str, str]:
     """Make the entries whose inputs are seen when the rounding's text passes; `keep` gets each record.
 
-    With a proxy in place of a text all are made, one after the other. Returns matrices that were seen but quantized
-    without their inputs, and why. Raises what `stream_inputs` does.
+    Returns matrices that were seen but quantized without their inputs, and why. Raises what `stream_inputs` does.
     """
     assert rounding.calibrated is not None and rounding.inputs is not None  # a text goes with it
     quantizer = rounding.calibrated
@@ -129,33 +126,13 @@ def store_calibrated(
         return restored
 
     try:
-        if isinstance(rounding.inputs, Proxy):
-            _store_by_proxy(checkpoint, tasks, rounding, rounding.inputs, keep)
-        else:
-            stream_inputs(checkpoint, rounding.inputs.windows(checkpoint), visit)
+        stream_inputs(checkpoint, rounding.inputs.windows(checkpoint), visit)
     except CheckpointError as error:
         what = str(error).partition(" Use --method alphaq")[0]
         raise CheckpointError(
-            f"{what} Quantizer {quantizer} needs that; --quantizer {rounding.plain} and --calibration identity do not."
+            f"{what} Quantizer {quantizer} needs that; --quantizer {rounding.plain} does not."
         ) from error
     return left
-
-
-def _store_by_proxy(
-    checkpoint: Checkpoint,
-    tasks: Sequence[StoreTask],
-    rounding: Rounding,
-    proxy: Proxy,
-    keep: Callable[[StoreTask, Record], None],
-) -> None:
-    known = proxy.diagonals(checkpoint)
-    for task in tasks:
-        matrix, choice = task.entry.source, task.entry.choice
-        if not isinstance(matrix, MatrixRef) or choice is None or choice.kept:
-            continue
-        moments = proxy.diagonal(known, matrix)
-        round_ = _rounder(rounding, moments)
-        keep(task, store(checkpoint, task, round_))
 
 
 def _rounder(rounding: Rounding, moments: Tensor) -> Rounder:

@@ -112,7 +112,7 @@ def recode_into(folder: Path, made: Path, codec: str, wrap: Wrap, workers: Worke
                 weight_map[name] = file
         headers[file] = header_of(header)
         total += nbytes
-    plan = opened.plan.model_copy(update={"size_bytes": total, "config": {**opened.plan.config, "codec": codec}})
+    plan = opened.plan.coded_by(codec).model_copy(update={"size_bytes": total})
     config = parse_json(read_bounded(folder / "config.json"))
     quantization = {key: value for key, value in config["quantization_config"].items() if key != "codec"}
     quantization["format_version"] = NATIVE_FORMAT_VERSION if codec == CODECS[0] else CODED_FORMAT_VERSION
