@@ -9,17 +9,12 @@ import pytest
 import torch
 
 from alphaq import pipeline
-from alphaq.calibration.proxy import Proxy
 from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import AlphaQError, CheckpointError, OutputError, PlanError
-from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import make_plan, measure_for_plan, resolve
-from alphaq.quantizers.hqq import quantize_hqq
-from alphaq.quantizers.learned import quantize_learned
-from alphaq.quantizers.packing import dequantize
 from alphaq.writing import calibrated
 from alphaq.writing.calibrated import Rounding, enough_tokens
 from alphaq.writing.recoding import recode
@@ -173,8 +168,10 @@ def test_llama_types_cannot_be_calibrated(alphaq: Run, tiny: Path, tmp_path: Pat
         (("--quantizer", "gptq", "--calibration", "nowhere.txt"), "No text file nowhere.txt"),
         (("--quantizer", "rtn", "--calibration-tokens", "512"), "--calibration-tokens"),
         (("--quantizer", "gptq", "--calibration-tokens", "0"), "--calibration-tokens"),
-        (("--quantizer", "gptq", "--calibration", "norm", "--calibration-tokens", "512"), "--calibration-tokens"),
-        (("--quantizer", "rtn", "--calibration", "identity"), "--calibration is of no use"),
+        (
+            ("--quantizer", "gptq", "--calibration", "norm"),
+            "Give a UTF-8 text with --calibration, or --calibration self",
+        ),
     ],
 )
 def test_options_that_fit_nothing_are_refused(
@@ -183,46 +180,6 @@ def test_options_that_fit_nothing_are_refused(
     ran = alphaq("quantize", tiny, "-o", tmp_path / "out", "--bits", 3, "--method", "uniform", *options)
     assert ran.code == 2 and message in ran.err
     assert not (tmp_path / "out").exists()
-
-
-def test_a_method_does_not_take_a_proxy_for_a_text(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
-    ran = alphaq("plan", tiny, "--bits", 3, "--method", "hessian", "--calibration", "norm")
-    assert ran.code == 2 and "stands for inputs of quantizers alone" in ran.err
-
-
-@pytest.mark.parametrize("proxy", ["norm", "identity"])
-def test_without_correlations_gptq_takes_the_nearest_levels(
-    alphaq: Run, tiny: Path, tmp_path: Path, proxy: str
-) -> None:
-    common = ("quantize", tiny, "--bits", 3, "--method", "uniform", "--choices", "2,3,4")
-    for name, more in (("hqq", ()), ("gptq", ("--calibration", proxy))):
-        ran = alphaq(*common, "-o", tmp_path / name, "--quantizer", name, *more)
-        assert ran.code == 0, ran.err
-    mine, theirs = (read_back(tmp_path / name, open_checkpoint(tiny)) for name in ("gptq", "hqq"))
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-
-
-@pytest.mark.slow
-def test_norms_say_which_columns_weigh_most(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
-    checkpoint, choice = open_checkpoint(tiny), Choice(2, 128)
-    ran = alphaq(
-        *("quantize", tiny, "--bits", 2, "--method", "uniform", "--choices", 2, "-o", tmp_path / "out"),
-        *("--quantizer", "learned", "--calibration", "norm"),
-    )
-    assert ran.code == 0, ran.err
-    mine = read_back(tmp_path / "out", checkpoint)
-    for matrix in checkpoint.planned[:3]:
-        weight = checkpoint.read(matrix)
-        norm = f"model.layers.{matrix.layer}.post_attention_layernorm.weight"
-        squares = checkpoint.tensor(norm).float().square()
-        if matrix.projection == "down":
-            squares = torch.ones(weight.shape[1])
-        by_squares, alike = (
-            dequantize(quantize_learned(weight, choice, matrix.name, moments, quantize_hqq(weight, choice)))
-            for moments in (squares, None)
-        )
-        assert torch.equal(mine[matrix.name], by_squares)
-        assert torch.equal(by_squares, alike) == (matrix.projection == "down")
 
 
 def test_a_plan_file_can_be_rounded_on_a_text(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
@@ -280,12 +237,10 @@ def test_a_run_is_not_gone_on_with_under_another_config(
 def test_families_without_a_pass_are_told_what_to_use(tmp_path: Path) -> None:
     folder = save_layout(random_family("jetmoe"), tmp_path / "model", True)
     checkpoint = open_checkpoint(folder)
-    for inputs in (Text("self"), Proxy("norm")):
-        rounding = Rounding.of("native", "gptq", inputs)
-        with pytest.raises(CheckpointError, match="gptq needs that; --quantizer rtn and --calibration identity do not"):
-            pipeline.quantize(checkpoint, plan_of(checkpoint), tmp_path / inputs.name, rounding=rounding)
-    rounding = Rounding.of("native", "gptq", Proxy("identity"))
-    assert pipeline.quantize(checkpoint, plan_of(checkpoint), tmp_path / "out", rounding=rounding)["tensors"]
+    rounding = Rounding.of("native", "gptq", Text("self"))
+    with pytest.raises(CheckpointError, match="gptq needs that; --quantizer rtn does not"):
+        pipeline.quantize(checkpoint, plan_of(checkpoint), tmp_path / "gptq", rounding=rounding)
+    assert pipeline.quantize(checkpoint, plan_of(checkpoint), tmp_path / "rtn")["tensors"]
 
 
 def test_a_text_that_nothing_looks_at_is_refused(alphaq: Run, tiny: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
@@ -53,7 +53,6 @@ from alphaq.cli.slice import slice_
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.nouns.choice import CODECS
 from alphaq.nouns.plan import Plan
-from alphaq.nouns.settings import ProxyKind
 from alphaq.terminal import err, progress, show
 
 app = typer.Typer(
@@ -337,7 +336,7 @@ def compare(
     from alphaq.sensitivity.methods import METHODS, method
 
     names = list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",") if name.strip()]
-    if methods == "all" and settings["calibration"] in (None, *get_args(ProxyKind)):
+    if methods == "all" and settings["calibration"] is None:
         names = [name for name in names if not METHODS[name].needs_text]
     for name in names:
         method(name.partition(":")[0])

@@ -17,12 +17,11 @@ from pydantic import ValidationError
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.nouns.choice import CODECS
 from alphaq.nouns.plan import Plan, first_fault
-from alphaq.nouns.settings import Blocks, Budget, Noise, PlanConfig, ProxyKind, Rule, Tail, option_of
+from alphaq.nouns.settings import Blocks, Budget, Noise, PlanConfig, Rule, Tail, option_of
 from alphaq.registry import unknown
 from alphaq.terminal import err, progress, show
 
 if TYPE_CHECKING:
-    from alphaq.calibration.proxy import Proxy
     from alphaq.calibration.text import Text
     from alphaq.checkpoint.imatrix import ImportanceMatrix
     from alphaq.checkpoint.reader import Checkpoint
@@ -129,9 +128,8 @@ def plan_settings(
     calibration: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE|self|norm|identity",
-            help="Text for methods and quantizers that look at inputs; self: the model's own writing. For quantizers "
-            "also what stands for inputs: the norms' weights, or nothing (identity).",
+            metavar="FILE|self",
+            help="Text for methods and quantizers that look at inputs; self: the model's own writing.",
             rich_help_panel=SCORES,
         ),
     ] = None,
@@ -360,23 +358,11 @@ def text_of(source: str | None, bos: bool = True) -> Text | None:
         return None
     from alphaq.calibration.text import SELF, Text
 
-    if source in get_args(ProxyKind):
-        raise AlphaQError(f"--calibration {source} stands for inputs of quantizers alone. Give a text, or self.")
     if source == SELF:
         return Text(SELF, bos=bos)
     if not Path(source).is_file():
         raise AlphaQError(f"No text file {source}. Give a UTF-8 text with --calibration, or --calibration self.")
     return Text(Path(source), bos=bos)
-
-
-def _inputs_of(source: str | None) -> Text | Proxy | None:
-    """What quantizers are to look at. Raises AlphaQError if it is neither a text nor what stands for one."""
-    kinds: tuple[Any, ...] = get_args(ProxyKind)
-    if source not in kinds:
-        return text_of(source)
-    from alphaq.calibration.proxy import Proxy
-
-    return Proxy(kinds[kinds.index(source)])
 
 
 def rounding_of(
@@ -390,13 +376,12 @@ def rounding_of(
     """How matrices are to be rounded. Raises AlphaQError for options that fit no quantizer."""
     from dataclasses import replace
 
-    from alphaq.calibration.text import Text
     from alphaq.writing.calibrated import Rounding, enough_tokens
 
-    rounding = Rounding.of(engine, quantizer, _inputs_of(source))
-    if not isinstance(rounding.inputs, Text):
+    rounding = Rounding.of(engine, quantizer, text_of(source))
+    if rounding.inputs is None:
         if tokens is not None:
-            raise AlphaQError("--calibration-tokens is of quantizers gptq and learned, and of texts. Drop it.")
+            raise AlphaQError("--calibration-tokens applies only to quantizers gptq and learned. Drop it.")
         return rounding
     inputs = replace(rounding.inputs, tokens=tokens or enough_tokens(checkpoint), bos=bos)
     return replace(rounding, inputs=inputs)

@@ -14,7 +14,6 @@ from alphaq.nouns.choice import CODECS
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.registry import unknown
 
-ProxyKind = Literal["norm", "identity"]
 Noise = Literal["analytic", "measured"]
 Blocks = Literal["farms", "whole"]
 Tail = Literal["hill", "median", "finger", "ks"]

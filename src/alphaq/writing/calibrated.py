@@ -14,7 +14,6 @@ from typing import Protocol
 from torch import Tensor
 
 from alphaq.calibration.inputs import Inputs, stream_inputs
-from alphaq.calibration.proxy import Proxy
 from alphaq.calibration.text import SELF, Text
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import Checkpoint
@@ -62,12 +61,12 @@ class Rounding:
 
     plain: str
     calibrated: str | None = None
-    inputs: Text | Proxy | None = None
+    inputs: Text | None = None
     coded: bool = False
     """Whether codes will be entropy-coded, and may then take no more bytes than those of `plain`."""
 
     @classmethod
-    def of(cls, engine: str, name: str | None = None, inputs: Text | Proxy | None = None) -> Rounding:
+    def of(cls, engine: str, name: str | None = None, inputs: Text | None = None) -> Rounding:
         """What a user means by a quantizer's name; the engine's usual one without. Raises PlanError, AlphaQError."""
         usual = profile(engine).quantizer
         known = tuple(dict.fromkeys((usual, *(PLAIN if usual in PLAIN else ()), *CALIBRATED)))
@@ -92,11 +91,10 @@ class Rounding:
     def options(self, engine: str, pre_tokenizer: str | None = None) -> QuantizeOptions:
         """What a user types for it."""
         usual = self == Rounding.of(engine)
-        text = self.inputs if isinstance(self.inputs, Text) else None
         return QuantizeOptions(
             quantizer=None if usual else self.name,
-            calibration=None if self.inputs is None else text.name if text else str(self.inputs),
-            calibration_tokens=text.tokens if text else None,
+            calibration=None if self.inputs is None else self.inputs.name,
+            calibration_tokens=None if self.inputs is None else self.inputs.tokens,
             pre_tokenizer=pre_tokenizer,
         )
 
@@ -115,8 +113,7 @@ def store_calibrated(
 ) -> dict[str, str]:
     """Make the entries whose inputs are seen when the rounding's text passes; `keep` gets each record.
 
-    With a proxy in place of a text all are made, one after the other. Returns matrices that were seen but quantized
-    without their inputs, and why. Raises what `stream_inputs` does.
+    Returns matrices that were seen but quantized without their inputs, and why. Raises what `stream_inputs` does.
     """
     assert rounding.calibrated is not None and rounding.inputs is not None  # a text goes with it
     quantizer = rounding.calibrated
@@ -145,33 +142,13 @@ def store_calibrated(
         return restored
 
     try:
-        if isinstance(rounding.inputs, Proxy):
-            _store_by_proxy(checkpoint, tasks, rounding, rounding.inputs, keep)
-        else:
-            stream_inputs(checkpoint, rounding.inputs.windows(checkpoint), visit)
+        stream_inputs(checkpoint, rounding.inputs.windows(checkpoint), visit)
     except CheckpointError as error:
         what = str(error).partition(" Use --method alphaq")[0]
         raise CheckpointError(
-            f"{what} Quantizer {quantizer} needs that; --quantizer {rounding.plain} and --calibration identity do not."
+            f"{what} Quantizer {quantizer} needs that; --quantizer {rounding.plain} does not."
         ) from error
     return left
-
-
-def _store_by_proxy(
-    checkpoint: Checkpoint,
-    tasks: Sequence[StoreTask],
-    rounding: Rounding,
-    proxy: Proxy,
-    keep: Callable[[StoreTask, Record], None],
-) -> None:
-    known = proxy.diagonals(checkpoint)
-    for task in tasks:
-        matrix, choice = task.entry.source, task.entry.choice
-        if not isinstance(matrix, MatrixRef) or choice is None or choice.kept:
-            continue
-        moments = proxy.diagonal(known, matrix)
-        round_ = partial(_rounded, rounding=rounding, moments=moments)
-        keep(task, store(checkpoint, task, round_))
 
 
 def _rounded(
@@ -182,8 +159,8 @@ def _rounded(
     if (
         choice.mix and not choice.nested
     ):  # their levels are several in a group; what inputs say is which of them are salient
-        importance = moments if moments.ndim == 1 else moments.diagonal()
-        return quantizer_of(own, None if rounding.coded else importance.numpy())(weight, choice, name)
+        importance = None if rounding.coded else moments.diagonal().numpy()
+        return quantizer_of(own, importance)(weight, choice, name)
     if rounding.coded:  # only gptq can be held to bytes
         return quantize_gptq(weight, choice, name, moments, quantizer_of(own)(weight, choice, name), coded=True)
     levels = LEVELS if own in PLAIN and choice.bits > 1 and not choice.rate else own
