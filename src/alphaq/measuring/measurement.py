@@ -16,18 +16,8 @@ from alphaq.measuring.cache import Cache, Known
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.spectrum import Spectrum, WeightStatistics
-from alphaq.quantizers.base import (
-    SAMPLE_VALUES,
-    SquaredErrors,
-    coded_errors,
-    quantizer_of,
-    sixteen_bits,
-    squared_errors,
-)
 from alphaq.quantizers.coding import coder_version, encode_tensor
-from alphaq.quantizers.cutting import CUTS, cut_errors, cutting, held_form
-from alphaq.quantizers.ggml import restore_rows
-from alphaq.quantizers.packing import dequantize, encode
+from alphaq.quantizers.rounded import SAMPLE_VALUES, SourceMatrix, SquaredErrors
 from alphaq.spectra.device import device_batch, device_spectra, device_tasks
 from alphaq.spectra.measure import PANEL_VALUES, spectrum, streamed_spectrum
 from alphaq.spectra.statistics import weight_statistics
@@ -84,24 +74,13 @@ def measure_one(checkpoint: Checkpoint, task: MeasureTask) -> Measured:
     name = task.matrix.name
     if task.streamed:
         return Measured(streamed_spectrum(partial(checkpoint.read_rows, task.matrix), task.matrix.shape, name))
-    held = held_form(checkpoint, task.matrix) if task.choices and task.quantizer == CUTS else None
-    exact = SquaredErrors() if held is None or task.codec else cut_errors(held, task.choices)
-    rest = tuple(choice for choice in task.choices if choice not in exact.expected)
-    if held is not None and not (rest or task.spectrum or task.statistics):
-        return Measured(None, exact)
-    weight = checkpoint.read(task.matrix)
+    source = SourceMatrix(checkpoint, task.matrix, task.quantizer, task.importance)
+    errors = source.errors(task.choices, task.sample_values) if task.codec is None else source.coded(task.choices)
     own = spectrum if task.variant == FAST_VARIANT else partial(variant_spectrum, variant=task.variant)
-    quantizer = quantizer_of(task.quantizer, task.importance)
-    if task.codec is None:
-        errors = squared_errors(weight, rest, name, quantizer, task.sample_values)
-        if exact.expected:
-            errors = replace(exact, expected=exact.expected | errors.expected, deviation=errors.deviation)
-    else:
-        errors = coded_errors(weight, task.choices, name, cutting(held, quantizer))
     return Measured(
-        own(weight, name) if task.spectrum else None,
+        own(source.weight, name) if task.spectrum else None,
         errors,
-        weight_statistics(weight, name) if task.statistics else None,
+        weight_statistics(source.weight, name) if task.statistics else None,
     )
 
 
@@ -236,19 +215,7 @@ def restored(
     checkpoint: Checkpoint, matrix: MatrixRef, choice: Choice, quantizer: str, importance: Mapping[str, np.ndarray]
 ) -> torch.Tensor:
     """What an engine computes with in a matrix's place, float32 [rows, columns]. importance: of columns, by matrix."""
-    weight = checkpoint.read(matrix)
-    if choice.kept:
-        return sixteen_bits(weight).float()
-    held = held_form(checkpoint, matrix) if quantizer == CUTS else None
-    found = cutting(held, quantizer_of(quantizer, importance.get(matrix.name)))(weight, choice, matrix.name)
-    if choice.scheme:
-        return restore_rows(found.codes.numpy(), choice, matrix.shape[1])
-    if quantizer != "affine" or found.offsets is None:
-        return dequantize(found)
-    # Whose offsets are added to s·q instead of being zero points.
-    columns = matrix.shape[1]
-    biases = found.offsets.float().repeat_interleave(choice.group_size, dim=1)[:, :columns]
-    return dequantize(replace(found, offsets=torch.zeros_like(found.offsets))) + biases
+    return SourceMatrix(checkpoint, matrix, quantizer, importance.get(matrix.name)).restored(choice)
 
 
 def coded_bytes(checkpoint: Checkpoint, task: tuple[str | MatrixRef, Choice | None, str]) -> int:
@@ -260,11 +227,8 @@ def coded_bytes(checkpoint: Checkpoint, task: tuple[str | MatrixRef, Choice | No
     if isinstance(source, str):
         name, stored = source, checkpoint.tensor(source)
     else:
-        name, weight = source.name, checkpoint.read(source)
         assert choice is not None  # of a matrix
-        held = held_form(checkpoint, source) if quantizer == CUTS else None
-        rounded = cutting(held, quantizer_of(quantizer))
-        stored = sixteen_bits(weight) if choice.kept else encode(rounded(weight, choice, name))
+        name, stored = source.name, SourceMatrix(checkpoint, source, quantizer).at(choice).native()
     coded = encode_tensor(stored)
     return stored_bytes(name, TensorSpec(DTYPE_NAMES[coded.dtype], tuple(coded.shape)))
 

@@ -32,8 +32,9 @@ from alphaq.nouns.spectrum import Spectrum
 from alphaq.planning.limits import outside_experts, pinned, problem_of
 from alphaq.planning.measured import Measurements
 from alphaq.planning.request import Request
-from alphaq.quantizers.base import SAMPLE_VALUES, quantizer_version
+from alphaq.quantizers.base import quantizer_version
 from alphaq.quantizers.coding import coder_version
+from alphaq.quantizers.rounded import SAMPLE_VALUES
 from alphaq.sensitivity.distortion import analytic_noise
 from alphaq.sensitivity.methods import Evidence, Need
 from alphaq.simd.sums import squared_norm
