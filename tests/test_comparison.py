@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.profiles import ENGINES
 from alphaq.errors import AlphaQError, BudgetError, OutputError, StatsError
@@ -25,7 +24,7 @@ from alphaq.sensitivity.methods import METHODS as METHODS_KNOWN
 from alphaq.trials import compare as comparison
 from alphaq.trials import trial as trials
 from alphaq.trials.compare import Row, compare, variant_of
-from alphaq.writing.calibrated import Rounding
+from alphaq.writing.rounding import Rounding
 from conftest import DATA
 
 TEXTS = sorted((DATA / "texts").glob("*.txt"))[:2]
@@ -96,7 +95,7 @@ def test_finished_comparison_is_read_and_not_repeated(
 def test_interrupted_comparison_goes_on_to_the_same_figures(
     finished: tuple[Path, list[Row]], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, plans = pipeline.quantize, []
+    real, plans = trials.quantize, []
 
     def stopping(checkpoint: Any, plan: Any, *args: Any, **kwargs: Any) -> Any:
         plans.append(plan.choices)
@@ -104,7 +103,7 @@ def test_interrupted_comparison_goes_on_to_the_same_figures(
             raise KeyboardInterrupt
         return real(checkpoint, plan, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "quantize", stopping)
+    monkeypatch.setattr(trials, "quantize", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(tiny, tmp_path / "out")
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) > 2

@@ -24,9 +24,9 @@ from alphaq.quantizers.hqq import lp_objective
 from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.packing import decode, dequantize, encode
 from alphaq.quantizers.rtn import BIAS_WEIGHT, quantize_minmax
-from alphaq.writing.calibrated import CALIBRATED
+from alphaq.writing.rounding import BY_INPUTS
 
-EVERY = {**QUANTIZERS, **CALIBRATED, "nested": quantize_nested}
+EVERY = {**QUANTIZERS, **BY_INPUTS, "nested": quantize_nested}
 NATIVE = tuple(Choice(bits, GROUP_SIZES[bits % 3], symmetric) for bits in CHOICE_BITS for symmetric in (False, True))
 NESTED = tuple(Choice(bits, GROUP_SIZES[bits % 3], symmetric=True, mix="nest") for bits in CHOICE_BITS[1:])
 SYMMETRIC = tuple(Choice(bits, group, symmetric=True) for bits, group in ((4, 32), (4, 128), (8, 64)))

@@ -1,4 +1,4 @@
-"""The command line: arguments to config to pipeline, and nothing else.
+"""The command line: arguments to records to the functions that work, and nothing else.
 
 With `--json` exactly one object goes to stdout; progress, tables and errors go to stderr. A user's
 mistake ends with one line and exit code 2.
@@ -87,8 +87,9 @@ def analyze(
     as_json: JsonOption = False,
 ) -> None:
     """Measure every matrix's weight spectrum and write one CSV row each."""
-    from alphaq import pipeline
     from alphaq.checkpoint.writer import check_file
+    from alphaq.measuring.analyze import analyze as measure_all
+    from alphaq.measuring.resources import Resources
     from alphaq.report.bitmap import alpha_histogram
     from alphaq.spectra.variants import SpectrumVariant
 
@@ -96,7 +97,7 @@ def analyze(
     check_file(output)
     checkpoint = opened(model, means)
     with means_for(checkpoint, **means) as (pool, cache):
-        rows = pipeline.analyze(checkpoint, output, progress, pool, cache, means["device"], variant)
+        rows = measure_all(checkpoint, output, variant, Resources(pool, cache, progress, means["device"]))
     alphas = sorted(found.alpha for _, found in rows if found.alpha is not None)
     summary = {
         "model": checkpoint.name,
@@ -233,18 +234,22 @@ def quantize(
         config = plan_config(settings if target is None else settings | {"bpw": ANY_BUDGET})
         if search["curve"] is not None:
             check_file(search["curve"])
-    from alphaq import pipeline
-    from alphaq.writing.calibrated import CALIBRATED
+    from alphaq.measuring.resources import Resources
+    from alphaq.writing.planned import check_source
+    from alphaq.writing.quantizing import quantize as carry_out
+    from alphaq.writing.records import WriteOptions
+    from alphaq.writing.rounding import BY_INPUTS, check_codable
+    from alphaq.writing.uploading import quantize_to_store
 
     checkpoint = opened(model, means)
     engine = made.engine if plan_file is not None else config.engine
-    pipeline.check_source(checkpoint, engine)
+    check_source(checkpoint, engine)
     planned_on_text = plan_file is None and config.calibration is not None
-    source = None if planned_on_text and quantizer not in CALIBRATED else settings["calibration"]
+    source = None if planned_on_text and quantizer not in BY_INPUTS else settings["calibration"]
     bos = settings["bos"] and (plan_file is None or made.config.get("bos", True))
     rounding = rounding_of(checkpoint, engine, quantizer, source, calibration_tokens, bos)
     if (made.config.get("codec") if plan_file is not None else config.codec) not in (None, CODECS[0]):
-        pipeline.check_codable(rounding)
+        check_codable(rounding, engine)
     imatrix = importance_matrix(settings["imatrix"])
     if plan_file is not None:
         note_source(checkpoint, engine, imatrix)
@@ -259,27 +264,27 @@ def quantize(
             made = build_plan(checkpoint, config, settings, pool, cache, means["device"], quantizer)
         if cache is not None:
             cache.close()  # others may measure while this one writes
-        work: Any = (progress, pool, restart, means["hash_contents"])
-        rest: Any = {"imatrix": imatrix, "rounding": rounding}
+        told = WriteOptions(rounding, imatrix, restart, means["hash_contents"])
+        resources = Resources(pool, wrap=progress)
         if isinstance(place, Path):
-            result = pipeline.quantize(checkpoint, made, place, *work, **rest)
+            result = carry_out(checkpoint, made, place, told, resources)
         else:
-            result = pipeline.quantize_to_store(checkpoint, made, place, scratch or Path(), *work, **rest)
+            result = quantize_to_store(checkpoint, made, place, scratch or Path(), told, resources)
     usage = "Uploaded."
     if isinstance(place, Path):
         usage = f"{profile(made.engine).writer.usage.format(out=output)}\n{run_hint(made.engine, output, model)}"
-    note(result["notes"])
-    left = result["not_calibrated"]
+    note(result.notes)
+    left = result.not_calibrated
     for name, reason in list(left.items())[:5]:
         err.print(f"note: {name} is rounded without its inputs: {reason}", markup=False, soft_wrap=True)
     if len(left) > 5:
         err.print(f"note: and {len(left) - 5} more; --json names them all", markup=False, soft_wrap=True)
     summary = (
-        f"{output}: {human_bytes(result['size_bytes'])} of weights, was {human_bytes(result['source_bytes'])}; "
-        f"{result['tensors']} tensors re-read and correct\n{usage}"
+        f"{output}: {human_bytes(result.size_bytes)} of weights, was {human_bytes(result.source_bytes)}; "
+        f"{result.tensors} tensors re-read and correct\n{usage}"
     )
     tables = [summary] if made.average_bits is None else [plan_table(made), summary]
-    show(as_json, made.model_dump(mode="json", exclude={"table"}) | result, *tables)
+    show(as_json, made.model_dump(mode="json", exclude={"table"}) | result.as_json(), *tables)
 
 
 @app.command()
@@ -360,13 +365,13 @@ def compare(
     check_dtype(dtype)
     from alphaq.report.tables import comparison_table
     from alphaq.trials.compare import compare as run
-    from alphaq.writing.calibrated import CALIBRATED
+    from alphaq.writing.rounding import BY_INPUTS
 
     checkpoint = opened(model, means)
     if checkpoint.store is not None:
         raise AlphaQError("compare runs the model, whose weights must lie on a local disk. Download it first.")
     listed = [name.strip() for name in (quantizers or "").split(",") if name.strip()]
-    source, calibrated = settings["calibration"], [name in CALIBRATED for name in listed]
+    source, by_inputs = settings["calibration"], [name in BY_INPUTS for name in listed]
     roundings = [
         rounding_of(
             checkpoint,
@@ -376,12 +381,12 @@ def compare(
             calibration_tokens if on_text else None,
             settings["bos"],
         )
-        for name, on_text in zip(listed, calibrated, strict=True)
+        for name, on_text in zip(listed, by_inputs, strict=True)
     ]
     on_text = any(method(name.partition(":")[0]).needs_text for name in names)
-    if source is not None and not on_text and not any(calibrated):
+    if source is not None and not on_text and not any(by_inputs):
         raise AlphaQError("--calibration is of no use to these methods and quantizers. Drop it.")
-    if calibration_tokens is not None and not any(calibrated):
+    if calibration_tokens is not None and not any(by_inputs):
         raise AlphaQError("--calibration-tokens is of quantizers gptq and learned. Drop it.")
     with means_for(checkpoint, **means) as (pool, cache):
         rows = run(
@@ -475,24 +480,26 @@ def verify(
     """Re-read every tensor against the plan, the checksums and (with --source) the original values."""
     from dataclasses import asdict
 
-    from alphaq import pipeline
+    from alphaq.evaluation.engine_run import run_in_engine
+    from alphaq.measuring.resources import Resources
     from alphaq.report.verified import run_line
     from alphaq.writing.artifact import open_source
+    from alphaq.writing.verifying import verify as read_again
 
     original = None if source is None else open_source(source)
     note(() if original is None else original.notes)
     with means_for(original, workers) as (pool, _):
-        result = pipeline.verify(output, original, progress, pool)
-    ran = pipeline.verify_run(output, original) if run else None
+        result = read_again(output, original, Resources(pool, wrap=progress))
+    ran = run_in_engine(output, original) if run else None
     beside = ""
-    if result["mean_relative_error_expected"] is not None:
-        found, expected = (result[f"mean_relative_error_{kind}"] for kind in ("planned", "expected"))
-        beside = f"; of planned matrices {found:.4g}, expected {expected:.4g}"
+    if result.mean_relative_error_planned is not None:
+        planned, expected = result.mean_relative_error_planned, result.mean_relative_error_expected
+        beside = f"; of planned matrices {planned:.4g}, expected {expected:.4g}"
     show(
         as_json,
-        {"ok": True, **result, "run": None if ran is None else asdict(ran)},
-        f"{output}: all {result['tensors']} tensors are as planned ({result['quantized']} quantized, "
-        f"mean relative error {result['mean_relative_error']:.4g}{beside})",
+        {"ok": True, **result.model_dump(), "run": None if ran is None else asdict(ran)},
+        f"{output}: all {result.tensors} tensors are as planned ({result.quantized} quantized, "
+        f"mean relative error {result.mean_relative_error:.4g}{beside})",
         run_line(ran, original is not None),
     )
 
@@ -512,13 +519,14 @@ def evaluate(
 ) -> None:
     """Perplexity per text with its interval; with --reference also KL, top-1 agreement and EAR."""
     check_dtype(dtype)
-    from alphaq import pipeline
+    from alphaq.evaluation.evaluate import evaluate as measure_fidelity
+    from alphaq.evaluation.evaluate import fidelity_json
     from alphaq.report.tables import fidelity_table
 
     note_folders(model, reference)
     texts = [*text, *(more or ())]
-    fidelity = pipeline.evaluate(model, texts, reference, window, max_tokens, device, dtype, progress, bos)
-    show(as_json, {"model": model, **pipeline.fidelity_json(fidelity)}, fidelity_table(fidelity))
+    fidelity = measure_fidelity(model, texts, reference, window, max_tokens, device, dtype, progress, bos)
+    show(as_json, {"model": model, **fidelity_json(fidelity)}, fidelity_table(fidelity))
 
 
 @app.command()
@@ -548,15 +556,15 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """The whole story on the bundled model: plan, quantize, evaluate, report."""
-    from alphaq import pipeline
     from alphaq.report.tables import demo_table
+    from alphaq.trials.demo import demo as run_demo
 
-    result = pipeline.demo(output, progress)
+    result = run_demo(output, progress)
     show(
         as_json,
-        result,
-        demo_table(result["rows"]),
-        f'Report: {result["report"]}\nModel:  {result["model"]}  (try: alphaq generate {result["model"]} "def main")',
+        result.as_json(),
+        demo_table([row.as_json() for row in result.rows]),
+        f'Report: {result.report}\nModel:  {result.model}  (try: alphaq generate {result.model} "def main")',
     )
 
 

@@ -66,9 +66,9 @@ def certify(
         raise AlphaQError(
             "--include-path, --limit, --num-fewshot and --batch-size are of --tasks. Add it, or drop them."
         )
-    from alphaq import pipeline
     from alphaq.checkpoint.writer import check_file
     from alphaq.evaluation.certificate import other_source
+    from alphaq.evaluation.certify import certify as measure_fidelity
     from alphaq.evaluation.tasks import TaskRequest
     from alphaq.nouns.fidelity import CERTIFICATE_NAME
     from alphaq.report.tables import certificate_tables
@@ -87,7 +87,7 @@ def certify(
             tasks, include_path=include_path, limit=limit, few_shot=num_fewshot, batch_size=batch_size
         )
     note_folders(model, reference)
-    made = pipeline.certify(
+    made = measure_fidelity(
         model,
         reference,
         [*text, *(more or ())],

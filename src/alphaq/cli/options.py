@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from alphaq.checkpoint.reader import Checkpoint
     from alphaq.planning import Measurements, Request
     from alphaq.trials.search import Target
-    from alphaq.writing.calibrated import Rounding
+    from alphaq.writing.rounding import Rounding
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or hub id of a safetensors checkpoint, or a GGUF file.")
@@ -376,7 +376,7 @@ def rounding_of(
     """How matrices are to be rounded. Raises AlphaQError for options that fit no quantizer."""
     from dataclasses import replace
 
-    from alphaq.writing.calibrated import Rounding, enough_tokens
+    from alphaq.writing.rounding import Rounding, enough_tokens
 
     rounding = Rounding.of(engine, quantizer, text_of(source))
     if rounding.inputs is None:
@@ -576,16 +576,16 @@ def search_plan(
     scratch: Path | None = None,
 ) -> Plan:
     """The smallest plan that reaches the target; says what every budget gave on stderr."""
-    from alphaq import pipeline
     from alphaq.trials import search as searching
+    from alphaq.writing.planned import check_source
 
-    pipeline.check_source(checkpoint, searching.ENGINE)
+    check_source(checkpoint, searching.ENGINE)
     if checkpoint.store is not None:
         raise BudgetError(
             f"--ear runs the model, and {checkpoint.store.url} is not on this machine. Download it first."
         )
     request, found = measurements(
-        checkpoint, config, settings, workers, cache, device, rounding.calibrated if rounding else None
+        checkpoint, config, settings, workers, cache, device, rounding.by_inputs if rounding else None
     )
     if cache is not None:
         cache.close()  # others may measure while this one evaluates

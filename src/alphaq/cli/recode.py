@@ -29,6 +29,7 @@ def recode(
 ) -> None:
     """Make a native checkpoint smaller on disk, or plain again: the same weights to the bit."""
     check_codec(codec)
+    from alphaq.measuring.resources import Resources
     from alphaq.report.tables import human_bytes
     from alphaq.work.workers import Workers, sensible_count
     from alphaq.writing import recoding
@@ -37,11 +38,11 @@ def recode(
         raise AlphaQError(f"No folder {folder}. Point to the output of `alphaq quantize`.")
     nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     with Workers(workers or sensible_count(nbytes), None) as pool:
-        found = recoding.recode(folder, output, codec, progress, pool)
-    share = found["size_bytes"] / found["source_bytes"]
+        result = recoding.recode(folder, output, codec, Resources(pool, wrap=progress))
+    share = result.size_bytes / result.source_bytes
     show(
         as_json,
-        found,
-        f"{output}: {human_bytes(found['size_bytes'])} of weights, was {human_bytes(found['source_bytes'])} "
-        f"({share:.3f}); {found['tensors']} tensors re-read and correct",
+        result.model_dump(),
+        f"{output}: {human_bytes(result.size_bytes)} of weights, was {human_bytes(result.source_bytes)} "
+        f"({share:.3f}); {result.tensors} tensors re-read and correct",
     )

@@ -34,11 +34,12 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write a page about a plan: maps, a budget slider, spectra; one file that asks the network for nothing."""
-    from alphaq import pipeline
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.checkpoint.writer import atomic_file, check_file
     from alphaq.errors import AlphaQError
+    from alphaq.measuring.resources import Resources
     from alphaq.report.content import MAX_DENSITIES, Sources
+    from alphaq.report.densities import densities as measure_densities
     from alphaq.report.html import write_report
     from alphaq.report.places import places_of_matrices, read_places
     from alphaq.report.runs import read_comparison, read_run
@@ -62,7 +63,8 @@ def report(
         places |= places_of_matrices(checkpoint.matrices)
         with means_for(checkpoint, workers) as (pool, _):
             limit = MAX_DENSITIES if spectra is None else spectra
-            densities = dict(pipeline.densities(checkpoint, found.plan, limit, progress, pool))
+            resources = Resources(pool, wrap=progress)
+            densities = dict(measure_densities(checkpoint, found.plan, limit, resources))
     sources = Sources(places, " and ".join(names), alphas, densities, compared, None if stats is None else stats.name)
     with atomic_file(output) as unfinished:
         summary = write_report(unfinished, found, sources)

@@ -39,12 +39,14 @@ def slice_(
     fixed = {"stats": None, "imatrix": None, "calibration": None, "unweighted": False}
     settings = settings | fixed
     config = plan_config(settings)
-    from alphaq import pipeline
     from alphaq.checkpoint.writer import check_absent
     from alphaq.engines.output import coded_with
     from alphaq.engines.profiles import profile
+    from alphaq.measuring.resources import Resources
     from alphaq.report.tables import human_bytes, plan_table
     from alphaq.writing.artifact import known_alphas, nested_choices, open_artifact, own_pins
+    from alphaq.writing.quantizing import quantize
+    from alphaq.writing.records import WriteOptions
 
     check_absent(output)
     checkpoint, held = open_artifact(folder)
@@ -59,10 +61,11 @@ def slice_(
         made = build_plan(checkpoint, config, settings, pool, cache, means["device"])
         if cache is not None:
             cache.close()  # others may measure while this one writes
-        result = pipeline.quantize(checkpoint, made, output, progress, pool, restart, means["hash_contents"])
-    note(result["notes"])
+        told = WriteOptions(restart=restart, hash_contents=means["hash_contents"])
+        result = quantize(checkpoint, made, output, told, Resources(pool, wrap=progress))
+    note(result.notes)
     summary = (
-        f"{output}: {human_bytes(result['size_bytes'])} of weights, was {human_bytes(result['source_bytes'])}; "
-        f"{result['tensors']} tensors re-read and correct\n{profile(made.engine).writer.usage.format(out=output)}"
+        f"{output}: {human_bytes(result.size_bytes)} of weights, was {human_bytes(result.source_bytes)}; "
+        f"{result.tensors} tensors re-read and correct\n{profile(made.engine).writer.usage.format(out=output)}"
     )
-    show(as_json, made.model_dump(mode="json", exclude={"table"}) | result, plan_table(made), summary)
+    show(as_json, made.model_dump(mode="json", exclude={"table"}) | result.as_json(), plan_table(made), summary)

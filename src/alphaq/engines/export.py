@@ -138,6 +138,9 @@ class Export:
     notes: what of a checkpoint the files cannot hold and nobody will miss.
     run: how the folder is run, to see whether the engine computes what it should. shape: (choice, stored tensors of
     one quantized matrix) → its rows and columns, where each matrix lies in files of its own names.
+    codable: whether the engine reads tensors that are entropy-coded (`--codec`, `recode`). holds_codes: whether the
+    files can be opened as a checkpoint whose codes are cut without their weights (`slice`). takes_roundings: whether
+    levels are ours, so that a quantizer that looks at inputs can choose among them.
     """
 
     layout: Callable[[Checkpoint, Mapping[str, Choice]], Layout]
@@ -153,6 +156,9 @@ class Export:
     notes: Callable[[Checkpoint], Sequence[str]] = lambda _: ()
     run: Run | None = None
     shape: Callable[[Choice, Sequence[Stored]], Shape] | None = None
+    codable: bool = False
+    holds_codes: bool = False
+    takes_roundings: bool = True
 
 
 def squared_error_of(rows: Rows, weight: torch.Tensor) -> float:

@@ -126,5 +126,7 @@ PROFILE = Profile(
         write_rest=write_rest,
         fault=fault,
         run=Run("our runtime in transformers", run_in_transformers, tolerance=0.01),
+        codable=True,
+        holds_codes=True,
     ),
 )

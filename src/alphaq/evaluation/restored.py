@@ -22,7 +22,7 @@ from alphaq.errors import ArchitectureError, CheckpointError
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.quantizers.coding import decode_tensor, is_coded
 from alphaq.writing.artifact import open_artifact
-from alphaq.writing.tasks import plan_choices
+from alphaq.writing.planned import plan_choices
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def restored_from(output: Output, source: Checkpoint) -> Checkpoint:
 def restored_alone(output: Output) -> Checkpoint:
     """What an output stands for by its own metadata. Raises CheckpointError where they do not tell."""
     shape_of = output.profile.writer.shape
-    if output.plan.engine == "native":
+    if output.profile.writer.holds_codes:
         return open_artifact(output.folder)[0]
     if shape_of is None:
         try:

@@ -41,7 +41,7 @@ from alphaq.sensitivity.methods import METHODS
 from alphaq.trials.trial import Trials, window_scores
 from alphaq.work.journal import Journal
 from alphaq.work.workers import Workers, Wrap, silent
-from alphaq.writing.calibrated import Rounding
+from alphaq.writing.rounding import Rounding
 
 BASELINE = "uniform"
 REFERENCE = "reference"

@@ -32,7 +32,7 @@ from alphaq.nouns.settings import Budget
 from alphaq.planning import Measurements, Request, make_plan, problem_of
 from alphaq.trials.trial import Trials, window_scores
 from alphaq.work.workers import Workers, Wrap, silent
-from alphaq.writing.calibrated import Rounding
+from alphaq.writing.rounding import Rounding
 
 Reaches = Literal["within", "estimate", "above"]
 REACHES = get_args(Reaches)

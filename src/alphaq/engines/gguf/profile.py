@@ -315,5 +315,6 @@ PROFILE = Profile(
         from_gguf=True,
         notes=notes,
         run=Run("llama.cpp", logits, tolerance=0.15),
+        takes_roundings=False,
     ),
 )

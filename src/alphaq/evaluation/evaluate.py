@@ -1,0 +1,49 @@
+"""`alphaq eval`: how well a model predicts texts, and how far it is from a reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alphaq.nouns.fidelity import Fidelity
+from alphaq.work.workers import Wrap, silent
+
+
+def evaluate(
+    model: str | Path,
+    texts: list[Path],
+    reference: str | Path | None = None,
+    window: int = 512,
+    max_tokens: int | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    wrap: Wrap = silent,
+    bos: bool = True,
+) -> Fidelity:
+    """Perplexity per text, and distance from a reference model if one is given.
+
+    bos: each window begins with what the tokenizer puts before a text, where it does.
+    """
+    from alphaq.evaluation.fidelity import evaluate_texts, read_texts, window_beginning
+    from alphaq.runtime.loading import load_pair
+
+    contents = read_texts(texts)
+    loaded, against, tokenizer = load_pair(model, reference, dtype, device)
+    by_text = dict(evaluate_texts(loaded, tokenizer, contents, against, window, max_tokens, wrap, bos))
+    return Fidelity(by_text, window_beginning(tokenizer, bos))
+
+
+def fidelity_json(fidelity: Fidelity) -> dict[str, object]:
+    """What `alphaq eval --json` prints."""
+    texts = {
+        name: {
+            "perplexity": text.perplexity,
+            "perplexity_interval": list(text.perplexity_interval),
+            "kl": text.kl,
+            "top1": text.top1,
+            "ear": text.ear,
+            "tokens": text.tokens,
+        }
+        for name, text in fidelity.texts.items()
+    }
+    begins = {"windows_begin_with": fidelity.begins_with}
+    return {"texts": texts, **begins, "geomean_perplexity": fidelity.geomean_perplexity, "mean_kl": fidelity.mean_kl}
