@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alphaq.calibration.inputs import Inputs, stream_inputs
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.errors import CheckpointError
+from alphaq.errors import CheckpointError, PassError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.quantized import QuantizedMatrix
@@ -39,9 +39,9 @@ def store_by_inputs(
     try:
         stream_inputs(checkpoint, rounding.inputs.windows(checkpoint), visitor.visit)
     except CheckpointError as error:
-        what = str(error).partition(" Use --method alphaq")[0]
+        why = error.reason if isinstance(error, PassError) else error
         raise CheckpointError(
-            f"{what} Quantizer {rounding.name} needs that; --quantizer {rounding.plain} does not."
+            f"{why} Quantizer {rounding.name} needs that; --quantizer {rounding.plain} does not."
         ) from error
     return visitor.unseen
 
