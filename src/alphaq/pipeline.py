@@ -4,10 +4,10 @@ from alphaq.evaluation.certify import certify
 from alphaq.evaluation.engine_run import run_in_engine as verify_run
 from alphaq.evaluation.evaluate import evaluate
 from alphaq.measuring.analyze import analyze
-from alphaq.measuring.resources import Resources
 from alphaq.planning import checked_plan, make_plan, measure_for_plan
 from alphaq.report.densities import densities
 from alphaq.trials.demo import demo
+from alphaq.work.resources import Resources
 from alphaq.writing.quantizing import quantize
 from alphaq.writing.recoding import recode
 from alphaq.writing.records import QuantizeResult, RecodeResult, VerifyResult, WriteOptions

@@ -89,9 +89,9 @@ def analyze(
     """Measure every matrix's weight spectrum and write one CSV row each."""
     from alphaq.checkpoint.writer import check_file
     from alphaq.measuring.analyze import analyze as measure_all
-    from alphaq.measuring.resources import Resources
     from alphaq.report.bitmap import alpha_histogram
     from alphaq.spectra.variants import SpectrumVariant
+    from alphaq.work.resources import Resources
 
     variant = SpectrumVariant(spectrum, tail)  # type: ignore[arg-type]
     check_file(output)
@@ -234,7 +234,7 @@ def quantize(
         config = plan_config(settings if target is None else settings | {"bpw": ANY_BUDGET})
         if search["curve"] is not None:
             check_file(search["curve"])
-    from alphaq.measuring.resources import Resources
+    from alphaq.work.resources import Resources
     from alphaq.writing.planned import check_source
     from alphaq.writing.quantizing import quantize as carry_out
     from alphaq.writing.records import WriteOptions
@@ -481,8 +481,8 @@ def verify(
     from dataclasses import asdict
 
     from alphaq.evaluation.engine_run import run_in_engine
-    from alphaq.measuring.resources import Resources
     from alphaq.report.verified import run_line
+    from alphaq.work.resources import Resources
     from alphaq.writing.artifact import open_source
     from alphaq.writing.verifying import verify as read_again
 

@@ -29,8 +29,8 @@ def recode(
 ) -> None:
     """Make a native checkpoint smaller on disk, or plain again: the same weights to the bit."""
     check_codec(codec)
-    from alphaq.measuring.resources import Resources
     from alphaq.report.tables import human_bytes
+    from alphaq.work.resources import Resources
     from alphaq.work.workers import Workers, sensible_count
     from alphaq.writing import recoding
 

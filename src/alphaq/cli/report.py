@@ -37,13 +37,13 @@ def report(
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.checkpoint.writer import atomic_file, check_file
     from alphaq.errors import AlphaQError
-    from alphaq.measuring.resources import Resources
     from alphaq.report.content import MAX_DENSITIES, Sources
     from alphaq.report.densities import densities as measure_densities
     from alphaq.report.html import write_report
     from alphaq.report.places import places_of_matrices, read_places
     from alphaq.report.runs import read_comparison, read_run
     from alphaq.report.tables import human_bytes
+    from alphaq.work.resources import Resources
 
     check_file(output)
     if model is None and (spectra is not None or revision is not None):

@@ -42,8 +42,8 @@ def slice_(
     from alphaq.checkpoint.writer import check_absent
     from alphaq.engines.output import coded_with
     from alphaq.engines.profiles import profile
-    from alphaq.measuring.resources import Resources
     from alphaq.report.tables import human_bytes, plan_table
+    from alphaq.work.resources import Resources
     from alphaq.writing.artifact import known_alphas, nested_choices, open_artifact, own_pins
     from alphaq.writing.quantizing import quantize
     from alphaq.writing.records import WriteOptions

@@ -6,18 +6,18 @@ from collections.abc import Iterable
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import PlanError
-from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
 from alphaq.report.content import MAX_DENSITIES, sampled
 from alphaq.spectra.density import Density, DensityTask, density_one
 from alphaq.spectra.variants import SpectrumVariant
+from alphaq.work.resources import USUAL, Resources
 
 
 def densities(
     checkpoint: Checkpoint,
     plan: Plan,
     limit: int = MAX_DENSITIES,
-    resources: Resources = Resources(),
+    resources: Resources = USUAL,
 ) -> Iterable[tuple[str, Density]]:
     """Densities of eigenvalues of planned matrices, of at most `limit`, by the plan's own way to measure α.
 
@@ -29,5 +29,5 @@ def densities(
     variant = SpectrumVariant(str(plan.config.get("spectrum", "farms")), str(plan.config.get("tail", "hill")))  # type: ignore[arg-type]
     known = {matrix.name: matrix for matrix in checkpoint.matrices}
     tasks = [DensityTask(known[name], variant) for name in sampled(plan, limit)]
-    results = resources.pool(checkpoint).map(density_one, tasks, lambda task: 10 * task.matrix.parameters)
+    results = resources.workers_on(checkpoint).map(density_one, tasks, lambda task: 10 * task.matrix.parameters)
     yield from zip((task.matrix.name for task in tasks), resources.wrap(results, len(tasks), "spectra"), strict=True)

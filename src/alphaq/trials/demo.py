@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.checkpoint.writer import atomic_folder
 from alphaq.evaluation.evaluate import evaluate, fidelity_json
-from alphaq.measuring.resources import Resources
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
@@ -21,6 +20,7 @@ from alphaq.report.densities import densities
 from alphaq.report.html import write_report
 from alphaq.report.places import places_of_matrices
 from alphaq.report.runs import ComparedRow, read_run
+from alphaq.work.resources import Resources
 from alphaq.work.workers import Wrap, silent
 from alphaq.writing.quantizing import quantize
 

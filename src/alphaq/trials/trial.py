@@ -17,9 +17,9 @@ from typing import Any
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.evaluation.fidelity import Remembered, WindowScore
-from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
 from alphaq.runtime.loading import load_model
+from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers, Wrap
 from alphaq.writing.quantizing import quantize
 from alphaq.writing.records import WriteOptions

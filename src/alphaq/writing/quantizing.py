@@ -19,13 +19,13 @@ from alphaq.engines.gguf.importance import Importance, importance_of
 from alphaq.engines.output import Record, coded_with, header_of, write_manifest
 from alphaq.engines.profiles import profile
 from alphaq.measuring.measurement import ahead, leaving
-from alphaq.measuring.resources import Resources
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.plan import Plan
 from alphaq.work.journal import Journal
+from alphaq.work.resources import USUAL, Resources
 from alphaq.writing.coded import laid_out, spec_at
 from alphaq.writing.planned import check_importance, check_size, check_source, plan_choices
-from alphaq.writing.records import QuantizeResult, WriteOptions
+from alphaq.writing.records import AS_USUAL, QuantizeResult, WriteOptions
 from alphaq.writing.refining import store_by_inputs
 from alphaq.writing.rounding import Rounding, check_codable
 from alphaq.writing.sinks import Coded, InPlace, Sink
@@ -109,8 +109,8 @@ def quantize(
     checkpoint: Checkpoint,
     plan: Plan,
     out: Path,
-    options: WriteOptions = WriteOptions(),
-    resources: Resources = Resources(),
+    options: WriteOptions = AS_USUAL,
+    resources: Resources = USUAL,
 ) -> QuantizeResult:
     """Quantize by a plan, write what its engine loads, re-read it against the source, then publish it.
 
@@ -199,7 +199,7 @@ def _refined(
 
 def _stored(job: _Job, tasks: list[StoreTask], notes: _Notes, resources: Resources) -> dict[str, Written]:
     """What was written, by entry, in the order of the source's files."""
-    checkpoint, workers = job.checkpoint, resources.pool(job.checkpoint)
+    checkpoint, workers = job.checkpoint, resources.workers_on(job.checkpoint)
     expected = tasks if workers.cluster else ahead(tasks, partial(_expect, checkpoint))
     shards = (checkpoint.shard_of[task.tensor] for task in tasks)
     results = leaving(zip(shards, stored(workers, tasks, expected), strict=True), checkpoint.forget)

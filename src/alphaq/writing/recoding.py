@@ -21,10 +21,10 @@ from alphaq.checkpoint.writer import atomic_folder, checksum, copy_file, create_
 from alphaq.engines.export import Stored, write_json
 from alphaq.engines.output import MANIFEST_NAME, PLAN_NAME, Output, Record, header_of, raise_faults, write_manifest
 from alphaq.errors import PlanError, VerificationError
-from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import CODECS
 from alphaq.nouns.fidelity import CERTIFICATE_NAME
 from alphaq.quantizers.coding import decode_tensor
+from alphaq.work.resources import USUAL, Resources
 from alphaq.work.workers import Workers
 from alphaq.writing.coded import CodedLayout, as_bytes, coded_tensor, say_codec, spec_of
 from alphaq.writing.records import RecodeResult
@@ -56,7 +56,7 @@ def recoded(_: object, task: RecodeTask) -> torch.Tensor:
     return plain if task.codec == CODECS[0] else coded_tensor(plain, task.name)
 
 
-def recode(folder: Path, out: Path, codec: str, resources: Resources = Resources()) -> RecodeResult:
+def recode(folder: Path, out: Path, codec: str, resources: Resources = USUAL) -> RecodeResult:
     """Write the native checkpoint `folder` again with its tensors coded by `codec`, one of CODECS.
 
     `out` appears complete or not at all. Raises PlanError if the files are another engine's, VerificationError or

@@ -33,6 +33,9 @@ class WriteOptions:
     check: bool = True
 
 
+AS_USUAL = WriteOptions()
+
+
 class VerifyResult(BaseModel):
     """What re-reading found. Errors are Σ(w − ŵ)²/Σw²; of planned matrices also what the plan expected."""
 

@@ -14,11 +14,11 @@ from alphaq.checkpoint.publishing import claim, publish
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.remote import Store
 from alphaq.errors import OutputError
-from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
 from alphaq.work.journal import Journal
+from alphaq.work.resources import USUAL, Resources
 from alphaq.writing.quantizing import quantize
-from alphaq.writing.records import QuantizeResult, WriteOptions
+from alphaq.writing.records import AS_USUAL, QuantizeResult, WriteOptions
 from alphaq.writing.rounding import Rounding
 
 UPLOADED_NAME = "uploaded.jsonl"
@@ -29,8 +29,8 @@ def quantize_to_store(
     plan: Plan,
     store: Store,
     scratch: Path,
-    options: WriteOptions = WriteOptions(),
-    resources: Resources = Resources(),
+    options: WriteOptions = AS_USUAL,
+    resources: Resources = USUAL,
 ) -> QuantizeResult:
     """`quantize` into a folder in `scratch`, then upload it, then remove it there.
 

@@ -11,7 +11,7 @@ from alphaq.checkpoint.writer import Place
 from alphaq.engines.export import Entry, Layout
 from alphaq.engines.output import MANIFEST_NAME, Output, raise_faults
 from alphaq.measuring.measurement import leaving
-from alphaq.measuring.resources import Resources
+from alphaq.work.resources import USUAL, Resources
 from alphaq.work.workers import Workers
 from alphaq.writing.checking import CheckTask, checked
 from alphaq.writing.planned import plan_choices
@@ -19,7 +19,7 @@ from alphaq.writing.records import VerifyResult
 from alphaq.writing.storing import source_tensor
 
 
-def verify(folder: Path, source: Checkpoint | None = None, resources: Resources = Resources()) -> VerifyResult:
+def verify(folder: Path, source: Checkpoint | None = None, resources: Resources = USUAL) -> VerifyResult:
     """Re-read every tensor against plan and manifest; with the source, against its values too.
 
     Raises VerificationError naming the first fault.
