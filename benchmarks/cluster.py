@@ -122,7 +122,7 @@ def drive(address: str, folder: Path, apart: bool) -> dict[str, Any]:
         planned = private_mib()
         out = folder.parent / f"out-{os.getpid()}"
         begin = time.perf_counter()
-        pipeline.quantize(checkpoint, plan, out, wrap, workers)
+        pipeline.quantize(checkpoint, plan, out, resources=pipeline.Resources(workers, wrap=wrap))
         seconds = time.perf_counter() - begin
         told = workers.told
     shutil.rmtree(out)

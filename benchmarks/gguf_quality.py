@@ -79,12 +79,14 @@ def fidelity(checkpoint: Checkpoint, plan: Plan, texts: list[Path], quantizer: A
         with TemporaryDirectory() as scratch:
             out = Path(scratch) / "out"
             with Workers(1, checkpoint) as workers:  # in this process, where the quantizer was exchanged
-                written = pipeline.quantize(checkpoint, plan, out, workers=workers, check=False)
+                written = pipeline.quantize(
+                    checkpoint, plan, out, pipeline.WriteOptions(check=False), pipeline.Resources(workers)
+                )
             found = pipeline.evaluate(out, Scoring(texts=tuple(texts), max_tokens=tokens), checkpoint.folder)
     finally:
         QUANTIZERS["ggml"] = usual
     assert found.mean_kl is not None  # there is a reference
-    kept = {"size_bytes": written["size_bytes"], "kl": found.mean_kl, "perplexity": found.geomean_perplexity}
+    kept = {"size_bytes": written.size_bytes, "kl": found.mean_kl, "perplexity": found.geomean_perplexity}
     return kept | {"texts": {name: one.kl for name, one in found.texts.items()}}
 
 

@@ -111,7 +111,9 @@ def write_drawn(source: Path, plan: Path, out: Path) -> None:
     QUANTIZERS["ggml"] = replace(QUANTIZERS["ggml"], function=draw)
     checkpoint = open_checkpoint(source)
     with Workers(1, checkpoint) as workers:  # in this process, where the quantizer was exchanged
-        pipeline.quantize(checkpoint, Plan.read(plan), out, workers=workers, check=False)
+        pipeline.quantize(
+            checkpoint, Plan.read(plan), out, pipeline.WriteOptions(check=False), pipeline.Resources(workers)
+        )
 
 
 def main() -> None:

@@ -57,11 +57,13 @@ class Bench:
     def quantized(self, plan: Any, name: str, checkpoint: Any = None, quantizer: str | None = None) -> Path:
         """The folder that a plan makes."""
         from alphaq import pipeline
-        from alphaq.writing.calibrated import Rounding
+        from alphaq.writing.rounding import Rounding
 
         folder = self.scratch / name
         rounding = Rounding.of("native", quantizer)
-        pipeline.quantize(checkpoint or self.checkpoint, plan, folder, check=False, rounding=rounding)
+        pipeline.quantize(
+            checkpoint or self.checkpoint, plan, folder, pipeline.WriteOptions(rounding=rounding, check=False)
+        )
         return folder
 
     def row(self, kind: str, folder: Path) -> dict[str, Any]:

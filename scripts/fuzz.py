@@ -58,7 +58,7 @@ from alphaq.quantizers.base import rounder_of
 from alphaq.report.explanation import explain_plan, explanation_tables
 from alphaq.spectra.measure import read_stats
 from alphaq.work.untrusted import parse_json
-from alphaq.writing.tasks import plan_choices
+from alphaq.writing.planned import plan_choices
 
 SLOW_S = 1.0
 HANGS_S = 20

@@ -18,9 +18,9 @@ from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantizers.base import QUANTIZERS
-from alphaq.writing import calibrated
-from alphaq.writing.calibrated import Rounding, enough_tokens
+from alphaq.writing import refining
 from alphaq.writing.recoding import recode
+from alphaq.writing.rounding import Rounding, enough_tokens
 from conftest import DATA, Ran, read_back
 from families import random_family, save_layout
 
@@ -73,28 +73,39 @@ def test_the_model_stays_closer_to_itself_on_that_text(alphaq: Run, tiny: Path, 
 
 def test_every_matrix_is_calibrated_or_named(model: Checkpoint, tmp_path: Path) -> None:
     plan = plan_of(model)
-    done = pipeline.quantize(model, plan, tmp_path / "all", rounding=Rounding.of("native", "gptq", Text("self", 4096)))
-    assert done["not_calibrated"] == {}
-    few = pipeline.quantize(model, plan, tmp_path / "few", rounding=Rounding.of("native", "gptq", Text("self", 96)))
-    nearest = pipeline.quantize(model, plan, tmp_path / "plain", rounding=Rounding.of("native", "debiased"))
-    left = few["not_calibrated"]
+    done = pipeline.quantize(
+        model, plan, tmp_path / "all", pipeline.WriteOptions(rounding=Rounding.of("native", "gptq", Text("self", 4096)))
+    )
+    assert done.not_calibrated == {}
+    few = pipeline.quantize(
+        model, plan, tmp_path / "few", pipeline.WriteOptions(rounding=Rounding.of("native", "gptq", Text("self", 96)))
+    )
+    nearest = pipeline.quantize(
+        model, plan, tmp_path / "plain", pipeline.WriteOptions(rounding=Rounding.of("native", "debiased"))
+    )
+    left = few.not_calibrated
     experts = {matrix.name for matrix in model.planned}
     assert left and left.keys() <= experts and left.keys() != experts
     assert all("fewer than its" in reason for reason in left.values())
     mine, plain = (read_back(tmp_path / name, model) for name in ("few", "plain"))
     same = {name for name in experts if torch.equal(mine[name], plain[name])}
     assert same == left.keys()
-    assert nearest["not_calibrated"] == {}
+    assert nearest.not_calibrated == {}
 
 
 def test_a_coded_plan_s_bytes_hold_with_inputs_too(model: Checkpoint, tmp_path: Path) -> None:
     request = resolve(PlanConfig(budget=Budget(bpw=2.5), method="alphaq", codec="zstd"))
     plan = make_plan(model, request, measure_for_plan(model, request))
-    done = pipeline.quantize(model, plan, tmp_path / "gptq", rounding=Rounding.of("native", "gptq", Text("self", 4096)))
+    done = pipeline.quantize(
+        model,
+        plan,
+        tmp_path / "gptq",
+        pipeline.WriteOptions(rounding=Rounding.of("native", "gptq", Text("self", 4096))),
+    )
     assert plan.size_bytes is not None
-    assert 0.98 * plan.size_bytes < done["size_bytes"] <= plan.size_bytes
-    assert done["not_calibrated"] == {}
-    assert pipeline.verify(tmp_path / "gptq", model)["against_source"]
+    assert 0.98 * plan.size_bytes < done.size_bytes <= plan.size_bytes
+    assert done.not_calibrated == {}
+    assert pipeline.verify(tmp_path / "gptq", model).against_source
     pipeline.quantize(model, plan, tmp_path / "debiased")
     for name in ("gptq", "debiased"):
         recode(tmp_path / name, tmp_path / f"{name}-decoded", "none")
@@ -107,8 +118,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(
     model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, rounding = plan_of(model), Rounding.of("native", "gptq", Text("self", 1024))
-    pipeline.quantize(model, plan, tmp_path / "whole", rounding=rounding)
-    real, stored = calibrated.store, []
+    pipeline.quantize(model, plan, tmp_path / "whole", pipeline.WriteOptions(rounding=rounding))
+    real, stored = refining.store, []
 
     def stops(*arguments: object) -> object:
         if len(stored) == 20:
@@ -116,23 +127,23 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(
         stored.append(arguments)
         return real(*arguments)
 
-    monkeypatch.setattr(calibrated, "store", stops)
+    monkeypatch.setattr(refining, "store", stops)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.quantize(model, plan, tmp_path / "out", rounding=rounding)
-    monkeypatch.setattr(calibrated, "store", real)
+        pipeline.quantize(model, plan, tmp_path / "out", pipeline.WriteOptions(rounding=rounding))
+    monkeypatch.setattr(refining, "store", real)
     rounded = []
     usual = QUANTIZERS["gptq"]
     noting = replace(usual, function=lambda *arguments: rounded.append(arguments[2]) or usual.function(*arguments))
     monkeypatch.setitem(QUANTIZERS, "gptq", noting)
-    done = pipeline.quantize(model, plan, tmp_path / "out", rounding=rounding)
-    assert len(rounded) + len(done["not_calibrated"]) + 20 >= len(plan.choices) > len(rounded)
+    done = pipeline.quantize(model, plan, tmp_path / "out", pipeline.WriteOptions(rounding=rounding))
+    assert len(rounded) + len(done.not_calibrated) + 20 >= len(plan.choices) > len(rounded)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     with pytest.raises(AlphaQError, match="quantizer changed since"):
         (tmp_path / "other").mkdir()
-        monkeypatch.setattr(calibrated, "store", stops)
+        monkeypatch.setattr(refining, "store", stops)
         stored.clear()
         with pytest.raises(KeyboardInterrupt):
-            pipeline.quantize(model, plan, tmp_path / "other" / "out", rounding=rounding)
+            pipeline.quantize(model, plan, tmp_path / "other" / "out", pipeline.WriteOptions(rounding=rounding))
         pipeline.quantize(model, plan, tmp_path / "other" / "out")
 
 
@@ -145,10 +156,13 @@ def test_other_engines_get_their_own_levels(
     checkpoint = open_checkpoint(save_family("olmoe"))
     plan = plan_of(checkpoint, engine, bits, group_size=32)
     done = pipeline.quantize(
-        checkpoint, plan, tmp_path / "gptq", rounding=Rounding.of(engine, "gptq", Text("self", 2048))
+        checkpoint,
+        plan,
+        tmp_path / "gptq",
+        pipeline.WriteOptions(rounding=Rounding.of(engine, "gptq", Text("self", 2048))),
     )
     plain = pipeline.quantize(checkpoint, plan, tmp_path / "plain")
-    assert done["mean_relative_error"] > plain["mean_relative_error"]  # not of weights, but of outputs
+    assert done.verified.mean_relative_error > plain.verified.mean_relative_error  # not of weights, but of outputs
     mine, theirs = (read_back(tmp_path / name, checkpoint) for name in ("gptq", "plain"))
     assert mine.keys() == theirs.keys()
     assert sum(not torch.equal(mine[name], theirs[name]) for name in plan.choices) > len(plan.choices) // 2
@@ -216,7 +230,9 @@ def test_a_text_is_known_by_what_it_holds(tmp_path: Path) -> None:
 def test_what_is_kept_is_not_reported(model: Checkpoint, tmp_path: Path) -> None:
     plan = plan_of(model, bits=8.0, pins=(Rule(pattern="down", value="16"),))
     rounding = Rounding.of("native", "gptq", Text("self", 4096))
-    assert pipeline.quantize(model, plan, tmp_path / "out", rounding=rounding)["not_calibrated"] == {}
+    assert (
+        pipeline.quantize(model, plan, tmp_path / "out", pipeline.WriteOptions(rounding=rounding)).not_calibrated == {}
+    )
 
 
 def test_a_run_is_not_gone_on_with_under_another_config(
@@ -229,13 +245,13 @@ def test_a_run_is_not_gone_on_with_under_another_config(
     def stops(*arguments: object) -> object:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibrated, "store", stops)
+    monkeypatch.setattr(refining, "store", stops)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.quantize(checkpoint, plan, tmp_path / "out", rounding=rounding)
+        pipeline.quantize(checkpoint, plan, tmp_path / "out", pipeline.WriteOptions(rounding=rounding))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 1}))
     with pytest.raises(OutputError, match="model settings changed since"):
-        pipeline.quantize(open_checkpoint(folder), plan, tmp_path / "out", rounding=rounding)
+        pipeline.quantize(open_checkpoint(folder), plan, tmp_path / "out", pipeline.WriteOptions(rounding=rounding))
 
 
 def test_families_without_a_pass_are_told_what_to_use(tmp_path: Path) -> None:
@@ -243,8 +259,8 @@ def test_families_without_a_pass_are_told_what_to_use(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     rounding = Rounding.of("native", "gptq", Text("self"))
     with pytest.raises(CheckpointError, match="gptq needs that; --quantizer rtn does not"):
-        pipeline.quantize(checkpoint, plan_of(checkpoint), tmp_path / "gptq", rounding=rounding)
-    assert pipeline.quantize(checkpoint, plan_of(checkpoint), tmp_path / "rtn")["tensors"]
+        pipeline.quantize(checkpoint, plan_of(checkpoint), tmp_path / "gptq", pipeline.WriteOptions(rounding=rounding))
+    assert pipeline.quantize(checkpoint, plan_of(checkpoint), tmp_path / "debiased").tensors
 
 
 def test_a_text_that_nothing_looks_at_is_refused(alphaq: Run, tiny: Path, tmp_path: Path) -> None:

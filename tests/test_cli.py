@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alphaq import pipeline
+from alphaq.writing import quantizing
 from conftest import DATA, Ran
 from injection import Job, Place, run
 
@@ -266,7 +266,7 @@ def test_a_budget_wider_than_every_choice_says_what_it_leaves_unused(alphaq: Run
 )
 def test_a_stopped_run_keeps_its_work_and_shows_no_output(tiny: Path, tmp_path: Path, number: int, code: int) -> None:
     def arm() -> None:
-        pipeline.write_manifest = lambda *_: signal.raise_signal(number)  # type: ignore[assignment]
+        quantizing.write_manifest = lambda *_: signal.raise_signal(number)  # type: ignore[assignment]
 
     place = Place(tmp_path, tiny).prepare()
     assert run(Job("", "quantize {model} --bits 2 --method alphaq -o {out}"), place, arm).code == code

@@ -192,7 +192,9 @@ def test_node_killed_in_the_middle_changes_no_byte(tiny: Path, tmp_path: Path, a
                         own.kill(own.nodes[0])
                     yield item
 
-            pipeline.quantize(checkpoint, Plan.read(plan), tmp_path / "many", wrap, workers)
+            pipeline.quantize(
+                checkpoint, Plan.read(plan), tmp_path / "many", resources=pipeline.Resources(workers, wrap=wrap)
+            )
         assert any("again, after a loss" in line for line in told), told
         assert contents(tmp_path / "many") == contents(tmp_path / "one")
     finally:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.profiles import ENGINES
 from alphaq.errors import AlphaQError, BudgetError, OutputError, StatsError
@@ -29,7 +28,7 @@ from alphaq.trials import trial as trials
 from alphaq.trials.compare import Comparison, compare, variant_of
 from alphaq.trials.results import Row
 from alphaq.work.workers import silent
-from alphaq.writing.calibrated import Rounding
+from alphaq.writing.rounding import Rounding
 from conftest import DATA
 
 TEXTS = sorted((DATA / "texts").glob("*.txt"))[:2]
@@ -102,7 +101,7 @@ def test_finished_comparison_is_read_and_not_repeated(
 def test_interrupted_comparison_goes_on_to_the_same_figures(
     finished: tuple[Path, list[Row]], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, plans = pipeline.quantize, []
+    real, plans = trials.quantize, []
 
     def stopping(checkpoint: Any, plan: Any, *args: Any, **kwargs: Any) -> Any:
         plans.append(plan.choices)
@@ -110,7 +109,7 @@ def test_interrupted_comparison_goes_on_to_the_same_figures(
             raise KeyboardInterrupt
         return real(checkpoint, plan, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "quantize", stopping)
+    monkeypatch.setattr(trials, "quantize", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(tiny, tmp_path / "out")
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) > 2

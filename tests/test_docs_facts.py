@@ -27,7 +27,7 @@ from alphaq.formats.versions import NATIVE_FORMAT_VERSION
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan, PlanTable, RateDistortion
 from alphaq.nouns.settings import PlanConfig
-from alphaq.quantizers.base import SAMPLE_VALUES
+from alphaq.quantizers.rounded import SAMPLE_VALUES
 from alphaq.spectra.measure import COLUMNS, PANEL_VALUES
 from alphaq.trials.results import Row
 from alphaq.trials.search import Curve, Point

@@ -608,7 +608,7 @@ def test_types_that_rows_do_not_fit_are_never_measured(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def stats(checkpoint: Checkpoint, cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stats") / "stats.csv"
-    pipeline.analyze(checkpoint, path, cache=cache)
+    pipeline.analyze(checkpoint, path, resources=pipeline.Resources(cache=cache))
     return path
 
 

@@ -28,7 +28,7 @@ from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.runtime.replace import Packer, stored_tensors
 from alphaq.work.workers import Workers
-from alphaq.writing import recoding
+from alphaq.writing import quantizing, sinks
 from alphaq.writing.recoding import recode
 from conftest import DATA
 from injection import Job, Place, run
@@ -85,7 +85,7 @@ def planned(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_coding_and_decoding_gives_the_same_weight_files(tiny_quantized: Path, coded: Path, tmp_path: Path) -> None:
     assert weight_bytes(coded) < 0.95 * weight_bytes(tiny_quantized)
     found = recode(coded, tmp_path / "plain", "none")
-    assert found["size_bytes"] == weight_bytes(tiny_quantized)
+    assert found.size_bytes == weight_bytes(tiny_quantized)
     for path in tiny_quantized.glob("*.safetensors"):
         assert (tmp_path / "plain" / path.name).read_bytes() == path.read_bytes()
     assert contents(tmp_path / "plain").keys() == contents(tiny_quantized).keys()
@@ -110,7 +110,7 @@ def test_coding_again_changes_nothing(coded: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_workers_do_not_change_the_bytes(tiny_quantized: Path, coded: Path, tmp_path: Path) -> None:
     with Workers(2, None) as pool:
-        recode(tiny_quantized, tmp_path / "out", "zstd", workers=pool)
+        recode(tiny_quantized, tmp_path / "out", "zstd", pipeline.Resources(pool))
     assert contents(tmp_path / "out") == contents(coded)
 
 
@@ -132,8 +132,8 @@ def test_verify_finds_it_correct(tiny: Path, coded: Path, tmp_path: Path, codec:
         folder = tmp_path / "plain"
         recode(coded, folder, codec)
     found = pipeline.verify(folder, open_checkpoint(tiny) if with_source else None)
-    assert found["against_source"] is with_source
-    assert found["tensors"] == len(Output(folder).stored)
+    assert found.against_source is with_source
+    assert found.tensors == len(Output(folder).stored)
 
 
 def test_logits_are_those_of_the_uncoded_model_to_the_bit(tiny_quantized: Path, coded: Path) -> None:
@@ -232,7 +232,7 @@ def test_what_cannot_be_recoded_is_refused_in_one_line(
 def test_files_have_exactly_the_promised_size(tiny: Path, tmp_path: Path, config: dict[str, Any]) -> None:
     plan = plan_of(tiny, **config)
     found = pipeline.quantize(open_checkpoint(tiny), plan, tmp_path / "out")
-    assert found["size_bytes"] == weight_bytes(tmp_path / "out") == plan.size_bytes
+    assert found.size_bytes == weight_bytes(tmp_path / "out") == plan.size_bytes
     assert Output(tmp_path / "out").plan.choices == plan.choices
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
@@ -275,7 +275,7 @@ def test_a_size_is_never_exceeded_and_used_up(tiny: Path, tmp_path: Path) -> Non
 
 
 def test_a_coded_model_loads_and_is_verified_against_its_source(tiny: Path, planned: Path) -> None:
-    assert pipeline.verify(planned, open_checkpoint(tiny))["against_source"]
+    assert pipeline.verify(planned, open_checkpoint(tiny)).against_source
     assert torch.isfinite(logits(planned)).all()
     assert json.loads((planned / "config.json").read_text())["quantization_config"]["codec"] == "zstd"
 
@@ -317,7 +317,7 @@ def test_workers_do_not_change_plan_or_files(tiny: Path, planned: Path, tmp_path
     checkpoint = open_checkpoint(tiny)
     plan = plan_of(tiny, 2, budget=Budget(bpw=3.0), choices=FEW)
     with Workers(2, checkpoint) as pool:
-        pipeline.quantize(checkpoint, plan, tmp_path / "out", workers=pool)
+        pipeline.quantize(checkpoint, plan, tmp_path / "out", resources=pipeline.Resources(pool))
     assert contents(tmp_path / "out") == contents(planned)
 
 
@@ -412,9 +412,9 @@ def test_a_run_killed_before_or_amid_coding_resumes_to_identical_bytes(tiny: Pat
         for one in (undisturbed, place):
             one.out.parent.mkdir(parents=True)
         assert run(CODED, undisturbed).code == 0
-        for moment in ((pipeline, "recode_into"), (recoding, "write_manifest")):
+        for moment in ((sinks, "create_file"), (sinks, "say_codec"), (quantizing, "write_manifest")):
             assert run(CODED, place, kills_before(*moment)).code == -signal.SIGKILL
-            assert (place.out.parent / ".out.partial" / "uncoded").is_dir()
+            assert (place.out.parent / ".out.partial" / sinks.SPOOL_NAME).is_file()
             assert not place.out.exists()
         assert run(CODED, place).code == 0
         assert contents(place.out) == contents(undisturbed.out)
@@ -434,12 +434,12 @@ def test_an_unfinished_coded_run_of_another_plan_is_not_mixed_with_this_one(
         raise OSError("No space left")
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "recode_into", fail)
+        patched.setattr(sinks, "create_file", fail)
         with pytest.raises(OutputError, match="No space left"):
             pipeline.quantize(checkpoint, earlier, out)
     with pytest.raises(OutputError, match="its plan changed since"):
         pipeline.quantize(checkpoint, plan, out)
-    pipeline.quantize(checkpoint, plan, out, restart=True)
+    pipeline.quantize(checkpoint, plan, out, pipeline.WriteOptions(restart=True))
     assert contents(out) == contents(tmp_path / "good")
 
 

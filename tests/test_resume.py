@@ -17,7 +17,7 @@ import torch
 from alphaq.checkpoint.writer import JOURNAL_NAME, UNFINISHED_NAME
 from alphaq.errors import CheckpointError
 from alphaq.work.journal import Journal
-from alphaq.writing import tasks as quantization
+from alphaq.writing import storing
 from conftest import DATA
 from injection import Job, Place, run, warm_up
 
@@ -199,18 +199,18 @@ def test_a_passing_error_keeps_what_was_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = ("quantize", tiny, *OPTIONS, "-o", tmp_path / "out", "--workers", "1")
-    real, calls = quantization.store, []
+    real, calls = storing.store, []
 
     def store(checkpoint: Any, task: Any) -> Any:
-        calls.append(task.found)
+        calls.append(task.earlier)
         if len(calls) == 40:
             raise error
         return real(checkpoint, task)
 
-    monkeypatch.setattr(quantization, "store", store)
+    monkeypatch.setattr(storing, "store", store)
     assert alphaq(*options).code == 2
     assert alphaq(*options).code == 0
-    assert sum(found is not None for found in calls[40:]) == 39
+    assert sum(earlier is not None for earlier in calls[40:]) == 39
     assert contents(tmp_path / "out") == undisturbed
 
 

@@ -236,7 +236,7 @@ def test_a_slice_for_another_engine_is_that_engine_s(
     ran = alphaq("slice", tmp_path / "in", "-o", tmp_path / "out", "--engine", engine, *options, bits)
     assert ran.code == 0, ran.err
     assert Output(tmp_path / "out").plan.engine == engine
-    assert pipeline.verify(tmp_path / "out", open_artifact(tmp_path / "in")[0])["against_source"]
+    assert pipeline.verify(tmp_path / "out", open_artifact(tmp_path / "in")[0]).against_source
 
 
 @pytest.mark.parametrize("codec", ["none", pytest.param("zstd", marks=pytest.mark.slow)])

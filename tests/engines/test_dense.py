@@ -159,7 +159,7 @@ def test_engines_compute_with_the_decoded_weights(
         wanted = [one for one in wanted if one.role.value not in ("embedding", "head")]
     plan = Plan(engine=engine, choices={one.name: types[number % 4] for number, one in enumerate(wanted)})
     out = quantize(folder(family), plan, tmp_path / "out")
-    assert pipeline.verify(out, source)["quantized"] >= len(wanted) * 3 // 4
+    assert pipeline.verify(out, source).quantized >= len(wanted) * 3 // 4
     if engine == "llama.cpp":
         model, _ = load_model(out, "float32")
     else:

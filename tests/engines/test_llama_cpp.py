@@ -376,7 +376,7 @@ def test_every_family_s_file_holds_the_quantizer_s_values(family: str, write_fam
     assert list(found) == list(expected)
     for name, values in expected.items():
         assert np.array_equal(found[name], values.numpy()), name
-    assert pipeline.verify(model.out)["quantized"] == len(model.plan.choices)
+    assert pipeline.verify(model.out).quantized == len(model.plan.choices)
 
 
 @every_family
@@ -665,7 +665,7 @@ def test_verify_finds_metadata_that_were_changed(damaged: Path) -> None:
 
 def test_verify_accepts_a_source_that_was_moved(out: Path, tiny: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(tiny, tmp_path / "a-rather-long-name-for-the-same-model"))
-    assert pipeline.verify(out, open_checkpoint(moved))["against_source"] is True
+    assert pipeline.verify(out, open_checkpoint(moved)).against_source is True
 
 
 def test_tied_embedding_is_counted_in_both_its_places(tiny: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.planning.costs import byte_tables
 from alphaq.quantizers.debiased import quantize_debiased
+from alphaq.writing import quantizing
 from conftest import FAMILIES, read_back
 
 
@@ -150,7 +151,7 @@ def test_hand_made_plan_works(tiny: Path, tmp_path: Path) -> None:
     choices = {matrix.name: "8g32s" for matrix in checkpoint.with_role(Role.EXPERT)}
     choices[next(iter(choices))] = "16"
     pipeline.quantize(checkpoint, Plan(choices=choices), tmp_path / "out")
-    assert pipeline.verify(tmp_path / "out", checkpoint)["quantized"] == len(choices)
+    assert pipeline.verify(tmp_path / "out", checkpoint).quantized == len(choices)
 
 
 @pytest.fixture
@@ -160,8 +161,8 @@ def damaged(tiny_quantized: Path, tmp_path: Path) -> Path:
 
 
 def test_verify_accepts_what_was_written(damaged: Path, tiny: Path) -> None:
-    assert pipeline.verify(damaged)["against_source"] is False
-    assert pipeline.verify(damaged, open_checkpoint(tiny))["against_source"] is True
+    assert pipeline.verify(damaged).against_source is False
+    assert pipeline.verify(damaged, open_checkpoint(tiny)).against_source is True
 
 
 def test_verify_names_a_flipped_bit(damaged: Path) -> None:
@@ -201,7 +202,7 @@ def test_what_fails_its_check_is_not_published_and_can_be_repaired(
     def fail(*_: object, **__: object) -> None:
         raise VerificationError("broken")
 
-    monkeypatch.setattr(pipeline, "verify", fail)
+    monkeypatch.setattr(quantizing, "verify", fail)
     with pytest.raises(VerificationError):
         pipeline.quantize(open_checkpoint(tiny), plan_of(tiny), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -221,7 +221,7 @@ def test_what_an_engine_does_without_is_left_out(tiny_copy: Path, tmp_path: Path
     assert not {buffer, layer} & PROFILES[engine].writer.stored(tmp_path / "out").keys()
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     assert not {buffer, layer} & index.keys()
-    assert pipeline.verify(tmp_path / "out", checkpoint)["against_source"]
+    assert pipeline.verify(tmp_path / "out", checkpoint).against_source
 
 
 @pytest.mark.parametrize("engine", ["mlx", "vllm", "gptqmodel"])

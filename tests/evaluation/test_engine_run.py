@@ -32,7 +32,7 @@ def quantize(source: Path, engine: str, out: Path, choice: str = "") -> Path:
     checkpoint = open_checkpoint(source)
     roles = (Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION)
     choices = {one.name: choice or CHOICE[engine] for role in roles for one in checkpoint.with_role(role)}
-    pipeline.quantize(checkpoint, Plan(engine=engine, choices=choices), out, check=False)
+    pipeline.quantize(checkpoint, Plan(engine=engine, choices=choices), out, pipeline.WriteOptions(check=False))
     return out
 
 
@@ -164,7 +164,9 @@ def test_mixed_experts_are_no_case_for_transformers(tiny: Path, tmp_path: Path) 
     pytest.importorskip("compressed_tensors")
     checkpoint = open_checkpoint(tiny)
     choices = {one.name: "4g64s" if one.layer else "8g64s" for one in checkpoint.with_role(Role.EXPERT)}
-    pipeline.quantize(checkpoint, Plan(engine="vllm", choices=choices), tmp_path / "out", check=False)
+    pipeline.quantize(
+        checkpoint, Plan(engine="vllm", choices=choices), tmp_path / "out", pipeline.WriteOptions(check=False)
+    )
     with pytest.raises(PlanError, match="several choices of experts, which vLLM loads and transformers does not"):
         run_in_engine(tmp_path / "out", checkpoint)
 

@@ -14,9 +14,10 @@ from alphaq.errors import QuantizationError
 from alphaq.formats.ggml import GGML_BLOCKS
 from alphaq.formats.ggml_library import restore_rows
 from alphaq.formats.table import parse_choice
-from alphaq.quantizers.base import Rounder, squared_error, squared_errors
+from alphaq.quantizers.base import Rounder
 from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.ggml import quantize_ggml
+from alphaq.quantizers.rounded import rounded, squared_errors
 
 pytestmark = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="llama.cpp comes with `pip install xllamacpp`")
 
@@ -46,7 +47,7 @@ def test_error_and_values_are_those_of_the_gguf_package(scheme: str) -> None:
     assert np.array_equal(restore_rows(codes, scheme, 512), theirs.numpy())
     error = float((theirs - weight).double().square().sum())
     assert found.squared_error == pytest.approx(error, rel=1e-5)
-    assert squared_error(weight, choice, "x", quantize_ggml) == found.squared_error
+    assert rounded(weight, choice, "x", quantize_ggml).squared_error == found.squared_error
 
 
 @pytest.mark.parametrize("scheme", FAST)
@@ -135,7 +136,7 @@ def test_sampled_errors_are_as_far_off_as_their_standard_errors_say(
     quantizer: Rounder, choices: tuple[str, ...], kind: Callable[[int, int], torch.Tensor], most: float
 ) -> None:
     weight, known = kind(2048, 512), [parse_choice(choice) for choice in choices]
-    real = {choice: squared_error(weight, choice, "x", quantizer) for choice in known}
+    real = {choice: rounded(weight, choice, "x", quantizer).squared_error for choice in known}
     off = []
     for draw in range(12):
         found = squared_errors(weight, known, f"layers.{draw}", quantizer, sample_values=1 << 17)
@@ -156,7 +157,7 @@ def test_the_rows_drawn_depend_on_the_name_alone() -> None:
 def test_a_small_matrix_is_measured_whole() -> None:
     weight, choice = gaussian(64, 256), parse_choice("Q4_K")
     found = squared_errors(weight, [choice], "x", quantize_ggml)
-    assert found.expected == {choice: squared_error(weight, choice, "x", quantize_ggml)}
+    assert found.expected == {choice: rounded(weight, choice, "x", quantize_ggml).squared_error}
     assert found.deviation == {}
 
 

@@ -14,8 +14,10 @@ from alphaq.formats.coding import encode_tensor
 from alphaq.formats.packing import unpack
 from alphaq.formats.table import parse_choice, stored_choice
 from alphaq.nouns.choice import Choice
-from alphaq.quantizers.base import coded_errors, rounder_of
+from alphaq.quantizers.base import rounder_of
 from alphaq.quantizers.rated import quantize_rated
+from alphaq.quantizers.rounded import rounded
+from alphaq.simd.sums import squared_norm
 
 RATES = (1.0, 1.75, 2.5, 3.25, 4.0, 5.0, 6.0)
 
@@ -68,8 +70,9 @@ def test_groups_with_their_own_scales_take_more_bits_for_the_same_error(rate: fl
     weight = gaussian(512, 1024)
 
     def beyond_bound(choice: Choice) -> float:
-        found = coded_errors(weight, (choice,), "w", rounder_of("debiased"))
-        return 8 * found.coded[choice] / weight.numel() - 0.5 * math.log2(found.energy / found.expected[choice])
+        found = rounded(weight, choice, "w", rounder_of("debiased"))
+        energy = squared_norm(weight)
+        return 8 * found.coded_bytes() / weight.numel() - 0.5 * math.log2(energy / found.squared_error)
 
     assert beyond_bound(at(rate)) < beyond_bound(Choice(int(rate), 128)) - 0.15
 

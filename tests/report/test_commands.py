@@ -13,7 +13,7 @@ from alphaq.nouns.plan import Plan, SourceIdentity
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import resolve
 from alphaq.report.commands import Names, remake, reproduce
-from alphaq.writing.calibrated import Rounding
+from alphaq.writing.rounding import Rounding
 from conftest import Ran
 
 Run = Callable[..., Ran]

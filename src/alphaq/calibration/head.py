@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alphaq.calibration.stream import HollowModel
-from alphaq.errors import CheckpointError
+from alphaq.errors import CheckpointError, PassError
 
 
 class _Given:
@@ -71,9 +71,9 @@ class Head:
             # Classes with parts for images look the ids up before they hand them on: none of those stand here.
             found = model(input_ids=torch.zeros(states.shape[:2], dtype=torch.int64), use_cache=False)
         except (RuntimeError, TypeError, AttributeError, NotImplementedError, ValueError) as error:
-            raise CheckpointError(
+            raise PassError(
                 f"The head of {type(model).__name__} ({self.hollow.checkpoint.name}) cannot be run by itself "
-                f"({str(error)[:200]}). Use --method alphaq, or another that needs no forward pass."
+                f"({str(error)[:200]})."
             ) from error
         finally:
             below.forward = held

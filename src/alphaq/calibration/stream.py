@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from alphaq.calibration.experts import ExpertForm, form_of, is_expert_module
 from alphaq.calibration.passage import Passage, Recorder
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.errors import AlphaQError, CheckpointError
+from alphaq.errors import AlphaQError, CheckpointError, PassError
 from alphaq.nouns.matrix import MatrixRef, Role
 
 MMAP_THRESHOLD, LARGE_BYTES = -3, 1 << 22  # glibc's name of the setting; tensors of 4 MiB
@@ -131,9 +131,9 @@ class HollowModel:
             and is_expert_module(module, len(self.matrices[number]), self.planned_role)
         }
         if self.experts.keys() != self.matrices.keys():
-            raise CheckpointError(
+            raise PassError(
                 f"{checkpoint.folder}: {type(self.base).__name__} has no module in its layers whose experts could be "
-                "run one at a time. Use --method alphaq, or another that needs no forward pass."
+                "run one at a time."
             )
         self.forms = {
             layer: form_of(self.model.get_submodule(name), self.matrices[layer], f"{name} of {checkpoint.folder}")
@@ -265,14 +265,10 @@ def stream_forward(
         with torch.no_grad():  # not inference mode, whose tensors `visit` could not change in threads of its own
             return hollow.base(input_ids=ids, use_cache=False).last_hidden_state
     except torch.linalg.LinAlgError as error:
-        raise CheckpointError(
-            f"{checkpoint.name} does not run in float32: what its layers put out overflows. Use a method that needs no "
-            "forward pass, such as --method alphaq."
-        ) from error
+        raise PassError(f"{checkpoint.name} does not run in float32: what its layers put out overflows.") from error
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
-        raise CheckpointError(
-            f"{type(hollow.base).__name__} of {checkpoint.name} cannot be run layer by layer ({str(error)[:200]}). "
-            "Use --method alphaq, or another that needs no forward pass."
+        raise PassError(
+            f"{type(hollow.base).__name__} of {checkpoint.name} cannot be run layer by layer ({str(error)[:200]})."
         ) from error
 
 
@@ -368,9 +364,8 @@ def traffic_of(hollow: HollowModel, layer: int, args: tuple[Any, ...], kwargs: K
     if hollow.planned_role is not Role.EXPERT:
         given = (inputs, inputs.new_zeros(len(inputs), 1), inputs.new_ones(1, 1))
     if len(given) != len(names):
-        raise CheckpointError(
-            f"{hollow.experts[layer]} of {hollow.checkpoint.name} is not told which experts its tokens go to. "
-            "Use --method alphaq, or another that needs no forward pass."
+        raise PassError(
+            f"{hollow.experts[layer]} of {hollow.checkpoint.name} is not told which experts its tokens go to."
         )
     _, experts, weights = given
     weights = weights.float().expand(experts.shape)

@@ -30,9 +30,7 @@ def analyze(
     check_file(output)
     checkpoint = opened(model, means)
     with resources_for(checkpoint, means) as resources:
-        rows = pipeline.analyze(
-            checkpoint, output, resources.wrap, resources.workers, resources.cache, resources.device, variant
-        )
+        rows = pipeline.analyze(checkpoint, output, variant, resources)
     alphas = sorted(spectrum.alpha for _, spectrum in rows if spectrum.alpha is not None)
     middle = alphas[len(alphas) // 2] if alphas else None
     summary = {

@@ -19,7 +19,7 @@ from alphaq.terminal import note, show, tell
 
 if TYPE_CHECKING:
     from alphaq.checkpoint.reader import Checkpoint
-    from alphaq.writing.calibrated import Rounding
+    from alphaq.writing.rounding import Rounding
 
 FIXED = ("bits", "bpw", "size_bytes", "engine", "method", "stats", "unweighted", "imatrix", "codec")
 """Settings of a plan that are the same for all, or given otherwise."""
@@ -63,7 +63,7 @@ def compare(
 
     on_text = any(method(name.partition(":")[0]).needs_text for name in names)
     roundings = _roundings(checkpoint, _listed(quantizers or ""), Sight(calibration, calibration_tokens, scoring.bos))
-    if calibration is not None and not on_text and not any(one.calibrated for one in roundings):
+    if calibration is not None and not on_text and not any(one.by_inputs for one in roundings):
         raise AlphaQError("--calibration is of no use to these methods and quantizers. Drop it.")
     text = text_of(calibration, scoring.bos) if on_text else None
     with resources_for(checkpoint, means) as resources:

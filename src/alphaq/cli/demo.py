@@ -19,12 +19,12 @@ def demo(
 ) -> None:
     """The whole story on the bundled model: plan, quantize, evaluate, report."""
     from alphaq import pipeline
-    from alphaq.report.tables import demo_table
+    from alphaq.trials.tables import demo_table
 
     result = pipeline.demo(output, progress)
     show(
         as_json,
-        result,
-        demo_table(result["rows"]),
-        f'Report: {result["report"]}\nModel:  {result["model"]}  (try: alphaq generate {result["model"]} "def main")',
+        result.as_json(),
+        demo_table(result.rows),
+        f'Report: {result.report}\nModel:  {result.model}  (try: alphaq generate {result.model} "def main")',
     )

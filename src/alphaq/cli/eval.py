@@ -20,8 +20,9 @@ def evaluate(
 ) -> None:
     """Perplexity per text with its interval; with --reference also KL, top-1 agreement and EAR."""
     from alphaq import pipeline
+    from alphaq.evaluation.evaluate import fidelity_json
     from alphaq.report.tables import fidelity_table
 
     note_folders(model, reference)
     fidelity = pipeline.evaluate(model, scoring, reference, progress)
-    show(as_json, {"model": model, **pipeline.fidelity_json(fidelity)}, fidelity_table(fidelity))
+    show(as_json, {"model": model, **fidelity_json(fidelity)}, fidelity_table(fidelity))

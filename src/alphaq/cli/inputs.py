@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from alphaq.cli.options import Asked
     from alphaq.nouns.settings import PlanConfig
     from alphaq.spectra.measure import Stats
-    from alphaq.writing.calibrated import Rounding
+    from alphaq.writing.rounding import Rounding
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def rounding_of(checkpoint: Checkpoint, engine: str, quantizer: str | None, sigh
     """How matrices are to be rounded. Raises AlphaQError for options that fit no quantizer."""
     from dataclasses import replace
 
-    from alphaq.writing.calibrated import Rounding, enough_tokens
+    from alphaq.writing.rounding import Rounding, enough_tokens
 
     rounding = Rounding.of(engine, quantizer, text_of(sight.source))
     if rounding.inputs is None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from alphaq.checkpoint.reader import Checkpoint
     from alphaq.checkpoint.remote import Store
     from alphaq.measuring.resources import Resources
-    from alphaq.writing.calibrated import Rounding
+    from alphaq.writing.records import QuantizeResult
+    from alphaq.writing.rounding import Rounding
 
 TokensOption = Annotated[
     int | None, typer.Option(min=1, help="Tokens that gptq and learned look at; enough for the experts by default.")
@@ -82,24 +83,16 @@ class Job:
         beside = self.place.absolute().parent if isinstance(self.place, Path) else self.scratch or Path()
         return search_plan(checkpoint, order.config, inputs, order.search, resources, self.rounding, beside)
 
-    def write(self, plan: Plan, resources: Resources) -> Mapping[str, Any]:
+    def write(self, plan: Plan, resources: Resources) -> QuantizeResult:
         """Quantize by the plan."""
         from alphaq import pipeline
 
-        work = (resources.wrap, resources.workers, self.restart, self.means.hash_contents)
-        if isinstance(self.place, Path):
-            return pipeline.quantize(
-                self.checkpoint, plan, self.place, *work, imatrix=self.inputs.imatrix, rounding=self.rounding
-            )
-        return pipeline.quantize_to_store(
-            self.checkpoint,
-            plan,
-            self.place,
-            self.scratch or Path(),
-            *work,
-            imatrix=self.inputs.imatrix,
-            rounding=self.rounding,
+        options = pipeline.WriteOptions(
+            self.rounding, self.inputs.imatrix, self.restart, hash_contents=self.means.hash_contents
         )
+        if isinstance(self.place, Path):
+            return pipeline.quantize(self.checkpoint, plan, self.place, options, resources)
+        return pipeline.quantize_to_store(self.checkpoint, plan, self.place, self.scratch or Path(), options, resources)
 
 
 def quantize(
@@ -114,7 +107,7 @@ def quantize(
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Use this plan instead of making one.")] = None,
     quantizer: Annotated[
         str | None,
-        typer.Option(help="rtn, clipped, hqq, gptq, learned, minmax (docs/quantizers.md); the engine's usual one."),
+        typer.Option(help="How codes are found (see `alphaq quantizers`); the engine's usual way by default."),
     ] = None,
     calibration_tokens: TokensOption = None,
     restart: RestartOption = False,
@@ -175,33 +168,34 @@ def _rounding(checkpoint: Checkpoint, order: Order, sight: Sight) -> Rounding:
     """How to round. Raises AlphaQError for what does not fit the source, the plan or each other."""
     from dataclasses import replace
 
-    from alphaq import pipeline
     from alphaq.quantizers.base import looks_at_inputs
+    from alphaq.writing.planned import check_source
+    from alphaq.writing.rounding import check_codable
 
-    pipeline.check_source(checkpoint, order.decided.engine)
+    check_source(checkpoint, order.decided.engine)
     if order.planned_on_text and not looks_at_inputs(order.quantizer):
         sight = replace(sight, source=None)
     rounding = rounding_of(checkpoint, order.decided.engine, order.quantizer, sight)
     if order.decided.codec is not None:
-        pipeline.check_codable(rounding)
+        check_codable(rounding, order.decided.engine)
     return rounding
 
 
-def _note_uncalibrated(result: Mapping[str, Any]) -> None:
-    left = result["not_calibrated"]
+def _note_uncalibrated(result: QuantizeResult) -> None:
+    left = result.not_calibrated
     note(*(f"{name} is rounded without its inputs: {reason}" for name, reason in list(left.items())[:MOST_NAMED]))
     if len(left) > MOST_NAMED:
         note(f"and {len(left) - MOST_NAMED} more; --json names them all")
 
 
-def show_quantized(plan: Plan, result: Mapping[str, Any], usage: str, as_json: bool) -> None:
+def show_quantized(plan: Plan, result: QuantizeResult, usage: str, as_json: bool) -> None:
     """Print the plan and what was written by it."""
     from alphaq.report.tables import human_bytes, plan_table
 
-    note(*result["notes"])
+    note(*result.notes)
     summary = (
-        f"{result['out']}: {human_bytes(result['size_bytes'])} of weights, was {human_bytes(result['source_bytes'])}; "
-        f"{result['tensors']} tensors re-read and correct\n{usage}"
+        f"{result.out}: {human_bytes(result.size_bytes)} of weights, was {human_bytes(result.source_bytes)}; "
+        f"{result.tensors} tensors re-read and correct\n{usage}"
     )
     tables = [summary] if plan.average_bits is None else [plan_table(plan), summary]
-    show(as_json, {**plan.model_dump(mode="json", exclude={"table"}), **result}, *tables)
+    show(as_json, {**plan.model_dump(mode="json", exclude={"table"}), **result.as_json()}, *tables)

@@ -25,6 +25,7 @@ def recode(
     """Make a native checkpoint smaller on disk, or plain again: the same weights to the bit."""
     if codec not in CODECS:
         raise AlphaQError(unknown("--codec", codec, CODECS))
+    from alphaq.measuring.resources import Resources
     from alphaq.report.tables import human_bytes
     from alphaq.work.workers import Workers, sensible_count
     from alphaq.writing import recoding
@@ -33,11 +34,11 @@ def recode(
         raise AlphaQError(f"No folder {folder}. Point to the output of `alphaq quantize`.")
     nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     with Workers(means.workers or sensible_count(nbytes), None) as pool:
-        result = recoding.recode(folder, output, codec, progress, pool)
-    share = result["size_bytes"] / result["source_bytes"]
+        result = recoding.recode(folder, output, codec, Resources(pool, wrap=progress))
+    share = result.size_bytes / result.source_bytes
     show(
         as_json,
-        result,
-        f"{output}: {human_bytes(result['size_bytes'])} of weights, was {human_bytes(result['source_bytes'])} "
-        f"({share:.3f}); {result['tensors']} tensors re-read and correct",
+        result.model_dump(),
+        f"{output}: {human_bytes(result.size_bytes)} of weights, was {human_bytes(result.source_bytes)} "
+        f"({share:.3f}); {result.tensors} tensors re-read and correct",
     )

@@ -35,10 +35,10 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write a page about a plan: maps, a budget slider, spectra; one file that asks the network for nothing."""
-    from alphaq import pipeline
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.checkpoint.writer import atomic_file, check_file
     from alphaq.report.content import MAX_DENSITIES, Sources
+    from alphaq.report.densities import densities as measure_densities
     from alphaq.report.html import write_report
     from alphaq.report.places import places_of_matrices, read_places
     from alphaq.report.runs import read_comparison, read_run
@@ -62,7 +62,7 @@ def report(
         places |= places_of_matrices(checkpoint.matrices)
         with resources_for(checkpoint, means.model_copy(update={"no_cache": True})) as resources:
             limit = MAX_DENSITIES if spectra is None else spectra
-            densities = dict(pipeline.densities(checkpoint, reported.plan, limit, resources.wrap, resources.workers))
+            densities = dict(measure_densities(checkpoint, reported.plan, limit, resources))
     sources = Sources(places, " and ".join(names), alphas, densities, compared, None if stats is None else stats.name)
     with atomic_file(output) as unfinished:
         summary = write_report(unfinished, reported, sources)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from alphaq.checkpoint.reader import Checkpoint
     from alphaq.measuring.resources import Resources
     from alphaq.trials.search import Curve, Point
-    from alphaq.writing.calibrated import Rounding
+    from alphaq.writing.rounding import Rounding
 
 ANY_BUDGET = Budget(bpw=32.0)  # stands for the one that a search will find
 
@@ -90,15 +90,15 @@ def search_plan(
     scratch: Path | None = None,
 ) -> Plan:
     """The smallest plan that reaches the target; says on stderr what every budget gave. scratch: folder of trials."""
-    from alphaq import pipeline
     from alphaq.trials import search as searching
+    from alphaq.writing.planned import check_source
 
-    pipeline.check_source(checkpoint, config.engine)
+    check_source(checkpoint, config.engine)
     if checkpoint.store is not None:
         raise BudgetError(
             f"--ear runs the model, and {checkpoint.store.url} is not on this machine. Download it first."
         )
-    quantizer = None if rounding is None else rounding.calibrated
+    quantizer = None if rounding is None else rounding.by_inputs
     request, measured = measurements(checkpoint, config, inputs, resources, quantizer)
     if resources.cache is not None:
         resources.cache.close()  # others may measure while this one evaluates

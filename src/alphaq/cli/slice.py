@@ -47,9 +47,8 @@ def slice_(
         plan = build_plan(checkpoint, config, inputs, resources)
         if resources.cache is not None:
             resources.cache.close()  # others may measure while this one writes
-        result = pipeline.quantize(
-            checkpoint, plan, output, resources.wrap, resources.workers, restart, means.hash_contents
-        )
+        options = pipeline.WriteOptions(restart=restart, hash_contents=means.hash_contents)
+        result = pipeline.quantize(checkpoint, plan, output, options, resources)
     show_quantized(plan, result, profile(plan.engine).writer.usage.format(out=output), as_json)
 
 

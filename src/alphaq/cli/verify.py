@@ -30,16 +30,15 @@ def verify(
     original = None if reference is None else open_source(reference)
     note(*(() if original is None else original.notes))
     with resources_for(original, means.model_copy(update={"no_cache": True})) as resources:
-        result = pipeline.verify(output, original, resources.wrap, resources.workers)
+        result = pipeline.verify(output, original, resources)
     ran = pipeline.verify_run(output, original) if run else None
     beside = ""
-    if result["mean_relative_error_expected"] is not None:
-        planned, expected = (result[f"mean_relative_error_{kind}"] for kind in ("planned", "expected"))
-        beside = f"; of planned matrices {planned:.4g}, expected {expected:.4g}"
+    if (expected := result.mean_relative_error_expected) is not None:
+        beside = f"; of planned matrices {result.mean_relative_error_planned:.4g}, expected {expected:.4g}"
     show(
         as_json,
-        {"ok": True, **result, "run": None if ran is None else asdict(ran)},
-        f"{output}: all {result['tensors']} tensors are as planned ({result['quantized']} quantized, "
-        f"mean relative error {result['mean_relative_error']:.4g}{beside})",
+        {"ok": True, **result.model_dump(), "run": None if ran is None else asdict(ran)},
+        f"{output}: all {result.tensors} tensors are as planned ({result.quantized} quantized, "
+        f"mean relative error {result.mean_relative_error:.4g}{beside})",
         run_line(ran, original is not None),
     )

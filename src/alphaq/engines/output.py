@@ -121,9 +121,9 @@ class Output:
         self.folder = folder
         self.plan = Plan.read(folder / PLAN_NAME)
         self.profile = profile(self.plan.engine)
-        found = read_manifest(folder / MANIFEST_NAME)
-        self.manifest, self.headers = found.tensors, found.headers
-        self.options = found.options or NO_OPTIONS
+        manifest = read_manifest(folder / MANIFEST_NAME)
+        self.manifest, self.headers = manifest.tensors, manifest.headers
+        self.options = manifest.options or NO_OPTIONS
         self.stored: dict[str, Stored] = self.profile.writer.stored(folder)
 
     @property

@@ -24,7 +24,7 @@ from alphaq.errors import ArchitectureError, CheckpointError
 from alphaq.formats.coding import decode_tensor, is_coded
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.writing.artifact import open_artifact
-from alphaq.writing.tasks import plan_choices
+from alphaq.writing.planned import plan_choices
 
 
 @dataclass(frozen=True)

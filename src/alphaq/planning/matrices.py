@@ -24,7 +24,8 @@ from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.spectrum import Spectrum
 from alphaq.planning.formula import expected_error
 from alphaq.planning.scope import Scope
-from alphaq.quantizers.base import QUANTIZERS, SAMPLE_VALUES
+from alphaq.quantizers.base import QUANTIZERS
+from alphaq.quantizers.rounded import SAMPLE_VALUES
 from alphaq.spectra.measure import Stats
 from alphaq.spectra.variants import SpectrumVariant
 

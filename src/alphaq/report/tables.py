@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -136,24 +136,6 @@ def fidelity_table(fidelity: Fidelity) -> Table:
     table.add_section()
     kl = "–" if fidelity.mean_kl is None else f"{fidelity.mean_kl:.4f}"
     table.add_row("mean", "", f"{fidelity.geomean_perplexity:.3f}", "", kl, "", "")
-    return table
-
-
-def demo_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The compared runs, as the demo's results.json has them."""
-    names = list(rows[0]["texts"])
-    table = plain_table("Perplexity on held-out text", "model", "bits", "bpw", "size", *names, "mean", "KL")
-    for row in rows:
-        table.add_row(
-            row["label"],
-            f"{row['average_bits']:.2f}",
-            f"{row['bits_per_weight']:.2f}",
-            human_bytes(row["size_bytes"]),
-            *(f"{row['texts'][name]['perplexity']:.2f}" for name in names),
-            f"{row['geomean_perplexity']:.2f}",
-            f"{row['mean_kl']:.4f}",
-            style="bold" if row["label"].startswith("AlphaQ") else "",
-        )
     return table
 
 

@@ -31,7 +31,7 @@ from alphaq.sensitivity.methods import METHODS
 from alphaq.trials.results import BASELINE, REFERENCE, Entry, Job, Key, Row, rows_of, write
 from alphaq.trials.trial import Trials
 from alphaq.work.journal import Journal
-from alphaq.writing.calibrated import Rounding
+from alphaq.writing.rounding import Rounding
 
 JOURNAL_NAME = "results.jsonl"
 SCRATCH_NAME = ".alphaq-scratch"

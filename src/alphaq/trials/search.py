@@ -35,7 +35,7 @@ from alphaq.nouns.settings import Budget
 from alphaq.nouns.target import Reaches, Target
 from alphaq.planning import Measurements, Request, Scope, make_plan, problem_of
 from alphaq.trials.trial import Trials, window_scores
-from alphaq.writing.calibrated import Rounding
+from alphaq.writing.rounding import Rounding
 
 
 class _Record(BaseModel):

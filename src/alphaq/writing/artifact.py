@@ -36,7 +36,7 @@ def open_artifact(folder: Path) -> tuple[Checkpoint, Plan]:
     Raises CheckpointError, or PlanError if the files are another engine's.
     """
     output = Output(folder)
-    if output.plan.engine != "native":
+    if not output.profile.writer.holds_codes:
         raise PlanError(
             f"{folder} is for {output.plan.engine}, which cannot be read back. Only native checkpoints can be sliced."
         )

@@ -285,5 +285,6 @@ PROFILE = Profile(
         notes=notes,
         run=Run("llama.cpp", logits, tolerance=0.15),
         type_file=type_file,
+        takes_roundings=False,
     ),
 )
