@@ -36,9 +36,9 @@ def equal_bytes(model: Path, given: Any, scratch: Path) -> Iterator[dict[str, An
     """A row for each method and budget."""
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.measuring.cache import Cache
-    from alphaq.measuring.resources import Resources
     from alphaq.nouns.scoring import Scoring
     from alphaq.trials.compare import Comparison, compare
+    from alphaq.work.resources import Resources
 
     checkpoint = open_checkpoint(model)
     comparison = Comparison(given.methods.split(","), WIDTHS[:1] if given.quick else WIDTHS)

@@ -17,12 +17,12 @@ from pathlib import Path
 from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.measuring.cache import Cache
-from alphaq.measuring.resources import Resources
 from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, plain_size, resolve
 from alphaq.trials.compare import Comparison, compare
 from alphaq.trials.results import Row
+from alphaq.work.resources import Resources
 
 DATA_FREE = ("uniform", "random", "first-layers", "distortion", "alphaq", "alphaq:gamma=-1", "auto")
 CALIBRATED = ("pmq", "hessian", "mse-output")

@@ -125,7 +125,9 @@ def options_of(command: Any) -> set[str]:
 
 def every_option() -> set[str]:
     """Options of any command."""
-    return {"--version", "--install-completion", "--show-completion"}.union(*(options_of(one) for one in command_line().commands.values()))
+    return {"--version", "--install-completion", "--show-completion"}.union(
+        *(options_of(one) for one in command_line().commands.values())
+    )
 
 
 def parsed(line: str) -> tuple[str, dict[str, Any]]:

@@ -18,7 +18,6 @@ from alphaq.engines.profiles import ENGINES
 from alphaq.errors import AlphaQError, BudgetError, OutputError, StatsError
 from alphaq.evaluation.fidelity import Remembered, WindowScore, paired_bootstrap, windows
 from alphaq.measuring.cache import Cache
-from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
@@ -28,6 +27,7 @@ from alphaq.trials import compare as comparison
 from alphaq.trials import trial as trials
 from alphaq.trials.compare import Comparison, compare, variant_of
 from alphaq.trials.results import Row
+from alphaq.work.resources import Resources
 from alphaq.work.workers import silent
 from alphaq.writing.calibrated import Rounding
 from conftest import DATA

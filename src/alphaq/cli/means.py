@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from alphaq.checkpoint.reader import Checkpoint
     from alphaq.checkpoint.remote import Store
     from alphaq.measuring.cache import Cache
-    from alphaq.measuring.resources import Resources
+    from alphaq.work.resources import Resources
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or hub id of a safetensors checkpoint, or a GGUF file.")
@@ -57,9 +57,9 @@ class Means(BaseModel):
 @contextmanager
 def resources_for(checkpoint: Checkpoint | None, means: Means) -> Iterator[Resources]:
     """Processes, and what earlier runs have measured of the checkpoint. Raises AlphaQError for what is not there."""
-    from alphaq.measuring.resources import Resources
     from alphaq.spectra.device import check_device
     from alphaq.work.cluster import RayWorkers, parse_cluster
+    from alphaq.work.resources import Resources
     from alphaq.work.workers import Workers, sensible_count
 
     device = means.device or "cpu"

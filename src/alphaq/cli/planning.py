@@ -16,8 +16,8 @@ from alphaq.terminal import complain, note
 
 if TYPE_CHECKING:
     from alphaq.checkpoint.reader import Checkpoint
-    from alphaq.measuring.resources import Resources
     from alphaq.planning import Measurements, Request
+    from alphaq.work.resources import Resources
 
 NAMED_ONLY = ("calibration", "imatrix")  # a plan holds the names of these files, not the files
 

@@ -17,10 +17,10 @@ from alphaq.terminal import show
 
 if TYPE_CHECKING:
     from alphaq.checkpoint.reader import Checkpoint
-    from alphaq.measuring.resources import Resources
     from alphaq.nouns.matrix import MatrixRef
     from alphaq.report.places import Place
     from alphaq.spectra.density import Density
+    from alphaq.work.resources import Resources
 
 KINDS = {
     "spectrum": "eigenvalue density with its fitted tail of two matrices; RUN is the model",
@@ -132,7 +132,7 @@ def _densities(drawing: Drawing) -> list[tuple[str, Density]]:
     with resources_for(checkpoint, drawing.means) as resources:
         chosen = _named(checkpoint, drawing.patterns) if drawing.patterns else _ends(checkpoint, resources)
         tasks = [DensityTask(one, bins=drawing.bins) for one in chosen]
-        densities = resources.pool(checkpoint).map(density_one, tasks)
+        densities = resources.workers_on(checkpoint).map(density_one, tasks)
         return [(one.name, density) for one, density in zip(chosen, densities, strict=True)]
 
 
@@ -157,7 +157,7 @@ def _ends(checkpoint: Checkpoint, resources: Resources) -> list[MatrixRef]:
     from alphaq.measuring.measurement import measure
 
     planned = checkpoint.planned
-    results = measure(planned, resources.pool(checkpoint), resources.cache)
+    results = measure(planned, resources.workers_on(checkpoint), resources.cache)
     known = [
         (one.spectrum.alpha, matrix)
         for matrix, one in zip(planned, resources.wrap(results, len(planned), "analyze"), strict=True)

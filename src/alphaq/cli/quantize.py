@@ -22,7 +22,7 @@ from alphaq.terminal import note, show
 if TYPE_CHECKING:
     from alphaq.checkpoint.reader import Checkpoint
     from alphaq.checkpoint.remote import Store
-    from alphaq.measuring.resources import Resources
+    from alphaq.work.resources import Resources
     from alphaq.writing.calibrated import Rounding
 
 TokensOption = Annotated[

@@ -20,8 +20,8 @@ from alphaq.terminal import tell
 
 if TYPE_CHECKING:
     from alphaq.checkpoint.reader import Checkpoint
-    from alphaq.measuring.resources import Resources
     from alphaq.trials.search import Curve, Point
+    from alphaq.work.resources import Resources
     from alphaq.writing.calibrated import Rounding
 
 ANY_BUDGET = Budget(bpw=32.0)  # stands for the one that a search will find

@@ -27,13 +27,13 @@ from alphaq.engines.profile import ROLE_BITS
 from alphaq.errors import BudgetError
 from alphaq.evaluation.certificate import Estimate, Settings, digest_of, figures
 from alphaq.evaluation.fidelity import read_texts, score_texts, window_beginning
-from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan, SourceIdentity
 from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import Budget
 from alphaq.nouns.target import Reaches, Target
 from alphaq.planning import Measurements, Request, make_plan, problem_of
 from alphaq.trials.trial import Trials, window_scores
+from alphaq.work.resources import USUAL, Resources
 from alphaq.writing.calibrated import Rounding
 
 ENGINE = "native"
@@ -145,7 +145,7 @@ def search(
     measured: Measurements,
     target: Target,
     trying: Trying,
-    resources: Resources | None = None,
+    resources: Resources = USUAL,
 ) -> tuple[Plan, Curve]:
     """The plan of the smallest budget that reaches the target, and the curve; the request's own budget is replaced.
 
@@ -155,7 +155,6 @@ def search(
         raise BudgetError(f"--ear searches plans for engine {ENGINE} only, not for {request.profile.name}. Use --size.")
     if request.config.unweighted:
         raise BudgetError("--unweighted counts matrices, and --ear searches bytes. Drop one or the other.")
-    resources = resources or Resources()
     contents = read_texts(trying.scoring.texts)
     low, high = _steps(checkpoint, request, measured, target.step)
     with TemporaryDirectory(prefix=".alphaq-search-", dir=trying.scratch) as folder:
