@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 
@@ -39,7 +39,16 @@ ConfigOption = Annotated[
 ]
 
 
-def _read(path: Path) -> dict[str, Any]:
+class _Option(Protocol):
+    """What is asked of typer's options."""
+
+    name: str
+    opts: list[str]
+    is_flag: bool
+    multiple: bool
+
+
+def _read(path: Path) -> dict[str, object]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -48,7 +57,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise AlphaQError(f"--config {path} is not TOML: {error}. Write for example bits = 2.5.") from None
 
 
-def _defaults(context: typer.Context, content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _defaults(context: typer.Context, content: Mapping[str, object], path: Path) -> dict[str, object]:
     """The command's values by parameter: those of its table before those at the top."""
     commands = context.find_root().command.commands  # type: ignore[attr-defined]
     tables = {name: value for name, value in content.items() if isinstance(value, dict)}
@@ -64,7 +73,7 @@ def _defaults(context: typer.Context, content: Mapping[str, Any], path: Path) ->
     return {own[_key(key)].name: _value(own[_key(key)], key, value, path) for key, value in values.items()}
 
 
-def _options(command: Any) -> dict[str, Any]:
+def _options(command: Any) -> dict[str, _Option]:
     """A command's options by their names with underscores."""
     names = {
         _key(flag.removeprefix("--")): one
@@ -80,13 +89,13 @@ def _key(name: str) -> str:
     return name.replace("-", "_")
 
 
-def _require_known(table: Mapping[str, Any], options: Mapping[str, Any], kind: str, path: Path) -> None:
+def _require_known(table: Mapping[str, object], options: Mapping[str, _Option], kind: str, path: Path) -> None:
     for key in table:
         if _key(key) not in options:
             raise AlphaQError(f"{path}: {unknown(kind, key, (name.replace('_', '-') for name in options))}")
 
 
-def _value(option: Any, key: str, value: Any, path: Path) -> Any:
+def _value(option: _Option, key: str, value: object, path: Path) -> object:
     """A value as the command line would have it; what is repeated there may stand alone in the file."""
     if isinstance(value, bool) != bool(option.is_flag) or isinstance(value, dict):
         wanted = "true or false" if option.is_flag else "a number or text"

@@ -6,7 +6,7 @@ function gets the records back, or, as `Asked`, what was typed for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -90,7 +90,7 @@ class Asked(Generic[R]):
 
     def build(self, **known: object) -> R:
         """The record, with the `known` fields as they are. Raises AlphaQError for what is wrong with one."""
-        names = self.values.keys() & self.record.model_fields.keys() - known.keys()
+        names = [name for name in self.values if name in self.record.model_fields and name not in known]
         try:
             return self.record(**{name: self.parsed(name) for name in names}, **known)
         except ValidationError as error:
@@ -127,19 +127,19 @@ class _Group:
         for setting in self.settings.values():
             yield self.shown.parameter(setting)
             if setting.option.more is not None:
-                told = typer.Argument(metavar=f"[{setting.option.more}]...", help="Further values of " + setting.flag)
+                told = typer.Argument(metavar=f"[{setting.option.more}]...", help=f"More values for {setting.flag}.")
                 yield Parameter(
                     MORE, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[list[Path] | None, told]
                 )
 
-    def taken(self, given: dict[str, Any], typed: frozenset[str]) -> Any:
-        """The record, or what was asked for; its options are removed from what was `given` to the command."""
+    def taken(self, arguments: MutableMapping[str, Any], typed: frozenset[str]) -> BaseModel | Asked[Any]:
+        """The record, or what was asked for; its options are removed from the command's arguments."""
         values, called = {}, {}
         for name, setting in self.settings.items():
-            values[name] = given.pop(setting.parameter)
+            values[name] = arguments.pop(setting.parameter)
             if setting.parameter in typed:
                 called[name] = setting.flag
-            if setting.option.more is not None and (more := given.pop(MORE)):
+            if setting.option.more is not None and (more := arguments.pop(MORE)):
                 values[name] = [*(values[name] or ()), *more]
                 called.setdefault(name, setting.option.more)
         asked = Asked(self.record, values, called)
@@ -159,10 +159,10 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
     ]
 
     @wraps(function)
-    def run(context: typer.Context, config_file: object, quiet: bool, **given: Any) -> None:
+    def run(context: typer.Context, config_file: object, quiet: bool, **arguments: Any) -> None:
         typed = typed_options(context)
-        records = {name: group.taken(given, typed) for name, group in groups.items()}
-        function(**given, **records, **({"context": context} if "context" in own else {}))
+        records = {name: group.taken(arguments, typed) for name, group in groups.items()}
+        function(**arguments, **records, **({"context": context} if "context" in own else {}))
 
     parameters = [one.replace(kind=Parameter.KEYWORD_ONLY) for one in every]
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]

@@ -139,9 +139,9 @@ class Plan(BaseModel):
     rate_distortion: RateDistortion | None = None
     """Against what any quantizer could do; None where losses are not proportional to squared errors."""
     check: PlanCheck | None = None
-    """What the default method's plan was held against; None of other methods, and without a check."""
+    """How the default method's plan was compared with uniform bits; None of other methods, and without a check."""
     unchecked: str | None = None
-    """Why the default method's plan was not held against uniform bits, though it should have been."""
+    """Why the default method's plan was not compared with uniform bits, though it should have been."""
     table: PlanTable | None = None
 
     @field_validator("config", mode="before")

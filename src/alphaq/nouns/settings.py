@@ -143,6 +143,12 @@ class Rule(BaseModel):
         return bits
 
 
+def _rules(flag: str, help: str, default_pattern: str | None = None) -> Option:
+    """An option for rules, each for the matrices that a pattern names."""
+    parse = partial(Rule.parse, option=flag, default_pattern=default_pattern)
+    return Option(help, LIMITS, name=flag.removeprefix("--").replace("-", "_"), typed=str, parse=parse)
+
+
 class PlanConfig(BaseModel):
     """Everything that decides a plan, apart from the checkpoint itself.
 
@@ -201,32 +207,13 @@ class PlanConfig(BaseModel):
     ] = None
     """Of each role outside the budget; None: the engine's usual ones."""
     pins: Annotated[
-        tuple[Rule, ...],
-        Option(
-            "PATTERN=CHOICE, e.g. 'layers.0.*=8', attention=16. Repeat.",
-            LIMITS,
-            name="pin",
-            typed=str,
-            parse=partial(Rule.parse, option="--pin"),
-        ),
+        tuple[Rule, ...], _rules("--pin", "PATTERN=CHOICE, e.g. 'layers.0.*=8', attention=16. Repeat.")
     ] = ()
     min_bits: Annotated[
-        tuple[Rule, ...],
-        Option(
-            "Least bits, of all or of PATTERN=BITS, e.g. 2, down=3. Repeat.",
-            LIMITS,
-            typed=str,
-            parse=partial(Rule.parse, option="--min-bits", default_pattern="*"),
-        ),
+        tuple[Rule, ...], _rules("--min-bits", "Least bits, of all or of PATTERN=BITS, e.g. 2, down=3. Repeat.", "*")
     ] = ()
     max_bits: Annotated[
-        tuple[Rule, ...],
-        Option(
-            "Most bits, of all or of PATTERN=BITS. Repeat.",
-            LIMITS,
-            typed=str,
-            parse=partial(Rule.parse, option="--max-bits", default_pattern="*"),
-        ),
+        tuple[Rule, ...], _rules("--max-bits", "Most bits, of all or of PATTERN=BITS. Repeat.", "*")
     ] = ()
     min_sqnr_db: Annotated[
         float | None,

@@ -20,7 +20,7 @@ from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import AlphaQError, BudgetError, OutputError, StatsError
 from alphaq.evaluation.fidelity import read_texts, score_texts, window_beginning
-from alphaq.measuring.resources import Resources
+from alphaq.measuring.resources import USUAL, Resources
 from alphaq.nouns.option import settings_of
 from alphaq.nouns.plan import Plan, first_fault
 from alphaq.nouns.scoring import Scoring
@@ -59,14 +59,13 @@ def compare(
     comparison: Comparison,
     scoring: Scoring,
     out: Path,
-    resources: Resources | None = None,
+    resources: Resources = USUAL,
 ) -> list[Row]:
     """Run the comparison in the folder `out` and write `comparison.csv` and `comparison.json` there.
 
     `uniform` is always among the methods. The resources' cache is closed once everything is measured. Raises
     OutputError if `out` holds a comparison of something else, or other files.
     """
-    resources = resources or Resources()
     race = _Race.of(checkpoint, comparison, scoring)
     _claim(out)
     with Journal(out / JOURNAL_NAME) as journal:
@@ -151,7 +150,7 @@ class _Race:
 
     def _measured(self, methods: set[str], resources: Resources) -> dict[str, Measurements]:
         """What plans of these methods need to know."""
-        found = measure_for_plans(
+        measured = measure_for_plans(
             self.checkpoint,
             {name: request for name, request in self.requests.items() if name in methods},
             PlanInputs(text=self.calibration),
@@ -160,7 +159,7 @@ class _Race:
         )
         if resources.cache is not None:
             resources.cache.close()  # others may measure while this one evaluates
-        return found
+        return measured
 
     def _plans(
         self, keys: Sequence[Key], measured: Mapping[str, Measurements], resources: Resources

@@ -28,7 +28,7 @@ from alphaq.engines.profiles import ENGINES
 from alphaq.errors import BudgetError
 from alphaq.evaluation.certificate import Estimate, Settings, digest_of, figures
 from alphaq.evaluation.fidelity import read_texts, score_texts, window_beginning
-from alphaq.measuring.resources import Resources
+from alphaq.measuring.resources import USUAL, Resources
 from alphaq.nouns.plan import Plan, SourceIdentity
 from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import Budget
@@ -151,7 +151,7 @@ def search(
     measured: Measurements,
     target: Target,
     trying: Trying,
-    resources: Resources | None = None,
+    resources: Resources = USUAL,
 ) -> tuple[Plan, Curve]:
     """The plan of the smallest budget that reaches the target, and the curve; the request's own budget is replaced.
 
@@ -160,7 +160,6 @@ def search(
     require_searchable(request.profile)
     if request.config.unweighted:
         raise BudgetError("--unweighted counts matrices, and --ear searches bytes. Drop one or the other.")
-    resources = resources or Resources()
     contents = read_texts(trying.scoring.texts)
     low, high = _steps(checkpoint, request, measured, target.step)
     with TemporaryDirectory(prefix=".alphaq-search-", dir=trying.scratch) as folder:
