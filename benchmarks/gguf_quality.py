@@ -23,6 +23,7 @@ from alphaq import pipeline
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.gguf.model import gguf_tensors
 from alphaq.measuring.cache import Cache
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.ggml import GGML_BLOCKS
 from alphaq.nouns.plan import Plan
@@ -31,7 +32,6 @@ from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.ggml import blocks_of, quantize_ggml
-from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers
 
 TITLE = "GGUF at equal size"

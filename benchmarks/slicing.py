@@ -55,9 +55,9 @@ def run(layers: int, processes: int | None, quick: bool, scratch: Path) -> dict[
     """One artifact, planned for, cut, and copied."""
     from alphaq import pipeline
     from alphaq.checkpoint.reader import open_checkpoint
+    from alphaq.measuring.resources import Resources
     from alphaq.nouns.settings import Budget, PlanConfig, Rule
     from alphaq.planning import PlanInputs, make_plan, measure_for_plan, resolve
-    from alphaq.work.resources import Resources
     from alphaq.work.workers import Workers, sensible_count
     from alphaq.writing.artifact import known_alphas, nested_choices, open_artifact, own_pins
 

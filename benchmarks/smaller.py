@@ -42,9 +42,9 @@ class Bench:
     def plan(self, checkpoint: Any = None, **settings: Any) -> Any:
         """A plan, measured for as the command line does."""
         from alphaq.measuring.cache import Cache
+        from alphaq.measuring.resources import Resources
         from alphaq.nouns.settings import PlanConfig
         from alphaq.planning import make_plan, measure_for_plan, resolve
-        from alphaq.work.resources import Resources
 
         source = checkpoint or self.checkpoint
         request = resolve(PlanConfig(**settings))

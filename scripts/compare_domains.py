@@ -17,10 +17,10 @@ from pathlib import Path
 from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.measuring.cache import Cache
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import PlanInputs, make_plan, measure_for_plan, plain_size, resolve
 from alphaq.trials.compare import Row, compare
-from alphaq.work.resources import Resources
 
 DATA_FREE = ("uniform", "random", "first-layers", "distortion", "alphaq", "alphaq:gamma=-1", "auto")
 CALIBRATED = ("pmq", "hessian", "mse-output")

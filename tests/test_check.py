@@ -15,23 +15,23 @@ import torch
 from typer.testing import CliRunner
 
 from alphaq import pipeline
+from alphaq.calibration.divergence import divergences
 from alphaq.calibration.tokens import model_prefix, random_windows, tokenizer_fault
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.cli.app import app
 from alphaq.engines.profiles import ENGINES
 from alphaq.measuring.cache import Cache
 from alphaq.measuring.measurement import restored
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import check, checked_plan, make_plan, measure_for_plan, resolve
-from alphaq.planning.check import divergences
 from alphaq.quantizers.base import quantizer_of
 from alphaq.runtime.loading import load_model
 from alphaq.sensitivity import methods
 from alphaq.simd.sums import squared_distance
-from alphaq.work.resources import Resources
 from runnable import save_runnable
 
 IDS = random_windows(340, windows=2, length=24)
@@ -118,7 +118,7 @@ def test_large_model_is_judged_by_moves_of_the_stream(
     checkpoint: Checkpoint, measured: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setattr(check, "MOST_WEIGHTS", 1)
-    monkeypatch.setattr(check, "stream_forward", lambda *_, **__: pytest.fail("run"))
+    monkeypatch.setattr(check, "divergences", lambda *_, **__: pytest.fail("run"))
     plan = made(checkpoint, measured)
     assert plan.check is not None and plan.check.by == "moves" and plan.check.taken == "plan"
     request.getfixturevalue("ruinous")

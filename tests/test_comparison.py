@@ -18,6 +18,7 @@ from alphaq.engines.profiles import ENGINES
 from alphaq.errors import AlphaQError, BudgetError, OutputError, StatsError
 from alphaq.evaluation.fidelity import Remembered, WindowScore, paired_bootstrap, windows
 from alphaq.measuring.cache import Cache
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import checked_plan, make_plan, measure_for_plan, measure_for_plans, plain_size, resolve
@@ -25,7 +26,6 @@ from alphaq.sensitivity.methods import METHODS as METHODS_KNOWN
 from alphaq.trials import compare as comparison
 from alphaq.trials import trial as trials
 from alphaq.trials.compare import Row, compare, variant_of
-from alphaq.work.resources import Resources
 from alphaq.writing.calibrated import Rounding
 from conftest import DATA
 
@@ -180,8 +180,10 @@ def test_measuring_for_all_methods_together_gives_each_what_it_measures_alone(
             )
             for name, request in requests.items():
                 one, other = found[name], alone[name]
-                assert one.choices == other.choices and one.measured == other.measured == request.offered
-                np.testing.assert_array_equal(one.squared_errors, other.squared_errors)
+                assert (
+                    one.evidence.choices == other.evidence.choices and one.measured == other.measured == request.offered
+                )
+                np.testing.assert_array_equal(one.evidence.errors, other.evidence.errors)
                 with suppress(BudgetError):  # --min-sqnr may leave nothing, then for both
                     made = make_plan(checkpoint, request, other)
                     assert make_plan(checkpoint, request, one).to_json() == made.to_json()

@@ -23,6 +23,7 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.profiles import ENGINES
 from alphaq.errors import BudgetError, QuantizationError, SpectrumError
 from alphaq.measuring.cache import Cache
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.settings import Blocks, Budget, PlanConfig, Tail
@@ -38,7 +39,6 @@ from alphaq.simd.sums import sums
 from alphaq.spectra.device import device_spectra
 from alphaq.spectra.measure import spectrum
 from alphaq.spectra.variants import SpectrumVariant
-from alphaq.work.resources import Resources
 from conftest import DATA, Ran, read_back
 from runnable import save_runnable
 

@@ -14,10 +14,10 @@ from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import CheckpointError, JournalError, QuantizationError, WorkerError
 from alphaq.measuring.cache import Cache, Entry
 from alphaq.measuring.measurement import Wanted, leaving, measure
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Role
 from alphaq.work.journal import Journal
-from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers
 
 CHOICES = (Choice(2, 128), Choice(3, 128))

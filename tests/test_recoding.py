@@ -20,13 +20,13 @@ from alphaq.engines.output import MANIFEST_NAME, Output
 from alphaq.errors import AlphaQError, BudgetError, CheckpointError, OutputError, PlanError, VerificationError
 from alphaq.measuring import measurement
 from alphaq.measuring.cache import Cache
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import CODECS
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.quantizers.coding import is_coded
 from alphaq.runtime.replace import Packer, stored_tensors
-from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers
 from alphaq.writing import recoding
 from alphaq.writing.recoding import recode

@@ -35,6 +35,7 @@ from alphaq.errors import OutputError, PlanError
 from alphaq.measuring.cache import Cache
 from alphaq.measuring.density import Density, DensityTask, density_one
 from alphaq.measuring.measurement import Wanted, ahead, leaving, measure
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import CODECS
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.matrix import MatrixRef
@@ -50,7 +51,6 @@ from alphaq.report.runs import ComparedRow, read_run
 from alphaq.spectra.measure import write_stats
 from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant
 from alphaq.work.journal import Journal
-from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers, Wrap, silent
 from alphaq.writing.calibrated import Rounding, store_calibrated
 from alphaq.writing.recoding import recode_into

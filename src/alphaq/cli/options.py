@@ -651,7 +651,7 @@ def build_plan(
     quantizer: str | None = None,
 ) -> Plan:
     from alphaq import planning
-    from alphaq.work.resources import Resources
+    from alphaq.measuring.resources import Resources
 
     request, found = measurements(checkpoint, config, settings, workers, cache, device, quantizer)
     plan = planning.checked_plan(checkpoint, request, found, Resources(cache=cache, wrap=progress))
@@ -673,7 +673,7 @@ def measurements(
 ) -> tuple[Request, Measurements]:
     """The config made concrete, and what must be known for its plans. Raises AlphaQError for options of no use."""
     from alphaq import planning
-    from alphaq.work.resources import Resources
+    from alphaq.measuring.resources import Resources
 
     request = planning.resolve(config, checkpoint is not None)
     if config.gamma != "auto" and request.config.method not in ("alphaq", "paper"):

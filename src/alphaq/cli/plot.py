@@ -111,8 +111,8 @@ def _densities(
     from alphaq.errors import AlphaQError
     from alphaq.measuring.density import DensityTask, density_one
     from alphaq.measuring.measurement import measure
+    from alphaq.measuring.resources import Resources
     from alphaq.nouns.settings import names
-    from alphaq.work.resources import Resources
 
     checkpoint = open_checkpoint(model, revision)
     with means_for(checkpoint, workers, no_cache=False) as (pool, cache):

@@ -14,6 +14,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, TensorSpec, stored_bytes
 from alphaq.measuring.cache import Cache, Entry, Known
 from alphaq.measuring.probes import PROBES
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.spectrum import Spectrum
@@ -33,7 +34,6 @@ from alphaq.research.tails import variant_spectrum
 from alphaq.spectra.device import device_batch, device_spectra, device_tasks
 from alphaq.spectra.measure import PANEL_VALUES, spectrum, streamed_spectrum
 from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant
-from alphaq.work.resources import USUAL, Resources
 from alphaq.work.workers import Workers
 
 T = TypeVar("T")
@@ -216,7 +216,7 @@ def measure(
     checkpoint: Checkpoint,
     matrices: Sequence[MatrixRef],
     wanted: Wanted = Wanted(),
-    resources: Resources = USUAL,
+    resources: Resources = Resources(),
 ) -> Iterator[Measured]:
     """Measure matrices of a checkpoint in order, leaving out what the cache knows. Progress is the caller's to show."""
     ledger = _Ledger(wanted, resources.cache)
@@ -234,7 +234,7 @@ def measure(
 
 def _measured(checkpoint: Checkpoint, tasks: list[MeasureTask], resources: Resources) -> Iterator[Measured]:
     """Results of the tasks in order: by the workers, or their spectra by a device and only the rest by the workers."""
-    workers, device = resources.workers_on(checkpoint), resources.device
+    workers, device = resources.pool(checkpoint), resources.device
     if device == "cpu" or any(task.variant not in (None, FAST_VARIANT) for task in tasks):
         yield from _by_workers(checkpoint, tasks, workers)
         return

@@ -6,10 +6,10 @@ import hashlib
 
 from alphaq.checkpoint.safetensors_format import FILE_OVERHEAD
 from alphaq.measuring.measurement import CodedTask, coded_bytes
+from alphaq.measuring.resources import Resources
 from alphaq.planning.scope import Scope
 from alphaq.quantizers.base import quantizer_version
 from alphaq.quantizers.coding import coder_version
-from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers
 
 
@@ -25,7 +25,7 @@ def coded_rest(scope: Scope, resources: Resources) -> int:
 
 def _measured_rest(scope: Scope, resources: Resources) -> int:
     checkpoint, tasks = scope.checkpoint, _tasks(scope)
-    pool = resources.workers_on(checkpoint)
+    pool = resources.pool(checkpoint)
     local = Workers(1, checkpoint) if pool.cluster else pool
 
     def size(task: CodedTask) -> int:

@@ -10,25 +10,25 @@ import numpy as np
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import StatsError
 from alphaq.measuring.probes import PROBES
+from alphaq.measuring.resources import Resources
 from alphaq.planning.coded import coded_rest
 from alphaq.planning.formula import alphas_of
 from alphaq.planning.limits import problem_of
 from alphaq.planning.matrices import Survey, measure_joined, measure_planned
-from alphaq.planning.measured import NO_INPUTS, Measurements, PlanInputs
+from alphaq.planning.measured import Measurements, PlanInputs
 from alphaq.planning.passes import PassRun, run_passes
 from alphaq.planning.request import Request
 from alphaq.planning.scope import Scope
 from alphaq.planning.stats import measured_by_headers, measured_by_stats
 from alphaq.sensitivity.base import Evidence, Need
 from alphaq.spectra.measure import Stats
-from alphaq.work.resources import USUAL, Resources
 
 
 def measure_for_plan(
     checkpoint: Checkpoint | None,
     request: Request,
-    inputs: PlanInputs = NO_INPUTS,
-    resources: Resources = USUAL,
+    inputs: PlanInputs = PlanInputs(),
+    resources: Resources = Resources(),
     needs: Collection[Need] | None = None,
     check_budget: bool = True,
 ) -> Measurements:
@@ -86,16 +86,13 @@ def _measured(
     )
     return Measurements(
         table.spectra,
-        choices,
         request.offered,
-        table.errors,
-        weights,
-        _left_out(stats),
         evidence,
+        _left_out(stats),
         seconds | seconds_of_passes,
         table.deviations,
         joined,
-        dict(survey.importance),
+        survey.importance,
     )
 
 

@@ -18,6 +18,7 @@ from alphaq.checkpoint.imatrix import ImportanceMatrix
 from alphaq.engines.gguf.importance import importance_of
 from alphaq.engines.gguf.profile import gaussian_errors
 from alphaq.measuring.measurement import Measured, Sampling, Wanted, measure
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.spectrum import Spectrum
@@ -26,7 +27,6 @@ from alphaq.planning.scope import Scope
 from alphaq.quantizers.base import SAMPLE_VALUES, quantizer_version
 from alphaq.spectra.measure import Stats
 from alphaq.spectra.variants import SpectrumVariant
-from alphaq.work.resources import Resources
 
 SAMPLE_MEMBERS = 32  # matrices of a unit whose errors are measured
 

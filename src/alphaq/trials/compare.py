@@ -32,6 +32,7 @@ from alphaq.evaluation.fidelity import (
     window_beginning,
 )
 from alphaq.measuring.cache import Cache
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.plan import Plan, first_fault
 from alphaq.nouns.settings import Budget, PlanConfig
@@ -40,7 +41,6 @@ from alphaq.registry import unknown
 from alphaq.sensitivity.methods import METHODS
 from alphaq.trials.trial import Trials, window_scores
 from alphaq.work.journal import Journal
-from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers, Wrap, silent
 from alphaq.writing.calibrated import Rounding
 
