@@ -65,13 +65,13 @@ def harm(model: Path, given: Any) -> dict[str, Any]:
     import torch
     from scipy.stats import spearmanr
 
+    from alphaq.calibration.divergence import divergences
     from alphaq.calibration.tokens import model_prefix, read_windows
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.evaluation.fidelity import read_texts
     from alphaq.measuring.measurement import restored
     from alphaq.nouns.settings import Budget, PlanConfig
     from alphaq.planning import measure_for_plans, resolve
-    from alphaq.planning.check import divergences
 
     checkpoint = open_checkpoint(model)
     ids = torch.cat(

@@ -15,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from alphaq import pipeline
+from alphaq.calibration.divergence import divergences
 from alphaq.calibration.tokens import model_prefix, random_windows, tokenizer_fault
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.cli.app import app
@@ -119,7 +120,7 @@ def test_large_model_is_judged_by_moves_of_the_stream(
     checkpoint: Checkpoint, measured: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setattr(check, "MOST_WEIGHTS", 1)
-    monkeypatch.setattr(check, "stream_forward", lambda *_, **__: pytest.fail("run"))
+    monkeypatch.setattr(check, "divergences", lambda *_, **__: pytest.fail("run"))
     plan = made(checkpoint, measured)
     assert plan.check is not None and plan.check.by == "moves" and plan.check.taken == "plan"
     request.getfixturevalue("ruinous")

@@ -187,8 +187,10 @@ def test_measuring_for_all_methods_together_gives_each_what_it_measures_alone(
             )
             for name, request in requests.items():
                 one, other = found[name], alone[name]
-                assert one.choices == other.choices and one.measured == other.measured == request.offered
-                np.testing.assert_array_equal(one.squared_errors, other.squared_errors)
+                assert (
+                    one.evidence.choices == other.evidence.choices and one.measured == other.measured == request.offered
+                )
+                np.testing.assert_array_equal(one.evidence.errors, other.evidence.errors)
                 with suppress(BudgetError):  # --min-sqnr may leave nothing, then for both
                     made = make_plan(checkpoint, request, other)
                     assert make_plan(checkpoint, request, one).to_json() == made.to_json()

@@ -373,7 +373,7 @@ def test_least_signal_to_noise_ratio_holds_for_every_matrix(
     settings: dict[str, object] = {"method": method, "budget": Budget(bits=3.7)}
     found = measure_for_plan(checkpoint, resolve(config_of(**settings)), resources=Resources(cache=cache))
     decibels = -10 * np.log10(found.evidence.relative_errors)
-    labels = [str(choice) for choice in found.choices]
+    labels = [str(choice) for choice in found.evidence.choices]
 
     def least(plan: Plan) -> float:
         columns = [labels.index(plan.choices[name]) for name in found.spectra]
@@ -533,8 +533,8 @@ def test_bits_for_a_role_that_an_engine_keeps_are_refused() -> None:
 
 def unit_errors(plan: Measurements, units: np.ndarray) -> np.ndarray:
     """Σ(w − ŵ)² of each unit at each choice."""
-    totals = np.zeros((units.max() + 1, plan.squared_errors.shape[1]))
-    np.add.at(totals, units, plan.squared_errors)
+    totals = np.zeros((units.max() + 1, plan.evidence.errors.shape[1]))
+    np.add.at(totals, units, plan.evidence.errors)
     return totals
 
 
@@ -585,19 +585,19 @@ def test_of_a_large_unit_only_a_sample_of_matrices_is_measured_and_stands_for_th
         drawn = [row for row in rows if names[row] in seen]
         rest = [row for row in rows if names[row] not in seen]
         assert (len(drawn), len(rest)) == (3, 5)
-        pooled = found.squared_errors[drawn].sum(axis=0) / found.evidence.energies[drawn].sum()
+        pooled = found.evidence.errors[drawn].sum(axis=0) / found.evidence.energies[drawn].sum()
         assert found.evidence.relative_errors[rest] == pytest.approx(np.tile(pooled, (5, 1)))
     seen.clear()
     again = measure_for_plan(checkpoint, request, resources=Resources(cache=cache))
     assert not seen
-    assert (again.squared_errors == found.squared_errors).all()
+    assert (again.evidence.errors == found.evidence.errors).all()
 
 
 def test_types_that_rows_do_not_fit_are_never_measured(tmp_path: Path) -> None:
     narrow = open_checkpoint(save_runnable(tmp_path, "mixtral"))  # rows of 96 in one projection, of 64 in the others
     request = resolve(config_of(engine="llama.cpp", choices="Q4_0,Q4_K,Q8_0"))
     found = measure_for_plan(narrow, request)
-    assert np.isfinite(found.squared_errors).all()
+    assert np.isfinite(found.evidence.errors).all()
     made = make_plan(narrow, request, found)
     assert {made.choices[name] for name in found.spectra} <= {"Q4_0", "Q8_0"}
 

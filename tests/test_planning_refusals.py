@@ -55,7 +55,7 @@ def test_what_was_not_read_serves_no_method_that_needs_it(tiny: Path) -> None:
     )
     found = measure_for_plan(checkpoint, by_places)
     with pytest.raises(BudgetError, match=r"--method alphaq needs the weights"):
-        make_plan(checkpoint, replace(by_errors, choices=found.choices), found)
+        make_plan(checkpoint, replace(by_errors, choices=found.evidence.choices), found)
 
 
 def test_a_report_of_a_plan_that_read_nothing_can_be_made(alphaq: Run, tiny: Path, tmp_path: Path) -> None:

@@ -62,16 +62,16 @@ def solve_exact(losses: np.ndarray, costs: np.ndarray, budget: int) -> Solution:
         width = min(width, gap)
         core = np.flatnonzero((reduced <= width).sum(axis=1) > 1)
         try:
-            found = _search_core(steps, reduced, price, room, width * (1 + 1e-9), core, settled)
+            better = _search_core(steps, reduced, price, room, width * (1 + 1e-9), core, settled)
         except _FrontTooLarge:
             columns = _polish(steps, reduced, price, room, gap, columns)
             upper = float(losses[units, columns].sum())
             if upper - relaxed < width:
                 continue
             break
-        if found is not None:
-            if losses[units, found].sum() < upper:
-                columns = found
+        if better is not None:
+            if losses[units, better].sum() < upper:
+                columns = better
                 upper = float(losses[units, columns].sum())
             proven = upper - relaxed
             break
@@ -187,8 +187,8 @@ def _polish(
     pairs = np.stack([np.argsort(dearer, kind="stable"), np.argsort(cheaper, kind="stable")], axis=1)
     for start in range(0, min(len(pairs), POLISH_ROUNDS * POLISH_PAIRS), POLISH_PAIRS):
         core = np.unique(pairs[start : start + POLISH_PAIRS])
-        found = _search_core(steps, reduced, price, room, width * (1 + 1e-9), core, columns, thin=True)
-        columns = columns if found is None else found
+        better = _search_core(steps, reduced, price, room, width * (1 + 1e-9), core, columns, thin=True)
+        columns = columns if better is None else better
     return columns
 
 

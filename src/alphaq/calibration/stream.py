@@ -11,7 +11,7 @@ are most of a layer (45 GB in float32 in DeepSeek-V3), so they are read and run 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -76,6 +76,47 @@ def model_class(config: Any) -> Any:
     )
 
 
+def _without_weights(checkpoint: Checkpoint) -> Any:
+    """The model's own class on the meta device. Raises CheckpointError if transformers cannot build it."""
+    from transformers import AutoConfig
+
+    try:
+        config = (
+            AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+            if checkpoint.gguf is None
+            else AutoConfig.for_model(**checkpoint.config)
+        )
+        with torch.device("meta"):
+            # Attention is left to transformers: sdpa where the class has it, which skips the mask of windows
+            # without padding. "eager" goes expert by expert; the others copy every token once per expert.
+            model = model_class(config)._from_config(config, dtype=torch.float32, experts_implementation="eager")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"transformers cannot build the model of {checkpoint.folder} ({reason}). Check config.json, update "
+            "transformers, or use --method alphaq, which needs the weights alone."
+        ) from error
+    return model.eval()
+
+
+def _decoder_of(model: Any) -> Any:
+    """The part of a model that holds its decoder layers."""
+    base = model.get_decoder() or model.base_model
+    if hasattr(base, "layers"):
+        return base
+    deeper = (one for one in model.modules() if hasattr(one, "layers") and hasattr(one, "embed_tokens"))
+    return next(deeper, base)
+
+
+def _by_place(planned: Iterable[MatrixRef]) -> dict[int, dict[int, dict[str, MatrixRef]]]:
+    """Matrices by layer, expert and projection; the MLP of a dense model is expert 0."""
+    places: dict[int, dict[int, dict[str, MatrixRef]]] = {}
+    for matrix in planned:
+        assert matrix.layer is not None and matrix.projection is not None
+        places.setdefault(matrix.layer, {}).setdefault(matrix.expert or 0, {})[matrix.projection] = matrix
+    return places
+
+
 class HollowModel:
     """A model without weights whose modules are filled from disk, in float32, and emptied again.
 
@@ -87,41 +128,18 @@ class HollowModel:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        from transformers import AutoConfig
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.modeling_utils import LoadStateDictConfig
 
         self.checkpoint = checkpoint
-        try:
-            config = (
-                AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-                if checkpoint.gguf is None
-                else AutoConfig.for_model(**checkpoint.config)
-            )
-            with torch.device("meta"):
-                # Attention is left to transformers: sdpa where the class has it, which skips the mask of windows
-                # without padding. "eager" goes expert by expert; the others copy every token once per expert.
-                model = model_class(config)._from_config(config, dtype=torch.float32, experts_implementation="eager")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CheckpointError(
-                f"transformers cannot build the model of {checkpoint.folder} ({reason}). Check config.json, update "
-                "transformers, or use --method alphaq, which needs the weights alone."
-            ) from error
-        self.model: Any = model.eval()
-        self.base: Any = model.get_decoder() or model.base_model
-        if not hasattr(self.base, "layers"):  # it is deeper
-            decoders = (one for one in model.modules() if hasattr(one, "layers") and hasattr(one, "embed_tokens"))
-            self.base = next(decoders, self.base)
+        self.model: Any = _without_weights(checkpoint)
+        self.base: Any = _decoder_of(self.model)
         names = {module: name for name, module in self.model.named_modules()}
         stack = getattr(self.base, "layers", getattr(self.base, "blocks", None))  # DBRX has blocks
         layers = list(stack or ())
         self.layers = [names[layer] for layer in layers]
         self.planned_role = checkpoint.planned_role
-        self.matrices: dict[int, dict[int, dict[str, MatrixRef]]] = {}
-        for matrix in checkpoint.planned:
-            assert matrix.layer is not None and matrix.projection is not None
-            self.matrices.setdefault(matrix.layer, {}).setdefault(matrix.expert or 0, {})[matrix.projection] = matrix
+        self.matrices = _by_place(checkpoint.planned)
         self.experts = {
             number: names[module]
             for number, layer in enumerate(layers)
@@ -140,7 +158,7 @@ class HollowModel:
             for layer, name in self.experts.items()
         }
         self.parts = [names[part] for part in self.base.children() if part is not stack] + self.layers
-        mapping: Any = get_model_conversion_mapping(model)
+        mapping: Any = get_model_conversion_mapping(self.model)
         self._loading = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping)
         self._sources = self._match_stored_tensors()
         self._compute_buffers()
@@ -186,10 +204,10 @@ class HollowModel:
             # One parameter at a time: fused experts take three times their bytes while they are put together.
             tensors = {source: self._stored(source) for source in sources}
             with _no_progress_bars():
-                found, _ = convert_and_load_state_dict_in_model(self.model, tensors, self._loading)
-            if found.conversion_errors or found.mismatched_keys:
-                what = "; ".join(error.strip().splitlines()[-1] for error in found.conversion_errors.values())
-                unfit = "; ".join(f"{key}: {list(is_)} is not {list(be)}" for key, is_, be in found.mismatched_keys)
+                loaded, _ = convert_and_load_state_dict_in_model(self.model, tensors, self._loading)
+            if loaded.conversion_errors or loaded.mismatched_keys:
+                what = "; ".join(error.strip().splitlines()[-1] for error in loaded.conversion_errors.values())
+                unfit = "; ".join(f"{key}: {list(is_)} is not {list(be)}" for key, is_, be in loaded.mismatched_keys)
                 raise CheckpointError(
                     f"{self.checkpoint.folder}: {target} cannot be made of {sources[0]} ({what or unfit}). "
                     "Download the checkpoint again or correct config.json."
@@ -323,8 +341,8 @@ class _Watched:
 
 def _stream(output: Any) -> Tensor:
     """The stream in what a decoder layer gives."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    stream: Tensor = output[0] if isinstance(output, tuple) else output
+    return stream
 
 
 @cache
@@ -359,15 +377,15 @@ def run_experts(
 def traffic_of(hollow: HollowModel, layer: int, args: tuple[Any, ...], kwargs: Keywords) -> LayerTraffic:
     """The arguments of an experts module's forward, however they were passed; all tokens of a dense model's MLP."""
     names = ("hidden_states", "top_k_index", "top_k_weights")
-    given = (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
-    inputs = given[0].float().flatten(0, -2)
+    passed = (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
+    inputs = passed[0].float().flatten(0, -2)
     if hollow.planned_role is not Role.EXPERT:
-        given = (inputs, inputs.new_zeros(len(inputs), 1), inputs.new_ones(1, 1))
-    if len(given) != len(names):
+        passed = (inputs, inputs.new_zeros(len(inputs), 1), inputs.new_ones(1, 1))
+    if len(passed) != len(names):
         raise PassError(
             f"{hollow.experts[layer]} of {hollow.checkpoint.name} is not told which experts its tokens go to."
         )
-    _, experts, weights = given
+    _, experts, weights = passed
     weights = weights.float().expand(experts.shape)
     return LayerTraffic(layer, inputs, experts.long(), weights, hollow.forms[layer])
 

@@ -196,7 +196,7 @@ def measure(
     checkpoint: Checkpoint,
     matrices: Sequence[MatrixRef],
     wanted: Wanted = Wanted(),
-    resources: Resources = USUAL,
+    resources: Resources = Resources(),
 ) -> Iterator[Measured]:
     """Measure matrices of a checkpoint in order, leaving out what the cache knows. Progress is the caller's to show."""
     ledger = _Ledger(wanted, resources.cache)

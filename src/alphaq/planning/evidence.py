@@ -15,7 +15,7 @@ from alphaq.planning.coded import coded_rest
 from alphaq.planning.formula import alphas_of
 from alphaq.planning.limits import problem_of
 from alphaq.planning.matrices import Survey, measure_joined, measure_planned
-from alphaq.planning.measured import NO_INPUTS, Measurements, PlanInputs
+from alphaq.planning.measured import Measurements, PlanInputs
 from alphaq.planning.passes import PassRun, run_passes
 from alphaq.planning.request import Request
 from alphaq.planning.scope import Scope
@@ -27,8 +27,8 @@ from alphaq.spectra.measure import Stats
 def measure_for_plan(
     checkpoint: Checkpoint | None,
     request: Request,
-    inputs: PlanInputs = NO_INPUTS,
-    resources: Resources = USUAL,
+    inputs: PlanInputs = PlanInputs(),
+    resources: Resources = Resources(),
     needs: Collection[Need] | None = None,
     check_budget: bool = True,
 ) -> Measurements:
@@ -86,16 +86,13 @@ def _measured(
     )
     return Measurements(
         table.spectra,
-        choices,
         request.offered,
-        table.errors,
-        weights,
-        _left_out(stats),
         evidence,
+        _left_out(stats),
         seconds | seconds_of_passes,
         table.deviations,
         joined,
-        dict(survey.importance),
+        survey.importance,
     )
 
 

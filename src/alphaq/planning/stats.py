@@ -46,7 +46,7 @@ def measured_by_stats(request: Request, needs: Collection[Need], stats: Stats | 
     )
     energies = np.array([one.variance for one in spectra.values()]) * weights
     evidence = Evidence(names, choices, errors, energies, weights, alphas_of(spectra.values()))
-    return Measurements(spectra, choices, request.offered, errors, weights, stats.left_out, evidence)
+    return Measurements(spectra, request.offered, evidence, stats.left_out)
 
 
 def measured_by_headers(checkpoint: Checkpoint, request: Request) -> Measurements:
@@ -64,7 +64,7 @@ def measured_by_headers(checkpoint: Checkpoint, request: Request) -> Measurement
         np.full(len(matrices), np.nan),
         tuple(matrices),
     )
-    return Measurements({}, choices, request.offered, errors, weights, {}, evidence, by_shapes=True)
+    return Measurements({}, request.offered, evidence, by_shapes=True)
 
 
 def make_plan(request: Request, measurements: Measurements) -> Plan:

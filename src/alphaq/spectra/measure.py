@@ -110,7 +110,7 @@ def write_stats(path: Path, rows: Iterable[tuple[MatrixRef, Spectrum]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        for matrix, found in rows:
+        for matrix, spectrum in rows:
             cells = {
                 "name": matrix.name,
                 "layer": matrix.layer,
@@ -120,7 +120,7 @@ def write_stats(path: Path, rows: Iterable[tuple[MatrixRef, Spectrum]]) -> None:
                 "rows": matrix.shape[0],
                 "columns": matrix.shape[1],
                 "dtype": matrix.dtype,
-                **asdict(found),
+                **asdict(spectrum),
             }
             writer.writerow(["" if cells[column] is None else cells[column] for column in COLUMNS])
 
