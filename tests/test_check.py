@@ -29,7 +29,6 @@ from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import check, checked_plan, make_plan, measure_for_plan, resolve
-from alphaq.planning.check import divergences
 from alphaq.quantizers.base import rounder_of
 from alphaq.runtime.loading import load_model
 from alphaq.sensitivity import methods

@@ -15,7 +15,7 @@ from alphaq.errors import PlanError
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, resolve
-from alphaq.report.explanation import explain_plan
+from alphaq.report.explanation import ExplainedUnit, explain_plan
 from conftest import Ran
 
 Run = Callable[..., Ran]
@@ -102,8 +102,8 @@ def test_without_a_pattern_the_units_nearest_to_moving_come_first(plan: Plan) ->
     every = explain_plan(plan, None, limit=1000).units
     assert shown == every[:5]
 
-    def distance(one: dict) -> float:
-        return min(abs(np.log(one[key])) for key in ("moves_up_at", "moves_down_at") if one[key])
+    def distance(one: ExplainedUnit) -> float:
+        return min(abs(np.log(at)) for at in (one.moves_up_at, one.moves_down_at) if at)
 
     distances = [distance(one) for one in every]
     assert distances == sorted(distances)

@@ -104,12 +104,12 @@ def _listing(model: str, revision: str | None) -> list[str] | None:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        found = HfApi().model_info(model, revision=revision, timeout=LISTING_TIMEOUT_S).siblings
+        siblings = HfApi().model_info(model, revision=revision, timeout=LISTING_TIMEOUT_S).siblings
     except (HfHubHTTPError, HFValidationError) as error:
         raise _unreachable(model, error) from None
     except Exception:  # its client for HTTP, whose errors are its own, changes from version to version
         return None
-    return [file.rfilename for file in found or ()]
+    return [file.rfilename for file in siblings or ()]
 
 
 @contextmanager

@@ -160,8 +160,8 @@ class Store:
     def listing_below(self, top: str = "") -> dict[str, Stamp]:
         """The files under the folder or one of its own, by their names relative to the former."""
         start = f"{self.path}/".lstrip("/")
-        found = self.system.find(self.at(top).rstrip("/"), maxdepth=MOST_LEVELS if top else None, detail=True)
-        names = {str(name).lstrip("/").removeprefix(start): info for name, info in found.items()}
+        entries = self.system.find(self.at(top).rstrip("/"), maxdepth=MOST_LEVELS if top else None, detail=True)
+        names = {str(name).lstrip("/").removeprefix(start): info for name, info in entries.items()}
         return {name: stamp_of(info) for name, info in names.items() if name.startswith(top)}
 
     def download(self, stamps: Mapping[str, Stamp]) -> Store:

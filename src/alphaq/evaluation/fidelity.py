@@ -79,7 +79,7 @@ def score_windows(model: Any, reference: Any | None, ids: torch.Tensor, context:
     against = None
     if reference is not None:
         against = reference(ids.to(reference.device)).logits[:, context - 1 : -1].to(model.device)
-    found = []
+    scores = []
     for window, targets in enumerate(ids[:, context:]):
         loss = kl = top1 = ear = reference_loss = 0.0
         for start in range(0, len(targets), POSITIONS_AT_ONCE):
@@ -93,20 +93,20 @@ def score_windows(model: Any, reference: Any | None, ids: torch.Tensor, context:
                 kl += float((p * (log_p - log_q)).sum(dtype=torch.float64))
                 top1 += float((p.argmax(-1) == q.argmax(-1)).sum())
                 ear += float(torch.minimum(p, q).sum(dtype=torch.float64))
-        found.append(WindowScore(len(targets), loss, kl, top1, ear, reference_loss))
-    return found
+        scores.append(WindowScore(len(targets), loss, kl, top1, ear, reference_loss))
+    return scores
 
 
 def batches(parts: list[torch.Tensor], vocabulary: int) -> list[torch.Tensor]:
     """Windows [1, length] put together to [windows, length] where lengths agree and the logits stay small."""
-    found: list[torch.Tensor] = []
+    groups: list[torch.Tensor] = []
     for part in parts:
         room = LOGITS_AT_ONCE // (part.shape[1] * vocabulary)
-        if found and found[-1].shape[1] == part.shape[1] and len(found[-1]) < min(room, WINDOWS_AT_ONCE):
-            found[-1] = torch.cat([found[-1], part])
+        if groups and groups[-1].shape[1] == part.shape[1] and len(groups[-1]) < min(room, WINDOWS_AT_ONCE):
+            groups[-1] = torch.cat([groups[-1], part])
         else:
-            found.append(part)
-    return found
+            groups.append(part)
+    return groups
 
 
 def summarize_windows(scores: list[WindowScore], with_reference: bool) -> TextFidelity:

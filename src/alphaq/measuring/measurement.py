@@ -15,7 +15,7 @@ from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, TensorSpec, stored
 from alphaq.formats.coding import coder_version, encode_tensor
 from alphaq.measuring.cache import Cache, Entry, Known
 from alphaq.measuring.probes import PROBES
-from alphaq.measuring.resources import USUAL, Resources
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.spectrum import Spectrum

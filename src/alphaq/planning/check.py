@@ -23,9 +23,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import BudgetError, StatsError
 from alphaq.formats.table import rate_of
 from alphaq.measuring.measurement import restored
-from alphaq.measuring.resources import USUAL, Resources
-from alphaq.nouns.choice import Choice
-from alphaq.nouns.matrix import MatrixRef
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan, PlanCheck
 from alphaq.planning.measured import Measurements
 from alphaq.planning.plan import make_plan

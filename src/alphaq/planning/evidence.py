@@ -10,7 +10,7 @@ import numpy as np
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import StatsError
 from alphaq.measuring.probes import PROBES
-from alphaq.measuring.resources import USUAL, Resources
+from alphaq.measuring.resources import Resources
 from alphaq.planning.coded import coded_rest
 from alphaq.planning.formula import alphas_of
 from alphaq.planning.limits import problem_of

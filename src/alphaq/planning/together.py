@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.measuring.resources import USUAL, Resources
+from alphaq.measuring.resources import Resources
 from alphaq.planning.evidence import measure_for_plan
 from alphaq.planning.measured import Measurements, PlanInputs
 from alphaq.planning.request import Request

@@ -35,9 +35,9 @@ def read_run(path: Path) -> Run:
     run = Run(path.resolve().name, Plan.read(file))
     if not (path / MANIFEST_NAME).is_file():
         return run
-    found = read_manifest(path / MANIFEST_NAME)
-    measured = {name: one.relative_error for name, one in found.tensors.items() if one.relative_error is not None}
-    return replace(run, measured=measured, options=found.options or NO_OPTIONS)
+    manifest = read_manifest(path / MANIFEST_NAME)
+    measured = {name: one.relative_error for name, one in manifest.tensors.items() if one.relative_error is not None}
+    return replace(run, measured=measured, options=manifest.options or NO_OPTIONS)
 
 
 class ComparedRow(BaseModel):

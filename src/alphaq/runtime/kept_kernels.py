@@ -35,6 +35,6 @@ def multiply_kept(address, half, rows, columns, first, mine, values, out, column
 @kernel
 def _brain_at(address):
     """One bfloat16 at an address as float32."""
-    held = np.empty(1, np.uint32)
-    held[0] = np.uint32(byte_at(address) << 16 | byte_at(address + 1) << 24)
-    return held.view(np.float32)[0]
+    word = np.empty(1, np.uint32)
+    word[0] = np.uint32(byte_at(address) << 16 | byte_at(address + 1) << 24)
+    return word.view(np.float32)[0]

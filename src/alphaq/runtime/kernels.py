@@ -107,7 +107,7 @@ def multiply_block(block, first, mine, planes, digits, steps, sums, out, column,
                 token += 1
                 continue
             second, third, fourth = token + 1, token + 2, min(token + 3, tokens - 1)
-            found = _four_tokens(
+            products = _four_tokens(
                 source,
                 last,
                 columns,
@@ -125,10 +125,10 @@ def multiply_block(block, first, mine, planes, digits, steps, sums, out, column,
                 third * padded_groups,
                 fourth * padded_groups,
             )
-            out[pairs[token], column + first + row] = lane_sum(found[0] + load(totals, LANES * token))
-            out[pairs[second], column + first + row] = lane_sum(found[1] + load(totals, LANES * second))
-            out[pairs[third], column + first + row] = lane_sum(found[2] + load(totals, LANES * third))
-            out[pairs[fourth], column + first + row] = lane_sum(found[3] + load(totals, LANES * fourth))
+            out[pairs[token], column + first + row] = lane_sum(products[0] + load(totals, LANES * token))
+            out[pairs[second], column + first + row] = lane_sum(products[1] + load(totals, LANES * second))
+            out[pairs[third], column + first + row] = lane_sum(products[2] + load(totals, LANES * third))
+            out[pairs[fourth], column + first + row] = lane_sum(products[3] + load(totals, LANES * fourth))
             token += 4
 
 

@@ -74,9 +74,9 @@ def _of(rows: Tensor, part: Tensor, count: int) -> Tensor:
     return part.view(count, -1).index_select(0, rows)
 
 
-def _halves(stored: Tensor) -> Tensor:
+def _halves(raw: Tensor) -> Tensor:
     """Bytes of float16, as float32."""
-    return stored.contiguous().view(torch.float16).float()
+    return raw.contiguous().view(torch.float16).float()
 
 
 def _spread(by_group: Tensor, choice: Choice, columns: int) -> Tensor:

@@ -59,8 +59,8 @@ def multiply(inputs: Tensor, weights: PackedWeights, experts: Tensor, tokens: Te
         inputs, experts, tokens = inputs.to(device), experts.to(device), tokens.to(device)
     # An operator costs a tenth of a millisecond, which only compilers and gradients need to pay.
     plain = not torch.compiler.is_compiling() and not (inputs.requires_grad and torch.is_grad_enabled())
-    found = (_dispatched if plain else packed_linear)(inputs, weights.table, weights.shape[0], experts, tokens)
-    return found if home == device else found.to(home)
+    products = (_dispatched if plain else packed_linear)(inputs, weights.table, weights.shape[0], experts, tokens)
+    return products if home == device else products.to(home)
 
 
 def _dispatched(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens: Tensor) -> Tensor:
@@ -134,6 +134,6 @@ def _held(address: int) -> QuantizedMatrix:
 def _kept(coding: np.ndarray, first: int, count: int, columns: int) -> Tensor:
     """Rows of a matrix of 16 bits where it lies."""
     begin = int(coding[ADDRESS]) + 2 * first * columns
-    held = np.ctypeslib.as_array((ctypes.c_int16 * (count * columns)).from_address(begin))
+    words = np.ctypeslib.as_array((ctypes.c_int16 * (count * columns)).from_address(begin))
     kind = torch.float16 if coding[FLAGS] else torch.bfloat16
-    return torch.from_numpy(held).view(kind).view(count, columns)
+    return torch.from_numpy(words).view(kind).view(count, columns)

@@ -143,15 +143,15 @@ class Target:
 
 def stored_tensors(files: Sequence[str]) -> dict[str, tuple[Path, TensorInfo]]:
     """What the checkpoint's files hold, by name, as it is once decoded. Raises CheckpointError if a file is damaged."""
-    found, stored, decoded = {}, 0, 0
+    tensors, stored, decoded = {}, 0, 0
     for path in map(Path, files):
         opened = PlainFile(path)
         for name, info in read_header(path)[0].items():
             prefix = opened.read(info.begin, min(info.nbytes, PREFIX_BYTES)) if is_block(info) else torch.empty(0)
-            found[name] = path, decoded_info(info, prefix)
-            stored, decoded = stored + info.nbytes, decoded + _bytes_of(found[name][1])
+            tensors[name] = path, decoded_info(info, prefix)
+            stored, decoded = stored + info.nbytes, decoded + _bytes_of(tensors[name][1])
     check_claims(decoded, stored, "The checkpoint")
-    return found
+    return tensors
 
 
 def is_block(info: TensorInfo) -> bool:
@@ -180,14 +180,14 @@ class Placing:
     def targets(self, stored: Iterable[str]) -> dict[str, Target]:
         """The model's parameters that are stored."""
         by_pattern = {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
-        found: dict[str, Target] = {}
+        by_parameter: dict[str, Target] = {}
         for name in sorted(stored, key=dot_natural_key):
             renamed, pattern = self.place(name)
             if renamed in self.parameters:
                 converter = by_pattern[pattern] if pattern is not None else None
-                target = found.setdefault(renamed, Target(renamed, self.parameters[renamed], converter))
+                target = by_parameter.setdefault(renamed, Target(renamed, self.parameters[renamed], converter))
                 target.sources.setdefault(pattern or "", []).append(name)
-        return found
+        return by_parameter
 
 
 class Packer:
@@ -275,14 +275,14 @@ class Packer:
         path, info = self.stored[name]
         if path not in self._files:
             self._files[path] = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-        held = self._files[path][info.begin : info.end]
-        if is_coded(held):
-            values = decode_tensor(held, name)
+        raw = self._files[path][info.begin : info.end]
+        if is_coded(raw):
+            values = decode_tensor(raw, name)
         elif is_block(info):
-            return held
+            return raw
         else:
             kind = TORCH_DTYPES[info.dtype]
-            values = (held.clone() if info.begin % kind.itemsize else held).view(kind).view(info.shape)
+            values = (raw.clone() if info.begin % kind.itemsize else raw).view(kind).view(info.shape)
         return values if is_block(info) or values.dtype in KEPT else values.bfloat16()
 
     def _weights(self, target: Target, shape: Shape) -> PackedWeights:
@@ -349,8 +349,8 @@ def _expert_numbers(names: Sequence[str]) -> list[int]:
 
 def _first_and_down(module: Any, targets: Sequence[Target]) -> tuple[Target, Target] | None:
     """The parameters of a module that computes down(gate(first(x))) with the experts that a router chose, or None."""
-    found = {target.short: target for target in targets}
-    first, down = found.get("gate_up_proj") or found.get("up_proj"), found.get("down_proj")
+    by_name = {target.short: target for target in targets}
+    first, down = by_name.get("gate_up_proj") or by_name.get("up_proj"), by_name.get("down_proj")
     if first is None or down is None or first.parameter.ndim != 3 or down.parameter.ndim != 3:
         return None
     call = tuple(inspect.signature(type(module).forward).parameters)[1:]
@@ -396,6 +396,6 @@ def _device_of(model: nn.Module, name: str) -> torch.device:
     while name:
         name = name.rpartition(".")[0]
         around = model.get_submodule(name)
-        if (found := next((one.device for one in around.parameters() if one.device.type != "meta"), None)) is not None:
-            return found
+        if (device := next((one.device for one in around.parameters() if one.device.type != "meta"), None)) is not None:
+            return device
     return CPU

@@ -58,7 +58,7 @@ def fusions(model: Any, known: list[Any]) -> list[WeightConverter]:
         for name, _ in model.named_parameters()
     )
     merged = [pattern for entry in known if isinstance(entry, WeightConverter) for pattern in entry.source_patterns]
-    found = []
+    converters = []
     for rule in fused:
         if rule is None or not rule.stacked:
             continue
@@ -70,8 +70,8 @@ def fusions(model: Any, known: list[Any]) -> list[WeightConverter]:
         operations += [Concatenate(dim=1)] * (len(sources) > 1) + [Transpose(1, 2)] * rule.transposed
         operations += [Refold()] * rule.folded
         target = rule.template.partition("{layer}")[2]
-        found.append(WeightConverter(source_patterns=sources, target_patterns=target, operations=operations))
-    return found
+        converters.append(WeightConverter(source_patterns=sources, target_patterns=target, operations=operations))
+    return converters
 
 
 @register_quantizer("alphaq")

@@ -91,8 +91,8 @@ def _restore_embeddings() -> None:
         from alphaq.formats.blocks import decode, dequantize, is_block  # kernels, which not every process needs
 
         if is_block(loaded_weight):
-            held = decode(loaded_weight.cpu(), "The embedding or head")
-            loaded_weight = dequantize(held, param.dtype).to(loaded_weight.device)
+            matrix = decode(loaded_weight.cpu(), "The embedding or head")
+            loaded_weight = dequantize(matrix, param.dtype).to(loaded_weight.device)
         return load(self, param, loaded_weight, *others, **options)
 
     VocabParallelEmbedding.weight_loader = weight_loader
@@ -105,13 +105,13 @@ def _shield_llvmlite() -> None:
     its functions and answers with an object that is no dictionary.
     """
     library = type(llvmlite.binding.ffi.lib)
-    found = library.__getattr__
-    if found.__module__ == __name__:
+    look_up = library.__getattr__
+    if look_up.__module__ == __name__:
         return
 
     def attribute(self: Any, name: str) -> Any:
         if name == "__dict__":
             raise AttributeError(name)
-        return found(self, name)
+        return look_up(self, name)
 
     library.__getattr__ = attribute

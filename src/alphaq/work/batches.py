@@ -56,11 +56,12 @@ def limited(nodes: Sequence[Node], most: int | None) -> list[Node]:
     """The nodes with no more than `most` cores in all, taken from each in turn."""
     if most is None or sum(node.cores for node in nodes) <= most:
         return list(nodes)
-    given = [0] * len(nodes)
+    allotted = [0] * len(nodes)
     for _ in range(most):
-        least = min((index for index, node in enumerate(nodes) if given[index] < node.cores), key=lambda i: given[i])
-        given[least] += 1
-    return [Node(n.id, n.name, cores, n.cards, n.files) for n, cores in zip(nodes, given, strict=True)]
+        room = (index for index, node in enumerate(nodes) if allotted[index] < node.cores)
+        least = min(room, key=lambda index: allotted[index])
+        allotted[least] += 1
+    return [Node(n.id, n.name, cores, n.cards, n.files) for n, cores in zip(nodes, allotted, strict=True)]
 
 
 def batches(

@@ -170,14 +170,14 @@ class RayWorkers(Workers):
                 if head.done:
                     assert head.refs is not None
                     try:
-                        found, fault = ray.get(head.refs[1]), ray.get(head.refs[0])
+                        results, fault = ray.get(head.refs[1]), ray.get(head.refs[0])
                     except ray.exceptions.RayError as error:
                         self._again(function, head, load, on_card, error)
                         continue
                     queue.popleft()
                     head.refs = None  # lets the store drop them
-                    yield from found
-                    del found
+                    yield from results
+                    del results
                     if fault is not None:
                         raise fault
                     continue
@@ -204,7 +204,7 @@ class RayWorkers(Workers):
     def _submit(self, function: Any, batch: Batch, load: dict[str, int], on_card: bool) -> None:
         """Give a batch to a node; where all that could take it are busy, the least busy one has it waiting."""
         deadline = time.monotonic() + WAIT_S
-        told = False
+        is_told = False
         while True:
             able = [node for node in self.nodes if node.can(batch.needed, on_card)]
             if able:
@@ -215,9 +215,9 @@ class RayWorkers(Workers):
                     f"{', '.join(sorted(batch.needed)) or 'the checkpoint'}. Add nodes, or put the files where they "
                     "can be read, and repeat the command: what is finished is kept."
                 )
-            if not told:
+            if not is_told:
                 self.log("note: no node is left that could go on; waiting for one")
-                told = True
+                is_told = True
             time.sleep(1.0)
             self._refresh()
         node = choose(able, load, batch.needed, on_card) or min(
@@ -327,6 +327,6 @@ def _note(line: str) -> None:
 def _label(task: Any) -> str:
     """What a task is about."""
     for name in ("matrix", "entry"):
-        if (found := getattr(task, name, None)) is not None:
-            return str(found.name)
+        if (about := getattr(task, name, None)) is not None:
+            return str(about.name)
     return str(getattr(task, "name", type(task).__name__))

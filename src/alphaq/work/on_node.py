@@ -42,13 +42,13 @@ def _shared_of(boxed: Sequence[Any]) -> Any:
 def run_batch(boxed: Sequence[Any], function: Callable[[Any, S], T], tasks: Sequence[S]) -> tuple[Any, list[T]]:
     """Results up to the first task that fails, and what that raised, if it is the input's or the system's fault."""
     shared = _shared_of(boxed)
-    found: list[T] = []
+    results: list[T] = []
     try:
         for task in tasks:
-            found.append(function(shared, task))
+            results.append(function(shared, task))
     except (AlphaQError, OSError) as fault:
-        return fault, found
-    return None, found
+        return fault, results
+    return None, results
 
 
 def probe(boxed: Sequence[Any]) -> tuple[str, frozenset[str] | None]:

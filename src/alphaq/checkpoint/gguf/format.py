@@ -254,8 +254,8 @@ def _count_of(part: GgufFile, key: str) -> int | None:
     """A whole number in the metadata, None if the key is not there."""
     if key not in part.metadata:
         return None
-    given = part.metadata[key]
-    value = None if given.element else given.value
+    entry = part.metadata[key]
+    value = None if entry.element else entry.value
     if type(value) is not int or value < 0:
         raise CheckpointError(f"{part.files[0]}: {key} is not a count. Download the file again.")
     return value
@@ -310,8 +310,8 @@ def _alignment(metadata: Mapping[str, GgufValue]) -> int | None:
     """What every tensor's offset is a multiple of, in bytes; None if the metadata name no power of two."""
     if ALIGNMENT_KEY not in metadata:
         return DEFAULT_ALIGNMENT
-    given = metadata[ALIGNMENT_KEY]
-    value = given.value if given.type == "uint32" else None
+    entry = metadata[ALIGNMENT_KEY]
+    value = entry.value if entry.type == "uint32" else None
     return value if isinstance(value, int) and value.bit_count() == 1 else None
 
 
