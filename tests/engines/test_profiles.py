@@ -8,6 +8,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from exported import gaussian, round_trip
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from alphaq.engines import vllm
 from alphaq.engines.gguf import profile as llama_cpp
 from alphaq.engines.profile import Profile
 from alphaq.engines.profiles import ENGINES, profile
-from alphaq.errors import ChoiceError, UnknownNameError
+from alphaq.errors import ChoiceError, MissingEngineError, MissingExtraError, UnknownNameError
 from alphaq.formats.gaussian import GAUSSIAN_ERROR
 from alphaq.formats.ggml import GGML_BLOCKS
 from alphaq.formats.native import kind_of
@@ -103,6 +104,21 @@ def test_bytes_hold_the_codes(engine: Profile, shape: Shape) -> None:
     kept = engine.storage_bytes(Choice(16), shape)
     for choice in quantized(engine):
         assert choice.bits * shape[0] * shape[1] / 8 < engine.storage_bytes(choice, shape) < kept
+
+
+@every_profile
+def test_what_is_encoded_has_the_promised_bytes_and_is_read_back(engine: Profile) -> None:
+    """By what reads the files, with the error that the quantizer counted."""
+    weight = gaussian(64, 512)
+    for choice in engine.defaults:
+        try:
+            matrix, restored = round_trip(engine, choice, weight)
+        except (MissingExtraError, MissingEngineError) as error:
+            pytest.skip(str(error))
+        parts = engine.writer.encode(matrix)
+        assert sum(part.nbytes for part in parts) == engine.storage_bytes(choice, (64, 512))
+        error = (restored - weight.float()).double().square().sum()
+        assert matrix.squared_error == pytest.approx(float(error), rel=1e-4)
 
 
 @every_profile

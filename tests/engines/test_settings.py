@@ -23,7 +23,7 @@ from alphaq.checkpoint.families.architecture import architectures
 from alphaq.checkpoint.gguf.rope import llama3_factors
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.assumptions.rules import Fixed
-from alphaq.engines.assumptions.tables import engine_table, family_settings
+from alphaq.engines.assumptions.tables import Lines, engine_table, family_settings
 from alphaq.engines.effective import effective_config
 from alphaq.engines.placement import left_out
 from alphaq.engines.profiles import ENGINES as PROFILES
@@ -99,6 +99,17 @@ def test_a_setting_that_no_line_names_must_have_its_default(tmp_path: Path, engi
     assert refusal(source, engine) is None
     change(source, layer_types=["full_attention"] * 3)
     assert refusal(source, engine) is None  # the class of this family knows none
+
+
+def test_an_engine_without_a_file_takes_every_setting_at_its_default() -> None:
+    known = family_settings("an engine of next year", architectures()["olmoe"])
+    assert {known.verdict(name) for name in ("hidden_size", "attention_bias", "clip_qkv")} == {"fixed"}
+    assert known.verdict("use_cache") == "neutral"
+
+
+def test_a_word_that_no_engine_file_knows_is_refused() -> None:
+    with pytest.raises(TypeError, match="caried"):
+        Lines.parse({"caried": ["hidden_size"]})
 
 
 def test_rules_of_one_setting_say_what_they_allow() -> None:
