@@ -33,6 +33,7 @@ from alphaq.cli.options import as_command
 from alphaq.cli.plan import plan
 from alphaq.cli.plot import plot
 from alphaq.cli.quantize import quantize
+from alphaq.cli.quantizers import quantizers
 from alphaq.cli.recode import recode
 from alphaq.cli.report import report
 from alphaq.cli.slice import slice_
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "engines": engines,
     "methods": methods,
+    "quantizers": quantizers,
     "explain": explain,
     "verify": verify,
     "eval": evaluate,
@@ -120,7 +122,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         if not error.format_message():  # bare `alphaq`: the help has been shown
             sys.exit(2)
-        _fail(_renamed(error) or f"{error.format_message().rstrip('.')}. See `alphaq --help`.")
+        said = error.format_message().rstrip(".")
+        _fail(_renamed(error) or f"{said}{'' if said.endswith('?') else '.'} See `alphaq --help`.")
     sys.exit(code if isinstance(code, int) else 0)
 
 
