@@ -22,6 +22,7 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
@@ -64,9 +65,12 @@ def kernel(function: Callable[..., Any]) -> Any:
     function.__qualname__ += f"-{_STATE}"
     options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
     try:
-        return numba.njit(cache=True, **options)(function)
+        dispatcher = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's can be written: compile in each process
-        return numba.njit(**options)(function)
+        dispatcher = numba.njit(**options)(function)
+    # numba compiles under this lock but stores the result without it, where another thread may find it unfinished.
+    dispatcher.compile = global_compiler_lock(dispatcher.compile)
+    return dispatcher
 
 
 def _arithmetic(symbol: Any, instruction: str) -> None:
