@@ -10,24 +10,19 @@ are most of a layer (45 GB in float32 in DeepSeek-V3), so they are read and run 
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alphaq.calibration.experts import ExpertForm, form_of, is_expert_module
+from alphaq.calibration.libraries import map_large_tensors, no_progress_bars
 from alphaq.calibration.passage import Passage, Recorder
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import AlphaQError, CheckpointError, PassError
 from alphaq.nouns.matrix import MatrixRef, Role
-
-MMAP_THRESHOLD, LARGE_BYTES = -3, 1 << 22  # glibc's name of the setting; tensors of 4 MiB
-
 
 Keywords = Mapping[str, Any]
 """Arguments of a module of transformers; what they are is its class's business."""
@@ -203,7 +198,7 @@ class HollowModel:
                 continue
             # One parameter at a time: fused experts take three times their bytes while they are put together.
             tensors = {source: self._stored(source) for source in sources}
-            with _no_progress_bars():
+            with no_progress_bars():
                 loaded, _ = convert_and_load_state_dict_in_model(self.model, tensors, self._loading)
             if loaded.conversion_errors or loaded.mismatched_keys:
                 what = "; ".join(error.strip().splitlines()[-1] for error in loaded.conversion_errors.values())
@@ -258,7 +253,7 @@ def stream_forward(
     windows in one layer. Raises CheckpointError as `HollowModel` does, and AlphaQError for
     ids that are no windows of this model's tokens.
     """
-    _map_large_tensors()
+    map_large_tensors()
     hollow = hollow or HollowModel(checkpoint)
     vocabulary = hollow.base.get_input_embeddings().num_embeddings
     if ids.ndim != 2 or not ids.numel() or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
@@ -345,16 +340,6 @@ def _stream(output: Any) -> Tensor:
     return stream
 
 
-@cache
-def _map_large_tensors() -> None:
-    """Have glibc map large tensors by themselves, for as long as the process lives, so that freed ones leave it.
-
-    Otherwise pieces that later tensors do not fit into pile up, 30 MB with every layer of 2,048 columns (docs/LOG.md).
-    """
-    with suppress(AttributeError, OSError, TypeError):  # another C library, which has no such fault or no such remedy
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE_BYTES)
-
-
 def run_experts(
     hollow: HollowModel, traffic: LayerTraffic, read: Callable[[MatrixRef], Tensor] | None = None
 ) -> Tensor:
@@ -388,17 +373,3 @@ def traffic_of(hollow: HollowModel, layer: int, args: tuple[Any, ...], kwargs: K
     _, experts, weights = passed
     weights = weights.float().expand(experts.shape)
     return LayerTraffic(layer, inputs, experts.long(), weights, hollow.forms[layer])
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """transformers shows one per load, which here is hundreds."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

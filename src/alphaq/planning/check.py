@@ -124,7 +124,7 @@ def _by_divergence(
     key = f"check-{hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:24]}.json"
     cache = resources.cache
     for _ in resources.wrap([key], 1, "check"):
-        values = _parsed(run()) if cache is None else cache.kept(key, run, _parsed)
+        values = _parsed(run()) if cache is None else cache.recall(key, run, _parsed)
     return _verdict("kl", values, ids[:, context:].numel())
 
 

@@ -20,7 +20,7 @@ def coded_rest(scope: Scope, resources: Resources) -> int:
     request = scope.request
     versions = f"{coder_version(str(request.config.codec))} {QUANTIZERS[request.profile.quantizer].version}"
     key = hashlib.sha256(f"{versions} {sorted(scope.fixed.items())}".encode()).hexdigest()[:16]
-    return resources.cache.kept(f"rest-{key}.txt", lambda: str(_measured_rest(scope, resources)), int)
+    return resources.cache.recall(f"rest-{key}.txt", lambda: str(_measured_rest(scope, resources)), int)
 
 
 def _measured_rest(scope: Scope, resources: Resources) -> int:

@@ -42,17 +42,20 @@ def measure_for_plan(
     stats = inputs.read_stats()
     if checkpoint is None:
         return measured_by_stats(request, wanted, stats)
-    if check_budget and request.config.codec is None:  # what coded files take is known when they have been coded
-        # A model that the engine's files cannot hold, or an infeasible budget, is told before any measuring.
+    # What coded files take is known once they are coded; all else that cannot be is told before any measuring.
+    early = check_budget and request.config.codec is None
+    if early:
         request.profile.writer.layout(checkpoint, {})
-        problem_of(Scope.of(checkpoint, request))
+    scope = Scope.of(checkpoint, request)
+    if early:
+        problem_of(scope)
     if stats is None and needs is None and request.method.by_shapes and request.config.noise == "analytic":
         return measured_by_headers(checkpoint, request)
     if stats is not None:
         _check_stats(checkpoint, inputs, stats)
     if "text" in wanted and inputs.text is None:
         raise StatsError(f"--method {request.config.method} needs a text. Give one with --calibration FILE.")
-    return _measured(Scope.of(checkpoint, request), inputs, stats, resources, frozenset(wanted))
+    return _measured(scope, inputs, stats, resources, frozenset(wanted))
 
 
 def _measured(

@@ -100,7 +100,7 @@ def _remembered(run: PassRun, kind: str, tokens: str, make: Callable[[], str], l
         if cache is None:
             calibration = Calibration.from_json(make(), key)
         else:
-            calibration = cache.kept(key, make, Calibration.from_json)
+            calibration = cache.recall(key, make, Calibration.from_json)
     return calibration
 
 
