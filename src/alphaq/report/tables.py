@@ -10,16 +10,16 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from alphaq.checkpoint.summary import Summary
-from alphaq.engines.profile import Profile
 from alphaq.formats.table import parse_choice
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.plan import Plan, PlanCheck
-from alphaq.planning.outline import Outline
-from alphaq.sensitivity.base import Method
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # else a table would load torch
+    from alphaq.checkpoint.summary import Summary
+    from alphaq.engines.profile import Profile
     from alphaq.evaluation.certificate import Certificate, Estimate, Figures
+    from alphaq.planning.outline import Outline
+    from alphaq.sensitivity.methods import Method
 
 
 def human_bytes(count: float) -> str:
