@@ -28,7 +28,7 @@ from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.debiased import BIAS_WEIGHT, quantize_debiased
 from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.rated import quantize_rated
-from alphaq.quantizers.rows import over_rows_in_fp16
+from alphaq.quantizers.rows import over_groups
 from alphaq.quantizers.salience_kernels import quantize_salient
 from alphaq.simd.sums import in_threads, row_parts
 
@@ -168,9 +168,8 @@ def quantize_pb(
     packed = np.zeros((rows, choice.row_bytes(columns)), np.uint8)
     scales, offsets, wide = np.empty((3, rows, groups), np.float32)
     positions, values = np.empty((2, rows, groups, most), np.uint8)
-    settings = (choice.group_size, choice.symmetric, most, worth, bias_weight)
     filled = (packed, scales, offsets, wide, positions, values)
-    error = over_rows_in_fp16(quantize_salient, settings, weight, filled, name)
+    error = over_groups(quantize_salient, (most, worth, bias_weight), weight, choice, filled, name)
     return QuantizedMatrix(
         choice,
         (rows, columns),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # else a table would load torch
     from alphaq.engines.profile import Profile
     from alphaq.evaluation.certificate import Certificate, Estimate, Figures
     from alphaq.planning.outline import Outline
-    from alphaq.sensitivity.methods import Method
+    from alphaq.sensitivity.base import Method
 
 
 def human_bytes(count: float) -> str:
