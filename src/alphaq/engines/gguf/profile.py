@@ -162,7 +162,7 @@ def _type(recipe: TensorRecipe, choices: Mapping[str, Choice], checkpoint: Check
             f"{recipe.name} is one tensor in llama.cpp, but the plan gives its matrices {shown}. Choose one."
         )
     choice, first = found.pop(), recipe.matrices[0]
-    if choice.kept:
+    if not format_of(choice).foreign:
         raise PlanError(f"{first.name}: {choice} is no ggml type. Plan with --engine llama.cpp.")
     if why := obstacle(choice, first):
         raise PlanError(f"llama.cpp cannot store {first.name} as {choice}: {why}. Choose another type.")
