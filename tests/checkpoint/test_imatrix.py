@@ -97,8 +97,8 @@ def test_importance_moves_the_error_to_columns_that_matter_less(tmp_path: Path, 
     errors = []
     for given in (None, importance):
         quantized = quantize_ggml(values, parse_choice("Q2_K"), importance=given)
-        miss = (restore_rows(quantized.codes.numpy(), "Q2_K", 256) - values) ** 2
-        errors.append(miss.sum(dim=0))
+        miss = (restore_rows(quantized.codes.numpy(), "Q2_K", 256) - values.numpy()) ** 2
+        errors.append(miss.sum(axis=0))
     assert errors[1][:128].sum() < errors[0][:128].sum()
 
 

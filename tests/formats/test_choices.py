@@ -55,8 +55,9 @@ def test_bad_choice_is_refused_with_the_alternatives(text: str) -> None:
 
 def test_bits_alone_mean_plain_groups() -> None:
     assert [plain_choice(bits) for bits in (1, 3, 16)] == [Choice(1, 128), Choice(3, 128), Choice(16)]
-    with pytest.raises(ChoiceError, match="9 bits cannot be stored"):
-        plain_choice(9)
+    for bits in (-1, 0, 9, 100):
+        with pytest.raises(ChoiceError, match=f"{bits} bits cannot be stored"):
+            plain_choice(bits)
 
 
 def test_a_choice_that_no_format_made_is_refused() -> None:

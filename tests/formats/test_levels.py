@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from alphaq.formats.base import levels_of_bits
-from alphaq.formats.blocks import decode, dequantize, encode
+from alphaq.formats.blocks import decode, dequantize, encode, native_format
 from alphaq.formats.levels import Grid, grid_of
-from alphaq.formats.native import NativeFormat
 from alphaq.formats.packing import pack, unpack
-from alphaq.formats.table import format_of, formats
+from alphaq.formats.table import format_of, formats, parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.base import DEFAULT, rounder_of
@@ -84,9 +83,9 @@ def test_levels_lie_about_zero(bits: int) -> None:
         assert (values == -values[::-1]).all() or (not halves and bits > 1 and values[1:].sum() == 0)
 
 
-def test_formats_say_which_levels_they_have() -> None:
-    found = {form.name: form.levels(form.choices()[0]).zero for form in formats() if isinstance(form, NativeFormat)}
-    assert found == {"integers": 2, "binary": 0.5, "slim": 2, "salient": 0.5, "nested": 1.5, "coded": 2}
+@pytest.mark.parametrize(("text", "zero"), [("2g32", 2), ("1g32", 0.5), ("2g32-nest", 1.5), ("2g32s@1", 2)])
+def test_a_format_says_which_levels_it_has(text: str, zero: float) -> None:
+    assert native_format(parse_choice(text)).levels(parse_choice(text)).zero == zero
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

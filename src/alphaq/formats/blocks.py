@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -81,12 +81,8 @@ def block_bytes(block: torch.Tensor) -> int:
 def _header(block: torch.Tensor) -> tuple[Choice, Shape]:
     """What a header says. Raises ChoiceError, or struct.error if it is cut short."""
     magic, version, bits, group_size, flags, rows, columns = HEADER.unpack(bytes(block[:HEADER_BYTES].tolist()))
-    choice = None
-    if magic == _MAGIC and version == _VERSION:
-        number, symmetric = flags >> 1, bool(flags & _FLAG_SYMMETRIC)
-        native = (form for form in formats() if isinstance(form, NativeFormat))
-        found = (form.of_header(number, bits, group_size, symmetric) for form in native)
-        choice = next((one for one in found if one is not None), None)
+    known = magic == _MAGIC and version == _VERSION
+    choice = _choice_of(flags >> 1, bits, group_size, bool(flags & _FLAG_SYMMETRIC)) if known else None
     if choice is None:
         raise ChoiceError("it does not begin with the block header")
     if not rows or not columns:
@@ -94,10 +90,17 @@ def _header(block: torch.Tensor) -> tuple[Choice, Shape]:
     return choice, (rows, columns)
 
 
+@lru_cache(maxsize=1024)
+def _choice_of(number: int, bits: int, group_size: int, symmetric: bool) -> Choice | None:
+    """What a header names; None if no format knows it. Raises ChoiceError for a grid that cannot be stored."""
+    native = (form for form in formats() if isinstance(form, NativeFormat))
+    found = (form.of_header(number, bits, group_size, symmetric) for form in native)
+    return next((one for one in found if one is not None), None)
+
+
 def split_block(raw: np.ndarray, choice: Choice, shape: Shape) -> list[np.ndarray]:
     """Header, codes, offsets, scales, extra and padding of a block's bytes, as views."""
-    sizes: Iterable[int] = (HEADER_BYTES, *native_format(choice).parts(choice, shape))
-    return np.split(raw, np.cumsum(list(sizes)))
+    return np.split(raw, np.cumsum((HEADER_BYTES, *native_format(choice).parts(choice, shape))))
 
 
 def decode(block: torch.Tensor, name: str = "tensor") -> QuantizedMatrix:

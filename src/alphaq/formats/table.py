@@ -36,17 +36,21 @@ def parse_choice(text: str, group_size: int = USUAL_GROUP_SIZE, symmetric: bool 
 
     group_size, symmetric: what is meant where the text does not say.
     """
-    written = Written.of(text, group_size, symmetric)
-    for one in formats():
-        if (choice := one.parse(written)) is not None:
-            return choice
+    if (choice := _read(Written.of(text, group_size, symmetric))) is not None:
+        return choice
     examples = ", ".join(one.examples[0] for one in formats())
     raise ChoiceError(f"{shown(text)} is not a storage choice. Write bits alone (3), or like one of these: {examples}.")
 
 
 def plain_choice(bits: int, group_size: int = USUAL_GROUP_SIZE, symmetric: bool = False) -> Choice:
     """The choice that bits alone mean; 16 is kept. Raises ChoiceError if they cannot be stored."""
-    return parse_choice(str(bits), group_size, symmetric)
+    if (choice := _read(Written(str(bits), group_size, symmetric, bits))) is not None:
+        return choice
+    raise ChoiceError(f"{bits} bits cannot be stored. Available: 1 to 8, and 16 (kept).")
+
+
+def _read(written: Written) -> Choice | None:
+    return next((choice for one in formats() if (choice := one.parse(written)) is not None), None)
 
 
 def storage_bytes(choice: Choice, shape: Shape) -> int:

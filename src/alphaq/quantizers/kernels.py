@@ -116,7 +116,7 @@ def _rows(weight, columns, bits, group_size, symmetric, settings, largest, packe
             scales[place] = scale
             offsets[place] = offset
             error += found
-            _pack(codes, eights, count, bits, packed, row * row_bytes + begin * bits // 8, (row + 1) * row_bytes)
+            pack_group(codes, eights, count, bits, packed, row * row_bytes + begin * bits // 8, (row + 1) * row_bytes)
     largest[0] = lane_maximum(extent) + lane_sum(spoiled)
     return error
 

@@ -152,7 +152,7 @@ class PackedWeights(nn.Module):
             self._index()
         return self
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         """Copies and what is read from a pickle lie elsewhere."""
         super().__setstate__(state)
         if hasattr(self, "table"):
