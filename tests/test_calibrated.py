@@ -181,8 +181,8 @@ def test_llama_types_cannot_be_calibrated(alphaq: Run, tiny: Path, tmp_path: Pat
         (("--quantizer", "hqqq"), "hqqq"),
         (("--quantizer", "clipped"), "is called mse now"),
         (("--quantizer", "minmax"), "is called rtn now"),
-        (("--quantizer", "debiased", "--calibration", "self"), "--calibration is of no use"),
-        (("--calibration", "self"), "--calibration is of no use"),
+        (("--quantizer", "debiased", "--calibration", "self"), "--calibration does nothing"),
+        (("--calibration", "self"), "--calibration does nothing"),
         (("--quantizer", "gptq", "--calibration", "nowhere.txt"), "No text file nowhere.txt"),
         (("--quantizer", "debiased", "--calibration-tokens", "512"), "--calibration-tokens"),
         (("--quantizer", "gptq", "--calibration-tokens", "0"), "--calibration-tokens"),
@@ -265,4 +265,4 @@ def test_families_without_a_pass_are_told_what_to_use(tmp_path: Path) -> None:
 
 def test_a_text_that_nothing_looks_at_is_refused(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     ran = alphaq("compare", tiny, "--text", CODE, "--methods", "uniform", "--calibration", CODE, "-o", tmp_path / "out")
-    assert ran.code == 2 and "--calibration is of no use to these methods" in ran.err
+    assert ran.code == 2 and "--calibration does nothing for these methods" in ran.err

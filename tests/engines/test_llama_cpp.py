@@ -554,7 +554,7 @@ ROUTER = "model.layers.0.mlp.gate.weight"
 @pytest.mark.parametrize(
     ("type", "others", "message"),
     [
-        ("4g128", {}, r"experts\.0\.\w+_proj\.weight: 4g128 is no ggml type. Plan with --engine llama\.cpp"),
+        ("4g128", {}, r"experts\.0\.\w+_proj\.weight: 4g128 is not a ggml type. Plan with --engine llama\.cpp"),
         ("Q4_K", {FIRST: "Q6_K"}, r"blk\.0\.ffn_down_exps\.weight is one tensor .* gives its matrices Q4_K, Q6_K"),
         ("Q4_K", {FIRST: "16"}, r"blk\.0\.ffn_down_exps\.weight is one tensor .* gives its matrices 16, Q4_K"),
         ("Q4_K", {ROUTER: "Q8_0"}, rf"blk\.0\.ffn_gate_inp\.weight in F32\. Leave {ROUTER} out"),

@@ -244,7 +244,7 @@ def test_another_text_runs_the_model_again(
 
 def test_a_text_that_is_no_text_is_an_error(plan: MakePlan, tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00" * 100)
-    with pytest.raises(StatsError, match=r"binary is no UTF-8 text.*--calibration"):
+    with pytest.raises(StatsError, match=r"binary is not UTF-8 text.*--calibration"):
         plan(tmp_path / "binary", method="hessian")
 
 
@@ -524,7 +524,7 @@ def test_without_a_joint_budget_roles_get_the_engine_s_usual_types(
 
 
 def test_bits_for_a_role_that_an_engine_keeps_are_refused() -> None:
-    with pytest.raises(BudgetError, match=r"vllm keeps the embedding in 16 bits; --embedding-bits is of no use"):
+    with pytest.raises(BudgetError, match=r"vllm keeps the embedding in 16 bits; --embedding-bits does nothing"):
         resolve(config_of(engine="vllm", budget=Budget(bits=4), embedding_bits=4))
 
 

@@ -55,7 +55,7 @@ def routing_prior(checkpoint: Checkpoint) -> dict[Expert, ExpertUse]:
 def seen_uses(calibration: Calibration) -> dict[Expert, ExpertUse]:
     """What stands for the prior where a router sees more than a norm's output: uses by the tokens of a pass.
 
-    Random tokens overstate how experts differ, hence the root (docs/LOG.md).
+    Random tokens overstate how experts differ, hence the root (docs/research/log.md).
     """
     return {
         expert: replace(use, mean_square_weight=math.sqrt(use.mean_square_weight))

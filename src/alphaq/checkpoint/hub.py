@@ -45,7 +45,7 @@ def expanded(model: str | Path) -> Path:
         path = Path(model).expanduser()
         path.is_dir()
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{model} is no path ({error}). Check it.") from None
+        raise CheckpointError(f"{model} is not a path ({error}). Check it.") from None
     return path
 
 

@@ -33,7 +33,7 @@ class TaskOptions(BaseModel):
     include_path: Annotated[Path | None, Option("Folder of your own task files.", TASKS)] = None
     limit: Annotated[int | None, Option("Documents of each task; all by default.", TASKS)] = Field(default=None, ge=2)
     few_shot: Annotated[
-        int | None, Option("Examples in the prompt; the task's own number.", TASKS, name="num_fewshot")
+        int | None, Option("Examples in the prompt; by default the task's own number.", TASKS, name="num_fewshot")
     ] = Field(default=None, ge=0)
     batch_size: Annotated[int, Option("Requests at a time.", TASKS)] = Field(default=1, ge=1)
 
@@ -80,7 +80,7 @@ def _beside(model: str) -> Path:
 
     place = Path(model).expanduser()
     if not place.exists():
-        raise AlphaQError(f"{model} is no folder or file of this machine. Say where the certificate goes with -o FILE.")
+        raise AlphaQError(f"{model} is not a folder or file of this machine. Say where the certificate goes with -o FILE.")
     return (place if place.is_dir() else place.parent) / CERTIFICATE_NAME
 
 

@@ -30,11 +30,11 @@ def compare(
     asked: Annotated[Asked[PlanConfig], Shown(without=(*FIXED, "bos"))],
     means: Annotated[Means, Shown(without=("device", "pre_tokenizer"))],
     scoring: Annotated[Scoring, Shown(required=("texts",))],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results; a run there is gone on with.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results; an unfinished run there is continued.")],
     methods: Annotated[
         str,
         typer.Option(
-            help="Allocators, comma-separated, or all (see `alphaq methods`); also with settings: alphaq:gamma=2."
+            help="Methods, comma-separated, or all (see `alphaq methods`); also with settings: alphaq:gamma=2."
         ),
     ] = "uniform,random,first-layers,structure,distortion,alphaq,paper,auto",
     quantizers: Annotated[
@@ -45,7 +45,7 @@ def compare(
     bits: Annotated[str, typer.Option(help="Budgets: bits per expert weight, comma-separated.")] = "2,2.5,3,3.5",
     as_json: JsonOption = False,
 ) -> None:
-    """Allocators side by side at the same bytes: perplexity, KL, EAR, top-1, with paired confidence intervals."""
+    """Compare methods at the same bytes: perplexity, KL, EAR, top-1, with paired confidence intervals."""
     calibration = asked.values["calibration"]
     names, budgets = _methods(methods, calibration), _budgets(bits)
     if not names or not budgets:
@@ -64,7 +64,7 @@ def compare(
     on_text = any(method(name.partition(":")[0]).needs_text for name in names)
     roundings = _roundings(checkpoint, _listed(quantizers or ""), Sight(calibration, calibration_tokens, scoring.bos))
     if calibration is not None and not on_text and not any(one.by_inputs for one in roundings):
-        raise AlphaQError("--calibration is of no use to these methods and quantizers. Drop it.")
+        raise AlphaQError("--calibration does nothing for these methods and quantizers. Drop it.")
     text = text_of(calibration, scoring.bos) if on_text else None
     with resources_for(checkpoint, means) as resources:
         rows = run(checkpoint, Comparison(names, budgets, config, text, roundings), scoring, output, resources)
@@ -93,7 +93,7 @@ def _budgets(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise BudgetError(f"--bits {text!r} is no list of numbers. Write for example --bits 2,2.5,3.") from None
+        raise BudgetError(f"--bits {text!r} is not a list of numbers. Write for example --bits 2,2.5,3.") from None
 
 
 def _roundings(checkpoint: Checkpoint, names: list[str], sight: Sight) -> list[Rounding]:

@@ -128,7 +128,7 @@ def output_target(output: str, scratch: Path | None) -> Path | Store:
     path = local_path(output) if is_url(output) else Path(output)
     if path is None:
         if scratch is not None and not scratch.is_dir():
-            raise AlphaQError(f"--scratch {scratch} is no folder. Create it first.")
+            raise AlphaQError(f"--scratch {scratch} is not a folder. Create it first.")
         return Store.of(output)
     if scratch is not None:
         raise AlphaQError("--scratch is for outputs that are uploaded. Drop it, or give -o an address such as s3://...")

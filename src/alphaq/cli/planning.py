@@ -110,7 +110,7 @@ def measurements(
         raise BudgetError(f"--gamma applies only to methods alphaq and paper, not to {method}. Drop it.")
     text = text_of(inputs.calibration, config.bos) if request.method.needs_text else None
     if inputs.calibration is not None and text is None and quantizer is None:
-        raise BudgetError(f"--calibration is of no use to method {method}. Drop it.")
+        raise BudgetError(f"--calibration does nothing for method {method}. Drop it.")
     if checkpoint is not None:
         note_source(checkpoint, config.engine, inputs.imatrix)
         if config.bos and "synthetic" in request.method.needs:

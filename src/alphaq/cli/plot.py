@@ -48,7 +48,7 @@ def plot(
     kind: Annotated[
         str, typer.Argument(metavar="KIND", help="; ".join(f"{name}: {what}" for name, what in KINDS.items()))
     ],
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="What the figure is of; depends on KIND.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="What to draw; depends on KIND.")],
     means: Annotated[Means, Shown(only=("revision", "workers"))],
     output: Annotated[Path, typer.Option("--output", "-o", help="Figure to write: .png, .svg or .pdf.")],
     matrix: Annotated[

@@ -115,7 +115,7 @@ class Output:
         for name in (PLAN_NAME, MANIFEST_NAME):
             if not (folder / name).is_file():
                 raise CheckpointError(
-                    f"{folder} is no complete alphaq checkpoint: it has no {name}. Point to the output of "
+                    f"{folder} is not a complete alphaq checkpoint: it has no {name}. Point to the output of "
                     "`alphaq quantize`, complete the copy, or quantize again."
                 )
         self.folder = folder

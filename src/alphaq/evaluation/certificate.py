@@ -181,7 +181,7 @@ class Certificate(_Record):
             raise CheckpointError(f"{path} cannot be read: {error.strerror}. Check the path.") from None
         except ValueError as error:
             raise CheckpointError(
-                f"{path} is no valid certificate: {first_fault(error)}. Make it again with `alphaq certify`."
+                f"{path} is not a valid certificate: {first_fault(error)}. Make it again with `alphaq certify`."
             ) from None
 
     def belongs_to(self, folder: Path) -> bool:

@@ -71,7 +71,7 @@ def find_tasks(request: TaskRequest) -> Any:
     from lm_eval.tasks import TaskManager
 
     if request.include_path is not None and not request.include_path.is_dir():
-        raise AlphaQError(f"--include-path {request.include_path} is no folder. Name the folder of your task files.")
+        raise AlphaQError(f"--include-path {request.include_path} is not a folder. Name the folder of your task files.")
     files = [name for name in request.names if name.endswith((".yaml", ".yml"))]
     for name in files:
         if not Path(name).is_file():

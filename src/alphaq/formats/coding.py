@@ -6,7 +6,7 @@ A tensor is taken apart into planes whose bytes are alike: of a native block the
 bytes of the scales; of 16- and 32-bit numbers the first bytes, the second bytes, and so on, since signs and exponents
 repeat where mantissas do not. Codes whose bits do not divide 8 become bytes of whole codes first (two at 3 bits). Each
 plane is a zstd frame: its Huffman coder comes within a hundredth of a plane's entropy and decodes faster than the ANS
-coder tried beside it (docs/benchmarks.md). A frame ends with a checksum of what it holds, which shows damage.
+coder tried beside it (docs/research/benchmarks.md). A frame ends with a checksum of what it holds, which shows damage.
 Layout: docs/formats.md.
 """
 

@@ -99,7 +99,7 @@ def _gamma(text: str) -> float | str:
 def _decibels(text: str) -> float:
     match = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,6})?)\s*(?:dB)?\s*", text, re.IGNORECASE)
     if match is None:
-        raise BudgetError(f"--min-sqnr {text!r} is no ratio in decibels. Write for example 9dB.")
+        raise BudgetError(f"--min-sqnr {text!r} is not a ratio in decibels. Write for example 9dB.")
     return float(match[1])
 
 
@@ -139,7 +139,7 @@ class Rule(BaseModel):
         except ValueError:
             bits = math.nan
         if not 0 < bits <= 32:
-            raise BudgetError(f"{option} {self.value!r} is no number of bits. Write for example {option} 2.")
+            raise BudgetError(f"{option} {self.value!r} is not a number of bits. Write for example {option} 2.")
         return bits
 
 

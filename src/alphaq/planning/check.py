@@ -37,7 +37,7 @@ WINDOWS = 2  # of those that the signal was measured with
 MOST_WEIGHTS = 2 * 10**9  # of a model that is run; half a minute on two cores
 MARGIN = 1.25
 """How many times uniform bits' figure a plan's must be to be given up. Less may be chance: on Gemma 3 270M at 3.5 bits
-a plan that is a sixth better on texts is a twelfth worse on 510 tokens of the model's own writing (docs/LOG.md)."""
+a plan that is a sixth better on texts is a twelfth worse on 510 tokens of the model's own writing (docs/research/log.md)."""
 CHECK_VERSION = 1  # raise it whenever the same plans would be compared otherwise
 
 
@@ -79,7 +79,7 @@ def checked_plan(
 def _uniform(checkpoint: Checkpoint, request: Request, measurements: Measurements) -> Plan:
     """Uniform bits of the same choices and budget. Raises BudgetError where there is no such plan."""
     if request.config.per_layer:
-        raise BudgetError("Uniform bits know no budget for each layer.")
+        raise BudgetError("Uniform bits cannot have a budget for each layer.")
     config = request.config.model_copy(update={"method": BASELINE})
     rates = [choice for choice in request.offered if rate_of(choice)]
     ladder = tuple(sorted(rates, key=rate_of)) if rates else request.ladder

@@ -98,12 +98,12 @@ def _offered(config: PlanConfig, profile: Profile) -> list[Choice]:
 def _plain(offered: Sequence[Choice], ladder: Sequence[Choice], config: PlanConfig, profile: Profile) -> list[Choice]:
     """The plain choice of each width that is offered."""
     if any(rate_of(choice) for choice in offered) and config.choices is not None:
-        raise BudgetError(f"--method {config.method} goes by plain widths, not by rates. Offer other --choices.")
+        raise BudgetError(f"--method {config.method} takes plain widths only, not rates. Offer other --choices.")
     widths = {choice.bits for choice in offered}
     plain = [choice for choice in ladder if choice.bits in widths]
     if not plain:
         raise BudgetError(
-            f"--method {config.method} goes by plain widths, and {profile.name} has none of "
+            f"--method {config.method} takes plain widths only, and {profile.name} has none of "
             f"{', '.join(map(str, sorted(widths)))} bits. Offer other --choices."
         )
     return plain
@@ -133,7 +133,7 @@ def _check_options(config: PlanConfig, profile: Profile) -> None:
         profile.with_bits(bits)
         if role not in profile.roles and role not in (Role.DENSE_MLP, Role.MIXER):
             raise BudgetError(
-                f"{profile.name} keeps the {role.value} in 16 bits; --{role.value}-bits is of no use. Drop it."
+                f"{profile.name} keeps the {role.value} in 16 bits; --{role.value}-bits does nothing. Drop it."
             )
     if config.unweighted and config.budget.bpw is not None:
         raise BudgetError("--unweighted counts matrices, so stored bits per weight mean nothing. Use --bits or --size.")

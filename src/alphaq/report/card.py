@@ -104,7 +104,7 @@ def make_card(
     if base is None:
         notes.append("the original's hub id is not known, so base_model is left out; add it with --base-model")
     elif not _is_id(base):
-        raise AlphaQError(f"--base-model {base!r} is no hub id. Write it as OWNER/NAME.")
+        raise AlphaQError(f"--base-model {base!r} is not a hub id. Write it as OWNER/NAME.")
     licence = _licence(original, folder, reference)
     if not licence.metadata:
         notes.append("no licence was found in the original's card or files; add one before you publish")
@@ -156,7 +156,7 @@ def _read(path: Path) -> str:
     try:
         return read_bounded(path, MAX_CARD_BYTES).decode().replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is no readable card ({error}). Move it out of the way.") from None
+        raise CheckpointError(f"{path} is not a readable card ({error}). Move it out of the way.") from None
 
 
 def _original_of(folder: Path, reference: Path | None) -> Original:

@@ -90,7 +90,7 @@ def read_comparison(folder: Path) -> list[ComparedRow]:
     except OSError as error:
         raise OutputError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from None
     except ValueError as error:
-        raise OutputError(f"{path} is no comparison: {first_fault(error)}. {remedy}") from None
+        raise OutputError(f"{path} is not a comparison: {first_fault(error)}. {remedy}") from None
     if len({row.quantizer for row in rows} - {""}) < 2:  # then it tells nothing apart
         rows = [row.model_copy(update={"quantizer": ""}) for row in rows]
     return rows

@@ -7,7 +7,7 @@ rounding moves the stream behind a layer, squared and relative to it, per unit o
 is true of most models, early layers and down projections first, without being told. Such tokens overstate the first
 layers, hence the root. πₑ is the routing prior, averaged within the layer. For llama.cpp's types S without a root was
 better. Where rounding shrinks all weights, harm grows faster than the squared error; the default quantizer
-prevents that (quantizers/debiased.py). Experiments: docs/LOG.md.
+prevents that (quantizers/debiased.py). Experiments: docs/research/log.md.
 """
 
 from __future__ import annotations

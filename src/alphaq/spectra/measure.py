@@ -206,5 +206,5 @@ def _number(text: str | None, column: str, where: str) -> float | None:
     if not math.isfinite(value):
         raise StatsError(f"{where}: {column} {text!r} is not a finite number. Correct the row.")
     if abs(value) > LARGEST:
-        raise StatsError(f"{where}: {column} {text!r} is of no matrix of float32 weights. Correct the row.")
+        raise StatsError(f"{where}: {column} {text!r} cannot come from float32 weights. Correct the row.")
     return value

@@ -119,7 +119,7 @@ class RayWorkers(Workers):
         """Raise DeviceError unless a node can compute on the device."""
         if device != "cuda":
             raise DeviceError(
-                f"--device {device} is of one machine. On a cluster, where each task gets a card, write cuda."
+                f"--device {device} names a card of one machine. On a cluster, where each task gets a card, write cuda."
             )
         if not any(node.cards for node in self.nodes):
             raise DeviceError("No node that can read the checkpoint has a GPU. Drop --device, or add such a node.")

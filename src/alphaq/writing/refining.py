@@ -21,7 +21,7 @@ from alphaq.quantizers.base import rounded_by_inputs
 from alphaq.writing.rounding import Rounding
 from alphaq.writing.storing import StoreTask, Written, read_back, store
 
-DOUBT = 0.2  # of the mean diagonal, where there are as many tokens as columns (docs/LOG.md)
+DOUBT = 0.2  # of the mean diagonal, where there are as many tokens as columns (docs/research/log.md)
 Keep = Callable[[StoreTask, Written], None]
 
 

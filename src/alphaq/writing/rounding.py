@@ -48,7 +48,7 @@ class Rounding:
             raise AlphaQError(unknown(f"quantizer of engine {engine}", name, known))
         if not looks_at_inputs(name):
             if inputs is not None:
-                raise AlphaQError(f"--calibration is of no use to quantizer {name or usual}. Drop it.")
+                raise AlphaQError(f"--calibration does nothing for quantizer {name or usual}. Drop it.")
             return cls(name or usual)
         return cls(usual, name, inputs or Text(SELF))
 

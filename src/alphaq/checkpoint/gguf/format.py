@@ -273,7 +273,7 @@ def _parse(header: _Header) -> GgufFile:
     path = header.path
     if header.size < 24 or header.take(4) != MAGIC:
         raise CheckpointError(
-            f"{path.name} is no GGUF file: it does not begin with {MAGIC.decode()!r}. Check the path."
+            f"{path.name} is not a GGUF file: it does not begin with {MAGIC.decode()!r}. Check the path."
         )
     version = header.uint32()
     if version not in READABLE_VERSIONS:

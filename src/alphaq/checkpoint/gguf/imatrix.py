@@ -89,7 +89,7 @@ def _from_binary(path: Path, data: bytes) -> dict[str, np.ndarray]:
             place += 8 + 4 * count
             means[name] = _means(path, name, values[None], np.array([[max(calls, 0)]], np.float32))
     except (struct.error, ValueError) as error:
-        raise CheckpointError(f"{path} is no importance matrix of llama.cpp ({error}). Check --imatrix.") from None
+        raise CheckpointError(f"{path} is not an importance matrix of llama.cpp ({error}). Check --imatrix.") from None
     return means
 
 

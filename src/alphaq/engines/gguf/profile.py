@@ -95,7 +95,7 @@ def obstacle(choice: Choice, matrix: MatrixRef) -> str | None:
 
 
 def file_layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
-    """The one file. Raises PlanError if matrices of one tensor have several choices, or one that is no ggml type."""
+    """The one file. Raises PlanError if matrices of one tensor have several choices, or one that is not a ggml type."""
     recipes = gguf_tensors(checkpoint)
     types = {recipe.name: _type(recipe, choices, checkpoint) for recipe in recipes}
     header, places, nbytes = layout(_metadata(checkpoint), {r.name: (types[r.name], r.shape) for r in recipes})
@@ -134,7 +134,7 @@ def _type(recipe: TensorRecipe, choices: Mapping[str, Choice], checkpoint: Check
         )
     choice, first = found.pop(), recipe.matrices[0]
     if str(choice) not in GGML_BLOCKS:
-        raise PlanError(f"{first.name}: {choice} is no ggml type. Plan with --engine llama.cpp.")
+        raise PlanError(f"{first.name}: {choice} is not a ggml type. Plan with --engine llama.cpp.")
     if why := obstacle(choice, first):
         raise PlanError(f"llama.cpp cannot store {first.name} as {choice}: {why}. Choose another type.")
     return str(choice)
