@@ -25,7 +25,7 @@ PARSED_ONLY = {
     r"compare .*--skip-tokens (16384|24000)": "needs longer texts than those bundled, and hours",
     r"--cluster ray|(s3|gs|hf)://": "needs a cluster or a store; test_cluster.py and tests/checkpoint run them",
     r"plot KIND RUN": "a synopsis",
-    r"^alphaq demo": "tests/test_cli.py runs it",
+    r"^alphaq demo": "tests/cli/test_cli.py runs it",
     r"from gptqmodel import": "needs GPTQModel, which asks for another torch",
 }
 """Commands (and Python) that the tests read but do not run: a pattern of the text, and why."""
