@@ -206,7 +206,7 @@ def test_the_layers_in_contributing_are_the_contract_s() -> None:
     layers = contract["tool"]["importlinter"]["contracts"][0]["layers"]
     told = re.search(r"\n    (cli > [^\n]*(?:\n    [^\n]+)*)", CONTRIBUTING)
     assert told
-    assert re.split(r"\s*>\s*", " ".join(told[1].split())) == [re.sub(r" *\| *", ", ", layer) for layer in layers]
+    assert re.split(r"\s*>\s*", " ".join(told[1].split())) == [re.sub(r" *[|:] *", ", ", layer) for layer in layers]
 
 
 def test_every_room_is_described() -> None:

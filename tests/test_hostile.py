@@ -27,7 +27,7 @@ from alphaq.checkpoint.weights import read_shards
 from alphaq.errors import LONGEST_MESSAGE, AlphaQError, CheckpointError, PlanError
 from alphaq.formats.blocks import decode, encode, native_format
 from alphaq.formats.table import parse_choice
-from alphaq.measuring.cache import Cache
+from alphaq.measuring.cache import Cache, Entry
 from alphaq.nouns.plan import Plan
 from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.work.untrusted import parse_json
@@ -539,7 +539,7 @@ def test_a_hostile_importance_matrix_is_refused(tmp_path: Path, raw: bytes) -> N
 
 def test_damaged_lines_of_the_cache_are_measured_anew(tmp_path: Path) -> None:
     with Cache(tmp_path, {"a": "b"}) as cache:
-        cache.add("sound", None, {"2g32": (1.0, 0.0)})
+        cache.add(Entry("sound", {"2g32": (1.0, 0.0)}))
         journal = cache.path / "measurements.jsonl"
     lines = ({}, {"name": 1}, {"name": "a", "errors": 3}, {"name": "a", "errors": {}, "spectrum": {"alpha": "x"}})
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines) + journal.read_text() + "[" * 100_000 + "\n")

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -66,7 +67,9 @@ def _as_json(record: object) -> object:
     """A frozen record as an object of its fields."""
     if is_dataclass(record) and not isinstance(record, type):
         return asdict(record)
-    raise TypeError(f"{type(record).__name__} is no JSON")
+    if isinstance(record, BaseModel):
+        return record.model_dump(mode="json")
+    raise TypeError(f"{type(record).__name__} is not JSON")
 
 
 def show(as_json: bool, data: Any, *parts: Any) -> None:

@@ -32,6 +32,7 @@ from alphaq.engines.gguf.model import gguf_metadata, gguf_tensors, transformed
 from alphaq.engines.gguf.profile import FILE_NAME, OF_ONE_FILE, PROFILE
 from alphaq.engines.output import MANIFEST_NAME, PLAN_NAME, read_manifest
 from alphaq.errors import CheckpointError, MissingExtraError, PlanError, VerificationError
+from alphaq.formats import ggml_library
 from alphaq.formats.ggml_library import restore_rows
 from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
@@ -529,7 +530,7 @@ def test_type_file_names_every_matrix_that_is_not_in_float32(
     lines = (tmp_path / "types").read_text().split()
     assert all(re.fullmatch(r"[^=\s]+=[^=\s]+", line) for line in lines)
     types = dict(line.split("=") for line in lines)
-    name_of = ggml._library().ggml_type_name
+    name_of = ggml_library.library().ggml_type_name
     name_of.restype = ctypes.c_char_p
     assert set(types.values()) <= {name_of(kind).decode().lower() for kind in gguf.GGMLQuantizationType}
     assert alphaq("quantize", tiny, "--plan", tmp_path / "p", "-o", tmp_path / "out").code == 0
@@ -626,14 +627,14 @@ EXTRA = "pip install 'alphaq[gguf]'"
 def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process."""
     monkeypatch.setattr(llama_cpp, "_known_metadata", {})
-    for known in (ggml._library, ggml._prepared):
+    for known in (ggml_library.library, ggml._prepared):
         known.cache_clear()
 
 
 def test_missing_llama_cpp_is_named_and_a_formula_does_without(
     tiny: Path, alphaq: Callable[..., Ran], nothing_loaded: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ggml, "find_spec", lambda name: None)
+    monkeypatch.setattr(ggml_library, "find_spec", lambda name: None)
     plan = ("plan", tiny, "--bits", 4, "--engine", "llama.cpp", "--choices", FAST, "--method", "alphaq")
     ran = alphaq(*plan, "--workers", 1)
     assert ran.code == 2

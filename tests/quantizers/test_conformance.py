@@ -19,7 +19,7 @@ from alphaq.formats.blocks import decode, dequantize, encode
 from alphaq.formats.ggml import GGML_BLOCKS
 from alphaq.formats.ggml_library import restore_rows
 from alphaq.formats.native import CHOICE_BITS, GROUP_SIZES
-from alphaq.formats.table import parse_choice, storage_bytes
+from alphaq.formats.table import format_of, parse_choice, storage_bytes
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.base import QUANTIZERS
@@ -148,7 +148,7 @@ def at_choice(name: str, choice: Choice, weight: torch.Tensor) -> tuple[Quantize
 
 def min_max_values(choice: Choice, weight: torch.Tensor) -> torch.Tensor:
     """Plain min–max with as many bits and as large groups, in float16 scales; of ggml's blocks what is in all types."""
-    if choice.name:
+    if format_of(choice).foreign:
         choice = Choice(choice.bits, 32, symmetric=True)
     return dequantize(round_to_nearest(weight, replace(choice, name="")))
 
@@ -201,7 +201,7 @@ def test_error_and_bytes_are_those_of_what_is_stored(
     assert found.squared_error == pytest.approx(squared(weight, restored, choice), rel=1e-4, abs=1e-9)
     if not case.native:  # engines' files hold the parts as they are
         blocks = weight.shape[1] // choice.group_size
-        width = blocks * GGML_BLOCKS[choice.name][2] if choice.name else choice.row_bytes(weight.shape[1])
+        width = blocks * GGML_BLOCKS[choice.name][2] if format_of(choice).foreign else choice.row_bytes(weight.shape[1])
         assert found.codes.shape == (rows, width)
         return
     block = encode(found)
@@ -241,7 +241,7 @@ def test_a_huge_outlier_matters_in_its_group_alone(name: str, choice: Choice, ou
 @every_pair
 def test_ragged_last_group_is_a_group_by_itself(name: str, choice: Choice) -> None:
     whole = CASES[name].whole
-    if whole > choice.group_size or choice.name:
+    if whole > choice.group_size or format_of(choice).foreign:
         with pytest.raises(QuantizationError, match="whole"):
             EVERY[name](gaussian(3, choice.group_size + 16), choice)
         return

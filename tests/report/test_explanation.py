@@ -153,7 +153,10 @@ def test_an_edited_plan_is_not_explained_by_its_old_table(plan: Plan) -> None:
 
 def test_the_command_explains_a_file_or_its_folder(alphaq: Run, plan: Plan, plan_file: Path) -> None:
     ran = alphaq("explain", plan_file, "layers.0.*down_proj", "--limit", "3", "--json")
-    assert ran.json == json.loads(json.dumps(asdict(explain_plan(plan, "layers.0.*down_proj", 3))))
+    explained = asdict(explain_plan(plan, "layers.0.*down_proj", 3))
+    assert plan.config is not None
+    explained["budget"] = plan.config.budget.model_dump()
+    assert ran.json == json.loads(json.dumps(explained))
     assert alphaq("explain", plan_file.parent, "layers.0.*down_proj", "--limit", "3", "--json").json == ran.json
     shown = alphaq("explain", plan_file, "--limit", "2").out
     assert f"one more byte would save {plan.price:.4g}" in shown

@@ -154,7 +154,7 @@ def test_plans_do_not_depend_on_order_or_company_and_are_those_of_plan(
             with Cache(own, {}) as kept:
                 found = measure_for_plan(checkpoint, resolve(config), resources=Resources(cache=kept))
                 alone = checked_plan(checkpoint, resolve(config), found, Resources(cache=kept))
-            made = next(plan for plan in seen if plan.config["method"] == row.method)
+            made = next(plan for plan in seen if plan.config.method == row.method)
             assert made.to_json() == alone.to_json()
     assert [plan.config.method for plan in seen] == [*["uniform"] * ("uniform" not in order), *order]
 

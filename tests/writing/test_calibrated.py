@@ -258,7 +258,7 @@ def test_families_without_a_pass_are_told_what_to_use(tmp_path: Path) -> None:
     folder = save_layout(random_family("jetmoe"), tmp_path / "model", True)
     checkpoint = open_checkpoint(folder)
     rounding = Rounding.of("native", "gptq", Text("self"))
-    with pytest.raises(CheckpointError, match="gptq needs that; --quantizer rtn does not"):
+    with pytest.raises(CheckpointError, match="gptq needs that; --quantizer debiased does not"):
         pipeline.quantize(checkpoint, plan_of(checkpoint), tmp_path / "gptq", pipeline.WriteOptions(rounding=rounding))
     assert pipeline.quantize(checkpoint, plan_of(checkpoint), tmp_path / "debiased").tensors
 

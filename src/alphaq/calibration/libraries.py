@@ -14,7 +14,8 @@ MMAP_THRESHOLD, LARGE_BYTES = -3, 1 << 22  # glibc's name of the setting; tensor
 def map_large_tensors() -> None:
     """Have glibc map large tensors by themselves, for as long as the process lives, so that freed ones leave it.
 
-    Otherwise pieces that later tensors do not fit into pile up, 30 MB with every layer of 2,048 columns (docs/research/log.md).
+    Otherwise pieces that later tensors do not fit into pile up, 30 MB with every layer of 2,048 columns
+    (docs/research/log.md).
     """
     with suppress(AttributeError, OSError, TypeError):  # another C library, which has no such fault or no such remedy
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE_BYTES)

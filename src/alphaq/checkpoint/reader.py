@@ -315,7 +315,9 @@ def open_native(folder: Path, restored: Restore) -> Checkpoint:
 def _open_store(url: str, revision: str | None) -> Checkpoint:
     """A checkpoint whose weights stay where they are; headers are read by ranges, small files copied."""
     if revision is not None:
-        raise CheckpointError("--revision applies only to hub models. Put it into the address: hf://ORG/MODEL@REVISION.")
+        raise CheckpointError(
+            "--revision applies only to hub models. Put it into the address: hf://ORG/MODEL@REVISION."
+        )
     if url.lower().endswith(".gguf"):
         raise CheckpointError(f"{url} is a GGUF file, which is read from a local disk only. Download it.")
     store = Store.of(url)

@@ -18,7 +18,8 @@ def card(
         str | None, typer.Option("--output", "-o", help="File to write, - for stdout; README.md in OUT by default.")
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="Hub id of the original, such as Qwen/Qwen3-30B-A3B, if the folder does not name it.")
+        str | None,
+        typer.Option(help="Hub id of the original, such as Qwen/Qwen3-30B-A3B, if the folder does not name it."),
     ] = None,
     reference: Annotated[
         Path | None,

@@ -80,7 +80,9 @@ def _beside(model: str) -> Path:
 
     place = Path(model).expanduser()
     if not place.exists():
-        raise AlphaQError(f"{model} is not a folder or file of this machine. Say where the certificate goes with -o FILE.")
+        raise AlphaQError(
+            f"{model} is not a folder or file of this machine. Say where the certificate goes with -o FILE."
+        )
     return (place if place.is_dir() else place.parent) / CERTIFICATE_NAME
 
 

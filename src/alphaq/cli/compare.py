@@ -30,7 +30,9 @@ def compare(
     asked: Annotated[Asked[PlanConfig], Shown(without=(*FIXED, "bos"))],
     means: Annotated[Means, Shown(without=("device", "pre_tokenizer"))],
     scoring: Annotated[Scoring, Shown(required=("texts",))],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results; an unfinished run there is continued.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for results; an unfinished run there is continued.")
+    ],
     methods: Annotated[
         str,
         typer.Option(

@@ -37,7 +37,8 @@ WINDOWS = 2  # of those that the signal was measured with
 MOST_WEIGHTS = 2 * 10**9  # of a model that is run; half a minute on two cores
 MARGIN = 1.25
 """How many times uniform bits' figure a plan's must be to be given up. Less may be chance: on Gemma 3 270M at 3.5 bits
-a plan that is a sixth better on texts is a twelfth worse on 510 tokens of the model's own writing (docs/research/log.md)."""
+a plan that is a sixth better on texts is a twelfth worse on 510 tokens of the model's own writing
+(docs/research/log.md)."""
 CHECK_VERSION = 1  # raise it whenever the same plans would be compared otherwise
 
 

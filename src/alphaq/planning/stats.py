@@ -77,7 +77,9 @@ def make_plan(request: Request, measurements: Measurements) -> Plan:
 def _problem(request: Request, evidence: Evidence) -> Problem:
     config, choices, names = request.config, request.choices, evidence.names
     if config.budget.bits is None:
-        raise BudgetError("Stats alone do not say how many bytes matrices take. State the budget as --bits, or give MODEL.")
+        raise BudgetError(
+            "Stats alone do not say how many bytes matrices take. State the budget as --bits, or give MODEL."
+        )
     if any(getattr(config, name) != PlanConfig.model_fields[name].default for name in OF_MATRICES):
         raise BudgetError("--engine, pins, bounds and --per-layer need to know the matrices. Give MODEL.")
     counts = np.ones(len(names), np.int64) if config.unweighted else evidence.weights

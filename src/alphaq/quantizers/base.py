@@ -81,7 +81,7 @@ class Quantizer:
 
 OWN_VERSION = 3  # raised when a quantizer of ours begins to leave other bytes, or a name comes to mean another one
 DEFAULT = "debiased"
-LEVELS = "hqq"  # whose levels are rounded to by inputs, where the storage allows: the best of those tried (docs/research/log.md)
+LEVELS = "hqq"  # whose levels are rounded to by inputs, where the storage allows (docs/research/log.md)
 FORMERLY = {"clipped": "mse", "minmax": "rtn"}  # what some were called before; rtn then was what debiased is now
 
 QUANTIZERS: dict[str, Quantizer] = {

@@ -8,9 +8,9 @@ weights of standard deviation σ the rate R needs
     Δ = σ·√(2πe)·2^(−R)
 
 and comes within a third of a bit of what any coder can do, D = σ²·2^(−2R), from 2 bits on: a quarter by theory, the
-rest is Huffman's. Groups of 128 take 0.65 to 0.75 more (docs/research/log.md). A quadratic rate term in the rounding itself
-(CERWU, arXiv 2505.18758) moves along the same curve when no correlations between columns are known, so λ is set by the
-step alone. What a matrix really takes is measured.
+rest is Huffman's. Groups of 128 take 0.65 to 0.75 more (docs/research/log.md). A quadratic rate term in the rounding
+itself (CERWU, arXiv 2505.18758) moves along the same curve when no correlations between columns are known, so λ is set
+by the step alone. What a matrix really takes is measured.
 The scale that is stored in the end is the one that `debiased` would fit to the codes.
 """
 

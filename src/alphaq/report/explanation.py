@@ -16,7 +16,7 @@ from rich.table import Table
 
 from alphaq.errors import PlanError
 from alphaq.nouns.plan import Plan, PlanTable
-from alphaq.nouns.settings import names
+from alphaq.nouns.settings import Budget, names
 from alphaq.report.tables import check_words, kept_text, plain_table
 
 
@@ -59,7 +59,7 @@ class Explanation:
 
     engine: str
     method: str | None
-    budget: Any
+    budget: Budget | None
     objective: float | None
     lower_bound: float | None
     price: float | None

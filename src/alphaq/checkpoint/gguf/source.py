@@ -261,7 +261,8 @@ def _views(
     rules = [rule for name in _FUSED.get(template, (template,)) for rule in mapping.tensors if rule.name == name]
     if not rules:
         raise ArchitectureError(
-            f"{where}: {tensor.name} is not a known tensor of a {mapping.arch} model. Start from the Hugging Face folder."
+            f"{where}: {tensor.name} is not a known tensor of a {mapping.arch} model. "
+            "Start from the Hugging Face folder."
         )
     stacked = "{expert}" in rules[0].sources[0]
     experts = architecture.experts_per_layer(config) if stacked else 1

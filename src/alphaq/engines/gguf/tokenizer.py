@@ -173,7 +173,9 @@ def _sentencepiece(folder: Path, vocab_size: int) -> _Vocabulary:
             first = file.readline(MAX_LINE_BYTES)
         if _TIKTOKEN_LINE.fullmatch(first):
             raise _only_tiktoken(folder / "tokenizer.model") from None
-        raise CheckpointError(f"{folder / 'tokenizer.model'} is not a SentencePiece model. Download it again.") from None
+        raise CheckpointError(
+            f"{folder / 'tokenizer.model'} is not a SentencePiece model. Download it again."
+        ) from None
     vocabulary = _Vocabulary(vocab_size)
     types = vocabulary.types
     for position in range(pieces.vocab_size()):
