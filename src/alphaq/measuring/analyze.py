@@ -15,10 +15,7 @@ from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant
 
 
 def analyze(
-    checkpoint: Checkpoint,
-    out: Path,
-    variant: SpectrumVariant = FAST_VARIANT,
-    resources: Resources = USUAL,
+    checkpoint: Checkpoint, out: Path, variant: SpectrumVariant = FAST_VARIANT, resources: Resources = USUAL
 ) -> list[tuple[MatrixRef, Spectrum]]:
     """Measure every matrix and write the stats CSV."""
     matrices = checkpoint.matrices

@@ -29,6 +29,11 @@ SMALLEST_SHRINK = {1: 1.0, 2: 0.3, 3: 0.4, 4: 0.55, 5: 0.65, 6: 0.75, 7: 0.85, 8
 BIAS_WEIGHT = 4.0
 
 
+def shrinks_of(bits: int) -> np.ndarray:
+    """Fractions of the full range that are tried as the range of the codes, float32 [16]."""
+    return np.linspace(1.0, SMALLEST_SHRINK[bits], SEARCH_STEPS, dtype=np.float32)
+
+
 def quantize_debiased(
     weight: torch.Tensor, choice: Choice, name: str = "matrix", bias_weight: float = BIAS_WEIGHT
 ) -> QuantizedMatrix:
@@ -36,7 +41,7 @@ def quantize_debiased(
 
     Raises QuantizationError naming the matrix if it cannot be stored.
     """
-    shrinks = np.linspace(1.0, SMALLEST_SHRINK[choice.bits], SEARCH_STEPS, dtype=np.float32)
+    shrinks = shrinks_of(choice.bits)
     return quantized(quantize_rows, (shrinks, np.float32(bias_weight)), weight, choice, name)
 
 

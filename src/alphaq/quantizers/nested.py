@@ -15,7 +15,7 @@ import torch
 
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
-from alphaq.quantizers.debiased import BIAS_WEIGHT, SEARCH_STEPS, SMALLEST_SHRINK
+from alphaq.quantizers.debiased import BIAS_WEIGHT, shrinks_of
 from alphaq.quantizers.nested_kernels import nest_rows
 from alphaq.quantizers.rows import quantized
 
@@ -31,8 +31,7 @@ def quantize_nested(
 
     Raises QuantizationError naming the matrix if it cannot be stored.
     """
-    shrinks = np.linspace(1.0, SMALLEST_SHRINK[choice.bits], SEARCH_STEPS, dtype=np.float32)
     worth = np.zeros(9, np.float32)
     for width in range(NARROWEST, choice.bits + 1):
         worth[width] = 1 / GAUSSIAN_ERROR[width]
-    return quantized(nest_rows, (shrinks, worth, np.float32(bias_weight)), weight, choice, name)
+    return quantized(nest_rows, (shrinks_of(choice.bits), worth, np.float32(bias_weight)), weight, choice, name)

@@ -14,10 +14,7 @@ from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant
 
 
 def densities(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    limit: int = MAX_DENSITIES,
-    resources: Resources = USUAL,
+    checkpoint: Checkpoint, plan: Plan, limit: int = MAX_DENSITIES, resources: Resources = USUAL
 ) -> Iterable[tuple[str, Density]]:
     """Densities of eigenvalues of planned matrices, of at most `limit`, by the plan's own way to measure α.
 

@@ -7,6 +7,7 @@ the same steps written with shuffles and shifts. Whole numbers add up exactly, s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
@@ -156,6 +157,16 @@ def _unpack_portable(builder: Any, address: Any, bits: Any) -> Any:
     return result
 
 
+def _stores(vector: ir.Type) -> Callable[..., Any]:
+    """Code of an intrinsic that writes its second argument to the address that is its first."""
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.store(args[1], _at(builder, args[0], vector), align=1)
+        return context.get_dummy_value()
+
+    return code
+
+
 @intrinsic
 def unpack(typing: Any, address: Any, bits: Any) -> Any:
     """64 codes of 1 to 8 bits from an address; reads 8·bits bytes."""
@@ -225,12 +236,7 @@ def codes_at(typing: Any, address: Any) -> Any:
 @intrinsic
 def put_codes(typing: Any, address: Any, codes: Any) -> Any:
     """Write 64 bytes to an address."""
-
-    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        builder.store(args[1], _at(builder, args[0], _BYTES), align=1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, uint8x64), code
+    return types.void(types.int64, uint8x64), _stores(_BYTES)
 
 
 @intrinsic
@@ -421,12 +427,7 @@ def transpose_bytes(typing: Any, source: Any, target: Any) -> Any:
 @intrinsic
 def put_floats(typing: Any, address: Any, value: Any) -> Any:
     """Write sixteen float32 to an address."""
-
-    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        builder.store(args[1], _at(builder, args[0], _FLOAT), align=1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, float32x16), code
+    return types.void(types.int64, float32x16), _stores(_FLOAT)
 
 
 @intrinsic
@@ -445,12 +446,7 @@ def put_brains(typing: Any, address: Any, value: Any) -> Any:
 @intrinsic
 def put_byte(typing: Any, address: Any, value: Any) -> Any:
     """Write one byte to an address."""
-
-    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        builder.store(args[1], _at(builder, args[0], _I8), align=1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.uint8), code
+    return types.void(types.int64, types.uint8), _stores(_I8)
 
 
 @intrinsic

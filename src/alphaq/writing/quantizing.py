@@ -106,11 +106,7 @@ class _Job:
 
 
 def quantize(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    out: Path,
-    options: WriteOptions = AS_USUAL,
-    resources: Resources = USUAL,
+    checkpoint: Checkpoint, plan: Plan, out: Path, options: WriteOptions = AS_USUAL, resources: Resources = USUAL
 ) -> QuantizeResult:
     """Quantize by a plan, write what its engine loads, re-read it against the source, then publish it.
 
