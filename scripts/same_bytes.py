@@ -4,7 +4,8 @@
     python scripts/same_bytes.py MODEL... | diff before.txt -   # in another
 
 Two versions write the same bytes if the digests are the same. Each line names a case, the digest of its weight files
-and that of its plan's choices. Names that differ between versions can be mapped: --rename old=new, on the arguments.
+and that of its plan's choices. An older version that calls things otherwise is told their names by --rename, as in
+--rename debiased=rtn mse=clipped rtn=minmax.
 """
 
 from __future__ import annotations
@@ -35,14 +36,16 @@ PLANS = {
     "mlx": "--bits 4 --method alphaq --engine mlx",
     "gptqmodel": "--bits 4 --method alphaq --engine gptqmodel",
 }
-QUANTIZERS = ("rtn", "clipped", "minmax", "hqq", "gptq", "learned")
+QUANTIZERS = ("debiased", "mse", "rtn", "hqq", "gptq", "learned")
 ROUNDED = {"native alphaq": QUANTIZERS, "gptqmodel": ("gptq",), "native coded": ("gptq",)}
 CALIBRATED = ("gptq", "learned")
 
 
 def alphaq(*arguments: str, rename: dict[str, str]) -> None:
     words = [rename.get(word, word) for word in arguments]
-    subprocess.run([sys.executable, "-m", "alphaq", *words], check=True, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-m", "alphaq", *words], capture_output=True, text=True)
+    if ran.returncode:
+        sys.exit(f"alphaq {' '.join(words)}: {ran.stderr}")
 
 
 def digest(paths: list[Path]) -> str:

@@ -21,7 +21,7 @@ from alphaq.calibration.experts import ExpertForm, form_of, is_expert_module
 from alphaq.calibration.libraries import map_large_tensors, no_progress_bars
 from alphaq.calibration.passage import Passage, Recorder
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.errors import AlphaQError, CheckpointError, PassError
+from alphaq.errors import AlphaQError, CheckpointError, PassError, first_line
 from alphaq.nouns.matrix import MatrixRef, Role
 
 Keywords = Mapping[str, Any]
@@ -86,7 +86,7 @@ def _without_weights(checkpoint: Checkpoint) -> Any:
             # without padding. "eager" goes expert by expert; the others copy every token once per expert.
             model = model_class(config)._from_config(config, dtype=torch.float32, experts_implementation="eager")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"transformers cannot build the model of {checkpoint.folder} ({reason}). Check config.json, update "
             "transformers, or use --method alphaq, which needs the weights alone."

@@ -11,7 +11,7 @@ from torch import Tensor
 from alphaq.calibration.head import Head
 from alphaq.calibration.stream import HollowModel, stream_forward
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.errors import AlphaQError, CheckpointError
+from alphaq.errors import AlphaQError, CheckpointError, first_line
 
 HEAD_TOKENS = 128  # whose chances are held at once, in float64: 155 MB with 152 000 words
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -48,7 +48,7 @@ def _folder_prefix(folder: Path) -> tuple[Prefix, str | None]:
     try:
         return text_prefix(_tokenizer(folder)), None
     except Exception as error:  # whatever a tokenizer of strangers does to its library: passes work on ids alone
-        return (), (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        return (), first_line(error)[:200]
 
 
 def _tokenizer(folder: str | Path) -> Any:
@@ -57,7 +57,7 @@ def _tokenizer(folder: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"transformers cannot load the tokenizer of {folder} ({reason}). Restore tokenizer.json and "
             "tokenizer_config.json."

@@ -15,7 +15,7 @@ from typing import Any
 
 from alphaq.checkpoint.files import Stamp
 from alphaq.checkpoint.remote import Store
-from alphaq.errors import AlphaQError, OutputError
+from alphaq.errors import AlphaQError, OutputError, first_line
 from alphaq.work.journal import Journal
 from alphaq.work.untrusted import parse_json
 from alphaq.work.workers import Wrap, silent
@@ -33,7 +33,7 @@ def storing(url: str) -> Iterator[None]:
     except AlphaQError:
         raise
     except Exception as error:  # clients of stores have hierarchies of their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise OutputError(
             f"{url} cannot be written ({reason}). Check the address, the credentials and the network, and repeat the "
             "command: what is finished is kept."

@@ -41,7 +41,7 @@ def compare(
     ] = "uniform,random,first-layers,structure,distortion,alphaq,paper,auto",
     quantizers: Annotated[
         str | None,
-        typer.Option(help="Quantizers, comma-separated: rtn,clipped,hqq,gptq,learned,minmax. The usual one."),
+        typer.Option(help="Quantizers, comma-separated (see `alphaq quantizers`); the usual one by default."),
     ] = None,
     calibration_tokens: TokensOption = None,
     bits: Annotated[str, typer.Option(help="Budgets: bits per expert weight, comma-separated.")] = "2,2.5,3,3.5",

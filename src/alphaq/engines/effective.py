@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from alphaq.checkpoint.families.formulas import current
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.errors import ArchitectureError
+from alphaq.errors import ArchitectureError, first_line
 from alphaq.nouns.matrix import Role
 from alphaq.work.untrusted import JsonObject
 
@@ -77,7 +77,7 @@ def _understood(cls: type, settings: str) -> JsonObject:
         with _quiet():
             made: JsonObject = cls(**copy.deepcopy(given)).to_dict()
     except Exception as error:  # whatever a class does with what strangers write, it only means that it refuses it
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ArchitectureError(
             f"config.json is not one that transformers' {cls.__name__} takes ({reason:.200}). Restore the original."
         ) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from alphaq.calibration.stream import model_class
-from alphaq.errors import CheckpointError
+from alphaq.errors import CheckpointError, first_line
 
 
 def run_in_transformers(folder: Path, ids: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -21,7 +21,7 @@ def run_in_transformers(folder: Path, ids: Sequence[int], dtype: torch.dtype = t
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model = model_class(config).from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"transformers cannot load {folder} ({reason:.300}). Quantize the model again."
         ) from error

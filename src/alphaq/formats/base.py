@@ -21,14 +21,14 @@ _GRID = re.compile(r"(\d{1,2})(?:g(\d{1,4}))?(s)?(\W.*)?")
 class Written:
     """A choice as somebody wrote it: '4g128s-slim' has bits, a group size, a sign and an ending.
 
-    bits: −1 where the text does not begin with any. group_size: 0 where none is written.
+    bits: −1 where the text does not begin with any. group_size: None where none is written.
     """
 
     text: str
     usual_group_size: int
     usually_symmetric: bool
     bits: int = -1
-    group_size: int = 0
+    group_size: int | None = None
     signed: bool = False
     ending: str = ""
 
@@ -38,13 +38,14 @@ class Written:
         text = text.strip()
         if (match := _GRID.fullmatch(text)) is None:
             return cls(text, usual_group_size, usually_symmetric)
-        bits, group_size, ending = int(match[1]), int(match[2] or 0), match[4] or ""
+        bits, group_size, ending = int(match[1]), None if match[2] is None else int(match[2]), match[4] or ""
         return cls(text, usual_group_size, usually_symmetric, bits, group_size, match[3] is not None, ending)
 
     @property
     def grid(self) -> tuple[int, int, bool]:
         """Bits, group size and symmetry, the usual ones where nothing is written."""
-        return self.bits, self.group_size or self.usual_group_size, self.signed or self.usually_symmetric
+        group_size = self.usual_group_size if self.group_size is None else self.group_size
+        return self.bits, group_size, self.signed or self.usually_symmetric
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class Kept(Format):
         """'16' alone."""
         if written.bits != KEPT_BITS or written.ending:
             return None
-        if written.group_size or written.signed:
+        if written.group_size is not None or written.signed:
             raise ChoiceError("A 16-bit choice has no group size and no symmetry: write it as '16'.")
         return KEPT
 
@@ -40,8 +40,8 @@ class Kept(Format):
         return 2 * shape[0] * shape[1]
 
     def restored(self, matrix: QuantizedMatrix, rows: slice) -> np.ndarray:
-        """There are no codes to restore."""
-        raise NotImplementedError
+        """None: a matrix that is kept has no codes."""
+        raise ChoiceError("A 16-bit matrix has no codes to restore. Read its values.")
 
 
 FORMAT = Kept()

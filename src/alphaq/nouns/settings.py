@@ -272,7 +272,7 @@ class PlanConfig(BaseModel):
     @classmethod
     def _known_codec(cls, codec: str | None) -> str | None:
         if codec is not None and codec not in CODECS:
-            raise ValueError(unknown("--codec", codec, CODECS).removesuffix("."))
+            raise ValueError(unknown("--codec", codec, CODECS) + " A plan that names another needs a newer alphaq")
         return None if codec == CODECS[0] else codec
 
     @field_validator("gamma")

@@ -70,6 +70,10 @@ def quantize_gptq(
     """
     if format_of(choice).foreign:
         raise QuantizationError(f"{name}: {choice} is rounded by llama.cpp's own code. Give it an --imatrix instead.")
+    if not format_of(choice).one_grid:
+        raise QuantizationError(
+            f"{name}: the codes of {choice} do not lie on one grid. Use --quantizer debiased for it."
+        )
     found = found or (quantize_rated if rate_of(choice) else quantize_debiased)(weight, choice, name)
     if hessian is None or hessian.ndim == 1:
         return found

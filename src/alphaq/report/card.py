@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from alphaq.checkpoint.config import read_config
 from alphaq.checkpoint.families.architecture import architecture_of
 from alphaq.engines.output import Output
-from alphaq.errors import AlphaQError, CheckpointError, OutputError
+from alphaq.errors import AlphaQError, CheckpointError, OutputError, first_line
 from alphaq.evaluation.certificate import Certificate, Figures
 from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
@@ -182,7 +182,7 @@ def _parsed(text: str, path: Path) -> Original:
     try:
         metadata = ModelCard(text).data.to_dict()
     except Exception as error:  # whatever YAML and the hub's checks raise for what a stranger wrote
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"The metadata of {path} cannot be read ({reason}). Correct or remove it.") from None
     return Original(match[1], text[match.end() :], metadata)
 

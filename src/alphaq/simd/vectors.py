@@ -51,7 +51,7 @@ class _Model(models.PrimitiveModel):
 def _state_of_kernels() -> str:
     """Digest of every module that kernels take one another's code from."""
     package = Path(__file__).parents[1]
-    modules = sorted({*package.glob("simd/*.py"), *package.rglob("*kernels.py")})
+    modules = sorted({*package.glob("simd/*.py"), *package.rglob("*kernels.py"), package / "formats" / "packing.py"})
     return hashlib.blake2b(b"".join(path.read_bytes() for path in modules), digest_size=6).hexdigest()
 
 
