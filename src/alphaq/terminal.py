@@ -34,6 +34,12 @@ def note(*lines: str) -> None:
         tell(f"note: {line}")
 
 
+def warn(*lines: str) -> None:
+    """Say what a user must know of a result, however quiet it is to be."""
+    for line in lines:
+        complain(f"note: {line}")
+
+
 def complain(line: str) -> None:
     """Say what is wrong, however quiet it is to be."""
     quiet = err.quiet

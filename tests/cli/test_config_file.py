@@ -62,6 +62,8 @@ def test_what_a_file_asks_for_beside_a_plan_is_refused_as_if_it_were_typed(
         ("bits = true", "bits = True is not a number or text"),
         ("symmetric = 'yes'", "symmetric = 'yes' is not true or false"),
         ("bits = [2, 3]", "bits takes one value, not 2"),
+        ("seed = 1.9", "Invalid value for '--seed'"),
+        ("pin = [true]", "pin holds True, which is not a number or text"),
         ("bits = 'many'", "Invalid value for '--bits'"),
         ("[plan]\nbits = {a = 1}", "is not a number or text"),
     ],
@@ -74,3 +76,23 @@ def test_a_mistake_in_a_file_is_named(alphaq: Run, tiny: Path, tmp_path: Path, t
 def test_a_file_that_is_not_there_is_named(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     ran = alphaq("plan", tiny, "--config", tmp_path / "none.toml")
     assert ran.code == 2 and "none.toml cannot be read" in ran.err
+
+
+def test_a_typed_budget_leaves_out_another_one_of_the_file(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
+    path = config(tmp_path, "bits = 2.5\nmethod = 'uniform'\n")
+    made = alphaq("plan", tiny, "--config", path, "--size", "8MB", "--json")
+    assert made.json["config"]["budget"] == {"bits": None, "bpw": None, "size_bytes": 8_000_000}, made.err
+
+
+def test_a_table_s_budget_leaves_out_another_one_above_it(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
+    path = config(tmp_path, "size = '8MB'\n[plan]\nbits = 3\nmethod = 'uniform'\n")
+    made = alphaq("plan", tiny, "--config", path, "--json")
+    assert made.json["config"]["budget"]["bits"] == 3.0, made.err
+
+
+def test_what_is_for_every_command_is_not_held_against_one(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    path = config(tmp_path, "bits = 3\nmethod = 'uniform'\nno-cache = true\ntext = 'nowhere.txt'\n")
+    assert alphaq("plan", tiny, "--config", path, "-o", plan).code == 0
+    ran = alphaq("quantize", tiny, "--config", path, "--plan", plan, "-o", tmp_path / "out")
+    assert ran.code == 0, ran.err

@@ -12,7 +12,7 @@ import typer
 
 from alphaq.cli.means import JsonOption, cache_folder
 from alphaq.errors import AlphaQError, JournalError
-from alphaq.terminal import note, show
+from alphaq.terminal import show, warn
 
 ENTRY = re.compile(r"[0-9a-f]{32}")
 
@@ -43,7 +43,9 @@ def _entries(folder: Path) -> list[Path]:
 
     try:
         return sorted(
-            one for one in folder.glob("*") if ENTRY.fullmatch(one.name) and (one / MEASUREMENTS_NAME).is_file()
+            one
+            for one in folder.glob("*")
+            if ENTRY.fullmatch(one.name) and not one.is_symlink() and (one / MEASUREMENTS_NAME).is_file()
         )
     except OSError as error:
         raise AlphaQError(f"{folder} cannot be read: {error.strerror}. Check its permissions.") from None
@@ -62,6 +64,9 @@ def _removed(entry: Path) -> bool:
         with closing(Journal(entry / MEASUREMENTS_NAME)):
             shutil.rmtree(entry)
     except JournalError:
-        note(f"{entry.name} is in use by another run and stays")
+        warn(f"{entry.name} is in use by another run and stays")
+        return False
+    except OSError as error:
+        warn(f"{entry.name} cannot be removed: {error.strerror}")
         return False
     return True

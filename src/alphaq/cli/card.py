@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from alphaq.cli.means import JsonOption, OutArgument
-from alphaq.terminal import note, show, tell
+from alphaq.terminal import show, tell, warn
 
 
 def card(
@@ -39,7 +39,7 @@ def card(
     if target is not None:
         check_file(target)
     made = make_card(folder, target, base_model, reference, certificate, force)
-    note(*made.notes)
+    warn(*made.notes)
     if target is not None:
         with atomic_file(target) as partial:
             partial.write_text(made.text, encoding="utf-8")

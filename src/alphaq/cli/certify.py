@@ -14,7 +14,7 @@ from alphaq.cli.options import Shown
 from alphaq.errors import AlphaQError
 from alphaq.nouns.option import Option
 from alphaq.nouns.scoring import Scoring
-from alphaq.terminal import note, progress, show, tell
+from alphaq.terminal import progress, show, tell, warn
 
 if TYPE_CHECKING:
     from alphaq.evaluation.tasks import TaskRequest
@@ -69,7 +69,7 @@ def certify(
     made = pipeline.certify(model, reference, scoring, ear, request, _command(context), progress)
     made.write(target)
     if other := other_source(made.model, made.reference):
-        note(other)
+        warn(other)
     tell(f"Certificate written to {target}")
     show(as_json, made.model_dump(mode="json"), *certificate_tables(made))
 

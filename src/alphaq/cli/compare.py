@@ -15,7 +15,7 @@ from alphaq.cli.quantize import TokensOption
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import Budget, PlanConfig
-from alphaq.terminal import note, show, tell
+from alphaq.terminal import show, tell, warn
 
 if TYPE_CHECKING:
     from alphaq.checkpoint.reader import Checkpoint
@@ -70,7 +70,7 @@ def compare(
     text = text_of(calibration, scoring.bos) if on_text else None
     with resources_for(checkpoint, means) as resources:
         rows = run(checkpoint, Comparison(names, budgets, config, text, roundings), scoring, output, resources)
-    note(*(f"{row.method} at {row.bits:g} bits: {row.error}" for row in rows if row.error))
+    warn(*(f"{row.method} at {row.bits:g} bits: {row.error}" for row in rows if row.error))
     show(as_json, rows, comparison_table(rows))
     tell(f"Results in {output}")
 

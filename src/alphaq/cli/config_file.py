@@ -18,6 +18,10 @@ else:
     import tomli as tomllib
 
 OWN = ("config", "help", "install_completion", "show_completion", "version")
+ALTERNATIVES = frozenset({"bits", "bpw", "size", "ear"})
+"""Options of which one stands for all: one that is stronger leaves the others out."""
+SHARED = "alphaq.shared"
+"""In a context's `meta`: parameters whose value is for every command that has them, and was not asked of this one."""
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -68,9 +72,36 @@ def _defaults(context: typer.Context, content: Mapping[str, object], path: Path)
         _require_known(table, options[name], f"option of {name}", path)
     shared = {key: value for key, value in content.items() if key not in tables}
     _require_known(shared, {key: one for known in options.values() for key, one in known.items()}, "option", path)
-    own = options[str(context.info_name)]
-    values = {key: value for key, value in shared.items() if _key(key) in own} | tables.get(str(context.info_name), {})
-    return {own[_key(key)].name: _value(own[_key(key)], key, value, path) for key, value in values.items()}
+    own, table = options[str(context.info_name)], tables.get(str(context.info_name), {})
+    stronger = {_key(key) for key in table}
+    if stronger & ALTERNATIVES:
+        stronger |= ALTERNATIVES
+    usual = {key: value for key, value in shared.items() if _key(key) in own.keys() - stronger}
+    context.meta[SHARED] = frozenset(own[_key(key)].name for key in usual)
+    return {own[_key(key)].name: _value(own[_key(key)], key, value, path) for key, value in {**usual, **table}.items()}
+
+
+def without_beaten(context: typer.Context, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The command's arguments without those of the file that a typed alternative leaves out."""
+    typed = {name for name in ALTERNATIVES & arguments.keys() if _source(context, name) == "COMMANDLINE"}
+    beaten = {name for name in ALTERNATIVES & arguments.keys() if _source(context, name) == "DEFAULT_MAP"}
+    return {**arguments, **dict.fromkeys(beaten, None)} if typed else dict(arguments)
+
+
+def asked_for(context: typer.Context) -> frozenset[str]:
+    """Names of the parameters that a user gave: on the command line, or for this command in a file."""
+    shared = context.meta.get(SHARED, frozenset())
+    sources = {name: _source(context, name) for name in context.params}
+    return frozenset(
+        name
+        for name, source in sources.items()
+        if source == "COMMANDLINE" or (source == "DEFAULT_MAP" and name not in shared)
+    )
+
+
+def _source(context: typer.Context, name: str) -> str | None:
+    source = context.get_parameter_source(name)
+    return None if source is None else source.name
 
 
 def _options(command: Any) -> dict[str, _Option]:
@@ -100,8 +131,9 @@ def _value(option: _Option, key: str, value: object, path: Path) -> object:
     if isinstance(value, bool) != bool(option.is_flag) or isinstance(value, dict):
         wanted = "true or false" if option.is_flag else "a number or text"
         raise AlphaQError(f"{path}: {key} = {value!r} is not {wanted}.")
-    if option.multiple:
-        return value if isinstance(value, list) else [value]
-    if isinstance(value, list):
+    if isinstance(value, list) and not option.multiple:
         raise AlphaQError(f"{path}: {key} takes one value, not {len(value)}.")
-    return value
+    values = value if isinstance(value, list) else [value]
+    if option.multiple and (odd := [one for one in values if isinstance(one, bool | list | dict)]):
+        raise AlphaQError(f"{path}: {key} holds {odd[0]!r}, which is not a number or text.")
+    return values if option.multiple else value

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin
 import typer
 from pydantic import BaseModel, ValidationError
 
-from alphaq.cli.config_file import ConfigOption
+from alphaq.cli.config_file import ConfigOption, asked_for, without_beaten
 from alphaq.errors import AlphaQError
 from alphaq.nouns.option import Setting, settings_of
 from alphaq.nouns.plan import first_fault
@@ -160,7 +160,7 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def run(context: typer.Context, config_file: object, quiet: bool, **arguments: Any) -> None:
-        typed = typed_options(context)
+        typed, arguments = asked_for(context), without_beaten(context, arguments)
         records = {name: group.taken(arguments, typed) for name, group in groups.items()}
         function(**arguments, **records, **({"context": context} if "context" in own else {}))
 
@@ -168,11 +168,3 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {one.name: one.annotation for one in parameters}
     return run
-
-
-def typed_options(context: typer.Context) -> frozenset[str]:
-    """Names of the parameters that a user gave, on the command line or in a file."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return frozenset(
-        name for name, one in sources.items() if one is not None and one.name in ("COMMANDLINE", "DEFAULT_MAP")
-    )

@@ -12,7 +12,7 @@ from alphaq.errors import AlphaQError, BudgetError
 from alphaq.nouns.option import settings_of
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
-from alphaq.terminal import complain, note
+from alphaq.terminal import complain, note, warn
 
 if TYPE_CHECKING:
     from alphaq.checkpoint.reader import Checkpoint
@@ -64,7 +64,7 @@ def read_plan(path: Path, asked: Asked[PlanConfig], others: Iterable[str] = ()) 
 
 def said_by(plan: Plan, asked: Asked[PlanConfig]) -> set[str]:
     """Which of the settings that were typed a plan has alike."""
-    config = plan.config
+    config = plan.settings
     same = {"engine"} if asked.values["engine"] == plan.engine else set()
     budgets = asked.typed.keys() & settings_of(Budget).keys()
     if config is not None and budgets and _budget(asked) == config.budget:
@@ -130,7 +130,7 @@ def _note_tokenizer(checkpoint: Checkpoint) -> None:
     from alphaq.calibration.tokens import tokenizer_fault
 
     if fault := tokenizer_fault(checkpoint):
-        note(f"the model's tokenizer cannot be loaded ({fault}), so passes begin without BOS")
+        warn(f"the model's tokenizer cannot be loaded ({fault}), so passes begin without BOS")
 
 
 def note_plan(plan: Plan) -> None:
@@ -140,11 +140,11 @@ def note_plan(plan: Plan) -> None:
     missed = {name: reason for name, reason in plan.unplanned.items() if "not an expert" not in reason}
     note(*(f"{name}: {reason}" for name, reason in [*missed.items(), *plan.neutral.items()][:5]))
     if plan.check is not None and plan.check.taken == "uniform":
-        note(
+        warn(
             f"uniform bits are taken, since they change the model less ({check_words(plan.check)}); --no-check "
             "leaves the check out"
         )
     if plan.unchecked is not None:
-        note(f"not compared with uniform bits: {plan.unchecked}")
+        warn(f"not compared with uniform bits: {plan.unchecked}")
     if plan.lower_bound is not None and plan.gap > 1e-6:
         note(f"this plan is proven to be within {plan.gap:.2g} (relative) of the best one")

@@ -17,7 +17,7 @@ from alphaq.cli.search import ANY_BUDGET, ScoringOptions, Search, Wanted, Wanted
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import PlanConfig
-from alphaq.terminal import note, show
+from alphaq.terminal import note, show, warn
 
 if TYPE_CHECKING:
     from alphaq.checkpoint.reader import Checkpoint
@@ -183,9 +183,9 @@ def _rounding(checkpoint: Checkpoint, order: Order, sight: Sight) -> Rounding:
 
 def _note_uncalibrated(result: QuantizeResult) -> None:
     left = result.not_calibrated
-    note(*(f"{name} is rounded without its inputs: {reason}" for name, reason in list(left.items())[:MOST_NAMED]))
+    warn(*(f"{name} is rounded without its inputs: {reason}" for name, reason in list(left.items())[:MOST_NAMED]))
     if len(left) > MOST_NAMED:
-        note(f"and {len(left) - MOST_NAMED} more; --json names them all")
+        warn(f"and {len(left) - MOST_NAMED} more; --json names them all")
 
 
 def show_quantized(plan: Plan, result: QuantizeResult, usage: str, as_json: bool) -> None:

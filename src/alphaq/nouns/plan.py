@@ -151,6 +151,8 @@ class Plan(BaseModel):
         if not isinstance(config, dict):
             return config
         known = {name: value for name, value in config.items() if name in PlanConfig.model_fields}
+        if isinstance(budget := known.get("budget"), dict):
+            known["budget"] = {name: value for name, value in budget.items() if name in Budget.model_fields}
         return {"budget": {}, **known} if known else None
 
     @field_serializer("config", mode="wrap")
@@ -169,6 +171,11 @@ class Plan(BaseModel):
         return self
 
     @property
+    def settings(self) -> PlanConfig | None:
+        """What it was made with; None where that is not known, though a codec or an importance matrix may be."""
+        return self.config if self.config is not None and self.config.budget.stated else None
+
+    @property
     def codec(self) -> str | None:
         """What codes the tensors of its files; None if they are not coded."""
         return None if self.config is None else self.config.codec
@@ -181,7 +188,7 @@ class Plan(BaseModel):
     @property
     def method(self) -> str | None:
         """How it was made, where that is known."""
-        return None if self.config is None else self.config.method
+        return None if self.settings is None else self.settings.method
 
     @property
     def gap(self) -> float:

@@ -319,9 +319,9 @@ def _figures(certificate: Certificate) -> list[tuple[str, ...]]:
 
 
 def _budget(plan: Plan) -> str:
-    if plan.config is None or not plan.config.budget.stated:
+    if plan.settings is None:
         return "of another tool"
-    budget = plan.config.budget
+    budget = plan.settings.budget
     if budget.size_bytes is not None:
         return f"{budget.size_bytes:,} bytes of weight files"
     return f"{budget.bits:g} bits" if budget.bits is not None else f"{budget.bpw:g} stored bits per weight"

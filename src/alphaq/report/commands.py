@@ -31,14 +31,14 @@ def reproduce(plan: Plan, options: QuantizeOptions = NO_OPTIONS, names: Names = 
 
     Names of files that the plan only knows by their name (a text, an importance matrix) are repeated as they are.
     """
-    if plan.config is None or not plan.config.budget.stated:
+    if (config := plan.settings) is None:
         return []
-    steps = [("Plan", _plan_command(plan, plan.config, options, names))]
+    steps = [("Plan", _plan_command(plan, config, options, names))]
     if plan.source is not None:
         reference = names.reference or plan.source.name
         report = ["alphaq", "report", names.out, "--reference", reference, "-o", "report.html"]
         return [*steps, *remake(plan, options, names), ("This report", shlex.join(report))]
-    stats = names.stats or plan.config.stats or "stats.csv"
+    stats = names.stats or config.stats or "stats.csv"
     return [
         *steps,
         ("This report", shlex.join(["alphaq", "report", "plan.json", "--stats", stats, "-o", "report.html"])),

@@ -91,7 +91,7 @@ def explain_plan(plan: Plan, pattern: str | None, limit: int = 10) -> Explanatio
     return Explanation(
         engine=plan.engine,
         method=plan.method,
-        budget=None if plan.config is None else plan.config.budget,
+        budget=None if plan.settings is None else plan.settings.budget,
         objective=plan.objective,
         lower_bound=plan.lower_bound,
         price=plan.price,

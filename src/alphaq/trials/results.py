@@ -18,7 +18,7 @@ from alphaq.trials.trial import window_scores
 
 BASELINE = "uniform"
 REFERENCE = "reference"
-FORMAT_VERSION = 4  # of the journal
+FORMAT_VERSION = 5  # of the journal; before, some quantizers had other names
 Key = tuple[str, float, str]  # method, bits, rounding
 
 

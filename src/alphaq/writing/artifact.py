@@ -78,7 +78,7 @@ def known_alphas(checkpoint: Checkpoint, plan: Plan, config: PlanConfig) -> Stat
 
     Energies are NaN: they are added up from codes while errors are measured.
     """
-    made = plan.config
+    made = plan.settings
     same = made is not None and (made.spectrum, made.tail) == (config.spectrum, config.tail)
     names = [matrix.name for matrix in checkpoint.planned]
     if not same or config.noise == "analytic" or not plan.alpha.keys() | plan.neutral.keys() >= set(names):

@@ -38,7 +38,7 @@ class Rounding:
         """What a user means by a quantizer's name; the engine's usual one without. Raises PlanError, AlphaQError."""
         usual = profile(engine).quantizer
         if name in FORMERLY:
-            raise AlphaQError(f"Quantizer {name} is called {FORMERLY[name]} now. Use --quantizer {FORMERLY[name]}.")
+            raise AlphaQError(f"Quantizer {name} is called {FORMERLY[name]} now. Write {FORMERLY[name]}.")
         if looks_at_inputs(name) and not profile(engine).writer.takes_roundings:
             raise PlanError(
                 f"Quantizer {name} cannot be used for {engine}, whose types llama.cpp's own code rounds. Drop it, or "
