@@ -92,7 +92,7 @@ def test_a_table_s_budget_leaves_out_another_one_above_it(alphaq: Run, tiny: Pat
 
 def test_what_is_for_every_command_is_not_held_against_one(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
-    path = config(tmp_path, "bits = 3\nmethod = 'uniform'\nno-cache = true\ntext = 'nowhere.txt'\n")
+    path = config(tmp_path, "bits = 3\nmethod = 'uniform'\ntext = 'nowhere.txt'\n")
     assert alphaq("plan", tiny, "--config", path, "-o", plan).code == 0
     ran = alphaq("quantize", tiny, "--config", path, "--plan", plan, "-o", tmp_path / "out")
     assert ran.code == 0, ran.err
