@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alphaq.engines.gguf.watching import Watch, callback
 from alphaq.errors import AlphaQError, MissingEngineError
 from alphaq.quantizers.ggml import shared_object
 
@@ -133,6 +134,10 @@ def _library() -> ctypes.CDLL:
             *(ctypes.c_bool, ctypes.c_bool),
         ),
         "llama_decode": (integer, pointer, _Batch),
+        "llama_vocab_bos": (integer, pointer),
+        "llama_vocab_get_add_bos": (ctypes.c_bool, pointer),
+        "ggml_get_name": (pointer, pointer),
+        "ggml_op_desc": (text, pointer),
         "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), pointer, integer),
     }
     for name, (result, *arguments) in signatures.items():
@@ -158,14 +163,17 @@ def _check(params: ctypes.Structure, defaults: dict[str, Any]) -> None:
 
 
 class Llama:
-    """A GGUF model in llama.cpp, with one sequence of up to `context` tokens. Close it, or use `with`.
+    """A GGUF model in llama.cpp, with `sequences` of up to `context` tokens each. Close it, or use `with`.
 
-    Raises LlamaError if llama.cpp cannot load the file.
+    watch: is shown every intermediate tensor, see watching.py. Raises LlamaError if llama.cpp cannot load the file.
     """
 
-    def __init__(self, path: Path, context: int = 512, threads: int = 2) -> None:
+    def __init__(
+        self, path: Path, context: int = 512, threads: int = 2, sequences: int = 1, watch: Watch | None = None
+    ) -> None:
         self._library = _library()
         self._model = self._context = None
+        self._callback = None if watch is None else callback(watch, self._library)
         _words.clear()
         model_params = self._library.llama_model_default_params()
         model_params.n_gpu_layers = 0
@@ -173,17 +181,24 @@ class Llama:
         if not self._model:
             raise _refusal(f"llama.cpp cannot load {path}:")
         params = self._library.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = context
+        params.n_ctx = params.n_batch = params.n_ubatch = context * sequences
+        params.n_seq_max = sequences
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = FLASH_ATTENTION_OFF
         params.type_k = params.type_v = GGML_F32
+        params.cb_eval = ctypes.cast(self._callback, ctypes.c_void_p)
         self._context = self._library.llama_init_from_model(self._model, params)
         if not self._context:
             self.close()
             raise _refusal(f"llama.cpp cannot make a context of {context} tokens for {path}:")
         self._vocab = self._library.llama_model_get_vocab(self._model)
         self.vocab_size: int = self._library.llama_vocab_n_tokens(self._vocab)
-        self.context = context
+        self.context, self.sequences = context, sequences
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """What the tokenizer puts before a text: BOS, or nothing."""
+        return (self._library.llama_vocab_bos(self._vocab),) if self._library.llama_vocab_get_add_bos(self._vocab) else ()
 
     def __enter__(self) -> Llama:
         return self
@@ -223,6 +238,44 @@ class Llama:
             logits = self._decode(generated[-1:] or ids, (-1,))
             generated.append(int(logits[0].argmax()))
         return generated
+
+    def windows(self, ids: NDArray[np.int32], wanted: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:
+        """Logits [wanted, vocab] of windows int32 [windows, tokens], seen side by side in one batch.
+
+        wanted: bool [windows, tokens], of which tokens; none by default, since logits of all take much memory.
+        """
+        count, length = ids.shape
+        if count > self.sequences:
+            raise ValueError(f"{count} windows in a context of {self.sequences}.")
+        self._start(length)
+        return self.step(ids, 0, wanted)
+
+    def step(
+        self, ids: NDArray[np.int32], begin: int, wanted: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.float32]:
+        """The same for tokens int32 [windows, tokens] that follow `begin` others of their windows."""
+        count, length = ids.shape
+        flags = np.zeros((count, length), np.bool_) if wanted is None else wanted
+        tokens = np.ascontiguousarray(ids, np.int32)
+        positions = np.tile(np.arange(begin, begin + length, dtype=np.int32), count)
+        owners = np.repeat(np.arange(count, dtype=np.int32), length)
+        pointers = (ctypes.c_void_p * owners.size)(*(owners.ctypes.data + 4 * np.arange(owners.size)).tolist())
+        counts, marks = np.ones(owners.size, np.int32), flags.astype(np.int8).reshape(-1)
+        batch = _Batch(
+            n_tokens=owners.size,
+            token=tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            pos=positions.ctypes.data,
+            n_seq_id=counts.ctypes.data,
+            seq_id=ctypes.cast(pointers, ctypes.c_void_p),
+            logits=marks.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+        if code := self._library.llama_decode(self._context, batch):
+            raise _refusal(f"llama_decode returned {code} for {owners.size} tokens:")
+        found = np.empty((int(marks.sum()), self.vocab_size), np.float32)
+        for row, place in enumerate(np.flatnonzero(marks).tolist()):
+            logits = self._library.llama_get_logits_ith(self._context, place)
+            found[row] = np.ctypeslib.as_array(logits, (self.vocab_size,))
+        return found
 
     def _start(self, length: int) -> None:
         """Forget the last sequence before one of that many tokens."""
