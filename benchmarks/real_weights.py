@@ -83,7 +83,7 @@ def harm(model: Path, given: Any) -> dict[str, Any]:
     ids = torch.cat(
         [read_windows(model, text, HARM_LENGTH, HARM_WINDOWS * HARM_LENGTH) for text in read_texts(given.text).values()]
     )
-    rounding = partial(restored, checkpoint, quantizer="rtn", importance={})
+    rounding = partial(restored, checkpoint, quantizer="debiased", importance={})
     matrices, probe = checkpoint.planned[:4] if given.quick else checkpoint.planned, Choice.parse(PROBE)
     found: list[float] = []
     for first in range(0, len(matrices), AT_ONCE):

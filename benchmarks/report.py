@@ -22,13 +22,13 @@ from common import parser, save
 
 from alphaq.allocation.exact import solve_exact
 from alphaq.engines.native import PROFILE
+from alphaq.measuring.density import density
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan, PlanTable, SourceIdentity
 from alphaq.report.content import Sources, sampled
 from alphaq.report.html import write_report
 from alphaq.report.places import Place, place_by_name
 from alphaq.report.runs import Run
-from alphaq.spectra.density import density
 
 CHROMIUM = Path("/usr/bin/chromium")
 SHAPES = {"gate": (2048, 7168), "up": (2048, 7168), "down": (7168, 2048)}
@@ -152,13 +152,13 @@ def main() -> None:
         summary = write_report(path, Run("synthetic", plan), sources)
         seconds = time.perf_counter() - start
         found: dict[str, Any] = {
-            "matrices": summary["matrices"],
-            "steps": summary["steps"],
-            "spectra": summary["spectra"],
-            "bytes": summary["bytes"],
+            "matrices": summary.matrices,
+            "steps": summary.steps,
+            "spectra": summary.spectra,
+            "bytes": summary.bytes,
             "write_s": seconds,
-            "plan_loss": summary["plan_loss"],
-            "path_loss": summary["path_loss"],
+            "plan_loss": summary.plan_loss,
+            "path_loss": summary.path_loss,
             **in_browser(path),
         }
     markdown = (

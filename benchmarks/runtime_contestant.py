@@ -130,7 +130,7 @@ class LlamaCpp:
     """A GGUF file in llama.cpp, with its own choice of cache and attention; a context for each number of sequences."""
 
     def __init__(self, folder: Path, threads: int, length: int = 512, **_: Any) -> None:
-        from alphaq.engines import llama_library as llama  # the C functions, typed
+        from alphaq.engines.gguf import library as llama  # the C functions, typed
 
         self.llama, self.library = llama, llama._library()
         self.threads, self.length = threads, length

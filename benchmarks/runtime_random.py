@@ -10,7 +10,7 @@ as long as with any others.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def draw(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> Quantize
 
 def write_drawn(source: Path, plan: Path, out: Path) -> None:
     """`alphaq quantize SOURCE --plan PLAN -o OUT`, but for codes of the types in `DRAWN`."""
-    QUANTIZERS["ggml"] = draw
+    QUANTIZERS["ggml"] = replace(QUANTIZERS["ggml"], function=draw)
     checkpoint = open_checkpoint(source)
     with Workers(1, checkpoint) as workers:  # in this process, where the quantizer was exchanged
         pipeline.quantize(checkpoint, Plan.read(plan), out, workers=workers, check=False)

@@ -56,7 +56,8 @@ def run(layers: int, processes: int | None, quick: bool, scratch: Path) -> dict[
     from alphaq import pipeline
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.nouns.settings import Budget, PlanConfig, Rule
-    from alphaq.planning import make_plan, measure_for_plan, resolve
+    from alphaq.planning import PlanInputs, make_plan, measure_for_plan, resolve
+    from alphaq.work.resources import Resources
     from alphaq.work.workers import Workers, sensible_count
     from alphaq.writing.artifact import known_alphas, nested_choices, open_artifact, own_pins
 
@@ -67,7 +68,7 @@ def run(layers: int, processes: int | None, quick: bool, scratch: Path) -> dict[
     opened = open_checkpoint(source)
     with Workers(sensible_count(opened.nbytes), opened) as workers:
         request = resolve(PlanConfig(budget=Budget(bits=4), choices="4g128-nest", method="alphaq"))
-        plan = make_plan(opened, request, measure_for_plan(opened, request, workers=workers))
+        plan = make_plan(opened, request, measure_for_plan(opened, request, resources=Resources(workers)))
         pipeline.quantize(opened, plan, artifact, workers=workers)
     shutil.rmtree(source)
     checkpoint, held = open_artifact(artifact)
@@ -84,7 +85,9 @@ def run(layers: int, processes: int | None, quick: bool, scratch: Path) -> dict[
         known = known_alphas(checkpoint, held, request.config)
 
         def planned() -> Any:
-            return make_plan(checkpoint, request, measure_for_plan(checkpoint, request, known, workers=workers))
+            return make_plan(
+                checkpoint, request, measure_for_plan(checkpoint, request, PlanInputs(known), Resources(workers))
+            )
 
         plan = planned()
         seconds = {

@@ -44,12 +44,13 @@ class Bench:
         from alphaq.measuring.cache import Cache
         from alphaq.nouns.settings import PlanConfig
         from alphaq.planning import make_plan, measure_for_plan, resolve
+        from alphaq.work.resources import Resources
 
         source = checkpoint or self.checkpoint
         request = resolve(PlanConfig(**settings))
         identity = {"fingerprint": source.fingerprint, "contents": source.contents()}
         with Cache(self.scratch / "cache", identity) as cache:
-            return make_plan(source, request, measure_for_plan(source, request, cache=cache))
+            return make_plan(source, request, measure_for_plan(source, request, resources=Resources(cache=cache)))
 
     def quantized(self, plan: Any, name: str, checkpoint: Any = None, quantizer: str | None = None) -> Path:
         """The folder that a plan makes."""

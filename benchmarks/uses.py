@@ -1,7 +1,7 @@
 """What stands for the routing prior where it cannot be had: `python benchmarks/uses.py MODEL...`.
 
 Each model is planned with the default method, with its prior and with what could take its place, and compared with the
-original. The table in docs/LOG.md is of `tiny` (bundled) and `moe22m`.
+original. The table in docs/research/log.md is of `tiny` (bundled) and `moe22m`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from alphaq.calibration.traffic import Expert, ExpertUse
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
-from alphaq.planning.evidence import Measurements, measure_for_plan
+from alphaq.planning.evidence import measure_for_plan
+from alphaq.planning.measured import Measurements
 
 TEXTS = sorted((Path(pipeline.__file__).parent / "data" / "texts").glob("*.txt"))
 TOKENS = 8192

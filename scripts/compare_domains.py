@@ -18,8 +18,9 @@ from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.measuring.cache import Cache
 from alphaq.nouns.settings import Budget, PlanConfig
-from alphaq.planning import make_plan, measure_for_plan, plain_size, resolve
+from alphaq.planning import PlanInputs, make_plan, measure_for_plan, plain_size, resolve
 from alphaq.trials.compare import Row, compare
+from alphaq.work.resources import Resources
 
 DATA_FREE = ("uniform", "random", "first-layers", "distortion", "alphaq", "alphaq:gamma=-1", "auto")
 CALIBRATED = ("pmq", "hessian", "mse-output")
@@ -99,7 +100,9 @@ def agreement(checkpoint, domains: dict[str, Path], bits: list[float], cache_fol
                 sized = {"budget": Budget(size_bytes=plain_size(checkpoint, request, width))}
                 request = resolve(config.model_copy(update=sized))
                 with Cache(cache_folder, {"model": checkpoint.fingerprint}) as cache:
-                    measured = measure_for_plan(checkpoint, request, cache=cache, calibration=Text(path))
+                    measured = measure_for_plan(
+                        checkpoint, request, PlanInputs(text=Text(path)), Resources(cache=cache)
+                    )
                 plans[name] = make_plan(checkpoint, request, measured).choices
             shares = [
                 statistics.mean(plans[one][matrix] == plans[other][matrix] for matrix in plans[one])

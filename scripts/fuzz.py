@@ -38,25 +38,20 @@ import torch
 import zstandard
 
 from alphaq.checkpoint.files import PlainFile
-from alphaq.checkpoint.gguf_format import VALUE_TYPES
-from alphaq.checkpoint.imatrix import read_imatrix
-from alphaq.checkpoint.reader import open_checkpoint, summarize
-from alphaq.checkpoint.safetensors_format import (
-    DTYPE_NAMES,
-    TORCH_DTYPES,
-    TensorInfo,
-    TensorSpec,
-    layout,
-    read_header,
-)
+from alphaq.checkpoint.gguf.imatrix import read_imatrix
+from alphaq.checkpoint.gguf.values import VALUE_TYPES
+from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, TORCH_DTYPES, TensorSpec, layout, read_header
+from alphaq.checkpoint.summary import summarize
+from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.checkpoint.weights import read_shards
 from alphaq.errors import AlphaQError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.ggml import GGML_TYPES
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
-from alphaq.planning import make_plan, measure_for_plan, resolve
-from alphaq.quantizers.base import QUANTIZERS
+from alphaq.planning import PlanInputs, make_plan, measure_for_plan, resolve
+from alphaq.quantizers.base import rounder_of
 from alphaq.quantizers.coding import PREFIX_BYTES, block_header, decode_tensor, decoded_info, encode_tensor
 from alphaq.quantizers.packing import decode, dequantized_rows, encode
 from alphaq.report.explanation import explain_plan, explanation_tables
@@ -534,7 +529,7 @@ def stats_target(folder: Path) -> Target:
     request = resolve(PlanConfig(budget=Budget(bits=2.5)), with_model=False)
 
     def plan() -> None:
-        make_plan(None, request, measure_for_plan(None, request, path))
+        make_plan(None, request, measure_for_plan(None, request, PlanInputs(path)))
 
     def run(raw: bytes) -> None:
         path.write_bytes(raw)
@@ -623,7 +618,7 @@ def coded_target(folder: Path) -> Target:
     texts = ("8g128s@2", "4g32-nest", "3g64s", "2g128-slim", "1g128-pb2")
     blocks = [Choice.parse(text) for text in texts]
     tensors = [torch.randn(16, 256, generator=drawn).round() for _ in blocks]
-    seeds = [tokens(encode(QUANTIZERS["rtn"](one, choice))) for one, choice in zip(tensors, blocks, strict=True)]
+    seeds = [tokens(encode(rounder_of("debiased")(one, choice))) for one, choice in zip(tensors, blocks, strict=True)]
     seeds += [tokens(tensors[0].to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.int64)]
     packer = zstandard.ZstdCompressor(write_checksum=True)
     frames = [packer.compress(bytes(size)) for size in (0, 1, 16, 64, 4096, 1 << 22)]

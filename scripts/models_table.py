@@ -14,9 +14,9 @@ from pathlib import Path
 import transformers
 
 from alphaq import pipeline
-from alphaq.checkpoint.architecture import architectures, unsupported
+from alphaq.checkpoint.families.architecture import architectures, unsupported
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.engines.export import FAMILIES as SERVED
+from alphaq.engines.safetensors.refusals import FAMILIES as SERVED
 from alphaq.errors import AlphaQError
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve

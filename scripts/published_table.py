@@ -14,7 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from alphaq.checkpoint.reader import Checkpoint, open_checkpoint, summarize
+from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.checkpoint.summary import summarize
 from alphaq.engines.native import PROFILE
 from alphaq.errors import AlphaQError
 from alphaq.nouns.choice import Choice
@@ -58,7 +59,7 @@ def usual_choices(source: Checkpoint) -> dict[str, Choice]:
 def share_in_16_bits(source: Checkpoint) -> float:
     chosen = usual_choices(source)
     quantized = sum(matrix.parameters for matrix in source.matrices if matrix.name in chosen)
-    return 1 - quantized / summarize(source)["parameters"]
+    return 1 - quantized / summarize(source).parameters
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ PLANS = {
     "native alphaq": "--bits 3 --method alphaq",
     "native uniform 2g32s": "--bits 2 --method uniform --choices 2g32s --group-size 32",
     "native slim": "--bits 2.5 --method alphaq --choices 1g128,2g128-slim,3g128-slim,4g128s",
-    "native salient": "--bits 1.5 --method alphaq --choices 1g128-pb4,1g128-pb8,2g128,3g64s",
+    "native salient": "--bits 2 --method alphaq --choices 1g128-pb4,1g128-pb8,2g128,3g64s",
     "native nested": "--bits 3 --method alphaq --choices 2g128-nest,3g128-nest,4g128-nest,1g128s",
     "native 16": "--bits 6 --method alphaq --choices 2,4,8,16 --attention-bits 8 --shared-bits 16 --head-bits 8",
     "native coded": "--bits 3 --method alphaq --codec zstd",
@@ -81,7 +81,7 @@ def main() -> None:
                 for quantizer in ("", *ROUNDED.get(case, ())):
                     more = ["--quantizer", quantizer] if quantizer else []
                     if quantizer in CALIBRATED:
-                        more += ["--calibration", "self", "--calibration-tokens", "4096"]
+                        more += ["--calibration", "self", "--calibration-tokens", "2048"]
                     alphaq("quantize", str(model), "--plan", str(plan), "-o", str(out), *more, rename=rename)
                     print(f"{model.name} | {case} | {quantizer} | {weights(out)} | {chosen}", flush=True)
                     if case == "native nested":

@@ -15,7 +15,7 @@ from pathlib import Path
 import transformers
 from flips import ENGINES, FLIPS, named_setting, refusal, save_flipped
 
-from alphaq.checkpoint.architecture import architectures
+from alphaq.checkpoint.families.architecture import architectures
 from alphaq.engines.settings import family_settings
 
 PAGE = Path(__file__).parents[1] / "docs" / "engines" / "settings.md"

@@ -1,6 +1,8 @@
 """Count what should stay small in the source: long modules and functions, untyped records, loose modules, circles.
 
-python scripts/structure.py [FOLDER]    # src by default; prints a table
+python scripts/structure.py [FOLDER] [-v]    # src by default; -v names the places
+
+tests/test_structure.py holds every count to its limit.
 """
 
 from __future__ import annotations
@@ -13,7 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LONG_MODULE, LONG_FUNCTION = 400, 60
-ENGINES = ("native", "llama.cpp", "vllm", "mlx", "gptqmodel")
+ROOMS = {
+    "native": "engines/native",
+    "llama.cpp": "engines/gguf",
+    "vllm": "engines/vllm",
+    "mlx": "engines/mlx",
+    "gptqmodel": "engines/gptqmodel",
+}
+"""Where an engine's name may be compared."""
 QUANTIZERS = ("rtn", "mse", "debiased", "clipped", "minmax", "hqq", "gptq", "learned", "ggml", "affine", "symmetric16")
 
 
@@ -66,53 +75,64 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
-def compared_names(tree: ast.AST, names: tuple[str, ...]) -> Iterator[int]:
-    """Lines that compare something with one of the names, or look it up in a literal."""
+def compared_texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Texts that something is compared with, and their lines."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
-            operands = [node.left, *node.comparators]
-            texts = [one for operand in operands for one in ast.walk(operand) if isinstance(one, ast.Constant)]
-            if any(one.value in names for one in texts):
-                yield node.lineno
-        elif isinstance(node, ast.MatchValue) and isinstance(node.value, ast.Constant) and node.value.value in names:
-            yield node.value.lineno
+            places = {
+                (node.lineno, one.value)
+                for operand in (node.left, *node.comparators)
+                for one in ast.walk(operand)
+                if isinstance(one, ast.Constant) and isinstance(one.value, str)
+            }
+            yield from sorted(places)
+        elif isinstance(node, ast.MatchValue) and isinstance(node.value, ast.Constant):
+            yield node.value.lineno, str(node.value.value)
 
 
 def counts(source: Path) -> dict[str, list[str]]:
-    """What was counted, each with the places."""
+    """What was counted, each with its places."""
     found: dict[str, list[str]] = defaultdict(list)
     known = modules(source)
     edges = {}
     for name, path in known.items():
         text = path.read_text(encoding="utf-8")
-        tree, lines = ast.parse(text), text.count("\n")
+        tree = ast.parse(text)
         edges[name] = imports(tree, known) - {name}
         where = str(path.relative_to(source / "alphaq"))
-        room = name.split(".")[1] if "." in name else ""
-        if lines > LONG_MODULE:
-            found[f"modules over {LONG_MODULE} lines"].append(f"{where} {lines}")
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                length = (node.end_lineno or 0) - node.lineno + 1
-                if length > LONG_FUNCTION:
-                    found[f"functions over {LONG_FUNCTION} lines"].append(f"{where}:{node.lineno} {node.name} {length}")
-        for number, line in enumerate(text.splitlines(), 1):
-            if "dict[str, Any]" in line:
-                found["dict[str, Any]"].append(f"{where}:{number}")
-            if room != "formats" and re.search(r"bits\s*[=!]=\s*16\b", line):
-                found["bits == 16 outside formats"].append(f"{where}:{number}")
-        if room != "engines":
-            found["comparisons with an engine's name"] += [f"{where}:{n}" for n in compared_names(tree, ENGINES)]
-        if room != "quantizers":
-            found["comparisons with a quantizer's name"] += [f"{where}:{n}" for n in compared_names(tree, QUANTIZERS)]
-        if name.count(".") == 1 and path.name != "__init__.py" and path.parent.name == "alphaq":
+        if "/" not in where and path.name != "__init__.py":
             found["loose modules"].append(where)
+        for what, place in counted_in(tree, text, where):
+            found[what].append(f"{where}{place}")
     found["import circles"] = [" <-> ".join(group) for group in circles(edges)]
     return found
 
 
+def counted_in(tree: ast.AST, text: str, where: str) -> Iterator[tuple[str, str]]:
+    """What one module adds to the counts, each with its place in the module."""
+    lines = text.splitlines()
+    if len(lines) > LONG_MODULE:
+        yield f"modules over {LONG_MODULE} lines", f" {len(lines)}"
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            if length > LONG_FUNCTION:
+                yield f"functions over {LONG_FUNCTION} lines", f":{node.lineno} {node.name} {length}"
+    for number, line in enumerate(lines, 1):
+        if "dict[str, Any]" in line:
+            yield "dict[str, Any]", f":{number}"
+        if not where.startswith("formats/") and re.search(r"bits\s*[=!]=\s*16\b", line):
+            yield "bits == 16 outside formats", f":{number}"
+    for number, compared in compared_texts(tree):
+        if compared in ROOMS and not where.startswith(ROOMS[compared]):
+            yield "comparisons with an engine's name", f":{number}"
+        if compared in QUANTIZERS and not where.startswith("quantizers/"):
+            yield "comparisons with a quantizer's name", f":{number}"
+
+
 def main() -> None:
-    for what, places in counts(Path(sys.argv[1] if len(sys.argv) > 1 else "src")).items():
+    folder = next((one for one in sys.argv[1:] if one != "-v"), "src")
+    for what, places in sorted(counts(Path(folder)).items()):
         print(f"{len(places):4}  {what}")
         if "-v" in sys.argv:
             print(*(f"        {place}" for place in places), sep="\n")

@@ -15,7 +15,7 @@ import typer
 from conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-HISTORY = ("docs/LOG.md", "CHANGELOG.md")
+HISTORY = ("docs/research/log.md", "CHANGELOG.md")
 """Pages that tell what was; commands there were true then."""
 
 PARSED_ONLY = {
@@ -149,7 +149,7 @@ def check_command(line: str) -> None:
 
     name, given = parsed(line)
     for quantizer in filter(None, (given.get("quantizer") or given.get("quantizers") or "").split(",")):
-        lookup("--quantizer", {**QUANTIZERS, "gptq": None, "learned": None}, quantizer)
+        lookup("--quantizer", QUANTIZERS, quantizer)
     for one in filter(None, (given.get("methods") or "").split(",")):
         method(one.partition(":")[0])
         for setting in one.split(":")[1:]:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from alphaq import pipeline
 from alphaq.calibration.stream import model_class
-from alphaq.checkpoint.reader import Checkpoint, open_checkpoint, read_shards
+from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.checkpoint.weights import read_shards
 from alphaq.engines.output import Output
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.settings import Budget, PlanConfig

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import make_plan, measure_for_plan, resolve
+from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.hqq import quantize_hqq
 from alphaq.quantizers.learned import quantize_learned
 from alphaq.quantizers.packing import dequantize
@@ -55,21 +57,22 @@ def outputs(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("text", [pytest.param(str(CODE), marks=pytest.mark.slow, id="file"), "self"])
 def test_the_model_stays_closer_to_itself_on_that_text(alphaq: Run, tiny: Path, tmp_path: Path, text: str) -> None:
     common = ("quantize", tiny, "--bits", "2", "--method", "uniform", "--choices", "2,3", "--json")
-    plain = alphaq(*common, "-o", tmp_path / "rtn")
+    plain = alphaq(*common, "-o", tmp_path / "debiased")
     found = alphaq(
         *common, "-o", tmp_path / "gptq", "--quantizer", "gptq", "--calibration", text, "--calibration-tokens", 4096
     )
     assert plain.code == found.code == 0, found.err
-    assert found.json["quantizer"] == "gptq" and plain.json["quantizer"] == "rtn"
+    assert found.json["quantizer"] == "gptq" and plain.json["quantizer"] == "debiased"
     assert found.json["size_bytes"] == plain.json["size_bytes"]
     assert alphaq("verify", tmp_path / "gptq", "--source", tiny).code == 0
     source = open_checkpoint(tiny)
     ids = Text(CODE if text != "self" else "self", 2048).windows(source)
     expected = outputs(tiny, ids)
     kl = {
-        name: (expected.exp() * (expected - outputs(tmp_path / name, ids))).sum(-1).mean() for name in ("rtn", "gptq")
+        name: (expected.exp() * (expected - outputs(tmp_path / name, ids))).sum(-1).mean()
+        for name in ("debiased", "gptq")
     }
-    assert kl["gptq"] < 0.8 * kl["rtn"]
+    assert kl["gptq"] < 0.8 * kl["debiased"]
 
 
 def test_every_matrix_is_calibrated_or_named(model: Checkpoint, tmp_path: Path) -> None:
@@ -77,7 +80,7 @@ def test_every_matrix_is_calibrated_or_named(model: Checkpoint, tmp_path: Path) 
     done = pipeline.quantize(model, plan, tmp_path / "all", rounding=Rounding.of("native", "gptq", Text("self", 4096)))
     assert done["not_calibrated"] == {}
     few = pipeline.quantize(model, plan, tmp_path / "few", rounding=Rounding.of("native", "gptq", Text("self", 96)))
-    nearest = pipeline.quantize(model, plan, tmp_path / "plain", rounding=Rounding.of("native", "rtn"))
+    nearest = pipeline.quantize(model, plan, tmp_path / "plain", rounding=Rounding.of("native", "debiased"))
     left = few["not_calibrated"]
     experts = {matrix.name for matrix in model.planned}
     assert left and left.keys() <= experts and left.keys() != experts
@@ -96,10 +99,10 @@ def test_a_coded_plan_s_bytes_hold_with_inputs_too(model: Checkpoint, tmp_path: 
     assert 0.98 * plan.size_bytes < done["size_bytes"] <= plan.size_bytes
     assert done["not_calibrated"] == {}
     assert pipeline.verify(tmp_path / "gptq", model)["against_source"]
-    pipeline.quantize(model, plan, tmp_path / "rtn")
-    for name in ("gptq", "rtn"):
+    pipeline.quantize(model, plan, tmp_path / "debiased")
+    for name in ("gptq", "debiased"):
         recode(tmp_path / name, tmp_path / f"{name}-decoded", "none")
-    mine, plain = (read_back(tmp_path / f"{name}-decoded", model) for name in ("gptq", "rtn"))
+    mine, plain = (read_back(tmp_path / f"{name}-decoded", model) for name in ("gptq", "debiased"))
     assert {choice.rate > 0 for choice in plan.every_choice().values()} == {False, True}
     assert sum(torch.equal(mine[name], plain[name]) for name in plan.choices) < len(plan.choices) / 5
 
@@ -122,11 +125,9 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(
         pipeline.quantize(model, plan, tmp_path / "out", rounding=rounding)
     monkeypatch.setattr(calibrated, "store", real)
     rounded = []
-    monkeypatch.setitem(
-        calibrated.CALIBRATED,
-        "gptq",
-        lambda *arguments: rounded.append(arguments[2]) or calibrated.quantize_gptq(*arguments),
-    )
+    usual = QUANTIZERS["gptq"]
+    noting = replace(usual, function=lambda *arguments: rounded.append(arguments[2]) or usual.function(*arguments))
+    monkeypatch.setitem(QUANTIZERS, "gptq", noting)
     done = pipeline.quantize(model, plan, tmp_path / "out", rounding=rounding)
     assert len(rounded) + len(done["not_calibrated"]) + 20 >= len(plan.choices) > len(rounded)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -168,13 +169,15 @@ def test_llama_types_cannot_be_calibrated(alphaq: Run, tiny: Path, tmp_path: Pat
     ("options", "message"),
     [
         (("--quantizer", "hqqq"), "hqqq"),
-        (("--quantizer", "rtn", "--calibration", "self"), "--calibration is of no use"),
+        (("--quantizer", "clipped"), "is called mse now"),
+        (("--quantizer", "minmax"), "is called rtn now"),
+        (("--quantizer", "debiased", "--calibration", "self"), "--calibration is of no use"),
         (("--calibration", "self"), "--calibration is of no use"),
         (("--quantizer", "gptq", "--calibration", "nowhere.txt"), "No text file nowhere.txt"),
-        (("--quantizer", "rtn", "--calibration-tokens", "512"), "--calibration-tokens"),
+        (("--quantizer", "debiased", "--calibration-tokens", "512"), "--calibration-tokens"),
         (("--quantizer", "gptq", "--calibration-tokens", "0"), "--calibration-tokens"),
         (("--quantizer", "gptq", "--calibration", "norm", "--calibration-tokens", "512"), "--calibration-tokens"),
-        (("--quantizer", "rtn", "--calibration", "identity"), "--calibration is of no use"),
+        (("--quantizer", "debiased", "--calibration", "identity"), "--calibration is of no use"),
     ],
 )
 def test_options_that_fit_nothing_are_refused(
@@ -282,7 +285,9 @@ def test_families_without_a_pass_are_told_what_to_use(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     for inputs in (Text("self"), Proxy("norm")):
         rounding = Rounding.of("native", "gptq", inputs)
-        with pytest.raises(CheckpointError, match="gptq needs that; --quantizer rtn and --calibration identity do not"):
+        with pytest.raises(
+            CheckpointError, match="gptq needs that; --quantizer debiased and --calibration identity do not"
+        ):
             pipeline.quantize(checkpoint, plan_of(checkpoint), tmp_path / inputs.name, rounding=rounding)
     rounding = Rounding.of("native", "gptq", Proxy("identity"))
     assert pipeline.quantize(checkpoint, plan_of(checkpoint), tmp_path / "out", rounding=rounding)["tensors"]

@@ -27,10 +27,11 @@ from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import check, checked_plan, make_plan, measure_for_plan, resolve
 from alphaq.planning.check import divergences
-from alphaq.quantizers.base import quantizer_of
+from alphaq.quantizers.base import rounder_of
 from alphaq.runtime.loading import load_model
 from alphaq.sensitivity import methods
 from alphaq.simd.sums import squared_distance
+from alphaq.work.resources import Resources
 from runnable import save_runnable
 
 IDS = random_windows(340, windows=2, length=24)
@@ -50,7 +51,7 @@ def test_divergence_is_that_of_the_files_which_are_written(family: str, tmp_path
     request = resolve(PlanConfig(budget=Budget(bits=3), group_size=32, method="distortion"))
     plan = make_plan(source, request, measure_for_plan(source, request))
     pipeline.quantize(source, plan, tmp_path / "out")
-    rounding = partial(restored, source, quantizer="rtn", importance={})
+    rounding = partial(restored, source, quantizer="debiased", importance={})
     nothing: dict[str, Choice] = {}
     itself, quantized = divergences(source, IDS, [nothing, plan.every_choice()], rounding)
     assert itself == pytest.approx(0, abs=1e-6)
@@ -59,7 +60,7 @@ def test_divergence_is_that_of_the_files_which_are_written(family: str, tmp_path
 
 def test_divergence_sees_embedding_and_head(tmp_path: Path) -> None:
     source = open_checkpoint(save_runnable(tmp_path / "model", "qwen2_moe"))
-    rounding = partial(restored, source, quantizer="rtn", importance={})
+    rounding = partial(restored, source, quantizer="debiased", importance={})
     names = {role: next(one.name for one in source.with_role(role)) for role in (Role.EMBEDDING, Role.HEAD)}
     kept, *moved = divergences(source, IDS, [{}, *({name: Choice(2, 32)} for name in names.values())], rounding)
     assert kept < 1e-6 < 1e-3 < min(moved)
@@ -85,8 +86,9 @@ def ruinous(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made(checkpoint: Checkpoint, cache: Path, **settings: Any) -> Plan:
     request = resolve(PlanConfig(**{"budget": Budget(bits=2.5), **settings}))
-    with Cache(cache, {}) as kept:
-        return checked_plan(checkpoint, request, measure_for_plan(checkpoint, request, cache=kept), kept)
+    with Cache(cache, {}) as opened:
+        kept = Resources(cache=opened)
+        return checked_plan(checkpoint, request, measure_for_plan(checkpoint, request, resources=kept), kept)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +159,7 @@ def test_what_stands_in_is_as_far_away_as_the_quantizer_says(checkpoint: Checkpo
     quantizer, matrix, parsed = ENGINES[engine].quantizer, checkpoint.planned[7], Choice.parse(choice)
     weight = checkpoint.read(matrix)
     found = restored(checkpoint, matrix, parsed, quantizer, {})
-    error = quantizer_of(quantizer)(weight, parsed, matrix.name).squared_error
+    error = rounder_of(quantizer)(weight, parsed, matrix.name).squared_error
     assert squared_distance(weight, found) == pytest.approx(error, rel=0.01)
 
 

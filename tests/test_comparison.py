@@ -25,6 +25,7 @@ from alphaq.sensitivity.methods import METHODS as METHODS_KNOWN
 from alphaq.trials import compare as comparison
 from alphaq.trials import trial as trials
 from alphaq.trials.compare import Row, compare, variant_of
+from alphaq.work.resources import Resources
 from alphaq.writing.calibrated import Rounding
 from conftest import DATA
 
@@ -144,8 +145,8 @@ def test_plans_do_not_depend_on_order_or_company_and_are_those_of_plan(
         for row in compare(checkpoint, order, [2.5], TEXTS, tmp_path / "out", cache=cache)[1:]:
             config = PlanConfig(budget=Budget(size_bytes=row.budget_bytes), method=row.method)
             with Cache(own, {}) as kept:
-                found = measure_for_plan(checkpoint, resolve(config), cache=kept)
-                alone = checked_plan(checkpoint, resolve(config), found, kept)
+                found = measure_for_plan(checkpoint, resolve(config), resources=Resources(cache=kept))
+                alone = checked_plan(checkpoint, resolve(config), found, Resources(cache=kept))
             made = next(plan for plan in seen if plan.config["method"] == row.method)
             assert made.to_json() == alone.to_json()
     assert [plan.config["method"] for plan in seen] == [*["uniform"] * ("uniform" not in order), *order]
@@ -169,11 +170,14 @@ def test_measuring_for_all_methods_together_gives_each_what_it_measures_alone(
     assert {"auto", "uniform", "distortion", "mint"} <= requests.keys()
     with Cache(tmp_path / "cache", {}) as cache:
         alone = {
-            name: measure_for_plan(checkpoint, one, cache=cache, check_budget=False) for name, one in requests.items()
+            name: measure_for_plan(checkpoint, one, resources=Resources(cache=cache), check_budget=False)
+            for name, one in requests.items()
         }
     with Cache(tmp_path / "other", {}) as cache:
         for names in (list(requests), list(requests)[::-1]):
-            found = measure_for_plans(checkpoint, {n: requests[n] for n in names}, cache=cache, check_budget=False)
+            found = measure_for_plans(
+                checkpoint, {n: requests[n] for n in names}, resources=Resources(cache=cache), check_budget=False
+            )
             for name, request in requests.items():
                 one, other = found[name], alone[name]
                 assert one.choices == other.choices and one.measured == other.measured == request.offered
@@ -281,21 +285,21 @@ def test_infeasible_budget_costs_its_own_row_only(tiny: Path, tmp_path: Path) ->
 
 
 def test_quantizers_are_compared_under_the_same_plan(tiny: Path, tmp_path: Path) -> None:
-    roundings = [Rounding.of("native", "rtn"), Rounding.of("native", "minmax")]
+    roundings = [Rounding.of("native", "debiased"), Rounding.of("native", "rtn")]
     rows = run(tiny, tmp_path / "out", ("first-layers",), roundings=roundings)
     assert [(row.method, row.quantizer, row.bits) for row in rows] == [
         ("reference", "", 16.0),
         *(
             (method, quantizer, bits)
             for bits in (2.0, 2.5)
-            for method, quantizer in (("uniform", "rtn"), ("first-layers", "rtn"), ("first-layers", "minmax"))
+            for method, quantizer in (("uniform", "debiased"), ("first-layers", "debiased"), ("first-layers", "rtn"))
         ),
     ]
-    rtn, minmax = rows[-2:]
-    assert rtn.size_bytes == minmax.size_bytes and rtn.kl != minmax.kl
-    assert minmax.seconds_to_quantize is not None and minmax.difference is not None
+    debiased, rtn = rows[-2:]
+    assert debiased.size_bytes == rtn.size_bytes and debiased.kl != rtn.kl
+    assert rtn.seconds_to_quantize is not None and rtn.difference is not None
     calls: list[object] = []
     again = run(
         tiny, tmp_path / "out", ("first-layers",), roundings=roundings[:1], wrap=lambda *a: calls.append(a) or a[0]
     )
-    assert again == [row for row in rows if row.quantizer != "minmax"] and not calls
+    assert again == [row for row in rows if row.quantizer != "rtn"] and not calls

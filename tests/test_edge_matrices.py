@@ -27,16 +27,19 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.settings import Blocks, Budget, PlanConfig, Tail
 from alphaq.nouns.spectrum import Spectrum
-from alphaq.planning import make_plan, measure_for_plan, resolve
-from alphaq.quantizers.base import QUANTIZERS
-from alphaq.quantizers.rtn import FP16_MAX, quantize_rtn
-from alphaq.sensitivity.importance import completed
+from alphaq.planning import PlanInputs, make_plan, measure_for_plan, resolve
+from alphaq.quantizers.base import rounder_of
+from alphaq.quantizers.debiased import quantize_debiased
+from alphaq.quantizers.rows import FP16_MAX
+from alphaq.research.alpha_ratio import completed
+from alphaq.research.statistics import weight_statistics
+from alphaq.research.tails import variant_exponent, variant_spectrum
 from alphaq.sensitivity.methods import METHODS
 from alphaq.simd.sums import sums
 from alphaq.spectra.device import device_spectra
 from alphaq.spectra.measure import spectrum
-from alphaq.spectra.statistics import weight_statistics
-from alphaq.spectra.variants import SpectrumVariant, variant_exponent, variant_spectrum
+from alphaq.spectra.variants import SpectrumVariant
+from alphaq.work.resources import Resources
 from conftest import DATA, Ran, read_back
 from runnable import save_runnable
 
@@ -226,7 +229,7 @@ SLOW_TABLES = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S"}  # llama.cpp buil
 def stored(weight: torch.Tensor, engine: str, choice: Choice, name: str) -> torch.Tensor:
     """A matrix as an engine's files give it back; checks the error that was promised."""
     profile = ENGINES[engine]
-    found = QUANTIZERS[profile.quantizer](weight, choice, name)
+    found = rounder_of(profile.quantizer)(weight, choice, name)
     values = profile.writer.reader(profile.writer.encode(found), choice, weight.shape, name)(slice(0, len(weight)))
     exact = float((values.double() - weight.double()).square().sum())
     assert found.squared_error == pytest.approx(exact, rel=1e-3, abs=1e-6 * sums(weight)[1] + 1e-37), name
@@ -261,7 +264,7 @@ def test_weights_of_one_value_beside_zeros_are_exact(choice: Choice) -> None:
     for value in (0.1875, -0.1875, 2.0**-24, -4096.0):
         for share in (0.01, 0.5, 1.0):
             weight = torch.where(torch.rand(4, 200, generator=torch.Generator().manual_seed(1)) <= share, value, 0.0)
-            assert quantize_rtn(weight, choice).squared_error == 0, (value, share)
+            assert quantize_debiased(weight, choice).squared_error == 0, (value, share)
 
 
 @pytest.mark.parametrize(("engine", "choice"), [(e, c) for e, c in OURS + GGML if c.bits in (2, 4)], ids=str)
@@ -269,7 +272,7 @@ def test_what_no_scale_can_hold_is_refused_by_name(engine: str, choice: Choice) 
     for value in (math.nan, math.inf, -math.inf, 1e5, 1e30, 3.3e38):
         weight = with_one(0.02 * gaussian(4, 256), value)
         with pytest.raises(QuantizationError, match=r"layers\.9\.up .* --pin 'layers\.9\.up=16'"):
-            QUANTIZERS[ENGINES[engine].quantizer](weight, choice, "layers.9.up")
+            rounder_of(ENGINES[engine].quantizer)(weight, choice, "layers.9.up")
 
 
 def test_weights_near_the_largest_float16_come_back_as_float16_or_are_refused() -> None:
@@ -279,7 +282,7 @@ def test_weights_near_the_largest_float16_come_back_as_float16_or_are_refused() 
             if choice.bits != 16:
                 if share > 0.75:
                     with pytest.raises(QuantizationError, match="too large"):
-                        quantize_rtn(weight, choice)
+                        quantize_debiased(weight, choice)
                 else:
                     assert stored(weight, "native", choice, "x").half().isfinite().all(), choice
 
@@ -392,7 +395,7 @@ def test_every_method_plans_a_model_of_edge_matrices(
     asked = resolve(PlanConfig(budget=Budget(bits=5 if choices else 3), method=method, choices=choices))
     plans = []
     for _ in range(2):
-        found = measure_for_plan(checkpoint, asked, cache=caches[model], calibration=Text(text))
+        found = measure_for_plan(checkpoint, asked, PlanInputs(text=Text(text)), Resources(cache=caches[model]))
         plans.append(make_plan(checkpoint, asked, found))
     assert plans[0] == plans[1]
     assert_finite(json.loads(plans[0].to_json()), method)
@@ -401,7 +404,7 @@ def test_every_method_plans_a_model_of_edge_matrices(
 
 def test_mint_names_a_matrix_that_no_choice_is_clear_enough_for(edges: Path, caches: dict[str, Cache]) -> None:
     asked = resolve(PlanConfig(budget=Budget(bits=3), method="mint"))
-    found = measure_for_plan(open_checkpoint(edges), asked, cache=caches["edges"])
+    found = measure_for_plan(open_checkpoint(edges), asked, resources=Resources(cache=caches["edges"]))
     with pytest.raises(BudgetError, match=r"No choice is left for 'model\.layers\..*16 keeps a matrix"):
         make_plan(open_checkpoint(edges), asked, found)
 
@@ -420,7 +423,7 @@ def test_equal_experts_are_told_apart_alike_in_every_run(undefined: Path, caches
     checkpoint = open_checkpoint(undefined)
     for method in ("alphaq", "uniform", "alpha-ratio"):
         asked = resolve(PlanConfig(budget=Budget(bits=2.5), method=method))
-        found = measure_for_plan(checkpoint, asked, cache=caches["undefined"])
+        found = measure_for_plan(checkpoint, asked, resources=Resources(cache=caches["undefined"]))
         plan = make_plan(checkpoint, asked, found)
         assert make_plan(checkpoint, asked, measure_for_plan(checkpoint, asked)).choices == plan.choices
         assert plan.neutral.keys() == plan.assignment.keys()
@@ -480,4 +483,4 @@ def test_a_tensor_that_spoils_a_pass_is_named(tensor: str, method: str, edges: P
     text.write_text((DATA / "texts" / "code.txt").read_text()[:2500])
     asked = resolve(PlanConfig(budget=Budget(bits=3), method=method))
     with pytest.raises(QuantizationError, match=rf"layers\.0\.{re.escape(tensor)} holds NaN"):
-        measure_for_plan(open_checkpoint(folder), asked, calibration=Text(text))
+        measure_for_plan(open_checkpoint(folder), asked, PlanInputs(text=Text(text)))

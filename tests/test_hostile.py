@@ -17,16 +17,19 @@ import pytest
 import torch
 
 import alphaq as package
-from alphaq.checkpoint.gguf_format import read_gguf
-from alphaq.checkpoint.imatrix import read_imatrix
-from alphaq.checkpoint.reader import open_checkpoint, read_config, read_json, read_shards
+from alphaq.checkpoint.config import read_config
+from alphaq.checkpoint.files import read_json
+from alphaq.checkpoint.gguf.format import read_gguf
+from alphaq.checkpoint.gguf.imatrix import read_imatrix
+from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec, layout, read_header
+from alphaq.checkpoint.weights import read_shards
 from alphaq.errors import LONGEST_MESSAGE, AlphaQError, CheckpointError, PlanError
 from alphaq.measuring.cache import Cache
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
+from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.packing import decode, encode
-from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.work.untrusted import parse_json
 from conftest import Ran
 
@@ -454,7 +457,7 @@ def test_a_tensor_s_name_is_never_a_path(alphaq: Run, copy: Path, tmp_path: Path
 
 
 def block(text: str = "2g32", shape: tuple[int, int] = (3, 33)) -> torch.Tensor:
-    return encode(quantize_rtn(torch.randn(shape), Choice.parse(text)))
+    return encode(quantize_debiased(torch.randn(shape), Choice.parse(text)))
 
 
 def packed_header(bits: int, group_size: int, flags: int, rows: int, columns: int, version: int = 1) -> bytes:

@@ -11,7 +11,7 @@ def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
-@pytest.mark.parametrize("module", ["alphaq", "alphaq.cli.app", "alphaq.records", "alphaq.nouns.settings"])
+@pytest.mark.parametrize("module", ["alphaq", "alphaq.cli.app", "alphaq.nouns.plan", "alphaq.nouns.settings"])
 def test_import_does_not_load_torch(module: str) -> None:
     assert (
         run_python(f"import sys, {module}; print('torch' in sys.modules or 'transformers' in sys.modules)") == "False"

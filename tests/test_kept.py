@@ -12,9 +12,8 @@ from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
-from alphaq.planning import resolve
+from alphaq.planning import Scope, resolve
 from alphaq.planning.kept import LEAST_SHARE, kept_shares
-from alphaq.planning.limits import outside_experts
 from families import random_family, save_layout
 
 
@@ -26,7 +25,7 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def fixed(source: Checkpoint, engine: str = "native", **settings: Any) -> dict[str, Choice]:
     request = resolve(PlanConfig(budget=Budget(bits=4.0), engine=engine, method="alphaq", **settings))
-    return outside_experts(source, request)[0]
+    return dict(Scope.of(source, request).fixed)
 
 
 def bits(source: Checkpoint, chosen: dict[str, Choice], role: Role) -> set[int]:

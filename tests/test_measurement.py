@@ -12,11 +12,12 @@ from alphaq import planning
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import CheckpointError, JournalError, QuantizationError, WorkerError
-from alphaq.measuring.cache import Cache
-from alphaq.measuring.measurement import leaving, measure
+from alphaq.measuring.cache import Cache, Entry
+from alphaq.measuring.measurement import Wanted, leaving, measure
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Role
 from alphaq.work.journal import Journal
+from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers
 
 CHOICES = (Choice(2, 128), Choice(3, 128))
@@ -37,7 +38,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def measured(checkpoint: Checkpoint, cache: Cache | None, choices: tuple[Choice, ...] = CHOICES) -> list[Any]:
-    return list(measure(checkpoint.with_role(Role.EXPERT)[:6], Workers(1, checkpoint), cache, choices=choices))
+    matrices = checkpoint.with_role(Role.EXPERT)[:6]
+    return list(measure(checkpoint, matrices, Wanted(choices=choices), Resources(cache=cache)))
 
 
 def test_nothing_is_measured_twice(checkpoint: Checkpoint, tmp_path: Path, reads: list[str]) -> None:
@@ -57,12 +59,12 @@ def test_nothing_is_measured_twice(checkpoint: Checkpoint, tmp_path: Path, reads
 def test_a_device_gives_the_same_in_the_same_order(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """The merging of what a device and what the workers find, with part of it known: on a "device" that is the CPU."""
     matrices = checkpoint.with_role(Role.EXPERT)[:7]
-    workers = Workers(1, checkpoint)
-    plain = list(measure(matrices, workers, choices=CHOICES))
+    plain = list(measure(checkpoint, matrices, Wanted(choices=CHOICES)))
     with Cache(tmp_path, {}) as cache:
-        list(measure(matrices[:3], workers, cache, choices=CHOICES[:1], device="cpu:0"))
-        list(measure(matrices[5:6], workers, cache, spectra=False, choices=CHOICES, device="cpu:0"))
-        found = list(measure(matrices, workers, cache, choices=CHOICES, device="cpu:0"))
+        on_device = Resources(cache=cache, device="cpu:0")
+        list(measure(checkpoint, matrices[:3], Wanted(choices=CHOICES[:1]), on_device))
+        list(measure(checkpoint, matrices[5:6], Wanted(None, CHOICES), on_device))
+        found = list(measure(checkpoint, matrices, Wanted(choices=CHOICES), on_device))
     for one, other in zip(plain, found, strict=True):
         assert one.squared_errors == other.squared_errors
         assert one.spectrum is not None and other.spectrum is not None
@@ -77,7 +79,7 @@ def test_a_full_disk_under_the_cache_is_one_error(tmp_path: Path, monkeypatch: p
     with Cache(tmp_path, {}) as cache:
         monkeypatch.setattr(Journal, "append", full)
         with pytest.raises(JournalError, match=r"No space left.*--no-cache"):
-            cache.add("x", None, {})
+            cache.add(Entry("x", {}))
 
 
 def test_other_weights_have_another_cache(checkpoint: Checkpoint, tmp_path: Path, reads: list[str]) -> None:
@@ -141,11 +143,11 @@ def test_touched_and_rewritten_weights_are_told_apart(tmp_path: Path, tiny: Path
 def test_a_second_budget_measures_nothing(
     alphaq: Any, tiny: Path, reads: list[str], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning.evidence, "SYNTHETIC_WINDOWS", 1)
+    monkeypatch.setattr(planning.passes, "SYNTHETIC_WINDOWS", 1)
     options = ("--method", method, "--workers", "1", "--json")
     first = alphaq("plan", tiny, "--bits", "2", *options).json
     anew = sorted(reads)
-    assert set(anew) == set(first["assignment"])
+    assert set(anew) >= set(first["assignment"])
     assert len(anew) == len(first["assignment"]) or method == "auto"  # which runs the model as well
     reads.clear()
     alphaq("plan", tiny, "--bits", "3", *options)
@@ -255,10 +257,10 @@ def test_finished_shards_are_dropped_only_where_memory_is_short(
     dropped: list[str] = []
     original = PlainFile.forget
     monkeypatch.setattr(PlainFile, "forget", lambda self: dropped.append(self.path.name) or original(self))
-    list(measure(checkpoint.matrices[:4], Workers(1, checkpoint)))
+    list(measure(checkpoint, checkpoint.matrices[:4]))
     assert dropped == []
     monkeypatch.setattr("alphaq.checkpoint.reader.memory_bytes", lambda: 1)
-    list(measure(checkpoint.matrices[:4], Workers(1, checkpoint)))
+    list(measure(checkpoint, checkpoint.matrices[:4]))
     assert dropped == [checkpoint.shard_of[checkpoint.matrices[0].tensor]]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,12 @@ from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
-from alphaq.planning import Measurements, make_plan, measure_for_plan, nominal_bytes, resolve
-from alphaq.planning.limits import outside_experts
+from alphaq.planning import Measurements, PlanInputs, Scope, make_plan, measure_for_plan, nominal_bytes, resolve
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.ggml import quantize_ggml
 from alphaq.sensitivity.importance import SPREAD
 from alphaq.sensitivity.methods import METHODS
+from alphaq.work.resources import Resources
 from conftest import DATA, random_model
 from runnable import save_runnable
 
@@ -52,8 +53,8 @@ def config_of(**settings: object) -> PlanConfig:
 def _short_passes() -> Iterator[None]:
     """What is tested here does not depend on how many random tokens the model runs on."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning.evidence, "SYNTHETIC_WINDOWS", 2)
-        patch.setattr(planning.evidence, "SYNTHETIC_LENGTH", 64)
+        patch.setattr(planning.passes, "SYNTHETIC_WINDOWS", 2)
+        patch.setattr(planning.passes, "SYNTHETIC_LENGTH", 64)
         yield
 
 
@@ -87,7 +88,9 @@ def plan(checkpoint: Checkpoint, cache: Cache) -> MakePlan:
 
     def make(calibration: Path | None = None, **settings: object) -> Plan:
         request = resolve(config_of(**settings))
-        found = measure_for_plan(checkpoint, request, cache=cache, calibration=calibration and Text(calibration))
+        found = measure_for_plan(
+            checkpoint, request, PlanInputs(text=calibration and Text(calibration)), Resources(cache=cache)
+        )
         return make_plan(checkpoint, request, found)
 
     return make
@@ -100,8 +103,9 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("measured")
 
-    for name in ("measure", "gather", "routing_prior"):
-        monkeypatch.setattr(planning.evidence, name, never)
+    monkeypatch.setattr(planning.matrices, "measure", never)
+    for name in ("gather", "routing_prior"):
+        monkeypatch.setattr(planning.passes, name, never)
 
 
 def data_bytes(plan: Plan, matrices: dict[str, MatrixRef], layer: int | None = None) -> int:
@@ -217,7 +221,7 @@ def test_methods_that_need_a_text_say_so_and_plan_with_one(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model was run again")
 
-    monkeypatch.setattr(planning.evidence, "gather", never)
+    monkeypatch.setattr(planning.passes, "gather", never)
     assert plan(text, **settings) == made
     other = plan(text, **settings, budget=Budget(bits=2.25))
     assert other.objective is not None and made.objective is not None
@@ -233,7 +237,7 @@ def test_another_text_runs_the_model_again(
     def noted(*_: object, **__: object) -> None:
         raise RuntimeError("run")
 
-    monkeypatch.setattr(planning.evidence, "gather", noted)
+    monkeypatch.setattr(planning.passes, "gather", noted)
     with pytest.raises(RuntimeError, match="run"):
         plan(tmp_path / "other.txt", method="hessian", choices="1,2,3")
 
@@ -251,7 +255,7 @@ def test_the_default_runs_the_model_once(plan: MakePlan, monkeypatch: pytest.Mon
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model was run again")
 
-    monkeypatch.setattr(planning.evidence, "gather", never)
+    monkeypatch.setattr(planning.passes, "gather", never)
     assert plan(method="auto") == made
 
 
@@ -367,7 +371,7 @@ def test_least_signal_to_noise_ratio_holds_for_every_matrix(
     plan: MakePlan, checkpoint: Checkpoint, cache: Cache, method: str
 ) -> None:
     settings: dict[str, object] = {"method": method, "budget": Budget(bits=3.7)}
-    found = measure_for_plan(checkpoint, resolve(config_of(**settings)), cache=cache)
+    found = measure_for_plan(checkpoint, resolve(config_of(**settings)), resources=Resources(cache=cache))
     decibels = -10 * np.log10(found.evidence.relative_errors)
     labels = [str(choice) for choice in found.choices]
 
@@ -434,7 +438,7 @@ def test_the_least_budget_that_an_error_names_is_feasible(
     with pytest.raises(BudgetError, match="below the least") as raised:
         plan(budget=Budget(bits=2.0), **settings)
     least = float(str(raised.value).split("--bits ")[1].split()[0])
-    planning.problem_of(checkpoint, resolve(config_of(budget=Budget(bits=least), **settings)))
+    planning.problem_of(Scope.of(checkpoint, resolve(config_of(budget=Budget(bits=least), **settings))))
     with pytest.raises(BudgetError):
         plan(budget=Budget(bits=least - 1e-3), **settings)
 
@@ -456,7 +460,7 @@ def test_a_role_that_an_engine_cannot_store_is_named_with_the_remedy(save_family
     request = resolve(config_of(**settings, attention_bits=4))
     with pytest.raises(BudgetError, match=r"vllm cannot store .* as 4g128s: 64 columns.*--pin '.*=16'"):
         measure_for_plan(checkpoint, request)
-    fixed, _ = outside_experts(checkpoint, resolve(config_of(**settings)))
+    fixed = Scope.of(checkpoint, resolve(config_of(**settings))).fixed
     assert {str(choice) for choice in fixed.values()} == {"4g64s"}  # the usual one only has to be as wide
 
 
@@ -543,10 +547,10 @@ def test_sampled_errors_of_a_unit_are_near_those_of_all_its_weights(
     units = np.array([list(dict.fromkeys(names)).index(name) for name in names])
     several = []
     for members in (8, 5):  # of eight
-        monkeypatch.setattr(planning.evidence, "SAMPLE_MEMBERS", members)
+        monkeypatch.setattr(planning.matrices, "SAMPLE_MEMBERS", members)
         several.append(measure_for_plan(checkpoint, request))
-    monkeypatch.setattr(planning.evidence, "SAMPLE_MEMBERS", 8)
-    monkeypatch.setattr(planning.evidence, "SAMPLE_VALUES", 1 << 40)
+    monkeypatch.setattr(planning.matrices, "SAMPLE_MEMBERS", 8)
+    monkeypatch.setattr(planning.matrices, "SAMPLE_VALUES", 1 << 40)
     whole = measure_for_plan(checkpoint, request)
     assert whole.deviations is not None and (whole.deviations == 0).all()
     assert make_plan(checkpoint, request, whole).sampling_error == 0
@@ -569,10 +573,10 @@ def test_of_a_large_unit_only_a_sample_of_matrices_is_measured_and_stands_for_th
         seen.add(name)
         return quantize_ggml(weight, choice, name)
 
-    monkeypatch.setitem(QUANTIZERS, "ggml", noting)
-    monkeypatch.setattr(planning.evidence, "SAMPLE_MEMBERS", 3)
+    monkeypatch.setitem(QUANTIZERS, "ggml", replace(QUANTIZERS["ggml"], function=noting))
+    monkeypatch.setattr(planning.matrices, "SAMPLE_MEMBERS", 3)
     request = resolve(config_of(engine="llama.cpp", choices="Q3_K,Q5_K,Q8_0", budget=Budget(bits=4.0)))
-    found = measure_for_plan(checkpoint, request, cache=cache)
+    found = measure_for_plan(checkpoint, request, resources=Resources(cache=cache))
     units: dict[str, list[int]] = {}
     for number, matrix in enumerate(checkpoint.planned):
         units.setdefault(request.profile.unit_of(matrix), []).append(number)
@@ -584,7 +588,7 @@ def test_of_a_large_unit_only_a_sample_of_matrices_is_measured_and_stands_for_th
         pooled = found.squared_errors[drawn].sum(axis=0) / found.evidence.energies[drawn].sum()
         assert found.evidence.relative_errors[rest] == pytest.approx(np.tile(pooled, (5, 1)))
     seen.clear()
-    again = measure_for_plan(checkpoint, request, cache=cache)
+    again = measure_for_plan(checkpoint, request, resources=Resources(cache=cache))
     assert not seen
     assert (again.squared_errors == found.squared_errors).all()
 
@@ -610,7 +614,7 @@ def stats(checkpoint: Checkpoint, cache: Cache, tmp_path_factory: pytest.TempPat
 
 def from_stats(stats: Path, **settings: object) -> Plan:
     request = resolve(config_of(**settings), with_model=False)
-    return make_plan(None, request, measure_for_plan(None, request, stats))
+    return make_plan(None, request, measure_for_plan(None, request, PlanInputs(stats)))
 
 
 def test_the_paper_s_method_is_the_same_from_stats_and_from_the_model(plan: MakePlan, stats: Path) -> None:
@@ -684,27 +688,30 @@ def test_another_config_runs_the_model_again(
     shutil.copytree(tiny, folder)
     settings = json.loads((folder / "config.json").read_text())
     request = resolve(config_of(method="auto"))
-    measure_for_plan(open_checkpoint(folder), request, cache=cache)
+    measure_for_plan(open_checkpoint(folder), request, resources=Resources(cache=cache))
 
     def noted(*_: object, **__: object) -> None:
         raise RuntimeError("run")
 
-    monkeypatch.setattr(planning.evidence, "gather", noted)
-    measure_for_plan(open_checkpoint(folder), request, cache=cache)
+    monkeypatch.setattr(planning.passes, "gather", noted)
+    measure_for_plan(open_checkpoint(folder), request, resources=Resources(cache=cache))
     (folder / "config.json").write_text(json.dumps(settings | {"num_experts_per_tok": 3}))
     with pytest.raises(RuntimeError, match="run"):
-        measure_for_plan(open_checkpoint(folder), request, cache=cache)
+        measure_for_plan(open_checkpoint(folder), request, resources=Resources(cache=cache))
 
 
 @pytest.mark.slow
 def test_damaged_pass_in_the_cache_is_run_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
     request = resolve(config_of(method="auto"))
     with Cache(tmp_path, {}) as own:
-        made = make_plan(checkpoint, request, measure_for_plan(checkpoint, request, cache=own))
+        made = make_plan(checkpoint, request, measure_for_plan(checkpoint, request, resources=Resources(cache=own)))
         [kept] = own.path.glob("synthetic-*.json")
         for damage in (b"", b"\xff\xfe", b'{"format_version": 1}'):
             kept.write_bytes(damage)
-            assert make_plan(checkpoint, request, measure_for_plan(checkpoint, request, cache=own)) == made
+            assert (
+                make_plan(checkpoint, request, measure_for_plan(checkpoint, request, resources=Resources(cache=own)))
+                == made
+            )
 
 
 @pytest.mark.parametrize("engine", ["llama.cpp", "mlx", "gptqmodel"])

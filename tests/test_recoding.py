@@ -26,6 +26,7 @@ from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.quantizers.coding import is_coded
 from alphaq.runtime.replace import Packer, stored_tensors
+from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers
 from alphaq.writing import recoding
 from alphaq.writing.recoding import recode
@@ -41,7 +42,7 @@ def plan_of(source: Path, workers: int = 1, cache: Cache | None = None, **config
     request = resolve(PlanConfig.model_validate({"method": METHOD, "codec": "zstd", **config}))
     with Workers(workers, checkpoint) as pool:
         return pipeline.make_plan(
-            checkpoint, request, pipeline.measure_for_plan(checkpoint, request, workers=pool, cache=cache)
+            checkpoint, request, pipeline.measure_for_plan(checkpoint, request, resources=Resources(pool, cache))
         )
 
 
@@ -301,7 +302,7 @@ def test_a_second_plan_measures_nothing_and_is_the_same(
     first, other = plan(Budget(bits=3.0)), plan(Budget(bits=2.5))
     for name in ("measure_one", "coded_bytes"):
         monkeypatch.setattr(measurement, name, _never)
-    monkeypatch.setattr("alphaq.planning.evidence.coded_bytes", _never)
+    monkeypatch.setattr("alphaq.planning.coded.coded_bytes", _never)
     assert plan(Budget(bits=3.0)) == first
     assert plan(Budget(bits=2.5)) == other
     assert first.size_bytes != other.size_bytes

@@ -14,13 +14,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import alphaq
-from alphaq.checkpoint.imatrix import ImportanceMatrix
+from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
 from alphaq.checkpoint.publishing import claim, publish
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.checkpoint.remote import Store
 from alphaq.checkpoint.writer import Place, atomic_file, atomic_folder, create_file, resumable_folder
 from alphaq.engines.export import Entry, Layout
-from alphaq.engines.gguf.importance import Importance, importance_of
 from alphaq.engines.output import (
     MANIFEST_NAME,
     Output,
@@ -33,7 +32,8 @@ from alphaq.engines.output import (
 from alphaq.engines.profiles import profile
 from alphaq.errors import OutputError, PlanError
 from alphaq.measuring.cache import Cache
-from alphaq.measuring.measurement import ahead, leaving, measure
+from alphaq.measuring.density import Density, DensityTask, density_one
+from alphaq.measuring.measurement import Wanted, ahead, leaving, measure
 from alphaq.nouns.choice import CODECS
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.matrix import MatrixRef
@@ -42,14 +42,15 @@ from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.nouns.spectrum import Spectrum
 from alphaq.planning import checked_plan, measure_for_plan, resolve
 from alphaq.planning import make_plan as make_plan
+from alphaq.quantizers.base import QUANTIZERS
 from alphaq.report.content import MAX_DENSITIES, Sources, sampled
 from alphaq.report.html import write_report
 from alphaq.report.places import places_of_matrices
 from alphaq.report.runs import ComparedRow, read_run
-from alphaq.spectra.density import Density, DensityTask, density_one
 from alphaq.spectra.measure import write_stats
 from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant
 from alphaq.work.journal import Journal
+from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers, Wrap, silent
 from alphaq.writing.calibrated import Rounding, store_calibrated
 from alphaq.writing.recoding import recode_into
@@ -74,7 +75,7 @@ def analyze(
 ) -> list[tuple[MatrixRef, Spectrum]]:
     """Measure every matrix and write the stats CSV."""
     matrices = checkpoint.matrices
-    found = measure(matrices, workers or Workers(1, checkpoint), cache, device=device, variant=variant)
+    found = measure(checkpoint, matrices, Wanted(variant), Resources(workers, cache, device=device))
     rows = [
         (matrix, one.spectrum)
         for matrix, one in zip(matrices, wrap(found, len(matrices), "analyze"), strict=True)
@@ -131,7 +132,7 @@ def quantize(
             f"The plan was made with the importance matrix {planned or 'of ones'}, not with "
             f"{imatrix.name if imatrix else 'one of ones'}. Give --imatrix the same file, or make the plan again."
         )
-    importance = Importance() if imatrix is None else importance_of(checkpoint, imatrix)
+    importance = profile(plan.engine).importance_of(checkpoint, imatrix)
     rounding = rounding or Rounding.of(plan.engine)
     written = writer.layout(checkpoint, choices)
     if plan.size_bytes not in (None, written.size_bytes):
@@ -223,8 +224,7 @@ def _quantize_coded(
 
 def check_codable(rounding: Rounding) -> None:
     """PlanError if what a quantizer's codes take once coded cannot be held to what a plan says."""
-    known = rounding.plain == Rounding.of("native").plain and rounding.calibrated in (None, "gptq")
-    if not known:
+    if not all(QUANTIZERS[name].coded_size_known for name in (rounding.plain, rounding.name)):
         raise PlanError(
             f"What codes of quantizer {rounding.name} will take is not known to a plan. Use --quantizer gptq, or "
             "quantize without --codec and code the result with `alphaq recode`."
@@ -533,7 +533,7 @@ def demo(out: Path, wrap: Wrap = silent) -> dict[str, Any]:
         model, texts = data / "tiny", sorted((data / "texts").glob("*.txt"))
         checkpoint = open_checkpoint(model)
         config = PlanConfig(budget=Budget(bits=2.5))
-        found = measure_for_plan(checkpoint, resolve(config), wrap=wrap)
+        found = measure_for_plan(checkpoint, resolve(config), resources=Resources(wrap=wrap))
         rows = [
             _demo_row(
                 "bf16",

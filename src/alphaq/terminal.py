@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -36,10 +37,20 @@ def progress(items: Iterable[T], total: int, label: str) -> Iterable[T]:
             bar.update(task, rate=f"{speed:.1f}/s" if speed else "")
 
 
+def _as_json(record: object) -> object:
+    """A frozen record as an object of its fields."""
+    if is_dataclass(record) and not isinstance(record, type):
+        return asdict(record)
+    raise TypeError(f"{type(record).__name__} is no JSON")
+
+
 def show(as_json: bool, data: Any, *parts: Any) -> None:
-    """Print JSON on stdout, or what people read: text, tables, and functions that make either for a console."""
+    """Print JSON on stdout, records by their fields, or what people read.
+
+    parts: text, tables, and functions that make either for a console.
+    """
     if as_json:
-        sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False, default=_as_json) + "\n")
     else:
         console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
         for part in parts:

@@ -15,7 +15,7 @@ from alphaq.calibration.traffic import PROBE, gather
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import CheckpointError
 from alphaq.nouns.matrix import MatrixRef
-from alphaq.quantizers.base import QUANTIZERS
+from alphaq.quantizers.base import rounder_of
 from alphaq.quantizers.packing import dequantize
 from alphaq.simd.sums import squared_distance, squared_norm
 from calibration.test_every_family import NOT_RUN
@@ -72,7 +72,7 @@ def rounded_copy(source: Checkpoint, matrix: MatrixRef, out: Path) -> float:
     stored = load_file(source.folder / "model.safetensors")
     tensors = {name: source.tensor(name).float() for name in stored}
     weight = source.read(matrix)
-    rounded = dequantize(QUANTIZERS["rtn"](weight, PROBE, matrix.name))
+    rounded = dequantize(rounder_of("debiased")(weight, PROBE, matrix.name))
     place = tensors[matrix.tensor] if matrix.index is None else tensors[matrix.tensor][matrix.index]
     place = (place.T if matrix.transposed else place)[matrix.row_start :: matrix.row_step][: matrix.shape[0]]
     place.copy_(rounded)

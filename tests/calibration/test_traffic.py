@@ -15,7 +15,7 @@ from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import ChoiceError, StatsError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
-from alphaq.quantizers.base import QUANTIZERS
+from alphaq.quantizers.base import rounder_of
 from alphaq.quantizers.packing import dequantize
 from alphaq.simd import sums as numerics
 from conftest import COMMON, EXPERTS, FAMILIES
@@ -59,7 +59,7 @@ def set_matrix(model: Any, matrix: MatrixRef, weight: torch.Tensor) -> None:
 
 
 def rounded(checkpoint: Checkpoint, matrix: MatrixRef, choice: Choice) -> torch.Tensor:
-    return dequantize(QUANTIZERS["rtn"](checkpoint.read(matrix), choice))
+    return dequantize(rounder_of("debiased")(checkpoint.read(matrix), choice))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

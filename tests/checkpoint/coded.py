@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alphaq.checkpoint.reader import INDEX_NAME, Checkpoint
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.checkpoint.weights import INDEX_NAME
 
 Tensors = dict[str, Tensor]
 Coder = Callable[[str, Tensor], tuple[Tensors, Tensor] | None]

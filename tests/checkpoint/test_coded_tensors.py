@@ -18,7 +18,8 @@ from torch import Tensor
 from alphaq import pipeline
 from alphaq.calibration.stream import stream_forward
 from alphaq.calibration.tokens import random_windows
-from alphaq.checkpoint.reader import open_checkpoint, summarize
+from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.checkpoint.summary import summarize
 from alphaq.errors import AlphaQError, CheckpointError
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
@@ -213,7 +214,7 @@ def v4(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def test_deepseek_v4_decodes_as_transformers_does(v4: Pair) -> None:
     found, expected = open_checkpoint(v4.coded), open_checkpoint(v4.plain)
     assert_same_values(found, expected)
-    assert {"F8_E4M3", "MXFP4"} <= set(summarize(found)["dtypes"])
+    assert {"F8_E4M3", "MXFP4"} <= set(summarize(found).dtypes)
     assert "expert_dtype" not in found.config and found.config == expected.config
 
 
@@ -310,7 +311,7 @@ def modelopt(tmp_path_factory: pytest.TempPathFactory, save_family: Callable[...
 def test_nvfp4_of_modelopt_is_each_code_times_both_scales(modelopt: Pair) -> None:
     found = open_checkpoint(modelopt.coded)
     assert_same_values(found, open_checkpoint(modelopt.plain))
-    assert "NVFP4" in summarize(found)["dtypes"]
+    assert "NVFP4" in summarize(found).dtypes
 
 
 @pytest.mark.parametrize(
@@ -406,10 +407,10 @@ def test_the_default_method_plans_from_codes(modelopt: Pair, alphaq: Callable[..
 
 def test_summary_counts_codes_and_scales_as_bytes_and_weights_as_parameters(modelopt: Pair) -> None:
     found, expected = summarize(open_checkpoint(modelopt.coded)), summarize(open_checkpoint(modelopt.plain))
-    assert found["parameters"] == expected["parameters"]
+    assert found.parameters == expected.parameters
     unused = (".input_scale", ".k_scale", ".v_scale")
     stored = {name: value for name, value in load(modelopt.coded)[1].items() if not name.endswith(unused)}
-    assert found["bytes"] == sum(value.nbytes for value in stored.values())
+    assert found.bytes == sum(value.nbytes for value in stored.values())
 
 
 def test_a_coded_checkpoint_travels_to_workers(int4: Pair) -> None:

@@ -15,9 +15,11 @@ from torch import Tensor
 from alphaq import pipeline
 from alphaq.calibration.stream import LayerTraffic, stream_forward
 from alphaq.calibration.tokens import random_windows
-from alphaq.checkpoint.encodings import Encoding, decode
+from alphaq.checkpoint.encoded.encodings import decode
 from alphaq.checkpoint.files import PlainFile
-from alphaq.checkpoint.reader import open_checkpoint, summarize
+from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.checkpoint.summary import summarize
+from alphaq.checkpoint.tensors import Encoding
 from alphaq.errors import CheckpointError
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.plan import Plan
@@ -232,10 +234,10 @@ def test_summary_counts_weights_and_names_what_they_are_stored_as(
 ) -> None:
     for (encoded, bf16), stored in ((fp8_and_bf16, "F8_E4M3"), (mxfp4_and_bf16, "MXFP4")):
         found, expected = summarize(open_checkpoint(encoded)), summarize(open_checkpoint(bf16))
-        assert found["parameters"] == expected["parameters"]
-        assert found["dtypes"] == sorted({*expected["dtypes"], stored})
-        assert found["bytes"] == sum(value.nbytes for value in load(encoded)[1].values())
-        assert found["bytes"] == sum(role["bytes"] for role in found["roles"].values())
+        assert found.parameters == expected.parameters
+        assert found.dtypes == sorted({*expected.dtypes, stored})
+        assert found.bytes == sum(value.nbytes for value in load(encoded)[1].values())
+        assert found.bytes == sum(role.bytes for role in found.roles.values())
 
 
 def test_config_is_that_of_an_ordinary_model(fp8_and_bf16: tuple[Path, Path]) -> None:

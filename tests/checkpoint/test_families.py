@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alphaq.checkpoint.architecture import architecture_of, architectures, unsupported
+from alphaq.checkpoint.families.architecture import architecture_of, architectures, unsupported
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import ArchitectureError, BudgetError
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.settings import Budget, PlanConfig
-from alphaq.planning import resolve
+from alphaq.planning import Scope, resolve
 from alphaq.planning.limits import problem_of
 from families import FAMILIES, ONE_LAYOUT, UNLOADABLE, moe_model_types, outcome, random_family, save_layout
 
@@ -158,7 +158,7 @@ def test_method_for_experts_is_refused_for_a_dense_model(tmp_path: Path) -> None
     source = open_checkpoint(save_layout(random_family("llama"), tmp_path, published=True))
     request = resolve(PlanConfig(budget=Budget(bits=2.5), method="pmq", choices="1,2,3"))
     with pytest.raises(BudgetError, match=r"weighs routed experts, and .* has none"):
-        problem_of(source, request)
+        problem_of(Scope.of(source, request))
 
 
 def test_unsupported_family_is_refused_with_the_reason(tmp_path: Path) -> None:

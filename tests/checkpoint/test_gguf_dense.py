@@ -10,9 +10,10 @@ import torch
 from alphaq import pipeline
 from alphaq.calibration.stream import stream_forward
 from alphaq.calibration.tokens import random_windows
-from alphaq.checkpoint.architecture import architectures
-from alphaq.checkpoint.gguf_format import GgufValue, layout, read_gguf
-from alphaq.checkpoint.gguf_rope import FACTORS_TENSOR, llama3_factors, llama3_settings
+from alphaq.checkpoint.families.architecture import architectures
+from alphaq.checkpoint.gguf.format import layout, read_gguf
+from alphaq.checkpoint.gguf.rope import FACTORS_TENSOR, llama3_factors, llama3_settings
+from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import CheckpointError
 from alphaq.nouns.plan import Plan

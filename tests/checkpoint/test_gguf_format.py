@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alphaq.checkpoint.gguf_format import GgufValue, layout, read_gguf
+from alphaq.checkpoint.gguf.format import layout, read_gguf
+from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.errors import CheckpointError, OutputError
 from alphaq.nouns.ggml import GGML_TYPES
 

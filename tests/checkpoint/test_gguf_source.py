@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from alphaq.calibration.stream import stream_forward
 from alphaq.calibration.tokens import random_windows
-from alphaq.checkpoint.gguf_format import read_gguf
-from alphaq.checkpoint.gguf_source import open_gguf
-from alphaq.checkpoint.imatrix import ImportanceMatrix
+from alphaq.checkpoint.gguf.format import read_gguf
+from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
+from alphaq.checkpoint.gguf.source import open_gguf
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.gguf.importance import importance_of
 from alphaq.errors import ArchitectureError, CheckpointError

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
-from alphaq.checkpoint.imatrix import read_imatrix
+from alphaq.checkpoint.gguf.imatrix import read_imatrix
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.gguf.importance import importance_of
 from alphaq.errors import CheckpointError

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alphaq.checkpoint.reader import open_checkpoint, read_shards
+from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.checkpoint.safetensors_format import parse_header
+from alphaq.checkpoint.weights import read_shards
 from alphaq.errors import CheckpointError
 from conftest import Ran
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from alphaq.checkpoint.architecture import Architecture, architecture_of, architectures
-from alphaq.checkpoint.matching import match_tensors
-from alphaq.checkpoint.reader import open_checkpoint, summarize
-from alphaq.checkpoint.safetensors_format import TensorInfo
+from alphaq.checkpoint.families.architecture import Architecture, architecture_of, architectures
+from alphaq.checkpoint.families.matching import match_tensors
+from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.checkpoint.summary import summarize
+from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import ArchitectureError
 from alphaq.nouns.matrix import Role
 from conftest import EXPERTS, FAMILIES
@@ -45,9 +46,9 @@ def test_both_layouts_hold_the_same_matrices(save_family: Callable[..., Path], f
 
 def test_summary_counts_every_parameter(tiny: Path) -> None:
     summary = summarize(open_checkpoint(tiny))
-    assert summary["architecture"] == "qwen2_moe"
-    assert (summary["layers"], summary["experts_per_layer"], summary["expert_matrices"]) == (4, 8, 96)
-    assert summary["bytes"] == 2 * summary["parameters"] == sum(r["bytes"] for r in summary["roles"].values())
+    assert summary.architecture == "qwen2_moe"
+    assert (summary.layers, summary.experts_per_layer, summary.expert_matrices) == (4, 8, 96)
+    assert summary.bytes == 2 * summary.parameters == sum(role.bytes for role in summary.roles.values())
 
 
 def test_unknown_architecture_is_told_with_those_of_like_names() -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from alphaq.checkpoint.reader import INDEX_NAME, open_checkpoint
+from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.checkpoint.weights import INDEX_NAME
 from alphaq.errors import CheckpointError
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from alphaq.checkpoint.architecture import architectures
+from alphaq.checkpoint.families.architecture import architectures
+from alphaq.checkpoint.families.routing import check_routing
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.checkpoint.routing import check_routing
-from alphaq.checkpoint.safetensors_format import TensorInfo
+from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import ArchitectureError
 from conftest import EXPERTS, FAMILIES
 

@@ -250,7 +250,7 @@ def test_a_left_over_index_may_be_damaged_but_not_hostile(tmp_path: Path) -> Non
 
 
 def test_what_is_written_has_the_usual_names(model: Path, tmp_path: Path) -> None:
-    from alphaq.engines.export import write_model_folder
+    from alphaq.engines.safetensors.folder import write_model_folder
 
     config = json.loads((model / "config.json").read_text())
     (model / INDEX_NAME).rename(model / "own.safetensors.index.json")

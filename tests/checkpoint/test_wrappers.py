@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alphaq import pipeline
-from alphaq.checkpoint.architecture import architecture_of
+from alphaq.checkpoint.families.architecture import architecture_of
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.output import Output
 from alphaq.errors import ArchitectureError

@@ -14,16 +14,16 @@ from safetensors.torch import save_file
 
 from alphaq import pipeline
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.engines.export import LINEAR
 from alphaq.engines.profile import Profile
 from alphaq.engines.profiles import profile
+from alphaq.engines.safetensors.modules import LINEAR
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, resolve
-from alphaq.quantizers.base import QUANTIZERS
+from alphaq.quantizers.base import rounder_of
 
 QUANTIZED_ROLES = (Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.DENSE_MLP)
 
@@ -71,7 +71,7 @@ def gaussian(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> to
 def round_trip(engine: Profile, choice: Choice, weight: torch.Tensor) -> tuple[QuantizedMatrix, torch.Tensor]:
     """A matrix quantized, encoded and read again by what reads the files."""
     shape = (weight.shape[0], weight.shape[1])
-    matrix = QUANTIZERS[engine.quantizer](weight, choice, "x")
+    matrix = rounder_of(engine.quantizer)(weight, choice, "x")
     parts = [part.contiguous().reshape(-1) for part in engine.writer.encode(matrix)]
     return matrix, engine.writer.reader(parts, choice, shape, "x")(slice(0, shape[0])).float()
 

@@ -19,7 +19,7 @@ from exported import cycled_plan, logits_of
 from safetensors.torch import save_file
 
 from alphaq import pipeline
-from alphaq.checkpoint.gguf_format import layout, read_gguf
+from alphaq.checkpoint.gguf.format import layout, read_gguf
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.output import Output
 from alphaq.engines.running import run_in_transformers

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from alphaq import pipeline
-from alphaq.checkpoint.architecture import architectures
+from alphaq.checkpoint.families.architecture import architectures
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines import gptqmodel
 from alphaq.engines.dense import dense_families

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from alphaq.checkpoint.architecture import architectures
-from alphaq.checkpoint.gguf_format import GgufFile, GgufValue, read_gguf
+from alphaq.checkpoint.families.architecture import architectures
+from alphaq.checkpoint.gguf.format import GgufFile, read_gguf
+from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.gguf.model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
 from alphaq.engines.gguf.tokenizer import _pre_tokenizers, tokenizer_metadata, tokens_left_out

@@ -33,8 +33,8 @@ from alphaq.errors import PlanError, VerificationError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, Rule
+from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.packing import dequantize
-from alphaq.quantizers.rtn import quantize_rtn
 from conftest import FAMILIES, Ran, read_back
 
 CHOICES = ("2g32", "3g32", "4g32", "8g32", "16")
@@ -91,7 +91,8 @@ def test_stored_tensors_hold_what_was_promised(choice: Choice, dtype: torch.dtyp
     weight = gaussian(96, 384, dtype)
     matrix, restored = round_trip(gptqmodel.PROFILE, choice, weight)
     parts = dict(zip(NAMES, gptqmodel.encode(matrix), strict=True))
-    assert tuple(tuple(part.shape) for part in parts.values()) == gptqmodel.shapes(choice, (96, 384))
+    promised = gptqmodel.tensors(choice, (96, 384), "F16")
+    assert {name: tuple(part.shape) for name, part in parts.items()} == {n: one.shape for n, one in promised.items()}
     assert torch.equal(decoded(parts, choice.bits), dequantize(matrix))
     assert torch.equal(restored, dequantize(matrix))
     error = float((restored - weight.float()).double().square().sum())
@@ -102,7 +103,7 @@ def test_stored_tensors_hold_what_was_promised(choice: Choice, dtype: torch.dtyp
 def test_gptqmodel_itself_decodes_them(choice: Choice) -> None:
     """TorchLinear multiplies in the type of its scales, float16 here: rounded once."""
     torch_linear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch").TorchLinear
-    matrix = quantize_rtn(gaussian(96, 384), choice)
+    matrix = quantize_debiased(gaussian(96, 384), choice)
     module = torch_linear(
         choice.bits, choice.group_size, sym=False, desc_act=False, in_features=384, out_features=96
     ).eval()
@@ -155,7 +156,7 @@ def test_every_family_is_read_back_as_quantized(
         if choice.bits == 16:
             assert torch.equal(stored[f"{module}.weight"], weight)
             continue
-        assert torch.equal(values, dequantize(quantize_rtn(weight, choice)))
+        assert torch.equal(values, dequantize(quantize_debiased(weight, choice)))
         assert torch.equal(values, decoded({part: stored[f"{module}.{part}"] for part in NAMES}, choice.bits))
         error = float((values.double() - weight.double()).square().sum() / weight.double().square().sum())
         assert records[name].relative_error == pytest.approx(error, rel=1e-5)

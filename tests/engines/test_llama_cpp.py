@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from alphaq import pipeline
-from alphaq.checkpoint.gguf_format import GgufValue, layout, read_gguf
+from alphaq.checkpoint.gguf.format import layout, read_gguf
+from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.gguf import profile as llama_cpp
 from alphaq.engines.gguf.model import gguf_metadata, gguf_tensors, transformed
@@ -36,8 +37,7 @@ from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.nouns.settings import Budget, PlanConfig
-from alphaq.planning import make_plan, measure_for_plan, resolve
-from alphaq.planning.limits import outside_experts
+from alphaq.planning import Scope, make_plan, measure_for_plan, resolve
 from alphaq.quantizers import ggml
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.ggml import quantize_ggml, restore_rows
@@ -227,7 +227,7 @@ def test_interrupted_run_goes_on_where_it_was(
             raise stop
         return quantize_ggml(weight, choice, name)
 
-    monkeypatch.setitem(QUANTIZERS, "ggml", stopping)
+    monkeypatch.setitem(QUANTIZERS, "ggml", replace(QUANTIZERS["ggml"], function=stopping))
     with pytest.raises(KeyboardInterrupt):
         pipeline.quantize(open_checkpoint(tiny), plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -423,7 +423,7 @@ def test_latent_attention_s_keys_and_values_are_kept_and_taken_apart(write_famil
 
 def test_rows_that_fit_no_usual_block_get_the_next_wider_type(write_family: Callable[..., Written]) -> None:
     source = write_family("deepseek_v3").source  # rows of 32 and 64
-    fixed, _ = outside_experts(source, resolve(PlanConfig(budget=Budget(bits=4), engine="llama.cpp")))
+    fixed = Scope.of(source, resolve(PlanConfig(budget=Budget(bits=4), engine="llama.cpp"))).fixed
     types = {matrix.name: str(fixed[matrix.name]) for matrix in source.matrices if matrix.name in fixed}
     assert {type for name, type in types.items() if "kv_b_proj" in name} == {"16"}
     assert {type for name, type in types.items() if "kv_b_proj" not in name and name != "lm_head.weight"} == {"IQ4_NL"}
@@ -580,7 +580,7 @@ def test_model_that_no_file_can_hold_is_told_before_measuring(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr("alphaq.planning.evidence.measure", never)
+    monkeypatch.setattr("alphaq.planning.matrices.measure", never)
     with pytest.raises(CheckpointError, match=r"has no tokenizer that llama\.cpp can be given"):
         plan_of(open_checkpoint(save_family("qwen2_moe")), budget=Budget(bits=4), choices="Q4_0,Q8_0")
 
@@ -643,7 +643,7 @@ def test_missing_gguf_is_named_before_measuring(
     tiny: Path, alphaq: Callable[..., Ran], nothing_loaded: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.setattr("alphaq.planning.evidence.measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("alphaq.planning.matrices.measure", lambda *_: pytest.fail("measured"))
     ran = alphaq("plan", tiny, "--bits", 4, "--engine", "llama.cpp", "--choices", FAST, "--method", "alphaq")
     assert ran.code == 2
     assert EXTRA in ran.err

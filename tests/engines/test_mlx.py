@@ -30,7 +30,7 @@ from transformers import AutoTokenizer
 
 from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.engines import mlx
+from alphaq.engines.mlx import profile as mlx
 from alphaq.engines.output import PLAN_NAME, read_manifest
 from alphaq.errors import MissingExtraError, PlanError, VerificationError
 from alphaq.nouns.choice import Choice

@@ -17,9 +17,9 @@ from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
-from alphaq.planning.limits import byte_tables
+from alphaq.planning.costs import byte_tables
+from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.packing import dequantize
-from alphaq.quantizers.rtn import quantize_rtn
 from conftest import FAMILIES, read_back
 
 
@@ -104,7 +104,7 @@ def test_stored_values_are_the_quantizer_s(
     for name, values in read_back(tmp_path / "out", checkpoint).items():
         if name in plan.choices:
             weight = checkpoint.read(originals[name])
-            assert torch.equal(values, dequantize(quantize_rtn(weight, plan.choice(name))))
+            assert torch.equal(values, dequantize(quantize_debiased(weight, plan.choice(name))))
         else:
             with safe_open(checkpoint.folder / checkpoint.shard_of[name], "pt") as file:
                 assert torch.equal(values, file.get_tensor(name))
@@ -235,8 +235,8 @@ def test_an_infeasible_budget_is_told_before_measuring(tiny: Path, monkeypatch: 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(planning.evidence, "measure", never)
-    monkeypatch.setattr(planning.evidence, "gather", never)
-    monkeypatch.setattr(planning.evidence, "routing_prior", never)
+    monkeypatch.setattr(planning.matrices, "measure", never)
+    monkeypatch.setattr(planning.passes, "gather", never)
+    monkeypatch.setattr(planning.passes, "routing_prior", never)
     with pytest.raises(BudgetError, match="below"):
         plan_of(tiny, budget=Budget(size_bytes=1000), method="auto")

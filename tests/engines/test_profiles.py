@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from alphaq.engines import vllm
 from alphaq.engines.gguf import profile as llama_cpp
-from alphaq.engines.gguf.profile import GAUSSIAN_ERROR
 from alphaq.engines.profile import Profile
 from alphaq.engines.profiles import ENGINES, profile
 from alphaq.errors import ChoiceError, UnknownNameError
+from alphaq.formats.gaussian import GAUSSIAN_ERROR
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.ggml import GGML_BLOCKS
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
@@ -231,7 +231,7 @@ def test_vllm_bytes_are_those_of_compressed_tensors(choice: Choice, shape: Shape
     scheme = QuantizationScheme(targets=["Linear"], weights=settings)
     stored = PackedQuantizationCompressor.compress({"weight": weight, "weight_scale": scale}, scheme)
     assert set(stored) == {"weight_packed", "weight_scale", "weight_shape"}
-    assert sum(tensor.nbytes for tensor in stored.values()) == vllm.storage_bytes(choice, shape)
+    assert sum(tensor.nbytes for tensor in stored.values()) == vllm.PROFILE.storage_bytes(choice, shape)
 
 
 @pytest.mark.parametrize("choice", quantized(profile("mlx")), ids=str)

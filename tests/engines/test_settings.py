@@ -19,8 +19,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from alphaq import pipeline
-from alphaq.checkpoint.architecture import architectures
-from alphaq.checkpoint.gguf_rope import llama3_factors
+from alphaq.checkpoint.families.architecture import architectures
+from alphaq.checkpoint.gguf.rope import llama3_factors
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.effective import effective_config
 from alphaq.engines.placement import left_out
@@ -153,7 +153,7 @@ def test_a_class_that_refuses_a_config_is_an_error_in_one_line(tiny_copy: Path) 
 def test_defaults_of_the_class_are_told_to_engines_that_have_others(tmp_path: Path) -> None:
     """Mixtral's rotary base is a million where its config says nothing; llama.cpp and mlx-lm would take 10,000."""
     from alphaq.engines.gguf.model import gguf_metadata
-    from alphaq.engines.mlx import told
+    from alphaq.engines.mlx.config import told
 
     source = save_flipped(tmp_path / "source", "mixtral", None)
     change(source, rope_parameters=..., rope_theta=...)

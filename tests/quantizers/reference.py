@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from alphaq.nouns.choice import Choice
-from alphaq.quantizers.rtn import BIAS_WEIGHT, SEARCH_STEPS, SMALLEST_SHRINK
+from alphaq.quantizers.debiased import BIAS_WEIGHT, SEARCH_STEPS, SMALLEST_SHRINK
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 

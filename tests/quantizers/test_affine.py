@@ -8,8 +8,8 @@ from alphaq.errors import QuantizationError
 from alphaq.nouns.choice import GROUP_SIZES, Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.affine import quantize_affine, quantize_symmetric16
+from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.packing import unpack
-from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.simd.vectors import as_brain, kernel, load, store
 
 SYMMETRIC = [Choice(bits, group, symmetric=True) for bits in (4, 8) for group in GROUP_SIZES]
@@ -72,7 +72,7 @@ def test_error_is_that_of_what_is_decoded(choice: Choice, dtype: torch.dtype) ->
 @every_dtype
 def test_refitting_beats_rounding_the_numbers_of_rtn(choice: Choice, dtype: torch.dtype) -> None:
     weight = gaussian(dtype=dtype)
-    plain = quantize_rtn(weight, choice, bias_weight=1.0)
+    plain = quantize_debiased(weight, choice, bias_weight=1.0)
     scales = plain.scales.to(DTYPES[dtype])
     offsets = None if plain.offsets is None else (-scales.float() * plain.offsets).to(DTYPES[dtype])
     rounded = QuantizedMatrix(choice, plain.shape, plain.codes, scales, offsets)

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, TensorInfo
+from alphaq.checkpoint.safetensors_format import DTYPE_NAMES
+from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import CheckpointError
 from alphaq.nouns.choice import CHOICE_BITS, Choice
 from alphaq.quantizers import coding
-from alphaq.quantizers.base import QUANTIZERS
+from alphaq.quantizers.base import rounder_of
 from alphaq.quantizers.coding import (
     PREFIX_BYTES,
     block_header,
@@ -49,13 +50,13 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def block(choice: Choice, rows: int, columns: int) -> torch.Tensor:
-    return encode(QUANTIZERS["rtn"](gaussian(rows, columns), choice))
+    return encode(rounder_of("debiased")(gaussian(rows, columns), choice))
 
 
 def sparse_block(choice: Choice, rows: int, columns: int) -> torch.Tensor:
     """Of weights that are mostly zero."""
     weight = gaussian(rows, columns)
-    return encode(QUANTIZERS["rtn"](weight * (weight > 1.5), choice))
+    return encode(rounder_of("debiased")(weight * (weight > 1.5), choice))
 
 
 def info_of(stored: torch.Tensor, begin: int = 100) -> TensorInfo:
@@ -143,7 +144,7 @@ def test_equal_tensors_have_equal_codes() -> None:
 @pytest.mark.parametrize("choice", [Choice(bits, 64) for bits in (2, 3, 4, 8)], ids=str)
 def test_codes_take_hardly_more_than_their_entropy(choice: Choice) -> None:
     rows, columns = 256, 1024
-    found = QUANTIZERS["rtn"](gaussian(rows, columns), choice)
+    found = rounder_of("debiased")(gaussian(rows, columns), choice)
     codes = unpack(found.codes.numpy(), choice.bits, columns)
     shares = np.bincount(codes.reshape(-1)) / codes.size
     entropy = -float(np.sum(shares[shares > 0] * np.log2(shares[shares > 0]))) / 8 * codes.size

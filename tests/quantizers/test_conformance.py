@@ -1,6 +1,6 @@
-"""What every quantizer promises. A new one gets the whole suite by its line in CASES.
+"""What every quantizer promises. A new one gets the whole suite by its line in `QUANTIZERS`.
 
-Where a storage cannot keep a promise, its case says how much of it is left and why.
+One that fills a storage of its own needs a case. Where that cannot keep a promise, the case says how much is left.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from alphaq.nouns.choice import CHOICE_BITS, GROUP_SIZES, Choice
 from alphaq.nouns.ggml import GGML_BLOCKS
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.base import QUANTIZERS
+from alphaq.quantizers.debiased import BIAS_WEIGHT
 from alphaq.quantizers.ggml import restore_rows
 from alphaq.quantizers.hqq import lp_objective
 from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.packing import decode, dequantize, encode
-from alphaq.quantizers.rtn import BIAS_WEIGHT, quantize_minmax
-from alphaq.writing.calibrated import CALIBRATED
+from alphaq.quantizers.rtn import round_to_nearest
 
-EVERY = {**QUANTIZERS, **CALIBRATED, "nested": quantize_nested}
+EVERY = {name: one.function for name, one in QUANTIZERS.items()} | {"nested": quantize_nested}
 NATIVE = tuple(Choice(bits, GROUP_SIZES[bits % 3], symmetric) for bits in CHOICE_BITS for symmetric in (False, True))
 NESTED = tuple(Choice(bits, GROUP_SIZES[bits % 3], symmetric=True, mix="nest") for bits in CHOICE_BITS[1:])
 SYMMETRIC = tuple(Choice(bits, group, symmetric=True) for bits, group in ((4, 32), (4, 128), (8, 64)))
@@ -40,7 +40,7 @@ def squared(weight: torch.Tensor, restored: torch.Tensor, choice: Choice) -> flo
 
 
 def weighed(weight: torch.Tensor, restored: torch.Tensor, choice: Choice) -> float:
-    """Σ(w − ŵ)², but of one bit, where min–max has the least already, what RTN minimizes: bias counts more."""
+    """Σ(w − ŵ)², but of one bit, where min–max has the least already, what `debiased` minimizes: bias counts more."""
     error = squared(weight, restored, choice)
     for group, values in zip(*(part.double().split(choice.group_size, 1) for part in (weight, restored)), strict=True):
         target = group if choice.symmetric else group - group.mean(1, keepdim=True)
@@ -86,18 +86,15 @@ class Case:
         return self.restore is dequantize
 
 
-CASES = {
-    "rtn": Case(NATIVE, loss=weighed),
-    "minmax": Case(NATIVE),
-    "clipped": Case(NATIVE),
+CASES = {name: Case(NATIVE) for name, one in QUANTIZERS.items() if one.plain or one.looks_at_inputs} | {
+    "debiased": Case(NATIVE, loss=weighed),
     "gptq": Case(NATIVE, loss=weighed),  # as it rounds without inputs
-    "learned": Case(NATIVE),
     "hqq": Case(NATIVE, loss=powers),
     # No level is zero, which cubes of Gaussians mostly are; and the step serves all narrower widths.
     "nested": Case(NESTED, factor=3.5),
     # ŵ and scales have 8 significant bits: at 8 bits the outer codes are a quarter of a step off.
     "symmetric16": Case(SYMMETRIC, restored_16, factor=1.05, drift=3e-4, constants=2**-8, whole=16),
-    # Also 8 bits; and a second quantization begins with RTN, whose grid has a level at 0.
+    # Also 8 bits; and a second quantization begins with a step search, whose grids have a level at 0.
     "affine": Case(AFFINE, restored_16, factor=1.15, drift=0.05, constants=2**-7, whole=16),
     # Most have scales of 4 to 6 bits, and search for another error than this one, from the largest weight on.
     "ggml": Case(
@@ -151,7 +148,7 @@ def min_max_values(choice: Choice, weight: torch.Tensor) -> torch.Tensor:
     """Plain min–max with as many bits and as large groups, in float16 scales; of ggml's blocks what is in all types."""
     if choice.scheme:
         choice = Choice(choice.bits, 32, symmetric=True)
-    return dequantize(quantize_minmax(weight, replace(choice, mix="")))
+    return dequantize(round_to_nearest(weight, replace(choice, mix="")))
 
 
 def test_every_quantizer_has_a_case() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
-from alphaq.quantizers.base import quantizer_of
+from alphaq.quantizers.base import rounder_of
 from alphaq.quantizers.cutting import can_cut, cut, cut_errors, cutting
 from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.packing import decode, dequantize, encode, unpack
@@ -36,7 +36,7 @@ def test_cutting_is_rounding_what_the_codes_stand_for(bits: int, columns: int) -
     values = dequantize(wide)
     for choice in narrower(wide):
         found, energy = cut(wide, choice)
-        slow = quantizer_of("rtn")(values, choice, "w")
+        slow = rounder_of("debiased")(values, choice, "w")
         assert torch.equal(found.codes[LIVE], slow.codes[LIVE])
         ulps = found.scales.view(torch.int16).int() - slow.scales.view(torch.int16).int()
         assert ulps.abs().max() <= 1  # ours add up whole numbers, theirs float32
@@ -55,7 +55,7 @@ def test_small_and_large_weights_are_cut_like_others(scale: float) -> None:
     for choice in narrower(wide):
         found, _ = cut(wide, choice)
         assert torch.isfinite(found.scales).all()
-        slow = quantizer_of("rtn")(dequantize(wide), choice, "w")
+        slow = rounder_of("debiased")(dequantize(wide), choice, "w")
         assert torch.equal(found.codes[LIVE], slow.codes[LIVE]) or scale < 1e-6
         assert float((dequantize(found) - dequantize(wide)).abs().max()) < 16 * scale
 
@@ -85,10 +85,10 @@ def test_what_is_not_cut_stays_as_it_is_or_is_rounded() -> None:
     same, _ = cut(wide, wide.choice)
     assert same.squared_error == 0.0
     assert torch.equal(encode(same), encode(wide))
-    quantize = cutting(wide, quantizer_of("rtn"))
+    quantize = cutting(wide, rounder_of("debiased"))
     values = dequantize(wide)
     usual = Choice.parse("2g64")
-    assert torch.equal(encode(quantize(values, usual, "w")), encode(quantizer_of("rtn")(values, usual, "w")))
+    assert torch.equal(encode(quantize(values, usual, "w")), encode(rounder_of("debiased")(values, usual, "w")))
     nested = Choice.parse("2g64-nest")
     assert torch.equal(encode(quantize(values, nested, "w")), encode(cut(wide, nested)[0]))
 

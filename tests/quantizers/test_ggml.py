@@ -13,9 +13,9 @@ import torch
 from alphaq.errors import QuantizationError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.ggml import GGML_BLOCKS
-from alphaq.quantizers.base import Quantizer, squared_error, squared_errors
+from alphaq.quantizers.base import Rounder, squared_error, squared_errors
+from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.ggml import quantize_ggml, restore_rows
-from alphaq.quantizers.rtn import quantize_rtn
 
 pytestmark = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="llama.cpp comes with `pip install xllamacpp`")
 
@@ -127,10 +127,11 @@ def test_important_columns_are_met_better() -> None:
 
 @pytest.mark.parametrize(("kind", "most"), [(gaussian, 0.02), (outliers, 0.08)])
 @pytest.mark.parametrize(
-    ("quantizer", "choices"), [(quantize_ggml, ("Q2_K", "Q4_K", "Q8_0")), (quantize_rtn, ("1g128", "2g128", "4g32s"))]
+    ("quantizer", "choices"),
+    [(quantize_ggml, ("Q2_K", "Q4_K", "Q8_0")), (quantize_debiased, ("1g128", "2g128", "4g32s"))],
 )
 def test_sampled_errors_are_as_far_off_as_their_standard_errors_say(
-    quantizer: Quantizer, choices: tuple[str, ...], kind: Callable[[int, int], torch.Tensor], most: float
+    quantizer: Rounder, choices: tuple[str, ...], kind: Callable[[int, int], torch.Tensor], most: float
 ) -> None:
     weight, known = kind(2048, 512), [Choice.parse(choice) for choice in choices]
     real = {choice: squared_error(weight, choice, "x", quantizer) for choice in known}

@@ -8,13 +8,13 @@ from alphaq.errors import QuantizationError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers import gptq
-from alphaq.quantizers.base import quantizer_of
+from alphaq.quantizers.base import rounder_of
 from alphaq.quantizers.coding import encode_tensor
+from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.gptq import grid_of, quantize_gptq
 from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.packing import dequantize, encode
 from alphaq.quantizers.rated import quantize_rated
-from alphaq.quantizers.rtn import quantize_rtn
 
 CHOICES = [Choice.parse(text) for text in ("1g64", "1g32s", "2g32", "2g128s", "3g64", "4", "8g32s")]
 
@@ -67,14 +67,14 @@ def test_equals_the_published_algorithm_in_float64(choice: Choice, shape: tuple[
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_moves_outputs_less_than_rounding_to_nearest(choice: Choice) -> None:
     weight, hessian = seeded(64, 256), moments(256)
-    nearest = objective(weight, dequantize(quantize_rtn(weight, choice)), hessian)
+    nearest = objective(weight, dequantize(quantize_debiased(weight, choice)), hessian)
     assert objective(weight, dequantize(quantize_gptq(weight, choice, "matrix", hessian)), hessian) < 0.8 * nearest
 
 
 @pytest.mark.parametrize("hessian", [None, torch.ones(96), torch.eye(96), torch.zeros(96, 96)], ids=type)
 def test_without_correlations_the_nearest_levels_stay(hessian: torch.Tensor | None) -> None:
     weight, choice = seeded(20, 96), Choice(3, 32)
-    nearest = quantize_rtn(weight, choice, bias_weight=1.0)
+    nearest = quantize_debiased(weight, choice, bias_weight=1.0)
     found = quantize_gptq(weight, choice, "matrix", hessian, nearest)
     assert torch.equal(found.codes, nearest.codes)
     assert torch.equal(found.scales, nearest.scales)
@@ -84,7 +84,7 @@ def test_fewer_tokens_than_columns_are_damped() -> None:
     weight, inputs = seeded(16, 128), seeded(20, 128, seed=3)
     hessian, choice = inputs.T @ inputs, Choice(2, 64)
     error = objective(weight, dequantize(quantize_gptq(weight, choice, "matrix", hessian)), hessian)
-    assert error < objective(weight, dequantize(quantize_rtn(weight, choice)), hessian)
+    assert error < objective(weight, dequantize(quantize_debiased(weight, choice)), hessian)
 
 
 def test_moments_that_need_more_damping_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ def test_a_rate_of_zeros_stays_zeros() -> None:
 @pytest.mark.parametrize("choice", ["1g64", "2g128", "3g64s", "4g128", "4g128-nest", "8g128"])
 def test_codes_that_will_be_coded_take_no_more_bytes_than_those_they_improve_on(choice: str) -> None:
     weight, hessian = seeded(96, 384), moments(384, 2000)
-    plain = quantizer_of("rtn")(weight, Choice.parse(choice), "matrix")
+    plain = rounder_of("debiased")(weight, Choice.parse(choice), "matrix")
     found = quantize_gptq(weight, plain.choice, "matrix", hessian, plain, coded=True)
     sizes = [encode_tensor(encode(matrix)).nbytes for matrix in (found, plain)]
     assert sizes[0] <= sizes[1]

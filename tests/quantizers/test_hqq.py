@@ -10,10 +10,10 @@ from safetensors import safe_open
 
 import alphaq
 from alphaq.nouns.choice import Choice
-from alphaq.quantizers.base import Quantizer
+from alphaq.quantizers.base import Rounder
 from alphaq.quantizers.hqq import lp_objective, quantize_hqq, relative_slack
 from alphaq.quantizers.packing import dequantize
-from alphaq.quantizers.rtn import quantize_minmax
+from alphaq.quantizers.rtn import round_to_nearest
 from alphaq.simd.vectors import kernel, load, power, splat, store
 
 TINY = Path(alphaq.__file__).parent / "data" / "tiny" / "model.safetensors"
@@ -30,7 +30,7 @@ def weights(kind: str, rows: int = 64, columns: int = 512) -> torch.Tensor:
     return torch.from_numpy((0.02 * values).astype(np.float32))
 
 
-def objective(quantizer: Quantizer, weight: torch.Tensor, choice: Choice) -> float:
+def objective(quantizer: Rounder, weight: torch.Tensor, choice: Choice) -> float:
     return lp_objective(weight, dequantize(quantizer(weight, choice)))
 
 
@@ -63,7 +63,7 @@ def test_objective_is_that_of_the_plain_form_or_less(bits: int, group_size: int,
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_objective_is_below_that_of_min_max(bits: int, symmetric: bool, kind: str) -> None:
     weight, choice = weights(kind), Choice(bits, 128, symmetric)
-    assert objective(quantize_hqq, weight, choice) < objective(quantize_minmax, weight, choice)
+    assert objective(quantize_hqq, weight, choice) < objective(round_to_nearest, weight, choice)
 
 
 @pytest.mark.parametrize("bits", [2, 3])

@@ -7,9 +7,9 @@ from alphaq.errors import QuantizationError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers import learned
+from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.learned import LearnedSettings, quantize_learned
 from alphaq.quantizers.packing import decode, dequantize, encode, pack, restored_error, unpack
-from alphaq.quantizers.rtn import quantize_rtn
 
 QUICK = LearnedSettings(steps=20, rounds=1, sweeps=3)
 CHOICES = [Choice(1, 32), Choice(1, 32, True), Choice(2, 64), Choice(3, 32, True)]
@@ -38,8 +38,8 @@ def row_errors(weight: torch.Tensor, matrix: QuantizedMatrix, hessian: torch.Ten
 
 
 def plain_gptq(weight: torch.Tensor, choice: Choice, hessian: torch.Tensor) -> QuantizedMatrix:
-    """GPTQ (arXiv 2210.17323) on RTN's grids in float64: no order, no blocks; asymmetric, two bits or more."""
-    found = quantize_rtn(weight, choice)
+    """GPTQ (arXiv 2210.17323) on the default's grids in float64: no order, no blocks; asymmetric, two bits or more."""
+    found = quantize_debiased(weight, choice)
     scale, zero = (part.double().repeat_interleave(choice.group_size, 1) for part in (found.scales, found.offsets))
     damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(len(hessian))
     factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
@@ -68,7 +68,7 @@ def test_no_row_is_worse_than_the_start(choice: Choice, moments: str) -> None:
     }[moments]
     judge = torch.ones(COLUMNS) if hessian is None else hessian
     found = quantize_learned(weight, choice, "x", hessian, settings=QUICK)
-    errors, before = row_errors(weight, found, judge), row_errors(weight, quantize_rtn(weight, choice), judge)
+    errors, before = row_errors(weight, found, judge), row_errors(weight, quantize_debiased(weight, choice), judge)
     assert (errors <= before * (1 + 1e-6)).all()
     if moments != "identity":
         assert errors.sum() < before.sum() * 0.9
@@ -89,7 +89,7 @@ def test_what_is_stored_is_what_was_judged(choice: Choice) -> None:
 def test_correlated_inputs_take_more_than_half_off_the_error_of_rounding() -> None:
     weight, choice, hessian = gaussian(), Choice(2, 64), correlated()
     found = quantize_learned(weight, choice, "x", hessian)
-    plain = row_errors(weight, quantize_rtn(weight, choice), hessian).sum()
+    plain = row_errors(weight, quantize_debiased(weight, choice), hessian).sum()
     assert row_errors(weight, found, hessian).sum() < plain * 0.45
 
 
@@ -128,7 +128,7 @@ def test_search_weighs_columns_by_their_importance() -> None:
     weight, choice = gaussian(), Choice(3, 64)
     importance = gaussian(1, COLUMNS, 5).mul(2).exp().reshape(-1)
     found = quantize_learned(weight, choice, "x", importance)
-    errors, before = (row_errors(weight, m, importance).sum() for m in (found, quantize_rtn(weight, choice)))
+    errors, before = (row_errors(weight, m, importance).sum() for m in (found, quantize_debiased(weight, choice)))
     assert errors < before * 0.8
 
 
@@ -181,7 +181,7 @@ def test_small_and_ragged_shapes(choice: Choice, shape: tuple[int, int]) -> None
     found = quantize_learned(weight, choice, "x", hessian, settings=QUICK)
     assert found.scales.shape == (shape[0], choice.groups(shape[1]))
     assert len(encode(found)) == choice.storage_bytes(shape)
-    errors, before = (row_errors(weight, m, hessian) for m in (found, quantize_rtn(weight, choice)))
+    errors, before = (row_errors(weight, m, hessian) for m in (found, quantize_debiased(weight, choice)))
     assert (errors <= before * (1 + 1e-6)).all()
 
 
@@ -190,14 +190,14 @@ def test_moments_of_few_inputs_and_of_dead_columns(inputs: int) -> None:
     weight, choice, hessian = gaussian(), Choice(2, 64), correlated(COLUMNS, inputs)
     hessian[:5], hessian[:, :5] = 0, 0
     found = quantize_learned(weight, choice, "x", hessian, settings=QUICK)
-    errors, before = (row_errors(weight, m, hessian).sum() for m in (found, quantize_rtn(weight, choice)))
+    errors, before = (row_errors(weight, m, hessian).sum() for m in (found, quantize_debiased(weight, choice)))
     assert errors < before * 0.5
 
 
 def test_moments_of_zero_leave_the_start() -> None:
     weight, choice = gaussian(), Choice(2, 64)
     found = quantize_learned(weight, choice, "x", torch.zeros(COLUMNS, COLUMNS), settings=QUICK)
-    assert torch.equal(encode(found), encode(quantize_rtn(weight, choice)))
+    assert torch.equal(encode(found), encode(quantize_debiased(weight, choice)))
 
 
 def test_own_output_is_kept() -> None:
@@ -211,7 +211,7 @@ def test_own_output_is_kept() -> None:
 def test_free_offsets_of_other_engines_are_learned() -> None:
     """MLX's form: ŵ = s·q + β with bfloat16 numbers."""
     weight, choice, hessian = gaussian(), Choice(2, 64), correlated()
-    plain = quantize_rtn(weight, choice)
+    plain = quantize_debiased(weight, choice)
     offsets = (-plain.scales.float() * plain.offsets).bfloat16()
     start = QuantizedMatrix(choice, plain.shape, plain.codes, plain.scales.bfloat16(), offsets)
 
@@ -289,7 +289,7 @@ def test_choices_without_a_grid_are_refused(choice: Choice, message: str) -> Non
 
 
 def test_a_start_of_another_form_is_refused() -> None:
-    start = quantize_rtn(gaussian(), Choice(3, 64))
+    start = quantize_debiased(gaussian(), Choice(3, 64))
     with pytest.raises(QuantizationError, match=r"x: learning cannot begin from 3g64"):
         quantize_learned(gaussian(), Choice(2, 64), "x", start=start)
 

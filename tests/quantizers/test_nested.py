@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from alphaq.errors import ChoiceError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.packing import decode, dequantize, encode, unpack
-from alphaq.quantizers.rtn import quantize_rtn
 
 WIDTHS = range(2, 9)
 
@@ -67,7 +67,7 @@ def test_top_bits_are_the_codes_of_every_narrower_width(bits: int, group: int, s
 def test_the_top_bit_is_the_sign(bits: int) -> None:
     """To which a slice may come down: one bit without a mean."""
     wide = quantize_nested(gaussian(20, 300), nest(bits))
-    signs = quantize_rtn(dequantize(wide), Choice(1, 128, symmetric=True))
+    signs = quantize_debiased(dequantize(wide), Choice(1, 128, symmetric=True))
     assert np.array_equal(codes_of(signs), codes_of(wide) >> (bits - 1))
 
 
@@ -108,7 +108,7 @@ def test_quantizing_again_changes_nothing(
 def test_two_bits_lose_less_than_with_a_zero_point(group: int) -> None:
     """And take fewer bytes."""
     weight = gaussian(128, 512)
-    found, plain = quantize_nested(weight, nest(2, group)), quantize_rtn(weight, Choice(2, group))
+    found, plain = quantize_nested(weight, nest(2, group)), quantize_debiased(weight, Choice(2, group))
     assert found.squared_error is not None
     assert plain.squared_error is not None
     assert found.squared_error < plain.squared_error
@@ -121,7 +121,7 @@ def test_four_bits_lose_little_for_being_cut_down(heavy: bool) -> None:
     weight = torch.distributions.StudentT(5.0).sample((128, 512)) if heavy else gaussian(128, 512)
     found = quantize_nested(weight, nest(4))
     assert found.squared_error is not None
-    assert found.squared_error <= 1.25 * squared(weight, dequantize(quantize_rtn(weight, Choice(4, 128, True))))
+    assert found.squared_error <= 1.25 * squared(weight, dequantize(quantize_debiased(weight, Choice(4, 128, True))))
 
 
 @pytest.mark.parametrize("narrower", [2, 3])

@@ -8,11 +8,11 @@ from reference import values_of
 from alphaq.errors import CheckpointError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix, SalientWeights
+from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.packing import decode, dequantize, encode, pack, unpack
-from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.quantizers.salience import mixing
 
-quantize = mixing(quantize_rtn)
+quantize = mixing(quantize_debiased)
 plain_choices = st.builds(Choice, st.integers(1, 8), st.sampled_from((32, 64, 128)), st.booleans())
 mixed_choices = st.builds(
     lambda kind, group, symmetric: Choice(kind[0], group, symmetric, mix=kind[1]),
@@ -122,7 +122,7 @@ def test_golden_block_of_salient_weights() -> None:
 @given(st.integers(1, 8), st.sampled_from((32, 64, 128)), st.integers(1, 300), st.integers(0, 2**32 - 1))
 def test_kernel_packs_and_unpacks_like_the_plain_functions(bits: int, group: int, columns: int, seed: int) -> None:
     weight = torch.randn(3, columns, generator=torch.Generator().manual_seed(seed))
-    matrix = quantize_rtn(weight, Choice(bits, group))
+    matrix = quantize_debiased(weight, Choice(bits, group))
     codes = unpack(matrix.codes.numpy(), bits, columns)
     assert (pack(codes, bits) == matrix.codes.numpy()).all()
     parts = torch.from_numpy(codes), matrix.scales, matrix.offsets
@@ -131,7 +131,7 @@ def test_kernel_packs_and_unpacks_like_the_plain_functions(bits: int, group: int
 
 @pytest.mark.parametrize("damage", ["short", "magic", "version", "bits", "rows", "empty"])
 def test_damaged_block_is_refused_by_name(damage: str) -> None:
-    block = encode(quantize_rtn(torch.randn(4, 64), Choice(3, 32))).clone()
+    block = encode(quantize_debiased(torch.randn(4, 64), Choice(3, 32))).clone()
     if damage == "short":
         block = block[:-16]
     elif damage == "empty":

@@ -10,7 +10,7 @@ import torch
 
 from alphaq.errors import ChoiceError, QuantizationError
 from alphaq.nouns.choice import Choice
-from alphaq.quantizers.base import QUANTIZERS, coded_errors
+from alphaq.quantizers.base import coded_errors, rounder_of
 from alphaq.quantizers.coding import encode_tensor
 from alphaq.quantizers.packing import decode, dequantize, encode, unpack
 from alphaq.quantizers.rated import quantize_rated
@@ -66,7 +66,7 @@ def test_groups_with_their_own_scales_take_more_bits_for_the_same_error(rate: fl
     weight = gaussian(512, 1024)
 
     def beyond_bound(choice: Choice) -> float:
-        found = coded_errors(weight, (choice,), "w", QUANTIZERS["rtn"])
+        found = coded_errors(weight, (choice,), "w", rounder_of("debiased"))
         return 8 * found.coded[choice] / weight.numel() - 0.5 * math.log2(found.energy / found.expected[choice])
 
     assert beyond_bound(at(rate)) < beyond_bound(Choice(int(rate), 128)) - 0.15
@@ -153,7 +153,7 @@ def test_the_number_of_threads_does_not_matter() -> None:
         assert other.squared_error == found[0].squared_error
 
 
-@pytest.mark.parametrize("name", ["rtn", "minmax", "clipped", "hqq"])
+@pytest.mark.parametrize("name", ["debiased", "mse", "rtn", "hqq"])
 def test_every_plain_quantizer_stores_rates(name: str) -> None:
     weight = gaussian(32, 256)
-    assert torch.equal(QUANTIZERS[name](weight, at(3.0)).codes, quantize_rated(weight, at(3.0)).codes)
+    assert torch.equal(rounder_of(name)(weight, at(3.0)).codes, quantize_rated(weight, at(3.0)).codes)

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from alphaq.errors import QuantizationError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
-from alphaq.quantizers.base import QUANTIZERS
+from alphaq.quantizers.base import rounder_of
+from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.packing import dequantize, restored_error
-from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.quantizers.salience import balanced_steps, mixing, quantize_slim
 
 SLIM = ["2g128-slim", "2g32s-slim", "3g64-slim", "4g32-slim", "7g32s-slim"]
 SALIENT = ["1g128-pb2", "1g128-pb4", "1g32-pb4", "1g64-pb8", "1g128s-pb8"]
 KINDS = ["gaussian", "heavy", "columns", "constant", "two values", "outlier"]
-quantize = mixing(quantize_rtn)
+quantize = mixing(quantize_debiased)
 every_mix = pytest.mark.parametrize("text", SLIM + SALIENT)
 
 
@@ -47,7 +47,7 @@ def plain(text: str) -> Choice:
 def test_error_is_no_larger_than_without_the_mix(text: str, kind: str) -> None:
     weight = weights(kind)
     found = quantize(weight, Choice.parse(text))
-    assert found.squared_error <= quantize_rtn(weight, plain(text)).squared_error * (1 + 1e-6)
+    assert found.squared_error <= quantize_debiased(weight, plain(text)).squared_error * (1 + 1e-6)
     assert found.squared_error == pytest.approx(restored_error(found, weight), rel=1e-6, abs=1e-9)
 
 
@@ -57,17 +57,17 @@ def test_widths_follow_the_columns_that_need_them(text: str) -> None:
     weight = torch.randn(32, 4 * choice.group_size + 20, generator=torch.Generator().manual_seed(0))
     even = quantize(weight, choice)
     assert even.widths.tolist() == [choice.bits] * 5
-    assert even.squared_error == pytest.approx(quantize_rtn(weight, plain(text)).squared_error, rel=1e-6)
+    assert even.squared_error == pytest.approx(quantize_debiased(weight, plain(text)).squared_error, rel=1e-6)
     weight[:, choice.group_size : 2 * choice.group_size] *= 10
     weight[:, 4 * choice.group_size :] *= 100  # ragged: it keeps its bits
     found = quantize(weight, choice)
     assert found.widths[1] == choice.bits + 1
     assert found.widths[4] == choice.bits
     assert found.widths.sum() == 5 * choice.bits
-    assert found.squared_error < quantize_rtn(weight, plain(text)).squared_error
+    assert found.squared_error < quantize_debiased(weight, plain(text)).squared_error
     for group, bits in enumerate(found.widths.tolist()[:4]):  # each group is what plain rounding makes of it
         columns = slice(group * choice.group_size, (group + 1) * choice.group_size)
-        alone = quantize_rtn(weight[:, columns], Choice(bits, choice.group_size, choice.symmetric or bits == 1))
+        alone = quantize_debiased(weight[:, columns], Choice(bits, choice.group_size, choice.symmetric or bits == 1))
         assert torch.equal(dequantize(found)[:, columns], dequantize(alone))
 
 
@@ -93,10 +93,10 @@ def test_importance_decides_where_bits_go() -> None:
     importance[64:128] = 50
     found = quantize_slim(weight, Choice.parse("2g64-slim"))
     assert found.widths.tolist() == [2, 2, 2, 2]
-    found = QUANTIZERS["rtn"](weight, Choice.parse("2g64-slim"), importance=importance)
+    found = rounder_of("debiased")(weight, Choice.parse("2g64-slim"), importance=importance)
     assert found.widths[1] == 3
     assert found.squared_error == pytest.approx(restored_error(found, weight), rel=1e-6)
-    found = QUANTIZERS["rtn"](weight, Choice.parse("1g128-pb4"), importance=importance)
+    found = rounder_of("debiased")(weight, Choice.parse("1g128-pb4"), importance=importance)
     positions = found.salient.positions[:, 0]
     assert ((positions >= 64) & (positions < 128)).float().mean() > 0.95
     assert found.squared_error == pytest.approx(restored_error(found, weight), rel=1e-6)
@@ -107,7 +107,7 @@ def test_any_quantizer_may_fill_the_groups() -> None:
 
     def coarse(weight: torch.Tensor, choice: Choice, name: str) -> QuantizedMatrix:
         asked.append((str(choice), name))
-        return quantize_rtn(weight.round(), choice, name)
+        return quantize_debiased(weight.round(), choice, name)
 
     weight = weights("columns")
     worth = np.ones(300, np.float32)
@@ -115,7 +115,7 @@ def test_any_quantizer_may_fill_the_groups() -> None:
     assert asked == [(text, "layers.3") for text in ("1g64s", "2g64", "3g64")]
     assert found.squared_error == pytest.approx(restored_error(found, weight), rel=1e-6)
     assert torch.equal(
-        mixing(coarse)(weight, Choice.parse("3g64")).codes, quantize_rtn(weight.round(), Choice(3, 64)).codes
+        mixing(coarse)(weight, Choice.parse("3g64")).codes, quantize_debiased(weight.round(), Choice(3, 64)).codes
     )
 
 
@@ -158,7 +158,7 @@ def test_zeros_and_constants_survive(text: str) -> None:
 def test_tiny_shapes_are_stored(text: str, shape: tuple[int, int]) -> None:
     weight = weights("heavy", *shape)
     found = quantize(weight, Choice.parse(text))
-    assert found.squared_error <= quantize_rtn(weight, plain(text)).squared_error * (1 + 1e-6) + 1e-12
+    assert found.squared_error <= quantize_debiased(weight, plain(text)).squared_error * (1 + 1e-6) + 1e-12
     assert found.squared_error == pytest.approx(restored_error(found, weight), rel=1e-6, abs=1e-12)
 
 

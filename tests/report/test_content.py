@@ -1,6 +1,7 @@
 import base64
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,25 @@ from hypothesis import strategies as st
 from alphaq.errors import AlphaQError, PlanError
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan, PlanTable
-from alphaq.report.content import MAX_DENSITIES, Sources, content_of, packed_names, sampled
+from alphaq.report.arrays import PackedArray, PackedNames, packed_names
+from alphaq.report.content import MAX_DENSITIES, Sources, content_of, sampled
 from alphaq.report.html import page_of, write_report
+from alphaq.report.page import HeatMap
 from alphaq.report.places import Place
 from alphaq.report.runs import ComparedRow, Run, read_run
 
 
-def unpacked(part: dict[str, str]) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(part["base64"]), f"<{part['type']}")
+def unpacked(part: PackedArray) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(part.base64), f"<{part.type}")
 
 
-def unpacked_names(found: dict[str, Any]) -> list[str]:
+def unpacked_names(found: PackedNames) -> list[str]:
     """As the page's script does it."""
-    numbers = iter(unpacked(found["numbers"]).tolist())
+    numbers = iter(unpacked(found.numbers).tolist())
     names = []
-    for which in unpacked(found["which"]):
-        template = found["templates"][which]
-        pieces = template["text"].split("#") if template["numbers"] else [template["text"]]
+    for which in unpacked(found.which):
+        template = found.templates[which]
+        pieces = template.text.split("#") if template.numbers else [template.text]
         names.append("".join(f"{piece}{next(numbers)}" for piece in pieces[:-1]) + pieces[-1])
     return names
 
@@ -72,28 +75,29 @@ def test_names_survive_packing(names: list[str]) -> None:
 
 def test_seventy_thousand_names_take_a_few_bytes_each() -> None:
     names = [f"model.layers.{n // 1152}.mlp.experts.{n // 3 % 384}.{'abc'[n % 3]}_proj.weight" for n in range(70_000)]
-    assert len(json.dumps(packed_names(names))) < 8 * len(names)
+    assert len(json.dumps(asdict(packed_names(names)))) < 8 * len(names)
 
 
 def test_the_data_holds_the_plan_and_its_path() -> None:
     plan = small_plan()
     content = content_of(Run("run", plan), Sources())
-    data, path = content.data, content.data["path"]
-    assert unpacked_names(data["names"]) == list(plan.assignment)
-    assert [data["choices"][choice]["name"] for choice in unpacked(data["choice"])] == ["3g128"] * 6
-    assert unpacked(data["alpha"]) == pytest.approx(list(plan.alpha.values()))
-    assert path["planCost"] == 180
-    assert path["planLoss"] == pytest.approx(plan.objective)
-    assert unpacked(path["climbs"]).tolist() == [2] * 6
-    start, saved = unpacked(path["startLoss"]).sum(), unpacked(path["saved"]).sum()
-    assert start - saved == pytest.approx(path["finalLoss"])
-    assert content.facts["path"]["loss"] == pytest.approx(plan.objective)
+    data, path = content.data, content.data.path
+    assert path is not None and content.facts.path is not None
+    assert unpacked_names(data.names) == list(plan.assignment)
+    assert [data.choices[choice].name for choice in unpacked(data.choice)] == ["3g128"] * 6
+    assert unpacked(data.alpha) == pytest.approx(list(plan.alpha.values()))
+    assert path.plan_cost == 180
+    assert path.plan_loss == pytest.approx(plan.objective)
+    assert unpacked(path.climbs).tolist() == [2] * 6
+    start, saved = unpacked(path.start_loss).sum(), unpacked(path.saved).sum()
+    assert start - saved == pytest.approx(path.final_loss)
+    assert content.facts.path.loss == pytest.approx(plan.objective)
 
 
 def test_maps_have_a_row_for_each_layer_and_a_column_for_each_expert() -> None:
     data = content_of(Run("run", small_plan()), Sources()).data
-    assert data["maps"] == [{"title": "up", "rows": ["0", "1"], "columns": ["0", "1", "2"], "experts": True}]
-    cells = list(zip(unpacked(data["row"]).tolist(), unpacked(data["column"]).tolist(), strict=True))
+    assert data.maps == [HeatMap("up", ["0", "1"], ["0", "1", "2"], experts=True)]
+    cells = list(zip(unpacked(data.row).tolist(), unpacked(data.column).tolist(), strict=True))
     assert cells == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
 
 
@@ -101,7 +105,7 @@ def test_two_matrices_that_names_do_not_tell_apart_get_cells_of_their_own() -> N
     plan = small_plan()
     places = dict.fromkeys(plan.choices, Place(0, 0, "up", Role.EXPERT, 4))
     data = content_of(Run("run", plan), Sources(places, "x")).data
-    assert sorted(unpacked(data["column"]).tolist()) == list(range(6))
+    assert sorted(unpacked(data.column).tolist()) == list(range(6))
 
 
 def test_what_is_missing_is_said_with_its_remedy() -> None:
@@ -117,7 +121,7 @@ def test_what_is_missing_is_said_with_its_remedy() -> None:
         ),
     )
     assert [line for line in everything.missing if "densities" not in line] == []
-    assert everything.facts["measured"] == pytest.approx(0.04)
+    assert everything.facts.measured == pytest.approx(0.04)
 
 
 def test_measured_figures_of_the_same_method_and_bytes_are_the_plans() -> None:
@@ -127,12 +131,12 @@ def test_measured_figures_of_the_same_method_and_bytes_are_the_plans() -> None:
         ComparedRow(method="auto", bits=2, size_bytes=900, kl=0.8),
         ComparedRow(method="auto", bits=3, size_bytes=1000, kl=0.1),
     ]
-    assert content_of(Run("r", plan), Sources(compared=rows)).facts["outcome"] == rows[2]
-    assert content_of(Run("r", plan), Sources(compared=rows[:2])).facts["outcome"] is None
+    assert content_of(Run("r", plan), Sources(compared=rows)).facts.outcome == rows[2]
+    assert content_of(Run("r", plan), Sources(compared=rows[:2])).facts.outcome is None
     near = rows[2].model_copy(update={"size_bytes": 1001})
     far = rows[2].model_copy(update={"size_bytes": 1002})
-    assert content_of(Run("r", plan), Sources(compared=[far, near])).facts["outcome"] == near
-    assert content_of(Run("r", plan), Sources(compared=[far])).facts["outcome"] is None
+    assert content_of(Run("r", plan), Sources(compared=[far, near])).facts.outcome == near
+    assert content_of(Run("r", plan), Sources(compared=[far])).facts.outcome is None
 
 
 def test_an_edited_plan_is_refused() -> None:
@@ -179,10 +183,11 @@ def test_a_plan_that_follows_an_order_says_what_the_path_would_save() -> None:
         lower_bound=None,
         price=None,
     )
-    facts = content_of(Run("run", plan), Sources()).facts["path"]
-    assert facts["bound_by_more"]
-    assert facts["difference"] < 0
-    assert 0 < facts["above"] < 1
+    facts = content_of(Run("run", plan), Sources()).facts.path
+    assert facts is not None and facts.above is not None
+    assert facts.bound_by_more
+    assert facts.difference < 0
+    assert 0 < facts.above < 1
 
 
 def test_names_cannot_end_the_script_or_become_markup() -> None:
@@ -236,11 +241,12 @@ def test_a_quantized_folder_gives_plan_and_measured_errors(tiny_quantized: Path)
     run = read_run(tiny_quantized)
     facts = content_of(run, Sources()).facts
     assert set(run.plan.assignment) <= set(run.measured)
-    assert facts["measured"] == pytest.approx(facts["beside"], rel=0.05)
-    assert facts["path"]["loss"] >= facts["path"]["plan_loss"]
-    assert facts["path"]["loss"] == pytest.approx(facts["path"]["plan_loss"], rel=0.02)
-    assert facts["path"]["plan_loss"] == pytest.approx(run.plan.objective, rel=1e-5)
-    assert not math.isnan(facts["correlation"])
-    totals = {row["role"]: row["total"] for row in facts["roles"]["rows"]}
+    assert facts.path is not None and facts.correlation is not None
+    assert facts.measured == pytest.approx(facts.beside, rel=0.05)
+    assert facts.path.loss >= facts.path.plan_loss
+    assert facts.path.loss == pytest.approx(facts.path.plan_loss, rel=0.02)
+    assert facts.path.plan_loss == pytest.approx(run.plan.objective, rel=1e-5)
+    assert not math.isnan(facts.correlation)
+    totals = {row.role: row.total for row in facts.roles.rows}
     assert totals["expert"] == len(run.plan.assignment)
     assert sum(totals.values()) == len(run.plan.choices)

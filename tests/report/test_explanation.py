@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_what_would_move_a_unit_does_and_less_does_not(tiny: Path, engine: str, 
     """At the plan's price, by the choice of least loss + price · cost."""
     plan = plan_of(tiny, engine, bits=bits)
     units, losses, costs = table_of(plan)
-    explained = {unit["unit"]: unit for unit in explain_plan(plan, "*", limit=1000)["units"]}
+    explained = {unit.unit: unit for unit in explain_plan(plan, "*", limit=1000).units}
     assert plan.price is not None and plan.price > 0
 
     def taken(unit: int, factor: float) -> int:
@@ -64,13 +65,13 @@ def test_what_would_move_a_unit_does_and_less_does_not(tiny: Path, engine: str, 
     ups = downs = 0
     for number, name in enumerate(units):
         one = explained[name]
-        if taken(number, 1.0) != one["cost"]:
+        if taken(number, 1.0) != one.cost:
             continue  # one of the few that the last bytes went to
-        if up := one["moves_up_at"]:
-            assert taken(number, up * 1.0001) > one["cost"] == taken(number, up * 0.9999)
+        if up := one.moves_up_at:
+            assert taken(number, up * 1.0001) > one.cost == taken(number, up * 0.9999)
             ups += 1
-        if down := one["moves_down_at"]:
-            assert taken(number, down * 0.9999) < one["cost"] == taken(number, down * 1.0001)
+        if down := one.moves_down_at:
+            assert taken(number, down * 0.9999) < one.cost == taken(number, down * 1.0001)
             downs += 1
     assert ups >= len(units) - 5
     assert downs >= len(units) // 2
@@ -80,25 +81,25 @@ def test_figures_are_the_table_s(plan: Plan) -> None:
     units, losses, costs = table_of(plan)
     assert plan.table is not None
     explained = explain_plan(plan, None, limit=1000)
-    assert explained["matched"] == len(units) == len(explained["units"])
-    assert explained["cost_unit"] == "bytes"
-    for one in explained["units"]:
-        number = units.index(one["unit"])
-        assert one["choice"] == plan.choices[one["unit"]]
-        assert [row["loss"] for row in one["choices"]] == losses[number].tolist()
-        assert [row["cost"] for row in one["choices"]] == costs[number].tolist()
-        at = plan.table.choices.index(one["choice"])
-        for row in one["choices"]:
-            if row["cost"] != one["cost"]:
-                rate = (losses[number, at] - row["loss"]) / (row["cost"] - costs[number, at])
-                assert row["gain_per_cost"] == pytest.approx(rate)
-    ranks = sorted(one["alpha_rank"] for one in explained["units"])
+    assert explained.matched == len(units) == len(explained.units)
+    assert explained.cost_unit == "bytes"
+    for one in explained.units:
+        number = units.index(one.unit)
+        assert one.choice == plan.choices[one.unit]
+        assert [row.loss for row in one.choices] == losses[number].tolist()
+        assert [row.cost for row in one.choices] == costs[number].tolist()
+        at = plan.table.choices.index(one.choice)
+        for row in one.choices:
+            if row.cost != one.cost:
+                rate = (losses[number, at] - row.loss) / (row.cost - costs[number, at])
+                assert row.gain_per_cost == pytest.approx(rate)
+    ranks = sorted(one.alpha_rank for one in explained.units)
     assert ranks == list(range(1, len(units) + 1))
 
 
 def test_without_a_pattern_the_units_nearest_to_moving_come_first(plan: Plan) -> None:
-    shown = explain_plan(plan, None, limit=5)["units"]
-    every = explain_plan(plan, None, limit=1000)["units"]
+    shown = explain_plan(plan, None, limit=5).units
+    every = explain_plan(plan, None, limit=1000).units
     assert shown == every[:5]
 
     def distance(one: dict) -> float:
@@ -120,17 +121,17 @@ def test_without_a_pattern_the_units_nearest_to_moving_come_first(plan: Plan) ->
 )
 def test_patterns_name_units(plan: Plan, pattern: str, matched: int) -> None:
     explained = explain_plan(plan, pattern, limit=2)
-    assert explained["matched"] == matched
-    assert len(explained["units"]) == min(2, matched)
+    assert explained.matched == matched
+    assert len(explained.units) == min(2, matched)
 
 
 def test_a_unit_is_found_by_any_of_its_matrices(tiny: Path) -> None:
     plan = plan_of(tiny, "mlx", bits=3.0)
-    (unit,) = explain_plan(plan, "layers.2.mlp.experts.5.up_proj")["units"]
-    assert (unit["unit"], unit["matrices"]) == ("layers.2.experts.up", 8)
-    assert explain_plan(plan, "layers.2.experts.up")["units"] == [unit]
+    (unit,) = explain_plan(plan, "layers.2.mlp.experts.5.up_proj").units
+    assert (unit.unit, unit.matrices) == ("layers.2.experts.up", 8)
+    assert explain_plan(plan, "layers.2.experts.up").units == [unit]
     members = [name for name in plan.alpha if "layers.2." in name and "up_proj" in name]
-    assert unit["alpha"] == pytest.approx(np.mean([plan.alpha[name] for name in members]))
+    assert unit.alpha == pytest.approx(np.mean([plan.alpha[name] for name in members]))
 
 
 def test_a_pattern_without_match_shows_what_names_look_like(plan: Plan) -> None:
@@ -152,7 +153,7 @@ def test_an_edited_plan_is_not_explained_by_its_old_table(plan: Plan) -> None:
 
 def test_the_command_explains_a_file_or_its_folder(alphaq: Run, plan: Plan, plan_file: Path) -> None:
     ran = alphaq("explain", plan_file, "layers.0.*down_proj", "--limit", "3", "--json")
-    assert ran.json == json.loads(json.dumps(explain_plan(plan, "layers.0.*down_proj", 3)))
+    assert ran.json == json.loads(json.dumps(asdict(explain_plan(plan, "layers.0.*down_proj", 3))))
     assert alphaq("explain", plan_file.parent, "layers.0.*down_proj", "--limit", "3", "--json").json == ran.json
     shown = alphaq("explain", plan_file, "--limit", "2").out
     assert f"one more byte would save {plan.price:.4g}" in shown

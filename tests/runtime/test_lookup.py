@@ -7,7 +7,7 @@ import torch
 
 from alphaq.engines.native import PROFILE
 from alphaq.nouns.choice import Choice
-from alphaq.quantizers.base import quantizer_of
+from alphaq.quantizers.base import rounder_of
 from alphaq.quantizers.packing import decode, dequantize, encode
 from alphaq.runtime.lookup import restored_rows
 
@@ -16,7 +16,7 @@ KINDS = sorted({(choice.bits, choice.symmetric, choice.mix) for choice in PROFIL
 
 def block_of(choice: Choice, shape: tuple[int, int]) -> torch.Tensor:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(choice.bits))
-    return encode(quantizer_of("rtn")(weight, choice, "table"))
+    return encode(rounder_of("debiased")(weight, choice, "table"))
 
 
 @pytest.mark.parametrize("shape", [(37, 200), (64, 96)], ids=["ragged", "whole"])

@@ -13,8 +13,8 @@ import torch
 
 from alphaq.errors import AlphaQError, CheckpointError
 from alphaq.nouns.choice import Choice
+from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.packing import encode
-from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.runtime import kernels
 from alphaq.runtime import multiply as module
 from alphaq.runtime.multiply import multiply, packed_linear
@@ -40,7 +40,7 @@ def packed(
         row = []
         for kind in [*kinds[projection:], *kinds[:projection]]:
             weight = torch.randn(shape, generator=generator) * scale
-            row.append(weight.to(kind) if isinstance(kind, torch.dtype) else encode(quantize_rtn(weight, kind)))
+            row.append(weight.to(kind) if isinstance(kind, torch.dtype) else encode(quantize_debiased(weight, kind)))
         tensors.append(row)
     weights = PackedWeights(names, shape)
     weights.fill(tensors)
@@ -148,7 +148,7 @@ def test_nothing_beyond_a_block_is_read(shape: tuple[int, int], monkeypatch: pyt
     libc = ctypes.CDLL(None, use_errno=True)
     for kind in EVERY_KIND:
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(5))
-        tensor = weight.to(kind) if isinstance(kind, torch.dtype) else encode(quantize_rtn(weight, kind))
+        tensor = weight.to(kind) if isinstance(kind, torch.dtype) else encode(quantize_debiased(weight, kind))
         pages = -(-tensor.nbytes // mmap.PAGESIZE)
         memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
         start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -168,7 +168,7 @@ def test_nothing_beyond_a_block_is_read(shape: tuple[int, int], monkeypatch: pyt
 def test_blocks_of_another_shape_are_refused_by_name() -> None:
     weights = PackedWeights([["layer.weight"]], (64, 64))
     with pytest.raises(CheckpointError, match=r"layer\.weight has shape \[64, 32\], .* \[64, 64\]"):
-        weights.fill([[encode(quantize_rtn(torch.randn(64, 32), Choice(4, 32)))]])
+        weights.fill([[encode(quantize_debiased(torch.randn(64, 32), Choice(4, 32)))]])
     with pytest.raises(CheckpointError, match=r"layer\.weight has shape \[32, 64\]"):
         weights.fill([[torch.randn(32, 64).bfloat16()]])
 
@@ -202,7 +202,7 @@ def test_outliers_leave_their_neighbours_exact() -> None:
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(7))
     weight[:, 17] *= 1e-3
     weights = PackedWeights([["one"]], (64, 256))
-    weights.fill([[encode(quantize_rtn(weight, Choice(8, 32)))]])
+    weights.fill([[encode(quantize_debiased(weight, Choice(8, 32)))]])
     for dtype, bound in ((torch.bfloat16, 6e-3), (torch.float16, 1e-3), (torch.float32, 1e-4)):
         for size in (30.0, 300.0, 3000.0):
             inputs = torch.randn(1, 256, generator=torch.Generator().manual_seed(8)).to(dtype)
@@ -237,7 +237,7 @@ def test_copies_and_pickles_know_where_they_lie() -> None:
 
 
 def test_scales_that_are_no_numbers_are_refused_by_name() -> None:
-    block = encode(quantize_rtn(torch.randn(64, 64), Choice(4, 32)))
+    block = encode(quantize_debiased(torch.randn(64, 64), Choice(4, 32)))
     block[-256:].view(torch.float16)[3] = float("nan")
     with pytest.raises(CheckpointError, match="one has scales that are not finite"):
         PackedWeights([["one"]], (64, 64)).fill([[block]])

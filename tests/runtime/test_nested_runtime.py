@@ -16,9 +16,9 @@ from alphaq.engines.output import Output
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
+from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.packing import encode
-from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.runtime import multiply as module
 from alphaq.runtime.multiply import multiply
 from alphaq.runtime.packed import FLAGS, HALVES, SYMMETRIC, PackedWeights
@@ -40,7 +40,7 @@ def packed(shape: tuple[int, int], group: int) -> PackedWeights:
     for bits in WIDTHS:
         weight = torch.randn(shape, generator=generator)
         tensors.append(encode(quantize_nested(weight, nest(bits, group))))
-        tensors.append(encode(quantize_rtn(weight, Choice(bits, group, symmetric=bool(bits % 2)))))
+        tensors.append(encode(quantize_debiased(weight, Choice(bits, group, symmetric=bool(bits % 2)))))
     weights = PackedWeights([[str(expert) for expert in range(len(tensors))]], shape)
     weights.fill([tensors])
     return weights

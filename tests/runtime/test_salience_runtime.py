@@ -14,8 +14,8 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import CheckpointError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
+from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.packing import encode
-from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.quantizers.salience import mixing
 from alphaq.runtime import multiply as module
 from alphaq.runtime import packed as packed_module
@@ -30,7 +30,7 @@ TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 def stored(weight: torch.Tensor, text: str) -> torch.Tensor:
     """A matrix as it is in a checkpoint."""
-    return weight.bfloat16() if text == "16" else encode(mixing(quantize_rtn)(weight, Choice.parse(text)))
+    return weight.bfloat16() if text == "16" else encode(mixing(quantize_debiased)(weight, Choice.parse(text)))
 
 
 def packed(shape: tuple[int, int], texts: Sequence[Sequence[str]]) -> PackedWeights:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from alphaq.errors import DeviceError
 from alphaq.nouns.choice import CHOICE_BITS, GROUP_SIZES, Choice
-from alphaq.quantizers.base import QUANTIZERS
+from alphaq.quantizers.base import rounder_of
 from alphaq.quantizers.packing import decode, dequantize, encode
 from alphaq.runtime.packed import PackedWeights
 
@@ -60,7 +60,7 @@ def packed(choices: Sequence[Sequence[Choice | torch.dtype]], shape: tuple[int, 
 
 
 def _stored(weight: Tensor, choice: Choice | torch.dtype) -> Tensor:
-    return encode(QUANTIZERS["rtn"](weight, choice)) if isinstance(choice, Choice) else weight.to(choice)
+    return encode(rounder_of("debiased")(weight, choice)) if isinstance(choice, Choice) else weight.to(choice)
 
 
 def expected(weights: PackedWeights, inputs: Tensor, experts: Tensor, tokens: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alphaq.nouns.choice import Choice
-from alphaq.quantizers.base import quantizer_of
+from alphaq.quantizers.base import rounder_of
 from alphaq.quantizers.packing import decode, dequantize, encode
 
 
@@ -62,7 +62,7 @@ def test_embeddings_take_blocks_as_the_matrices_that_they_are(plugin: Any, arriv
         embedding_class().weight_loader = Embedding.weight_loader
         assert pickle.loads(sent).packed_modules_mapping == {}
     weight = torch.randn(12, 64)
-    block = encode(quantizer_of("rtn")(weight, Choice(4, 32), "table"))
+    block = encode(rounder_of("debiased")(weight, Choice(4, 32), "table"))
     parameter = torch.zeros(12, 64)
     embedding_class()().weight_loader(parameter, block)
     assert torch.equal(parameter, dequantize(decode(block)))

@@ -13,10 +13,11 @@ from alphaq.calibration.traffic import Calibration, ExpertUse, MatrixUse
 from alphaq.errors import BudgetError, UnknownNameError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
-from alphaq.nouns.spectrum import WeightStatistics
+from alphaq.research.statistics import WeightStatistics
 from alphaq.sensitivity import router, signal
-from alphaq.sensitivity.importance import SPREAD, alpha_importance, automatic_gamma
-from alphaq.sensitivity.methods import METHODS, Evidence, method, resolved_gamma
+from alphaq.sensitivity.base import Evidence
+from alphaq.sensitivity.importance import SPREAD, alpha_importance, automatic_gamma, resolved_gamma
+from alphaq.sensitivity.methods import METHODS, method
 from conftest import Ran  # noqa: F401 - the fixture `alphaq` returns it
 
 LAYERS, EXPERTS, PROJECTIONS = 2, 3, ("gate", "up", "down")
@@ -50,7 +51,7 @@ def evidence_of(**changes: object) -> Evidence:
         np.full(count, 8192),
         np.full(count, 3.0),
         MATRICES,
-        tuple(WeightStatistics(0.8, 1.0, 3.0, 5.0, 20.0) for _ in MATRICES),
+        {"statistics": tuple(WeightStatistics(0.8, 1.0, 3.0, 5.0, 20.0) for _ in MATRICES)},
         {(matrix.layer or 0, matrix.expert or 0): use() for matrix in MATRICES},
         Calibration(matrices={matrix.name: seen() for matrix in MATRICES}),
     )

@@ -8,7 +8,7 @@ narrow to wide never gets cheaper on the way up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -167,10 +167,18 @@ def solve_order(problem: Problem, scores: np.ndarray | None, losses: np.ndarray)
     return _described(problem, columns, losses)
 
 
-def solve_shares(problem: Problem, scores: np.ndarray, losses: np.ndarray) -> Solution:
+def solve_shares(problem: Problem, scores: np.ndarray | None, losses: np.ndarray) -> Solution:
     """The reference's fixed ratio: lowest quarter of scores [matrices] one rung up, highest one rung down."""
+    assert scores is not None  # methods of this kind have a rule
     columns = solve_ratio(_mean(problem, scores), problem.ladder, problem.unit_costs, problem.limit)
     return _described(problem, columns, losses)
+
+
+RANKED: dict[str, Callable[[Problem, np.ndarray | None, np.ndarray], Solution]] = {
+    "order": solve_order,
+    "ratio": solve_shares,
+}
+"""Solvers of methods that give scores, by their kind; losses only describe what they choose."""
 
 
 def _mean(problem: Problem, scores: np.ndarray) -> np.ndarray:

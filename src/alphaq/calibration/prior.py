@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alphaq.calibration.stream import HollowModel, LayerTraffic, traffic_of
+from alphaq.calibration.stream import HollowModel, Keywords, LayerTraffic, traffic_of
 from alphaq.calibration.traffic import Calibration, Expert, ExpertUse, expert_uses
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import CheckpointError
@@ -75,7 +75,7 @@ def _route(hollow: HollowModel, layer: int, experts: str) -> LayerTraffic:
         if child is not hollow.model.get_submodule(experts) and any(value.is_meta for value in state):
             child.forward = torch.zeros_like  # a shared expert may run before the router, whose input it leaves alone
 
-    def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def stop(module: Any, args: tuple[Any, ...], kwargs: Keywords) -> None:
         raise _Routed(traffic_of(hollow, layer, args, kwargs))
 
     hollow.model.get_submodule(experts).register_forward_pre_hook(stop, with_kwargs=True)

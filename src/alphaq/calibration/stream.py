@@ -11,7 +11,7 @@ are most of a layer (45 GB in float32 in DeepSeek-V3), so they are read and run 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,6 +27,10 @@ from alphaq.errors import AlphaQError, CheckpointError
 from alphaq.nouns.matrix import MatrixRef, Role
 
 MMAP_THRESHOLD, LARGE_BYTES = -3, 1 << 22  # glibc's name of the setting; tensors of 4 MiB
+
+
+Keywords = Mapping[str, Any]
+"""Arguments of a module of transformers; what they are is its class's business."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,7 +297,7 @@ class _Watched:
         experts.forward = self._run
         decoder.register_forward_hook(self._show, with_kwargs=True)
 
-    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Keywords) -> None:
         if self.output is None:
             self.traffic = traffic_of(self.hollow, self.layer, args, kwargs)
 
@@ -303,7 +307,7 @@ class _Watched:
             self.output = self.experts_of(self.hollow, self.traffic)
         return self.output.view_as(states)
 
-    def _show(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _show(self, module: Any, args: tuple[Any, ...], kwargs: Keywords, output: Any) -> None:
         assert self.traffic is not None and self.output is not None  # the layer has been run
         traffic, put_out, recorder = self.traffic, self.output, self.recorder
         if recorder is not None:
@@ -356,7 +360,7 @@ def run_experts(
     return output
 
 
-def traffic_of(hollow: HollowModel, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerTraffic:
+def traffic_of(hollow: HollowModel, layer: int, args: tuple[Any, ...], kwargs: Keywords) -> LayerTraffic:
     """The arguments of an experts module's forward, however they were passed; all tokens of a dense model's MLP."""
     names = ("hidden_states", "top_k_index", "top_k_weights")
     given = (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))

@@ -27,7 +27,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import ChoiceError, QuantizationError, StatsError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
-from alphaq.quantizers.base import QUANTIZERS, sixteen_bits
+from alphaq.quantizers.base import DEFAULT, rounder_of, sixteen_bits
 from alphaq.quantizers.packing import dequantize
 from alphaq.simd.sums import squared_distance, squared_norm
 
@@ -307,7 +307,7 @@ class _Expert:
     def _rounded(self, part: str, weight: Tensor, choice: Choice) -> Tensor:
         if choice.kept:
             return sixteen_bits(weight).float()
-        return dequantize(QUANTIZERS["rtn"](weight, choice, self.refs[part].name))
+        return dequantize(rounder_of(DEFAULT)(weight, choice, self.refs[part].name))
 
 
 def _weighted(weights: Tensor, values: Tensor) -> float:

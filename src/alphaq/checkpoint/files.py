@@ -9,12 +9,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 
 from alphaq.errors import CheckpointError
-from alphaq.work.untrusted import open_regular, parse_json, read_bounded
+from alphaq.work.untrusted import JsonObject, open_regular, parse_json, read_bounded
 
 CHUNK_BYTES = 8 << 20
 
@@ -79,7 +79,7 @@ def _is_cached_blob(target: Path) -> bool:
     return target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """A JSON file's object. Raises CheckpointError naming the file."""
     check_link(path)
     with reading(path):

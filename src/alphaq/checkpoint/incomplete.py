@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from alphaq.checkpoint.files import is_file, open_file
-from alphaq.checkpoint.safetensors_format import TensorInfo
+from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import CheckpointError
 from alphaq.work.untrusted import MAX_POINTER_BYTES
 

@@ -1,7 +1,7 @@
 """Open a checkpoint (a folder or a hub id) and read its matrices one at a time.
 
 Only safetensors is read: a pickle runs code when it is loaded. Weights stored in 8 or 4 bits are decoded as they are
-read; only `encodings` knows how, and `coded_tensors` which.
+read; only `encoded.encodings` knows how, and `encoded.finding` which.
 """
 
 from __future__ import annotations
@@ -9,27 +9,22 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from alphaq.checkpoint.announced import MODELOPT_FILE, announced, require_no_codes, unquantized
-from alphaq.checkpoint.architecture import Architecture, architecture_of
-from alphaq.checkpoint.coded_tensors import decoded_shards
-from alphaq.checkpoint.encodings import (
-    Encoding,
-    bytes_on_disk,
-    decode,
-    rows_place,
-    stored_dtype,
-    stored_grid,
-)
+from alphaq.checkpoint.config import read_config
+from alphaq.checkpoint.encoded.announced import MODELOPT_FILE, announcement_of, require_no_codes, unquantized
+from alphaq.checkpoint.encoded.finding import decoded_shards
+from alphaq.checkpoint.encoded.reading import TensorReader, rows_as_stored, stored_rows
+from alphaq.checkpoint.families.architecture import Architecture, architecture_of
+from alphaq.checkpoint.families.formulas import current
+from alphaq.checkpoint.families.matching import match_tensors, require_readable, unfolded
+from alphaq.checkpoint.families.prefixes import fitted
 from alphaq.checkpoint.files import (
-    CHUNK_BYTES,
     PlainFile,
     SourceFile,
     Stamp,
@@ -40,32 +35,21 @@ from alphaq.checkpoint.files import (
     reading,
     without_collecting,
 )
-from alphaq.checkpoint.formulas import current
-from alphaq.checkpoint.gguf_format import GgufFile, GgufTensor, metadata_bytes
-from alphaq.checkpoint.gguf_source import find_gguf, open_gguf
+from alphaq.checkpoint.gguf.format import GgufFile, GgufTensor, metadata_bytes
+from alphaq.checkpoint.gguf.source import find_gguf, open_gguf
 from alphaq.checkpoint.hub import expanded, local_folder, resolve_folder, small_files
-from alphaq.checkpoint.incomplete import check_fetched
-from alphaq.checkpoint.matching import match_tensors, unfolded
-from alphaq.checkpoint.prefixes import fitted
+from alphaq.checkpoint.identity import SETTINGS_FILES, digest_of, digest_of_samples, settings_digest
 from alphaq.checkpoint.remote import Store, is_url, local_path
-from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorInfo
-from alphaq.checkpoint.side_files import SIDE_FILES, SideFiles, side_files
-from alphaq.checkpoint.weights import INDEX_NAME, NAMED_KEY, SINGLE_NAME, read_weights
-from alphaq.checkpoint.weights import read_shards as read_shards
+from alphaq.checkpoint.side_files import SideFiles, side_files
+from alphaq.checkpoint.tensors import TensorInfo, bytes_on_disk, rows_place
+from alphaq.checkpoint.weights import INDEX_NAME, NAMED_KEY, SINGLE_NAME, Shards, read_weights
 from alphaq.errors import CheckpointError
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.plan import SourceIdentity
 from alphaq.simd.sums import in_threads
-from alphaq.work.untrusted import shown
+from alphaq.work.untrusted import JsonObject
 
-SAMPLES, SAMPLE_BYTES = 16, 4096  # of a weight file, to recognise it by
-SETTINGS_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 NATIVE_METHOD = "alphaq"  # the quant_method of native checkpoints
-READABLE_WEIGHTS = ("F32", "F16", "BF16")
-_IMPLEMENTATIONS = {"attn_implementation", "_attn_implementation", "experts_implementation"}
-"""Keys by which transformers lets a config choose kernels, also those of any repository."""
-
-QUANTIZABLE = (Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.MIXER, Role.DENSE_MLP)
 
 
 @dataclass(frozen=True)
@@ -77,9 +61,9 @@ class Checkpoint:
 
     folder: Path
     name: str
-    config: dict[str, Any]
+    config: JsonObject
     architecture: Architecture
-    shards: dict[str, dict[str, TensorInfo]]
+    shards: Shards
     matrices: tuple[MatrixRef, ...]
     roles: dict[str, Role]
     fingerprint: str
@@ -169,24 +153,17 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor, decoded, in the dtype and shape that its `info` names."""
-        shard, info = self.shard_of[name], self.info(name)
-        if info.encoding is None:
-            return self.file(shard).read(info.begin, info.nbytes).view(TORCH_DTYPES[info.dtype]).view(info.shape)
-        if info.encoding.decoder is not None:
-            return self._decoded(shard, info, info.encoding.decoder)
-        slices, rows, columns = stored_grid(info)
-        sides = (columns, rows) if info.encoding.turned else (rows, columns)
-        whole = torch.empty((slices, *sides), dtype=TORCH_DTYPES[info.dtype])
-        for index, part in enumerate(whole):
-            stored = self._read(shard, info, index, 0, rows)
-            part.copy_(stored.T if info.encoding.turned else stored)
-        return whole.view(info.shape)
+        return self._reader.whole(self.shard_of[name], self.info(name))
+
+    @property
+    def _reader(self) -> TensorReader:
+        return TensorReader(self.file)
 
     def read(self, matrix: MatrixRef) -> torch.Tensor:
         """One matrix, contiguous [rows, columns], in its own dtype; of a fused tensor only its slice is read."""
         shard, info = self.shard_of[matrix.tensor], self.info(matrix.tensor)
-        values = self._read(shard, info, matrix.index or 0, *_stored_rows(info, matrix))
-        if _as_stored(info, matrix):
+        values = self._reader.rows(shard, info, matrix.index or 0, *stored_rows(info, matrix))
+        if rows_as_stored(info, matrix):
             return values[:: matrix.row_step].contiguous()
         return values.T[matrix.row_start :: matrix.row_step][: matrix.shape[0]].contiguous()
 
@@ -200,45 +177,15 @@ class Checkpoint:
     def read_rows(self, matrix: MatrixRef, part: slice) -> torch.Tensor:
         """Some rows of a matrix; all of it is read if disk has its columns."""
         shard, info = self.shard_of[matrix.tensor], self.info(matrix.tensor)
-        if not _as_stored(info, matrix) or matrix.row_step > 1:
+        if not rows_as_stored(info, matrix) or matrix.row_step > 1:
             return self.read(matrix)[part]
         first = matrix.row_start
-        return self._read(shard, info, matrix.index or 0, first + part.start, first + part.stop)
-
-    def _read(self, shard: str, info: TensorInfo, index: int, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a slice as they lie on disk, decoded, [rows, columns]."""
-        encoding = info.encoding
-        if encoding is not None and encoding.decoder is not None:
-            return self._decoded(shard, info, encoding.decoder)[start:stop]
-        if encoding is not None and encoding.head_rows:
-            return self._read_heads(shard, info, encoding, start, stop)
-        data = self.file(shard).read(*rows_place(info, index, start, stop)).view(stop - start, -1)
-        if encoding is None or encoding.scheme == "plain":
-            return data.view(TORCH_DTYPES[info.dtype])
-        parts = {
-            name: self._read(part.shard, part.info, part.slice_of(index), *part.rows(start, stop))
-            for name, part in encoding.parts
-        }
-        return decode(encoding, data, parts, start)
-
-    def _decoded(
-        self, shard: str, info: TensorInfo, decoder: Callable[[torch.Tensor, str], torch.Tensor]
-    ) -> torch.Tensor:
-        """A tensor of which no part can be read alone."""
-        return decoder(self.file(shard).read(info.begin, info.nbytes), info.name).view(info.shape)
-
-    def _read_heads(self, shard: str, info: TensorInfo, encoding: Encoding, start: int, stop: int) -> torch.Tensor:
-        """The same where rows of a head's halves lie in turns: whole heads are read and put in order."""
-        height = encoding.head_rows
-        first, last = start // height * height, -(-stop // height) * height
-        turns = self._read(shard, replace(info, encoding=replace(encoding, head_rows=0)), 0, first, last)
-        halves = turns.view(-1, height // 2, 2, turns.shape[1]).transpose(1, 2)
-        return halves.reshape(turns.shape)[start - first : stop - first]
+        return self._reader.rows(shard, info, matrix.index or 0, first + part.start, first + part.stop)
 
     def place(self, matrix: MatrixRef) -> tuple[int, int]:
         """First byte in its shard and number of bytes to read for a matrix, scales not counted."""
         info = self.info(matrix.tensor)
-        return rows_place(info, matrix.index or 0, *_stored_rows(info, matrix))
+        return rows_place(info, matrix.index or 0, *stored_rows(info, matrix))
 
     def stored_bytes(self, matrix: MatrixRef) -> int:
         """Bytes of a matrix's own weights on disk, its scales included."""
@@ -246,12 +193,12 @@ class Checkpoint:
         return bytes_on_disk(info) * matrix.parameters // math.prod(info.shape)
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JsonObject:
         """The language model's settings as transformers 5 spells them, with the class's defaults."""
         return current({**self.architecture.defaults, **self.text_config})
 
     @property
-    def text_config(self) -> dict[str, Any]:
+    def text_config(self) -> JsonObject:
         """The language model's part of the config, which multi-modal models nest."""
         return dict(self.architecture.text_config(self.config))
 
@@ -260,7 +207,7 @@ class Checkpoint:
         shard, info = self.shard_of[matrix.tensor], self.info(matrix.tensor)
         self.file(shard).expect(*self.place(matrix))
         for _, part in info.encoding.parts if info.encoding is not None else ():
-            needed = part.rows(*_stored_rows(info, matrix))
+            needed = part.rows(*stored_rows(info, matrix))
             self.file(part.shard).expect(*rows_place(part.info, part.slice_of(matrix.index or 0), *needed))
 
     def forget(self, shard: str) -> None:
@@ -268,7 +215,7 @@ class Checkpoint:
         if self.nbytes > memory_bytes() // 2:
             self.file(shard).forget()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_files": {}}  # each process opens its own
 
     def contents(self, hashed: bool = False) -> str:
@@ -279,14 +226,11 @@ class Checkpoint:
 
         def mark(shard: str) -> str:
             nbytes, version = self.stamps[shard]
-            if self.store is not None and not hashed:
+            if hashed:
+                return digest_of(self.file(shard), nbytes)
+            if self.store is not None:
                 return str(version)  # of the contents, as the store vouches
-            places = range(0, nbytes, CHUNK_BYTES if hashed else max(SAMPLE_BYTES, nbytes // SAMPLES))
-            piece = CHUNK_BYTES if hashed else SAMPLE_BYTES
-            digest = hashlib.blake2b(digest_size=16)
-            for begin in places:
-                digest.update(self.file(shard).read(begin, min(piece, nbytes - begin)).numpy().data)
-            return digest.hexdigest() if hashed else f"{version} {digest.hexdigest()}"
+            return f"{version} {digest_of_samples(self.file(shard), nbytes)}"
 
         return ",".join(in_threads(mark, self.weight_files))
 
@@ -311,14 +255,7 @@ class Checkpoint:
         """Hash of config and tokenizer, which decide what a forward pass computes beside the weights."""
         if self.gguf is not None:
             return hashlib.sha256(metadata_bytes(self.gguf.metadata)).hexdigest()
-        digest = hashlib.sha256()
-        for name in SETTINGS_FILES:
-            path = self.folder / name
-            digest.update(f"{name} {is_file(path)}".encode())
-            if is_file(path):
-                for piece in PlainFile(path).chunks(0, path.stat().st_size):
-                    digest.update(piece)
-        return digest.hexdigest()
+        return settings_digest(self.folder)
 
     def side_files(self) -> list[Path]:
         """Tokenizer, generation config, licence and other small files to carry over; a GGUF file has none."""
@@ -399,31 +336,37 @@ def _open_folder(
 ) -> Checkpoint:
     stamps = _stamps(folder.iterdir()) if stamps is None else stamps
     config = read_config(folder)
-    native = (config.get("quantization_config") or {}).get("quant_method") == NATIVE_METHOD
-    if restored is not None and not native:
-        raise CheckpointError(f"{folder} is no native checkpoint. Point to the output of `alphaq quantize`.")
-    modelopt = read_json(folder / MODELOPT_FILE) if is_file(folder / MODELOPT_FILE) else None
-    told = announced(model, config, modelopt) if restored is None else None
+    if restored is not None:
+        _require_native(folder, config)
+        announcement = None
+    else:
+        modelopt = read_json(folder / MODELOPT_FILE) if is_file(folder / MODELOPT_FILE) else None
+        announcement = announcement_of(model, config, modelopt)
     config = unquantized(config)  # what is read is no longer quantized
     architecture = architecture_of(config)
     weights = read_weights(folder, stamps, store)
     shards, fingerprint, notes = weights.shards, weights.fingerprint, weights.notes
     del weights  # of half a million tensors, headers and what is made of them need not be held together
     config.pop(NAMED_KEY, None)  # what is written has the usual names
+
+    def read(shard: str, one: TensorInfo) -> torch.Tensor:
+        file = store.file(shard, stamps[shard]) if store is not None else PlainFile(folder / shard)
+        return file.read(one.begin, one.nbytes)
+
     if restored is not None:
-        at_hand = {shard: PlainFile(folder / shard) for shard in shards}
-        shards = {s: {name: restored(at_hand[s], one) for name, one in held.items()} for s, held in shards.items()}
+        files = {shard: PlainFile(folder / shard) for shard in shards}
+        shards = {s: {name: restored(files[s], one) for name, one in infos.items()} for s, infos in shards.items()}
     else:
-        require_no_codes(model, (one for held in shards.values() for one in held.values()), told)
-    if told is not None:
-
-        def read(shard: str, one: TensorInfo) -> torch.Tensor:
-            file = store.file(shard, stamps[shard]) if store is not None else PlainFile(folder / shard)
-            return file.read(one.begin, one.nbytes)
-
-        shards = decoded_shards(shards, told, read)
+        require_no_codes(model, (one for infos in shards.values() for one in infos.values()), announcement)
+    if announcement is not None:
+        shards = decoded_shards(shards, announcement, read)
     opened = _checkpoint(folder, folder.resolve().name, config, architecture, shards, fingerprint)
     return replace(opened, stamps=stamps, store=store, notes=notes)
+
+
+def _require_native(folder: Path, config: JsonObject) -> None:
+    if (config.get("quantization_config") or {}).get("quant_method") != NATIVE_METHOD:
+        raise CheckpointError(f"{folder} is no native checkpoint. Point to the output of `alphaq quantize`.")
 
 
 def _stamps(paths: Iterable[Path]) -> dict[str, Stamp]:
@@ -434,9 +377,9 @@ def _stamps(paths: Iterable[Path]) -> dict[str, Stamp]:
 def _checkpoint(
     folder: Path,
     name: str,
-    config: dict[str, Any],
+    config: JsonObject,
     architecture: Architecture,
-    shards: dict[str, dict[str, TensorInfo]],
+    shards: Shards,
     fingerprint: str,
 ) -> Checkpoint:
     """A checkpoint whose tensors have been matched with their roles."""
@@ -445,81 +388,6 @@ def _checkpoint(
     matrices, roles = match_tensors(
         architecture, config, (tensor for tensors in shards.values() for tensor in tensors.values())
     )
-    for matrix in matrices:
-        if matrix.dtype not in READABLE_WEIGHTS and matrix.role in QUANTIZABLE:
-            coded = matrix.dtype.startswith("F8")
-            remedy = (
-                "Restore config.json, whose quantization_config says how to decode it"
-                if coded
-                else "Convert it to bf16"
-            )
-            raise CheckpointError(
-                f"{matrix.name} is stored as {matrix.dtype}; readable: {', '.join(READABLE_WEIGHTS)}. {remedy}."
-            )
+    require_readable(matrices)
     named = os.fsencode(name).decode(errors="replace")  # plans and reports are UTF-8, names of files may be any bytes
     return Checkpoint(folder, named, config, architecture, shards, tuple(matrices), roles, fingerprint)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The checkpoint's config.json as a dict. Raises CheckpointError."""
-    path = folder / "config.json"
-    if not is_file(path):
-        raise CheckpointError(f"{folder} has no config.json. Point to a Hugging Face model folder.")
-    check_fetched(folder, SIDE_FILES)
-    config = read_json(path)
-    if not isinstance(config.get("quantization_config"), (dict, type(None))):
-        raise CheckpointError(f"{path}: quantization_config is not an object. Restore the file.")
-    parts: list[Any] = [config]
-    while parts:  # of a multi-modal model each has settings of its own
-        part = parts.pop()
-        parts += [value for value in part.values() if isinstance(value, dict)]
-        for key in sorted(_IMPLEMENTATIONS & part.keys()):
-            if "/" in str(part[key]):
-                raise CheckpointError(f"{path}: {key} asks for code from the hub, {shown(part[key])}. Remove the line.")
-    return config
-
-
-def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `alphaq inspect` shows: counts, parameters and bytes by role."""
-    roles: dict[str, dict[str, int]] = {}
-    for name, info in _all_tensors(checkpoint):
-        role = roles.setdefault(
-            checkpoint.roles[name].value, {"tensors": 0, "matrices": 0, "parameters": 0, "bytes": 0}
-        )
-        role["tensors"] += 1
-        role["bytes"] += bytes_on_disk(info)
-        role["parameters"] += math.prod(info.shape)
-    for matrix in checkpoint.matrices:
-        roles[matrix.role.value]["matrices"] += 1
-    experts = checkpoint.with_role(Role.EXPERT)
-    shapes: dict[str, list[int]] = {str(m.projection): list(m.shape) for m in experts}
-    return {
-        "model": checkpoint.name,
-        "architecture": checkpoint.architecture.name,
-        "layers": checkpoint.architecture.layers(checkpoint.config),
-        "experts_per_layer": checkpoint.architecture.experts_per_layer(checkpoint.config),
-        "expert_matrices": len(experts),
-        "expert_shapes": shapes,
-        "dtypes": sorted({stored_dtype(info) for _, info in _all_tensors(checkpoint)}),
-        "parameters": sum(role["parameters"] for role in roles.values()),
-        "bytes": checkpoint.nbytes,
-        "shards": len(checkpoint.shards),
-        "roles": dict(sorted(roles.items())),
-    }
-
-
-def _all_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, TensorInfo]]:
-    for tensors in checkpoint.shards.values():
-        yield from tensors.items()
-
-
-def _as_stored(info: TensorInfo, matrix: MatrixRef) -> bool:
-    """Whether the rows of a matrix are rows on disk."""
-    return matrix.transposed == (info.encoding is not None and info.encoding.turned)
-
-
-def _stored_rows(info: TensorInfo, matrix: MatrixRef) -> tuple[int, int]:
-    """First row and row after the last, on disk, that hold a matrix; all of its slice if disk has its columns."""
-    if _as_stored(info, matrix):
-        return matrix.row_start, matrix.row_start + (matrix.shape[0] - 1) * matrix.row_step + 1
-    return 0, matrix.shape[1]

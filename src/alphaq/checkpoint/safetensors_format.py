@@ -14,16 +14,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from alphaq.checkpoint.files import open_file
+from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import CheckpointError
 from alphaq.work.untrusted import MAX_POINTER_BYTES, POINTER_BEGIN, parse_json, pointer, shown
-
-if TYPE_CHECKING:
-    from alphaq.checkpoint.encodings import Encoding
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_DIMENSIONS = 8
@@ -50,26 +48,6 @@ ITEM_BYTES = {name: torch.empty((), dtype=dtype, device="meta").element_size() f
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where a tensor lies: bytes [begin, end) of its file, header included in the count.
-
-    With an encoding, name, dtype and shape are those of the decoded tensor; the bytes are its codes'.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-    encoding: Encoding | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data."""
-        return self.end - self.begin
-
-
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
     """Parse and check a file's header without touching its data.
 
@@ -89,68 +67,80 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
 
 def parse_header(file_name: str, size: int, read: Callable[[int, int], bytes]) -> tuple[dict[str, TensorInfo], bytes]:
     """`read_header` of a file that lies anywhere: `read(begin, nbytes)` gives bytes of it, asked for twice at most."""
+    raw = _header_bytes(file_name, size, read)
+    try:
+        header = parse_json(raw)
+    except ValueError as error:
+        raise _damaged(file_name, f"its header is not valid JSON ({str(error).splitlines()[0]})") from None
+    if not isinstance(header, dict):
+        raise _damaged(file_name, "its header is not a JSON object")
+    data_begin = 8 + len(raw)
+    known: dict[tuple[int, ...], tuple[int, ...]] = {}  # a shape is kept once, however many tensors have it
+    tensors = [
+        _checked_entry(file_name, name, entry, data_begin, known)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
+    tensors.sort(key=attrgetter("begin", "end"))
+    position = data_begin
+    for tensor in tensors:
+        if tensor.begin != position:
+            raise _damaged(file_name, f"tensor {tensor.name!r} overlaps another or leaves a hole before it")
+        position = tensor.end
+    if position != size:
+        raise _damaged(file_name, f"its tensors end at byte {position}, but the file has {size} (cut short or padded)")
+    return {tensor.name: tensor for tensor in tensors}, raw
 
-    def damaged(why: str) -> CheckpointError:
-        return CheckpointError(f"{file_name} is damaged: {why}. Download the file again.")
 
+def _damaged(file_name: str, why: str) -> CheckpointError:
+    return CheckpointError(f"{file_name} is damaged: {why}. Download the file again.")
+
+
+def _header_bytes(file_name: str, size: int, read: Callable[[int, int], bytes]) -> bytes:
+    """The JSON of a header, of a length that is allowed."""
     prefix = read(0, 8) if size >= 8 else b""
     if len(prefix) < 8:
-        raise damaged(f"it has {size} bytes, too few for a safetensors header")
+        raise _damaged(file_name, f"it has {size} bytes, too few for a safetensors header")
     if size <= MAX_POINTER_BYTES and POINTER_BEGIN.startswith(prefix) and read(0, size).startswith(POINTER_BEGIN):
         raise pointer(file_name)  # here for those that lie on a store
     length = int.from_bytes(prefix, "little")
     if length > size - 8:
-        raise damaged(f"its header claims {length} bytes, but only {size - 8} follow")
+        raise _damaged(file_name, f"its header claims {length} bytes, but only {size - 8} follow")
     if length > MAX_HEADER_BYTES:
-        raise damaged(f"its header claims {length} bytes, more than the {MAX_HEADER_BYTES} allowed")
-    raw = read(8, length)
-    try:
-        header = parse_json(raw)
-    except ValueError as error:
-        raise damaged(f"its header is not valid JSON ({str(error).splitlines()[0]})") from None
-    if not isinstance(header, dict):
-        raise damaged("its header is not a JSON object")
+        raise _damaged(file_name, f"its header claims {length} bytes, more than the {MAX_HEADER_BYTES} allowed")
+    return read(8, length)
 
-    tensors = []
-    known: dict[tuple[int, ...], tuple[int, ...]] = {}  # a shape is kept once, however many tensors have it
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if not name.isprintable() or not 0 < len(name) <= MAX_NAME_CHARACTERS:
-            raise damaged(
-                f"the tensor name {shown(name)} is not printable text of 1 to {MAX_NAME_CHARACTERS} characters"
-            )
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        except (KeyError, TypeError, ValueError):
-            raise damaged(f"tensor {name!r} lacks dtype, shape or data_offsets") from None
-        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-            raise CheckpointError(
-                f"{file_name}: tensor {name!r} has dtype {shown(dtype)}, which cannot be read. "
-                f"Readable: {', '.join(ITEM_BYTES)}. Convert the checkpoint to bf16 first."
-            )
-        numbers = (*shape, begin, end) if isinstance(shape, list) else (None,)
-        if {*map(type, numbers)} != {int} or min(numbers) < 0 or max(numbers) >= MAX_TENSOR_BYTES:
-            raise damaged(f"tensor {name!r} has a shape or offsets that are not counts")
-        if len(shape) > MAX_DIMENSIONS:
-            raise damaged(f"tensor {name!r} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
-        nbytes = math.prod(shape) * ITEM_BYTES[dtype]
-        most = nbytes or math.prod(max(side, 1) for side in shape)  # a 0 hides the others
-        if most >= MAX_TENSOR_BYTES:
-            raise damaged(f"tensor {name!r} of shape {shape} is larger than any can be")
-        if end - begin != nbytes:
-            raise damaged(f"tensor {name!r} of shape {shape} does not fill its {end - begin} bytes")
-        sides = known.setdefault(tuple(shape), tuple(shape))
-        tensors.append(TensorInfo(name, dtype, sides, 8 + length + begin, 8 + length + end))
-    tensors.sort(key=attrgetter("begin", "end"))
-    position = 8 + length
-    for tensor in tensors:
-        if tensor.begin != position:
-            raise damaged(f"tensor {tensor.name!r} overlaps another or leaves a hole before it")
-        position = tensor.end
-    if position != size:
-        raise damaged(f"its tensors end at byte {position}, but the file has {size} (cut short or padded)")
-    return {tensor.name: tensor for tensor in tensors}, raw
+
+def _checked_entry(
+    file_name: str, name: str, entry: Any, data_begin: int, known: dict[tuple[int, ...], tuple[int, ...]]
+) -> TensorInfo:
+    """One tensor of a header. Raises CheckpointError for a claim that cannot be true."""
+    if not name.isprintable() or not 0 < len(name) <= MAX_NAME_CHARACTERS:
+        raise _damaged(
+            file_name, f"the tensor name {shown(name)} is not printable text of 1 to {MAX_NAME_CHARACTERS} characters"
+        )
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise _damaged(file_name, f"tensor {name!r} lacks dtype, shape or data_offsets") from None
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise CheckpointError(
+            f"{file_name}: tensor {name!r} has dtype {shown(dtype)}, which cannot be read. "
+            f"Readable: {', '.join(ITEM_BYTES)}. Convert the checkpoint to bf16 first."
+        )
+    numbers = (*shape, begin, end) if isinstance(shape, list) else (None,)
+    if {*map(type, numbers)} != {int} or min(numbers) < 0 or max(numbers) >= MAX_TENSOR_BYTES:
+        raise _damaged(file_name, f"tensor {name!r} has a shape or offsets that are not counts")
+    if len(shape) > MAX_DIMENSIONS:
+        raise _damaged(file_name, f"tensor {name!r} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
+    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
+    most = nbytes or math.prod(max(side, 1) for side in shape)  # a 0 hides the others
+    if most >= MAX_TENSOR_BYTES:
+        raise _damaged(file_name, f"tensor {name!r} of shape {shape} is larger than any can be")
+    if end - begin != nbytes:
+        raise _damaged(file_name, f"tensor {name!r} of shape {shape} does not fill its {end - begin} bytes")
+    sides = known.setdefault(tuple(shape), tuple(shape))
+    return TensorInfo(name, dtype, sides, data_begin + begin, data_begin + end)
 
 
 # -- writing: sizes first -------------------------------------------------------------------------
@@ -203,7 +193,7 @@ def layout(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, TensorInfo
     """
     order = sorted(specs, key=lambda name: (-ITEM_BYTES[specs[name].dtype], name))
     header_bytes = FILE_OVERHEAD - 8 + sum(entry_bytes(name, specs[name]) for name in order)
-    entries: dict[str, Any] = {"__metadata__": _METADATA}
+    entries: dict[str, object] = {"__metadata__": _METADATA}
     places = {}
     offset = 0
     for name in order:

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from alphaq.checkpoint.announced import QUANTIZER_FILES
+from alphaq.checkpoint.encoded.announced import QUANTIZER_FILES
 from alphaq.checkpoint.files import check_link, is_file
 from alphaq.nouns.fidelity import CERTIFICATE_NAME
 from alphaq.work.untrusted import MAX_JSON_BYTES, parse_json, read_bounded, shown

@@ -17,14 +17,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from alphaq.checkpoint.files import PlainFile, SourceFile, Stamp, check_link, is_file, read_json
 from alphaq.checkpoint.incomplete import check_stubs
 from alphaq.checkpoint.remote import Store
-from alphaq.checkpoint.safetensors_format import TensorInfo, parse_header, read_header
+from alphaq.checkpoint.safetensors_format import parse_header, read_header
+from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import CheckpointError
-from alphaq.work.untrusted import shown
+from alphaq.work.untrusted import JsonObject, shown
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -123,7 +123,7 @@ def _left_over(folder: Path, names: Collection[str], used: Collection[str | None
         and not (name.startswith(_OWN_FORMAT) or _VARIANT.fullmatch(name))
     }
     if INDEX_NAME in left:  # many publish one beside a single file
-        index: dict[str, Any] = {}
+        index: JsonObject = {}
         with suppress(CheckpointError):  # whatever it is, nobody reads it
             index = _weight_map(folder / INDEX_NAME)
         if index and set(_checked(folder / INDEX_NAME, index).values()) <= set(used):
@@ -155,14 +155,14 @@ def shard_index(path: Path) -> dict[str, str]:
     return _checked(path, _weight_map(path))
 
 
-def _weight_map(path: Path) -> dict[str, Any]:
+def _weight_map(path: Path) -> JsonObject:
     index = read_json(path).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{path} has no weight_map. Download the index again.")
     return index
 
 
-def _checked(path: Path, index: dict[str, Any]) -> dict[str, str]:
+def _checked(path: Path, index: JsonObject) -> dict[str, str]:
     for name, shard in index.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.\-]{1,240}\.safetensors", shard):
             raise CheckpointError(
@@ -176,8 +176,8 @@ def read_shards(
     folder: Path, stamps: Mapping[str, Stamp] | None = None, store: Store | None = None
 ) -> tuple[Shards, str]:
     """The headers and the fingerprint of `read_weights`."""
-    found = read_weights(folder, stamps, store)
-    return found.shards, found.fingerprint
+    weights = read_weights(folder, stamps, store)
+    return weights.shards, weights.fingerprint
 
 
 def read_weights(folder: Path, stamps: Mapping[str, Stamp] | None = None, store: Store | None = None) -> Weights:
@@ -197,9 +197,9 @@ def read_weights(folder: Path, stamps: Mapping[str, Stamp] | None = None, store:
         return PlainFile(folder / shard) if store is None else store.file(shard, (stamps or {})[shard])
 
     repeated = _without_repeats(shards, files, opened)
-    held = {name for tensors in shards.values() for name in tensors} if files.places else set()
+    stored = {name for tensors in shards.values() for name in tensors} if files.places else set()
     for name in files.places:
-        if name not in held:
+        if name not in stored:
             raise CheckpointError(
                 f"{files.index} places {shown(name)} in {files.places[name]}, but it is not there. "
                 "Download the shard again."

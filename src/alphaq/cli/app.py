@@ -47,6 +47,7 @@ from alphaq.cli.options import (
     with_options,
 )
 from alphaq.cli.plot import plot
+from alphaq.cli.quantizers import quantizers
 from alphaq.cli.recode import recode
 from alphaq.cli.report import report
 from alphaq.cli.slice import slice_
@@ -68,7 +69,8 @@ app = typer.Typer(
 @app.command()
 def inspect(model: ModelArgument, revision: RevisionOption = None, as_json: JsonOption = False) -> None:
     """Show a checkpoint's architecture, roles, counts and sizes; reads headers only."""
-    from alphaq.checkpoint.reader import open_checkpoint, summarize
+    from alphaq.checkpoint.reader import open_checkpoint
+    from alphaq.checkpoint.summary import summarize
     from alphaq.report.tables import inspect_table
 
     checkpoint = open_checkpoint(model, revision, headers_only=True)
@@ -142,7 +144,7 @@ def plan(
     target = search_target(search, settings, given, means["device"] if "device" in given else None)
     config = plan_config(settings if target is None else settings | {"bpw": ANY_BUDGET}, model is not None)
     from alphaq.checkpoint.writer import atomic_file, check_file
-    from alphaq.engines.gguf import profile as llama_cpp
+    from alphaq.engines.profiles import profile
     from alphaq.report.bitmap import bit_map
     from alphaq.report.places import places_of_matrices
     from alphaq.report.tables import plan_table
@@ -150,7 +152,8 @@ def plan(
     for file in (output, write_type_file, search["curve"]):
         if file is not None:
             check_file(file)
-    if write_type_file is not None and (model is None or config.engine != llama_cpp.PROFILE.name):
+    type_file = profile(config.engine).writer.type_file
+    if write_type_file is not None and (model is None or type_file is None):
         raise AlphaQError("--write-type-file is for llama.cpp and needs the model. Add MODEL and --engine llama.cpp.")
     if target is not None and model is None:
         raise BudgetError("--ear runs the model. Give MODEL.")
@@ -171,8 +174,8 @@ def plan(
             )
     if write_type_file is not None:
         with atomic_file(write_type_file) as partial:
-            assert checkpoint is not None  # MODEL is given
-            partial.write_text(llama_cpp.type_file(checkpoint, made.every_choice()), encoding="utf-8")
+            assert checkpoint is not None and type_file is not None  # checked above
+            partial.write_text(type_file(checkpoint, made.every_choice()), encoding="utf-8")
         err.print(f"Types written to {write_type_file}", markup=False, highlight=False, soft_wrap=True)
     if output is not None:
         with atomic_file(output) as partial:
@@ -201,7 +204,7 @@ def quantize(
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Use this plan instead of making one.")] = None,
     quantizer: Annotated[
         str | None,
-        typer.Option(help="rtn, clipped, hqq, gptq, learned, minmax (docs/quantizers.md); the engine's usual one."),
+        typer.Option(help="How codes are found (see `alphaq quantizers`); the engine's usual way by default."),
     ] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that gptq and learned look at; enough for the experts by default.")
@@ -235,13 +238,13 @@ def quantize(
         if search["curve"] is not None:
             check_file(search["curve"])
     from alphaq import pipeline
-    from alphaq.writing.calibrated import CALIBRATED
+    from alphaq.quantizers.base import looks_at_inputs
 
     checkpoint = opened(model, means)
     engine = made.engine if plan_file is not None else config.engine
     pipeline.check_source(checkpoint, engine)
     planned_on_text = plan_file is None and config.calibration is not None
-    source = None if planned_on_text and quantizer not in CALIBRATED else settings["calibration"]
+    source = None if planned_on_text and not looks_at_inputs(quantizer) else settings["calibration"]
     bos = settings["bos"] and (plan_file is None or made.config.get("bos", True))
     rounding = rounding_of(checkpoint, engine, quantizer, source, calibration_tokens, bos)
     if (made.config.get("codec") if plan_file is not None else config.codec) not in (None, CODECS[0]):
@@ -318,7 +321,7 @@ def compare(
     ] = "uniform,random,first-layers,structure,distortion,alphaq,paper,auto",
     quantizers: Annotated[
         str | None,
-        typer.Option(help="Quantizers, comma-separated: rtn,clipped,hqq,gptq,learned,minmax. The usual one."),
+        typer.Option(help="Quantizers, comma-separated (see `alphaq quantizers`); the usual one by default."),
     ] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that gptq and learned look at; enough for the experts by default.")
@@ -332,8 +335,6 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Allocators side by side at the same bytes: perplexity, KL, EAR, top-1, with paired confidence intervals."""
-    from dataclasses import asdict
-
     from alphaq.sensitivity.methods import METHODS, method
 
     names = list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",") if name.strip()]
@@ -359,15 +360,15 @@ def compare(
     }
     config = plan_config(settings | fixed | {"method": "distortion"})
     check_dtype(dtype)
-    from alphaq.report.tables import comparison_table
+    from alphaq.quantizers.base import looks_at_inputs
     from alphaq.trials.compare import compare as run
-    from alphaq.writing.calibrated import CALIBRATED
+    from alphaq.trials.tables import comparison_table
 
     checkpoint = opened(model, means)
     if checkpoint.store is not None:
         raise AlphaQError("compare runs the model, whose weights must lie on a local disk. Download it first.")
     listed = [name.strip() for name in (quantizers or "").split(",") if name.strip()]
-    source, calibrated = settings["calibration"], [name in CALIBRATED for name in listed]
+    source, calibrated = settings["calibration"], [looks_at_inputs(name) for name in listed]
     roundings = [
         rounding_of(
             checkpoint,
@@ -403,11 +404,10 @@ def compare(
             cache,
             roundings,
         )
-    found = [asdict(row) for row in rows]
-    for row in found:
-        if row["error"]:
-            err.print(f"note: {row['method']} at {row['bits']:g} bits: {row['error']}", markup=False, soft_wrap=True)
-    show(as_json, found, comparison_table(found))
+    for row in rows:
+        if row.error:
+            err.print(f"note: {row.method} at {row.bits:g} bits: {row.error}", markup=False, soft_wrap=True)
+    show(as_json, rows, comparison_table(rows))
     err.print(f"Results in {output}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -428,7 +428,7 @@ def engines(as_json: JsonOption = False) -> None:
         }
         for one in ENGINES.values()
     ]
-    show(as_json, rows, engines_table(rows))
+    show(as_json, rows, engines_table(ENGINES.values()))
 
 
 @app.command()
@@ -441,7 +441,7 @@ def methods(as_json: JsonOption = False) -> None:
         {"method": name, "summary": one.summary, "needs_text": one.needs_text, "kind": one.kind}
         for name, one in METHODS.items()
     ]
-    show(as_json, rows, methods_table(rows))
+    show(as_json, rows, methods_table(METHODS))
 
 
 @app.command()
@@ -567,6 +567,7 @@ app.command()(certify)
 app.command()(card)
 app.command()(report)
 app.command()(plot)
+app.command()(quantizers)
 
 
 def _version(wanted: bool) -> None:

@@ -24,7 +24,7 @@ from alphaq.terminal import err, progress, show
 if TYPE_CHECKING:
     from alphaq.calibration.proxy import Proxy
     from alphaq.calibration.text import Text
-    from alphaq.checkpoint.imatrix import ImportanceMatrix
+    from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
     from alphaq.checkpoint.reader import Checkpoint
     from alphaq.planning import Measurements, Request
     from alphaq.trials.search import Target
@@ -403,19 +403,18 @@ def rounding_of(
 
 
 def importance_matrix(path: Path | None) -> ImportanceMatrix | None:
-    from alphaq.checkpoint.imatrix import read_imatrix
+    from alphaq.checkpoint.gguf.imatrix import read_imatrix
 
     return None if path is None else read_imatrix(path)
 
 
 def note_source(checkpoint: Checkpoint, engine: str, given: ImportanceMatrix | None) -> None:
     """What the engine's files cannot hold of a checkpoint, and what an importance matrix leaves open, on stderr."""
-    from alphaq.engines.gguf.importance import importance_of
     from alphaq.engines.profiles import profile
 
     notes = [*profile(engine).writer.notes(checkpoint)]
     if given is not None:
-        notes.append(importance_of(checkpoint, given).note(given.name) or "")
+        notes.append(profile(engine).importance_of(checkpoint, given).note(given.name) or "")
     for note in filter(None, notes):
         err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
@@ -556,12 +555,12 @@ def search_target(
     if not 1e-3 <= search["ear_step"] <= 8:
         raise BudgetError(f"--ear-step {search['ear_step']:g} is not between 0.001 and 8 bits. Try --ear-step 0.0625.")
     check_dtype(search["dtype"])
-    from alphaq.trials.search import ENGINE, REACHES, Target
+    from alphaq.engines.profiles import profile
+    from alphaq.trials.search import REACHES, Target, require_searchable
 
     if search["reaches"] not in REACHES:
         raise BudgetError(unknown("--reaches", search["reaches"], REACHES))
-    if settings["engine"] != ENGINE:
-        raise BudgetError(f"--ear searches plans for engine {ENGINE} only, not for {settings['engine']}. Use --size.")
+    require_searchable(profile(settings["engine"]))
     if settings["codec"] not in (None, CODECS[0]):
         raise BudgetError(
             "--ear searches plans of fixed-length files. Drop --codec, and code what comes of it with `alphaq recode`."
@@ -594,7 +593,7 @@ def search_plan(
     from alphaq import pipeline
     from alphaq.trials import search as searching
 
-    pipeline.check_source(checkpoint, searching.ENGINE)
+    pipeline.check_source(checkpoint, config.engine)
     if checkpoint.store is not None:
         raise BudgetError(
             f"--ear runs the model, and {checkpoint.store.url} is not on this machine. Download it first."
@@ -651,9 +650,10 @@ def build_plan(
     quantizer: str | None = None,
 ) -> Plan:
     from alphaq import planning
+    from alphaq.work.resources import Resources
 
     request, found = measurements(checkpoint, config, settings, workers, cache, device, quantizer)
-    plan = planning.checked_plan(checkpoint, request, found, cache, progress)
+    plan = planning.checked_plan(checkpoint, request, found, Resources(cache=cache, wrap=progress))
     _note_plan(plan)
     widest = max(request.offered).bits
     if config.budget.bits is not None and config.budget.bits > widest:
@@ -672,6 +672,7 @@ def measurements(
 ) -> tuple[Request, Measurements]:
     """The config made concrete, and what must be known for its plans. Raises AlphaQError for options of no use."""
     from alphaq import planning
+    from alphaq.work.resources import Resources
 
     request = planning.resolve(config, checkpoint is not None)
     if config.gamma != "auto" and request.config.method not in ("alphaq", "paper"):
@@ -690,13 +691,8 @@ def measurements(
     found = planning.measure_for_plan(
         checkpoint,
         request,
-        settings["stats"],
-        progress,
-        workers,
-        cache,
-        device,
-        text,
-        imatrix=imatrix,
+        planning.PlanInputs(settings["stats"], text, imatrix),
+        Resources(workers, cache, progress, device),
     )
     if zeros := found.zeros:
         err.print(

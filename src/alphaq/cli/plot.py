@@ -11,8 +11,8 @@ from alphaq.cli.options import JsonOption, RevisionOption, WorkersOption, means_
 from alphaq.terminal import progress, show
 
 if TYPE_CHECKING:
+    from alphaq.measuring.density import Density
     from alphaq.report.places import Place
-    from alphaq.spectra.density import Density
 
 KINDS = {
     "spectrum": "eigenvalue density with its fitted tail of two matrices; RUN is the model",
@@ -109,9 +109,10 @@ def _densities(
     """The matrices to draw with their densities, heaviest tail first."""
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.errors import AlphaQError
+    from alphaq.measuring.density import DensityTask, density_one
     from alphaq.measuring.measurement import measure
     from alphaq.nouns.settings import names
-    from alphaq.spectra.density import DensityTask, density_one
+    from alphaq.work.resources import Resources
 
     checkpoint = open_checkpoint(model, revision)
     with means_for(checkpoint, workers, no_cache=False) as (pool, cache):
@@ -127,7 +128,7 @@ def _densities(
                 raise AlphaQError(f"{len(chosen)} matrices match; a figure has room for 6. Give narrower --matrix.")
         else:
             planned = checkpoint.planned
-            measured = progress(measure(planned, pool, cache), len(planned), "analyze")
+            measured = progress(measure(checkpoint, planned, resources=Resources(pool, cache)), len(planned), "analyze")
             known = [
                 (one.spectrum.alpha, matrix)
                 for matrix, one in zip(planned, measured, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,10 +67,10 @@ def report(
     sources = Sources(places, " and ".join(names), alphas, densities, compared, None if stats is None else stats.name)
     with atomic_file(output) as unfinished:
         summary = write_report(unfinished, found, sources)
-    missing = "".join(f"\n  {line}" for line in summary["missing"])
+    missing = "".join(f"\n  {line}" for line in summary.missing)
     show(
         as_json,
-        {"output": str(output), **summary},
-        f"{output}: {human_bytes(summary['bytes'])}, {summary['matrices']:,} matrices; open it in a browser"
+        {"output": str(output), **asdict(summary)},
+        f"{output}: {human_bytes(summary.bytes)}, {summary.matrices:,} matrices; open it in a browser"
         + (f"\nnot shown:{missing}" if missing else ""),
     )

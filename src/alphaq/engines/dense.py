@@ -7,7 +7,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
-from alphaq.checkpoint.formulas import Assumption, looked_up
+from alphaq.checkpoint.families.formulas import Assumption, looked_up
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.effective import settings_of
 from alphaq.errors import ArchitectureError

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
-from alphaq.checkpoint.formulas import current
+from alphaq.checkpoint.families.formulas import current
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import ArchitectureError
 from alphaq.nouns.matrix import Role

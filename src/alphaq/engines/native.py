@@ -12,22 +12,13 @@ from pathlib import Path
 import torch
 
 from alphaq.checkpoint.reader import NATIVE_METHOD, Checkpoint
-from alphaq.checkpoint.safetensors_format import TensorSpec, stored_bytes
-from alphaq.engines.export import (
-    Export,
-    Layout,
-    Part,
-    Rows,
-    Run,
-    Stored,
-    kept_fault,
-    kept_part,
-    safetensors_layout,
-    safetensors_stored,
-    write_model_folder,
-)
+from alphaq.checkpoint.safetensors_format import TensorSpec
+from alphaq.engines.export import Export, Layout, Part, Rows, Run, Stored
 from alphaq.engines.profile import ROLE_BITS, Profile
 from alphaq.engines.running import run_in_transformers
+from alphaq.engines.safetensors.folder import write_model_folder
+from alphaq.engines.safetensors.layout import added_bytes, kept_fault, kept_part, safetensors_layout, safetensors_stored
+from alphaq.engines.safetensors.modules import KEPT
 from alphaq.errors import CheckpointError
 from alphaq.formats.versions import NATIVE_FORMAT_VERSION
 from alphaq.nouns.choice import CHOICE_BITS, GROUP_SIZES, SLIM_BITS, Choice
@@ -41,12 +32,6 @@ def part(matrix: MatrixRef, choice: Choice) -> Part:
     if choice.kept:
         return kept_part(matrix, matrix.name)
     return Part(matrix.name, TensorSpec("U8", (choice.storage_bytes(matrix.shape),)))
-
-
-def file_bytes(matrix: MatrixRef, choice: Choice) -> int:
-    """Bytes that a matrix adds to its file: data and header entry."""
-    one = part(matrix, choice)
-    return stored_bytes(one.tensor, one.spec)
 
 
 def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
@@ -108,13 +93,14 @@ PROFILE = Profile(
     name="native",
     summary="safetensors for our own runtime: 1 to 8 bit, each expert and projection on its own",
     unit="matrix",
-    choices=(*_ASYMMETRIC, *_SYMMETRIC, Choice(16), *_SLIM, *_SALIENT, *NESTED, *_RATED),
+    choices=(*_ASYMMETRIC, *_SYMMETRIC, KEPT, *_SLIM, *_SALIENT, *NESTED, *_RATED),
     defaults=_ASYMMETRIC,
-    with_bits=lambda bits: Choice(bits, 0 if bits == 16 else 128),
+    with_bits=lambda bits: KEPT if bits == KEPT.bits else Choice(bits, 128),
     storage_bytes=Choice.storage_bytes,
-    file_bytes=file_bytes,
+    file_bytes=lambda matrix, choice: added_bytes((part(matrix, choice),)),
     obstacle=lambda choice, matrix: None,
-    quantizer="rtn",
+    quantizer="debiased",
+    searchable=True,
     on_request=frozenset({Role.EMBEDDING, Role.HEAD}),
     role_bits=ROLE_BITS | {Role.MIXER: 4},
     export=Export(
@@ -126,5 +112,7 @@ PROFILE = Profile(
         write_rest=write_rest,
         fault=fault,
         run=Run("our runtime in transformers", run_in_transformers, tolerance=0.01),
+        codable=True,
+        holds_codes=True,
     ),
 )

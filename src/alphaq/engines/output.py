@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, StringConstraints, field_validator
 
 from alphaq.checkpoint.writer import Place, checksum, pieces_at
 from alphaq.engines.export import Stored
@@ -18,6 +18,7 @@ from alphaq.engines.profiles import profile
 from alphaq.errors import CheckpointError, VerificationError
 from alphaq.nouns.choice import CODECS, Choice
 from alphaq.nouns.plan import Plan, first_fault
+from alphaq.quantizers.base import FORMERLY
 from alphaq.work.untrusted import read_bounded, shown
 
 PLAN_NAME = "plan.json"
@@ -50,6 +51,12 @@ class QuantizeOptions(BaseModel):
     """Name of the text that the quantizer looked at, or what stood for one."""
     calibration_tokens: int | None = None
     pre_tokenizer: str | None = None
+
+    @field_validator("quantizer")
+    @classmethod
+    def _todays_name(cls, name: str | None) -> str | None:
+        """Manifests of before name quantizers as they were called then."""
+        return None if name is None else FORMERLY.get(name, name)
 
 
 NO_OPTIONS = QuantizeOptions()

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.export import Export
+from alphaq.engines.importance import Importance
 from alphaq.errors import PlanError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
@@ -32,7 +34,10 @@ class Profile:
     codes the engine reads, by name. merged: projections of a dense MLP that the engine runs as one, and what that is
     called. role_bits: usual width of each role that is quantized outside the budget. on_request: roles that are copied
     unless a user names a width for them. joint: whether a budget for all files (`--size`) chooses for those of
-    role_bits too. export: how files are written, None where they cannot be yet.
+    role_bits too. export: how files are written, None where they cannot be yet. library: what the Hugging Face hub
+    calls that which loads the files (`library_name` of a card). importance: (checkpoint, importance matrix) → what it
+    says of each matrix; None if the engine's quantizers take none.
+    searchable: whether `--ear` can try budgets, since the files are run here.
     """
 
     name: str
@@ -51,6 +56,9 @@ class Profile:
     joint: bool = False
     kept_bytes: Callable[[Checkpoint, MatrixRef], int] | None = None
     export: Export | None = None
+    library: str = "alphaq"
+    importance: Callable[[Checkpoint, ImportanceMatrix], Importance] | None = None
+    searchable: bool = False
 
     @property
     def writer(self) -> Export:
@@ -58,6 +66,17 @@ class Profile:
         if self.export is None:
             raise PlanError(f"Plans for {self.name} cannot be written as files yet. Plan with --engine native.")
         return self.export
+
+    def importance_of(self, checkpoint: Checkpoint, given: ImportanceMatrix | None) -> Importance:
+        """What an importance matrix says of the columns of each matrix; nothing without one.
+
+        Raises PlanError if the engine's quantizers take none.
+        """
+        if given is None:
+            return Importance()
+        if self.importance is None:
+            raise PlanError(f"--imatrix is for llama.cpp's quantizers; {self.name} has none. Drop it.")
+        return self.importance(checkpoint, given)
 
     @property
     def roles(self) -> frozenset[Role]:
@@ -72,11 +91,3 @@ class Profile:
             return matrix.name
         layer = f"layers.{matrix.layer}.experts"
         return layer if self.unit == "layer" else f"{layer}.{matrix.projection}"
-
-
-def ragged(choice: Choice, matrix: MatrixRef) -> str | None:
-    """The obstacle of engines that have no ragged groups."""
-    columns = matrix.shape[1]
-    if not choice.kept and columns % choice.group_size:
-        return f"{columns} columns are not divisible by the group size {choice.group_size}"
-    return None

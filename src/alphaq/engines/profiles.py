@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from alphaq.engines import gptqmodel, mlx, native, vllm
+from alphaq.engines import gptqmodel, native, vllm
 from alphaq.engines.gguf import profile as llama_cpp
+from alphaq.engines.mlx import profile as mlx
 from alphaq.engines.profile import Profile
 from alphaq.registry import lookup
 

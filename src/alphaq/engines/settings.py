@@ -16,8 +16,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
-from alphaq.checkpoint.architecture import Architecture
-from alphaq.checkpoint.formulas import evaluated, looked_up, names_in
+from alphaq.checkpoint.families.architecture import Architecture
+from alphaq.checkpoint.families.formulas import evaluated, looked_up, names_in
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.dense import require_assumptions
 from alphaq.engines.effective import config_class, effective_config, settings_of, understood

@@ -13,51 +13,36 @@ server, not the file. Source: vLLM 0.32, compressed-tensors 0.20.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alphaq.checkpoint.reader import Checkpoint, read_config
+from alphaq.checkpoint.config import read_config
+from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
-from alphaq.engines.export import (
+from alphaq.engines.export import Rows, Run
+from alphaq.engines.running import run_in_transformers
+from alphaq.engines.safetensors.engine import SafetensorsEngine, words
+from alphaq.engines.safetensors.modules import (
     KEPT,
-    Export,
-    Layout,
-    Part,
-    Rows,
-    Run,
-    Stored,
-    added_bytes,
     as_published,
-    kept_dtype,
-    kept_fault,
-    kept_part,
     linear_choices,
     module_name,
+    module_of,
     module_patterns,
-    require_agreement,
-    require_family,
-    safetensors_layout,
-    safetensors_stored,
-    shape_fault,
-    write_model_folder,
 )
-from alphaq.engines.placement import left_out
-from alphaq.engines.profile import Profile, ragged
-from alphaq.engines.running import run_in_transformers
-from alphaq.engines.settings import family_settings, require_settings
-from alphaq.errors import ChoiceError, MissingExtraError, PlanError
+from alphaq.engines.safetensors.refusals import require_agreement
+from alphaq.engines.settings import family_settings
+from alphaq.errors import MissingExtraError, PlanError
 from alphaq.nouns.choice import GROUP_SIZES, Choice
+from alphaq.nouns.foreign import JsonObject
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
 
 FORMAT = "pack-quantized"
-CHOICE_OF_BITS = {4: Choice(4, 128, symmetric=True), 8: Choice(8, 128, symmetric=True), 16: Choice(16)}
-WEIGHT_SHAPE_BYTES = 16  # int64[2]
 FUSED = {
     "q_proj": "qkv_proj",
     "k_proj": "qkv_proj",
@@ -70,47 +55,24 @@ FUSED = {
 """What vLLM makes one module of."""
 
 
-def with_bits(bits: int) -> Choice:
-    """Symmetric with groups of 128, or 16. Raises ChoiceError unless bits is 4, 8 or 16."""
-    if bits not in CHOICE_OF_BITS:
-        raise ChoiceError(f"vLLM's kernels for these files know no {bits}-bit weights. Available: 4, 8, 16 (kept).")
-    return CHOICE_OF_BITS[bits]
+def tensors(choice: Choice, shape: Shape, dtype: str) -> dict[str, TensorSpec]:
+    """Codes, scales and the shape."""
+    rows, columns = shape
+    return {
+        "weight_packed": TensorSpec("I32", (rows, words(columns, choice.bits))),
+        "weight_scale": TensorSpec(dtype, (rows, choice.groups(columns))),
+        "weight_shape": TensorSpec("I64", (2,)),
+    }
 
 
-def storage_bytes(choice: Choice, shape: Shape) -> int:
-    """Exact bytes of `weight_packed`, `weight_scale` and `weight_shape`."""
-    if choice.kept:
-        return 2 * shape[0] * shape[1]
-    return sum(choice.parts(shape)) + WEIGHT_SHAPE_BYTES
-
-
-def parts(matrix: MatrixRef, choice: Choice) -> tuple[Part, ...]:
-    """The tensors of one matrix."""
-    if choice.kept:
-        return (kept_part(matrix, matrix.name),)
-    module, (rows, columns) = module_name(matrix.name), matrix.shape
-    return (
-        Part(f"{module}.weight_packed", TensorSpec("I32", (rows, choice.row_bytes(columns) // 4))),
-        Part(f"{module}.weight_scale", TensorSpec(kept_dtype(matrix.dtype), (rows, choice.groups(columns)))),
-        Part(f"{module}.weight_shape", TensorSpec("I64", (2,))),
-    )
-
-
-def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
-    """Every tensor of every output shard. Raises PlanError for what vLLM could not load."""
-    require_family(checkpoint, "vLLM")
-    require_settings(checkpoint, PROFILE.name)
-    require_agreement(checkpoint, choices, "vLLM", _unit)
-    return safetensors_layout(
-        checkpoint, choices, parts, partial(as_published, checkpoint), left_out(checkpoint, PROFILE.name)
-    )
+def require_mergeable(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> None:
+    """Raise PlanError if matrices that vLLM runs as one have several choices."""
+    require_agreement(checkpoint, choices, ENGINE.title, _unit)
 
 
 def _unit(matrix: MatrixRef) -> str | None:
     """What vLLM runs a matrix with as one; None for what it does not quantize."""
-    if matrix.role is Role.EXPERT:
-        return PROFILE.unit_of(matrix)
-    return _fused(module_name(matrix.name))
+    return PROFILE.unit_of(matrix) if matrix.role is Role.EXPERT else _fused(module_of(matrix))
 
 
 def _fused(module: str) -> str | None:
@@ -119,7 +81,7 @@ def _fused(module: str) -> str | None:
     return f"{before}.{FUSED[leaf]}" if leaf in FUSED else None
 
 
-def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> dict[str, Any]:
+def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> JsonObject:
     """What config.json says of the weights: a group for each choice of experts, and for each of other modules.
 
     transformers applies the first group that speaks of experts to all of them, so theirs come first. vLLM reads a
@@ -134,78 +96,65 @@ def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -
         merged = None if routed else _fused(module)
         if merged is not None and merged not in modules:
             modules.append(merged)
-    groups: dict[str, Any] = {}
-    ignored: list[str] = []
-    for (_, choice), modules in sorted(alike.items()):
-        targets = [f"re:.*{pattern}$" for pattern in module_patterns(modules, known)]
-        if choice == KEPT:
-            ignored += targets
-            continue
-        groups[f"group_{len(groups)}"] = {
-            "format": FORMAT,
-            "targets": targets,
-            "weights": {
-                "num_bits": choice.bits,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "group",
-                "group_size": choice.group_size,
-            },
-        }
+    targets = {key: [f"re:.*{pattern}$" for pattern in module_patterns(alike[key], known)] for key in sorted(alike)}
+    quantized = [(choice, named) for (_, choice), named in targets.items() if choice != KEPT]
     return {
         "quant_method": "compressed-tensors",
         "format": FORMAT,
         "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": ignored,
+        "config_groups": {
+            f"group_{number}": {"format": FORMAT, "targets": named, "weights": _settings(choice)}
+            for number, (choice, named) in enumerate(quantized)
+        },
+        "ignore": [name for (_, choice), named in targets.items() if choice == KEPT for name in named],
     }
 
 
-def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout) -> None:
-    """Config, index and tokenizer."""
-    choices = plan.every_choice()
-    quantization = quantization_config(checkpoint, choices)
-    needed = family_settings(PROFILE.name, checkpoint.architecture).written
-    config = {key: value for key, value in needed.items() if checkpoint.config.get(key) is None}
-    if quantization["config_groups"]:
-        config["quantization_config"] = quantization
-    write_model_folder(folder, checkpoint, written.entries, config)
+def _settings(choice: Choice) -> JsonObject:
+    """A choice as compressed-tensors' QuantizationArgs has it."""
+    return {
+        "num_bits": choice.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": choice.group_size,
+    }
+
+
+def config(checkpoint: Checkpoint, plan: Plan) -> JsonObject:
+    """The quantization, and what vLLM must find for the family."""
+    quantization = quantization_config(checkpoint, plan.every_choice())
+    needed = family_settings(ENGINE.name, checkpoint.architecture).written
+    told = {key: value for key, value in needed.items() if checkpoint.config.get(key) is None}
+    return told | ({"quantization_config": quantization} if quantization["config_groups"] else {})
 
 
 def encode(matrix: QuantizedMatrix) -> tuple[torch.Tensor, ...]:
     """Packed codes, scales and shape. Raises MissingExtraError now rather than when all is to be read back."""
-    _library()
+    _decompressor(matrix.choice)
     return matrix.codes.view(torch.int32), matrix.scales, torch.tensor(matrix.shape)
 
 
-def _library() -> tuple[Any, Any]:
-    """compressed-tensors' decompression, and what makes the description of a choice for it."""
+def _decompressor(choice: Choice) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+    """compressed-tensors' own decompression of a choice."""
     try:
         from compressed_tensors.compressors import PackedQuantizationCompressor
         from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     except ImportError:
         raise MissingExtraError("compressed-tensors", "Files for vLLM are read back by compressed-tensors") from None
-
-    def scheme(choice: Choice) -> Any:
-        weights = QuantizationArgs(
-            num_bits=choice.bits, type="int", symmetric=True, strategy="group", group_size=choice.group_size
-        )
-        return QuantizationScheme(targets=["Linear"], weights=weights)
-
-    return PackedQuantizationCompressor.decompress, scheme
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**_settings(choice)))
+    decompress: Callable[..., Any] = PackedQuantizationCompressor.decompress
+    return lambda stored: decompress(stored, scheme)["weight"]
 
 
 def reader(parts: Sequence[torch.Tensor], choice: Choice, shape: Shape, name: str) -> Rows:
     """Rows in the model's 16-bit type, by compressed-tensors' own code."""
-    decompress, scheme = _library()
-    columns, described = shape[1], scheme(choice)
+    decompressed, columns = _decompressor(choice), shape[1]
     packed, scales = (part.view(shape[0], -1) for part in parts[:2])
 
     def rows(part: slice) -> torch.Tensor:
         size = torch.tensor((part.stop - part.start, columns))
-        stored = {"weight_packed": packed[part], "weight_scale": scales[part], "weight_shape": size}
-        values: torch.Tensor = decompress(stored, described)["weight"]
-        return values
+        return decompressed({"weight_packed": packed[part], "weight_scale": scales[part], "weight_shape": size})
 
     return rows
 
@@ -213,9 +162,10 @@ def reader(parts: Sequence[torch.Tensor], choice: Choice, shape: Shape, name: st
 def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
     """What transformers computes with the files, which compressed-tensors decompresses, float32 [tokens, words].
 
-    Raises PlanError for a plan whose experts differ: transformers gives all of them the first choice.
+    vLLM wants a machine of its own; transformers reads the same files with the same library. Raises PlanError for a
+    plan whose experts differ: transformers gives all of them the first choice.
     """
-    _library()
+    _decompressor(PROFILE.defaults[0])
     logging.getLogger("compressed_tensors").setLevel(logging.ERROR)  # fused experts are not matched, but restored
     config = read_config(folder).get("quantization_config") or {"config_groups": {}, "ignore": []}
     of_experts = [group["targets"] for group in config["config_groups"].values()] + [config["ignore"]]
@@ -227,39 +177,29 @@ def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
     return run_in_transformers(folder, ids)
 
 
-def fault(name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[torch.Tensor]) -> str | None:
-    """Why a matrix is not what the plan says, or None."""
-    if choice.kept:
-        return kept_fault(name, stored)
-    rows, columns = parts[2].tolist()
-    packed, scales = (rows, choice.row_bytes(columns) // 4), (rows, choice.groups(columns))
-    return shape_fault(name, choice, stored, (packed, scales, (2,)))
+def damage(choice: Choice, shape: Shape, parts: Sequence[torch.Tensor]) -> str:
+    """What is wrong with tensors of the right shapes."""
+    said = parts[2].tolist()
+    return "" if said == list(shape) else f"is of shape {list(shape)}, its weight_shape says {said}"
 
 
-_QUANTIZED = tuple(Choice(bits, group_size, symmetric=True) for bits in (4, 8) for group_size in GROUP_SIZES)
-
-PROFILE = Profile(
+ENGINE = SafetensorsEngine(
     name="vllm",
+    title="vLLM",
     summary="compressed-tensors: 4 and 8 bit symmetric, one choice per layer",
     unit="layer",
-    choices=(*_QUANTIZED, Choice(16)),
-    defaults=_QUANTIZED,
-    with_bits=with_bits,
-    storage_bytes=storage_bytes,
-    file_bytes=lambda matrix, choice: added_bytes(parts(matrix, choice)),
-    obstacle=ragged,
+    quantized=tuple(Choice(bits, group_size, symmetric=True) for bits in (4, 8) for group_size in GROUP_SIZES),
+    group_size=128,
     quantizer="symmetric16",
+    tensors=tensors,
+    encode=encode,
+    reader=reader,
+    shape=lambda choice, stored: (stored[1].shape[0], stored[1].shape[1] * choice.group_size),
+    config=config,
+    usage="Serve it: vllm serve {out}",
+    run=Run("transformers with compressed-tensors", logits, tolerance=0.02),
+    refuse=require_mergeable,
+    damage=damage,
     merged={"gate": "gate_up", "up": "gate_up"},
-    export=Export(
-        layout=layout,
-        encode=encode,
-        reader=reader,
-        stored=safetensors_stored,
-        usage="Serve it: vllm serve {out}",
-        write_rest=write_rest,
-        fault=fault,
-        # vLLM wants a machine of its own; transformers reads the same files with the same library.
-        run=Run("transformers with compressed-tensors", logits, tolerance=0.02),
-        shape=lambda choice, stored: (stored[1].shape[0], stored[1].shape[1] * choice.group_size),
-    ),
 )
+PROFILE = ENGINE.profile()

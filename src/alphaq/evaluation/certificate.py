@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import alphaq
 from alphaq.checkpoint.files import PlainFile
-from alphaq.checkpoint.gguf_source import find_gguf
+from alphaq.checkpoint.gguf.source import find_gguf
 from alphaq.checkpoint.hub import resolve_folder
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.checkpoint.weights import read_shards

@@ -7,16 +7,18 @@ Without it the output speaks for itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import torch
 
-from alphaq.checkpoint.architecture import architecture_of
+from alphaq.checkpoint.config import read_config
+from alphaq.checkpoint.families.architecture import architecture_of
+from alphaq.checkpoint.families.matching import match_tensors
 from alphaq.checkpoint.files import PlainFile
-from alphaq.checkpoint.matching import match_tensors
-from alphaq.checkpoint.reader import Checkpoint, open_checkpoint, read_config
-from alphaq.checkpoint.safetensors_format import TensorInfo
+from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.checkpoint.tensors import TensorInfo
+from alphaq.engines.export import AS_IT_IS, Form
 from alphaq.engines.output import Output
 from alphaq.errors import ArchitectureError, CheckpointError
 from alphaq.nouns.matrix import MatrixRef
@@ -33,7 +35,7 @@ class RestoredCheckpoint(Checkpoint):
     """
 
     output: Output | None = None
-    forms: Mapping[str, str] = field(default_factory=dict)
+    forms: Mapping[str, Form] = field(default_factory=dict)
 
     @cached_property
     def _quantized(self) -> dict[str, list[MatrixRef]]:
@@ -46,8 +48,8 @@ class RestoredCheckpoint(Checkpoint):
         if not self._has(matrix.name):
             return super().read(matrix)
         values = self._values(matrix.name, matrix.shape)
-        form = self.forms.get(matrix.name, "").partition(">")[0]
-        return self._put_back(values, form) if form else values
+        form = self.forms.get(matrix.name, AS_IT_IS)
+        return self._put_back(values, replace(form, dtype="")) if form.transform else values
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor with its matrices restored."""
@@ -68,7 +70,7 @@ class RestoredCheckpoint(Checkpoint):
         assert self.output is not None
         quantized = self.output.choice(name)
         kept = quantized is None or quantized.kept
-        return name in self.output.manifest and not (kept and self.forms.get(name))
+        return name in self.output.manifest and not (kept and name in self.forms)
 
     def _values(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """What an entry's bytes stand for."""
@@ -83,7 +85,7 @@ class RestoredCheckpoint(Checkpoint):
             return parts[0].view(shape)
         return self.output.profile.writer.reader(parts, choice, (shape[0], shape[1]), name)(slice(0, shape[0]))
 
-    def _put_back(self, values: torch.Tensor, form: str) -> torch.Tensor:
+    def _put_back(self, values: torch.Tensor, form: Form) -> torch.Tensor:
         """Rows where they were before the engine reordered them."""
         assert self.output is not None
         numbers = torch.arange(len(values), dtype=torch.float32)[:, None]
@@ -96,7 +98,7 @@ class RestoredCheckpoint(Checkpoint):
 def restored_from(output: Output, source: Checkpoint) -> Checkpoint:
     """The source with the output's values. Raises PlanError if they do not belong together."""
     written = output.profile.writer.layout(source, plan_choices(output.plan, source))
-    forms = {entry.name: entry.form for entry in written.entries if entry.form}
+    forms = {entry.name: entry.form for entry in written.entries if entry.form != AS_IT_IS}
     given = {one.name: getattr(source, one.name) for one in fields(Checkpoint)}
     return RestoredCheckpoint(**given, output=output, forms=forms)
 
@@ -104,7 +106,7 @@ def restored_from(output: Output, source: Checkpoint) -> Checkpoint:
 def restored_alone(output: Output) -> Checkpoint:
     """What an output stands for by its own metadata. Raises CheckpointError where they do not tell."""
     shape_of = output.profile.writer.shape
-    if output.plan.engine == "native":
+    if output.profile.writer.holds_codes:
         return open_artifact(output.folder)[0]
     if shape_of is None:
         try:

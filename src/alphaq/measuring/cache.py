@@ -19,7 +19,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from alphaq.errors import AlphaQError, JournalError
-from alphaq.nouns.spectrum import Spectrum, WeightStatistics
+from alphaq.nouns.spectrum import Spectrum
 from alphaq.work.journal import Journal
 
 T = TypeVar("T")
@@ -29,13 +29,16 @@ MEASUREMENT_VERSION = 7
 
 @dataclass(frozen=True)
 class Entry:
-    """What one line of the journal holds: everything that was measured of a matrix at once."""
+    """What one line of the journal holds: everything that was measured of a matrix at once.
+
+    errors: by what they are called, with their standard errors. probes: the fields of each one's record, by its name.
+    """
 
     name: str
     errors: dict[str, tuple[float, float]]
     spectrum: Spectrum | None = None
-    statistics: WeightStatistics | None = None
     variant: str = ""
+    probes: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 _ENTRY = TypeAdapter(Entry)
@@ -43,22 +46,21 @@ _ENTRY = TypeAdapter(Entry)
 
 @dataclass(frozen=True)
 class Known:
-    """What has been measured: spectra by matrix name and variant, statistics, squared errors by name and kind.
+    """What has been measured, by the matrix' name and what it is of it: the variant, the kind of error, the probe.
 
     An error comes with its standard error, 0 where it is exact.
     """
 
     spectra: dict[tuple[str, str], Spectrum] = field(default_factory=dict)
     errors: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
-    statistics: dict[str, WeightStatistics] = field(default_factory=dict)
+    probes: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
 
     def learn(self, entry: Entry) -> None:
         """Take in what one journal line holds."""
         if entry.spectrum is not None:
             self.spectra[entry.name, entry.variant] = entry.spectrum
-        if entry.statistics is not None:
-            self.statistics[entry.name] = entry.statistics
-        self.errors.update({(entry.name, kind): found for kind, found in entry.errors.items()})
+        self.errors.update({(entry.name, kind): error for kind, error in entry.errors.items()})
+        self.probes.update({(entry.name, probe): fields for probe, fields in entry.probes.items()})
 
 
 class Cache:
@@ -85,16 +87,8 @@ class Cache:
             "Set ALPHAQ_CACHE to another, or use --no-cache."
         )
 
-    def add(
-        self,
-        name: str,
-        spectrum: Spectrum | None,
-        errors: Mapping[str, tuple[float, float]],
-        statistics: WeightStatistics | None = None,
-        variant: str = "",
-    ) -> None:
+    def add(self, entry: Entry) -> None:
         """Keep what was measured of one matrix."""
-        entry = Entry(name, dict(errors), spectrum, statistics, variant)
         try:
             self._journal.append(asdict(entry))
         except OSError as error:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, TensorSpec, stored_bytes
-from alphaq.measuring.cache import Cache, Known
+from alphaq.measuring.cache import Cache, Entry, Known
+from alphaq.measuring.probes import PROBES
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
-from alphaq.nouns.spectrum import Spectrum, WeightStatistics
+from alphaq.nouns.spectrum import Spectrum
 from alphaq.quantizers.base import (
+    DEFAULT,
+    QUANTIZERS,
     SAMPLE_VALUES,
     SquaredErrors,
     coded_errors,
-    quantizer_of,
+    rounder_of,
     sixteen_bits,
     squared_errors,
 )
@@ -28,10 +31,11 @@ from alphaq.quantizers.coding import coder_version, encode_tensor
 from alphaq.quantizers.cutting import CUTS, cut_errors, cutting, held_form
 from alphaq.quantizers.ggml import restore_rows
 from alphaq.quantizers.packing import dequantize, encode
+from alphaq.research.tails import variant_spectrum
 from alphaq.spectra.device import device_batch, device_spectra, device_tasks
 from alphaq.spectra.measure import PANEL_VALUES, spectrum, streamed_spectrum
-from alphaq.spectra.statistics import weight_statistics
-from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant, variant_spectrum
+from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant
+from alphaq.work.resources import USUAL, Resources
 from alphaq.work.workers import Workers
 
 T = TypeVar("T")
@@ -41,14 +45,13 @@ BYTES = "bytes"  # after the name of an error: how many the matrix takes once co
 
 @dataclass(frozen=True, slots=True)
 class MeasureTask:
-    """What is still to be measured of one matrix."""
+    """What is still to be measured of one matrix. variant: of its spectrum, None for no spectrum."""
 
     matrix: MatrixRef
-    spectrum: bool
+    variant: SpectrumVariant | None
     choices: tuple[Choice, ...]
-    statistics: bool = False
-    variant: SpectrumVariant = FAST_VARIANT
-    quantizer: str = "rtn"
+    probes: tuple[str, ...] = ()
+    quantizer: str = DEFAULT
     sample_values: int = SAMPLE_VALUES
     importance: np.ndarray | None = None
     codec: str | None = None
@@ -59,9 +62,14 @@ class MeasureTask:
         return self.matrix.tensor
 
     @property
+    def of_weights(self) -> bool:
+        """Whether more than a spectrum is wanted."""
+        return bool(self.choices or self.probes)
+
+    @property
     def streamed(self) -> bool:
         """Whether the matrix is large and can be measured without being held."""
-        whole = self.choices or self.statistics or self.variant != FAST_VARIANT or self.matrix.transposed
+        whole = self.of_weights or self.variant != FAST_VARIANT or self.matrix.transposed
         return not whole and self.matrix.parameters > 2 * PANEL_VALUES
 
     @property
@@ -72,11 +80,11 @@ class MeasureTask:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Spectrum and statistics (None if not asked for) and Σ(w − ŵ)² by choice of one matrix."""
+    """Spectrum (None if not asked for), Σ(w − ŵ)² by choice, and what probes found, by their names, of one matrix."""
 
     spectrum: Spectrum | None = None
     squared_errors: SquaredErrors = field(default_factory=SquaredErrors)
-    statistics: WeightStatistics | None = None
+    probes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def measure_one(checkpoint: Checkpoint, task: MeasureTask) -> Measured:
@@ -87,22 +95,25 @@ def measure_one(checkpoint: Checkpoint, task: MeasureTask) -> Measured:
     held = held_form(checkpoint, task.matrix) if task.choices and task.quantizer == CUTS else None
     exact = SquaredErrors() if held is None or task.codec else cut_errors(held, task.choices)
     rest = tuple(choice for choice in task.choices if choice not in exact.expected)
-    if held is not None and not (rest or task.spectrum or task.statistics):
+    if held is not None and not (rest or task.variant or task.probes):
         return Measured(None, exact)
     weight = checkpoint.read(task.matrix)
-    own = spectrum if task.variant == FAST_VARIANT else partial(variant_spectrum, variant=task.variant)
-    quantizer = quantizer_of(task.quantizer, task.importance)
+    rounder = rounder_of(task.quantizer, task.importance)
     if task.codec is None:
-        errors = squared_errors(weight, rest, name, quantizer, task.sample_values)
+        errors = squared_errors(weight, rest, name, rounder, task.sample_values)
         if exact.expected:
             errors = replace(exact, expected=exact.expected | errors.expected, deviation=errors.deviation)
     else:
-        errors = coded_errors(weight, task.choices, name, cutting(held, quantizer))
+        errors = coded_errors(weight, task.choices, name, cutting(held, rounder))
     return Measured(
-        own(weight, name) if task.spectrum else None,
+        None if task.variant is None else _spectrum_of(weight, name, task.variant),
         errors,
-        weight_statistics(weight, name) if task.statistics else None,
+        {probe: PROBES[probe].measure(weight, name) for probe in task.probes},
     )
+
+
+def _spectrum_of(weight: torch.Tensor, name: str, variant: SpectrumVariant) -> Spectrum:
+    return spectrum(weight, name) if variant == FAST_VARIANT else variant_spectrum(weight, name, variant)
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,7 @@ class Sampling:
     digest: what tells it from others. codec: what codes the files; errors and bytes are then those of whole matrices.
     """
 
-    quantizer: str = "rtn"
+    quantizer: str = DEFAULT
     values: int = SAMPLE_VALUES
     matrices: Mapping[str, frozenset[Choice]] | None = None
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -138,98 +149,116 @@ def _kept(choices: tuple[Choice, ...], wanted: frozenset[Choice]) -> tuple[Choic
     return tuple(choice for choice in choices if choice in wanted)
 
 
-def measure(
-    matrices: Sequence[MatrixRef],
-    workers: Workers,
-    cache: Cache | None = None,
-    spectra: bool = True,
-    choices: tuple[Choice, ...] = (),
-    device: str = "cpu",
-    statistics: bool = False,
-    variant: SpectrumVariant = FAST_VARIANT,
-    sampling: Sampling = Sampling(),
-) -> Iterator[Measured]:
-    """Measure matrices of the workers' checkpoint in order, leaving out what the cache knows.
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be measured of matrices. variant: of their spectra, None for none. probes: names in `PROBES`."""
 
-    device: where eigenvalues are computed; "cpu" is the workers' own kernel, anything else torch's name of it.
-    """
-    checkpoint: Checkpoint = workers.shared
-    known = Known() if cache is None else cache.known
-    kind = str(variant)
-    keys = {choice: sampling.key(choice) for choice in choices}
-    tasks = {}
-    for matrix in matrices:
-        name = matrix.name
-        wanted = sampling.of(name, choices)
-        missing = _kept(wanted, frozenset(one for one in wanted if (name, keys[one]) not in known.errors))
-        task = MeasureTask(
+    variant: SpectrumVariant | None = FAST_VARIANT
+    choices: tuple[Choice, ...] = ()
+    sampling: Sampling = Sampling()
+    probes: tuple[str, ...] = ()
+
+
+class _Ledger:
+    """What is wanted, and what of it is known: from earlier runs, where there is a cache, and from this one."""
+
+    def __init__(self, wanted: Wanted, cache: Cache | None) -> None:
+        self.wanted, self.cache = wanted, cache
+        self.known = Known() if cache is None else cache.known
+        self.keys = {choice: wanted.sampling.key(choice) for choice in wanted.choices}
+
+    def task(self, matrix: MatrixRef) -> MeasureTask:
+        """What is still to be measured of a matrix."""
+        wanted, known, name = self.wanted, self.known, matrix.name
+        choices = wanted.sampling.of(name, wanted.choices)
+        return MeasureTask(
             matrix,
-            spectra and (name, kind) not in known.spectra,
-            missing,
-            statistics and name not in known.statistics,
-            variant,
-            sampling.quantizer,
-            sampling.values,
-            sampling.importance.get(name),
-            sampling.codec,
+            None if (name, str(wanted.variant)) in known.spectra else wanted.variant,
+            _kept(choices, frozenset(one for one in choices if (name, self.keys[one]) not in known.errors)),
+            tuple(probe for probe in wanted.probes if (name, probe) not in known.probes),
+            wanted.sampling.quantizer,
+            wanted.sampling.values,
+            wanted.sampling.importance.get(name),
+            wanted.sampling.codec,
         )
-        if task.spectrum or task.choices or task.statistics:
-            tasks[name] = task
-    found = _found(workers, list(tasks.values()), device)
-    results = leaving(((checkpoint.shard_of[t.matrix.tensor], next(found)) for t in tasks.values()), checkpoint.forget)
+
+    def enter(self, name: str, measured: Measured) -> None:
+        """Take in, and keep for later runs, what was measured of a matrix."""
+        errors = measured.squared_errors
+        pairs = {self.keys[one]: (error, errors.deviation.get(one, 0.0)) for one, error in errors.expected.items()}
+        pairs |= {f"{self.keys[one]} {BYTES}": (float(nbytes), 0.0) for one, nbytes in errors.coded.items()}
+        if errors.expected:
+            pairs[ENERGY] = errors.energy, 0.0
+        records = {probe: asdict(record) for probe, record in measured.probes.items()}
+        entry = Entry(name, pairs, measured.spectrum, str(self.wanted.variant), records)
+        if self.cache is None:
+            self.known.learn(entry)
+        else:
+            self.cache.add(entry)
+
+    def of(self, name: str) -> Measured:
+        """All that is wanted of a matrix, once it is known."""
+        wanted, errors = self.wanted, self.known.errors
+        choices = wanted.sampling.of(name, wanted.choices)
+        pairs = {choice: errors[name, self.keys[choice]] for choice in choices}
+        coded = {} if wanted.sampling.codec is None else {one: f"{self.keys[one]} {BYTES}" for one in choices}
+        return Measured(
+            None if wanted.variant is None else self.known.spectra[name, str(wanted.variant)],
+            SquaredErrors(
+                {choice: error for choice, (error, _) in pairs.items()},
+                {choice: deviation for choice, (_, deviation) in pairs.items()},
+                errors.get((name, ENERGY), (0.0, 0.0))[0],
+                {choice: int(errors[name, key][0]) for choice, key in coded.items()},
+            ),
+            {probe: PROBES[probe].record(**self.known.probes[name, probe]) for probe in wanted.probes},
+        )
+
+
+def measure(
+    checkpoint: Checkpoint,
+    matrices: Sequence[MatrixRef],
+    wanted: Wanted = Wanted(),
+    resources: Resources = USUAL,
+) -> Iterator[Measured]:
+    """Measure matrices of a checkpoint in order, leaving out what the cache knows. Progress is the caller's to show."""
+    ledger = _Ledger(wanted, resources.cache)
+    tasks = [task for task in map(ledger.task, matrices) if task.variant or task.of_weights]
+    measured = _measured(checkpoint, tasks, resources)
+    results = leaving(((checkpoint.shard_of[task.tensor], next(measured)) for task in tasks), checkpoint.forget)
+    missing = {task.matrix.name for task in tasks}
     for matrix in matrices:
-        name = matrix.name
-        one = next(results) if name in tasks else Measured()
-        fresh = one.squared_errors
-        pairs = {c: (error, fresh.deviation.get(c, 0.0)) for c, error in fresh.expected.items()}
-        coded = dict(fresh.coded)
-        if cache is not None and name in tasks:
-            kept = {keys[choice]: pair for choice, pair in pairs.items()}
-            kept |= {f"{keys[choice]} {BYTES}": (float(nbytes), 0.0) for choice, nbytes in coded.items()}
-            if pairs:
-                kept[ENERGY] = fresh.energy, 0.0
-            cache.add(name, one.spectrum, kept, one.statistics, kind)
-        for choice in sampling.of(name, choices):
-            if choice not in pairs:
-                pairs[choice] = known.errors[name, keys[choice]]
-                if sampling.codec is not None:
-                    coded[choice] = int(known.errors[name, f"{keys[choice]} {BYTES}"][0])
-        expected, deviation = ({choice: pair[part] for choice, pair in pairs.items()} for part in (0, 1))
-        energy = fresh.energy or known.errors.get((name, ENERGY), (0.0, 0.0))[0]
-        yield Measured(
-            one.spectrum or (known.spectra[name, kind] if spectra else None),
-            SquaredErrors(expected, deviation, energy, coded),
-            one.statistics or (known.statistics[name] if statistics else None),
-        )
+        if matrix.name in missing:
+            ledger.enter(matrix.name, next(results))
+        yield ledger.of(matrix.name)
     yield from results  # none is left, but the last shard is to be forgotten
     checkpoint.require_unchanged()
 
 
-def _found(workers: Workers, tasks: list[MeasureTask], device: str) -> Iterator[Measured]:
+def _measured(checkpoint: Checkpoint, tasks: list[MeasureTask], resources: Resources) -> Iterator[Measured]:
     """Results of the tasks in order: by the workers, or their spectra by a device and only the rest by the workers."""
-    checkpoint: Checkpoint = workers.shared
-    apart = device != "cpu" and all(task.variant == FAST_VARIANT for task in tasks)
-    local = [replace(task, spectrum=False) for task in tasks if task.choices or task.statistics] if apart else tasks
-    measured = workers.map(
-        measure_one,
-        local if workers.cluster else ahead(local, lambda task: checkpoint.expect(task.matrix)),
-        lambda task: task.nbytes,
-    )
-    if not apart:
-        yield from measured
+    workers, device = resources.workers_on(checkpoint), resources.device
+    if device == "cpu" or any(task.variant not in (None, FAST_VARIANT) for task in tasks):
+        yield from _by_workers(checkpoint, tasks, workers)
         return
-    spectra: Iterator[Spectrum]
-    wanted = [task.matrix for task in tasks if task.spectrum]
-    if workers.cluster:
-        groups = workers.map(
-            device_batch, device_tasks(checkpoint, wanted, device), lambda task: task.nbytes, on_card=True
-        )
-        spectra = (one for group in groups for one in group)
-    else:
-        spectra = device_spectra(checkpoint, wanted, device)
+    local = [replace(task, variant=None) for task in tasks if task.of_weights]
+    spectra = _on_device(checkpoint, [task.matrix for task in tasks if task.variant], workers, device)
+    measured = _by_workers(checkpoint, local, workers)
     for task in tasks:
-        rest = next(measured) if task.choices or task.statistics else Measured()
-        yield replace(rest, spectrum=next(spectra) if task.spectrum else None)
+        rest = next(measured) if task.of_weights else Measured()
+        yield replace(rest, spectrum=next(spectra) if task.variant else None)
+
+
+def _by_workers(checkpoint: Checkpoint, tasks: list[MeasureTask], workers: Workers) -> Iterator[Measured]:
+    expected = tasks if workers.cluster else ahead(tasks, lambda task: checkpoint.expect(task.matrix))
+    return workers.map(measure_one, expected, lambda task: task.nbytes)
+
+
+def _on_device(checkpoint: Checkpoint, matrices: list[MatrixRef], workers: Workers, device: str) -> Iterator[Spectrum]:
+    if not workers.cluster:
+        return device_spectra(checkpoint, matrices, device)
+    tasks = device_tasks(checkpoint, matrices, device)
+    groups = workers.map(device_batch, tasks, lambda task: task.nbytes, on_card=True)
+    return (one for group in groups for one in group)
 
 
 def restored(
@@ -240,10 +269,10 @@ def restored(
     if choice.kept:
         return sixteen_bits(weight).float()
     held = held_form(checkpoint, matrix) if quantizer == CUTS else None
-    found = cutting(held, quantizer_of(quantizer, importance.get(matrix.name)))(weight, choice, matrix.name)
+    found = cutting(held, rounder_of(quantizer, importance.get(matrix.name)))(weight, choice, matrix.name)
     if choice.scheme:
         return restore_rows(found.codes.numpy(), choice, matrix.shape[1])
-    if quantizer != "affine" or found.offsets is None:
+    if not QUANTIZERS[quantizer].adds_offsets or found.offsets is None:
         return dequantize(found)
     # Whose offsets are added to s·q instead of being zero points.
     columns = matrix.shape[1]
@@ -251,19 +280,25 @@ def restored(
     return dequantize(replace(found, offsets=torch.zeros_like(found.offsets))) + biases
 
 
-def coded_bytes(checkpoint: Checkpoint, task: tuple[str | MatrixRef, Choice | None, str]) -> int:
-    """What one tensor adds to a native file once coded, its header entry included.
+@dataclass(frozen=True, slots=True)
+class CodedTask:
+    """A tensor that is kept as it is, or a matrix and the choice that it is stored at."""
 
-    task: a tensor that is kept, or a matrix and its choice; the quantizer.
-    """
-    source, choice, quantizer = task
+    source: str | MatrixRef
+    choice: Choice | None
+    quantizer: str
+
+
+def coded_bytes(checkpoint: Checkpoint, task: CodedTask) -> int:
+    """What one tensor adds to a native file once coded, its header entry included."""
+    source, choice = task.source, task.choice
     if isinstance(source, str):
         name, stored = source, checkpoint.tensor(source)
     else:
         name, weight = source.name, checkpoint.read(source)
         assert choice is not None  # of a matrix
-        held = held_form(checkpoint, source) if quantizer == CUTS else None
-        rounded = cutting(held, quantizer_of(quantizer))
+        held = held_form(checkpoint, source) if task.quantizer == CUTS else None
+        rounded = cutting(held, rounder_of(task.quantizer))
         stored = sixteen_bits(weight) if choice.kept else encode(rounded(weight, choice, name))
     coded = encode_tensor(stored)
     return stored_bytes(name, TensorSpec(DTYPE_NAMES[coded.dtype], tuple(coded.shape)))

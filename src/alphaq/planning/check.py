@@ -24,7 +24,6 @@ from alphaq.calibration.stream import HollowModel, LayerTraffic, run_experts, st
 from alphaq.calibration.tokens import model_prefix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import BudgetError, StatsError
-from alphaq.measuring.cache import Cache
 from alphaq.measuring.measurement import restored
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
@@ -32,9 +31,9 @@ from alphaq.nouns.plan import Plan, PlanCheck
 from alphaq.planning.measured import Measurements
 from alphaq.planning.plan import make_plan
 from alphaq.planning.request import Request
-from alphaq.quantizers.base import quantizer_version
+from alphaq.quantizers.base import QUANTIZERS
 from alphaq.sensitivity.methods import method
-from alphaq.work.workers import Wrap, silent
+from alphaq.work.resources import USUAL, Resources
 
 CHECKED = "auto"
 BASELINE = "uniform"
@@ -51,22 +50,21 @@ Restore = Callable[[MatrixRef], Tensor]
 def checked_plan(
     checkpoint: Checkpoint | None,
     request: Request,
-    found: Measurements,
-    cache: Cache | None = None,
-    wrap: Wrap = silent,
+    measurements: Measurements,
+    resources: Resources = USUAL,
 ) -> Plan:
     """`make_plan`; of the default method the better of its plan and uniform bits, with what was compared on record.
 
     Raises what `make_plan` and `stream_forward` do.
     """
-    plan = make_plan(checkpoint, request, found)
+    plan = make_plan(checkpoint, request, measurements)
     if checkpoint is None or request.config.method != CHECKED or not request.config.check:
         return plan
     try:
-        other = _uniform(checkpoint, request, found)
+        uniform = _uniform(checkpoint, request, measurements)
     except BudgetError as error:
         return plan.model_copy(update={"unchecked": f"there are no uniform bits to compare with ({error})"})
-    if other.choices == plan.choices:
+    if uniform.choices == plan.choices:
         return plan
     weights = sum(matrix.parameters for matrix in checkpoint.matrices)
     affordable = weights <= MOST_WEIGHTS and checkpoint.store is None  # which would be read three times over a network
@@ -75,23 +73,23 @@ def checked_plan(
             update={"unchecked": "the model is too large to be run for it, and roles share the budget"}
         )
     check = (
-        _by_divergence(checkpoint, request, found, (plan, other), cache, wrap)
+        _by_divergence(checkpoint, request, measurements, (plan, uniform), resources)
         if affordable
-        else _by_moves(found, (plan, other))
+        else _by_moves(measurements, (plan, uniform))
     )
     if check.taken == "plan":
         return plan.model_copy(update={"check": check})
-    return other.model_copy(update={"config": plan.config, "check": check})
+    return uniform.model_copy(update={"config": plan.config, "check": check})
 
 
-def _uniform(checkpoint: Checkpoint, request: Request, found: Measurements) -> Plan:
+def _uniform(checkpoint: Checkpoint, request: Request, measurements: Measurements) -> Plan:
     """Uniform bits of the same choices and budget. Raises BudgetError where there is no such plan."""
     if request.config.per_layer:
         raise BudgetError("Uniform bits know no budget for each layer.")
     config = request.config.model_copy(update={"method": BASELINE})
     rates = [choice for choice in request.offered if choice.rate]
     ladder = tuple(sorted(rates, key=lambda choice: choice.rate)) if rates else request.ladder
-    return make_plan(checkpoint, replace(request, config=config, method=method(BASELINE), ladder=ladder), found)
+    return make_plan(checkpoint, replace(request, config=config, method=method(BASELINE), ladder=ladder), measurements)
 
 
 def _verdict(by: Literal["kl", "moves"], values: Sequence[float], tokens: int | None) -> PlanCheck:
@@ -100,9 +98,9 @@ def _verdict(by: Literal["kl", "moves"], values: Sequence[float], tokens: int | 
     return PlanCheck(by=by, tokens=tokens, plan=planned, uniform=uniform, taken="uniform" if worse else "plan")
 
 
-def _by_moves(found: Measurements, plans: Sequence[Plan]) -> PlanCheck:
+def _by_moves(measurements: Measurements, plans: Sequence[Plan]) -> PlanCheck:
     """Σ signal × relative error: how far the layers' outputs move, each by itself."""
-    synthetic = found.evidence.synthetic
+    synthetic = measurements.evidence.synthetic
     assert synthetic is not None  # the default method has asked for it
     signals = {name: use.signal for name, use in synthetic.matrices.items() if math.isfinite(use.signal)}
     sums = [sum(signals.get(name, 0.0) * error for name, error in plan.expected_error.items()) for plan in plans]
@@ -112,26 +110,26 @@ def _by_moves(found: Measurements, plans: Sequence[Plan]) -> PlanCheck:
 def _by_divergence(
     checkpoint: Checkpoint,
     request: Request,
-    found: Measurements,
+    measurements: Measurements,
     plans: Sequence[Plan],
-    cache: Cache | None,
-    wrap: Wrap,
+    resources: Resources,
 ) -> PlanCheck:
     """KL of both to the model itself."""
-    synthetic = found.evidence.synthetic
+    synthetic = measurements.evidence.synthetic
     assert synthetic is not None  # the default method has asked for it
     ids = torch.tensor(synthetic.tokens[:WINDOWS])
     context = max(1, len(model_prefix(checkpoint)) if request.config.bos else 0)
+    quantizer = request.profile.quantizer
 
     def run() -> str:
-        rounding = partial(restored, checkpoint, quantizer=request.profile.quantizer, importance=found.importance)
+        rounding = partial(restored, checkpoint, quantizer=quantizer, importance=measurements.importance)
         return json.dumps(divergences(checkpoint, ids, [plan.every_choice() for plan in plans], rounding, context))
 
-    quantizer = request.profile.quantizer
-    rounded_by = [CHECK_VERSION, request.profile.name, quantizer, quantizer_version(quantizer), request.config.imatrix]
+    rounded_by = [CHECK_VERSION, request.profile.name, quantizer, QUANTIZERS[quantizer].version, request.config.imatrix]
     depends_on = [*(one.choices for one in plans), ids.tolist(), context, checkpoint.settings_digest(), *rounded_by]
     key = f"check-{hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:24]}.json"
-    for _ in wrap([key], 1, "check"):
+    cache = resources.cache
+    for _ in resources.wrap([key], 1, "check"):
         values = _parsed(run()) if cache is None else cache.kept(key, run, _parsed)
     return _verdict("kl", values, ids[:, context:].numel())
 

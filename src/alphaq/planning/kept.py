@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 
-from alphaq.checkpoint.architecture import NUMBERED_LAYER
+from alphaq.checkpoint.families.architecture import NUMBERED_LAYER
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.nouns.choice import Choice
 

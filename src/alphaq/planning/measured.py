@@ -1,16 +1,36 @@
-"""What was measured for plans, and what of it one request may use."""
+"""What plans may go by beside the weights, what was measured for them, and what of it one request may use."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
+from alphaq.calibration.text import Text
+from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
 from alphaq.errors import BudgetError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.spectrum import Spectrum
 from alphaq.planning.request import Request
-from alphaq.sensitivity.methods import Evidence
+from alphaq.sensitivity.base import Evidence
+from alphaq.spectra.measure import Stats, read_stats
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """What a user gave beside the weights. stats: spectra, as a file or read. text: what calibrated methods look at."""
+
+    stats: Path | Stats | None = None
+    text: Text | None = None
+    imatrix: ImportanceMatrix | None = None
+
+    def read_stats(self) -> Stats | None:
+        """The spectra, if any were given. Raises StatsError."""
+        return read_stats(self.stats) if isinstance(self.stats, Path) else self.stats
+
+
+NO_INPUTS = PlanInputs()
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import BudgetError
-from alphaq.planning.limits import outside_experts, problem_of, size_bytes
+from alphaq.planning.limits import problem_of
 from alphaq.planning.request import Request
+from alphaq.planning.scope import Scope
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ def outline(checkpoint: Checkpoint, request: Request) -> Outline:
     """Raises BudgetError, PlanError or ArchitectureError where planning or writing would for lack of room or place."""
     if request.config.codec is not None:
         raise BudgetError("What coded files take is only known when they have been coded. Drop --codec or --dry-run.")
-    problem = problem_of(checkpoint, request)
+    scope = Scope.of(checkpoint, request)
+    problem, matrices = problem_of(scope), scope.matrices
     request.profile.writer.layout(checkpoint, {})
-    matrices = [*checkpoint.planned, *outside_experts(checkpoint, request)[1]]
     cheapest = problem.chosen(problem.unit_costs.argmin(axis=1))
     chosen = {one.name: request.choices[column] for one, column in zip(matrices, cheapest, strict=True)}
-    least = size_bytes(checkpoint, request, chosen)
+    least = scope.size_bytes(chosen)
     room = problem.limit - int(problem.unit_costs.min(axis=1).sum())
     return Outline(
         model=checkpoint.name,

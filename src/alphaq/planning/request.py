@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from alphaq.engines.profile import Profile
 from alphaq.engines.profiles import profile as engine_profile
@@ -12,7 +11,8 @@ from alphaq.errors import BudgetError, ChoiceError
 from alphaq.nouns.choice import CODECS, Choice
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.settings import PlanConfig
-from alphaq.sensitivity.methods import Method, method
+from alphaq.sensitivity.base import Method
+from alphaq.sensitivity.methods import method
 
 WIDTHS = (*range(1, 9), 16)
 
@@ -38,6 +38,11 @@ class Request:
         sized = self.config.budget.size_bytes is not None and not self.config.per_layer
         return sized and self.profile.joint and self.method.joint
 
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Columns of the ladder's choices that are offered, from narrow to wide."""
+        return tuple(self.choices.index(choice) for choice in self.ladder if choice in self.offered)
+
     def choice(self, text: str) -> Choice:
         """A choice as a user writes it, for this engine. Raises ChoiceError if it cannot be stored."""
         return parse_choice(text, self.profile, self.config)
@@ -50,8 +55,7 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
     """
     if config.method == "auto" and not with_model:
         config = config.model_copy(update={"method": "alphaq"})
-    chosen = method(config.method)
-    profile = engine_profile(config.engine)
+    chosen, profile = method(config.method), engine_profile(config.engine)
     if chosen.kind == "expert" and profile.unit != "matrix":
         raise BudgetError(
             f"--method {config.method} chooses per expert, but in {profile.name} experts share a choice. "
@@ -61,30 +65,49 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
     config = config.model_copy(update=preset)
     if config.codec is not None:
         _check_codec(config, profile, with_model)
-    if config.choices is None and config.codec is not None and not (config.symmetric or config.group_size):
-        given = [choice for choice in profile.choices if choice.rate]
-    elif config.choices is None:
-        given = [_storable(_styled(choice, config), profile) for choice in profile.defaults]
-    else:
-        given = [parse_choice(text, profile, config) for text in config.choices.split(",") if text.strip()]
-        if not given:
-            raise BudgetError("--choices is empty. Give at least one, for example 1,2,3,4.")
-    ladder = _ladder(profile, config, given)
+    offered = _offered(config, profile)
+    ladder = _ladder(profile, config, offered)
     # Code bits see no scales, so that the finest groups would come for nothing.
     codes_only = config.choices is None and config.budget.bits is not None and (config.unweighted or not with_model)
     if chosen.by_widths or codes_only:
-        if any(choice.rate for choice in given) and config.choices is not None:
-            raise BudgetError(f"--method {config.method} goes by plain widths, not by rates. Offer other --choices.")
-        widths = {choice.bits for choice in given}
-        given = [choice for choice in ladder if choice.bits in widths]
-        if not given:
-            raise BudgetError(
-                f"--method {config.method} goes by plain widths, and {profile.name} has none of "
-                f"{', '.join(map(str, sorted(widths)))} bits. Offer other --choices."
-            )
-    offered = frozenset(given)
+        offered = _plain(offered, ladder, config, profile)
     pinned = {parse_choice(rule.value, profile, config) for rule in config.pins}
-    choices = tuple(sorted(offered | pinned))
+    choices = tuple(sorted({*offered, *pinned}))
+    _check_choices(choices, config, chosen, profile)
+    if config.noise is None:
+        config = config.model_copy(update={"noise": "measured" if with_model else "analytic"})
+    _check_options(config, profile)
+    return Request(config, profile, chosen, choices, frozenset(offered), ladder)
+
+
+def _offered(config: PlanConfig, profile: Profile) -> list[Choice]:
+    """The choices that a user named, or the engine's usual ones."""
+    if config.choices is None and config.codec is not None and not (config.symmetric or config.group_size):
+        return [choice for choice in profile.choices if choice.rate]
+    if config.choices is None:
+        return [_storable(_styled(choice, config), profile) for choice in profile.defaults]
+    named = [parse_choice(text, profile, config) for text in config.choices.split(",") if text.strip()]
+    if not named:
+        raise BudgetError("--choices is empty. Give at least one, for example 1,2,3,4.")
+    return named
+
+
+def _plain(offered: Sequence[Choice], ladder: Sequence[Choice], config: PlanConfig, profile: Profile) -> list[Choice]:
+    """The plain choice of each width that is offered."""
+    if any(choice.rate for choice in offered) and config.choices is not None:
+        raise BudgetError(f"--method {config.method} goes by plain widths, not by rates. Offer other --choices.")
+    widths = {choice.bits for choice in offered}
+    plain = [choice for choice in ladder if choice.bits in widths]
+    if not plain:
+        raise BudgetError(
+            f"--method {config.method} goes by plain widths, and {profile.name} has none of "
+            f"{', '.join(map(str, sorted(widths)))} bits. Offer other --choices."
+        )
+    return plain
+
+
+def _check_choices(choices: Sequence[Choice], config: PlanConfig, chosen: Method, profile: Profile) -> None:
+    """BudgetError where choices go with no files or no measurement."""
     if config.codec is None and (rated := [choice for choice in choices if choice.rate]):
         raise BudgetError(
             f"{rated[0]} is for entropy-coded files. Add --codec {CODECS[-1]}, or use other --choices and pins."
@@ -94,12 +117,14 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
             f"--method {config.method} needs every choice's output, and {profile.name}'s quantizer is not ours. Use "
             "another method, such as hessian."
         )
-    if config.noise is None:
-        config = config.model_copy(update={"noise": "measured" if with_model else "analytic"})
+
+
+def _check_options(config: PlanConfig, profile: Profile) -> None:
+    """BudgetError for options that are of no use to the engine, or exclude each other."""
     for option, rules in (("--min-bits", config.min_bits), ("--max-bits", config.max_bits)):
         for rule in rules:
             rule.number(option)
-    if config.imatrix is not None and profile.quantizer != "ggml":
+    if config.imatrix is not None and profile.importance is None:
         raise BudgetError(f"--imatrix is for llama.cpp's quantizers; {profile.name} has none. Drop it.")
     for role, bits in config.roles().items():
         profile.with_bits(bits)
@@ -109,12 +134,11 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
             )
     if config.unweighted and config.budget.bpw is not None:
         raise BudgetError("--unweighted counts matrices, so stored bits per weight mean nothing. Use --bits or --size.")
-    return Request(config, profile, chosen, choices, offered, ladder)
 
 
 def _check_codec(config: PlanConfig, profile: Profile, with_model: bool) -> None:
     """BudgetError where there are no coded files, or nothing to measure them on."""
-    if profile.name != "native":
+    if not profile.writer.codable:
         raise BudgetError(f"{profile.name} reads no coded tensors. Drop --codec, or use --engine native.")
     if not with_model or config.noise == "analytic" or config.unweighted:
         raise BudgetError(
@@ -123,7 +147,7 @@ def _check_codec(config: PlanConfig, profile: Profile, with_model: bool) -> None
         )
 
 
-def _is_unset(setting: Any) -> bool:
+def _is_unset(setting: object) -> bool:
     """Whether a setting is at its default; a 0 is not, though it equals False."""
     return setting is None or setting is False or setting == "auto"
 
@@ -158,9 +182,9 @@ def _styled(choice: Choice, config: PlanConfig) -> Choice:
     )
 
 
-def _ladder(profile: Profile, config: PlanConfig, given: Sequence[Choice]) -> tuple[Choice, ...]:
+def _ladder(profile: Profile, config: PlanConfig, offered: Sequence[Choice]) -> tuple[Choice, ...]:
     """The plain choice of every width the engine has; in the coarsest groups offered, if the user named choices."""
-    groups = [choice.group_size for choice in given if not choice.scheme and not choice.kept]
+    groups = [choice.group_size for choice in offered if not choice.scheme and not choice.kept]
     rungs = []
     for bits in WIDTHS:
         try:
@@ -168,7 +192,7 @@ def _ladder(profile: Profile, config: PlanConfig, given: Sequence[Choice]) -> tu
         except ChoiceError:
             continue
         if config.choices is not None and groups and not choice.scheme and not choice.kept:
-            symmetric = all(other.symmetric for other in given if not other.kept)
+            symmetric = all(other.symmetric for other in offered if not other.kept)
             choice = replace(choice, group_size=max(groups), symmetric=symmetric)
         if choice in profile.choices:
             rungs.append(choice)

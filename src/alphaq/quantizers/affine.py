@@ -1,10 +1,10 @@
 """Round to nearest with scales (and offsets) in the model's own 16-bit type, as engines store them beside the codes.
 
 bfloat16 has 8 significant bits, so a step chosen in float16 moves by up to 0.2 % when it is stored: enough to shift
-the outer 8-bit codes by a quarter of a step. RTN finds a grid; its numbers are rounded to what can be stored and the
-codes rounded again to the grid that is really there. Least squares then fit the grid to the codes, and codes are
-rounded to it, as long as that lowers the error (Lloyd's iteration); the last fit weighs errors along the weights as
-RTN's does. The error is that of the bytes written.
+the outer 8-bit codes by a quarter of a step. A step search finds a grid; its numbers are rounded to what can be stored
+and the codes rounded again to the grid that is really there. Least squares then fit the grid to the codes, and codes
+are rounded to it, as long as that lowers the error (Lloyd's iteration); the last fit weighs errors along the weights as
+`debiased` does. The error is that of the bytes written.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from alphaq.errors import QuantizationError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.quantizers.debiased import BIAS_WEIGHT, quantize_mse
 from alphaq.quantizers.kernels import refit_rows
-from alphaq.quantizers.rtn import BELOW_FP16, BIAS_WEIGHT, quantize_rtn
-from alphaq.simd.sums import in_threads, row_parts
-from alphaq.simd.vectors import LANES, flat
+from alphaq.quantizers.rows import BELOW_FP16, over_rows
+from alphaq.simd.vectors import LANES
 
 
 def quantize_symmetric16(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
@@ -37,7 +37,7 @@ def quantize_affine(
 ) -> QuantizedMatrix:
     """ŵ = s·q + β in float32, as MLX's kernels decode; scales and β (as offsets) [rows, groups] in 16 bits.
 
-    weight: [rows, columns]. bias_weight: as in `quantize_rtn`, of deviations from a group's mean. Raises
+    weight: [rows, columns]. bias_weight: as in `quantize_debiased`, of deviations from a group's mean. Raises
     QuantizationError naming the matrix if it cannot be stored.
     """
     return _refitted(weight, choice, name, rounded=False, bias_weight=bias_weight)
@@ -47,31 +47,16 @@ def _refitted(weight: torch.Tensor, choice: Choice, name: str, rounded: bool, bi
     rows, columns = weight.shape
     if columns % LANES:
         raise QuantizationError(f"{name}: rows of {columns} weights are not in multiples of {LANES}. Keep it: '16'.")
-    found = quantize_rtn(weight, choice, name, bias_weight=1.0)
+    found = quantize_mse(weight, choice, name)
     stored = torch.float16 if weight.dtype == torch.float16 else torch.bfloat16
     if not found.scales.any() and weight.abs().max() < BELOW_FP16:
         zeros = torch.zeros(found.scales.shape, dtype=stored)
         return replace(found, scales=zeros, offsets=None if choice.symmetric else zeros)
-    source, packed = flat(weight.contiguous()), found.codes.numpy()
     scales = found.scales.float().numpy()
     offsets = np.zeros_like(scales) if found.offsets is None else found.offsets.float().numpy()
-
-    def refit(part: slice) -> float:
-        return refit_rows(
-            source[part.start * columns : part.stop * columns],
-            columns,
-            choice.bits,
-            choice.group_size,
-            choice.symmetric,
-            rounded,
-            stored == torch.bfloat16,
-            bias_weight,
-            packed[part].reshape(-1),
-            scales[part].reshape(-1),
-            offsets[part].reshape(-1),
-        )
-
-    error = math.fsum(in_threads(refit, row_parts(rows, columns)))
+    storage = (rounded, stored == torch.bfloat16, bias_weight)
+    settings = (choice.bits, choice.group_size, choice.symmetric, *storage)
+    error = over_rows(refit_rows, settings, weight, (found.codes.numpy(), scales, offsets))
     if not math.isfinite(error):
         raise QuantizationError(
             f"{name} holds weights too large for {stored} scales. Keep this matrix with --pin '{name}=16'."

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 import zstandard
 
-from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, ITEM_BYTES, MAX_DIMENSIONS, TORCH_DTYPES, TensorInfo
+from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, ITEM_BYTES, MAX_DIMENSIONS, TORCH_DTYPES
+from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import CheckpointError
 from alphaq.nouns.choice import BLOCK_HEADER_BYTES, CODECS, Choice
 from alphaq.nouns.matrix import Shape

@@ -17,15 +17,15 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.quantized import QuantizedMatrix
-from alphaq.quantizers.base import Quantizer, SquaredErrors
+from alphaq.quantizers.base import DEFAULT, Rounder, SquaredErrors
 from alphaq.quantizers.coding import decode_tensor, is_block
+from alphaq.quantizers.debiased import BIAS_WEIGHT
 from alphaq.quantizers.nested_kernels import cut_rows
 from alphaq.quantizers.packing import decode, dequantize
-from alphaq.quantizers.rtn import BIAS_WEIGHT
 from alphaq.simd.sums import in_threads, slices, squared_norm
 
 PART_CODES = 1 << 20  # what one thread works on at a time
-CUTS = "rtn"  # the quantizer whose scales these are
+CUTS = DEFAULT  # the quantizer whose scales these are
 
 
 def held_form(checkpoint: Checkpoint, matrix: MatrixRef) -> QuantizedMatrix | None:
@@ -48,7 +48,7 @@ def can_cut(held: Choice, choice: Choice) -> bool:
     return choice == sign or (choice.nested and choice.group_size == held.group_size and choice.bits < held.bits)
 
 
-def cutting(held: QuantizedMatrix | None, quantizer: Quantizer) -> Quantizer:
+def cutting(held: QuantizedMatrix | None, quantizer: Rounder) -> Rounder:
     """A quantizer that takes codes where they hold what is asked for, and rounds weights elsewhere."""
 
     def quantize(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:

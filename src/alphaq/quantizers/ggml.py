@@ -22,7 +22,7 @@ from alphaq.errors import MissingExtraError, QuantizationError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.ggml import GGML_BLOCKS, GGML_TYPES
 from alphaq.nouns.quantized import QuantizedMatrix
-from alphaq.quantizers.rtn import FP16_MAX, too_large
+from alphaq.quantizers.rows import FP16_MAX, too_large
 from alphaq.simd.sums import in_threads, row_parts, squared_distance
 
 

@@ -17,15 +17,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.linalg import lapack
 
 from alphaq.errors import QuantizationError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.coding import encode_tensor
+from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.packing import encode, pack, restored_error
 from alphaq.quantizers.rated import quantize_rated
-from alphaq.quantizers.rtn import quantize_rtn
 from alphaq.simd.sums import in_threads, slices, squared_norm
 from alphaq.simd.vectors import (
     LANES,
@@ -81,13 +80,13 @@ def quantize_gptq(
 
     hessian: float32 [columns, columns], or [columns] where only its diagonal is known; None or a diagonal leave
     nothing to make up for, so the levels nearest to the weights are kept. found: a quantized form whose levels are
-    used; RTN's otherwise. coded: the codes will be entropy-coded, and may take no more bytes then than those of
-    `found`; so it is with every choice of a rate. Raises QuantizationError naming the matrix if it cannot be stored,
-    or if the moments are not those of its inputs.
+    used; those of `quantize_debiased` otherwise. coded: the codes will be entropy-coded, and may take no more bytes
+    then than those of `found`; so it is with every choice of a rate. Raises QuantizationError naming the matrix if it
+    cannot be stored, or if the moments are not those of its inputs.
     """
     if choice.scheme:
         raise QuantizationError(f"{name}: {choice} is rounded by llama.cpp's own code. Give it an --imatrix instead.")
-    found = found or (quantize_rated if choice.rate else quantize_rtn)(weight, choice, name)
+    found = found or (quantize_rated if choice.rate else quantize_debiased)(weight, choice, name)
     if hessian is None or hessian.ndim == 1:
         return found
     columns = weight.shape[1]
@@ -154,6 +153,8 @@ def _coded_bytes(matrix: QuantizedMatrix) -> int:
 
 def _shrunk(weight: torch.Tensor, factor: np.ndarray, mu: float, order: torch.Tensor) -> torch.Tensor:
     """w·H·(H + μ)⁻¹ = w − μ·w·(H + μ)⁻¹, float32 [rows, columns]; factor: that of H + μ."""
+    from scipy.linalg import lapack  # here: few runs need it, and it takes half a second
+
     backwards = order.flip(0)
     wanted = weight.float()[:, backwards].numpy().T
     solved, _ = lapack.spotrs(factor.T, wanted, lower=0)
@@ -178,6 +179,8 @@ def _factor(hessian: torch.Tensor, order: torch.Tensor, name: str, more: float =
     more: damping beyond the usual. What lies above the diagonal is not to be read. Raises QuantizationError if no
     damping makes H positive definite.
     """
+    from scipy.linalg import lapack
+
     backwards = order.flip(0)
     diagonal = hessian.diagonal()[backwards]
     damping = DAMPING * float(diagonal.double().mean()) + more

@@ -1,6 +1,6 @@
 """Half-quadratic quantization: grids of least Σ|w − ŵ|^p, p < 1, to which few large errors matter little; no data.
 
-A grid per group, stored as RTN's: a float16 step s and an integer zero point z, ŵ = s·(q − z). Half-quadratic
+A grid per group, stored as everywhere: a float16 step s and an integer zero point z, ŵ = s·(q − z). Half-quadratic
 splitting lets an error e absorb what a grid had better give up, e = sign(x) · max(|x| − |x|^(p−1)/β, 0) of the misses
 x, and fits the grid to the rest, z ← mean(q − (w − e)/s) and s by least squares, with β growing from step to step
 (Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023). That finds the nearest of many
@@ -22,7 +22,7 @@ import torch
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.hqq_kernels import quantize_rows_by_norm
-from alphaq.quantizers.rtn import quantized
+from alphaq.quantizers.rows import quantized
 from alphaq.simd.sums import in_threads, row_parts
 from alphaq.simd.vectors import LANES
 

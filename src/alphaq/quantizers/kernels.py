@@ -421,12 +421,12 @@ def _restore(codes, count, bits, scale, offset, values, out, target):
 
 @kernel
 def refit_rows(weight, columns, bits, group_size, symmetric, rounded, brain, bias_weight, packed, scales, offsets):
-    """Quantize rows again on the grids that 16-bit scales allow, from RTN's; returns Σ(w − ŵ)² in float64.
+    """Quantize rows again on the grids that 16-bit scales allow, from free ones; returns Σ(w − ŵ)² in float64.
 
     weight: as for `quantize_rows`. symmetric: ŵ = s·(q − 2^(b−1)); else ŵ = s·q + β with a free β. rounded: ŵ itself
     has 16 bits. brain: 16 bits are bfloat16's, else float16's. bias_weight: as for `quantize_rows`, of the last fit.
-    packed: uint8 [rows · bytes per row]. scales, offsets: float32 [rows · groups], RTN's scales and zero points, which
-    become the scales and β of 16 bits.
+    packed: uint8 [rows · bytes per row]. scales, offsets: float32 [rows · groups], scales and zero points, which become
+    the scales and β of 16 bits.
     """
     rows = weight.size // columns
     groups = -(-columns // group_size)

@@ -33,9 +33,10 @@ from torch.nn.functional import pad
 from alphaq.errors import QuantizationError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.gptq import quantize_gptq
 from alphaq.quantizers.packing import pack, unpack
-from alphaq.quantizers.rtn import FP16_MAX, quantize_rtn, too_large
+from alphaq.quantizers.rows import FP16_MAX, too_large
 from alphaq.simd.sums import slices
 from alphaq.work.workers import Wrap, silent
 
@@ -153,14 +154,14 @@ def quantize_learned(
     """Quantize a [rows, columns] matrix whose inputs x have the second moments `hessian`, any multiple of E[x·xᵀ].
 
     hessian: float32 [columns, columns], symmetric; or [columns], its diagonal; or None for the identity. It is taken
-    at its word: one of few inputs wants a larger diagonal first. start: a quantized form to begin from, RTN's if None;
-    no row of the result has a larger error (w − ŵ)·H·(w − ŵ)ᵀ. device: torch's; a CUDA one if None and there is one.
-    On the CPU equal arguments give equal bytes, whatever the number of threads; the name seeds the noise. progress: is
-    shown the parts of the matrix. Raises QuantizationError naming the matrix if it cannot be stored, or if the moments
-    are not those of its inputs.
+    at its word: one of few inputs wants a larger diagonal first. start: a quantized form to begin from, that of
+    `quantize_debiased` if None; no row of the result has a larger error (w − ŵ)·H·(w − ŵ)ᵀ. device: torch's; a CUDA one
+    if None and there is one. On the CPU equal arguments give equal bytes, whatever the number of threads; the name
+    seeds the noise. progress: is shown the parts of the matrix. Raises QuantizationError naming the matrix if it cannot
+    be stored, or if the moments are not those of its inputs.
     """
     _check(weight, choice, name, hessian)
-    start = start or quantize_rtn(weight, choice, name)
+    start = start or quantize_debiased(weight, choice, name)
     if (start.choice, start.shape) != (choice, tuple(weight.shape)):
         raise QuantizationError(f"{name}: learning cannot begin from {start.choice} {start.shape}. Pass its own form.")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -192,7 +193,7 @@ def _check(weight: torch.Tensor, choice: Choice, name: str, hessian: torch.Tenso
     if choice.scheme:
         raise QuantizationError(f"{name}: {choice} is rounded by llama.cpp's own code. Give it an --imatrix instead.")
     if choice.kept or choice.mix:
-        raise QuantizationError(f"{name}: {choice} has no one grid of codes to learn. Use --quantizer rtn for it.")
+        raise QuantizationError(f"{name}: {choice} has no one grid of codes to learn. Use --quantizer debiased for it.")
     if not torch.isfinite(weight).all():
         raise too_large(name, FP16_MAX)
     columns = weight.shape[1]

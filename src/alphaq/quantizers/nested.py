@@ -15,8 +15,9 @@ import torch
 
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.quantizers.debiased import BIAS_WEIGHT, SEARCH_STEPS, SMALLEST_SHRINK
 from alphaq.quantizers.nested_kernels import nest_rows
-from alphaq.quantizers.rtn import BIAS_WEIGHT, SEARCH_STEPS, SMALLEST_SHRINK, quantized
+from alphaq.quantizers.rows import quantized
 
 GAUSSIAN_ERROR = {2: 0.1188, 3: 0.0374, 4: 0.0115, 5: 0.00349, 6: 0.00104, 7: 0.000304, 8: 0.0000883}
 """Least relative squared error of uniform quantizers (Max, 1960)."""
@@ -26,7 +27,7 @@ NARROWEST = 2
 def quantize_nested(
     weight: torch.Tensor, choice: Choice, name: str = "matrix", bias_weight: float = BIAS_WEIGHT
 ) -> QuantizedMatrix:
-    """Quantize a [rows, columns] matrix for the choice's width and all below. bias_weight: as in `quantize_rtn`.
+    """Quantize a [rows, columns] matrix for the choice's width and all below. bias_weight: as in `quantize_debiased`.
 
     Raises QuantizationError naming the matrix if it cannot be stored.
     """

@@ -11,7 +11,7 @@ and comes within a third of a bit of what any coder can do, D = σ²·2^(−2R),
 rest is Huffman's. Groups of 128 take 0.65 to 0.75 more (docs/LOG.md). A quadratic rate term in the rounding itself
 (CERWU, arXiv 2505.18758) moves along the same curve when no correlations between columns are known, so λ is set by the
 step alone. What a matrix really takes is measured.
-The scale that is stored in the end is the one that `rtn` would fit to the codes.
+The scale that is stored in the end is the one that `debiased` would fit to the codes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import torch
 from alphaq.errors import QuantizationError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.quantizers.debiased import BIAS_WEIGHT
 from alphaq.quantizers.packing import restored_error
 from alphaq.quantizers.rated_kernels import round_rows
-from alphaq.quantizers.rtn import BELOW_FP16, BIAS_WEIGHT, FP16_MAX, too_large
+from alphaq.quantizers.rows import BELOW_FP16, FP16_MAX, too_large
 from alphaq.simd.sums import in_threads, row_parts, squared_norm
 from alphaq.simd.vectors import flat
 
@@ -37,7 +38,7 @@ SAME_STEP = 0.85  # of the step asked for: a coarser grid that weights already l
 def quantize_rated(
     weight: torch.Tensor, choice: Choice, name: str = "matrix", bias_weight: float = BIAS_WEIGHT
 ) -> QuantizedMatrix:
-    """Quantize a [rows, columns] matrix at the choice's rate. bias_weight: as in `quantize_rtn`, of the one scale.
+    """Quantize a [rows, columns] matrix at the choice's rate. bias_weight: as in `quantize_debiased`, of the one scale.
 
     Raises QuantizationError naming the matrix if it cannot be stored.
     """

@@ -19,13 +19,13 @@ import torch
 
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix, SalientWeights
+from alphaq.quantizers.debiased import BIAS_WEIGHT, quantize_debiased
 from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.packing import dequantized_rows
 from alphaq.quantizers.rated import quantize_rated
-from alphaq.quantizers.rtn import BELOW_FP16, BIAS_WEIGHT, FP16_MAX, quantize_rtn, too_large
+from alphaq.quantizers.rows import over_rows_in_fp16
 from alphaq.quantizers.salience_kernels import quantize_salient
-from alphaq.simd.sums import in_threads, row_parts, squared_norm
-from alphaq.simd.vectors import flat
+from alphaq.simd.sums import in_threads, row_parts
 
 Rounding = Callable[..., QuantizedMatrix]
 
@@ -56,7 +56,7 @@ def quantize_slim(
     weight: torch.Tensor,
     choice: Choice,
     name: str = "matrix",
-    base: Rounding = quantize_rtn,
+    base: Rounding = quantize_debiased,
     importance: np.ndarray | None = None,
 ) -> QuantizedMatrix:
     """Groups of a bit less and more than the choice's in equal numbers, as many as make Σ(w − ŵ)² least.
@@ -149,47 +149,24 @@ def quantize_pb(
 ) -> QuantizedMatrix:
     """One bit for all but a few weights of each group, chosen so that Σ(w − ŵ)² is least; 8 bits for those.
 
-    importance: float32 [columns], by which squared errors count. bias_weight: as in `quantize_rtn`, of the two levels'
-    last fit. Raises QuantizationError naming the matrix if it cannot be stored.
+    importance: float32 [columns], by which squared errors count. bias_weight: as in `quantize_debiased`, of the two
+    levels' last fit. Raises QuantizationError naming the matrix if it cannot be stored.
     """
     rows, columns = weight.shape
-    source, groups, most = flat(weight.contiguous()), choice.groups(columns), choice.salient
+    groups, most = choice.groups(columns), choice.salient
     worth = np.ones(columns, np.float32) if importance is None else np.ascontiguousarray(importance, np.float32)
     packed = np.zeros((rows, choice.row_bytes(columns)), np.uint8)
     scales, offsets, wide = np.empty((3, rows, groups), np.float32)
     positions, values = np.empty((2, rows, groups, most), np.uint8)
-    parts = row_parts(rows, columns)
-    largest = np.empty((len(parts), 1), np.float32)
-
-    def quantize(number: int) -> float:
-        part = parts[number]
-        return quantize_salient(
-            source[part.start * columns : part.stop * columns],
-            columns,
-            choice.group_size,
-            choice.symmetric,
-            most,
-            worth,
-            bias_weight,
-            packed[part].reshape(-1),
-            scales[part].reshape(-1),
-            offsets[part].reshape(-1),
-            wide[part].reshape(-1),
-            positions[part].reshape(-1),
-            values[part].reshape(-1),
-            largest[number],
-        )
-
-    errors = in_threads(quantize, range(len(parts)))
-    limit = FP16_MAX * 0.75 if weight.dtype == torch.float16 else FP16_MAX  # as for plain choices
-    if not largest.max() <= limit:
-        raise too_large(name, limit)
+    settings = (choice.group_size, choice.symmetric, most, worth, bias_weight)
+    filled = (packed, scales, offsets, wide, positions, values)
+    error = over_rows_in_fp16(quantize_salient, settings, weight, filled, name)
     return QuantizedMatrix(
         choice,
         (rows, columns),
         torch.from_numpy(packed),
         torch.from_numpy(scales).half(),
         None if choice.symmetric else torch.from_numpy(offsets).half(),
-        squared_norm(weight) if largest.max() < BELOW_FP16 else math.fsum(errors),
+        error,
         salient=SalientWeights(torch.from_numpy(wide).half(), torch.from_numpy(positions), torch.from_numpy(values)),
     )

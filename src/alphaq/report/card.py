@@ -17,8 +17,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from alphaq.checkpoint.architecture import architecture_of
-from alphaq.checkpoint.reader import read_config
+from alphaq.checkpoint.config import read_config
+from alphaq.checkpoint.families.architecture import architecture_of
 from alphaq.engines.output import Output
 from alphaq.errors import AlphaQError, CheckpointError, OutputError
 from alphaq.evaluation.certificate import Certificate
@@ -31,7 +31,6 @@ from alphaq.work.untrusted import read_bounded
 
 README_NAME = "README.md"
 MAX_CARD_BYTES = 2_000_000
-LIBRARIES = {"native": "alphaq", "llama.cpp": "gguf", "vllm": "vllm", "mlx": "mlx", "gptqmodel": "gptqmodel"}
 KNOWN_LICENCES = {"Apache License": "apache-2.0", "MIT License": "mit", "The MIT License": "mit"}
 NOT_CARRIED = ("model-index", "base_model_relation", "quantized_by", "alphaq", "widget", "co2_eq_emissions")
 """What a card says of the original's own weights, which are not these; and our own keys."""
@@ -233,7 +232,7 @@ def _metadata(
     return {
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
         **licence,
-        "library_name": LIBRARIES.get(plan.engine, "alphaq"),
+        "library_name": opened.profile.library,
         "tags": list(dict.fromkeys(tags)),
         **carried,
         "quantized_by": "alphaq",

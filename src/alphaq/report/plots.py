@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alphaq.errors import AlphaQError, MissingExtraError
+from alphaq.measuring.density import Density
 from alphaq.registry import unknown
 from alphaq.report.places import Place
 from alphaq.report.runs import ComparedRow
-from alphaq.spectra.density import Density
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

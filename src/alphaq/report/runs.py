@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from alphaq.engines.output import MANIFEST_NAME, NO_OPTIONS, PLAN_NAME, QuantizeOptions, read_manifest
 from alphaq.errors import AlphaQError, OutputError
 from alphaq.nouns.plan import Plan, first_fault
+from alphaq.quantizers.base import DEFAULT, FORMERLY
 from alphaq.work.untrusted import parse_json, read_bounded
 
 COMPARISON_NAME = "comparison.json"
@@ -61,8 +62,21 @@ class ComparedRow(BaseModel):
         return self.method if not self.quantizer else f"{self.method} ({self.quantizer})"
 
 
+class _Job(BaseModel):
+    format_version: int = 0
+
+
 class _Comparison(BaseModel):
     rows: list[ComparedRow] = Field(min_length=1)
+    job: _Job = _Job()
+
+    @property
+    def todays_rows(self) -> list[ComparedRow]:
+        """The rows with quantizers named as today: what had no name of its own was called rtn up to version 4."""
+        if self.job.format_version > 4:
+            return self.rows
+        names = FORMERLY | {"rtn": DEFAULT}
+        return [row.model_copy(update={"quantizer": names.get(row.quantizer, row.quantizer)}) for row in self.rows]
 
 
 def read_comparison(folder: Path) -> list[ComparedRow]:
@@ -72,7 +86,7 @@ def read_comparison(folder: Path) -> list[ComparedRow]:
     if not path.is_file():
         raise OutputError(f"No comparison {path}. {remedy}")
     try:
-        rows = _Comparison.model_validate(parse_json(read_bounded(path))).rows
+        rows = _Comparison.model_validate(parse_json(read_bounded(path))).todays_rows
     except OSError as error:
         raise OutputError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from None
     except ValueError as error:

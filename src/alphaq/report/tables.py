@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from alphaq.checkpoint.summary import Summary
+from alphaq.engines.profile import Profile
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.plan import Plan, PlanCheck
 from alphaq.planning.outline import Outline
+from alphaq.sensitivity.base import Method
 
 if TYPE_CHECKING:
     from alphaq.evaluation.certificate import Certificate, Estimate, Figures
@@ -36,30 +39,29 @@ def plain_table(title: str, *columns: str) -> Table:
     return table
 
 
-def inspect_table(summary: dict[str, Any]) -> Table:
+def inspect_table(summary: Summary) -> Table:
     """Roles of a checkpoint."""
-    experts = summary["experts_per_layer"]
+    experts = f" × {summary.experts_per_layer} experts" if summary.experts_per_layer else ""
     title = (
-        f"{summary['model']}: {summary['architecture']}, {summary['layers']} layers"
-        f"{f' × {experts} experts' if experts else ''}, {summary['parameters']:,} parameters"
+        f"{summary.model}: {summary.architecture}, {summary.layers} layers{experts}, {summary.parameters:,} parameters"
     )
     table = plain_table(title, "role", "matrices", "parameters", "size")
-    for role, counts in summary["roles"].items():
-        table.add_row(role, f"{counts['matrices']:,}", f"{counts['parameters']:,}", human_bytes(counts["bytes"]))
+    for role, counts in summary.roles.items():
+        table.add_row(role, f"{counts.matrices:,}", f"{counts.parameters:,}", human_bytes(counts.bytes))
     table.add_section()
-    matrices = sum(counts["matrices"] for counts in summary["roles"].values())
-    table.add_row("all", f"{matrices:,}", f"{summary['parameters']:,}", human_bytes(summary["bytes"]))
+    matrices = sum(counts.matrices for counts in summary.roles.values())
+    table.add_row("all", f"{matrices:,}", f"{summary.parameters:,}", human_bytes(summary.bytes))
     return table
 
 
-def outline_table(found: Outline) -> Table:
+def outline_table(outline: Outline) -> Table:
     """What is known of a plan before any weight is read."""
-    table = plain_table(f"Plan for {found.engine} ({found.method}, {found.budget}), from shapes alone", "", "")
-    table.add_row("matrices to plan", f"{found.matrices:,} with {found.parameters:,} weights")
-    table.add_row("planning reads", f"{human_bytes(found.planned_bytes)} of {human_bytes(found.source_bytes)}")
-    table.add_row("weight files at least", f"{human_bytes(found.least_bytes)} ({found.least_bytes:,} bytes)")
-    if found.most_bytes is not None:
-        table.add_row("weight files at most", f"{human_bytes(found.most_bytes)} ({found.most_bytes:,} bytes)")
+    table = plain_table(f"Plan for {outline.engine} ({outline.method}, {outline.budget}), from shapes alone", "", "")
+    table.add_row("matrices to plan", f"{outline.matrices:,} with {outline.parameters:,} weights")
+    table.add_row("planning reads", f"{human_bytes(outline.planned_bytes)} of {human_bytes(outline.source_bytes)}")
+    table.add_row("weight files at least", f"{human_bytes(outline.least_bytes)} ({outline.least_bytes:,} bytes)")
+    if outline.most_bytes is not None:
+        table.add_row("weight files at most", f"{human_bytes(outline.most_bytes)} ({outline.most_bytes:,} bytes)")
     return table
 
 
@@ -137,8 +139,8 @@ def fidelity_table(fidelity: Fidelity) -> Table:
     return table
 
 
-def demo_table(rows: list[dict[str, Any]]) -> Table:
-    """The compared runs."""
+def demo_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The compared runs, as the demo's results.json has them."""
     names = list(rows[0]["texts"])
     table = plain_table("Perplexity on held-out text", "model", "bits", "bpw", "size", *names, "mean", "KL")
     for row in rows:
@@ -155,72 +157,22 @@ def demo_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def engines_table(rows: list[dict[str, Any]]) -> Table:
+def engines_table(engines: Iterable[Profile]) -> Table:
     """Engines and what each lets a plan choose."""
     table = plain_table("Engines that a plan can be made for", "engine", "one choice for each", "writes", "choices")
     table.columns[3].justify = "left"
     table.columns[3].no_wrap = False
-    for row in rows:
-        table.add_row(row["engine"], row["unit"], "yes" if row["writes"] else "plan only", row["summary"])
+    for engine in engines:
+        table.add_row(engine.name, engine.unit, "plan only" if engine.export is None else "yes", engine.summary)
     return table
 
 
-def methods_table(rows: list[dict[str, Any]]) -> Table:
-    """Allocators and what each needs."""
+def methods_table(methods: Mapping[str, Method]) -> Table:
+    """Allocators by name, and what each needs."""
     table = plain_table("Methods", "method", "needs", "goes by")
     table.columns[2].justify = "left"
-    for row in rows:
-        table.add_row(row["method"], "text" if row["needs_text"] else "nothing", row["summary"])
-    return table
-
-
-def comparison_table(rows: list[dict[str, Any]]) -> Table:
-    """Methods side by side, budget by budget; the least perplexity of each budget in bold."""
-    texts = list(next((row["perplexity"] for row in rows if row["perplexity"]), {}))
-    several = len({row["quantizer"] for row in rows} - {""}) > 1
-    table = plain_table(
-        "Methods at the same bytes" + begun(next((row["windows_begin_with"] for row in rows), "")),
-        *("method", *(["quantizer"] if several else []), "bits", "bytes", *texts, "mean", "against uniform (95 %)"),
-        *("KL", "EAR", "top-1", "plan", "quantize"),
-    )
-    best = {
-        width: min(
-            (row["mean_perplexity"] for row in rows if row["bits"] == width and row["mean_perplexity"]), default=0
-        )
-        for width in {row["bits"] for row in rows}
-    }
-    last = None
-    for row in rows:
-        if last not in (None, row["bits"]):
-            table.add_section()
-        last = row["bits"]
-        called = f"{row['method']} (uniform taken)" if row["taken"] == "uniform" else row["method"]
-        names = (called, *([row["quantizer"]] if several else []))
-        if row["error"]:
-            table.add_row(*names, f"{row['bits']:g}", "no plan", *("–" for _ in range(len(texts) + 7)))
-            continue
-        against = "–"
-        if row["difference"] is not None:
-            against = (
-                f"{100 * row['difference']:+.2f} % ({100 * row['difference_low']:+.2f} … "
-                f"{100 * row['difference_high']:+.2f})"
-            )
-        table.add_row(
-            *names,
-            f"{row['bits']:g}",
-            f"{row['size_bytes']:,}",
-            *(f"{row['perplexity'][text]:.3f}" for text in texts),
-            f"{row['mean_perplexity']:.3f}",
-            against,
-            f"{row['kl']:.4f}",
-            f"{row['ear']:.4f}",
-            f"{100 * row['top1']:.1f} %",
-            *(
-                "–" if taken is None else f"{taken:.1f} s"
-                for taken in (row["seconds_to_plan"], row["seconds_to_quantize"])
-            ),
-            style="bold" if row["mean_perplexity"] == best[row["bits"]] and row["method"] != "reference" else "",
-        )
+    for name, method in methods.items():
+        table.add_row(name, "text" if method.needs_text else "nothing", method.summary)
     return table
 
 

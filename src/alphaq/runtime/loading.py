@@ -12,10 +12,11 @@ from safetensors import SafetensorError
 
 from alphaq.calibration.stream import HollowModel, model_class
 from alphaq.calibration.text import check_ids
+from alphaq.checkpoint.config import read_config
 from alphaq.checkpoint.files import is_file
-from alphaq.checkpoint.gguf_source import find_gguf
+from alphaq.checkpoint.gguf.source import find_gguf
 from alphaq.checkpoint.hub import resolve_folder
-from alphaq.checkpoint.reader import open_checkpoint, read_config
+from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.checkpoint.weights import read_weights
 from alphaq.errors import AlphaQError, CheckpointError
 

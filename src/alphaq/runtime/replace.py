@@ -29,7 +29,8 @@ from transformers.core_model_loading import (
 from transformers.utils import logging
 
 from alphaq.checkpoint.files import PlainFile
-from alphaq.checkpoint.safetensors_format import ITEM_BYTES, TORCH_DTYPES, TensorInfo, read_header
+from alphaq.checkpoint.safetensors_format import ITEM_BYTES, TORCH_DTYPES, read_header
+from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import CheckpointError
 from alphaq.nouns.matrix import Shape
 from alphaq.quantizers.coding import PREFIX_BYTES, check_claims, decode_tensor, decoded_bytes, decoded_info, is_coded

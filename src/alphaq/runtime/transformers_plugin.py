@@ -26,7 +26,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from alphaq.checkpoint.architecture import architecture_of
+from alphaq.checkpoint.families.architecture import architecture_of
 from alphaq.errors import ArchitectureError, CheckpointError
 from alphaq.formats.versions import NATIVE_FORMAT_VERSION, check_native_format
 from alphaq.runtime.packed import PackedWeights

@@ -11,27 +11,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from alphaq.calibration.traffic import Calibration
-    from alphaq.sensitivity.methods import Evidence
+from alphaq.calibration.traffic import Calibration
+from alphaq.sensitivity.base import Evidence
 
 WEIGHT_EXPONENT = 1.5
 
 
-def _calibration(evidence: Evidence) -> Calibration:
+def _text_pass(evidence: Evidence) -> Calibration:
     assert evidence.calibration is not None  # methods that call this ask for it
     return evidence.calibration
 
 
 def pmq(evidence: Evidence) -> np.ndarray:
     """The expert's loss, shared equally by its matrices; float64 [matrices, choices]."""
-    found = _calibration(evidence)
+    of_text = _text_pass(evidence)
     totals: dict[int, float] = {}
-    for (number, _), use in found.experts.items():
+    for (number, _), use in of_text.experts.items():
         totals[number] = totals.get(number, 0.0) + use.mean_weight
     members: dict[object, int] = {}
     keys = [(matrix.layer, matrix.expert or 0) for matrix in evidence.matrices]
@@ -41,9 +38,9 @@ def pmq(evidence: Evidence) -> np.ndarray:
     for key in keys:
         layer, expert = key
         assert layer is not None  # what is planned lies in layers
-        use = found.experts[layer, expert]
+        use = of_text.experts[layer, expert]
         weight = use.mean_weight / totals[layer] if totals[layer] else 0.0
-        errors = found.block_errors[layer, expert]
+        errors = of_text.block_errors[layer, expert]
         share = use.frequency * weight**WEIGHT_EXPONENT / members[key]
         rows.append([share * errors[choice] for choice in evidence.choices])
     return np.array(rows)
@@ -51,20 +48,20 @@ def pmq(evidence: Evidence) -> np.ndarray:
 
 def baq(evidence: Evidence) -> np.ndarray:
     """c·2^(−2b), float64 [matrices, choices]."""
-    found = _calibration(evidence)
-    constants = np.array([found.matrices[name].baq for name in evidence.names])
+    of_text = _text_pass(evidence)
+    constants = np.array([of_text.matrices[name].baq for name in evidence.names])
     return constants[:, None] * np.array([0.0 if c.kept else 4.0**-c.bits for c in evidence.choices])
 
 
 def hessian(evidence: Evidence) -> np.ndarray:
     """trace(H) / columns · Σ(w − ŵ)², float64 [matrices, choices]."""
-    found = _calibration(evidence)
-    return np.array([found.matrices[name].hessian_trace for name in evidence.names])[:, None] * evidence.errors
+    of_text = _text_pass(evidence)
+    return np.array([of_text.matrices[name].hessian_trace for name in evidence.names])[:, None] * evidence.errors
 
 
 def output_error(evidence: Evidence) -> np.ndarray:
     """Σ w²‖y − ŷ‖² per token, float64 [matrices, choices]."""
-    found = _calibration(evidence)
+    of_text = _text_pass(evidence)
     return np.array(
-        [[found.matrices[name].output_errors[choice] for choice in evidence.choices] for name in evidence.names]
+        [[of_text.matrices[name].output_errors[choice] for choice in evidence.choices] for name in evidence.names]
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from alphaq.errors import BudgetError
+from alphaq.sensitivity.base import Evidence
 
 SPREAD = 0.15
 """Standard deviation of ln F that `--gamma auto` aims at (docs/LOG.md has the grid it was read from)."""
@@ -29,12 +30,6 @@ def alpha_importance(alphas: np.ndarray, gamma: float) -> np.ndarray:
     return importance
 
 
-def completed(alphas: np.ndarray) -> np.ndarray:
-    """α of each matrix, float64 [n], the median of the defined ones where it is NaN; all 1 if none is defined."""
-    defined = alphas[~np.isnan(alphas)]
-    return np.where(np.isnan(alphas), np.median(defined) if len(defined) else 1.0, alphas)
-
-
 def automatic_gamma(alphas: np.ndarray) -> float:
     """γ at which ln F has the spread `SPREAD`, so that one setting suits narrow and wide distributions of α.
 
@@ -43,3 +38,13 @@ def automatic_gamma(alphas: np.ndarray) -> float:
     defined = alphas[~np.isnan(alphas)]
     spread = float(np.log(defined).std()) if len(defined) > 1 else 0.0
     return SPREAD / spread if spread > 1e-9 else 0.0
+
+
+def resolved_gamma(evidence: Evidence) -> float:
+    """γ as given, or the one that suits the spread of α."""
+    return automatic_gamma(evidence.alphas) if evidence.gamma == "auto" else evidence.gamma
+
+
+def losses(evidence: Evidence) -> np.ndarray:
+    """F(α)·Σ(w − ŵ)², float64 [matrices, choices]."""
+    return alpha_importance(evidence.alphas, resolved_gamma(evidence))[:, None] * evidence.errors

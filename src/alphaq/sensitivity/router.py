@@ -9,12 +9,10 @@ changes little by itself. No published method that does this was found; the expe
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from alphaq.sensitivity.methods import Evidence
+from alphaq.sensitivity.base import Evidence
 
 
 def relative_use(evidence: Evidence) -> np.ndarray:

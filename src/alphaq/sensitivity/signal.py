@@ -6,8 +6,8 @@ S is measured, not assumed: random tokens, rewritten once by the model itself, a
 rounding moves the stream behind a layer, squared and relative to it, per unit of relative weight error. It finds what
 is true of most models, early layers and down projections first, without being told. Such tokens overstate the first
 layers, hence the root. πₑ is the routing prior, averaged within the layer. For llama.cpp's types S without a root was
-better. Where rounding shrinks all weights, harm grows faster than the squared error; RTN prevents that
-(quantizers/rtn.py). Experiments: docs/LOG.md.
+better. Where rounding shrinks all weights, harm grows faster than the squared error; the default quantizer
+prevents that (quantizers/debiased.py). Experiments: docs/LOG.md.
 """
 
 from __future__ import annotations
@@ -15,15 +15,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from alphaq.nouns.choice import Choice
+from alphaq.sensitivity.base import Evidence
 from alphaq.sensitivity.router import relative_use
-
-if TYPE_CHECKING:
-    from alphaq.sensitivity.methods import Evidence
 
 SIGNAL_EXPONENT = 0.5
 
@@ -38,11 +35,11 @@ def signal_share(evidence: Evidence) -> np.ndarray:
     synthetic = evidence.synthetic
     assert synthetic is not None  # methods that call this ask for it
     places = [(matrix.layer, matrix.projection) for matrix in evidence.matrices]
-    found: dict[object, list[float]] = defaultdict(list)
+    signals: dict[object, list[float]] = defaultdict(list)
     for place, matrix in zip(places, evidence.matrices, strict=True):
         signal = synthetic.matrices[matrix.name].signal
-        found[place] += [signal] if math.isfinite(signal) else []
-    means = {place: sum(values) / len(values) if values else math.nan for place, values in found.items()}
+        signals[place] += [signal] if math.isfinite(signal) else []
+    means = {place: sum(values) / len(values) if values else math.nan for place, values in signals.items()}
     # Four digits: the last ones differ between processors, and the plan should not.
     values = np.array([float(f"{means[place]:.4g}") for place in places])
     known = np.isfinite(values)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from alphaq.nouns.matrix import MatrixRef
+from alphaq.sensitivity.base import Evidence
 
 
 def score(matrices: Sequence[MatrixRef]) -> np.ndarray:
@@ -24,3 +25,21 @@ def score(matrices: Sequence[MatrixRef]) -> np.ndarray:
     ranks = {place: rank for rank, place in enumerate(sorted(set(places), reverse=True), start=1)}
     values = np.array([float(ranks[place]) for place in places])
     return values / np.median(values)
+
+
+def ranks(evidence: Evidence) -> np.ndarray:
+    """Position of each matrix in the model, whatever the order of the files; in a stats file as it is listed."""
+    numbers = range(len(evidence.names))
+    ranks = np.empty(len(evidence.names))
+    ranks[sorted(numbers, key=lambda n: evidence.matrices[n].place) if evidence.matrices else numbers] = numbers
+    return ranks
+
+
+def shuffled(evidence: Evidence) -> np.ndarray:
+    """A random order by `seed`, float64 [matrices]."""
+    return np.random.default_rng(evidence.seed).random(len(evidence.names))[ranks(evidence).astype(int)]
+
+
+def first_layers(evidence: Evidence) -> np.ndarray:
+    """The model's own order, float64 [matrices]."""
+    return -ranks(evidence)

@@ -35,18 +35,19 @@ from alphaq.measuring.cache import Cache
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.plan import Plan, first_fault
 from alphaq.nouns.settings import Budget, PlanConfig
-from alphaq.planning import Measurements, Request, checked_plan, measure_for_plans, plain_size, resolve
+from alphaq.planning import Measurements, PlanInputs, Request, checked_plan, measure_for_plans, plain_size, resolve
 from alphaq.registry import unknown
 from alphaq.sensitivity.methods import METHODS
 from alphaq.trials.trial import Trials, window_scores
 from alphaq.work.journal import Journal
+from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers, Wrap, silent
 from alphaq.writing.calibrated import Rounding
 
 BASELINE = "uniform"
 REFERENCE = "reference"
 JOURNAL_NAME = "results.jsonl"
-FORMAT_VERSION = 4  # of the journal
+FORMAT_VERSION = 5  # of the journal
 SCRATCH_NAME = ".alphaq-scratch"
 Scores = dict[str, list[WindowScore]]
 Key = tuple[str, float, str]  # method, bits, rounding
@@ -140,10 +141,8 @@ def compare(
             measured = measure_for_plans(
                 checkpoint,
                 asked,
-                wrap=wrap,
-                workers=workers,
-                cache=cache,
-                calibration=calibration,
+                PlanInputs(text=calibration),
+                Resources(workers, cache, wrap),
                 check_budget=False,  # an infeasible budget costs its own row only
             )
             if cache is not None:
@@ -272,7 +271,10 @@ def _runs(
         begin = time.perf_counter()
         try:
             plan = checked_plan(
-                checkpoint, replace(request, config=request.config.model_copy(update=budget)), found, cache
+                checkpoint,
+                replace(request, config=request.config.model_copy(update=budget)),
+                found,
+                Resources(cache=cache),
             )
         except BudgetError as error:
             yield key, None, entry | {"error": str(error)}

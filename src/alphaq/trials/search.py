@@ -23,13 +23,14 @@ from pydantic import BaseModel, ConfigDict
 import alphaq
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.writer import atomic_file
-from alphaq.engines.profile import ROLE_BITS
+from alphaq.engines.profile import ROLE_BITS, Profile
+from alphaq.engines.profiles import ENGINES
 from alphaq.errors import BudgetError
 from alphaq.evaluation.certificate import Estimate, Settings, digest_of, figures
 from alphaq.evaluation.fidelity import read_texts, score_texts, window_beginning
 from alphaq.nouns.plan import Plan, SourceIdentity
 from alphaq.nouns.settings import Budget
-from alphaq.planning import Measurements, Request, make_plan, problem_of
+from alphaq.planning import Measurements, Request, Scope, make_plan, problem_of
 from alphaq.trials.trial import Trials, window_scores
 from alphaq.work.workers import Workers, Wrap, silent
 from alphaq.writing.calibrated import Rounding
@@ -37,7 +38,6 @@ from alphaq.writing.calibrated import Rounding
 Reaches = Literal["within", "estimate", "above"]
 REACHES = get_args(Reaches)
 STEP = 1 / 16
-ENGINE = "native"
 
 
 class _Record(BaseModel):
@@ -145,6 +145,13 @@ def descend(low: int, high: int, reaches: Callable[[int], bool]) -> int:
     return _between(failing, high, reaches)
 
 
+def require_searchable(profile: Profile) -> None:
+    """Raise BudgetError for an engine whose files are not run here."""
+    if not profile.searchable:
+        able = " or ".join(name for name, one in ENGINES.items() if one.searchable)
+        raise BudgetError(f"--ear searches plans for engine {able} only, not for {profile.name}. Use --size.")
+
+
 def search(
     checkpoint: Checkpoint,
     request: Request,
@@ -164,8 +171,7 @@ def search(
     quantized matrices lie meanwhile; the system's temporary folder by default. told: gets each point as it is found.
     Raises BudgetError if even the widest choices do not reach the target, saying what they reach.
     """
-    if request.profile.name != ENGINE:
-        raise BudgetError(f"--ear searches plans for engine {ENGINE} only, not for {request.profile.name}. Use --size.")
+    require_searchable(request.profile)
     if request.config.unweighted:
         raise BudgetError("--unweighted counts matrices, and --ear searches bytes. Drop one or the other.")
     rounding = rounding or Rounding.of(request.profile.name)
@@ -217,7 +223,7 @@ def search(
 def _steps(checkpoint: Checkpoint, request: Request, found: Measurements, step: float) -> tuple[int, int]:
     """First and last step between the narrowest and the widest plan. Raises BudgetError if that is too many."""
     most = request.config.model_copy(update={"budget": Budget(bpw=32.0)})
-    problem = problem_of(checkpoint, replace(request, config=most), found.evidence)
+    problem = problem_of(Scope.of(checkpoint, replace(request, config=most)), found.evidence)
     parameters = sum(matrix.parameters for matrix in checkpoint.planned)
     least, most_bytes = (int(problem.unit_costs.min(axis=1).sum()), int(problem.unit_costs.max(axis=1).sum()))
     low, high = (math.ceil(8 * nbytes / parameters / step - 1e-9) for nbytes in (least, most_bytes))

@@ -24,6 +24,9 @@ SHOWN_CHARACTERS = 80
 POINTER_BEGIN = b"version https://git-lfs.github.com/spec/"
 MAX_POINTER_BYTES = 1023  # of the specification: a pointer is smaller than 1024 bytes
 
+JsonObject = dict[str, Any]
+"""What a stranger's JSON or metadata says, values unchecked: a config, say. What is ours is a record."""
+
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 """Characters that a terminal obeys instead of showing them, changes of the writing direction included."""
@@ -70,9 +73,9 @@ def parse_json(raw: str | bytes, strict: bool = False) -> Any:
     text = raw.decode() if isinstance(raw, bytes) else raw
     if sum(map(text.count, ",[{")) > MAX_JSON_VALUES:
         raise ValueError(f"it has more than {MAX_JSON_VALUES} values")
-    checks: dict[str, Any] = {"parse_constant": _finite, "parse_float": _finite} if strict else {}
+    number = _finite if strict else None
     try:
-        data = json.loads(text, object_pairs_hook=_unique, **checks)
+        data = json.loads(text, object_pairs_hook=_unique, parse_constant=number, parse_float=number)
     except RecursionError:
         raise _too_deep() from None
     level: list[Any] = [[data]]
@@ -93,7 +96,7 @@ def shown(text: object) -> str:
     return repr(whole if len(whole) <= SHOWN_CHARACTERS else f"{whole[:SHOWN_CHARACTERS]}…")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
     if len(pairs) > MANY_KEYS:
         keys = {sys.intern(key): sys.intern(value) if type(value) is str else value for key, value in pairs}
     else:
@@ -112,7 +115,7 @@ def _finite(number: str) -> float:
     return value
 
 
-def _inside(value: dict[str, Any] | list[Any], strict: bool) -> Collection[Any]:
+def _inside(value: JsonObject | list[Any], strict: bool) -> Collection[Any]:
     """What a container holds; ValueError for text that cannot be shown, if that matters."""
     inner = value.values() if isinstance(value, dict) else value
     if strict:

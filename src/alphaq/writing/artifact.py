@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-from alphaq.checkpoint.encodings import Encoding
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import NATIVE_METHOD, Checkpoint, open_checkpoint, open_native
-from alphaq.checkpoint.safetensors_format import TensorInfo
+from alphaq.checkpoint.tensors import Encoding, TensorInfo
 from alphaq.engines.native import NESTED
 from alphaq.engines.native import PROFILE as NATIVE
 from alphaq.engines.output import PLAN_NAME, Output

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from torch import Tensor
 
@@ -23,29 +22,13 @@ from alphaq.engines.export import Stored, stored_in
 from alphaq.engines.output import QuantizeOptions, Record
 from alphaq.engines.profiles import profile
 from alphaq.errors import AlphaQError, CheckpointError, PlanError
-from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
-from alphaq.nouns.quantized import QuantizedMatrix
-from alphaq.quantizers.base import PLAIN, quantizer_of, quantizer_version
-from alphaq.quantizers.gptq import quantize_gptq
-from alphaq.quantizers.learned import quantize_learned
+from alphaq.quantizers.base import FORMERLY, QUANTIZERS, Rounder, looks_at_inputs, offered, rounded_by_inputs
 from alphaq.registry import unknown
 from alphaq.writing.tasks import StoreTask, store
 
-LEVELS = "hqq"  # whose levels are rounded to, where the storage allows: the best of those tried (docs/LOG.md)
 DOUBT = 0.2  # of the mean diagonal, where there are as many tokens as columns (docs/LOG.md)
 ENOUGH, MOST = 2, 131_072  # tokens for each column of an average expert; tokens, unless asked for otherwise
-
-
-class CalibratedQuantizer(Protocol):
-    """Improves on a matrix quantized without inputs, `found`, by the second moments of its inputs."""
-
-    def __call__(
-        self, weight: Tensor, choice: Choice, name: str, hessian: Tensor, found: QuantizedMatrix, /
-    ) -> QuantizedMatrix: ...
-
-
-CALIBRATED: dict[str, CalibratedQuantizer] = {"gptq": quantize_gptq, "learned": quantize_learned}
 
 
 def enough_tokens(checkpoint: Checkpoint) -> int:
@@ -58,7 +41,7 @@ def enough_tokens(checkpoint: Checkpoint) -> int:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How matrices are quantized: `plain` needs no inputs (a name in QUANTIZERS), `calibrated` improves on it."""
+    """How matrices are quantized: `plain` needs no inputs, `calibrated` improves on it; names in QUANTIZERS."""
 
     plain: str
     calibrated: str | None = None
@@ -70,18 +53,19 @@ class Rounding:
     def of(cls, engine: str, name: str | None = None, inputs: Text | Proxy | None = None) -> Rounding:
         """What a user means by a quantizer's name; the engine's usual one without. Raises PlanError, AlphaQError."""
         usual = profile(engine).quantizer
-        known = tuple(dict.fromkeys((usual, *(PLAIN if usual in PLAIN else ()), *CALIBRATED)))
-        if name is not None and name not in known:
-            raise AlphaQError(unknown(f"quantizer of engine {engine}", name, known))
-        if name not in CALIBRATED:
-            if inputs is not None:
-                raise AlphaQError(f"--calibration is of no use to quantizer {name or usual}. Drop it.")
-            return cls(name or usual)
-        if usual == "ggml":
+        if name in FORMERLY:
+            raise AlphaQError(f"Quantizer {name} is called {FORMERLY[name]} now. Use --quantizer {FORMERLY[name]}.")
+        if looks_at_inputs(name) and QUANTIZERS[usual].library is not None:
             raise PlanError(
                 f"Quantizer {name} cannot be used for {engine}, whose types llama.cpp's own code rounds. Drop it, or "
                 "give --imatrix."
             )
+        if name is not None and name not in (known := offered(usual)):
+            raise AlphaQError(unknown(f"quantizer of engine {engine}", name, known))
+        if not looks_at_inputs(name):
+            if inputs is not None:
+                raise AlphaQError(f"--calibration is of no use to quantizer {name or usual}. Drop it.")
+            return cls(name or usual)
         return cls(usual, name, inputs or Text(SELF))
 
     @property
@@ -103,7 +87,7 @@ class Rounding:
     def __str__(self) -> str:
         """Tells apart what leaves other bytes."""
         coded = "coded" if self.coded else ""
-        parts = (self.calibrated, self.plain, self.inputs, quantizer_version(self.plain), coded)
+        parts = (self.calibrated, self.plain, self.inputs, QUANTIZERS[self.plain].version, coded)
         return " ".join(str(part) for part in parts if part)
 
 
@@ -138,7 +122,7 @@ def store_calibrated(
                 round_ = None
             else:
                 moments = _damped_moments(inputs) if moments is None else moments
-                round_ = partial(_rounded, rounding=rounding, moments=moments)
+                round_ = _rounder(rounding, moments)
             record = store(checkpoint, task, round_)
             keep(task, record)
             restored.append(_read_back(checkpoint, task, matrix, stored))
@@ -170,25 +154,15 @@ def _store_by_proxy(
         if not isinstance(matrix, MatrixRef) or choice is None or choice.kept:
             continue
         moments = proxy.diagonal(known, matrix)
-        round_ = partial(_rounded, rounding=rounding, moments=moments)
+        round_ = _rounder(rounding, moments)
         keep(task, store(checkpoint, task, round_))
 
 
-def _rounded(
-    weight: Tensor, choice: Choice, name: str = "matrix", *, rounding: Rounding, moments: Tensor
-) -> QuantizedMatrix:
-    assert rounding.calibrated is not None  # else nobody asks
-    own = rounding.plain
-    if (
-        choice.mix and not choice.nested
-    ):  # their levels are several in a group; what inputs say is which of them are salient
-        importance = moments if moments.ndim == 1 else moments.diagonal()
-        return quantizer_of(own, None if rounding.coded else importance.numpy())(weight, choice, name)
-    if rounding.coded:  # only gptq can be held to bytes
-        return quantize_gptq(weight, choice, name, moments, quantizer_of(own)(weight, choice, name), coded=True)
-    levels = LEVELS if own in PLAIN and choice.bits > 1 and not choice.rate else own
-    found = quantizer_of(levels)(weight, choice, name)
-    return CALIBRATED[rounding.calibrated](weight, choice, name, moments, found)
+def _rounder(rounding: Rounding, moments: Tensor) -> Rounder:
+    """What rounds matrices whose inputs have these second moments."""
+    return partial(
+        rounded_by_inputs, quantizer=rounding.name, plain=rounding.plain, moments=moments, coded=rounding.coded
+    )
 
 
 def _damped_moments(inputs: Inputs) -> Tensor:
@@ -209,7 +183,7 @@ def _too_few(inputs: Inputs, matrix: MatrixRef) -> str:
 def _read_back(checkpoint: Checkpoint, task: StoreTask, matrix: MatrixRef, stored: Mapping[str, Stored]) -> Tensor:
     """What the engine will compute with, float32 [rows, columns]; the original where the engine has another layout."""
     entry = task.entry
-    if entry.form:
+    if entry.form.changes:
         return checkpoint.read(matrix).float()
     assert entry.choice is not None  # it is a matrix
     parts = [

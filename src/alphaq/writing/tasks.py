@@ -17,14 +17,14 @@ from alphaq.checkpoint.files import CHUNK_BYTES, PlainFile
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import DTYPE_NAMES
 from alphaq.checkpoint.writer import Place, checksum, pieces_at, write_at
-from alphaq.engines.export import RAW, Entry, Export, Stored, squared_error_of
+from alphaq.engines.export import Entry, Export, Form, Stored, squared_error_of
 from alphaq.engines.output import Record
 from alphaq.engines.profiles import profile
 from alphaq.errors import CheckpointError, PlanError, QuantizationError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.plan import Plan
-from alphaq.quantizers.base import Quantizer, quantizer_of, sixteen_bits
+from alphaq.quantizers.base import Rounder, rounder_of, sixteen_bits
 from alphaq.quantizers.coding import decode_tensor, is_coded
 from alphaq.quantizers.cutting import CUTS, can_cut, cut, held_form
 from alphaq.quantizers.packing import encode
@@ -94,10 +94,10 @@ def _held_bytes(entry: Entry) -> int:
     """A kept tensor is copied in chunks, unless its values change on the way; then it is held, twice at most."""
     if isinstance(entry.source, MatrixRef):
         return 2 * entry.source.parameters
-    return max(CHUNK_BYTES, 2 * sum(place.nbytes for place in entry.places)) if entry.form else CHUNK_BYTES
+    return max(CHUNK_BYTES, 2 * sum(place.nbytes for place in entry.places)) if entry.form.changes else CHUNK_BYTES
 
 
-def store(checkpoint: Checkpoint, task: StoreTask, quantizer: Quantizer | None = None) -> Record:
+def store(checkpoint: Checkpoint, task: StoreTask, quantizer: Rounder | None = None) -> Record:
     """Make one entry and put it at its places, unless it is there already; returns its manifest entry.
 
     quantizer: instead of the task's own; its squared errors are taken anew, from what the engine will read.
@@ -124,16 +124,14 @@ def _is_there(task: StoreTask) -> bool:
     return task.found is not None and checksum(pieces_at(task.folder, task.entry.places)) == task.found.blake2b
 
 
-def _made(
-    checkpoint: Checkpoint, task: StoreTask, quantizer: Quantizer | None = None
-) -> tuple[list[memoryview], float]:
+def _made(checkpoint: Checkpoint, task: StoreTask, quantizer: Rounder | None = None) -> tuple[list[memoryview], float]:
     """The bytes of a quantized matrix, and its relative error."""
     entry, source = task.entry, task.entry.source
     assert entry.choice is not None and isinstance(source, MatrixRef)  # a matrix always has one
     if quantizer is None and task.quantizer == CUTS and (found := _cut(checkpoint, task)) is not None:
         block, relative_error = found
         return [_bytes_of(block)], relative_error
-    writer, own = profile(task.engine).writer, quantizer_of(task.quantizer, task.importance)
+    writer, own = profile(task.engine).writer, rounder_of(task.quantizer, task.importance)
     weight = writer.convert(checkpoint.read(source), entry.form, checkpoint)
     tensors, error = _quantized(weight, entry.choice, entry.name, writer, quantizer or own)
     if quantizer is not None and not entry.choice.kept:
@@ -239,11 +237,11 @@ def _written(task: StoreTask, data: Iterable[memoryview], relative_error: float 
     )
 
 
-def kept_pieces(checkpoint: Checkpoint, engine: str, tensor: str, form: str) -> Iterator[memoryview]:
+def kept_pieces(checkpoint: Checkpoint, engine: str, tensor: str, form: Form) -> Iterator[memoryview]:
     """The bytes to store for a tensor that is kept: its own, unless they are encoded or the engine wants others."""
     shard = checkpoint.shard_of[tensor]
     info = checkpoint.shards[shard][tensor]
-    if form != RAW and (form or info.encoding is not None):
+    if not form.raw and (form.changes or info.encoding is not None):
         return iter([_bytes_of(profile(engine).writer.convert(checkpoint.tensor(tensor), form, checkpoint))])
     return checkpoint.file(shard).chunks(info.begin, info.nbytes)
 
@@ -268,7 +266,7 @@ def _kept_record(kept: Path) -> Record | None:
 
 
 def _quantized(
-    weight: torch.Tensor, choice: Choice, name: str, writer: Export, quantizer: Quantizer
+    weight: torch.Tensor, choice: Choice, name: str, writer: Export, quantizer: Rounder
 ) -> tuple[Sequence[torch.Tensor], float]:
     """The tensors to store and their Σ(w − ŵ)²."""
     if choice.kept:

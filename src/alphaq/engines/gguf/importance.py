@@ -7,13 +7,13 @@ all of them: gate for up, where a fused operation hid one; `ffn_gate_up_exps` of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from alphaq.checkpoint.imatrix import ImportanceMatrix
+from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.gguf.model import TensorRecipe, gguf_tensors
+from alphaq.engines.importance import Importance
 from alphaq.errors import CheckpointError
 from alphaq.nouns.matrix import Role
 
@@ -25,28 +25,8 @@ _ONE_INPUT = (
     ("attn_q", "attn_k", "attn_v", "attn_qkv"),
     ("attn_q_a", "attn_kv_a_mqa", "attn_q"),
 )
-SHOWN = 3  # of the tensors without an entry
 _SELDOM_THERE = (Role.EMBEDDING, Role.HEAD)
 """llama-imatrix sees no inputs of the embedding, and leaves out the head's unless it is asked for it."""
-
-
-@dataclass(frozen=True)
-class Importance:
-    """columns: of each matrix, float32 [columns], mean 1. missing: GGUF tensors that nothing is known of, those that a
-    plan is about first."""
-
-    columns: dict[str, np.ndarray] = field(default_factory=dict)
-    missing: tuple[str, ...] = ()
-
-    def note(self, name: str) -> str | None:
-        """What a user should know of the importance matrix `name`."""
-        if not self.missing:
-            return None
-        more = f" and {len(self.missing) - SHOWN} more" if len(self.missing) > SHOWN else ""
-        return (
-            f"{name} has no entry for {', '.join(self.missing[:SHOWN])}{more}: all columns count alike there. "
-            "llama-imatrix leaves out what its text did not reach; a longer text may reach it"
-        )
 
 
 def importance_of(checkpoint: Checkpoint, given: ImportanceMatrix) -> Importance:

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from alphaq.checkpoint.formulas import current, evaluated, looked_up
-from alphaq.checkpoint.gguf_format import GgufValue
-from alphaq.checkpoint.gguf_mapping import GgufKey, GgufMapping, GgufTensorRule
-from alphaq.checkpoint.gguf_rope import KIND, llama3_factors
+from alphaq.checkpoint.families.formulas import current, evaluated, looked_up
+from alphaq.checkpoint.gguf.mapping import GgufKey, GgufMapping, GgufTensorRule
+from alphaq.checkpoint.gguf.rope import KIND, llama3_factors
+from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.effective import settings_of
 from alphaq.engines.gguf.package import general_metadata

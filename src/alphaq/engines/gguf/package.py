@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from alphaq.checkpoint.files import check_link, is_file, read_json
-from alphaq.checkpoint.gguf_format import GgufValue
+from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.checkpoint.side_files import MOST_SIDE_BYTES, TEMPLATE_FOLDER
 from alphaq.errors import MissingExtraError
 from alphaq.work.untrusted import read_bounded

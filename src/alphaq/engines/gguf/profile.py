@@ -14,19 +14,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alphaq.checkpoint.gguf_format import ALIGNMENT_KEY, GgufTensor, GgufValue, layout, read_gguf
-from alphaq.checkpoint.gguf_source import READABLE_TYPES
+from alphaq.checkpoint.gguf.format import ALIGNMENT_KEY, GgufTensor, layout, read_gguf
+from alphaq.checkpoint.gguf.source import READABLE_TYPES
+from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
 from alphaq.checkpoint.writer import Place
 from alphaq.engines.effective import settings_of
-from alphaq.engines.export import RAW, Entry, Export, Layout, Rows, Run, Stored
+from alphaq.engines.export import AS_IT_IS, RAW, Entry, Export, Form, Layout, Rows, Run, Stored
+from alphaq.engines.gguf.importance import importance_of
 from alphaq.engines.gguf.library import Llama
 from alphaq.engines.gguf.model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
 from alphaq.engines.gguf.package import package
 from alphaq.engines.gguf.tokenizer import tokens_left_out
 from alphaq.engines.profile import Profile
 from alphaq.errors import CheckpointError, ChoiceError, PlanError
+from alphaq.formats.gaussian import GAUSSIAN_ERROR
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.ggml import GGML_BLOCKS
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
@@ -45,38 +48,6 @@ ROLE_BITS = {
 }
 
 ALIGNMENT_BYTES = 32
-
-# Σ(w − ŵ)²/Σw² by `str(choice)`, of 512×1024 standard normal weights (NumPy's default_rng(0), float32) quantized
-# by llama.cpp's own ggml_quantize_chunk (xllamacpp 2026.10) with an importance matrix of ones. The scale of the
-# weights does not matter. Without an importance matrix the error of some types is larger: 0.339 for IQ1_M.
-GAUSSIAN_ERROR: dict[str, float] = {
-    "IQ1_S": 0.236,
-    "IQ1_M": 0.204,
-    "IQ2_XXS": 0.118,
-    "IQ2_XS": 0.0897,
-    "IQ2_S": 0.0619,
-    "Q2_K": 0.0718,
-    "IQ3_XXS": 0.0330,
-    "IQ3_S": 0.0188,
-    "Q3_K": 0.0209,
-    "IQ4_XS": 0.00571,
-    "IQ4_NL": 0.00561,
-    "Q4_0": 0.00665,
-    "Q4_1": 0.00488,
-    "Q4_K": 0.00500,
-    "Q5_0": 0.00164,
-    "Q5_1": 0.00114,
-    "Q5_K": 0.00125,
-    "Q6_K": 0.000299,
-    "Q8_0": 0.0000287,
-    "16": 0.0,
-}
-
-
-def gaussian_errors(choices: Sequence[Choice]) -> np.ndarray:
-    """Relative errors on Gaussian weights, float64 [choices]: of matrices that are not measured."""
-    return np.array([GAUSSIAN_ERROR[str(choice)] for choice in choices])
-
 
 TYPE_OF_BITS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0", 16: "16"}
 
@@ -185,18 +156,17 @@ def _entry(
         whole = (info.dtype, info.encoding, recipe.transform, source.transposed) == (type, None, "", False)
         if type in GGML_BLOCKS or not (whole and source.index is None and info.shape == source.shape):
             choice = Choice.parse(type) if type in GGML_BLOCKS else Choice(16)
-            cast = "" if choice.scheme or source.dtype == type else f">{type}"  # experts may differ in their dtype
-            return Entry(source.name, source, choice, (place,), parts, recipe.transform + cast)
+            cast = "" if choice.scheme or source.dtype == type else type  # experts may differ in their dtype
+            return Entry(source.name, source, choice, (place,), parts, Form(recipe.transform, cast))
     info = checkpoint.info(own)
     same = info.encoding is None and info.dtype == type and not recipe.transform
-    return Entry(own, own, None, (place,), parts, "" if same else f"{recipe.transform}>{type}")
+    return Entry(own, own, None, (place,), parts, AS_IT_IS if same else Form(recipe.transform, type))
 
 
-def convert(values: torch.Tensor, form: str, checkpoint: Checkpoint) -> torch.Tensor:
-    """Values laid out as llama.cpp wants them (`transform`), and in another type (`transform>type`)."""
-    transform, _, type = form.partition(">")
-    values = transformed(transform, values, settings_of(checkpoint)) if transform else values
-    return values.to(TORCH_DTYPES[type]) if type else values
+def convert(values: torch.Tensor, form: Form, checkpoint: Checkpoint) -> torch.Tensor:
+    """Values laid out as llama.cpp wants them, and cast."""
+    values = transformed(form.transform, values, settings_of(checkpoint)) if form.transform else values
+    return values.to(TORCH_DTYPES[form.dtype]) if form.dtype else values
 
 
 _known_metadata: dict[tuple[str, ...], dict[str, GgufValue]] = {}
@@ -298,10 +268,12 @@ PROFILE = Profile(
     storage_bytes=storage_bytes,
     file_bytes=lambda matrix, choice: storage_bytes(choice, matrix.shape),
     role_bits=ROLE_BITS,
-    joint=True,
     kept_bytes=kept_bytes,
     obstacle=obstacle,
+    joint=True,
     quantizer="ggml",
+    library="gguf",
+    importance=importance_of,
     export=Export(
         layout=file_layout,
         encode=lambda matrix: (matrix.codes,),
@@ -315,5 +287,6 @@ PROFILE = Profile(
         from_gguf=True,
         notes=notes,
         run=Run("llama.cpp", logits, tolerance=0.15),
+        type_file=type_file,
     ),
 )

@@ -16,9 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from alphaq.checkpoint.files import open_file
-from alphaq.checkpoint.gguf_format import GgufValue
-from alphaq.checkpoint.reader import read_json
+from alphaq.checkpoint.files import open_file, read_json
+from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.engines.gguf.package import package, special_tokens
 from alphaq.errors import CheckpointError, MissingExtraError
 

@@ -1,0 +1,1 @@
+"""Families of models: how they name their tensors, what their configs mean, how they route."""

@@ -1,0 +1,1 @@
+"""GGUF files: their format, how families map onto it, opening one as a checkpoint."""

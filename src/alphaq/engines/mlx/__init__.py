@@ -1,0 +1,1 @@
+"""MLX: affine groups, and a config.json as mlx-lm reads it."""

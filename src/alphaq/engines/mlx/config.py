@@ -1,0 +1,59 @@
+"""What mlx-lm must read in config.json: settings that it has a default of its own for, and those of older names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.engines.effective import model_settings, settings_of
+from alphaq.engines.settings import ROPE, family_settings, require_settings
+from alphaq.errors import ArchitectureError
+from alphaq.nouns.foreign import JsonObject
+
+NAME = "mlx"
+
+
+def told(checkpoint: Checkpoint) -> JsonObject:
+    """Settings as mlx-lm must read them, where config.json says otherwise or nothing.
+
+    It says nothing of a rotary base or a type that it does not find. Raises ArchitectureError for what cannot be told.
+    """
+    found = _of_experts(checkpoint) if checkpoint.architecture.num_experts_keys else _of_dense(checkpoint)
+    return {key: value for key, value in found.items() if checkpoint.config.get(key) != value}
+
+
+def _of_experts(checkpoint: Checkpoint) -> JsonObject:
+    """Settings that are carried, the number of experts by the name that mlx-lm looks for, and rotary ones."""
+    known, config = family_settings(NAME, checkpoint.architecture), require_settings(checkpoint, NAME)
+    found = {key: config[key] for key in known.carried if config.get(key) is not None}
+    found[checkpoint.architecture.num_experts_keys[0]] = checkpoint.architecture.experts_per_layer(checkpoint.config)
+    rope = {key: value for key, value in (config.get(ROPE) or {}).items() if value is not None and key != "type"}
+    if rope:
+        found["rope_theta"] = rope.pop("rope_theta", None)
+        found["rope_scaling"] = _scaling(rope)
+    return found
+
+
+def _of_dense(checkpoint: Checkpoint) -> JsonObject:
+    """Every setting of the family's class, and rotary ones by their older names."""
+    settings = settings_of(checkpoint)
+    found = {key: settings[key] for key in model_settings(checkpoint) if settings.get(key) is not None}
+    rope = found.pop(ROPE, None) or settings.get(ROPE)
+    parts: Any = {} if rope is None else rope
+    if isinstance(parts, dict) and isinstance(local := parts.get("sliding_attention"), dict):
+        found["rope_local_base_freq"] = local.get("rope_theta")
+        parts = parts.get("full_attention")
+    if not isinstance(parts, dict):
+        raise ArchitectureError(f"config.json: {ROPE} is {rope!r:.80}, not an object. Restore the original file.")
+    parts = {key: value for key, value in parts.items() if value is not None and not isinstance(value, dict)}
+    found["rope_theta"] = parts.pop("rope_theta", None)
+    parts.pop("type", None)
+    found["rope_scaling"] = _scaling(parts)
+    return found
+
+
+def _scaling(rope: JsonObject) -> JsonObject | None:
+    """Rotary parameters under their older name, the type under both names; None for the usual embedding."""
+    rest = dict(rope)
+    kind = rest.pop("rope_type", "default")
+    return None if kind == "default" else {"type": kind, "rope_type": kind, **rest}

@@ -1,0 +1,197 @@
+"""What is measured of the matrices themselves: spectra, errors at each choice, and what methods ask for beside.
+
+Where matrices share a choice, their errors are only needed in sum: of a large unit some matrices are measured, of each
+some rows, and they stand for the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
+from alphaq.formats.gaussian import gaussian_errors
+from alphaq.measuring.measurement import Measured, Sampling, Wanted, measure
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import MatrixRef
+from alphaq.nouns.spectrum import Spectrum
+from alphaq.planning.formula import expected_error
+from alphaq.planning.scope import Scope
+from alphaq.quantizers.base import QUANTIZERS, SAMPLE_VALUES
+from alphaq.spectra.measure import Stats
+from alphaq.spectra.variants import SpectrumVariant
+from alphaq.work.resources import Resources
+
+SAMPLE_MEMBERS = 32  # matrices of a unit whose errors are measured
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """How the matrices of a scope are measured.
+
+    stats: spectra that a user gave in place of the weights'. probes: names in `PROBES`. importance: float32 [columns]
+    by matrix; digest: what tells errors by it, and by this version of the quantizer, from others.
+    """
+
+    scope: Scope
+    stats: Stats | None
+    probes: tuple[str, ...]
+    importance: Mapping[str, np.ndarray]
+    digest: str
+
+    @classmethod
+    def of(cls, scope: Scope, stats: Stats | None, probes: tuple[str, ...], imatrix: ImportanceMatrix | None) -> Survey:
+        """A survey by the importance matrix that a user gave, if any."""
+        importance = scope.request.profile.importance_of(scope.checkpoint, imatrix).columns
+        digest = f"{QUANTIZERS[scope.request.profile.quantizer].version} {imatrix.digest if imatrix else ''}".strip()
+        return cls(scope, stats, probes, importance, digest)
+
+    @cached_property
+    def rounded(self) -> tuple[Choice, ...]:
+        """Choices whose errors are measured; those of the others come from a formula."""
+        config, choices = self.scope.request.config, self.scope.request.choices
+        if config.noise != "measured":
+            return ()
+        return tuple(choice for choice in choices if not choice.kept or config.codec is not None)
+
+    @cached_property
+    def _measurable(self) -> dict[frozenset[Choice], frozenset[Choice]]:
+        return {}
+
+    def measurable(self, matrix: MatrixRef) -> frozenset[Choice]:
+        """Choices at which a matrix' errors are measured."""
+        open_to = self.scope.open_to(matrix)
+        return self._measurable.setdefault(open_to, open_to.intersection(self.rounded))
+
+    def sampling(self, units: Mapping[str, list[MatrixRef]]) -> Sampling:
+        """Of each unit some matrices, and fewer rows of each the more there are."""
+        drawn = {
+            matrix.name: self.measurable(matrix)
+            for unit, members in units.items()
+            for matrix in random.Random(unit).sample(members, min(len(members), SAMPLE_MEMBERS))
+        }
+        values = SAMPLE_VALUES // min(max(map(len, units.values())), SAMPLE_MEMBERS)
+        request = self.scope.request
+        return Sampling(request.profile.quantizer, values, drawn, self.importance, self.digest, request.config.codec)
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixTable:
+    """What was measured of the planned matrices.
+
+    errors: Σ(w − ŵ)² [matrices, choices]. deviations: relative standard error of their unit's sum. energies: Σw²
+    [matrices]. coded: bytes once entropy-coded, int64 [matrices, choices]; None without a codec. probes:
+    by their names.
+    """
+
+    spectra: dict[str, Spectrum]
+    errors: np.ndarray
+    deviations: np.ndarray
+    energies: np.ndarray
+    coded: np.ndarray | None
+    probes: dict[str, tuple[object, ...]]
+
+
+@dataclass(frozen=True)
+class _Row:
+    spectrum: Spectrum
+    errors: list[float]
+    deviations: list[float]
+    coded: list[int]
+
+
+def measure_planned(survey: Survey, resources: Resources) -> MatrixTable:
+    """Measure the planned matrices, leaving out what the cache knows."""
+    scope, units = survey.scope, survey.scope.members()
+    config, planned = scope.request.config, scope.planned
+    variant = None if survey.stats is not None else SpectrumVariant(config.spectrum, config.tail)
+    wanted = Wanted(variant, survey.rounded, survey.sampling(units), survey.probes)
+    measured = measure(scope.checkpoint, planned, wanted, resources)
+    probes: dict[str, list[object]] = {probe: [] for probe in survey.probes}
+    rows = []
+    for matrix, one in zip(planned, resources.wrap(measured, len(planned), "measure"), strict=True):
+        rows.append(_row(survey, matrix, one))
+        for probe, record in one.probes.items():
+            probes[probe].append(record)
+    spectra = {matrix.name: row.spectrum for matrix, row in zip(planned, rows, strict=True)}
+    energies = np.array([row.spectrum.mean_square for row in rows]) * [matrix.parameters for matrix in planned]
+    errors, deviations = np.array([row.errors for row in rows]), np.array([row.deviations for row in rows])
+    return MatrixTable(
+        spectra,
+        *_by_unit(units, {name: number for number, name in enumerate(spectra)}, errors, deviations, energies),
+        energies,
+        None if config.codec is None else np.array([row.coded for row in rows], np.int64),
+        {probe: tuple(records) for probe, records in probes.items()},
+    )
+
+
+def _row(survey: Survey, matrix: MatrixRef, measured: Measured) -> _Row:
+    """One matrix' numbers at every choice: measured, from a formula, or NaN where others of its unit stand for it."""
+    errors, parameters, choices = measured.squared_errors, matrix.parameters, survey.scope.request.choices
+    spectrum = measured.spectrum or (survey.stats.spectra[matrix.name] if survey.stats is not None else None)
+    assert spectrum is not None  # measured unless given
+    if math.isnan(spectrum.mean_square):  # only α is known
+        mean_square = errors.energy / parameters
+        spectrum = replace(spectrum, variance=mean_square, mean_square=mean_square)
+    energy, measurable = spectrum.mean_square * parameters, survey.measurable(matrix)
+    return _Row(
+        spectrum,
+        [
+            errors.expected.get(one, np.nan) if one in measurable else expected_error(spectrum, one, energy, parameters)
+            for one in choices
+        ],
+        [errors.deviation.get(one, 0.0) for one in choices],
+        [errors.coded.get(one) or one.storage_bytes(matrix.shape) for one in choices if errors.coded],
+    )
+
+
+def measure_joined(survey: Survey, resources: Resources) -> dict[str, np.ndarray]:
+    """Σ(w − ŵ)²/Σw² [choices] of the matrices that share the budget; nothing if errors come from a formula."""
+    scope, choices = survey.scope, survey.scope.request.choices
+    if not survey.rounded or not scope.joined:
+        return {}
+    open_to = {matrix.name: survey.measurable(matrix) for matrix in scope.joined}
+    quantizer = scope.request.profile.quantizer
+    sampling = Sampling(quantizer, SAMPLE_VALUES, open_to, survey.importance, survey.digest)
+    wanted = Wanted(None, survey.rounded, sampling)
+    # A device is for spectra, of which none are wanted.
+    measured = measure(scope.checkpoint, scope.joined, wanted, replace(resources, device="cpu"))
+    shown: Iterator[Measured] = iter(resources.wrap(measured, len(scope.joined), "measure the rest"))
+    usual = gaussian_errors(choices)
+    relative = {}
+    for matrix, one in zip(scope.joined, shown, strict=True):
+        errors, energy = one.squared_errors.expected, one.squared_errors.energy or 1.0
+        pairs = zip(choices, usual, strict=True)
+        relative[matrix.name] = np.array([errors[c] / energy if c in errors else error for c, error in pairs])
+    return relative
+
+
+def _by_unit(
+    units: Mapping[str, list[MatrixRef]],
+    places: Mapping[str, int],
+    errors: np.ndarray,
+    deviations: np.ndarray,
+    energies: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Errors [matrices, choices] of matrices left out of the sample (NaN) from those of their unit, in proportion to
+    their energy; and the relative standard error [matrices, choices] of their unit's sum. places: rows by name."""
+    errors, relative = errors.copy(), np.zeros_like(errors)
+    for members in units.values():
+        rows = np.array([places[matrix.name] for matrix in members])
+        drawn = rows[np.isfinite(errors[rows]).all(axis=1)]
+        total, energy = errors[drawn].sum(axis=0), energies[drawn].sum()
+        ratio = total / energy if energy > 0 else np.zeros(errors.shape[1])
+        missing = np.setdiff1d(rows, drawn)
+        spread = np.square(deviations[drawn]).sum(axis=0)
+        if len(missing):  # and how much the members differ, as far as they were not all seen
+            misses = errors[drawn] - ratio * energies[drawn, None]
+            bessel = len(drawn) / max(1, len(drawn) - 1)
+            spread = spread + np.square(misses).sum(axis=0) * bessel * len(missing) / len(rows)
+        relative[rows] = np.sqrt(spread) / np.where(total > 0, total, 1.0)
+        errors[missing] = ratio * energies[missing, None]
+    return errors, relative

@@ -1,0 +1,183 @@
+"""What a request decides of a checkpoint, resolved once: what is planned, joined, fixed, and must share a choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.engines.profile import Profile
+from alphaq.errors import BudgetError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import MatrixRef, Role
+from alphaq.nouns.settings import Rule
+from alphaq.planning.request import Request
+
+
+@dataclass(frozen=True)
+class Units:
+    """What must share a choice, in the model's order. owner: int [matrices], the unit of each. layers: int [units], −1
+    outside layers."""
+
+    names: tuple[str, ...]
+    owner: np.ndarray
+    layers: np.ndarray
+
+    @classmethod
+    def of(cls, profile: Profile, matrices: Sequence[MatrixRef]) -> Units:
+        """The units that matrices make up in an engine."""
+        of_matrix = [profile.unit_of(matrix) for matrix in matrices]
+        # In the model's order, not the files': shards sort layer 10 before layer 2.
+        in_order = sorted(range(len(matrices)), key=lambda number: matrices[number].place)
+        names = tuple(dict.fromkeys(of_matrix[number] for number in in_order))
+        numbers = {name: number for number, name in enumerate(names)}
+        owner = np.array([numbers[unit] for unit in of_matrix])
+        layers = np.full(len(names), -1)
+        for number, matrix in zip(owner, matrices, strict=True):
+            layers[number] = -1 if matrix.layer is None else matrix.layer
+        return cls(names, owner, layers)
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """Every matrix that a plan says something of.
+
+    planned: those that methods weigh, the routed experts or, without any, the MLPs. joined: of other roles, whose
+    choices share the budget. fixed: choices of all others that are quantized, by name. pinned: what the last pin that
+    names a planned matrix says, by its name.
+    """
+
+    checkpoint: Checkpoint
+    request: Request
+    planned: Sequence[MatrixRef]
+    joined: Sequence[MatrixRef]
+    fixed: Mapping[str, Choice]
+    pinned: Mapping[str, Choice]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, request: Request) -> Scope:
+        """Raises BudgetError for a width that was asked for and cannot be stored, or a pin that names nothing."""
+        profile, planned = request.profile, checkpoint.planned
+        others = profile.roles - {checkpoint.planned_role}
+        outside = [matrix for matrix in checkpoint.matrices if matrix.role in others]
+        by_role = _asked_by_role(checkpoint, request, outside)
+        pins = _pins(request, planned, outside)
+        fixed, joined = {}, []
+        for matrix in outside:
+            asked = pins.get(matrix.name, by_role.get(matrix.role))
+            if asked is not None:
+                fixed[matrix.name] = _as_asked(profile, asked, matrix)
+            elif matrix.role in profile.on_request:
+                continue
+            elif request.joint and any(profile.obstacle(offered, matrix) is None for offered in request.offered):
+                joined.append(matrix)
+            else:
+                usual = request.choice(str(profile.role_bits[matrix.role]))
+                fixed[matrix.name] = next_storable(profile, usual, matrix)
+        pinned = {matrix.name: pins[matrix.name] for matrix in planned if matrix.name in pins}
+        return cls(checkpoint, request, planned, joined, fixed, pinned)
+
+    @cached_property
+    def matrices(self) -> list[MatrixRef]:
+        """Those that the budget decides on: the planned ones, then the joined ones."""
+        return [*self.planned, *self.joined]
+
+    @cached_property
+    def units(self) -> Units:
+        """Of `matrices`."""
+        return Units.of(self.request.profile, self.matrices)
+
+    def members(self) -> dict[str, list[MatrixRef]]:
+        """The planned matrices by the unit that they belong to."""
+        members: dict[str, list[MatrixRef]] = {}
+        for matrix in self.planned:
+            members.setdefault(self.request.profile.unit_of(matrix), []).append(matrix)
+        return members
+
+    def storable(self, matrix: MatrixRef) -> frozenset[Choice]:
+        """Choices of the request that the engine can store a matrix in."""
+        kind = (matrix.shape, matrix.role, matrix.projection)
+        if kind not in self._storable:
+            obstacle = self.request.profile.obstacle
+            self._storable[kind] = frozenset(one for one in self.request.choices if obstacle(one, matrix) is None)
+        return self._storable[kind]
+
+    def open_to(self, matrix: MatrixRef) -> frozenset[Choice]:
+        """What a matrix may take, bounds aside: its pin, or what is offered, as far as the engine can store it."""
+        kind = self.storable(matrix), self.pinned.get(matrix.name)
+        if kind not in self._open:  # most are alike, and there may be 70,000 matrices
+            storable, pin = kind
+            self._open[kind] = storable & (self.request.offered if pin is None else {pin})
+        return self._open[kind]
+
+    def size_bytes(self, choices: Mapping[str, Choice]) -> int:
+        """Bytes of all weight files, headers included, with matrices at these choices."""
+        return self.request.profile.writer.layout(self.checkpoint, {**self.fixed, **choices}).size_bytes
+
+    @cached_property
+    def _storable(self) -> dict[tuple[object, ...], frozenset[Choice]]:
+        return {}
+
+    @cached_property
+    def _open(self) -> dict[tuple[frozenset[Choice], Choice | None], frozenset[Choice]]:
+        return {}
+
+
+def _asked_by_role(checkpoint: Checkpoint, request: Request, outside: Sequence[MatrixRef]) -> dict[Role, Choice]:
+    """The choices that a user named for whole roles outside the budget."""
+    asked = request.config.roles()
+    present = {matrix.role for matrix in outside}
+    for role in (asked.keys() & request.profile.on_request) - present:
+        raise _stored_nowhere(checkpoint, role)
+    return {role: request.choice(str(bits)) for role, bits in asked.items() if role in present}
+
+
+def _pins(request: Request, planned: Sequence[MatrixRef], outside: Sequence[MatrixRef]) -> dict[str, Choice]:
+    """What the last pin that names a matrix says, by the matrix' name."""
+    pins: dict[str, Choice] = {}
+    for rule in request.config.pins:
+        named = [matrix.name for matrix in (*planned, *outside) if rule.matches(matrix)]
+        if not named:
+            raise names_nothing(rule, "--pin", planned)
+        pins |= dict.fromkeys(named, request.choice(rule.value))
+    return pins
+
+
+def _as_asked(profile: Profile, choice: Choice, matrix: MatrixRef) -> Choice:
+    """The choice. Raises BudgetError if the engine cannot store the matrix so."""
+    if why := profile.obstacle(choice, matrix):
+        raise BudgetError(
+            f"{profile.name} cannot store {matrix.name} as {choice}: {why}. Keep it with "
+            f"--pin '{matrix.name}=16', or drop the width asked for."
+        )
+    return choice
+
+
+def next_storable(profile: Profile, choice: Choice, matrix: MatrixRef) -> Choice:
+    """The choice itself, or the smallest of at least its bits that the engine can store the matrix in."""
+    if profile.obstacle(choice, matrix) is None:
+        return choice
+    wider = [other for other in profile.choices if other.bits >= choice.bits and not profile.obstacle(other, matrix)]
+    return min(wider, key=lambda other: profile.storage_bytes(other, matrix.shape))
+
+
+def names_nothing(rule: Rule, option: str, matrices: Sequence[MatrixRef]) -> BudgetError:
+    """The error of a rule that names none of the matrices that it could name."""
+    return BudgetError(
+        f"{option} {rule.pattern!r} names no matrix of the budget. Write a projection (down), a role (expert) or "
+        f"a glob on names such as {matrices[0].name!r}."
+    )
+
+
+def _stored_nowhere(checkpoint: Checkpoint, role: Role) -> BudgetError:
+    """What a user may do who named a width for a role that has no matrix of its own."""
+    tied = {Role.HEAD: Role.EMBEDDING, Role.EMBEDDING: Role.HEAD}.get(role)
+    if tied is None or not checkpoint.with_role(tied):
+        return BudgetError(f"{checkpoint.name} stores no {role.value}. Drop --{role.value}-bits.")
+    return BudgetError(
+        f"{checkpoint.name} stores no {role.value} of its own: it is tied to the {tied.value}. Use "
+        f"--{tied.value}-bits, which is for both, in place of --{role.value}-bits."
+    )
