@@ -17,7 +17,7 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from alphaq.work.cluster import Node, batches, choose
+from alphaq.work.batches import Node, batches, choose
 
 HERE = Path(__file__).parent
 ASSUMED = {

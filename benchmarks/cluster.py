@@ -95,10 +95,10 @@ def drive(address: str, folder: Path, apart: bool) -> dict[str, Any]:
     """Measure and quantize all matrices of a checkpoint on the cluster; this process's memory at each stage."""
     from alphaq import pipeline
     from alphaq.checkpoint.reader import open_checkpoint
+    from alphaq.measuring.resources import Resources
     from alphaq.nouns.settings import Budget, PlanConfig
     from alphaq.planning import resolve
     from alphaq.work.cluster import RayWorkers
-    from alphaq.work.resources import Resources
 
     before = private_mib()
     checkpoint = open_checkpoint(folder)
@@ -122,7 +122,7 @@ def drive(address: str, folder: Path, apart: bool) -> dict[str, Any]:
         planned = private_mib()
         out = folder.parent / f"out-{os.getpid()}"
         begin = time.perf_counter()
-        pipeline.quantize(checkpoint, plan, out, wrap, workers)
+        pipeline.quantize(checkpoint, plan, out, resources=pipeline.Resources(workers, wrap=wrap))
         seconds = time.perf_counter() - begin
         told = workers.told
     shutil.rmtree(out)

@@ -9,6 +9,8 @@ from typing import Any
 
 from common import alternate, markdown_table, parser, save
 
+from alphaq.formats.table import parse_choice
+
 TITLE = "Entropy coding"
 ABOUT = """\
 Codes of 1408 × 2048 Gaussian weights, as `alphaq quantize` stores them (`3g128`) and as it rounds them for coded files
@@ -27,14 +29,14 @@ def run(name: str, shape: tuple[int, int]) -> dict[str, Any]:
     import torch
     import zstandard
 
-    from alphaq.nouns.choice import Choice
+    from alphaq.formats.blocks import encode
+    from alphaq.formats.coding import _block_planes, decode_tensor, encode_tensor
+    from alphaq.formats.packing import unpack
     from alphaq.quantizers.base import rounder_of
-    from alphaq.quantizers.coding import _block_planes, decode_tensor, encode_tensor
-    from alphaq.quantizers.packing import encode, unpack
     from alphaq.simd.sums import in_threads
 
     torch.manual_seed(0)
-    choice = Choice.parse(name)
+    choice = parse_choice(name)
     matrix = rounder_of("debiased")(torch.randn(shape), choice)
     block = encode(matrix)
     coded = encode_tensor(block)

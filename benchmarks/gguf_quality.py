@@ -23,16 +23,17 @@ from stock_mixes import stock_types
 from alphaq import pipeline
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.gguf.model import gguf_tensors
+from alphaq.formats.ggml import GGML_BLOCKS
 from alphaq.measuring.cache import Cache
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.ggml import GGML_BLOCKS
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.ggml import blocks_of, quantize_ggml
-from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers
 
 TITLE = "GGUF at equal size"
@@ -64,9 +65,9 @@ def stock_plan(checkpoint: Checkpoint, recipe: str) -> Plan:
 def as_stock(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
     """What llama.cpp makes of a matrix without an importance matrix."""
     rows, columns = weight.shape
-    _, block, nbytes = GGML_BLOCKS[choice.scheme]
+    _, block, nbytes = GGML_BLOCKS[choice.name]
     codes = np.empty((rows, columns // block * nbytes), np.uint8)
-    blocks_of(weight.float().contiguous().numpy(), choice.scheme, None, codes)
+    blocks_of(weight.float().contiguous().numpy(), choice.name, None, codes)
     return QuantizedMatrix(choice, (rows, columns), torch.from_numpy(codes), None, None, 0.0)
 
 
@@ -78,12 +79,14 @@ def fidelity(checkpoint: Checkpoint, plan: Plan, texts: list[Path], quantizer: A
         with TemporaryDirectory() as scratch:
             out = Path(scratch) / "out"
             with Workers(1, checkpoint) as workers:  # in this process, where the quantizer was exchanged
-                written = pipeline.quantize(checkpoint, plan, out, workers=workers, check=False)
-            found = pipeline.evaluate(out, texts, checkpoint.folder, max_tokens=tokens, dtype="float32")
+                written = pipeline.quantize(
+                    checkpoint, plan, out, pipeline.WriteOptions(check=False), pipeline.Resources(workers)
+                )
+            found = pipeline.evaluate(out, Scoring(texts=tuple(texts), max_tokens=tokens), checkpoint.folder)
     finally:
         QUANTIZERS["ggml"] = usual
     assert found.mean_kl is not None  # there is a reference
-    kept = {"size_bytes": written["size_bytes"], "kl": found.mean_kl, "perplexity": found.geomean_perplexity}
+    kept = {"size_bytes": written.size_bytes, "kl": found.mean_kl, "perplexity": found.geomean_perplexity}
     return kept | {"texts": {name: one.kl for name, one in found.texts.items()}}
 
 

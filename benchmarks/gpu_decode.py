@@ -23,7 +23,10 @@ import torch
 from common import machine, markdown_table, parser, results_folder, versions
 from torch.nn.functional import linear, silu
 
-from alphaq.nouns.choice import BLOCK_HEADER_BYTES, Choice
+from alphaq.formats.blocks import native_format
+from alphaq.formats.native import HEADER_BYTES
+from alphaq.formats.table import storage_bytes
+from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Shape
 from alphaq.runtime.packed import PackedWeights
 
@@ -73,11 +76,11 @@ class Row:
 
 def random_block(choice: Choice, shape: Shape) -> torch.Tensor:
     """A valid block with random codes and zero points, on the GPU."""
-    codes, offsets, scales = choice.parts(shape)
+    codes, offsets, scales, _ = native_format(choice).parts(choice, shape)
     header = struct.pack("<2sBBHHII", b"AQ", 1, choice.bits, choice.group_size, int(choice.symmetric), *shape)
-    block = torch.randint(256, (choice.storage_bytes(shape),), dtype=torch.uint8, device="cuda")
-    block[:BLOCK_HEADER_BYTES] = torch.tensor(list(header), dtype=torch.uint8)
-    start = BLOCK_HEADER_BYTES + codes + offsets
+    block = torch.randint(256, (storage_bytes(choice, shape),), dtype=torch.uint8, device="cuda")
+    block[:HEADER_BYTES] = torch.tensor(list(header), dtype=torch.uint8)
+    start = HEADER_BYTES + codes + offsets
     values = (torch.rand(scales // 2, device="cuda") * 0.01 + 0.005).half()
     block[start : start + scales] = values.view(torch.uint8)
     block[start + scales :] = 0

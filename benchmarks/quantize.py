@@ -18,10 +18,10 @@ from hqq.core.quantize import Quantizer
 from safetensors import safe_open
 
 import alphaq
+from alphaq.formats.blocks import dequantize
 from alphaq.nouns.choice import Choice
 from alphaq.quantizers.debiased import quantize_mse
 from alphaq.quantizers.hqq import NORM, lp_objective, quantize_hqq
-from alphaq.quantizers.packing import dequantize
 
 TITLE = "Quantizing"
 GROUP_SIZE = 128

@@ -24,6 +24,8 @@ from typing import Any
 
 from common import SCRATCH, markdown_table, parser, results_folder, save
 
+from alphaq.formats.table import parse_choice
+
 TITLE = "Methods on real weights"
 METHODS = "uniform,auto,auto:check=false,alphaq,alphaq:gamma=-1,distortion,mint,kurtosis,outlier,stable-rank,random"
 WIDTHS = (3.0, 3.5, 4.0)
@@ -36,22 +38,15 @@ def equal_bytes(model: Path, given: Any, scratch: Path) -> Iterator[dict[str, An
     """A row for each method and budget."""
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.measuring.cache import Cache
-    from alphaq.nouns.settings import Budget, PlanConfig
-    from alphaq.trials.compare import compare
+    from alphaq.measuring.resources import Resources
+    from alphaq.nouns.scoring import Scoring
+    from alphaq.trials.compare import Comparison, compare
 
     checkpoint = open_checkpoint(model)
+    comparison = Comparison(given.methods.split(","), WIDTHS[:1] if given.quick else WIDTHS)
+    scoring = Scoring(texts=given.text, max_tokens=given.max_tokens, skip_tokens=given.skip_tokens)
     with Cache(scratch / "cache", {"model": checkpoint.fingerprint}) as cache:
-        rows = compare(
-            checkpoint,
-            given.methods.split(","),
-            WIDTHS[:1] if given.quick else WIDTHS,
-            given.text,
-            scratch / "compared",
-            PlanConfig(budget=Budget(bits=WIDTHS[0])),
-            max_tokens=given.max_tokens,
-            skip_tokens=given.skip_tokens,
-            cache=cache,
-        )
+        rows = compare(checkpoint, comparison, scoring, scratch / "compared", Resources(cache=cache))
     for row in rows:
         yield {
             "model": model.name,
@@ -70,21 +65,20 @@ def harm(model: Path, given: Any) -> dict[str, Any]:
     import torch
     from scipy.stats import spearmanr
 
+    from alphaq.calibration.divergence import divergences
     from alphaq.calibration.tokens import model_prefix, read_windows
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.evaluation.fidelity import read_texts
     from alphaq.measuring.measurement import restored
-    from alphaq.nouns.choice import Choice
     from alphaq.nouns.settings import Budget, PlanConfig
     from alphaq.planning import measure_for_plans, resolve
-    from alphaq.planning.check import divergences
 
     checkpoint = open_checkpoint(model)
     ids = torch.cat(
         [read_windows(model, text, HARM_LENGTH, HARM_WINDOWS * HARM_LENGTH) for text in read_texts(given.text).values()]
     )
     rounding = partial(restored, checkpoint, quantizer="debiased", importance={})
-    matrices, probe = checkpoint.planned[:4] if given.quick else checkpoint.planned, Choice.parse(PROBE)
+    matrices, probe = checkpoint.planned[:4] if given.quick else checkpoint.planned, parse_choice(PROBE)
     found: list[float] = []
     for first in range(0, len(matrices), AT_ONCE):
         alone = [{matrix.name: probe} for matrix in matrices[first : first + AT_ONCE]]

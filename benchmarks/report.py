@@ -39,7 +39,7 @@ LOADS = 5
 def synthetic_plan(layers: int, experts: int) -> Plan:
     """A plan as `alphaq plan` would write it for such a model."""
     generator = np.random.default_rng(0)
-    choices = [choice for choice in PROFILE.defaults if not choice.mix and choice.bits <= 8]
+    choices = [choice for choice in PROFILE.defaults if not choice.name and choice.bits <= 8]
     keys = [(layer, expert, part) for layer in range(layers) for expert in range(experts) for part in SHAPES]
     names = [f"model.layers.{layer + 1}.mlp.experts.{expert}.{part}_proj.weight" for layer, expert, part in keys]
     depth = np.array([layer / layers for layer, _, _ in keys])

@@ -25,7 +25,7 @@ from typing import Any
 
 from common import HERE, PAUSE_S, SCRATCH, markdown_table, parser, results_folder, save
 
-from alphaq.nouns.ggml import GGML_BLOCKS
+from alphaq.formats.ggml import GGML_BLOCKS
 
 TITLE = "Running quantized models on the CPU"
 DEMO_MODEL = HERE.parent / "src" / "alphaq" / "data" / "tiny"

@@ -21,8 +21,8 @@ from synthetic import Dimensions, write_checkpoint
 
 from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.formats.ggml import GGML_BLOCKS
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.ggml import GGML_BLOCKS
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.base import QUANTIZERS
@@ -97,10 +97,10 @@ SHAPES: dict[str, tuple[Dimensions, Dimensions]] = {  # real, quick
 
 def draw(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
     """What llama.cpp's quantizer gives, for types whose codes may be anything: the scale and then random bytes."""
-    if choice.scheme not in DRAWN:
+    if choice.name not in DRAWN:
         return quantize_ggml(weight, choice, name)
     rows, columns = weight.shape
-    _, block, nbytes = GGML_BLOCKS[choice.scheme]
+    _, block, nbytes = GGML_BLOCKS[choice.name]
     codes = np.random.default_rng(len(name)).integers(256, size=(rows, columns // block, nbytes), dtype=np.uint8)
     codes[:, :, :2] = np.frombuffer(SCALE.tobytes(), np.uint8)
     return QuantizedMatrix(choice, (rows, columns), torch.from_numpy(codes.reshape(rows, -1)), None, None, 0.0)
@@ -111,7 +111,9 @@ def write_drawn(source: Path, plan: Path, out: Path) -> None:
     QUANTIZERS["ggml"] = replace(QUANTIZERS["ggml"], function=draw)
     checkpoint = open_checkpoint(source)
     with Workers(1, checkpoint) as workers:  # in this process, where the quantizer was exchanged
-        pipeline.quantize(checkpoint, Plan.read(plan), out, workers=workers, check=False)
+        pipeline.quantize(
+            checkpoint, Plan.read(plan), out, pipeline.WriteOptions(check=False), pipeline.Resources(workers)
+        )
 
 
 def main() -> None:

@@ -55,9 +55,9 @@ def run(layers: int, processes: int | None, quick: bool, scratch: Path) -> dict[
     """One artifact, planned for, cut, and copied."""
     from alphaq import pipeline
     from alphaq.checkpoint.reader import open_checkpoint
+    from alphaq.measuring.resources import Resources
     from alphaq.nouns.settings import Budget, PlanConfig, Rule
     from alphaq.planning import PlanInputs, make_plan, measure_for_plan, resolve
-    from alphaq.work.resources import Resources
     from alphaq.work.workers import Workers, sensible_count
     from alphaq.writing.artifact import known_alphas, nested_choices, open_artifact, own_pins
 
@@ -69,7 +69,7 @@ def run(layers: int, processes: int | None, quick: bool, scratch: Path) -> dict[
     with Workers(sensible_count(opened.nbytes), opened) as workers:
         request = resolve(PlanConfig(budget=Budget(bits=4), choices="4g128-nest", method="alphaq"))
         plan = make_plan(opened, request, measure_for_plan(opened, request, resources=Resources(workers)))
-        pipeline.quantize(opened, plan, artifact, workers=workers)
+        pipeline.quantize(opened, plan, artifact, resources=Resources(workers))
     shutil.rmtree(source)
     checkpoint, held = open_artifact(artifact)
     pins = tuple(Rule.parse(pin, "--pin") for pin in own_pins(checkpoint, held))
@@ -92,8 +92,15 @@ def run(layers: int, processes: int | None, quick: bool, scratch: Path) -> dict[
         plan = planned()
         seconds = {
             "plan": timed(planned, fresh),
-            "write": timed(lambda: pipeline.quantize(checkpoint, plan, out, workers=workers, check=False), fresh),
-            "write and re-read": timed(lambda: pipeline.quantize(checkpoint, plan, out, workers=workers), fresh),
+            "write": timed(
+                lambda: pipeline.quantize(
+                    checkpoint, plan, out, pipeline.WriteOptions(check=False), pipeline.Resources(workers)
+                ),
+                fresh,
+            ),
+            "write and re-read": timed(
+                lambda: pipeline.quantize(checkpoint, plan, out, resources=pipeline.Resources(workers)), fresh
+            ),
         }
     sliced = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     seconds["copy"] = timed(lambda: copy(artifact, out), fresh)

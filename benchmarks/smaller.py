@@ -31,20 +31,22 @@ class Bench:
     def __init__(self, model: Path, texts: list[Path], max_tokens: int, skip_tokens: int, scratch: Path) -> None:
         from alphaq.checkpoint.reader import open_checkpoint
         from alphaq.evaluation.fidelity import Remembered, read_texts
+        from alphaq.nouns.scoring import Scoring
         from alphaq.runtime.loading import load_model
 
         self.model, self.scratch = model, scratch
         self.checkpoint = open_checkpoint(model)
         self.reference_model, self.tokenizer = load_model(model, "float32")
         self.reference = Remembered(self.reference_model)
-        self.texts, self.settings = read_texts(texts), {"max_tokens": max_tokens, "skip_tokens": skip_tokens}
+        self.texts = read_texts(texts)
+        self.scoring = Scoring(max_tokens=max_tokens, skip_tokens=skip_tokens)
 
     def plan(self, checkpoint: Any = None, **settings: Any) -> Any:
         """A plan, measured for as the command line does."""
         from alphaq.measuring.cache import Cache
+        from alphaq.measuring.resources import Resources
         from alphaq.nouns.settings import PlanConfig
         from alphaq.planning import make_plan, measure_for_plan, resolve
-        from alphaq.work.resources import Resources
 
         source = checkpoint or self.checkpoint
         request = resolve(PlanConfig(**settings))
@@ -55,11 +57,13 @@ class Bench:
     def quantized(self, plan: Any, name: str, checkpoint: Any = None, quantizer: str | None = None) -> Path:
         """The folder that a plan makes."""
         from alphaq import pipeline
-        from alphaq.writing.calibrated import Rounding
+        from alphaq.writing.rounding import Rounding
 
         folder = self.scratch / name
         rounding = Rounding.of("native", quantizer)
-        pipeline.quantize(checkpoint or self.checkpoint, plan, folder, check=False, rounding=rounding)
+        pipeline.quantize(
+            checkpoint or self.checkpoint, plan, folder, pipeline.WriteOptions(rounding=rounding, check=False)
+        )
         return folder
 
     def row(self, kind: str, folder: Path) -> dict[str, Any]:
@@ -69,7 +73,7 @@ class Bench:
         from alphaq.runtime.loading import load_model
 
         model, _ = load_model(folder, "float32")
-        scores = dict(score_texts(model, self.tokenizer, self.texts, self.reference, **self.settings))
+        scores = dict(score_texts(model, self.tokenizer, self.texts, self.scoring, self.reference))
         found = [summarize_windows(one, True) for one in scores.values()]
         output = Output(folder)
         planned = {matrix.name for matrix in self.checkpoint.planned}

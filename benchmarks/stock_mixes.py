@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from alphaq.nouns.ggml import GGML_BLOCKS
+from alphaq.formats.ggml import GGML_BLOCKS
 
 BASE: dict[str, str] = {
     **dict.fromkeys(("Q3_K_S", "Q3_K_M", "Q3_K_L"), "Q3_K"),

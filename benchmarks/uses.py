@@ -16,6 +16,7 @@ from statistics import mean
 from alphaq import pipeline
 from alphaq.calibration.traffic import Expert, ExpertUse
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.planning.evidence import measure_for_plan
@@ -34,7 +35,9 @@ def divergence(source: Checkpoint, bits: float, measured: Measurements) -> float
     plan = pipeline.make_plan(source, resolve(PlanConfig(budget=Budget(bits=bits))), measured)
     with tempfile.TemporaryDirectory() as scratch:
         pipeline.quantize(source, plan, Path(scratch) / "out")
-        found = pipeline.evaluate(Path(scratch) / "out", TEXTS, source.folder, max_tokens=TOKENS)
+        found = pipeline.evaluate(
+            Path(scratch) / "out", Scoring(texts=tuple(TEXTS), max_tokens=TOKENS, dtype="auto"), source.folder
+        )
     return mean(text.kl for text in found.texts.values() if text.kl is not None)
 
 

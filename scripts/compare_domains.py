@@ -17,10 +17,12 @@ from pathlib import Path
 from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.measuring.cache import Cache
+from alphaq.measuring.resources import Resources
+from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import PlanInputs, make_plan, measure_for_plan, plain_size, resolve
-from alphaq.trials.compare import Row, compare
-from alphaq.work.resources import Resources
+from alphaq.trials.compare import Comparison, compare
+from alphaq.trials.results import Row
 
 DATA_FREE = ("uniform", "random", "first-layers", "distortion", "alphaq", "alphaq:gamma=-1", "auto")
 CALIBRATED = ("pmq", "hessian", "mse-output")
@@ -37,22 +39,19 @@ def main() -> None:
     domains = {name: Path(path) for name, _, path in (text.partition("=") for text in given.domain)}
     bits = [float(width) for width in given.bits.split(",")]
     checkpoint = open_checkpoint(given.model)
+    scoring = Scoring(texts=tuple(domains.values()), max_tokens=given.max_tokens, skip_tokens=Text.tokens)
     rows: dict[str, list[Row]] = {}
     for name, path in {"": None, **domains}.items():
         methods = CALIBRATED if name else DATA_FREE
         with Cache(given.output / "cache", {"model": checkpoint.fingerprint}) as cache:
-            rows[name] = compare(
-                checkpoint,
+            comparison = Comparison(
                 methods if not name else ("uniform", *methods),
                 bits,
-                list(domains.values()),
-                given.output / (name or "data-free"),
                 PlanConfig(budget=Budget(bits=bits[0]), choices="1,2,3,4"),
                 None if path is None else Text(path),
-                max_tokens=given.max_tokens,
-                skip_tokens=Text.tokens,
-                cache=cache,
             )
+            out = given.output / (name or "data-free")
+            rows[name] = compare(checkpoint, comparison, scoring, out, Resources(cache=cache))
     report = summarize(rows, domains, bits)
     report["agreement"] = agreement(checkpoint, domains, bits, given.output / "cache")
     (given.output / "domains.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

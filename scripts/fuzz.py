@@ -46,18 +46,19 @@ from alphaq.checkpoint.summary import summarize
 from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.checkpoint.weights import read_shards
 from alphaq.errors import AlphaQError
+from alphaq.formats.blocks import decode, dequantized_rows, encode
+from alphaq.formats.coding import PREFIX_BYTES, block_header, decode_tensor, decoded_info, encode_tensor
+from alphaq.formats.ggml import GGML_TYPES
+from alphaq.formats.table import parse_choice, storage_bytes
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.ggml import GGML_TYPES
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import PlanInputs, make_plan, measure_for_plan, resolve
 from alphaq.quantizers.base import rounder_of
-from alphaq.quantizers.coding import PREFIX_BYTES, block_header, decode_tensor, decoded_info, encode_tensor
-from alphaq.quantizers.packing import decode, dequantized_rows, encode
 from alphaq.report.explanation import explain_plan, explanation_tables
 from alphaq.spectra.measure import read_stats
 from alphaq.work.untrusted import parse_json
-from alphaq.writing.tasks import plan_choices
+from alphaq.writing.planned import plan_choices
 
 SLOW_S = 1.0
 HANGS_S = 20
@@ -581,13 +582,13 @@ def packed_target(folder: Path) -> Target:
         head = [Token("mark", b"AQ"), number_token("B", 1), number_token("B", choice.bits)]
         head += [number_token("H", choice.group_size), number_token("H", int(choice.symmetric))]
         head += [number_token("I", rows), number_token("I", columns)]
-        return [*head, *(Token("B", b"\x3c") for _ in range(choice.storage_bytes((rows, columns)) - 16))]
+        return [*head, *(Token("B", b"\x3c") for _ in range(storage_bytes(choice, (rows, columns)) - 16))]
 
     def run(raw: bytes) -> None:
         matrix = decode(torch.from_numpy(np.frombuffer(raw, np.uint8).copy()))
         assert torch.isfinite(dequantized_rows(matrix, slice(0, matrix.shape[0]))).all()
 
-    choices = [Choice.parse(text) for text in ("1g32", "2g32", "3g64", "4g128s", "8g32", "1g32s")]
+    choices = [parse_choice(text) for text in ("1g32", "2g32", "3g64", "4g128s", "8g32", "1g32s")]
     seeds = [block(choice, *shape) for choice in choices for shape in ((2, 3), (3, 33), (1, 65))]
     return Target(seeds, {width: number(width) for width in "BHI"}, plain, run)
 
@@ -616,7 +617,7 @@ def coded_target(folder: Path) -> Target:
 
     drawn = torch.Generator().manual_seed(0)
     texts = ("8g128s@2", "4g32-nest", "3g64s", "2g128-slim", "1g128-pb2")
-    blocks = [Choice.parse(text) for text in texts]
+    blocks = [parse_choice(text) for text in texts]
     tensors = [torch.randn(16, 256, generator=drawn).round() for _ in blocks]
     seeds = [tokens(encode(rounder_of("debiased")(one, choice))) for one, choice in zip(tensors, blocks, strict=True)]
     seeds += [tokens(tensors[0].to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.int64)]

@@ -16,7 +16,7 @@ import transformers
 from flips import ENGINES, FLIPS, named_setting, refusal, save_flipped
 
 from alphaq.checkpoint.families.architecture import architectures
-from alphaq.engines.settings import family_settings
+from alphaq.engines.assumptions.tables import family_settings
 
 PAGE = Path(__file__).parents[1] / "docs" / "engines" / "settings.md"
 HEAD = """# Settings by engine
@@ -36,7 +36,7 @@ compressed-tensors, and by vLLM itself in `make test-vllm`; what vLLM carries wa
 GPTQModel fills transformers' own class. This page is written by `scripts/settings_table.py`.
 
 Whether an engine computes with one model what it should, with any setting, is what
-`alphaq verify OUT --source MODEL --run` shows.
+`alphaq verify OUT --reference MODEL --run` shows.
 """
 
 
@@ -65,7 +65,7 @@ def fixed_rows(engine: str) -> Iterator[str]:
     for family in FLIPS:
         known = family_settings(engine, architectures()[family])
         rules = "; ".join(f"`{name}`: {rule}" for name, rule in sorted(known.fixed.items()))
-        kinds = ", ".join(sorted(known.rope))
+        kinds = ", ".join(sorted(known.lines.rope))
         if not known.everything:
             yield f"| {family} | {kinds} | {rules} |"
 

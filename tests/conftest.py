@@ -184,13 +184,13 @@ def alphaq(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
 
 def read_back(folder: Path, source: Any) -> dict[str, torch.Tensor]:
     """Every matrix and kept tensor of an output by its name in the source, as the engine's own library reads it."""
-    from alphaq import pipeline
     from alphaq.checkpoint.files import PlainFile
     from alphaq.engines.output import Output
+    from alphaq.writing.planned import plan_choices
 
     opened = Output(folder)
     values = {}
-    for entry in opened.profile.writer.layout(source, pipeline.plan_choices(opened.plan, source)).entries:
+    for entry in opened.profile.writer.layout(source, plan_choices(opened.plan, source)).entries:
         stored = [opened.stored[tensor] for tensor, _ in entry.parts]
         parts = [
             one.typed(PlainFile(folder / place.file).read(place.begin, place.nbytes))

@@ -23,9 +23,9 @@ PARSED_ONLY = {
     r"(model-bf16|some-other-\S+)\.gguf": "needs a GGUF file from elsewhere",
     r"certify .*--tasks": "needs the extra eval; tests/evaluation/test_tasks.py runs it",
     r"compare .*--skip-tokens (16384|24000)": "needs longer texts than those bundled, and hours",
-    r"--cluster ray|(s3|gs|hf)://": "needs a cluster or a store; tests/test_cluster.py and tests/checkpoint run them",
+    r"--cluster ray|(s3|gs|hf)://": "needs a cluster or a store; test_cluster.py and tests/checkpoint run them",
     r"plot KIND RUN": "a synopsis",
-    r"^alphaq demo": "tests/test_cli.py runs it",
+    r"^alphaq demo": "tests/cli/test_cli.py runs it",
     r"from gptqmodel import": "needs GPTQModel, which asks for another torch",
 }
 """Commands (and Python) that the tests read but do not run: a pattern of the text, and why."""
@@ -125,7 +125,9 @@ def options_of(command: Any) -> set[str]:
 
 def every_option() -> set[str]:
     """Options of any command."""
-    return {"--version"}.union(*(options_of(one) for one in command_line().commands.values()))
+    return {"--version", "--install-completion", "--show-completion"}.union(
+        *(options_of(one) for one in command_line().commands.values())
+    )
 
 
 def parsed(line: str) -> tuple[str, dict[str, Any]]:
@@ -139,10 +141,13 @@ def parsed(line: str) -> tuple[str, dict[str, Any]]:
 
 def check_command(line: str) -> None:
     """Raise if `alphaq …` names a command, option or value that does not exist, or lacks one it must have."""
-    from alphaq.cli.options import plan_config, plan_settings
+    from alphaq.cli.inputs import Inputs
+    from alphaq.cli.options import Asked
+    from alphaq.cli.planning import plan_config
     from alphaq.cli.plot import KINDS
-    from alphaq.nouns.choice import CODECS
-    from alphaq.nouns.settings import PlanConfig
+    from alphaq.formats.versions import CODECS
+    from alphaq.nouns.option import settings_of
+    from alphaq.nouns.settings import Budget, PlanConfig
     from alphaq.quantizers.base import QUANTIZERS
     from alphaq.registry import lookup
     from alphaq.sensitivity.methods import method
@@ -160,20 +165,11 @@ def check_command(line: str) -> None:
     if name == "recode":
         lookup("--codec", dict.fromkeys(CODECS), given["codec"])
     if name in ("plan", "slice", "quantize") and not given.get("plan_file"):
-        names = command_names(plan_settings)
-        settings = {key: given.get(key) for key in names} | {"stats": None, "imatrix": None}
-        settings |= {key: given.get(key) or False for key in ("symmetric", "unweighted", "per_layer")}
-        if settings["calibration"] is not None:
-            settings["calibration"] = "self"  # a file that is not here
-        if given.get("ear") is not None:
-            settings["bpw"] = 4.0
-        plan_config(settings, with_model=given.get("model", "") is not None)
-
-
-def command_names(function: Any) -> list[str]:
-    from inspect import signature
-
-    return list(signature(function).parameters)
+        settings = settings_of(PlanConfig)
+        asked = Asked(PlanConfig, {key: given.get(one.parameter, one.default) for key, one in settings.items()}, {})
+        inputs = Inputs(calibration=given.get("calibration") and "self")  # a file would not be here
+        budget = None if given.get("ear") is None else Budget(bpw=4.0)
+        plan_config(asked, inputs, given.get("model", "") is not None, budget)
 
 
 def slug(heading: str) -> str:

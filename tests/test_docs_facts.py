@@ -22,14 +22,14 @@ from alphaq.engines.gguf import model as gguf_model
 from alphaq.engines.output import Manifest, Record
 from alphaq.engines.profiles import ENGINES
 from alphaq.evaluation.certificate import Certificate, ModelIdentity, Settings, TaskFigures, Tasks, TextFigures
+from alphaq.formats import coding
 from alphaq.formats.versions import NATIVE_FORMAT_VERSION
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan, PlanTable, RateDistortion
 from alphaq.nouns.settings import PlanConfig
-from alphaq.quantizers import coding
-from alphaq.quantizers.base import SAMPLE_VALUES
+from alphaq.quantizers.rounded import SAMPLE_VALUES
 from alphaq.spectra.measure import COLUMNS, PANEL_VALUES
-from alphaq.trials.compare import Row
+from alphaq.trials.results import Row
 from alphaq.trials.search import Curve, Point
 from alphaq.work import untrusted
 from conftest import ROOT, Ran
@@ -206,7 +206,7 @@ def test_the_layers_in_contributing_are_the_contract_s() -> None:
     layers = contract["tool"]["importlinter"]["contracts"][0]["layers"]
     told = re.search(r"\n    (cli > [^\n]*(?:\n    [^\n]+)*)", CONTRIBUTING)
     assert told
-    assert re.split(r"\s*>\s*", " ".join(told[1].split())) == [re.sub(r" *\| *", ", ", layer) for layer in layers]
+    assert re.split(r"\s*>\s*", " ".join(told[1].split())) == [re.sub(r" *[|:] *", ", ", layer) for layer in layers]
 
 
 def test_every_room_is_described() -> None:
@@ -271,6 +271,7 @@ TEXT_FREE = [
     "recode",
     "slice",
     "verify",
+    "cache",
 ]
 WITH_TEXT = ["card", "certify", "eval", "generate", "report", "plot", "compare", "demo"]
 
@@ -316,11 +317,12 @@ def keys_of(alphaq: Callable[..., Ran], command: str, made: Mapping[str, Path], 
         "engines": ("engines",),
         "methods": ("methods",),
         "quantizers": ("quantizers",),
+        "cache": ("cache",),
         "explain": ("explain", out / "plan.json"),
         "quantize": ("quantize", model, *fast, "-o", scratch / "again"),
         "recode": ("recode", out, "--codec", "zstd", "-o", scratch / "coded"),
         "slice": ("slice", out, *fast, "-o", scratch / "slice"),
-        "verify": ("verify", out, "--source", model, "--workers", 1),
+        "verify": ("verify", out, "--reference", model, "--workers", 1),
     }
     yield printed(alphaq, *calls[command])
     if command == "quantize":

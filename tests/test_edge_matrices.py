@@ -23,6 +23,7 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.profiles import ENGINES
 from alphaq.errors import BudgetError, QuantizationError, SpectrumError
 from alphaq.measuring.cache import Cache
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.settings import Blocks, Budget, PlanConfig, Tail
@@ -39,7 +40,6 @@ from alphaq.simd.sums import sums
 from alphaq.spectra.device import device_spectra
 from alphaq.spectra.measure import spectrum
 from alphaq.spectra.variants import SpectrumVariant
-from alphaq.work.resources import Resources
 from conftest import DATA, Ran, read_back
 from runnable import save_runnable
 
@@ -345,7 +345,7 @@ def test_edge_matrices_go_through_every_stage(alphaq: Run, tmp_path: Path, sourc
     assert_finite(written, "plan")
     assert set(written["neutral"]) == undefined
     succeeded(alphaq("quantize", folder, "--plan", plan, "-o", out, "--json"))
-    assert succeeded(alphaq("verify", out, "--source", folder, "--json"))["ok"]
+    assert succeeded(alphaq("verify", out, "--reference", folder, "--json"))["ok"]
     checkpoint = open_checkpoint(folder)
     originals = {matrix.name: checkpoint.read(matrix).float() for matrix in checkpoint.matrices}
     for name, values in read_back(out, checkpoint).items():

@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from alphaq import pipeline
 from alphaq.checkpoint import writer
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import CheckpointError, JournalError
 from alphaq.work.journal import Journal
-from alphaq.writing import tasks as quantization
+from alphaq.writing import quantizing, storing
 from injection import (
     CACHE_LOCKED,
     CLOCK,
@@ -138,7 +137,7 @@ def place(bench: Bench) -> Iterator[Place]:
 
 def test_a_second_run_is_told_which_process_has_the_output(bench: Bench, place: Place) -> None:
     def arm() -> None:
-        pipeline.write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)  # type: ignore[assignment]
+        quantizing.write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)  # type: ignore[assignment]
 
     told = []
     run(QUANTIZE, place, arm, lambda process: told.append((process, run(QUANTIZE, place))))
@@ -170,7 +169,7 @@ def test_weights_changed_behind_an_equal_time_are_not_published(alphaq: Any, pla
     """Neither stamp nor size tell; re-reading against the source does, and the next run begins anew."""
     shard = next(place.model.glob("*.safetensors"))
     data, times = shard.read_bytes(), shard.stat().st_mtime_ns
-    real = pipeline.write_manifest
+    real = quantizing.write_manifest
 
     def change(*arguments: Any) -> None:
         real(*arguments)
@@ -180,7 +179,7 @@ def test_weights_changed_behind_an_equal_time_are_not_published(alphaq: Any, pla
         os.utime(shard, ns=(times, times))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "write_manifest", change)
+        patch.setattr(quantizing, "write_manifest", change)
         failed = alphaq(*QUANTIZE.arguments(place))
     assert failed.code == 2
     assert place.made() is None
@@ -195,21 +194,21 @@ def test_what_did_not_reach_the_disk_is_written_again(
 ) -> None:
     """After a failed fsync the lost pages may read well from memory, so that a second fsync proves nothing."""
     found: list[Any] = []
-    real_store, real_sync = quantization.store, writer._sync
+    real_store, real_sync = storing.store, writer._sync
 
     def sync(path: Path) -> None:
         monkeypatch.setattr(writer, "_sync", real_sync)
         raise OSError(5, "Input/output error")
 
     def store(checkpoint: Any, task: Any) -> Any:
-        found.append(task.found)
+        found.append(task.earlier)
         return real_store(checkpoint, task)
 
     monkeypatch.setattr(writer, "_sync", sync)
     failed = alphaq(*QUANTIZE.arguments(place))
     assert failed.code == 2
     assert "Input/output error" in failed.err
-    monkeypatch.setattr(quantization, "store", store)
+    monkeypatch.setattr(storing, "store", store)
     assert alphaq(*QUANTIZE.arguments(place)).code == 0
     assert set(found) == {None}
     assert place.made() == bench.expected[QUANTIZE]
@@ -220,7 +219,7 @@ def test_a_disk_too_small_is_told_before_the_work(alphaq: Any, place: Place, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    monkeypatch.setattr(quantization, "store", None)
+    monkeypatch.setattr(storing, "store", None)
     ran = alphaq(*QUANTIZE.arguments(place))
     assert ran.code == 2
     assert "No space left on device. Free space and repeat the command" in ran.err

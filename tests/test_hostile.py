@@ -25,11 +25,11 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec, layout, read_header
 from alphaq.checkpoint.weights import read_shards
 from alphaq.errors import LONGEST_MESSAGE, AlphaQError, CheckpointError, PlanError
-from alphaq.measuring.cache import Cache
-from alphaq.nouns.choice import Choice
+from alphaq.formats.blocks import decode, encode, native_format
+from alphaq.formats.table import parse_choice
+from alphaq.measuring.cache import Cache, Entry
 from alphaq.nouns.plan import Plan
 from alphaq.quantizers.debiased import quantize_debiased
-from alphaq.quantizers.packing import decode, encode
 from alphaq.work.untrusted import parse_json
 from conftest import Ran
 
@@ -358,7 +358,7 @@ def test_code_in_a_checkpoint_is_never_run(
     assert {path.relative_to(out).as_posix() for path in out.rglob("*.py")} == named
     for folder in (copy, out):
         assert alphaq("generate", folder, "def", "--max-new-tokens", 1).code == 0
-    assert alphaq("verify", out, "--source", copy).code == 0
+    assert alphaq("verify", out, "--reference", copy).code == 0
     assert not marker.exists()
 
 
@@ -457,7 +457,7 @@ def test_a_tensor_s_name_is_never_a_path(alphaq: Run, copy: Path, tmp_path: Path
 
 
 def block(text: str = "2g32", shape: tuple[int, int] = (3, 33)) -> torch.Tensor:
-    return encode(quantize_debiased(torch.randn(shape), Choice.parse(text)))
+    return encode(quantize_debiased(torch.randn(shape), parse_choice(text)))
 
 
 def packed_header(bits: int, group_size: int, flags: int, rows: int, columns: int, version: int = 1) -> bytes:
@@ -492,8 +492,8 @@ def test_a_hostile_block_is_refused(raw: bytes) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_scales_that_are_no_numbers_are_refused(text: str, bad: float) -> None:
     sound = block(text)
-    choice = Choice.parse(text)
-    codes, offsets, _ = choice.parts((3, 33))
+    choice = parse_choice(text)
+    codes, offsets, *_ = native_format(choice).parts(choice, (3, 33))
     hostile = sound.clone()
     at = 16 + codes + offsets
     hostile[at : at + 2] = torch.tensor([bad], dtype=torch.float16).view(torch.uint8)
@@ -539,7 +539,7 @@ def test_a_hostile_importance_matrix_is_refused(tmp_path: Path, raw: bytes) -> N
 
 def test_damaged_lines_of_the_cache_are_measured_anew(tmp_path: Path) -> None:
     with Cache(tmp_path, {"a": "b"}) as cache:
-        cache.add("sound", None, {"2g32": (1.0, 0.0)})
+        cache.add(Entry("sound", {"2g32": (1.0, 0.0)}))
         journal = cache.path / "measurements.jsonl"
     lines = ({}, {"name": 1}, {"name": "a", "errors": 3}, {"name": "a", "errors": {}, "spectrum": {"alpha": "x"}})
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines) + journal.read_text() + "[" * 100_000 + "\n")

@@ -25,6 +25,17 @@ class ArchitectureError(CheckpointError):
     """The model's architecture is unknown, or its files do not match what its config promises."""
 
 
+class PassError(CheckpointError):
+    """Tokens cannot pass through the model. reason: why, without the remedy, which depends on what the pass is for."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"{reason} Use --method alphaq, or another that needs no forward pass.")
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return type(self), (self.reason,)
+
+
 class SpectrumError(AlphaQError):
     """A matrix has no defined tail exponent (too few positive eigenvalues, or not finite)."""
 
@@ -93,3 +104,8 @@ class MissingExtraError(AlphaQError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), self.given  # a worker sends it by what it was made of
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -16,9 +17,34 @@ PIPED_WIDTH, WIDEST = 120, 400
 err = Console(stderr=True)
 
 
+def set_quiet(quiet: bool) -> bool:
+    """Whether only errors and warnings go to stderr from now on."""
+    err.quiet = quiet
+    return quiet
+
+
+def tell(line: str) -> None:
+    """Say something on stderr, as it is."""
+    err.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def note(*lines: str) -> None:
+    """Say what a user should know."""
+    for line in lines:
+        tell(f"note: {line}")
+
+
+def complain(line: str) -> None:
+    """Say what is wrong, however quiet it is to be."""
+    quiet = err.quiet
+    set_quiet(False)
+    tell(line)
+    set_quiet(quiet)
+
+
 def progress(items: Iterable[T], total: int, label: str) -> Iterable[T]:
     """Yield the items under a bar with rate and time left, on stderr; plainly where that is no terminal."""
-    if not err.is_terminal:
+    if err.quiet or not err.is_terminal:
         yield from items
         return
     columns = (
@@ -41,7 +67,9 @@ def _as_json(record: object) -> object:
     """A frozen record as an object of its fields."""
     if is_dataclass(record) and not isinstance(record, type):
         return asdict(record)
-    raise TypeError(f"{type(record).__name__} is no JSON")
+    if isinstance(record, BaseModel):
+        return record.model_dump(mode="json")
+    raise TypeError(f"{type(record).__name__} is not JSON")
 
 
 def show(as_json: bool, data: Any, *parts: Any) -> None:

@@ -14,9 +14,9 @@ from alphaq.calibration.stream import HollowModel, model_class
 from alphaq.calibration.traffic import PROBE, gather
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import CheckpointError
+from alphaq.formats.blocks import dequantize
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.quantizers.base import rounder_of
-from alphaq.quantizers.packing import dequantize
 from alphaq.simd.sums import squared_distance, squared_norm
 from calibration.test_every_family import NOT_RUN
 from families import EXPERTS, FAMILIES, HEADS, random_family, save_layout

@@ -13,10 +13,11 @@ from alphaq.calibration.tokens import random_windows
 from alphaq.calibration.traffic import Calibration, ExpertUse, curvature, expert_uses, gather, squared_row_ranges
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import ChoiceError, StatsError
+from alphaq.formats.blocks import dequantize
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.quantizers.base import rounder_of
-from alphaq.quantizers.packing import dequantize
 from alphaq.simd import sums as numerics
 from conftest import COMMON, EXPERTS, FAMILIES
 
@@ -225,4 +226,4 @@ def test_text_that_is_no_calibration_is_refused(text: str) -> None:
 
 def test_ggml_type_is_refused(save_family: Callable[..., Path]) -> None:
     with pytest.raises(ChoiceError, match="Q4_K is not rounded to nearest here"):
-        gather(open_checkpoint(save_family("mixtral")), IDS, (Choice.parse("Q4_K"),))
+        gather(open_checkpoint(save_family("mixtral")), IDS, (parse_choice("Q4_K"),))

@@ -362,7 +362,7 @@ def test_commands_see_the_decoded_weights(
         assert alphaq("plan", folder, "--bits", "3.5", "--method", "alphaq", "-o", plan).code == 0
         ran = alphaq("quantize", folder, "--plan", plan, "-o", out)
         assert ran.code == 0, ran.err
-        assert alphaq("verify", out, "--source", folder).code == 0
+        assert alphaq("verify", out, "--reference", folder).code == 0
         choices = {key: json.loads(plan.read_text())[key] for key in ("choices", "alpha", "size_bytes")}
         results.append((sorted(csv.read_text().splitlines()), choices))
         written.append({path.name: load_file(path) for path in sorted(out.glob("*.safetensors"))})

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from alphaq.checkpoint.gguf.format import layout, read_gguf
 from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.errors import CheckpointError, OutputError
-from alphaq.nouns.ggml import GGML_TYPES
+from alphaq.formats.ggml import GGML_TYPES
 
 TYPES = gguf.GGUFValueType
 ALL_TYPES: dict[str, tuple[Any, Any]] = {

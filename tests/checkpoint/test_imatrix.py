@@ -10,6 +10,7 @@ from alphaq.checkpoint.gguf.imatrix import read_imatrix
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.gguf.importance import importance_of
 from alphaq.errors import CheckpointError
+from alphaq.formats.table import parse_choice
 from conftest import Ran
 
 GATES = "blk.0.ffn_gate_exps.weight"
@@ -86,18 +87,18 @@ def test_experts_never_reached_count_as_ones_and_dead_columns_a_little(tmp_path:
 
 
 def test_importance_moves_the_error_to_columns_that_matter_less(tmp_path: Path, tiny: Path) -> None:
-    from alphaq.nouns.choice import Choice
+    from alphaq.formats.ggml_library import restore_rows
     from alphaq.nouns.matrix import Role
-    from alphaq.quantizers.ggml import quantize_ggml, restore_rows
+    from alphaq.quantizers.ggml import quantize_ggml
 
     weight = open_checkpoint(tiny).with_role(Role.EXPERT)[0]
     values = open_checkpoint(tiny).read(weight).float()
     importance = np.where(np.arange(256) < 128, 100.0, 1.0).astype(np.float32)
     errors = []
     for given in (None, importance):
-        quantized = quantize_ggml(values, Choice.parse("Q2_K"), importance=given)
-        miss = (restore_rows(quantized.codes.numpy(), quantized.choice, 256) - values) ** 2
-        errors.append(miss.sum(dim=0))
+        quantized = quantize_ggml(values, parse_choice("Q2_K"), importance=given)
+        miss = (restore_rows(quantized.codes.numpy(), "Q2_K", 256) - values.numpy()) ** 2
+        errors.append(miss.sum(axis=0))
     assert errors[1][:128].sum() < errors[0][:128].sum()
 
 

@@ -15,6 +15,7 @@ from alphaq.checkpoint import publishing
 from alphaq.checkpoint.publishing import CLAIM_NAME, claim, publish, upload_order
 from alphaq.checkpoint.remote import Store
 from alphaq.errors import OutputError
+from alphaq.writing import uploading
 from conftest import Ran
 
 
@@ -169,7 +170,7 @@ def test_quantized_model_on_a_store_has_the_bytes_of_a_local_one(
     assert ran.code == 2 and "what is finished is kept" in ran.err
     server.counter.reset()
     with monkeypatch.context() as patched:
-        patched.setattr("alphaq.pipeline.quantize", None)
+        patched.setattr(uploading, "quantize", None)
         ran = alphaq(*command)
     assert ran.code == 0, ran.err
     assert ran.json["out"] == "s3://out/models/tiny"
@@ -205,6 +206,6 @@ def test_two_runs_into_one_address_do_not_mix(
         seen.append(alphaq(*command, "--restart"))
         raise OutputError("stopped")
 
-    monkeypatch.setattr("alphaq.pipeline.quantize", quantize)
+    monkeypatch.setattr(uploading, "quantize", quantize)
     assert "stopped" in alphaq(*command).err
     assert len(seen) == 1 and seen[0].code == 2 and "Another alphaq is at work" in seen[0].err

@@ -23,10 +23,11 @@ from alphaq import pipeline
 from alphaq.checkpoint.families.architecture import architectures
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines import gptqmodel
-from alphaq.engines.dense import dense_families
+from alphaq.engines.assumptions.tables import engine_table
 from alphaq.engines.output import PLAN_NAME
 from alphaq.engines.profiles import profile
 from alphaq.errors import ArchitectureError, PlanError
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget
@@ -44,7 +45,7 @@ OFTEN = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 
 
 def loaded_by(engine: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("family", [family for family in DENSE if family in dense_families(engine)])
+    return pytest.mark.parametrize("family", [family for family in DENSE if family in engine_table(engine).dense])
 
 
 def tolerance(family: str) -> float:
@@ -97,7 +98,7 @@ REFUSED = [
     for family, settings in FLIPS.items()
     for name, flip in settings.items()
     for engine in flip.refused
-    if engine == "llama.cpp" or family in dense_families(engine)
+    if engine == "llama.cpp" or family in engine_table(engine).dense
 ]
 CARRIED = [
     pytest.param(engine, family, name, id=f"{engine}-{family}-{name}", marks=(needs[engine], pytest.mark.slow))
@@ -153,12 +154,12 @@ def test_engines_compute_with_the_decoded_weights(
 ) -> None:
     source = open_checkpoint(folder(family))
     types = {"llama.cpp": ("Q4_0", "Q8_0", "Q5_1", "IQ4_NL"), "mlx": ("4g32", "8g32", "3g32", "16")}[engine]
-    wanted = [one for one in source.matrices if profile(engine).obstacle(Choice.parse(types[0]), one) is None]
+    wanted = [one for one in source.matrices if profile(engine).obstacle(parse_choice(types[0]), one) is None]
     if engine == "mlx":
         wanted = [one for one in wanted if one.role.value not in ("embedding", "head")]
     plan = Plan(engine=engine, choices={one.name: types[number % 4] for number, one in enumerate(wanted)})
     out = quantize(folder(family), plan, tmp_path / "out")
-    assert pipeline.verify(out, source)["quantized"] >= len(wanted) * 3 // 4
+    assert pipeline.verify(out, source).quantized >= len(wanted) * 3 // 4
     if engine == "llama.cpp":
         model, _ = load_model(out, "float32")
     else:
@@ -216,4 +217,4 @@ def test_other_dense_families_are_refused_with_those_that_are_known(
     (source / "config.json").write_text(json.dumps(config_of(source) | {"model_type": "cohere"}))
     with pytest.raises(PlanError, match=r"the tensors of 'cohere'. Available: .*llama, .*gemma3_text.*\. Plan with"):
         profile(engine).writer.layout(open_checkpoint(source), {})
-    assert {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"} <= dense_families(engine).keys()
+    assert {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"} <= engine_table(engine).dense.keys()

@@ -19,7 +19,9 @@ from alphaq.checkpoint.gguf.format import GgufFile, read_gguf
 from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.gguf.model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
-from alphaq.engines.gguf.tokenizer import _pre_tokenizers, tokenizer_metadata, tokens_left_out
+from alphaq.engines.gguf.pre_tokenizer import PreTokenizer
+from alphaq.engines.gguf.pre_tokenizer import pre_tokenizers as known_rules
+from alphaq.engines.gguf.tokenizer import tokenizer_metadata, tokens_left_out
 from alphaq.errors import ArchitectureError, CheckpointError, MissingExtraError
 from conftest import DATA, FAMILIES, ROOT, random_model
 from dense_models import DENSE, LLAMA3, save_dense
@@ -384,8 +386,8 @@ def test_pre_tokenizer_is_recognised_from_its_rules(name: str, tmp_path: Path) -
     assert tokenizer_metadata(named(tmp_path, *NAMED[name]), 3)["tokenizer.ggml.pre"].value == name
 
 
-@pytest.mark.parametrize("entry", _pre_tokenizers(), ids=lambda entry: entry["name"])
-def test_no_entry_of_the_table_hides_another(entry: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", known_rules(), ids=lambda rule: rule.name)
+def test_no_entry_of_the_table_hides_another(rule: PreTokenizer, tmp_path: Path) -> None:
     words = {"ByteLevel": GPT_2, "Digits": pre_tokenizers.Digits(individual_digits=True)}
     published = {  # the same text to Unicode, but only so the ranges ascend; and a line feed as it is
         "Ὗ-\u03ce": "Ὗ-\u1f7d",
@@ -394,13 +396,13 @@ def test_no_entry_of_the_table_hides_another(entry: dict[str, Any], tmp_path: Pa
         r"\n": "\n",
     }
     rules = []
-    for step in entry["steps"]:
+    for step in rule.steps:
         for ours, theirs in published.items():
             step = step.replace(ours, theirs)
         rules.append(words[step] if step in words else split(step)[0])
-    normalizer = getattr(normalizers, entry["normalizer"])() if "normalizer" in entry else None
-    folder = named(tmp_path, pre_tokenizers.Sequence(rules), normalizer, entry.get("ignore_merges", True))
-    assert tokenizer_metadata(folder, 3)["tokenizer.ggml.pre"].value == entry["name"]
+    normalizer = getattr(normalizers, rule.normalizer)() if rule.normalizer else None
+    folder = named(tmp_path, pre_tokenizers.Sequence(rules), normalizer, rule.ignore_merges is not False)
+    assert tokenizer_metadata(folder, 3)["tokenizer.ggml.pre"].value == rule.name
 
 
 def test_unknown_pre_tokenizer_must_be_named(tmp_path: Path) -> None:

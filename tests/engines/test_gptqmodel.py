@@ -30,11 +30,11 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines import gptqmodel
 from alphaq.engines.output import PLAN_NAME, read_manifest
 from alphaq.errors import PlanError, VerificationError
+from alphaq.formats.blocks import dequantize
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, Rule
 from alphaq.quantizers.debiased import quantize_debiased
-from alphaq.quantizers.packing import dequantize
 from conftest import FAMILIES, Ran, read_back
 
 CHOICES = ("2g32", "3g32", "4g32", "8g32", "16")
@@ -120,7 +120,7 @@ def test_command_line_quantizes_and_verifies(tiny: Path, tmp_path: Path, alphaq:
     assert result.code == 0, result.err
     plan = Plan.from_json((tmp_path / "out" / PLAN_NAME).read_bytes(), "plan")
     assert weight_bytes(tmp_path / "out") == plan.size_bytes == result.json["size_bytes"]
-    assert alphaq("verify", tmp_path / "out", "--source", tiny).code == 0
+    assert alphaq("verify", tmp_path / "out", "--reference", tiny).code == 0
 
 
 @pytest.mark.slow

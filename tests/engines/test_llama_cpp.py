@@ -32,6 +32,9 @@ from alphaq.engines.gguf.model import gguf_metadata, gguf_tensors, transformed
 from alphaq.engines.gguf.profile import FILE_NAME, OF_ONE_FILE, PROFILE
 from alphaq.engines.output import MANIFEST_NAME, PLAN_NAME, read_manifest
 from alphaq.errors import CheckpointError, MissingExtraError, PlanError, VerificationError
+from alphaq.formats import ggml_library
+from alphaq.formats.ggml_library import restore_rows
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.plan import Plan
@@ -40,7 +43,7 @@ from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import Scope, make_plan, measure_for_plan, resolve
 from alphaq.quantizers import ggml
 from alphaq.quantizers.base import QUANTIZERS
-from alphaq.quantizers.ggml import quantize_ggml, restore_rows
+from alphaq.quantizers.ggml import quantize_ggml
 from alphaq.runtime.loading import load_model
 from conftest import DATA, FAMILIES, Ran, read_back
 from runnable import save_runnable
@@ -107,9 +110,9 @@ def expected_values(checkpoint: Checkpoint, choices: dict[str, Choice]) -> Itera
     def through(matrix: MatrixRef, transform: str) -> torch.Tensor:
         weight = transformed(transform, checkpoint.read(matrix), checkpoint.config)
         choice = choices.get(matrix.name, Choice(16))
-        if not choice.scheme:
+        if not choice.name:
             return weight.float()
-        return restore_rows(quantize_ggml(weight, choice).codes.numpy(), choice, weight.shape[1])
+        return torch.from_numpy(restore_rows(quantize_ggml(weight, choice).codes.numpy(), str(choice), weight.shape[1]))
 
     for recipe in gguf_tensors(checkpoint):
         if recipe.vector:
@@ -143,7 +146,7 @@ def test_file_is_complete_and_has_exactly_the_promised_size(out: Path) -> None:
 
 
 def test_verify_accepts_what_was_written(out: Path, tiny: Path, alphaq: Callable[..., Ran]) -> None:
-    ran = alphaq("verify", out, "--source", tiny, "--json")
+    ran = alphaq("verify", out, "--reference", tiny, "--json")
     assert ran.code == 0, ran.err
     assert ran.json["against_source"] is True
     assert ran.json["tensors"] == len(read_manifest(out / MANIFEST_NAME).tensors)
@@ -349,7 +352,7 @@ def write_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Writ
                 matrix
                 for matrix in sorted(source.matrices, key=lambda one: one.place)
                 if matrix.role in (Role.EXPERT, *PROFILE.role_bits)
-                and PROFILE.obstacle(Choice.parse(SMALL[0]), matrix) is None
+                and PROFILE.obstacle(parse_choice(SMALL[0]), matrix) is None
             ]
             types = dict(zip(dict.fromkeys(map(PROFILE.unit_of, possible)), cycle(SMALL), strict=False))
             plan = Plan(engine="llama.cpp", choices={one.name: types[PROFILE.unit_of(one)] for one in possible})
@@ -374,7 +377,7 @@ def test_every_family_s_file_holds_the_quantizer_s_values(family: str, write_fam
     assert list(found) == list(expected)
     for name, values in expected.items():
         assert np.array_equal(found[name], values.numpy()), name
-    assert pipeline.verify(model.out)["quantized"] == len(model.plan.choices)
+    assert pipeline.verify(model.out).quantized == len(model.plan.choices)
 
 
 @every_family
@@ -527,7 +530,7 @@ def test_type_file_names_every_matrix_that_is_not_in_float32(
     lines = (tmp_path / "types").read_text().split()
     assert all(re.fullmatch(r"[^=\s]+=[^=\s]+", line) for line in lines)
     types = dict(line.split("=") for line in lines)
-    name_of = ggml._library().ggml_type_name
+    name_of = ggml_library.library().ggml_type_name
     name_of.restype = ctypes.c_char_p
     assert set(types.values()) <= {name_of(kind).decode().lower() for kind in gguf.GGMLQuantizationType}
     assert alphaq("quantize", tiny, "--plan", tmp_path / "p", "-o", tmp_path / "out").code == 0
@@ -552,7 +555,7 @@ ROUTER = "model.layers.0.mlp.gate.weight"
 @pytest.mark.parametrize(
     ("type", "others", "message"),
     [
-        ("4g128", {}, r"experts\.0\.\w+_proj\.weight: 4g128 is no ggml type. Plan with --engine llama\.cpp"),
+        ("4g128", {}, r"experts\.0\.\w+_proj\.weight: 4g128 is not a ggml type. Plan with --engine llama\.cpp"),
         ("Q4_K", {FIRST: "Q6_K"}, r"blk\.0\.ffn_down_exps\.weight is one tensor .* gives its matrices Q4_K, Q6_K"),
         ("Q4_K", {FIRST: "16"}, r"blk\.0\.ffn_down_exps\.weight is one tensor .* gives its matrices 16, Q4_K"),
         ("Q4_K", {ROUTER: "Q8_0"}, rf"blk\.0\.ffn_gate_inp\.weight in F32\. Leave {ROUTER} out"),
@@ -624,14 +627,14 @@ EXTRA = "pip install 'alphaq[gguf]'"
 def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process."""
     monkeypatch.setattr(llama_cpp, "_known_metadata", {})
-    for known in (ggml._library, ggml._prepared):
+    for known in (ggml_library.library, ggml._prepared):
         known.cache_clear()
 
 
 def test_missing_llama_cpp_is_named_and_a_formula_does_without(
     tiny: Path, alphaq: Callable[..., Ran], nothing_loaded: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ggml, "find_spec", lambda name: None)
+    monkeypatch.setattr(ggml_library, "find_spec", lambda name: None)
     plan = ("plan", tiny, "--bits", 4, "--engine", "llama.cpp", "--choices", FAST, "--method", "alphaq")
     ran = alphaq(*plan, "--workers", 1)
     assert ran.code == 2
@@ -663,7 +666,7 @@ def test_verify_finds_metadata_that_were_changed(damaged: Path) -> None:
 
 def test_verify_accepts_a_source_that_was_moved(out: Path, tiny: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(tiny, tmp_path / "a-rather-long-name-for-the-same-model"))
-    assert pipeline.verify(out, open_checkpoint(moved))["against_source"] is True
+    assert pipeline.verify(out, open_checkpoint(moved)).against_source is True
 
 
 def test_tied_embedding_is_counted_in_both_its_places(tiny: Path, tmp_path: Path) -> None:

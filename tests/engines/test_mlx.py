@@ -33,12 +33,13 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.mlx import profile as mlx
 from alphaq.engines.output import PLAN_NAME, read_manifest
 from alphaq.errors import MissingExtraError, PlanError, VerificationError
+from alphaq.formats.packing import unpack
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.nouns.settings import Budget, Rule
 from alphaq.quantizers.affine import quantize_affine
-from alphaq.quantizers.packing import unpack
 from conftest import FAMILIES, Ran, random_model, read_back
 
 mx = pytest.importorskip("mlx.core")
@@ -112,7 +113,7 @@ def test_command_line_quantizes_and_verifies(tiny: Path, tmp_path: Path, alphaq:
     assert result.code == 0, result.err
     plan = Plan.from_json((tmp_path / "out" / PLAN_NAME).read_bytes(), "plan")
     assert weight_bytes(tmp_path / "out") == plan.size_bytes == result.json["size_bytes"]
-    assert alphaq("verify", tmp_path / "out", "--source", tiny).code == 0
+    assert alphaq("verify", tmp_path / "out", "--reference", tiny).code == 0
 
 
 @pytest.mark.slow
@@ -196,7 +197,7 @@ def test_config_is_what_mlx_lm_writes(out: Path, tiny: Path) -> None:
         if matrix.name not in choices:
             continue
         path = mlx.module_path(matrix)
-        choice = Choice.parse(choices[matrix.name])
+        choice = parse_choice(choices[matrix.name])
         found = usual.get(path, usual)
         assert (found["bits"], found["group_size"]) == (choice.bits, choice.group_size)
         seen.add(path)
@@ -209,7 +210,7 @@ def test_older_names_of_settings_are_added(out: Path, tiny: Path) -> None:
 
 
 def test_stacked_experts_have_mlx_lm_s_names_and_types(out: Path) -> None:
-    choice = Choice.parse(
+    choice = parse_choice(
         json.loads((out / PLAN_NAME).read_text())["choices"]["model.layers.0.mlp.experts.0.gate_proj.weight"]
     )
     stem, groups = "model.layers.0.mlp.switch_mlp.gate_proj", 256 // choice.group_size

@@ -13,13 +13,15 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines import native
 from alphaq.engines.output import MANIFEST_NAME, PLAN_NAME
 from alphaq.errors import BudgetError, CheckpointError, PlanError, VerificationError
+from alphaq.formats.blocks import dequantize
+from alphaq.formats.table import storage_bytes
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.planning.costs import byte_tables
 from alphaq.quantizers.debiased import quantize_debiased
-from alphaq.quantizers.packing import dequantize
+from alphaq.writing import quantizing
 from conftest import FAMILIES, read_back
 
 
@@ -82,7 +84,7 @@ def test_all_three_units_are_reported_and_agree(tiny: Path) -> None:
     matrices = {matrix.name: matrix for matrix in checkpoint.with_role(Role.EXPERT)}
     parameters = sum(matrix.parameters for matrix in matrices.values())
     code_bits = sum(plan.assignment[name] * matrix.parameters for name, matrix in matrices.items())
-    stored = sum(plan.choice(name).storage_bytes(matrix.shape) for name, matrix in matrices.items())
+    stored = sum(storage_bytes(plan.choice(name), matrix.shape) for name, matrix in matrices.items())
     assert plan.average_bits == pytest.approx(code_bits / parameters)
     assert plan.bits_per_weight == pytest.approx(8 * stored / parameters)
     assert plan.average_bits <= 2.5 < plan.bits_per_weight
@@ -149,7 +151,7 @@ def test_hand_made_plan_works(tiny: Path, tmp_path: Path) -> None:
     choices = {matrix.name: "8g32s" for matrix in checkpoint.with_role(Role.EXPERT)}
     choices[next(iter(choices))] = "16"
     pipeline.quantize(checkpoint, Plan(choices=choices), tmp_path / "out")
-    assert pipeline.verify(tmp_path / "out", checkpoint)["quantized"] == len(choices)
+    assert pipeline.verify(tmp_path / "out", checkpoint).quantized == len(choices)
 
 
 @pytest.fixture
@@ -159,8 +161,8 @@ def damaged(tiny_quantized: Path, tmp_path: Path) -> Path:
 
 
 def test_verify_accepts_what_was_written(damaged: Path, tiny: Path) -> None:
-    assert pipeline.verify(damaged)["against_source"] is False
-    assert pipeline.verify(damaged, open_checkpoint(tiny))["against_source"] is True
+    assert pipeline.verify(damaged).against_source is False
+    assert pipeline.verify(damaged, open_checkpoint(tiny)).against_source is True
 
 
 def test_verify_names_a_flipped_bit(damaged: Path) -> None:
@@ -200,7 +202,7 @@ def test_what_fails_its_check_is_not_published_and_can_be_repaired(
     def fail(*_: object, **__: object) -> None:
         raise VerificationError("broken")
 
-    monkeypatch.setattr(pipeline, "verify", fail)
+    monkeypatch.setattr(quantizing, "verify", fail)
     with pytest.raises(VerificationError):
         pipeline.quantize(open_checkpoint(tiny), plan_of(tiny), tmp_path / "out")
     assert not (tmp_path / "out").exists()

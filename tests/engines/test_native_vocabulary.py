@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.output import Output
+from alphaq.formats.table import storage_bytes
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Role
 from conftest import random_model
@@ -64,11 +65,11 @@ def test_widths_that_were_asked_for_are_stored_in_exactly_the_planned_bytes(
     assert (planned["choices"][EMBEDDING], planned["choices"][HEAD]) == ("4g32", "6g32")
     assert planned["assignment"] == kept["assignment"]  # the budget of --bits is the experts'
     shape = open_checkpoint(small).with_role(Role.EMBEDDING)[0].shape
-    saved = sum(2 * shape[0] * shape[1] - Choice(bits, 32).storage_bytes(shape) for bits in (4, 6))
+    saved = sum(2 * shape[0] * shape[1] - storage_bytes(Choice(bits, 32), shape) for bits in (4, 6))
     assert abs(kept["size_bytes"] - planned["size_bytes"] - saved) <= 16  # header entries differ by their shapes
     written = succeeded(alphaq("quantize", small, "--bits", 3, *asked, *FAST, "-o", tmp_path / "out", "--json")).json
     assert weight_bytes(tmp_path / "out") == planned["size_bytes"] == written["size_bytes"]
-    succeeded(alphaq("verify", tmp_path / "out", "--source", small, "--workers", 1))
+    succeeded(alphaq("verify", tmp_path / "out", "--reference", small, "--workers", 1))
 
 
 def test_a_size_counts_them_and_gives_the_rest_to_the_experts(small: Path, alphaq: Any) -> None:
@@ -109,7 +110,7 @@ def test_coded_files_hold_them_and_run_as_uncoded_ones(tiny: Path, tmp_path: Pat
     coded, plain, again = (tmp_path / name for name in ("coded", "plain", "again"))
     result = succeeded(alphaq("quantize", tiny, *asked, *FAST, "--codec", "zstd", "-o", coded, "--json")).json
     assert weight_bytes(coded) == result["size_bytes"]
-    succeeded(alphaq("verify", coded, "--source", tiny, "--workers", 1))
+    succeeded(alphaq("verify", coded, "--reference", tiny, "--workers", 1))
     succeeded(alphaq("recode", coded, "--codec", "none", "-o", plain))
     succeeded(alphaq("recode", plain, "--codec", "zstd", "-o", again))
     assert {name: one.tolist() for name, one in tensors_of(again).items() if name == EMBEDDING} == {
@@ -137,7 +138,7 @@ def test_a_slice_keeps_them_unless_told_otherwise(small: Path, tmp_path: Path, a
     plan = Output(tmp_path / "less").plan
     assert (plan.choices[EMBEDDING], plan.choices[HEAD]) == ("4g64-nest", "4g32")
     assert weight_bytes(tmp_path / "less") == plan.size_bytes
-    succeeded(alphaq("verify", tmp_path / "less", "--source", tmp_path / "out", "--workers", 1))
+    succeeded(alphaq("verify", tmp_path / "less", "--reference", tmp_path / "out", "--workers", 1))
 
 
 def test_a_slice_of_a_model_that_keeps_them_does_not_convert_them(

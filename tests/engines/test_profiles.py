@@ -8,6 +8,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from exported import gaussian, round_trip
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,10 +16,12 @@ from alphaq.engines import vllm
 from alphaq.engines.gguf import profile as llama_cpp
 from alphaq.engines.profile import Profile
 from alphaq.engines.profiles import ENGINES, profile
-from alphaq.errors import ChoiceError, UnknownNameError
+from alphaq.errors import ChoiceError, MissingEngineError, MissingExtraError, UnknownNameError
 from alphaq.formats.gaussian import GAUSSIAN_ERROR
+from alphaq.formats.ggml import GGML_BLOCKS
+from alphaq.formats.native import kind_of
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.ggml import GGML_BLOCKS
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
 
 SHAPES = [(256, 512), (1408, 2048), (2048, 256)]
@@ -56,7 +59,7 @@ def test_defaults_are_quantized_choices_of_the_engine(engine: Profile) -> None:
 
 @every_profile
 def test_choices_are_written_and_read_back(engine: Profile) -> None:
-    assert tuple(Choice.parse(str(choice)) for choice in engine.choices) == engine.choices
+    assert tuple(parse_choice(str(choice)) for choice in engine.choices) == engine.choices
 
 
 @every_profile
@@ -84,7 +87,7 @@ def test_kept_matrices_take_two_bytes_a_weight(engine: Profile, shape: Shape) ->
 @every_shape
 def test_bytes_grow_with_bits(engine: Profile, shape: Shape) -> None:
     def group(choice: Choice) -> tuple[int, bool, str]:
-        return choice.group_size, choice.symmetric, choice.mix
+        return choice.group_size, choice.symmetric, kind_of(choice)
 
     for _, members in groupby(sorted(quantized(engine), key=group), key=group):
         sizes: dict[int, list[int]] = {}
@@ -101,6 +104,21 @@ def test_bytes_hold_the_codes(engine: Profile, shape: Shape) -> None:
     kept = engine.storage_bytes(Choice(16), shape)
     for choice in quantized(engine):
         assert choice.bits * shape[0] * shape[1] / 8 < engine.storage_bytes(choice, shape) < kept
+
+
+@every_profile
+def test_what_is_encoded_has_the_promised_bytes_and_is_read_back(engine: Profile) -> None:
+    """By what reads the files, with the error that the quantizer counted."""
+    weight = gaussian(64, 512)
+    for choice in engine.defaults:
+        try:
+            matrix, restored = round_trip(engine, choice, weight)
+        except (MissingExtraError, MissingEngineError) as error:
+            pytest.skip(str(error))
+        parts = engine.writer.encode(matrix)
+        assert sum(part.nbytes for part in parts) == engine.storage_bytes(choice, (64, 512))
+        error = (restored - weight.float()).double().square().sum()
+        assert matrix.squared_error == pytest.approx(float(error), rel=1e-4)
 
 
 @every_profile
@@ -157,7 +175,7 @@ def test_kept_matrices_meet_no_obstacle_whatever_the_shape(engine: Profile) -> N
     ],
 )
 def test_obstacles_say_what_does_not_fit(name: str, choice: str, shape: Shape, reason: str | None) -> None:
-    assert profile(name).obstacle(Choice.parse(choice), matrix_of(shape)) == reason
+    assert profile(name).obstacle(parse_choice(choice), matrix_of(shape)) == reason
 
 
 @every_type
@@ -170,7 +188,7 @@ def test_ggml_blocks_are_the_gguf_package_s(name: str) -> None:
 def test_ggml_bytes_are_those_of_a_gguf_tensor(name: str, shape: Shape) -> None:
     stored = gguf.quants.quant_shape_to_byte_shape(shape, gguf.GGMLQuantizationType[name])
     padded = gguf.GGUFWriter.ggml_pad(stored[0] * stored[1], gguf.GGUF_DEFAULT_ALIGNMENT)
-    assert llama_cpp.storage_bytes(Choice.parse(name), shape) == padded
+    assert llama_cpp.storage_bytes(parse_choice(name), shape) == padded
 
 
 @given(
@@ -184,7 +202,7 @@ def test_ggml_bytes_of_slices_bound_those_of_the_stacked_tensor(
 ) -> None:
     _, block, size = GGML_BLOCKS.get(name, (16, 1, 2))
     stacked = gguf.GGUFWriter.ggml_pad(experts * rows * blocks * size, gguf.GGUF_DEFAULT_ALIGNMENT)
-    promised = experts * llama_cpp.storage_bytes(Choice.parse(name), (rows, blocks * block))
+    promised = experts * llama_cpp.storage_bytes(parse_choice(name), (rows, blocks * block))
     assert stacked <= promised < stacked + 32 * experts
     if rows * blocks % 16 == 0:
         assert promised == stacked
@@ -253,4 +271,4 @@ def test_mlx_bytes_are_those_of_mlx(choice: Choice, shape: Shape, dtype: str) ->
     ],
 )
 def test_gptq_bytes_count_every_tensor(text: str, shape: Shape, expected: int) -> None:
-    assert profile("gptqmodel").storage_bytes(Choice.parse(text), shape) == expected
+    assert profile("gptqmodel").storage_bytes(parse_choice(text), shape) == expected

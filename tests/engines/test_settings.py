@@ -22,10 +22,12 @@ from alphaq import pipeline
 from alphaq.checkpoint.families.architecture import architectures
 from alphaq.checkpoint.gguf.rope import llama3_factors
 from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.engines.assumptions.rules import Fixed
+from alphaq.engines.assumptions.tables import Lines, engine_table, family_settings
 from alphaq.engines.effective import effective_config
 from alphaq.engines.placement import left_out
 from alphaq.engines.profiles import ENGINES as PROFILES
-from alphaq.engines.settings import Fixed, family_settings, require_settings
+from alphaq.engines.settings import require_settings
 from alphaq.errors import ArchitectureError
 from alphaq.nouns.plan import Plan
 from conftest import FAMILIES, ROOT, Ran
@@ -82,10 +84,8 @@ def test_every_setting_of_the_class_is_flipped_or_known_to_be_neutral(family: st
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_line_of_an_engine_is_for_a_family_that_is_known(engine: str) -> None:
-    from alphaq.engines.settings import _room
-
     known = {architecture.name for architecture in architectures().values()}
-    assert set(_room(engine).get("families", {})) <= known
+    assert engine_table(engine).families.keys() <= known
 
 
 @pytest.mark.parametrize("engine", ["llama.cpp", "mlx", "vllm"])
@@ -99,6 +99,17 @@ def test_a_setting_that_no_line_names_must_have_its_default(tmp_path: Path, engi
     assert refusal(source, engine) is None
     change(source, layer_types=["full_attention"] * 3)
     assert refusal(source, engine) is None  # the class of this family knows none
+
+
+def test_an_engine_without_a_file_takes_every_setting_at_its_default() -> None:
+    known = family_settings("an engine of next year", architectures()["olmoe"])
+    assert {known.verdict(name) for name in ("hidden_size", "attention_bias", "clip_qkv")} == {"fixed"}
+    assert known.verdict("use_cache") == "neutral"
+
+
+def test_a_word_that_no_engine_file_knows_is_refused() -> None:
+    with pytest.raises(TypeError, match="caried"):
+        Lines.parse({"caried": ["hidden_size"]})
 
 
 def test_rules_of_one_setting_say_what_they_allow() -> None:
@@ -221,7 +232,7 @@ def test_what_an_engine_does_without_is_left_out(tiny_copy: Path, tmp_path: Path
     assert not {buffer, layer} & PROFILES[engine].writer.stored(tmp_path / "out").keys()
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     assert not {buffer, layer} & index.keys()
-    assert pipeline.verify(tmp_path / "out", checkpoint)["against_source"]
+    assert pipeline.verify(tmp_path / "out", checkpoint).against_source
 
 
 @pytest.mark.parametrize("engine", ["mlx", "vllm", "gptqmodel"])

@@ -36,12 +36,13 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines import vllm
 from alphaq.engines.output import PLAN_NAME, read_manifest
 from alphaq.errors import MissingExtraError, PlanError, VerificationError
+from alphaq.formats.blocks import dequantize
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, Rule
 from alphaq.quantizers.affine import quantize_symmetric16
-from alphaq.quantizers.packing import dequantize
 from conftest import FAMILIES, Ran, read_back
 
 CHOICES = ("4g32s", "8g32s", "16")
@@ -84,7 +85,7 @@ def test_command_line_quantizes_and_verifies(tiny: Path, tmp_path: Path, alphaq:
     assert result.code == 0, result.err
     plan = Plan.from_json((tmp_path / "out" / PLAN_NAME).read_bytes(), "plan")
     assert weight_bytes(tmp_path / "out") == plan.size_bytes == result.json["size_bytes"]
-    assert alphaq("verify", tmp_path / "out", "--source", tiny).code == 0
+    assert alphaq("verify", tmp_path / "out", "--reference", tiny).code == 0
 
 
 @pytest.mark.slow
@@ -238,7 +239,7 @@ def test_verify_names_a_flipped_bit(damaged: Path, part: str) -> None:
 def test_verify_finds_a_plan_that_is_not_the_files(damaged: Path, choice: str) -> None:
     plan = json.loads((damaged / PLAN_NAME).read_text())
     name = next(iter(plan["assignment"]))
-    plan["choices"][name], plan["assignment"][name] = choice, Choice.parse(choice).bits
+    plan["choices"][name], plan["assignment"][name] = choice, parse_choice(choice).bits
     (damaged / PLAN_NAME).write_text(json.dumps(plan))
     with pytest.raises(VerificationError, match=rf"{re.escape(name)} is .*, the plan (says|keeps) {choice.strip('s')}"):
         pipeline.verify(damaged)

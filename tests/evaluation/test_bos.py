@@ -18,6 +18,7 @@ from alphaq.calibration.tokens import model_prefix, read_windows, text_prefix
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.cli.app import app
 from alphaq.evaluation.fidelity import score_windows, windows
+from alphaq.nouns.scoring import Scoring
 from runnable import byte_level, save_runnable, save_tokenizer
 
 TEXT = "The router decides which experts see a token. " * 12
@@ -80,7 +81,8 @@ def test_eval_says_what_windows_begin_with_and_no_bos_leaves_it_out(beginning: P
 def test_certificate_says_it(beginning: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     made = [
-        pipeline.certify(beginning, beginning, [tmp_path / "text.txt"], window=32, bos=bos) for bos in (True, False)
+        pipeline.certify(beginning, beginning, Scoring(texts=(tmp_path / "text.txt",), window=32, bos=bos))
+        for bos in (True, False)
     ]
     assert [one.settings.begins_with for one in made] == [NAME, ""]
 

@@ -12,6 +12,7 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import AlphaQError, CheckpointError
 from alphaq.evaluation.certificate import Certificate, Estimate, figures
 from alphaq.evaluation.fidelity import WindowScore
+from alphaq.nouns.scoring import Scoring
 from conftest import DATA, Ran
 
 Run = Callable[..., Ran]
@@ -73,7 +74,7 @@ def test_output_with_a_certificate_still_verifies_and_a_new_output_gets_none(
 
 
 def test_model_against_itself_loses_nothing(tiny: Path) -> None:
-    made = pipeline.certify(tiny, tiny, TEXTS[:1], window=32, max_tokens=96)
+    made = pipeline.certify(tiny, tiny, Scoring(texts=TEXTS[:1], window=32, max_tokens=96))
     assert made.overall.ear.low == pytest.approx(1, abs=1e-5) and made.overall.kl.high == pytest.approx(0, abs=1e-5)
     assert made.overall.perplexity_ratio.value == pytest.approx(1) and made.distribution_lossless == "yes"
 
@@ -129,7 +130,7 @@ def test_ratio_of_perplexities_is_paired() -> None:
 
 def test_single_window_has_no_interval(tiny: Path) -> None:
     with pytest.raises(AlphaQError, match="single window"):
-        pipeline.certify(tiny, tiny, TEXTS[:1], window=64, max_tokens=64)
+        pipeline.certify(tiny, tiny, Scoring(texts=TEXTS[:1], window=64, max_tokens=64))
 
 
 def test_figures_that_are_no_numbers_are_refused() -> None:
@@ -145,7 +146,7 @@ def test_damaged_certificate_is_named(tmp_path: Path) -> None:
 
 def test_options_that_cannot_work_end_before_the_model_is_loaded(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     fixed = ("certify", tiny, "--reference", tiny, "--text", TEXTS[0])
-    assert "are of --tasks" in alphaq(*fixed, "--limit", 5).err
+    assert "only with --tasks" in alphaq(*fixed, "--limit", 5).err
     assert "is a folder" in alphaq(*fixed, "-o", tmp_path).err
     assert "no folder or file" in alphaq("certify", "owner/name", *fixed[2:]).err
     assert "Did you mean" in alphaq(*fixed, "--dtype", "float3").err

@@ -32,7 +32,7 @@ def quantize(source: Path, engine: str, out: Path, choice: str = "") -> Path:
     checkpoint = open_checkpoint(source)
     roles = (Role.EXPERT, Role.SHARED_EXPERT, Role.ATTENTION)
     choices = {one.name: choice or CHOICE[engine] for role in roles for one in checkpoint.with_role(role)}
-    pipeline.quantize(checkpoint, Plan(engine=engine, choices=choices), out, check=False)
+    pipeline.quantize(checkpoint, Plan(engine=engine, choices=choices), out, pipeline.WriteOptions(check=False))
     return out
 
 
@@ -124,8 +124,8 @@ def test_command_line_runs_it_and_fails_where_they_disagree(
     out = outputs("native")
     plain = alphaq("verify", out)
     assert plain.code == 0
-    assert "Not checked: the original values (add --source MODEL), nor what the engine computes" in plain.out
-    ran = alphaq("verify", out, "--source", tiny, "--run", "--json")
+    assert "Not checked: the original values (add --reference MODEL), nor what the engine computes" in plain.out
+    ran = alphaq("verify", out, "--reference", tiny, "--run", "--json")
     assert ran.code == 0, ran.err
     assert ran.json["run"]["engine"] == "our runtime in transformers"
     assert ran.json["run"]["difference"] < 1e-4
@@ -134,7 +134,7 @@ def test_command_line_runs_it_and_fails_where_they_disagree(
         return torch.randn(len(ids), 4096)
 
     monkeypatch.setattr("alphaq.evaluation.engine_run.restored_logits", wrong)
-    ran = alphaq("verify", out, "--source", tiny, "--run")
+    ran = alphaq("verify", out, "--reference", tiny, "--run")
     assert ran.code == 2
     assert "computes otherwise than the restored weights" in ran.err
 
@@ -149,7 +149,7 @@ def test_engine_that_is_not_installed_is_named_with_its_packages(
 ) -> None:  # fmt: skip
     out = outputs(engine)
     monkeypatch.setitem(sys.modules, module, None)
-    ran = alphaq("verify", out, "--source", tiny, "--run")
+    ran = alphaq("verify", out, "--reference", tiny, "--run")
     assert ran.code == 2
     assert f"is not installed, so nothing can be run in it. Install it: pip install {packages}." in ran.err
 
@@ -157,14 +157,16 @@ def test_engine_that_is_not_installed_is_named_with_its_packages(
 def test_quantize_says_how_to_run_it(tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
     ran = alphaq("quantize", tiny, "--bits", 3, "--method", "alphaq", "-o", tmp_path / "out")
     assert ran.code == 0, ran.err
-    assert f"alphaq verify {tmp_path / 'out'} --source {tiny} --run" in ran.out.replace("\n", " ")
+    assert f"alphaq verify {tmp_path / 'out'} --reference {tiny} --run" in ran.out.replace("\n", " ")
 
 
 def test_mixed_experts_are_no_case_for_transformers(tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     checkpoint = open_checkpoint(tiny)
     choices = {one.name: "4g64s" if one.layer else "8g64s" for one in checkpoint.with_role(Role.EXPERT)}
-    pipeline.quantize(checkpoint, Plan(engine="vllm", choices=choices), tmp_path / "out", check=False)
+    pipeline.quantize(
+        checkpoint, Plan(engine="vllm", choices=choices), tmp_path / "out", pipeline.WriteOptions(check=False)
+    )
     with pytest.raises(PlanError, match="several choices of experts, which vLLM loads and transformers does not"):
         run_in_engine(tmp_path / "out", checkpoint)
 

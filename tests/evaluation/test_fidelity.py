@@ -6,6 +6,7 @@ import torch
 
 from alphaq.errors import AlphaQError
 from alphaq.evaluation.fidelity import WindowScore, evaluate_texts, read_texts, score_windows, summarize_windows
+from alphaq.nouns.scoring import Scoring
 from alphaq.runtime.loading import load_model
 from conftest import DATA
 
@@ -35,7 +36,7 @@ def test_a_token_without_a_row_of_the_embedding_is_told(loaded: tuple) -> None:
         return {"input_ids": torch.cat([found["input_ids"], torch.tensor([[len(tokenizer)]])], 1)}
 
     with pytest.raises(AlphaQError, match=r"Text 'x' has a token with the id 4096, .* 4096 rows.*resize_token_embed"):
-        next(evaluate_texts(model, longer, {"x": "def main"}))
+        next(evaluate_texts(model, longer, {"x": "def main"}, Scoring()))
 
 
 def test_perplexity_equals_the_model_s_own_loss(loaded: tuple) -> None:
@@ -44,7 +45,7 @@ def test_perplexity_equals_the_model_s_own_loss(loaded: tuple) -> None:
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :300]
     with torch.inference_mode():
         own = float(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]))
-    ((name, found),) = evaluate_texts(model, tokenizer, {"tech": text}, window=300, max_tokens=300)
+    ((name, found),) = evaluate_texts(model, tokenizer, {"tech": text}, Scoring(window=300, max_tokens=300))
     assert name == "tech"
     assert found.tokens == 299
     assert math.log(found.perplexity) == pytest.approx(own, abs=1e-4)
@@ -52,7 +53,7 @@ def test_perplexity_equals_the_model_s_own_loss(loaded: tuple) -> None:
 
 def test_a_model_agrees_with_itself(loaded: tuple) -> None:
     model, tokenizer = loaded
-    ((_, found),) = evaluate_texts(model, tokenizer, {"x": "def main():\n    return 1\n"}, reference=model)
+    ((_, found),) = evaluate_texts(model, tokenizer, {"x": "def main():\n    return 1\n"}, Scoring(), model)
     assert found.kl == pytest.approx(0, abs=1e-6)
     assert found.top1 == 1
     assert found.ear == pytest.approx(1, abs=1e-5)
@@ -96,7 +97,7 @@ def test_interval_covers_the_true_value_about_as_often_as_it_says() -> None:
 
 def test_text_of_one_token_is_refused(loaded: tuple) -> None:
     with pytest.raises(AlphaQError, match="'empty' has fewer than two tokens"):
-        list(evaluate_texts(*loaded, {"empty": ""}))
+        list(evaluate_texts(*loaded, {"empty": ""}, Scoring()))
 
 
 def test_unreadable_texts_are_named(tmp_path: Path) -> None:

@@ -156,5 +156,5 @@ def test_tasks_are_found_by_name_and_unknown_ones_are_named(which_continuation: 
     assert "which_continuation" in manager.all_tasks
     with pytest.raises(AlphaQError, match="No task file"):
         find_tasks(TaskRequest.of(str(tmp_path / "none.yaml")))
-    with pytest.raises(AlphaQError, match="is no folder"):
+    with pytest.raises(AlphaQError, match="is not a folder"):
         find_tasks(TaskRequest.of("which_continuation", include_path=tmp_path / "none"))

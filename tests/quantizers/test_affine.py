@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from alphaq.errors import QuantizationError
-from alphaq.nouns.choice import GROUP_SIZES, Choice
+from alphaq.formats.native import GROUP_SIZES
+from alphaq.formats.packing import unpack
+from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.affine import quantize_affine, quantize_symmetric16
 from alphaq.quantizers.debiased import quantize_debiased
-from alphaq.quantizers.packing import unpack
 from alphaq.simd.vectors import as_brain, kernel, load, store
 
 SYMMETRIC = [Choice(bits, group, symmetric=True) for bits in (4, 8) for group in GROUP_SIZES]

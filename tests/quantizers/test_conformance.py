@@ -15,23 +15,25 @@ from hypothesis import strategies as st
 from test_affine import restored as restored_16
 
 from alphaq.errors import QuantizationError
-from alphaq.nouns.choice import CHOICE_BITS, GROUP_SIZES, Choice
-from alphaq.nouns.ggml import GGML_BLOCKS
+from alphaq.formats.blocks import decode, dequantize, encode
+from alphaq.formats.ggml import GGML_BLOCKS
+from alphaq.formats.ggml_library import restore_rows
+from alphaq.formats.native import CHOICE_BITS, GROUP_SIZES
+from alphaq.formats.table import format_of, parse_choice, storage_bytes
+from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.debiased import BIAS_WEIGHT
-from alphaq.quantizers.ggml import restore_rows
 from alphaq.quantizers.hqq import lp_objective
 from alphaq.quantizers.nested import quantize_nested
-from alphaq.quantizers.packing import decode, dequantize, encode
 from alphaq.quantizers.rtn import round_to_nearest
 
 EVERY = {name: one.function for name, one in QUANTIZERS.items()} | {"nested": quantize_nested}
 NATIVE = tuple(Choice(bits, GROUP_SIZES[bits % 3], symmetric) for bits in CHOICE_BITS for symmetric in (False, True))
-NESTED = tuple(Choice(bits, GROUP_SIZES[bits % 3], symmetric=True, mix="nest") for bits in CHOICE_BITS[1:])
+NESTED = tuple(parse_choice(f"{bits}g{GROUP_SIZES[bits % 3]}-nest") for bits in CHOICE_BITS[1:])
 SYMMETRIC = tuple(Choice(bits, group, symmetric=True) for bits, group in ((4, 32), (4, 128), (8, 64)))
 AFFINE = tuple(Choice(bits, group) for bits, group in ((2, 32), (3, 64), (4, 128), (5, 64), (6, 32), (8, 128)))
-GGML = tuple(map(Choice.parse, ("Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL")))
+GGML = tuple(map(parse_choice, ("Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL")))
 
 
 def squared(weight: torch.Tensor, restored: torch.Tensor, choice: Choice) -> float:
@@ -56,7 +58,7 @@ def powers(weight: torch.Tensor, restored: torch.Tensor, choice: Choice) -> floa
 
 def restored_blocks(matrix: QuantizedMatrix) -> torch.Tensor:
     """Values of ggml's blocks."""
-    return restore_rows(matrix.codes.numpy(), matrix.choice, matrix.shape[1])
+    return torch.from_numpy(restore_rows(matrix.codes.numpy(), str(matrix.choice), matrix.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,9 @@ def at_choice(name: str, choice: Choice, weight: torch.Tensor) -> tuple[Quantize
 
 def min_max_values(choice: Choice, weight: torch.Tensor) -> torch.Tensor:
     """Plain min–max with as many bits and as large groups, in float16 scales; of ggml's blocks what is in all types."""
-    if choice.scheme:
+    if format_of(choice).foreign:
         choice = Choice(choice.bits, 32, symmetric=True)
-    return dequantize(round_to_nearest(weight, replace(choice, mix="")))
+    return dequantize(round_to_nearest(weight, replace(choice, name="")))
 
 
 def test_every_quantizer_has_a_case() -> None:
@@ -199,11 +201,11 @@ def test_error_and_bytes_are_those_of_what_is_stored(
     assert found.squared_error == pytest.approx(squared(weight, restored, choice), rel=1e-4, abs=1e-9)
     if not case.native:  # engines' files hold the parts as they are
         blocks = weight.shape[1] // choice.group_size
-        width = blocks * GGML_BLOCKS[choice.scheme][2] if choice.scheme else choice.row_bytes(weight.shape[1])
+        width = blocks * GGML_BLOCKS[choice.name][2] if format_of(choice).foreign else choice.row_bytes(weight.shape[1])
         assert found.codes.shape == (rows, width)
         return
     block = encode(found)
-    assert block.numel() == choice.storage_bytes((rows, weight.shape[1]))
+    assert block.numel() == storage_bytes(choice, (rows, weight.shape[1]))
     again = decode(block)
     assert torch.equal(again.codes, found.codes)
     assert torch.equal(again.scales, found.scales)
@@ -239,7 +241,7 @@ def test_a_huge_outlier_matters_in_its_group_alone(name: str, choice: Choice, ou
 @every_pair
 def test_ragged_last_group_is_a_group_by_itself(name: str, choice: Choice) -> None:
     whole = CASES[name].whole
-    if whole > choice.group_size or choice.scheme:
+    if whole > choice.group_size or format_of(choice).foreign:
         with pytest.raises(QuantizationError, match="whole"):
             EVERY[name](gaussian(3, choice.group_size + 16), choice)
         return

@@ -3,11 +3,13 @@ import torch
 from reference import quantize_groups, values_of
 
 from alphaq.errors import QuantizationError
+from alphaq.formats.blocks import dequantize, restored_error
+from alphaq.formats.packing import unpack
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
-from alphaq.quantizers.base import Rounder, rounder_of, squared_error
+from alphaq.quantizers.base import Rounder, rounder_of
 from alphaq.quantizers.debiased import BIAS_WEIGHT, quantize_debiased
-from alphaq.quantizers.packing import dequantize, restored_error, unpack
+from alphaq.quantizers.rounded import rounded
 
 ALL = [Choice(bits, group, symmetric) for bits in range(1, 9) for group in (32, 128) for symmetric in (False, True)]
 
@@ -47,15 +49,15 @@ def quantizer() -> Rounder:
 @pytest.mark.parametrize("choice", ALL, ids=str)
 def test_error_is_no_larger_than_plain_min_max(quantizer: Rounder, choice: Choice) -> None:
     weight = gaussian(16, 300)
-    assert squared_error(weight, choice, "x", quantizer) <= min_max_error(weight, choice) * (1 + 1e-6)
+    assert rounded(weight, choice, "x", quantizer).squared_error <= min_max_error(weight, choice) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_more_bits_and_smaller_groups_reduce_the_error(quantizer: Rounder, symmetric: bool) -> None:
     weight = gaussian(64, 512)
-    by_bits = [squared_error(weight, Choice(bits, 64, symmetric), "x", quantizer) for bits in range(1, 9)]
+    by_bits = [rounded(weight, Choice(bits, 64, symmetric), "x", quantizer).squared_error for bits in range(1, 9)]
     assert by_bits == sorted(by_bits, reverse=True)
-    by_group = [squared_error(weight, Choice(3, group, symmetric), "x", quantizer) for group in (32, 64, 128)]
+    by_group = [rounded(weight, Choice(3, group, symmetric), "x", quantizer).squared_error for group in (32, 64, 128)]
     assert by_group == sorted(by_group)
 
 
@@ -123,7 +125,7 @@ def test_one_bit_is_the_mean_and_sign() -> None:
 
 
 def test_sixteen_bits_lose_nothing_of_bf16() -> None:
-    assert squared_error(gaussian(4, 64).bfloat16(), Choice(16), "x") == 0.0
+    assert rounded(gaussian(4, 64).bfloat16(), Choice(16), "x").squared_error == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

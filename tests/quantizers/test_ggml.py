@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from alphaq.errors import QuantizationError
-from alphaq.nouns.choice import Choice
-from alphaq.nouns.ggml import GGML_BLOCKS
-from alphaq.quantizers.base import Rounder, squared_error, squared_errors
+from alphaq.formats.ggml import GGML_BLOCKS
+from alphaq.formats.ggml_library import restore_rows
+from alphaq.formats.table import parse_choice
+from alphaq.quantizers.base import Rounder
 from alphaq.quantizers.debiased import quantize_debiased
-from alphaq.quantizers.ggml import quantize_ggml, restore_rows
+from alphaq.quantizers.ggml import quantize_ggml
+from alphaq.quantizers.rounded import rounded, squared_errors
 
 pytestmark = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="llama.cpp comes with `pip install xllamacpp`")
 
@@ -38,19 +40,19 @@ def outliers(rows: int, columns: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("scheme", [*FAST, SLOW])
 def test_error_and_values_are_those_of_the_gguf_package(scheme: str) -> None:
-    weight, choice = outliers(24, 512), Choice.parse(scheme)
+    weight, choice = outliers(24, 512), parse_choice(scheme)
     found = quantize_ggml(weight, choice)
     codes = found.codes.numpy()
     theirs = torch.from_numpy(gguf.quants.dequantize(codes, gguf.GGMLQuantizationType[scheme]))
-    assert torch.equal(restore_rows(codes, choice, 512), theirs)
+    assert np.array_equal(restore_rows(codes, scheme, 512), theirs.numpy())
     error = float((theirs - weight).double().square().sum())
     assert found.squared_error == pytest.approx(error, rel=1e-5)
-    assert squared_error(weight, choice, "x", quantize_ggml) == found.squared_error
+    assert rounded(weight, choice, "x", quantize_ggml).squared_error == found.squared_error
 
 
 @pytest.mark.parametrize("scheme", FAST)
 def test_rows_do_not_see_one_another(scheme: str) -> None:
-    weight, choice = outliers(9, 512), Choice.parse(scheme)
+    weight, choice = outliers(9, 512), parse_choice(scheme)
     whole = quantize_ggml(weight, choice).codes
     order = torch.tensor([7, 2, 2, 8])
     assert torch.equal(quantize_ggml(weight[order], choice).codes, whole[order])
@@ -58,7 +60,7 @@ def test_rows_do_not_see_one_another(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["Q3_K", "Q4_0"])
 def test_result_does_not_depend_on_the_number_of_threads(scheme: str) -> None:
-    weight, choice = gaussian(700, 1024), Choice.parse(scheme)
+    weight, choice = gaussian(700, 1024), parse_choice(scheme)
     before = torch.get_num_threads()
     try:
         found = []
@@ -76,7 +78,7 @@ def test_result_does_not_depend_on_the_number_of_threads(scheme: str) -> None:
 def test_sixteen_bit_weights_are_quantized_as_the_numbers_they_are(dtype: torch.dtype) -> None:
     weight = gaussian(8, 256).to(dtype)
     for scheme in ("Q4_K", "Q8_0"):
-        found, expected = (quantize_ggml(values, Choice.parse(scheme)) for values in (weight, weight.float()))
+        found, expected = (quantize_ggml(values, parse_choice(scheme)) for values in (weight, weight.float()))
         assert torch.equal(found.codes, expected.codes)
         assert found.squared_error == expected.squared_error
 
@@ -84,7 +86,7 @@ def test_sixteen_bit_weights_are_quantized_as_the_numbers_they_are(dtype: torch.
 @pytest.mark.parametrize("scheme", FAST)
 def test_codes_have_the_bytes_of_their_blocks(scheme: str) -> None:
     _, block, nbytes = GGML_BLOCKS[scheme]
-    found = quantize_ggml(gaussian(3, 3 * block), Choice.parse(scheme))
+    found = quantize_ggml(gaussian(3, 3 * block), parse_choice(scheme))
     assert found.codes.dtype == torch.uint8
     assert found.codes.shape == (3, 3 * nbytes)
     assert found.scales is None and found.offsets is None
@@ -95,28 +97,28 @@ def test_weights_that_are_no_numbers_are_refused_by_name(bad: float) -> None:
     weight = gaussian(600, 512)
     weight[599, 3] = bad
     with pytest.raises(QuantizationError, match=r"layers\.9 holds NaN, infinite or too large"):
-        quantize_ggml(weight, Choice.parse("Q4_K"), "layers.9")
+        quantize_ggml(weight, parse_choice("Q4_K"), "layers.9")
 
 
 @pytest.mark.parametrize(("scheme", "columns"), [("Q4_K", 128), ("Q8_0", 80), ("Q2_K", 300)])
 def test_rows_that_are_not_whole_blocks_are_refused_by_name(scheme: str, columns: int) -> None:
     with pytest.raises(QuantizationError, match=rf"layers\.9: rows of {columns} weights are not whole {scheme} blocks"):
-        quantize_ggml(gaussian(2, columns), Choice.parse(scheme), "layers.9")
+        quantize_ggml(gaussian(2, columns), parse_choice(scheme), "layers.9")
 
 
 @pytest.mark.parametrize("scheme", FAST)
 def test_zeros_and_tiny_weights_stay_finite(scheme: str) -> None:
-    choice = Choice.parse(scheme)
+    choice = parse_choice(scheme)
     assert quantize_ggml(torch.zeros(2, 256), choice).squared_error == 0
-    assert np.isfinite(restore_rows(quantize_ggml(gaussian(2, 256) * 1e-9, choice).codes.numpy(), choice, 256)).all()
+    assert np.isfinite(restore_rows(quantize_ggml(gaussian(2, 256) * 1e-9, choice).codes.numpy(), scheme, 256)).all()
 
 
 def test_important_columns_are_met_better() -> None:
-    weight, choice = gaussian(64, 256), Choice.parse("Q2_K")
+    weight, choice = gaussian(64, 256), parse_choice("Q2_K")
     importance = np.where(np.arange(256) % 4 == 0, 100.0, 1.0).astype(np.float32)
 
     def error(found: torch.Tensor) -> float:
-        return float((restore_rows(found.numpy(), choice, 256) - weight)[:, ::4].square().sum())
+        return float((torch.from_numpy(restore_rows(found.numpy(), str(choice), 256)) - weight)[:, ::4].square().sum())
 
     weighed = quantize_ggml(weight, choice, importance=importance)
     assert error(weighed.codes) < 0.9 * error(quantize_ggml(weight, choice).codes)
@@ -133,8 +135,8 @@ def test_important_columns_are_met_better() -> None:
 def test_sampled_errors_are_as_far_off_as_their_standard_errors_say(
     quantizer: Rounder, choices: tuple[str, ...], kind: Callable[[int, int], torch.Tensor], most: float
 ) -> None:
-    weight, known = kind(2048, 512), [Choice.parse(choice) for choice in choices]
-    real = {choice: squared_error(weight, choice, "x", quantizer) for choice in known}
+    weight, known = kind(2048, 512), [parse_choice(choice) for choice in choices]
+    real = {choice: rounded(weight, choice, "x", quantizer).squared_error for choice in known}
     off = []
     for draw in range(12):
         found = squared_errors(weight, known, f"layers.{draw}", quantizer, sample_values=1 << 17)
@@ -145,7 +147,7 @@ def test_sampled_errors_are_as_far_off_as_their_standard_errors_say(
 
 
 def test_the_rows_drawn_depend_on_the_name_alone() -> None:
-    weight, choices = outliers(512, 256), [Choice.parse("Q4_K")]
+    weight, choices = outliers(512, 256), [parse_choice("Q4_K")]
     first, again, other = (
         squared_errors(weight, choices, name, quantize_ggml, sample_values=1 << 14) for name in ("a", "a", "b")
     )
@@ -153,14 +155,14 @@ def test_the_rows_drawn_depend_on_the_name_alone() -> None:
 
 
 def test_a_small_matrix_is_measured_whole() -> None:
-    weight, choice = gaussian(64, 256), Choice.parse("Q4_K")
+    weight, choice = gaussian(64, 256), parse_choice("Q4_K")
     found = squared_errors(weight, [choice], "x", quantize_ggml)
-    assert found.expected == {choice: squared_error(weight, choice, "x", quantize_ggml)}
+    assert found.expected == {choice: rounded(weight, choice, "x", quantize_ggml).squared_error}
     assert found.deviation == {}
 
 
 def test_a_bad_weight_is_refused_whether_or_not_the_sample_draws_it() -> None:
-    choices = [Choice.parse("Q8_0")]
+    choices = [parse_choice("Q8_0")]
     for row in (0, 1000, 4095):
         weight = gaussian(4096, 256)
         weight[row, 0] = float("nan")

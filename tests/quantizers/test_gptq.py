@@ -5,18 +5,20 @@ import pytest
 import torch
 
 from alphaq.errors import QuantizationError
+from alphaq.formats.blocks import dequantize, encode
+from alphaq.formats.coding import encode_tensor
+from alphaq.formats.levels import grid_of
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers import gptq
 from alphaq.quantizers.base import rounder_of
-from alphaq.quantizers.coding import encode_tensor
 from alphaq.quantizers.debiased import quantize_debiased
-from alphaq.quantizers.gptq import grid_of, quantize_gptq
+from alphaq.quantizers.gptq import quantize_gptq
 from alphaq.quantizers.nested import quantize_nested
-from alphaq.quantizers.packing import dequantize, encode
 from alphaq.quantizers.rated import quantize_rated
 
-CHOICES = [Choice.parse(text) for text in ("1g64", "1g32s", "2g32", "2g128s", "3g64", "4", "8g32s")]
+CHOICES = [parse_choice(text) for text in ("1g64", "1g32s", "2g32", "2g128s", "3g64", "4", "8g32s")]
 
 
 def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -107,7 +109,7 @@ def test_moments_of_other_inputs_are_refused(hessian: torch.Tensor) -> None:
 
 def test_llama_types_are_refused() -> None:
     with pytest.raises(QuantizationError, match=r"layers\.0\.up: Q4_K .*--imatrix"):
-        quantize_gptq(seeded(8, 256), Choice.parse("Q4_K"), "layers.0.up", torch.eye(256))
+        quantize_gptq(seeded(8, 256), parse_choice("Q4_K"), "layers.0.up", torch.eye(256))
 
 
 def test_threads_change_nothing() -> None:
@@ -125,7 +127,7 @@ def test_threads_change_nothing() -> None:
 
 @pytest.mark.parametrize("text", ["4g64-nest", "2g128-nest"])
 def test_rounds_to_nested_levels_as_published(text: str) -> None:
-    choice, weight, hessian = Choice.parse(text), seeded(40, 256), moments(256)
+    choice, weight, hessian = parse_choice(text), seeded(40, 256), moments(256)
     plain = quantize_nested(weight, choice)
     found = quantize_gptq(weight, choice, "matrix", hessian, plain)
     error = objective(weight, dequantize(found), hessian)
@@ -135,7 +137,7 @@ def test_rounds_to_nested_levels_as_published(text: str) -> None:
 
 
 def rated(weight: torch.Tensor, rate: str) -> QuantizedMatrix:
-    return quantize_rated(weight, Choice.parse(rate))
+    return quantize_rated(weight, parse_choice(rate))
 
 
 @pytest.mark.parametrize("rate", ["@1.25", "@2", "@3", "@4.5"])
@@ -181,7 +183,7 @@ def test_a_rate_of_zeros_stays_zeros() -> None:
 @pytest.mark.parametrize("choice", ["1g64", "2g128", "3g64s", "4g128", "4g128-nest", "8g128"])
 def test_codes_that_will_be_coded_take_no_more_bytes_than_those_they_improve_on(choice: str) -> None:
     weight, hessian = seeded(96, 384), moments(384, 2000)
-    plain = rounder_of("debiased")(weight, Choice.parse(choice), "matrix")
+    plain = rounder_of("debiased")(weight, parse_choice(choice), "matrix")
     found = quantize_gptq(weight, plain.choice, "matrix", hessian, plain, coded=True)
     sizes = [encode_tensor(encode(matrix)).nbytes for matrix in (found, plain)]
     assert sizes[0] <= sizes[1]

@@ -9,10 +9,10 @@ from reference import half_quadratic
 from safetensors import safe_open
 
 import alphaq
+from alphaq.formats.blocks import dequantize
 from alphaq.nouns.choice import Choice
 from alphaq.quantizers.base import Rounder
 from alphaq.quantizers.hqq import lp_objective, quantize_hqq, relative_slack
-from alphaq.quantizers.packing import dequantize
 from alphaq.quantizers.rtn import round_to_nearest
 from alphaq.simd.vectors import kernel, load, power, splat, store
 

@@ -4,12 +4,16 @@ import pytest
 import torch
 
 from alphaq.errors import QuantizationError
+from alphaq.formats.blocks import decode, dequantize, encode, restored_error
+from alphaq.formats.packing import pack, unpack
+from alphaq.formats.table import parse_choice, storage_bytes
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers import learned
 from alphaq.quantizers.debiased import quantize_debiased
-from alphaq.quantizers.learned import LearnedSettings, quantize_learned
-from alphaq.quantizers.packing import decode, dequantize, encode, pack, restored_error, unpack
+from alphaq.quantizers.learned import quantize_learned
+from alphaq.quantizers.learning import annealing
+from alphaq.quantizers.learning.annealing import LearnedSettings
 
 QUICK = LearnedSettings(steps=20, rounds=1, sweeps=3)
 CHOICES = [Choice(1, 32), Choice(1, 32, True), Choice(2, 64), Choice(3, 32, True)]
@@ -180,7 +184,7 @@ def test_small_and_ragged_shapes(choice: Choice, shape: tuple[int, int]) -> None
     weight, hessian = gaussian(*shape), correlated(shape[1])
     found = quantize_learned(weight, choice, "x", hessian, settings=QUICK)
     assert found.scales.shape == (shape[0], choice.groups(shape[1]))
-    assert len(encode(found)) == choice.storage_bytes(shape)
+    assert len(encode(found)) == storage_bytes(choice, shape)
     errors, before = (row_errors(weight, m, hessian) for m in (found, quantize_debiased(weight, choice)))
     assert (errors <= before * (1 + 1e-6)).all()
 
@@ -234,8 +238,8 @@ def test_rounds_end_when_they_gain_too_little(monkeypatch: pytest.MonkeyPatch) -
         rounds.append(1)
         return annealed(*arguments)
 
-    annealed = learned._annealed
-    monkeypatch.setattr(learned, "_annealed", counted)
+    annealed = annealing.annealed
+    monkeypatch.setattr(annealing, "annealed", counted)
     for tolerance, expected in ((1.0, 1), (-1.0, 3)):
         rounds.clear()
         settings = LearnedSettings(steps=5, rounds=3, tolerance=tolerance)
@@ -278,8 +282,8 @@ def test_moments_that_are_none_are_refused_by_name(hessian: torch.Tensor) -> Non
     ("choice", "message"),
     [
         (Choice(16), r"x: 16 has no one grid of codes to learn"),
-        (Choice.parse("2g64-slim"), r"x: 2g64-slim has no one grid"),
-        (Choice.parse("Q4_K"), r"x: Q4_K is rounded by llama\.cpp"),
+        (parse_choice("2g64-slim"), r"x: 2g64-slim has no one grid"),
+        (parse_choice("Q4_K"), r"x: Q4_K is rounded by llama\.cpp"),
     ],
     ids=str,
 )

@@ -9,17 +9,21 @@ import pytest
 import torch
 
 from alphaq.errors import ChoiceError, QuantizationError
+from alphaq.formats.blocks import decode, dequantize, encode
+from alphaq.formats.coding import encode_tensor
+from alphaq.formats.packing import unpack
+from alphaq.formats.table import parse_choice, stored_choice
 from alphaq.nouns.choice import Choice
-from alphaq.quantizers.base import coded_errors, rounder_of
-from alphaq.quantizers.coding import encode_tensor
-from alphaq.quantizers.packing import decode, dequantize, encode, unpack
+from alphaq.quantizers.base import rounder_of
 from alphaq.quantizers.rated import quantize_rated
+from alphaq.quantizers.rounded import rounded
+from alphaq.simd.sums import squared_norm
 
 RATES = (1.0, 1.75, 2.5, 3.25, 4.0, 5.0, 6.0)
 
 
 def at(rate: float) -> Choice:
-    return Choice.parse(f"@{rate:g}")
+    return parse_choice(f"@{rate:g}")
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -31,12 +35,12 @@ def squared(weight: torch.Tensor, restored: torch.Tensor) -> float:
 
 
 def test_a_rate_is_written_and_read_back() -> None:
-    assert str(Choice.parse("@2.75")) == "4g128s@2.75"
-    assert Choice.parse("4g128s@2.75") == Choice.parse("@2.75") == Choice(4, 128, True, rate=2.75)
-    assert Choice.parse("@2.75").stored == Choice(4, 128, True)
+    assert str(parse_choice("@2.75")) == "4g128s@2.75"
+    assert parse_choice("4g128s@2.75") == parse_choice("@2.75") == Choice(4, 128, True, "4g128s@2.75")
+    assert stored_choice(parse_choice("@2.75")) == Choice(4, 128, True)
     for text in ("@0", "4g128@2.75", "2g128s@2.75", "@9", "4g128-nest@2", "16@3"):
         with pytest.raises(ChoiceError):
-            Choice.parse(text)
+            parse_choice(text)
 
 
 @pytest.mark.parametrize("rate", [2.5, 3.25, 4.0, 5.0, 6.0])
@@ -66,8 +70,9 @@ def test_groups_with_their_own_scales_take_more_bits_for_the_same_error(rate: fl
     weight = gaussian(512, 1024)
 
     def beyond_bound(choice: Choice) -> float:
-        found = coded_errors(weight, (choice,), "w", rounder_of("debiased"))
-        return 8 * found.coded[choice] / weight.numel() - 0.5 * math.log2(found.energy / found.expected[choice])
+        found = rounded(weight, choice, "w", rounder_of("debiased"))
+        energy = squared_norm(weight)
+        return 8 * found.coded_bytes() / weight.numel() - 0.5 * math.log2(energy / found.squared_error)
 
     assert beyond_bound(at(rate)) < beyond_bound(Choice(int(rate), 128)) - 0.15
 

@@ -13,7 +13,7 @@ import pytest
 
 from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.nouns.choice import Choice
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.plan import Plan
 from alphaq.report.content import Sources
 from alphaq.report.html import write_report
@@ -125,7 +125,7 @@ def test_the_slider_replays_the_path(seen: Seen, made: tuple[Path, Plan]) -> Non
             path.added
         )
         assert seen.value("#at-loss") == pytest.approx(path.losses[step], rel=1e-5)
-        chosen = [Choice.parse(plan.table.choices[column]).bits for column in path.columns_after(step)]
+        chosen = [parse_choice(plan.table.choices[column]).bits for column in path.columns_after(step)]
         for bits in set(chosen):
             assert seen.page.locator(f"#bars [data-bits='{bits}']").inner_text() == str(chosen.count(bits))
 
@@ -240,7 +240,7 @@ def test_a_plan_alone_opens_too(browser: Any, made: tuple[Path, Plan], tmp_path:
         write_report(path, read_run(tmp_path / "plan.json"), Sources())
         for found in opened(browser, path):
             click_cell(found, 0, 0, 0, 1 + max(int(n.split(".")[2]) for n in plan.assignment), 8)
-            assert "--model" in found.page.locator("#panel").inner_text()
+            assert "--reference" in found.page.locator("#panel").inner_text()
 
 
 def test_units_that_share_a_choice_move_together(browser: Any, made: tuple[Path, Plan], tmp_path: Path) -> None:

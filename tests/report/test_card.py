@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from alphaq import pipeline
+from alphaq.nouns.scoring import Scoring
 from conftest import DATA, Ran
 
 Run = Callable[..., Ran]
@@ -86,7 +87,7 @@ def test_edited_card_is_not_replaced_without_force(alphaq: Run, out: Path) -> No
 
 def test_certificate_is_quoted_only_if_it_is_of_these_weights(alphaq: Run, out: Path, tiny: Path) -> None:
     texts = sorted((DATA / "texts").glob("*.txt"))[:2]
-    made = pipeline.certify(out, tiny, texts, window=32, max_tokens=96, command="alphaq certify X")
+    made = pipeline.certify(out, tiny, Scoring(texts=texts, window=32, max_tokens=96), command="alphaq certify X")
     made.write(out / "certificate.json")
     text = alphaq("card", out, "-o", "-").out
     assert f"{made.overall.ear.value:.4f} ({made.overall.ear.low:.4f}–{made.overall.ear.high:.4f})" in text
@@ -114,7 +115,7 @@ def test_card_and_licence_of_the_source_serve_an_output_that_has_none(alphaq: Ru
     assert "base_model is left out" in ran.err and "base_model" not in ran.json["metadata"]
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "README.md").write_text(ORIGINAL)
-    ran = alphaq("card", out, "--source", tmp_path / "source", "--json")
+    ran = alphaq("card", out, "--reference", tmp_path / "source", "--json")
     assert ran.json["metadata"]["license_name"] == "tiny-licence" and "Its own words" in ran.json["card"]
 
 

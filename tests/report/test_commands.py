@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from alphaq.calibration.proxy import Proxy
 from alphaq.calibration.text import Text
 from alphaq.cli import app as cli
 from alphaq.engines.output import QuantizeOptions
@@ -14,7 +13,7 @@ from alphaq.nouns.plan import Plan, SourceIdentity
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import resolve
 from alphaq.report.commands import Names, remake, reproduce
-from alphaq.writing.calibrated import Rounding
+from alphaq.writing.rounding import Rounding
 from conftest import Ran
 
 Run = Callable[..., Ran]
@@ -141,8 +140,8 @@ def test_the_command_says_every_setting_of_the_plan(
     class Given:
         name, digest = "importance.gguf", "0123456789abcdef"
 
-    monkeypatch.setattr(cli, "build_plan", stop)
-    monkeypatch.setattr("alphaq.cli.options.importance_matrix", lambda path: path and Given)
+    monkeypatch.setattr("alphaq.cli.plan.build_plan", stop)
+    monkeypatch.setattr("alphaq.cli.inputs.importance_matrix", lambda path: path and Given)
     words = shlex.split(dict(reproduce(plan))["Plan"])
     with pytest.raises(Parsed):
         cli.main([*words[1:], "--workers", "1"])
@@ -165,9 +164,12 @@ def test_a_setting_that_is_on_by_default_is_turned_off_by_its_no() -> None:
             Rounding.of("native", "gptq", Text(Path("texts/my.txt"), 4096)),
             ["--quantizer", "gptq", "--calibration", "my.txt", "--calibration-tokens", "4096"],
         ),
-        (Rounding.of("native", "learned", Proxy("norm")), ["--quantizer", "learned", "--calibration", "norm"]),
+        (
+            Rounding.of("native", "learned", Text("self")),
+            ["--quantizer", "learned", "--calibration", "self", "--calibration-tokens", "16384"],
+        ),
     ],
-    ids=["usual", "hqq", "gptq", "norm"],
+    ids=["usual", "hqq", "gptq", "learned"],
 )
 def test_quantizing_is_repeated_with_its_own_options(rounding: Rounding, words: list[str]) -> None:
     plan = Plan(choices={"a": "2"}, config={"imatrix": "i m.gguf 0123"})
@@ -179,12 +181,13 @@ def test_quantizing_is_repeated_with_its_own_options(rounding: Rounding, words: 
 def test_report_and_card_repeat_what_an_output_was_quantized_with(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--bits", "3", "--method", "uniform", "--codec", "zstd", "--noise", "measured", "--choices", "2,3,4")
-    made = alphaq("quantize", tiny, *options, "--quantizer", "gptq", "--calibration", "norm", "-o", out)
+    inputs = ("--calibration", "self", "--calibration-tokens", "512")
+    made = alphaq("quantize", tiny, *options, "--quantizer", "gptq", *inputs, "-o", out)
     assert made.code == 0, made.err
     assert alphaq("report", out, "-o", tmp_path / "report.html").code == 0
     card = alphaq("card", out, "--base-model", "someone/tiny", "-o", "-").out
     for text in ((tmp_path / "report.html").read_text(), card):
-        assert "--plan plan.json --quantizer gptq --calibration norm -o" in text
+        assert "--plan plan.json --quantizer gptq --calibration self --calibration-tokens 512 -o" in text
         assert "--bits 3.0 --method uniform --choices 2,3,4 --codec zstd -o plan.json" in text
     assert "alphaq plan someone/tiny --bits" in card
 

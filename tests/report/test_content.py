@@ -110,7 +110,7 @@ def test_two_matrices_that_names_do_not_tell_apart_get_cells_of_their_own() -> N
 
 def test_what_is_missing_is_said_with_its_remedy() -> None:
     missing = " ".join(content_of(Run("run", small_plan(alpha={}, table=None)), Sources()).missing)
-    for remedy in ("--stats", "--model", "alphaq plan", "alphaq quantize", "--compare"):
+    for remedy in ("--stats", "--reference", "alphaq plan", "alphaq quantize", "--compare"):
         assert remedy in missing
     everything = content_of(
         Run("run", small_plan(), dict.fromkeys(small_plan().assignment, 0.04)),
@@ -171,7 +171,7 @@ def test_an_edited_plan_is_refused() -> None:
 def test_a_plan_from_a_stranger_is_refused_in_words(changes: dict[str, Any], fault: str) -> None:
     fields: dict[str, Any] = {"assignment": {"a.0": 3}, "choices": {"a.0": "3g128"}}
     with pytest.raises(AlphaQError, match=fault):
-        page_of(content_of(Run("run", Plan.model_validate(fields | changes)), Sources()))
+        page_of(content_of(Run("run", Plan.from_json(json.dumps(fields | changes), "p.json")), Sources()))
 
 
 def test_a_plan_that_follows_an_order_says_what_the_path_would_save() -> None:

@@ -15,7 +15,7 @@ from alphaq.errors import PlanError
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, resolve
-from alphaq.report.explanation import explain_plan
+from alphaq.report.explanation import ExplainedUnit, explain_plan
 from conftest import Ran
 
 Run = Callable[..., Ran]
@@ -102,8 +102,8 @@ def test_without_a_pattern_the_units_nearest_to_moving_come_first(plan: Plan) ->
     every = explain_plan(plan, None, limit=1000).units
     assert shown == every[:5]
 
-    def distance(one: dict) -> float:
-        return min(abs(np.log(one[key])) for key in ("moves_up_at", "moves_down_at") if one[key])
+    def distance(one: ExplainedUnit) -> float:
+        return min(abs(np.log(at)) for at in (one.moves_up_at, one.moves_down_at) if at)
 
     distances = [distance(one) for one in every]
     assert distances == sorted(distances)
@@ -153,7 +153,10 @@ def test_an_edited_plan_is_not_explained_by_its_old_table(plan: Plan) -> None:
 
 def test_the_command_explains_a_file_or_its_folder(alphaq: Run, plan: Plan, plan_file: Path) -> None:
     ran = alphaq("explain", plan_file, "layers.0.*down_proj", "--limit", "3", "--json")
-    assert ran.json == json.loads(json.dumps(asdict(explain_plan(plan, "layers.0.*down_proj", 3))))
+    explained = asdict(explain_plan(plan, "layers.0.*down_proj", 3))
+    assert plan.config is not None
+    explained["budget"] = plan.config.budget.model_dump()
+    assert ran.json == json.loads(json.dumps(explained))
     assert alphaq("explain", plan_file.parent, "layers.0.*down_proj", "--limit", "3", "--json").json == ran.json
     shown = alphaq("explain", plan_file, "--limit", "2").out
     assert f"one more byte would save {plan.price:.4g}" in shown

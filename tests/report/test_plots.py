@@ -146,7 +146,7 @@ def test_a_damaged_comparison_is_refused(alphaq: Run, compared: Path, tmp_path: 
     (compared / "comparison.json").write_text('{"rows": [{"method": 1}]}')
     ran = alphaq("plot", "methods", compared, "-o", tmp_path / "f.png")
     assert ran.code == 2
-    assert "is no comparison" in ran.err
+    assert "is not a comparison" in ran.err
 
 
 def test_without_matplotlib_the_extra_is_named(

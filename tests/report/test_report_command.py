@@ -18,7 +18,7 @@ def test_a_report_is_made_of_a_folder_a_model_and_a_comparison(
     (tmp_path / "results" / "comparison.json").write_text(json.dumps({"rows": rows}))
     out = tmp_path / "r.html"
     ran = alphaq(
-        *("report", tiny_quantized, "--model", tiny, "--spectra", "12", "--compare", tmp_path / "results"),
+        *("report", tiny_quantized, "--reference", tiny, "--spectra", "12", "--compare", tmp_path / "results"),
         *("-o", out, "--json"),
     )
     found = ran.json
@@ -47,7 +47,7 @@ def test_another_model_is_refused(alphaq: Run, tiny_quantized: Path, tiny: Path,
     assert plan.source is not None
     other = plan.model_copy(update={"source": plan.source.model_copy(update={"fingerprint": "0" * 64})})
     (tmp_path / "p.json").write_text(other.to_json())
-    ran = alphaq("report", tmp_path / "p.json", "--model", tiny, "-o", tmp_path / "r.html")
+    ran = alphaq("report", tmp_path / "p.json", "--reference", tiny, "-o", tmp_path / "r.html")
     assert ran.code == 2
     assert "Give the checkpoint it was made of" in ran.err
     assert not (tmp_path / "r.html").exists()
@@ -57,10 +57,10 @@ def test_another_model_is_refused(alphaq: Run, tiny_quantized: Path, tiny: Path,
     ("arguments", "fault"),
     [
         (("nowhere",), "No plan file"),
-        (("{run}", "--spectra", "3"), "Add --model"),
+        (("{run}", "--spectra", "3"), "Add --reference"),
         (("{run}", "--stats", "nowhere.csv"), "alphaq analyze"),
         (("{run}", "--compare", "nowhere"), "alphaq compare"),
-        (("{run}", "--model", "nowhere"), "nowhere"),
+        (("{run}", "--reference", "nowhere"), "nowhere"),
     ],
 )
 def test_mistakes_end_in_one_line(

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from alphaq.engines.native import PROFILE
+from alphaq.formats.blocks import decode, dequantize, encode
+from alphaq.formats.native import kind_of
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.quantizers.base import rounder_of
-from alphaq.quantizers.packing import decode, dequantize, encode
-from alphaq.runtime.lookup import restored_rows
+from alphaq.runtime.lookup import BlockForm, restored_rows
 
-KINDS = sorted({(choice.bits, choice.symmetric, choice.mix) for choice in PROFILE.choices if choice.bits < 16})
+KINDS = sorted({(choice.bits, choice.symmetric, kind_of(choice)) for choice in PROFILE.choices if not choice.kept})
 
 
 def block_of(choice: Choice, shape: tuple[int, int]) -> torch.Tensor:
@@ -24,18 +26,18 @@ def block_of(choice: Choice, shape: tuple[int, int]) -> torch.Tensor:
 def test_rows_are_those_of_the_whole_matrix(bits: int, symmetric: bool, mix: str, shape: tuple[int, int]) -> None:
     rows = torch.tensor([shape[0] - 1, 0, 7, 7, 31])
     for group_size in (32, 64, 128):
-        choice = Choice(bits, group_size, symmetric, mix=mix)
+        choice = parse_choice(f"{bits}g{group_size}{'s' * symmetric}{mix and '-' + mix}")
         block = block_of(choice, shape)
-        assert torch.equal(restored_rows(block, choice, shape, rows), dequantize(decode(block))[rows])
+        assert torch.equal(restored_rows(block, BlockForm.of(choice, shape), rows), dequantize(decode(block))[rows])
 
 
 def test_no_rows_are_no_error() -> None:
-    choice = Choice(3, 32)
-    assert restored_rows(block_of(choice, (8, 64)), choice, (8, 64), torch.zeros(0, dtype=torch.int64)).shape == (0, 64)
+    choice, none = Choice(3, 32), torch.zeros(0, dtype=torch.int64)
+    assert restored_rows(block_of(choice, (8, 64)), BlockForm.of(choice, (8, 64)), none).shape == (0, 64)
 
 
 @pytest.mark.parametrize("row", [8, -1])
 def test_a_row_that_is_not_there_is_an_error(row: int) -> None:
     choice = Choice(4, 64)
     with pytest.raises((IndexError, RuntimeError)):
-        restored_rows(block_of(choice, (8, 64)), choice, (8, 64), torch.tensor([row]))
+        restored_rows(block_of(choice, (8, 64)), BlockForm.of(choice, (8, 64)), torch.tensor([row]))

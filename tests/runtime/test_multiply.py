@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from alphaq.errors import AlphaQError, CheckpointError
+from alphaq.formats.blocks import encode
 from alphaq.nouns.choice import Choice
 from alphaq.quantizers.debiased import quantize_debiased
-from alphaq.quantizers.packing import encode
-from alphaq.runtime import kernels
+from alphaq.runtime import input_kernels, kernels
 from alphaq.runtime import multiply as module
 from alphaq.runtime.multiply import multiply, packed_linear
 from alphaq.runtime.packed import PackedWeights
@@ -216,7 +216,7 @@ def test_whole_numbers_are_within_half_a_step(planes: int, bound: float) -> None
     values = torch.randn(1, 512, generator=torch.Generator().manual_seed(6)).numpy()
     digits = np.zeros((planes, 1, 512), np.int8)
     steps, sums = np.zeros((2, 3, 1, 16), np.float32)
-    kernels.prepare(values, 512, planes, kernels.LIMITS[planes - 2], digits, steps, sums)
+    input_kernels.prepare(values, 512, planes, input_kernels.LIMITS[planes - 2], digits, steps, sums)
     whole = sum(digits[plane, 0].astype(np.float64) * 256.0 ** (planes - 1 - plane) for plane in range(planes))
     restored = whole * np.repeat(steps[0, 0].astype(np.float64), 32)
     largest = np.abs(values).reshape(-1, 128).max(1).repeat(128)

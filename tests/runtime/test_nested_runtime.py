@@ -13,12 +13,13 @@ import alphaq  # noqa: F401 - registers the plug-in
 from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.output import Output
+from alphaq.formats.blocks import encode
+from alphaq.formats.table import format_of, parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.nested import quantize_nested
-from alphaq.quantizers.packing import encode
 from alphaq.runtime import multiply as module
 from alphaq.runtime.multiply import multiply
 from alphaq.runtime.packed import FLAGS, HALVES, SYMMETRIC, PackedWeights
@@ -30,7 +31,7 @@ TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
 def nest(bits: int, group: int) -> Choice:
-    return Choice(bits, group, symmetric=True, mix="nest")
+    return parse_choice(f"{bits}g{group}-nest")
 
 
 def packed(shape: tuple[int, int], group: int) -> PackedWeights:
@@ -117,7 +118,7 @@ def test_a_nested_model_coded_or_not_has_the_dequantized_logits(
     source = save_family("qwen2_moe", fused)
     plain = quantized(source, tmp_path / "plain", None)
     recode(plain, tmp_path / "coded", "zstd")
-    assert any(choice.nested for choice in Output(plain).plan.every_choice().values())
+    assert any(format_of(choice).name == "nested" for choice in Output(plain).plan.every_choice().values())
     wanted = logits(load(plain_copy(open_checkpoint(source), plain, tmp_path / "restored")))
     found, coded = logits(load(plain)), logits(load(tmp_path / "coded"))
     assert float((found - wanted).abs().max()) < 1e-4

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import CheckpointError
-from alphaq.nouns.choice import Choice
+from alphaq.formats.blocks import encode, native_format
+from alphaq.formats.salient import most_of
+from alphaq.formats.table import parse_choice, storage_bytes
 from alphaq.nouns.plan import Plan
 from alphaq.quantizers.debiased import quantize_debiased
-from alphaq.quantizers.packing import encode
 from alphaq.quantizers.salience import mixing
 from alphaq.runtime import multiply as module
 from alphaq.runtime import packed as packed_module
@@ -30,7 +31,7 @@ TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 def stored(weight: torch.Tensor, text: str) -> torch.Tensor:
     """A matrix as it is in a checkpoint."""
-    return weight.bfloat16() if text == "16" else encode(mixing(quantize_debiased)(weight, Choice.parse(text)))
+    return weight.bfloat16() if text == "16" else encode(mixing(quantize_debiased)(weight, parse_choice(text)))
 
 
 def packed(shape: tuple[int, int], texts: Sequence[Sequence[str]]) -> PackedWeights:
@@ -76,14 +77,14 @@ def test_several_parts_of_a_matrix_give_what_one_gives(monkeypatch: pytest.Monke
 def test_blocks_stay_as_they_are_and_say_their_choice() -> None:
     weights = packed((64, 256), [TEXTS])
     assert [str(weights.choice(0, expert)) for expert in range(len(TEXTS))] == TEXTS
-    assert weights.nbytes == sum(Choice.parse(text).storage_bytes((64, 256)) for text in TEXTS)
+    assert weights.nbytes == sum(storage_bytes(parse_choice(text), (64, 256)) for text in TEXTS)
     multiply(torch.randn(40, 256), weights, torch.arange(40) % len(TEXTS), torch.arange(40))
-    assert weights.nbytes == sum(Choice.parse(text).storage_bytes((64, 256)) for text in TEXTS)
+    assert weights.nbytes == sum(storage_bytes(parse_choice(text), (64, 256)) for text in TEXTS)
 
 
 @pytest.mark.parametrize("text", ["2g128-slim", "1g128-pb4"])
 def test_other_devices_refuse_by_name_and_say_what_helps(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_module, "MIXING_DEVICES", ("elsewhere",))
+    monkeypatch.setattr(packed_module, "RESTORING_DEVICES", ("elsewhere",))
     with pytest.raises(CheckpointError, match=rf"0\.1 is stored as {text}.* cpu.* other --choices"):
         packed((64, 256), [["2g128", text]])
     packed((64, 256), [["2g128", "16"]])
@@ -98,9 +99,10 @@ def test_gpus_refuse_by_name() -> None:
 
 @pytest.mark.parametrize(("text", "value"), [("2g64-slim", 7), ("1g64-pb4", 64)])
 def test_damaged_mixes_are_refused_by_name_when_loaded(text: str, value: int) -> None:
-    choice, shape = Choice.parse(text), (64, 256)
+    choice, shape = parse_choice(text), (64, 256)
     block = stored(torch.randn(shape), text)
-    begin = 16 + sum(choice.parts(shape)) + (2 * 64 * 4 if choice.salient else 0)  # widths, or positions
+    begin = 16 + sum(native_format(choice).parts(choice, shape)[:3])
+    begin += 2 * 64 * 4 if most_of(choice) else 0  # widths, or positions behind their scales
     block[begin] = value
     with pytest.raises(CheckpointError, match=r"layer\.weight has"):
         PackedWeights([["layer.weight"]], shape).fill([[block]])
@@ -152,7 +154,7 @@ def test_a_budget_chooses_mixes_and_the_model_runs(alphaq: Callable[..., Ran], u
     ran = alphaq("quantize", uneven, "--plan", plan_file, "-o", out)
     assert ran.code == 0, ran.err
     assert sum(path.stat().st_size for path in out.glob("*.safetensors")) == plan.size_bytes
-    verified = alphaq("verify", out, "--source", uneven, "--json")
+    verified = alphaq("verify", out, "--reference", uneven, "--json")
     assert verified.code == 0 and verified.json["ok"], verified.err
     wanted = logits(plain_copy(open_checkpoint(uneven), out, tmp_path / "plain"))
     assert float((logits(out) - wanted).abs().max()) < 1e-4

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from alphaq.errors import DeviceError
-from alphaq.nouns.choice import CHOICE_BITS, GROUP_SIZES, Choice
+from alphaq.formats.blocks import decode, dequantize, encode
+from alphaq.formats.native import CHOICE_BITS, GROUP_SIZES
+from alphaq.formats.table import parse_choice
+from alphaq.nouns.choice import Choice
 from alphaq.quantizers.base import rounder_of
-from alphaq.quantizers.packing import decode, dequantize, encode
 from alphaq.runtime.packed import PackedWeights
 
 triton = pytest.importorskip("triton")
@@ -128,7 +130,7 @@ def test_prefill_multiplies_with_every_width_in_one_launch(
 @pytest.mark.parametrize("columns, group", [(72, 32), (136, 128)])
 def test_nested_codes_are_multiplied_among_others(kernels: ModuleType, columns: int, group: int, repeats: int) -> None:
     torch.manual_seed(columns)
-    nested = [Choice(bits, group, True, mix="nest") for bits in CHOICE_BITS[1:]]
+    nested = [parse_choice(f"{bits}g{group}-nest") for bits in CHOICE_BITS[1:]]
     others = [Choice(3, group), Choice(4, group, True), torch.bfloat16]
     experts = [expert for expert in range(10) for _ in range(repeats)]
     check(kernels, packed([[*nested, *others]], (13, columns)), experts, torch.float32)

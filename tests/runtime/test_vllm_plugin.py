@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from alphaq.formats.blocks import decode, dequantize, encode
 from alphaq.nouns.choice import Choice
 from alphaq.quantizers.base import rounder_of
-from alphaq.quantizers.packing import decode, dequantize, encode
 
 
 class Embedding:

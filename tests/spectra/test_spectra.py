@@ -189,7 +189,7 @@ def test_binary_stats_are_refused(tmp_path: Path) -> None:
 def test_numbers_of_no_matrix_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.csv"
     path.write_text("name,alpha,variance\na,1,1e300\n")
-    with pytest.raises(StatsError, match="variance '1e300' is of no matrix of float32 weights"):
+    with pytest.raises(StatsError, match="variance '1e300' cannot come from float32 weights"):
         read_stats(path)
 
 

@@ -72,10 +72,10 @@ def _whole_losses(losses: np.ndarray, relative: np.ndarray) -> np.ndarray | None
     ratio = np.where(known, losses / np.where(known, relative, 1.0), np.nan)
     with np.errstate(invalid="ignore"):
         low, high = np.nanmin(ratio, axis=1, initial=np.inf), np.nanmax(ratio, axis=1, initial=-np.inf)
-    seen = known.any(axis=1)
-    if not (high[seen] - low[seen] <= 1e-4 * np.abs(high[seen])).all():
+    known_rows = known.any(axis=1)
+    if not (high[known_rows] - low[known_rows] <= 1e-4 * np.abs(high[known_rows])).all():
         return None
-    return np.where(seen, high, 0.0)
+    return np.where(known_rows, high, 0.0)
 
 
 def water_filling(whole: np.ndarray, weights: np.ndarray, bits: float) -> float:

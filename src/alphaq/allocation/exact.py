@@ -62,16 +62,16 @@ def solve_exact(losses: np.ndarray, costs: np.ndarray, budget: int) -> Solution:
         width = min(width, gap)
         core = np.flatnonzero((reduced <= width).sum(axis=1) > 1)
         try:
-            found = _search_core(steps, reduced, price, room, width * (1 + 1e-9), core, settled)
+            better = _search_core(steps, reduced, price, room, width * (1 + 1e-9), core, settled)
         except _FrontTooLarge:
             columns = _polish(steps, reduced, price, room, gap, columns)
             upper = float(losses[units, columns].sum())
             if upper - relaxed < width:
                 continue
             break
-        if found is not None:
-            if losses[units, found].sum() < upper:
-                columns = found
+        if better is not None:
+            if losses[units, better].sum() < upper:
+                columns = better
                 upper = float(losses[units, columns].sum())
             proven = upper - relaxed
             break
@@ -187,8 +187,8 @@ def _polish(
     pairs = np.stack([np.argsort(dearer, kind="stable"), np.argsort(cheaper, kind="stable")], axis=1)
     for start in range(0, min(len(pairs), POLISH_ROUNDS * POLISH_PAIRS), POLISH_PAIRS):
         core = np.unique(pairs[start : start + POLISH_PAIRS])
-        found = _search_core(steps, reduced, price, room, width * (1 + 1e-9), core, columns, thin=True)
-        columns = columns if found is None else found
+        better = _search_core(steps, reduced, price, room, width * (1 + 1e-9), core, columns, thin=True)
+        columns = columns if better is None else better
     return columns
 
 
@@ -211,10 +211,8 @@ def _search_core(
     fixed = np.setdiff1d(np.arange(len(steps)), core, assume_unique=True)
     # States: cost so far and excess Σ r so far. Suffix ranges of cost discard states that can no
     # longer fit, or that would leave more slack than `width` pays for.
-    lowest = np.where(open_choices[core], steps[core], np.iinfo(np.int64).max).min(axis=1)
-    highest = np.where(open_choices[core], steps[core], -1).max(axis=1)
-    rest_low = np.append(np.cumsum(lowest[::-1])[::-1][1:], 0) if len(core) else np.zeros(0, np.int64)
-    rest_high = np.append(np.cumsum(highest[::-1])[::-1][1:], 0) if len(core) else np.zeros(0, np.int64)
+    rest_low = _of_the_rest(np.where(open_choices[core], steps[core], np.iinfo(np.int64).max).min(axis=1))
+    rest_high = _of_the_rest(np.where(open_choices[core], steps[core], -1).max(axis=1))
     cost = np.array([int(steps[fixed, settled[fixed]].sum())])
     excess = np.array([reduced[fixed, settled[fixed]].sum()])
     history: list[tuple[np.ndarray, np.ndarray]] = []
@@ -234,11 +232,7 @@ def _search_core(
         least_slack = np.maximum(room - new_cost - rest_high[position], 0)
         keep = (new_cost + rest_low[position] <= room) & (new_excess + price * least_slack <= width)
         new_cost, new_excess, parent, option = (part[keep] for part in (new_cost, new_excess, parent, option))
-        # Pareto front on (cost, loss): dearer states survive only with strictly less loss so far.
-        loss = new_excess - price * new_cost
-        order = np.lexsort((loss, new_cost))
-        running = np.minimum.accumulate(loss[order])
-        front = order[np.append(True, running[1:] < running[:-1])] if len(order) else order
+        front = _pareto(new_cost, new_excess - price * new_cost)
         cost, excess = new_cost[front], new_excess[front]
         history.append((parent[front], option[front]))
         if not len(cost):
@@ -252,3 +246,15 @@ def _search_core(
         columns[unit] = option[state]
         state = int(parent[state])
     return columns
+
+
+def _of_the_rest(costs: np.ndarray) -> np.ndarray:
+    """Sums of what comes after each, int64 [n] of [n]."""
+    return np.append(np.cumsum(costs[::-1])[::-1][1:], 0) if len(costs) else np.zeros(0, np.int64)
+
+
+def _pareto(cost: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """States on the front of (cost, loss), cheapest first: dearer ones survive only with strictly less loss."""
+    order = np.lexsort((loss, cost))
+    running = np.minimum.accumulate(loss[order])
+    return order[np.append(True, running[1:] < running[:-1])] if len(order) else order

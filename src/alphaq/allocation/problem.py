@@ -64,12 +64,14 @@ class Problem:
     def source(self) -> np.ndarray:
         """int [units, choices]: the column that stands for each choice, itself where allowed."""
         costs, allowed = self.per_unit(self.costs), self.unit_allowed
-        found = np.where(allowed, costs, np.iinfo(np.int64).max).argmin(axis=1)[:, None].repeat(costs.shape[1], axis=1)
+        stand_in = (
+            np.where(allowed, costs, np.iinfo(np.int64).max).argmin(axis=1)[:, None].repeat(costs.shape[1], axis=1)
+        )
         for column in range(costs.shape[1]):
             within = np.where(allowed & (costs <= costs[:, [column]]), costs, -1)
             affordable = within.max(axis=1) >= 0
-            found[affordable, column] = within.argmax(axis=1)[affordable]
-        return np.where(allowed, np.arange(costs.shape[1]), found)
+            stand_in[affordable, column] = within.argmax(axis=1)[affordable]
+        return np.where(allowed, np.arange(costs.shape[1]), stand_in)
 
     def allowed_only(self, table: np.ndarray) -> np.ndarray:
         """[units, choices] with forbidden entries replaced by their stand-in's."""
@@ -112,13 +114,13 @@ def solve_losses(problem: Problem, losses: np.ndarray, per_layer: bool = False) 
 def layer_budgets(problem: Problem) -> list[SideConstraint]:
     """One constraint per layer: its share of the limit, in proportion to what its units cost at the widest rung."""
     weights = problem.per_unit(problem.costs)[:, problem.ladder[-1] if problem.ladder else -1]
-    found = []
+    constraints = []
     for layer in sorted(set(problem.layers.tolist())):
         members = np.flatnonzero(problem.layers == layer)
         share = int(problem.limit * int(weights[members].sum()) // int(weights.sum()))
         costs = problem.unit_costs[members].astype(float)
-        found.append(SideConstraint(f"the budget of layer {layer}", members, costs, -np.inf, share))
-    return found
+        constraints.append(SideConstraint(f"the budget of layer {layer}", members, costs, -np.inf, share))
+    return constraints
 
 
 def solve_experts(problem: Problem, losses: np.ndarray, experts: Sequence[str]) -> Solution:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphaq.errors import CheckpointError
+from alphaq.errors import CheckpointError, PassError
 from alphaq.nouns.matrix import MatrixRef, Role
 
 
@@ -79,17 +79,14 @@ def form_of(module: Any, experts: dict[int, dict[str, MatrixRef]], where: str) -
     runs = folded or module
     act = getattr(runs, "act_fn", None) or getattr(runs, "activation_fn", None)
     turned = not getattr(module, "is_concatenated", True) and first == ("gate", "up")
-    refused = CheckpointError(
+    refused = PassError(
         f"{where} ({type(module).__name__}) computes something of its own in its experts, so they cannot be run "
-        "one at a time. Use --method alphaq, or another that needs no forward pass."
+        "one at a time."
     )
     if first is None or biased or more or turned or not (act or hasattr(module, "_apply_gate")):
         raise refused
     if getattr(module, "zero_expert_num", 0):
-        raise CheckpointError(
-            f"{where} ({type(module).__name__}) has experts without weights, which are not run here. "
-            "Use --method alphaq, or another that needs no forward pass."
-        )
+        raise PassError(f"{where} ({type(module).__name__}) has experts without weights, which are not run here.")
     if folded is not None:
         hidden, width = folded.hidden_size, folded.ffn_hidden_size
     else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alphaq.calibration.stream import HollowModel
-from alphaq.errors import CheckpointError
+from alphaq.errors import CheckpointError, PassError
 
 
 class _Given:
@@ -65,17 +65,17 @@ class Head:
         """Logits, float32 [windows, length, words], of final hidden states [windows, length, hidden]."""
         model = self.hollow.model
         below = model.base_model
-        held = below.forward
+        forward = below.forward
         below.forward = lambda *args, **kwargs: _Given(states)
         try:
             # Classes with parts for images look the ids up before they hand them on: none of those stand here.
-            found = model(input_ids=torch.zeros(states.shape[:2], dtype=torch.int64), use_cache=False)
+            output = model(input_ids=torch.zeros(states.shape[:2], dtype=torch.int64), use_cache=False)
         except (RuntimeError, TypeError, AttributeError, NotImplementedError, ValueError) as error:
-            raise CheckpointError(
+            raise PassError(
                 f"The head of {type(model).__name__} ({self.hollow.checkpoint.name}) cannot be run by itself "
-                f"({str(error)[:200]}). Use --method alphaq, or another that needs no forward pass."
+                f"({str(error)[:200]})."
             ) from error
         finally:
-            below.forward = held
-        logits: Tensor = found.logits
+            below.forward = forward
+        logits: Tensor = output.logits
         return logits.float()

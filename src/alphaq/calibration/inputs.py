@@ -60,13 +60,13 @@ def linears(hollow: HollowModel) -> dict[str, tuple[MatrixRef, ...]]:
     for matrix in hollow.checkpoint.matrices:
         if matrix.role is not hollow.planned_role:
             by_tensor.setdefault(matrix.tensor, []).append(matrix)
-    found = {}
+    of_modules = {}
     for name, module in hollow.model.named_modules():
         matrices = tuple(one for source in hollow.sources(f"{name}.weight") for one in by_tensor.get(source, ()))
         inside = any(name.startswith(f"{layer}.") for layer in hollow.layers)
         if inside and matrices and isinstance(module, nn.Linear):
-            found[name] = tuple(one for one in matrices if one.shape[1] == module.in_features)
-    return found
+            of_modules[name] = tuple(one for one in matrices if one.shape[1] == module.in_features)
+    return of_modules
 
 
 def _replace(

@@ -55,7 +55,7 @@ def routing_prior(checkpoint: Checkpoint) -> dict[Expert, ExpertUse]:
 def seen_uses(calibration: Calibration) -> dict[Expert, ExpertUse]:
     """What stands for the prior where a router sees more than a norm's output: uses by the tokens of a pass.
 
-    Random tokens overstate how experts differ, hence the root (docs/LOG.md).
+    Random tokens overstate how experts differ, hence the root (docs/research/log.md).
     """
     return {
         expert: replace(use, mean_square_weight=math.sqrt(use.mean_square_weight))
@@ -104,8 +104,8 @@ def stretched(norm: Any, samples: Tensor) -> Tensor:
     """Directions [samples, hidden] as a norm puts them out: times its weights, without their mean if it takes that."""
     weights = norm(torch.ones_like(samples[:1]))  # asked of the module: some families store g and some store g − 1
     scales_alone = getattr(norm, "bias", None) is None and bool(weights.any())
-    found: Tensor = samples * weights if scales_alone else norm(samples)
-    return found
+    outputs: Tensor = samples * weights if scales_alone else norm(samples)
+    return outputs
 
 
 def norm_before(hollow: HollowModel, layer: int) -> tuple[str, Any]:

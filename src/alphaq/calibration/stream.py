@@ -10,24 +10,19 @@ are most of a layer (45 GB in float32 in DeepSeek-V3), so they are read and run 
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alphaq.calibration.experts import ExpertForm, form_of, is_expert_module
+from alphaq.calibration.libraries import map_large_tensors, no_progress_bars
 from alphaq.calibration.passage import Passage, Recorder
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.errors import AlphaQError, CheckpointError
+from alphaq.errors import AlphaQError, CheckpointError, PassError
 from alphaq.nouns.matrix import MatrixRef, Role
-
-MMAP_THRESHOLD, LARGE_BYTES = -3, 1 << 22  # glibc's name of the setting; tensors of 4 MiB
-
 
 Keywords = Mapping[str, Any]
 """Arguments of a module of transformers; what they are is its class's business."""
@@ -76,6 +71,47 @@ def model_class(config: Any) -> Any:
     )
 
 
+def _without_weights(checkpoint: Checkpoint) -> Any:
+    """The model's own class on the meta device. Raises CheckpointError if transformers cannot build it."""
+    from transformers import AutoConfig
+
+    try:
+        config = (
+            AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+            if checkpoint.gguf is None
+            else AutoConfig.for_model(**checkpoint.config)
+        )
+        with torch.device("meta"):
+            # Attention is left to transformers: sdpa where the class has it, which skips the mask of windows
+            # without padding. "eager" goes expert by expert; the others copy every token once per expert.
+            model = model_class(config)._from_config(config, dtype=torch.float32, experts_implementation="eager")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"transformers cannot build the model of {checkpoint.folder} ({reason}). Check config.json, update "
+            "transformers, or use --method alphaq, which needs the weights alone."
+        ) from error
+    return model.eval()
+
+
+def _decoder_of(model: Any) -> Any:
+    """The part of a model that holds its decoder layers."""
+    base = model.get_decoder() or model.base_model
+    if hasattr(base, "layers"):
+        return base
+    deeper = (one for one in model.modules() if hasattr(one, "layers") and hasattr(one, "embed_tokens"))
+    return next(deeper, base)
+
+
+def _by_place(planned: Iterable[MatrixRef]) -> dict[int, dict[int, dict[str, MatrixRef]]]:
+    """Matrices by layer, expert and projection; the MLP of a dense model is expert 0."""
+    places: dict[int, dict[int, dict[str, MatrixRef]]] = {}
+    for matrix in planned:
+        assert matrix.layer is not None and matrix.projection is not None
+        places.setdefault(matrix.layer, {}).setdefault(matrix.expert or 0, {})[matrix.projection] = matrix
+    return places
+
+
 class HollowModel:
     """A model without weights whose modules are filled from disk, in float32, and emptied again.
 
@@ -87,41 +123,18 @@ class HollowModel:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        from transformers import AutoConfig
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.modeling_utils import LoadStateDictConfig
 
         self.checkpoint = checkpoint
-        try:
-            config = (
-                AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-                if checkpoint.gguf is None
-                else AutoConfig.for_model(**checkpoint.config)
-            )
-            with torch.device("meta"):
-                # Attention is left to transformers: sdpa where the class has it, which skips the mask of windows
-                # without padding. "eager" goes expert by expert; the others copy every token once per expert.
-                model = model_class(config)._from_config(config, dtype=torch.float32, experts_implementation="eager")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CheckpointError(
-                f"transformers cannot build the model of {checkpoint.folder} ({reason}). Check config.json, update "
-                "transformers, or use --method alphaq, which needs the weights alone."
-            ) from error
-        self.model: Any = model.eval()
-        self.base: Any = model.get_decoder() or model.base_model
-        if not hasattr(self.base, "layers"):  # it is deeper
-            decoders = (one for one in model.modules() if hasattr(one, "layers") and hasattr(one, "embed_tokens"))
-            self.base = next(decoders, self.base)
+        self.model: Any = _without_weights(checkpoint)
+        self.base: Any = _decoder_of(self.model)
         names = {module: name for name, module in self.model.named_modules()}
         stack = getattr(self.base, "layers", getattr(self.base, "blocks", None))  # DBRX has blocks
         layers = list(stack or ())
         self.layers = [names[layer] for layer in layers]
         self.planned_role = checkpoint.planned_role
-        self.matrices: dict[int, dict[int, dict[str, MatrixRef]]] = {}
-        for matrix in checkpoint.planned:
-            assert matrix.layer is not None and matrix.projection is not None
-            self.matrices.setdefault(matrix.layer, {}).setdefault(matrix.expert or 0, {})[matrix.projection] = matrix
+        self.matrices = _by_place(checkpoint.planned)
         self.experts = {
             number: names[module]
             for number, layer in enumerate(layers)
@@ -131,16 +144,16 @@ class HollowModel:
             and is_expert_module(module, len(self.matrices[number]), self.planned_role)
         }
         if self.experts.keys() != self.matrices.keys():
-            raise CheckpointError(
+            raise PassError(
                 f"{checkpoint.folder}: {type(self.base).__name__} has no module in its layers whose experts could be "
-                "run one at a time. Use --method alphaq, or another that needs no forward pass."
+                "run one at a time."
             )
         self.forms = {
             layer: form_of(self.model.get_submodule(name), self.matrices[layer], f"{name} of {checkpoint.folder}")
             for layer, name in self.experts.items()
         }
         self.parts = [names[part] for part in self.base.children() if part is not stack] + self.layers
-        mapping: Any = get_model_conversion_mapping(model)
+        mapping: Any = get_model_conversion_mapping(self.model)
         self._loading = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping)
         self._sources = self._match_stored_tensors()
         self._compute_buffers()
@@ -185,11 +198,11 @@ class HollowModel:
                 continue
             # One parameter at a time: fused experts take three times their bytes while they are put together.
             tensors = {source: self._stored(source) for source in sources}
-            with _no_progress_bars():
-                found, _ = convert_and_load_state_dict_in_model(self.model, tensors, self._loading)
-            if found.conversion_errors or found.mismatched_keys:
-                what = "; ".join(error.strip().splitlines()[-1] for error in found.conversion_errors.values())
-                unfit = "; ".join(f"{key}: {list(is_)} is not {list(be)}" for key, is_, be in found.mismatched_keys)
+            with no_progress_bars():
+                loaded, _ = convert_and_load_state_dict_in_model(self.model, tensors, self._loading)
+            if loaded.conversion_errors or loaded.mismatched_keys:
+                what = "; ".join(error.strip().splitlines()[-1] for error in loaded.conversion_errors.values())
+                unfit = "; ".join(f"{key}: {list(is_)} is not {list(be)}" for key, is_, be in loaded.mismatched_keys)
                 raise CheckpointError(
                     f"{self.checkpoint.folder}: {target} cannot be made of {sources[0]} ({what or unfit}). "
                     "Download the checkpoint again or correct config.json."
@@ -240,7 +253,7 @@ def stream_forward(
     windows in one layer. Raises CheckpointError as `HollowModel` does, and AlphaQError for
     ids that are no windows of this model's tokens.
     """
-    _map_large_tensors()
+    map_large_tensors()
     hollow = hollow or HollowModel(checkpoint)
     vocabulary = hollow.base.get_input_embeddings().num_embeddings
     if ids.ndim != 2 or not ids.numel() or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
@@ -265,14 +278,10 @@ def stream_forward(
         with torch.no_grad():  # not inference mode, whose tensors `visit` could not change in threads of its own
             return hollow.base(input_ids=ids, use_cache=False).last_hidden_state
     except torch.linalg.LinAlgError as error:
-        raise CheckpointError(
-            f"{checkpoint.name} does not run in float32: what its layers put out overflows. Use a method that needs no "
-            "forward pass, such as --method alphaq."
-        ) from error
+        raise PassError(f"{checkpoint.name} does not run in float32: what its layers put out overflows.") from error
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
-        raise CheckpointError(
-            f"{type(hollow.base).__name__} of {checkpoint.name} cannot be run layer by layer ({str(error)[:200]}). "
-            "Use --method alphaq, or another that needs no forward pass."
+        raise PassError(
+            f"{type(hollow.base).__name__} of {checkpoint.name} cannot be run layer by layer ({str(error)[:200]})."
         ) from error
 
 
@@ -327,18 +336,8 @@ class _Watched:
 
 def _stream(output: Any) -> Tensor:
     """The stream in what a decoder layer gives."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
-
-
-@cache
-def _map_large_tensors() -> None:
-    """Have glibc map large tensors by themselves, for as long as the process lives, so that freed ones leave it.
-
-    Otherwise pieces that later tensors do not fit into pile up, 30 MB with every layer of 2,048 columns (docs/LOG.md).
-    """
-    with suppress(AttributeError, OSError, TypeError):  # another C library, which has no such fault or no such remedy
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE_BYTES)
+    stream: Tensor = output[0] if isinstance(output, tuple) else output
+    return stream
 
 
 def run_experts(
@@ -363,29 +362,14 @@ def run_experts(
 def traffic_of(hollow: HollowModel, layer: int, args: tuple[Any, ...], kwargs: Keywords) -> LayerTraffic:
     """The arguments of an experts module's forward, however they were passed; all tokens of a dense model's MLP."""
     names = ("hidden_states", "top_k_index", "top_k_weights")
-    given = (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
-    inputs = given[0].float().flatten(0, -2)
+    passed = (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
+    inputs = passed[0].float().flatten(0, -2)
     if hollow.planned_role is not Role.EXPERT:
-        given = (inputs, inputs.new_zeros(len(inputs), 1), inputs.new_ones(1, 1))
-    if len(given) != len(names):
-        raise CheckpointError(
-            f"{hollow.experts[layer]} of {hollow.checkpoint.name} is not told which experts its tokens go to. "
-            "Use --method alphaq, or another that needs no forward pass."
+        passed = (inputs, inputs.new_zeros(len(inputs), 1), inputs.new_ones(1, 1))
+    if len(passed) != len(names):
+        raise PassError(
+            f"{hollow.experts[layer]} of {hollow.checkpoint.name} is not told which experts its tokens go to."
         )
-    _, experts, weights = given
+    _, experts, weights = passed
     weights = weights.float().expand(experts.shape)
     return LayerTraffic(layer, inputs, experts.long(), weights, hollow.forms[layer])
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """transformers shows one per load, which here is hundreds."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -16,7 +16,7 @@ from alphaq.nouns.matrix import Role
 
 SELF: Literal["self"] = "self"
 WINDOW = 512  # tokens
-REWRITINGS = 1  # of random tokens; four made no difference (docs/LOG.md)
+REWRITINGS = 1  # of random tokens; four made no difference (docs/research/log.md)
 
 
 def check_ids(ids: Tensor, rows: int, where: str) -> None:
@@ -59,7 +59,7 @@ class Text:
         try:
             return self.source.read_text(encoding="utf-8-sig")  # a mark of the byte order is no text
         except (OSError, UnicodeDecodeError) as error:
-            raise StatsError(f"{self.source} is no UTF-8 text ({error}). Give one with --calibration.") from error
+            raise StatsError(f"{self.source} is not UTF-8 text ({error}). Give one with --calibration.") from error
 
     def windows(self, checkpoint: Checkpoint) -> Tensor:
         """Token ids, int64 [windows, length], of WINDOW tokens or all in one.

@@ -28,9 +28,11 @@ def text_prefix(tokenizer: Any) -> Prefix:
 def model_prefix(checkpoint: Checkpoint) -> Prefix:
     """The same of a checkpoint's tokenizer; none of a checkpoint that has no tokenizer."""
     if checkpoint.gguf is not None:
-        held = {key: value.value for key, value in checkpoint.gguf.metadata.items() if key.startswith("tokenizer.ggml")}
-        adds = held.get("tokenizer.ggml.add_bos_token", held.get("tokenizer.ggml.model") == "llama")
-        begin = held.get("tokenizer.ggml.bos_token_id")
+        metadata = {
+            key: value.value for key, value in checkpoint.gguf.metadata.items() if key.startswith("tokenizer.ggml")
+        }
+        adds = metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.model") == "llama")
+        begin = metadata.get("tokenizer.ggml.bos_token_id")
         return (begin,) if adds and isinstance(begin, int) else ()
     return _folder_prefix(checkpoint.folder)[0]
 
@@ -118,5 +120,5 @@ def rewritten(checkpoint: Checkpoint, ids: Tensor, seed: int = 0, keep: int = 1)
 def _drawn(logits: Tensor, numbers: Tensor) -> Tensor:
     """A token for each of logits [windows, positions, words], by float64 numbers [windows, positions, 1] below 1."""
     chances = logits.double().softmax(-1).cumsum(-1)
-    found = torch.searchsorted(chances, (numbers * chances[..., -1:]).contiguous())
-    return found.squeeze(-1).clamp(max=chances.shape[-1] - 1)
+    drawn = torch.searchsorted(chances, (numbers * chances[..., -1:]).contiguous())
+    return drawn.squeeze(-1).clamp(max=chances.shape[-1] - 1)

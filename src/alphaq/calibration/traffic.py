@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,10 +26,11 @@ from alphaq.calibration.passage import Passage
 from alphaq.calibration.stream import HollowModel, LayerTraffic, stream_forward
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import ChoiceError, QuantizationError, StatsError
+from alphaq.formats.blocks import dequantize
+from alphaq.formats.table import format_of, parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.quantizers.base import DEFAULT, rounder_of, sixteen_bits
-from alphaq.quantizers.packing import dequantize
 from alphaq.simd.sums import squared_distance, squared_norm
 
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
@@ -130,7 +132,7 @@ def _named(errors: Mapping[Choice, float]) -> dict[str, float]:
 
 
 def _parsed(errors: Mapping[str, float]) -> dict[Choice, float]:
-    return {Choice.parse(name): error for name, error in errors.items()}
+    return {parse_choice(name): error for name, error in errors.items()}
 
 
 def gather(
@@ -149,10 +151,10 @@ def gather(
     `stream_forward` raises.
     """
     for choice in choices:
-        if choice.scheme:
+        if format_of(choice).foreign:
             raise ChoiceError(f"{choice} is not rounded to nearest here. Give bits and a group size, such as 3g64.")
     hollow = HollowModel(checkpoint)
-    found = Calibration(tokens=tuple(map(tuple, ids.tolist())))
+    calibration = Calibration(tokens=tuple(map(tuple, ids.tolist())))
 
     def visit(traffic: LayerTraffic) -> None:
         experts = hollow.matrices[traffic.layer]
@@ -161,14 +163,14 @@ def gather(
         for number, use in enumerate(uses):
             expert = _Expert(checkpoint, experts[number], traffic, number)
             matrices, block_errors = expert.measure(choices, with_baq, signal)
-            found.experts[traffic.layer, number] = use
-            found.matrices.update(matrices)
-            found.block_errors[traffic.layer, number] = block_errors
+            calibration.experts[traffic.layer, number] = use
+            calibration.matrices.update(matrices)
+            calibration.block_errors[traffic.layer, number] = block_errors
         for name, strength in signal.strengths().items() if signal is not None else ():
-            found.matrices[name] = replace(found.matrices[name], signal=strength)
+            calibration.matrices[name] = replace(calibration.matrices[name], signal=strength)
 
     stream_forward(checkpoint, ids, visit, hollow, with_passages=with_signal)
-    return found
+    return calibration
 
 
 def expert_uses(experts: Tensor, weights: Tensor, count: int) -> list[ExpertUse]:
@@ -237,67 +239,74 @@ class _Expert:
         self, choices: tuple[Choice, ...], with_baq: bool, signal: LayerSignal | None
     ) -> tuple[dict[str, MatrixUse], dict[Choice, float]]:
         """Uses of the matrices by name, their signal left to `signal`, and the errors of the expert as a whole."""
-        first, parts = self.form.first, self.form.parts
+        parts = self.form.parts
         if not len(self.inputs):
             none = dict.fromkeys(choices, 0.0)
             return {self.refs[part].name: MatrixUse(0.0, 0.0, 0.0, none.copy()) for part in parts}, none
-        stored = {part: self.checkpoint.read(self.refs[part]) for part in parts}
-        down = stored["down"].float()
-        products = {part: self.inputs @ stored[part].float().T for part in first}
-        hidden = self._hidden(products)
-        errors: dict[str, dict[Choice, float]] = {part: {} for part in parts}
-        block_errors = {}
-
-        def moved(choice: Choice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            """Rounded matrices, and how each alone moves the output; "block" with all of them together."""
-            rounded = {part: self._rounded(part, stored[part], choice) for part in parts}
-            changed = {part: self.inputs @ rounded[part].T for part in first}
-            moves = {part: (self._hidden(products | {part: changed[part]}) - hidden) @ down.T for part in first}
-            moves["down"] = hidden @ (rounded["down"] - down).T
-            moves["block"] = self._hidden(changed) @ rounded["down"].T - hidden @ down.T
-            return rounded, moves
-
-        for choice in choices:
-            if choice.kept and all(sixteen_bits(matrix) is matrix for matrix in stored.values()):
-                misses = dict.fromkeys((*parts, "block"), 0.0)  # kept as it is, so nothing moves
-            else:
-                misses = {part: _weighted(self.square_weights, miss) for part, miss in moved(choice)[1].items()}
-            block_errors[choice] = math.sqrt(misses["block"] * self.all_tokens)
-            for part in parts:
-                errors[part][choice] = misses[part]
+        misses = {choice: self._misses(choice) for choice in choices}
+        block_errors = {choice: math.sqrt(one["block"] * self.all_tokens) for choice, one in misses.items()}
         if signal is not None:
-            self._signal(stored, moved, signal)
-        seen = dict.fromkeys(first, self.inputs) | {"down": hidden}
-        curvatures = dict.fromkeys(parts, 0.0)
-        if with_baq:
-            curvatures = dict.fromkeys(first, curvature(self.inputs, self.square_weights))
-            curvatures["down"] = curvature(hidden, self.square_weights)
+            self._tell(signal)
+        inputs = dict.fromkeys(self.form.first, self.inputs) | {"down": self.hidden}
+        curvatures = self._curvatures() if with_baq else dict.fromkeys(parts, 0.0)
         uses = {
             self.refs[part].name: MatrixUse(
-                input_mean_square=float(seen[part].square().mean(dtype=torch.float64)),
-                hessian_trace=_weighted(self.square_weights, seen[part]) / seen[part].shape[1],
-                baq=squared_row_ranges(stored[part]) * curvatures[part] / 24,
-                output_errors=errors[part],
+                input_mean_square=float(inputs[part].square().mean(dtype=torch.float64)),
+                hessian_trace=_weighted(self.square_weights, inputs[part]) / inputs[part].shape[1],
+                baq=squared_row_ranges(self.weights[part]) * curvatures[part] / 24,
+                output_errors={choice: one[part] for choice, one in misses.items()},
             )
             for part in parts
         }
         return uses, block_errors
 
-    def _signal(
-        self,
-        stored: Mapping[str, Tensor],
-        moved: Callable[[Choice], tuple[dict[str, Tensor], dict[str, Tensor]]],
-        signal: LayerSignal,
-    ) -> None:
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """The matrices as they are stored, by projection."""
+        return {part: self.checkpoint.read(self.refs[part]) for part in self.form.parts}
+
+    @cached_property
+    def products(self) -> dict[str, Tensor]:
+        """Outputs of the first projections, [n, width] each."""
+        return {part: self.inputs @ self.weights[part].float().T for part in self.form.first}
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """Inputs of the last projection, [n, width]."""
+        return self._hidden(self.products)
+
+    def _moved(self, choice: Choice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Rounded matrices, and how each alone moves the output; "block" with all of them together."""
+        first, hidden, down = self.form.first, self.hidden, self.weights["down"].float()
+        rounded = {part: self._rounded(part, self.weights[part], choice) for part in self.form.parts}
+        changed = {part: self.inputs @ rounded[part].T for part in first}
+        moves = {part: (self._hidden(self.products | {part: changed[part]}) - hidden) @ down.T for part in first}
+        moves["down"] = hidden @ (rounded["down"] - down).T
+        moves["block"] = self._hidden(changed) @ rounded["down"].T - hidden @ down.T
+        return rounded, moves
+
+    def _misses(self, choice: Choice) -> dict[str, float]:
+        """Σ w²‖y − ŷ‖² per token of the layer with one matrix at the choice, by its projection; "block" with all."""
+        if choice.kept and all(sixteen_bits(matrix) is matrix for matrix in self.weights.values()):
+            return dict.fromkeys((*self.form.parts, "block"), 0.0)  # kept as it is, so nothing moves
+        return {part: _weighted(self.square_weights, miss) for part, miss in self._moved(choice)[1].items()}
+
+    def _curvatures(self) -> dict[str, float]:
+        """Of each projection's inputs; the first ones share theirs."""
+        of_first = curvature(self.inputs, self.square_weights)
+        return dict.fromkeys(self.form.first, of_first) | {"down": curvature(self.hidden, self.square_weights)}
+
+    def _tell(self, signal: LayerSignal) -> None:
         """Tell how rounding each matrix to `PROBE` moves the expert's output."""
         names = {part: self.refs[part].name for part in self.form.parts}
         try:
-            rounded, moves = moved(PROBE)
+            rounded, moves = self._moved(PROBE)
         except QuantizationError:  # which may be pinned to 16 bits
             signal.undefined.update(names.values())
             return
         for order, (part, name) in enumerate(names.items()):
-            error, energy = squared_distance(stored[part], rounded[part]), squared_norm(stored[part])
+            weight = self.weights[part]
+            error, energy = squared_distance(weight, rounded[part]), squared_norm(weight)
             if error:
                 signal.add(name, self.number, order, moves[part], energy / error)
 

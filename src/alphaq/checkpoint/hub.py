@@ -17,7 +17,7 @@ from alphaq.checkpoint.files import is_file
 from alphaq.checkpoint.remote import Store
 from alphaq.checkpoint.side_files import CODE_FILES, SIDE_FILES, References
 from alphaq.checkpoint.weights import weight_files
-from alphaq.errors import CheckpointError
+from alphaq.errors import CheckpointError, first_line
 
 LISTING_TIMEOUT_S = 20
 
@@ -45,7 +45,7 @@ def expanded(model: str | Path) -> Path:
         path = Path(model).expanduser()
         path.is_dir()
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{model} is no path ({error}). Check it.") from None
+        raise CheckpointError(f"{model} is not a path ({error}). Check it.") from None
     return path
 
 
@@ -104,12 +104,12 @@ def _listing(model: str, revision: str | None) -> list[str] | None:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        found = HfApi().model_info(model, revision=revision, timeout=LISTING_TIMEOUT_S).siblings
+        siblings = HfApi().model_info(model, revision=revision, timeout=LISTING_TIMEOUT_S).siblings
     except (HfHubHTTPError, HFValidationError) as error:
         raise _unreachable(model, error) from None
     except Exception:  # its client for HTTP, whose errors are its own, changes from version to version
         return None
-    return [file.rfilename for file in found or ()]
+    return [file.rfilename for file in siblings or ()]
 
 
 @contextmanager
@@ -123,8 +123,7 @@ def _asking(model: str) -> Iterator[None]:
 
 
 def _unreachable(model: str, error: Exception) -> CheckpointError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return CheckpointError(
-        f"{model} is no local folder and could not be fetched from the hub ({reason}). "
+        f"{model} is no local folder and could not be fetched from the hub ({first_line(error)}). "
         "Check the name, the network and, for gated models, `hf auth login`."
     )

@@ -83,10 +83,10 @@ def publish(folder: Path, store: Store, job: str, journal: Path, wrap: Wrap = si
             if "/" in name:
                 store.system.makedirs(store.at(name).rpartition("/")[0], exist_ok=True)
             store.system.put_file(str(path), store.at(name))
-            found = _present(store).get(name)
-            if found is None or found.nbytes != path.stat().st_size:
+            arrived = _present(store).get(name)
+            if arrived is None or arrived.nbytes != path.stat().st_size:
                 raise OutputError(f"{store.url}/{name} did not arrive whole. Repeat the command.")
-            lines.append({"name": name, "size": found.nbytes, "version": found.version})
+            lines.append({"name": name, "size": arrived.nbytes, "version": arrived.version})
         store.system.rm_file(store.at(CLAIM_NAME))
 
 
@@ -111,8 +111,8 @@ def _owner(store: Store, stamp: Stamp) -> str | None:
     if stamp.nbytes > MOST_CLAIM_BYTES:
         return None
     try:
-        found: Mapping[str, Any] = parse_json(store.system.cat_file(store.at(CLAIM_NAME)))
-        return str(found["job"])
+        claimed: Mapping[str, Any] = parse_json(store.system.cat_file(store.at(CLAIM_NAME)))
+        return str(claimed["job"])
     except (ValueError, KeyError, TypeError):
         return None
 

@@ -148,7 +148,7 @@ class Checkpoint:
     def gguf_tensor(self, name: str) -> GgufTensor:
         """The tensor of a GGUF file, maybe a stack of experts, that holds one of this checkpoint's."""
         if self.gguf is None:
-            raise CheckpointError(f"{self.name} is no GGUF file, so {name} has no place in one. Open a GGUF file.")
+            raise CheckpointError(f"{self.name} is not a GGUF file, so {name} has no place in one. Open a GGUF file.")
         return self.gguf.tensors[self.gguf_names[name]]
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -315,7 +315,9 @@ def open_native(folder: Path, restored: Restore) -> Checkpoint:
 def _open_store(url: str, revision: str | None) -> Checkpoint:
     """A checkpoint whose weights stay where they are; headers are read by ranges, small files copied."""
     if revision is not None:
-        raise CheckpointError("--revision is of hub models. An address says all: hf://ORG/MODEL@REVISION.")
+        raise CheckpointError(
+            "--revision applies only to hub models. Put it into the address: hf://ORG/MODEL@REVISION."
+        )
     if url.lower().endswith(".gguf"):
         raise CheckpointError(f"{url} is a GGUF file, which is read from a local disk only. Download it.")
     store = Store.of(url)
@@ -366,7 +368,7 @@ def _open_folder(
 
 def _require_native(folder: Path, config: JsonObject) -> None:
     if (config.get("quantization_config") or {}).get("quant_method") != NATIVE_METHOD:
-        raise CheckpointError(f"{folder} is no native checkpoint. Point to the output of `alphaq quantize`.")
+        raise CheckpointError(f"{folder} is not a native checkpoint. Point to the output of `alphaq quantize`.")
 
 
 def _stamps(paths: Iterable[Path]) -> dict[str, Stamp]:

@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from alphaq.checkpoint.files import SourceFile, Stamp, changed
 from alphaq.checkpoint.side_files import MOST_SIDE_FILES, References, is_small
-from alphaq.errors import AlphaQError, CheckpointError, MissingExtraError
+from alphaq.errors import AlphaQError, CheckpointError, MissingExtraError, first_line
 from alphaq.work.untrusted import MAX_JSON_BYTES, shown
 
 T = TypeVar("T")
@@ -71,9 +71,8 @@ def asking(url: str) -> Iterator[None]:
     except Exception as error:  # clients of stores have hierarchies of their own
         if type(error).__name__ == "FileExpired":
             raise changed(url) from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{url} cannot be read ({reason}). Check the address, the credentials and the network."
+            f"{url} cannot be read ({first_line(error)}). Check the address, the credentials and the network."
         ) from error
 
 
@@ -161,8 +160,8 @@ class Store:
     def listing_below(self, top: str = "") -> dict[str, Stamp]:
         """The files under the folder or one of its own, by their names relative to the former."""
         start = f"{self.path}/".lstrip("/")
-        found = self.system.find(self.at(top).rstrip("/"), maxdepth=MOST_LEVELS if top else None, detail=True)
-        names = {str(name).lstrip("/").removeprefix(start): info for name, info in found.items()}
+        entries = self.system.find(self.at(top).rstrip("/"), maxdepth=MOST_LEVELS if top else None, detail=True)
+        names = {str(name).lstrip("/").removeprefix(start): info for name, info in entries.items()}
         return {name: stamp_of(info) for name, info in names.items() if name.startswith(top)}
 
     def download(self, stamps: Mapping[str, Stamp]) -> Store:

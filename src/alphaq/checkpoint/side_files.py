@@ -144,8 +144,8 @@ class References:
 
     def among(self, names: Iterable[str]) -> list[str]:
         """Of the files that lie somewhere else, those below a folder that are referred to."""
-        found = (name for name in names if "/" in name and name in self and not name.endswith(_WEIGHTS))
-        return sorted(found)[:MOST_SIDE_FILES]
+        nested = (name for name in names if "/" in name and name in self and not name.endswith(_WEIGHTS))
+        return sorted(nested)[:MOST_SIDE_FILES]
 
     @classmethod
     def of(cls, folder: Path, entries: Collection[str]) -> References:

@@ -88,9 +88,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         _sync_all(partial)
         _publish(partial, out)
     except OSError as error:
-        raise OutputError(
-            f"Cannot write {out}: {error.strerror or error}. Free space or choose another output."
-        ) from error
+        raise _refused(out, error) from error
     finally:
         _remove(partial)
 
@@ -155,11 +153,14 @@ def atomic_file(out: Path) -> Iterator[Path]:
         partial.replace(out)
         _sync(out.absolute().parent)
     except OSError as error:
-        raise OutputError(
-            f"Cannot write {out}: {error.strerror or error}. Free space or choose another output."
-        ) from error
+        raise _refused(out, error) from error
     finally:
         _remove(partial)
+
+
+def _refused(out: Path, error: OSError) -> OutputError:
+    """What to tell of an output that the system does not let be written."""
+    return OutputError(f"Cannot write {out}: {error.strerror or error}. Free space or choose another output.")
 
 
 def _publish(folder: Path, out: Path) -> None:

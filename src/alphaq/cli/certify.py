@@ -1,152 +1,106 @@
-"""Commands that put on record how good a model is, and say so to others: `certify` and `card`."""
+"""`alphaq certify`: put on record how faithful a model is to its original."""
 
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import BaseModel, ConfigDict, Field
 
-from alphaq.cli.options import (
-    BosOption,
-    JsonOption,
-    ModelArgument,
-    MoreTextsArgument,
-    TextsOption,
-    check_dtype,
-    note_folders,
-)
+from alphaq.cli.means import JsonOption, ModelArgument, note_folders
+from alphaq.cli.options import Shown
 from alphaq.errors import AlphaQError
-from alphaq.terminal import err, progress, show
+from alphaq.nouns.option import Option
+from alphaq.nouns.scoring import Scoring
+from alphaq.terminal import note, progress, show, tell
+
+if TYPE_CHECKING:
+    from alphaq.evaluation.tasks import TaskRequest
 
 TASKS = "Tasks (with --tasks)"
+
+
+class TaskOptions(BaseModel):
+    """What lm-eval is to run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tasks: Annotated[
+        str | None, Option("Tasks of lm-eval, or YAML files of your own, comma-separated (alphaq[eval]).", TASKS)
+    ] = None
+    include_path: Annotated[Path | None, Option("Folder of your own task files.", TASKS)] = None
+    limit: Annotated[int | None, Option("Documents of each task; all by default.", TASKS)] = Field(default=None, ge=2)
+    few_shot: Annotated[
+        int | None, Option("Examples in the prompt; by default the task's own number.", TASKS, name="num_fewshot")
+    ] = Field(default=None, ge=0)
+    batch_size: Annotated[int, Option("Requests at a time.", TASKS)] = Field(default=1, ge=1)
 
 
 def certify(
     context: typer.Context,
     model: ModelArgument,
     reference: Annotated[str, typer.Option(help="The original model: folder, hub id or GGUF file.")],
-    text: TextsOption,
-    more: MoreTextsArgument = None,
+    scoring: Annotated[Scoring, Shown(required=("texts",))],
+    tasks: TaskOptions,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write; certificate.json beside the model by default.")
     ] = None,
     ear: Annotated[
         float, typer.Option(min=0, max=1, help="EAR that the verdict asks for; 0.99 is distribution-lossless.")
     ] = 0.99,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help="Tasks of lm-eval, or YAML files of your own, comma-separated (alphaq[eval]).", rich_help_panel=TASKS
-        ),
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(help="Folder of your own task files.", rich_help_panel=TASKS)
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=2, help="Documents of each task; all by default.", rich_help_panel=TASKS)
-    ] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples in the prompt; the task's own number.", rich_help_panel=TASKS)
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time.", rich_help_panel=TASKS)] = 1,
-    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
-    max_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each text to use; all by default.")] = None,
-    skip_tokens: Annotated[int, typer.Option(min=0, help="Tokens to leave out at the start of each text.")] = 0,
-    bos: BosOption = True,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the GPU if there is one.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how faithful a model is to its original, with intervals and verdicts, and write certificate.json."""
-    check_dtype(dtype)
-    if tasks is None and (include_path, limit, num_fewshot, batch_size) != (None, None, None, 1):
+    if tasks.tasks is None and tasks != TaskOptions():
         raise AlphaQError(
-            "--include-path, --limit, --num-fewshot and --batch-size are of --tasks. Add it, or drop them."
+            "--include-path, --limit, --num-fewshot and --batch-size apply only with --tasks. Add it, or drop them."
         )
     from alphaq import pipeline
     from alphaq.checkpoint.writer import check_file
     from alphaq.evaluation.certificate import other_source
-    from alphaq.evaluation.tasks import TaskRequest
-    from alphaq.nouns.fidelity import CERTIFICATE_NAME
     from alphaq.report.tables import certificate_tables
 
-    beside = Path(model).expanduser()
-    if output is None:
-        if not beside.exists():
-            raise AlphaQError(
-                f"{model} is no folder or file of this machine. Say where the certificate goes with -o FILE."
-            )
-        output = (beside if beside.is_dir() else beside.parent) / CERTIFICATE_NAME
-    check_file(output)
-    request = None
-    if tasks is not None:
-        request = TaskRequest.of(
-            tasks, include_path=include_path, limit=limit, few_shot=num_fewshot, batch_size=batch_size
-        )
+    target = output or _beside(model)
+    check_file(target)
+    request = _request(tasks)
     note_folders(model, reference)
-    made = pipeline.certify(
-        model,
-        reference,
-        [*text, *(more or ())],
-        window,
-        max_tokens,
-        skip_tokens,
-        device,
-        dtype,
-        ear,
-        request,
-        _command(context),
-        progress,
-        bos,
-    )
-    made.write(output)
-    if note := other_source(made.model, made.reference):
-        err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    err.print(f"Certificate written to {output}", markup=False, highlight=False, soft_wrap=True)
+    made = pipeline.certify(model, reference, scoring, ear, request, _command(context), progress)
+    made.write(target)
+    if other := other_source(made.model, made.reference):
+        note(other)
+    tell(f"Certificate written to {target}")
     show(as_json, made.model_dump(mode="json"), *certificate_tables(made))
+
+
+def _beside(model: str) -> Path:
+    """certificate.json beside a model. Raises AlphaQError for one that is not on this machine."""
+    from alphaq.nouns.fidelity import CERTIFICATE_NAME
+
+    place = Path(model).expanduser()
+    if not place.exists():
+        raise AlphaQError(
+            f"{model} is not a folder or file of this machine. Say where the certificate goes with -o FILE."
+        )
+    return (place if place.is_dir() else place.parent) / CERTIFICATE_NAME
+
+
+def _request(asked: TaskOptions) -> TaskRequest | None:
+    from alphaq.evaluation.tasks import TaskRequest
+
+    if asked.tasks is None:
+        return None
+    return TaskRequest.of(
+        asked.tasks,
+        include_path=asked.include_path,
+        limit=asked.limit,
+        few_shot=asked.few_shot,
+        batch_size=asked.batch_size,
+    )
 
 
 def _command(context: typer.Context) -> str:
     """The command as it was typed; what a terminal would obey is replaced, since certificates with it are refused."""
     typed = shlex.join(["alphaq", *(context.find_root().obj or ())])
     return "".join(char if char.isprintable() else "\ufffd" for char in typed)
-
-
-def card(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `alphaq quantize` wrote.")],
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="File to write, - for stdout; README.md in OUT by default.")
-    ] = None,
-    base_model: Annotated[
-        str | None, typer.Option(help="Hub id of the original, such as Qwen/Qwen3-30B-A3B; where none is known.")
-    ] = None,
-    source: Annotated[
-        Path | None, typer.Option(help="Folder of the original, for its card and licence where OUT has none (GGUF).")
-    ] = None,
-    certificate: Annotated[
-        Path | None, typer.Option(help="Certificate to quote; certificate.json in OUT by default.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a card that was edited since.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Write a Hugging Face model card: plan, sizes, certificate, commands; the original's card is kept below."""
-    from alphaq.checkpoint.writer import atomic_file, check_file
-    from alphaq.report.card import README_NAME, make_card
-
-    target = folder / README_NAME if output is None else None if output == "-" else Path(output)
-    if target is not None:
-        check_file(target)
-    made = make_card(folder, target, base_model, source, certificate, force)
-    for note in made.notes:
-        err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    if target is not None:
-        with atomic_file(target) as partial:
-            partial.write_text(made.text, encoding="utf-8")
-        err.print(f"Card written to {target}", markup=False, highlight=False, soft_wrap=True)
-    if as_json:
-        show(True, {"output": None if target is None else str(target), "metadata": made.metadata, "card": made.text})
-    elif target is None:
-        sys.stdout.write(made.text)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from alphaq.cli.options import JsonOption, RevisionOption, WorkersOption, means_for
-from alphaq.terminal import progress, show
+from alphaq.cli.means import JsonOption, Means, resources_for
+from alphaq.cli.options import Shown
+from alphaq.errors import AlphaQError
+from alphaq.registry import lookup, unknown
+from alphaq.terminal import show
 
 if TYPE_CHECKING:
+    from alphaq.checkpoint.reader import Checkpoint
     from alphaq.measuring.density import Density
+    from alphaq.measuring.resources import Resources
+    from alphaq.nouns.matrix import MatrixRef
     from alphaq.report.places import Place
 
 KINDS = {
@@ -21,13 +29,27 @@ KINDS = {
     "methods": "KL or perplexity against bits for methods; RUN is a folder of `alphaq compare`, may be repeated",
     "gamma": "KL or perplexity against γ; RUN is a comparison of alphaq:gamma=0,alphaq:gamma=1,…; may be repeated",
 }
+MOST_DRAWN = 6  # matrices that a figure has room for
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is to be drawn."""
+
+    kind: str
+    runs: Sequence[str]
+    patterns: Sequence[str]
+    metric: str
+    bins: int
+    means: Means
 
 
 def plot(
     kind: Annotated[
         str, typer.Argument(metavar="KIND", help="; ".join(f"{name}: {what}" for name, what in KINDS.items()))
     ],
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="What the figure is of; depends on KIND.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="What to draw; depends on KIND.")],
+    means: Annotated[Means, Shown(only=("revision", "workers"))],
     output: Annotated[Path, typer.Option("--output", "-o", help="Figure to write: .png, .svg or .pdf.")],
     matrix: Annotated[
         list[str] | None,
@@ -36,16 +58,11 @@ def plot(
     metric: Annotated[str, typer.Option(help="methods, gamma: kl or perplexity.")] = "kl",
     bins: Annotated[int, typer.Option(min=8, max=512, help="spectrum: bins of the histogram.")] = 64,
     dpi: Annotated[int, typer.Option(min=30, max=1200, help="Dots per inch of a PNG.")] = 200,
-    revision: RevisionOption = None,
-    workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Draw a figure: spectrum, alpha, bits, methods or gamma (extra `plot`)."""
     from alphaq.checkpoint.writer import atomic_file, check_file
-    from alphaq.errors import AlphaQError
-    from alphaq.registry import lookup, unknown
     from alphaq.report import plots
-    from alphaq.report.runs import read_comparison, read_run
 
     lookup("kind of plot", KINDS, kind)
     plots.require_matplotlib()
@@ -54,32 +71,36 @@ def plot(
     if metric not in plots.METRICS:
         raise AlphaQError(unknown("--metric", metric, plots.METRICS))
     if kind not in ("methods", "gamma") and len(runs) > 1:
-        raise AlphaQError(f"plot {kind} is of one run; got {len(runs)}. Draw one figure for each.")
+        raise AlphaQError(f"plot {kind} takes one run; got {len(runs)}. Draw one figure for each.")
     if matrix and kind != "spectrum":
-        raise AlphaQError(f"--matrix is of plot spectrum, not of {kind}. Drop it.")
-    summary: dict[str, Any] = {"kind": kind, "output": str(output)}
-    if kind == "spectrum":
-        densities = _densities(runs[0], matrix or [], bins, revision, workers)
-        figure = plots.spectrum_figure(densities)
-        summary["matrices"] = {name: one.alpha for name, one in densities}
-    elif kind == "alpha":
-        alphas, places = _alphas(Path(runs[0]))
-        figure = plots.alpha_figure(alphas, places)
-        summary["matrices"] = len(alphas)
-    elif kind == "bits":
-        plan = read_run(Path(runs[0])).plan
-        figure = plots.bits_figure(plan.assignment, _places(plan.assignment))
-        summary["matrices"] = len(plan.assignment)
-    else:
-        compared = [(Path(run).resolve().name, read_comparison(Path(run))) for run in runs]
-        figure = (plots.methods_figure if kind == "methods" else plots.gamma_figure)(compared, metric)
-        summary["runs"] = [name for name, _ in compared]
+        raise AlphaQError(f"--matrix applies only to plot spectrum, not to {kind}. Drop it.")
+    figure, told = _drawn(Drawing(kind, runs, matrix or (), metric, bins, means))
     with atomic_file(output) as unfinished:
         plots.save(figure, unfinished, form, dpi)
-    show(as_json, summary, f"{output}: {kind}")
+    show(as_json, {"kind": kind, "output": str(output), **told}, f"{output}: {kind}")
 
 
-def _places(names: Any) -> dict[str, Place]:
+def _drawn(drawing: Drawing) -> tuple[Any, dict[str, object]]:
+    """matplotlib's figure, and what `--json` says of it."""
+    from alphaq.report import plots
+    from alphaq.report.runs import read_comparison, read_run
+
+    kind, first = drawing.kind, drawing.runs[0]
+    if kind == "spectrum":
+        densities = _densities(drawing)
+        return plots.spectrum_figure(densities), {"matrices": {name: one.alpha for name, one in densities}}
+    if kind == "alpha":
+        alphas, places = _alphas(Path(first))
+        return plots.alpha_figure(alphas, places), {"matrices": len(alphas)}
+    if kind == "bits":
+        bits = read_run(Path(first)).plan.assignment
+        return plots.bits_figure(bits, _places(bits)), {"matrices": len(bits)}
+    compared = [(Path(run).resolve().name, read_comparison(Path(run))) for run in drawing.runs]
+    draw = plots.methods_figure if kind == "methods" else plots.gamma_figure
+    return draw(compared, drawing.metric), {"runs": [name for name, _ in compared]}
+
+
+def _places(names: Iterable[str]) -> dict[str, Place]:
     from alphaq.report.places import place_by_name
 
     return {name: place_by_name(name) for name in names}
@@ -87,7 +108,6 @@ def _places(names: Any) -> dict[str, Place]:
 
 def _alphas(path: Path) -> tuple[dict[str, float], dict[str, Place]]:
     """α of routed experts and their places, from a CSV, a plan, or a folder that holds one."""
-    from alphaq.errors import AlphaQError
     from alphaq.nouns.matrix import Role
     from alphaq.report.places import read_places
     from alphaq.report.runs import read_run
@@ -103,40 +123,47 @@ def _alphas(path: Path) -> tuple[dict[str, float], dict[str, Place]]:
     return alphas, places
 
 
-def _densities(
-    model: str, patterns: list[str], bins: int, revision: str | None, workers: int | None
-) -> list[tuple[str, Density]]:
+def _densities(drawing: Drawing) -> list[tuple[str, Density]]:
     """The matrices to draw with their densities, heaviest tail first."""
     from alphaq.checkpoint.reader import open_checkpoint
-    from alphaq.errors import AlphaQError
     from alphaq.measuring.density import DensityTask, density_one
-    from alphaq.measuring.measurement import measure
-    from alphaq.nouns.settings import names
-    from alphaq.work.resources import Resources
 
-    checkpoint = open_checkpoint(model, revision)
-    with means_for(checkpoint, workers, no_cache=False) as (pool, cache):
-        if patterns:
-            chosen = []
-            for pattern in patterns:
-                found = [one for one in checkpoint.matrices if names(pattern, one.name)]
-                if not found:
-                    example = checkpoint.planned[0].name if checkpoint.planned else "none"
-                    raise AlphaQError(f"No matrix matches {pattern!r}. Names look like {example!r}.")
-                chosen += [one for one in found if one not in chosen]
-            if len(chosen) > 6:
-                raise AlphaQError(f"{len(chosen)} matrices match; a figure has room for 6. Give narrower --matrix.")
-        else:
-            planned = checkpoint.planned
-            measured = progress(measure(checkpoint, planned, resources=Resources(pool, cache)), len(planned), "analyze")
-            known = [
-                (one.spectrum.alpha, matrix)
-                for matrix, one in zip(planned, measured, strict=True)
-                if one.spectrum is not None and one.spectrum.alpha is not None
-            ]
-            if not known:
-                raise AlphaQError(f"No expert of {model} has an α. Name matrices with --matrix.")
-            ends = min(known, key=lambda pair: pair[0]), max(known, key=lambda pair: pair[0])
-            chosen = list(dict.fromkeys(matrix for _, matrix in ends))
-        tasks = [DensityTask(one, bins=bins) for one in chosen]
-        return [(one.name, found) for one, found in zip(chosen, pool.map(density_one, tasks), strict=True)]
+    checkpoint = open_checkpoint(drawing.runs[0], drawing.means.revision)
+    with resources_for(checkpoint, drawing.means) as resources:
+        chosen = _named(checkpoint, drawing.patterns) if drawing.patterns else _ends(checkpoint, resources)
+        tasks = [DensityTask(one, bins=drawing.bins) for one in chosen]
+        densities = resources.pool(checkpoint).map(density_one, tasks)
+        return [(one.name, density) for one, density in zip(chosen, densities, strict=True)]
+
+
+def _named(checkpoint: Checkpoint, patterns: Sequence[str]) -> list[MatrixRef]:
+    """Matrices that the patterns name. Raises AlphaQError for none, or too many."""
+    from alphaq.nouns.settings import names
+
+    chosen: dict[MatrixRef, None] = {}
+    for pattern in patterns:
+        matching = [one for one in checkpoint.matrices if names(pattern, one.name)]
+        if not matching:
+            example = checkpoint.planned[0].name if checkpoint.planned else "none"
+            raise AlphaQError(f"No matrix matches {pattern!r}. Names look like {example!r}.")
+        chosen |= dict.fromkeys(matching)
+    if len(chosen) > MOST_DRAWN:
+        raise AlphaQError(f"{len(chosen)} matrices match; a figure has room for {MOST_DRAWN}. Give narrower --matrix.")
+    return list(chosen)
+
+
+def _ends(checkpoint: Checkpoint, resources: Resources) -> list[MatrixRef]:
+    """The matrices with the smallest and the largest α. Raises AlphaQError if none has any."""
+    from alphaq.measuring.measurement import measure
+
+    planned = checkpoint.planned
+    results = measure(checkpoint, planned, resources=resources)
+    known = [
+        (one.spectrum.alpha, matrix)
+        for matrix, one in zip(planned, resources.wrap(results, len(planned), "analyze"), strict=True)
+        if one.spectrum is not None and one.spectrum.alpha is not None
+    ]
+    if not known:
+        raise AlphaQError(f"No expert of {checkpoint.name} has an α. Name matrices with --matrix.")
+    ends = min(known, key=lambda pair: pair[0]), max(known, key=lambda pair: pair[0])
+    return list(dict.fromkeys(matrix for _, matrix in ends))

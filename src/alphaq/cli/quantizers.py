@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from alphaq.cli.options import JsonOption
+from alphaq.cli.means import JsonOption
 from alphaq.terminal import show
 
 if TYPE_CHECKING:

@@ -8,47 +8,46 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alphaq.cli.options import JsonOption, RevisionOption, WorkersOption, means_for
-from alphaq.terminal import progress, show
+from alphaq.cli.means import JsonOption, Means, resources_for
+from alphaq.cli.options import Shown
+from alphaq.errors import AlphaQError
+from alphaq.terminal import show
 
 if TYPE_CHECKING:
     from alphaq.report.places import Place
 
-_PAGE = Path("report.html")
-
 
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Plan file, or folder that `alphaq quantize` wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = _PAGE,
+    means: Annotated[Means, Shown(only=("revision", "workers"))],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
     stats: Annotated[
         Path | None, typer.Option(help="CSV of `alphaq analyze`: places, sizes and α of the matrices.")
     ] = None,
     compare: Annotated[Path | None, typer.Option(help="Folder of `alphaq compare`: other methods, measured.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The checkpoint that was planned for: places, sizes and spectra.")
+    reference: Annotated[
+        str | None, typer.Option(help="The original model that was planned for: places, sizes and spectra.")
     ] = None,
     spectra: Annotated[
-        int | None, typer.Option(min=0, help="Matrices whose spectra are kept, with --model; 2000 at most by default.")
+        int | None,
+        typer.Option(min=0, help="Matrices whose spectra are kept, with --reference; 2000 at most by default."),
     ] = None,
-    revision: RevisionOption = None,
-    workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a page about a plan: maps, a budget slider, spectra; one file that asks the network for nothing."""
-    from alphaq import pipeline
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.checkpoint.writer import atomic_file, check_file
-    from alphaq.errors import AlphaQError
     from alphaq.report.content import MAX_DENSITIES, Sources
+    from alphaq.report.densities import densities as measure_densities
     from alphaq.report.html import write_report
     from alphaq.report.places import places_of_matrices, read_places
     from alphaq.report.runs import read_comparison, read_run
     from alphaq.report.tables import human_bytes
 
     check_file(output)
-    if model is None and (spectra is not None or revision is not None):
-        raise AlphaQError("--spectra and --revision are of --model. Add --model MODEL, or drop them.")
-    found = read_run(run)
+    if reference is None and (spectra is not None or means.revision is not None):
+        raise AlphaQError("--spectra and --revision apply only with --reference. Add --reference MODEL, or drop them.")
+    reported = read_run(run)
     compared = [] if compare is None else read_comparison(compare)
     places: dict[str, Place] = {}
     alphas: dict[str, float] = {}
@@ -57,16 +56,16 @@ def report(
         places, alphas = read_places(stats)
         names.append(stats.name)
     densities = {}
-    if model is not None:
-        checkpoint = open_checkpoint(model, revision)
+    if reference is not None:
+        checkpoint = open_checkpoint(reference, means.revision)
         names.append(checkpoint.name)
         places |= places_of_matrices(checkpoint.matrices)
-        with means_for(checkpoint, workers) as (pool, _):
+        with resources_for(checkpoint, means.model_copy(update={"no_cache": True})) as resources:
             limit = MAX_DENSITIES if spectra is None else spectra
-            densities = dict(pipeline.densities(checkpoint, found.plan, limit, progress, pool))
+            densities = dict(measure_densities(checkpoint, reported.plan, limit, resources))
     sources = Sources(places, " and ".join(names), alphas, densities, compared, None if stats is None else stats.name)
     with atomic_file(output) as unfinished:
-        summary = write_report(unfinished, found, sources)
+        summary = write_report(unfinished, reported, sources)
     missing = "".join(f"\n  {line}" for line in summary.missing)
     show(
         as_json,

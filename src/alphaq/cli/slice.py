@@ -3,66 +3,59 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alphaq.cli.options import (
-    JsonOption,
-    build_plan,
-    means_for,
-    means_settings,
-    note,
-    plan_config,
-    plan_settings,
-    with_options,
-)
-from alphaq.terminal import err, progress, show
+from alphaq.cli.inputs import Inputs
+from alphaq.cli.means import JsonOption, Means, OutArgument, RestartOption, resources_for
+from alphaq.cli.options import Asked, Shown
+from alphaq.cli.planning import build_plan, plan_config
+from alphaq.cli.quantize import show_quantized
+from alphaq.nouns.settings import PlanConfig, Rule
+from alphaq.terminal import note
+
+if TYPE_CHECKING:
+    from alphaq.checkpoint.reader import Checkpoint
+    from alphaq.nouns.plan import Plan
 
 
-@with_options(
-    frozenset({"stats", "imatrix", "calibration", "unweighted", "revision", "pre_tokenizer"}),
-    settings=plan_settings,
-    means=means_settings,
-)
 def slice_(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `alphaq quantize` wrote.")],
+    folder: OutArgument,
+    asked: Annotated[Asked[PlanConfig], Shown(without=("stats", "imatrix", "calibration", "unweighted"))],
+    means: Annotated[Means, Shown(without=("revision", "pre_tokenizer"))],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
-    settings: Any,
-    means: Any,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Discard an unfinished run instead of resuming it.")
-    ] = False,
+    restart: RestartOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Cut a quantized model down to a smaller budget: plans anew, takes the top bits of nested codes, writes."""
-    fixed = {"stats": None, "imatrix": None, "calibration": None, "unweighted": False}
-    settings = settings | fixed
-    config = plan_config(settings)
+    inputs = Inputs()
+    config = plan_config(asked, inputs)
     from alphaq import pipeline
     from alphaq.checkpoint.writer import check_absent
-    from alphaq.engines.output import coded_with
     from alphaq.engines.profiles import profile
-    from alphaq.report.tables import human_bytes, plan_table
-    from alphaq.writing.artifact import known_alphas, nested_choices, open_artifact, own_pins
+    from alphaq.writing.artifact import known_alphas, open_artifact
 
     check_absent(output)
-    checkpoint, held = open_artifact(folder)
-    if config.codec is None and config.engine == held.engine and coded_with(held) is not None:
-        err.print("note: the slice is not coded; `alphaq recode` codes it", highlight=False)
-    if config.engine == held.engine:  # what is outside the budget stays as it is
-        settings["pin"] = [*own_pins(checkpoint, held, config.roles()), *(settings["pin"] or ())]
-        settings["choices"] = settings["choices"] or (None if config.codec else nested_choices(checkpoint, held))
-        config = plan_config(settings)
-        settings["stats"] = known_alphas(checkpoint, held, config)
-    with means_for(checkpoint, **means) as (pool, cache):
-        made = build_plan(checkpoint, config, settings, pool, cache, means["device"])
-        if cache is not None:
-            cache.close()  # others may measure while this one writes
-        result = pipeline.quantize(checkpoint, made, output, progress, pool, restart, means["hash_contents"])
-    note(result["notes"])
-    summary = (
-        f"{output}: {human_bytes(result['size_bytes'])} of weights, was {human_bytes(result['source_bytes'])}; "
-        f"{result['tensors']} tensors re-read and correct\n{profile(made.engine).writer.usage.format(out=output)}"
-    )
-    show(as_json, made.model_dump(mode="json", exclude={"table"}) | result, plan_table(made), summary)
+    checkpoint, whole = open_artifact(folder)
+    if config.engine == whole.engine:
+        if config.codec is None and whole.codec is not None:
+            note("the slice is not coded; `alphaq recode` codes it")
+        config = _as_it_is(config, checkpoint, whole)
+        inputs = Inputs(stats=known_alphas(checkpoint, whole, config))
+    with resources_for(checkpoint, means) as resources:
+        plan = build_plan(checkpoint, config, inputs, resources)
+        if resources.cache is not None:
+            resources.cache.close()  # others may measure while this one writes
+        options = pipeline.WriteOptions(restart=restart, hash_contents=means.hash_contents)
+        result = pipeline.quantize(checkpoint, plan, output, options, resources)
+    show_quantized(plan, result, profile(plan.engine).writer.usage.format(out=output), as_json)
+
+
+def _as_it_is(config: PlanConfig, checkpoint: Checkpoint, whole: Plan) -> PlanConfig:
+    """The config with what is outside the budget left as the quantized model has it."""
+    from alphaq.writing.artifact import nested_choices, own_pins
+
+    pins = (Rule.parse(pin, "--pin") for pin in own_pins(checkpoint, whole, config.roles()))
+    offered = config.choices or (None if config.codec else nested_choices(checkpoint, whole))
+    return config.model_copy(update={"pins": (*pins, *config.pins), "choices": offered})

@@ -9,21 +9,21 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import Any
 
 from alphaq.checkpoint.families.formulas import current
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import ArchitectureError
 from alphaq.nouns.matrix import Role
+from alphaq.work.untrusted import JsonObject
 
 HEAD = "lm_head.weight"
 TIED = "tie_word_embeddings"
 
 
-def effective_config(checkpoint: Checkpoint) -> dict[str, Any]:
+def effective_config(checkpoint: Checkpoint) -> JsonObject:
     """The language model's settings; what its class does not know as it stands in config.json. Not to be changed.
 
     The files say whether head and embedding are one, whatever the config says. A config whose class transformers
@@ -36,7 +36,7 @@ def effective_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**text, **understood(cls, text), TIED: is_tied(checkpoint)}
 
 
-def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
+def settings_of(checkpoint: Checkpoint) -> JsonObject:
     """The settings that an engine's files are made by: `effective_config`, with rotary settings in one place.
 
     Those of a GGUF file are its own.
@@ -63,19 +63,19 @@ def config_class(checkpoint: Checkpoint) -> type | None:
     return None if found is None else CONFIG_MAPPING[found]
 
 
-def understood(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+def understood(cls: type, settings: JsonObject) -> JsonObject:
     """Every setting of a config class, given some. Raises ArchitectureError if it refuses them."""
     return _understood(cls, json.dumps(settings, sort_keys=True))
 
 
 @lru_cache(maxsize=64)
-def _understood(cls: type, settings: str) -> dict[str, Any]:
+def _understood(cls: type, settings: str) -> JsonObject:
     given = json.loads(settings)
     for key in ("architectures", "dtype", "torch_dtype", "quantization_config"):  # of the file, not of the model
         given.pop(key, None)
     try:
         with _quiet():
-            made: dict[str, Any] = cls(**copy.deepcopy(given)).to_dict()
+            made: JsonObject = cls(**copy.deepcopy(given)).to_dict()
     except Exception as error:  # whatever a class does with what strangers write, it only means that it refuses it
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ArchitectureError(

@@ -147,6 +147,8 @@ class Export:
     codable: whether the engine reads tensors that are entropy-coded (`--codec`, `recode`). holds_codes: whether the
     files can be opened as a checkpoint whose codes are cut without their weights (`slice`). type_file: (checkpoint,
     choices) → what the engine's own tool reads to quantize by a plan (`--write-type-file`), None without one.
+    files can be opened as a checkpoint whose codes are cut without their weights (`slice`). takes_roundings: whether
+    levels are ours, so that a quantizer that looks at inputs can choose among them.
     """
 
     layout: Callable[[Checkpoint, Mapping[str, Choice]], Layout]
@@ -165,6 +167,7 @@ class Export:
     codable: bool = False
     holds_codes: bool = False
     type_file: Callable[[Checkpoint, Mapping[str, Choice]], str] | None = None
+    takes_roundings: bool = True
 
 
 def squared_error_of(rows: Rows, weight: torch.Tensor) -> float:

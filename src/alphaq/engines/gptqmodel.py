@@ -24,12 +24,14 @@ from alphaq.engines.export import Rows, Run
 from alphaq.engines.safetensors.engine import SafetensorsEngine, ragged, words
 from alphaq.engines.safetensors.modules import KEPT, linear_choices, module_name, module_patterns
 from alphaq.errors import MissingEngineError, PlanError
-from alphaq.nouns.choice import GROUP_SIZES, Choice
-from alphaq.nouns.foreign import JsonObject
+from alphaq.formats.blocks import dequantized_rows
+from alphaq.formats.native import GROUP_SIZES
+from alphaq.formats.packing import pack, unpack
+from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
-from alphaq.quantizers.packing import dequantized_rows, pack, unpack
+from alphaq.work.untrusted import JsonObject
 
 DENSE_KEPT = ("qwen2_moe", "qwen3_moe")
 """Families of whose layers without experts GPTQModel knows nothing."""
@@ -56,14 +58,14 @@ def tensors(choice: Choice, shape: Shape, dtype: str) -> dict[str, TensorSpec]:
     }
 
 
-def as_loaded(checkpoint: Checkpoint, tensor: str) -> str:
+def as_loaded(tensor: str) -> str:
     """A tensor's name in the model that transformers 5 builds and GPTQModel fills: every MoE block is `mlp` there."""
     return tensor.replace(".block_sparse_moe.", ".mlp.")
 
 
 def module_path(matrix: MatrixRef) -> str:
     """The module that a matrix belongs to, in the model that GPTQModel fills."""
-    module = module_name(matrix.name.replace(".block_sparse_moe.", ".mlp."))
+    module = module_name(as_loaded(matrix.name))
     if matrix.role is Role.EXPERT:
         return f"{module.rpartition('.')[0]}.{matrix.projection}_proj"
     return module
@@ -175,7 +177,7 @@ ENGINE = SafetensorsEngine(
     obstacle=obstacle,
     config_file="quantize_config.json",
     refuse=refuse,
-    renamed=as_loaded,
+    renamed=lambda checkpoint, tensor: as_loaded(tensor),
     quantized=tuple(Choice(bits, group_size) for bits in BITS for group_size in GROUP_SIZES),
     group_size=128,  # GPTQModel's own
     quantizer="debiased",

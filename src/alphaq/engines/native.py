@@ -18,20 +18,20 @@ from alphaq.engines.profile import ROLE_BITS, Profile
 from alphaq.engines.running import run_in_transformers
 from alphaq.engines.safetensors.folder import write_model_folder
 from alphaq.engines.safetensors.layout import added_bytes, kept_fault, kept_part, safetensors_layout, safetensors_stored
-from alphaq.engines.safetensors.modules import KEPT
 from alphaq.errors import CheckpointError
+from alphaq.formats.blocks import decode, dequantized_rows, encode, read_block_header
+from alphaq.formats.table import formats, plain_choice, storage_bytes, stored_choice
 from alphaq.formats.versions import NATIVE_FORMAT_VERSION
-from alphaq.nouns.choice import CHOICE_BITS, GROUP_SIZES, SLIM_BITS, Choice
+from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
 from alphaq.nouns.plan import Plan
-from alphaq.quantizers.packing import decode, dequantized_rows, encode, read_block_header
 
 
 def part(matrix: MatrixRef, choice: Choice) -> Part:
     """A block of bytes, or 16-bit values."""
     if choice.kept:
         return kept_part(matrix, matrix.name)
-    return Part(matrix.name, TensorSpec("U8", (choice.storage_bytes(matrix.shape),)))
+    return Part(matrix.name, TensorSpec("U8", (storage_bytes(choice, matrix.shape),)))
 
 
 def layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
@@ -55,7 +55,7 @@ def fault(name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[t
         found, _ = read_block_header(parts[0], name)
     except CheckpointError as error:
         return str(error)
-    return None if found == choice.stored else f"{name} is stored as {found}, the plan says {choice}"
+    return None if found == stored_choice(choice) else f"{name} is stored as {found}, the plan says {choice}"
 
 
 def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout) -> None:
@@ -69,34 +69,16 @@ def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout
     write_model_folder(folder, checkpoint, written.entries, {"quantization_config": quantization})
 
 
-_ASYMMETRIC = tuple(Choice(bits, group_size) for bits in CHOICE_BITS for group_size in GROUP_SIZES)
-_SYMMETRIC = tuple(Choice(bits, group_size, symmetric=True) for bits in CHOICE_BITS for group_size in GROUP_SIZES)
-_SLIM = tuple(
-    Choice(bits, group_size, symmetric, mix="slim")
-    for symmetric in (False, True)
-    for bits in SLIM_BITS
-    for group_size in GROUP_SIZES
-)
-NESTED = tuple(
-    Choice(bits, group_size, symmetric=True, mix="nest") for bits in CHOICE_BITS[1:] for group_size in GROUP_SIZES
-)
-_RATED = tuple(Choice.parse(f"@{quarters / 4}") for quarters in range(4, 25))
-"""For entropy-coded files: 1 to 6 bits per weight."""
-_SALIENT = tuple(
-    Choice(1, group_size, symmetric, mix=mix)
-    for symmetric in (False, True)
-    for group_size in GROUP_SIZES
-    for mix in ("pb2", "pb4", "pb8")
-)
+_CHOICES = tuple(choice for form in formats() if not form.foreign for choice in form.choices())
 
 PROFILE = Profile(
     name="native",
     summary="safetensors for our own runtime: 1 to 8 bit, each expert and projection on its own",
     unit="matrix",
-    choices=(*_ASYMMETRIC, *_SYMMETRIC, KEPT, *_SLIM, *_SALIENT, *NESTED, *_RATED),
-    defaults=_ASYMMETRIC,
-    with_bits=lambda bits: KEPT if bits == KEPT.bits else Choice(bits, 128),
-    storage_bytes=Choice.storage_bytes,
+    choices=_CHOICES,
+    defaults=tuple(choice for choice in _CHOICES if not (choice.name or choice.kept or choice.symmetric)),
+    with_bits=plain_choice,
+    storage_bytes=storage_bytes,
     file_bytes=lambda matrix, choice: added_bytes((part(matrix, choice),)),
     obstacle=lambda choice, matrix: None,
     quantizer="debiased",

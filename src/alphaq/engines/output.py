@@ -16,10 +16,10 @@ from alphaq.checkpoint.writer import Place, checksum, pieces_at
 from alphaq.engines.export import Stored
 from alphaq.engines.profiles import profile
 from alphaq.errors import CheckpointError, VerificationError
-from alphaq.nouns.choice import CODECS, Choice
+from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan, first_fault
 from alphaq.quantizers.base import FORMERLY
-from alphaq.work.untrusted import read_bounded, shown
+from alphaq.work.untrusted import read_bounded
 
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "alphaq_manifest.json"
@@ -106,14 +106,6 @@ def write_manifest(
     (folder / PLAN_NAME).write_text(plan.to_json(), encoding="utf-8")
 
 
-def coded_with(plan: Plan) -> str | None:
-    """The codec of a plan's files; None for none. Raises CheckpointError for one that is not known."""
-    codec = plan.config.get("codec") or CODECS[0]
-    if codec not in CODECS:
-        raise CheckpointError(f"{PLAN_NAME} names the codec {shown(codec)}. Known: {', '.join(CODECS)}. Update alphaq.")
-    return None if codec == CODECS[0] else str(codec)
-
-
 class Output:
     """What `alphaq quantize` wrote, opened for reading: plan, manifest, and every tensor's place."""
 
@@ -123,21 +115,21 @@ class Output:
         for name in (PLAN_NAME, MANIFEST_NAME):
             if not (folder / name).is_file():
                 raise CheckpointError(
-                    f"{folder} is no complete alphaq checkpoint: it has no {name}. Point to the output of "
+                    f"{folder} is not a complete alphaq checkpoint: it has no {name}. Point to the output of "
                     "`alphaq quantize`, complete the copy, or quantize again."
                 )
         self.folder = folder
         self.plan = Plan.read(folder / PLAN_NAME)
         self.profile = profile(self.plan.engine)
-        found = read_manifest(folder / MANIFEST_NAME)
-        self.manifest, self.headers = found.tensors, found.headers
-        self.options = found.options or NO_OPTIONS
+        manifest = read_manifest(folder / MANIFEST_NAME)
+        self.manifest, self.headers = manifest.tensors, manifest.headers
+        self.options = manifest.options or NO_OPTIONS
         self.stored: dict[str, Stored] = self.profile.writer.stored(folder)
 
     @property
     def codec(self) -> str | None:
         """What its tensors are coded with, where that makes them smaller; None if they are not."""
-        return coded_with(self.plan)
+        return self.plan.codec
 
     def parts(self, name: str) -> tuple[tuple[str, int | None], ...]:
         """Output tensors of one entry."""

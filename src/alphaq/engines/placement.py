@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.engines.settings import FamilySettings, family_settings, place_pattern
+from alphaq.engines.assumptions.tables import FamilySettings, family_settings, place_pattern
 from alphaq.errors import ArchitectureError
 
 _BUFFER = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attention\.(masked_)?bias)")
@@ -36,7 +36,7 @@ def left_out(checkpoint: Checkpoint, engine: str) -> frozenset[str]:
         if is_harmless(tensor):
             dropped.add(tensor)
         elif _predicts(tensor, layers):
-            if not known.prediction_layers:
+            if not known.lines.prediction_layers:
                 dropped.add(tensor)
         elif pattern is not None and not all(map(pattern.fullmatch, names)):
             homeless.append(tensor)

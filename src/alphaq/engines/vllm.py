@@ -22,6 +22,7 @@ import torch
 from alphaq.checkpoint.config import read_config
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
+from alphaq.engines.assumptions.tables import family_settings
 from alphaq.engines.export import Rows, Run
 from alphaq.engines.running import run_in_transformers
 from alphaq.engines.safetensors.engine import SafetensorsEngine, words
@@ -34,13 +35,13 @@ from alphaq.engines.safetensors.modules import (
     module_patterns,
 )
 from alphaq.engines.safetensors.refusals import require_agreement
-from alphaq.engines.settings import family_settings
 from alphaq.errors import MissingExtraError, PlanError
-from alphaq.nouns.choice import GROUP_SIZES, Choice
-from alphaq.nouns.foreign import JsonObject
+from alphaq.formats.native import GROUP_SIZES
+from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.work.untrusted import JsonObject
 
 FORMAT = "pack-quantized"
 FUSED = {
@@ -124,7 +125,7 @@ def _settings(choice: Choice) -> JsonObject:
 def config(checkpoint: Checkpoint, plan: Plan) -> JsonObject:
     """The quantization, and what vLLM must find for the family."""
     quantization = quantization_config(checkpoint, plan.every_choice())
-    needed = family_settings(ENGINE.name, checkpoint.architecture).written
+    needed = family_settings(ENGINE.name, checkpoint.architecture).lines.written
     told = {key: value for key, value in needed.items() if checkpoint.config.get(key) is None}
     return told | ({"quantization_config": quantization} if quantization["config_groups"] else {})
 

@@ -181,13 +181,13 @@ class Certificate(_Record):
             raise CheckpointError(f"{path} cannot be read: {error.strerror}. Check the path.") from None
         except ValueError as error:
             raise CheckpointError(
-                f"{path} is no valid certificate: {first_fault(error)}. Make it again with `alphaq certify`."
+                f"{path} is not a valid certificate: {first_fault(error)}. Make it again with `alphaq certify`."
             ) from None
 
     def belongs_to(self, folder: Path) -> bool:
         """Whether it was made of the files in this folder, as far as their headers and the manifest tell."""
-        found = identity_of(folder, hashed=False)
-        return (found.fingerprint, found.manifest) == (self.model.fingerprint, self.model.manifest)
+        identity = identity_of(folder, hashed=False)
+        return (identity.fingerprint, identity.manifest) == (self.model.fingerprint, self.model.manifest)
 
 
 def figures(scores: Mapping[str, Sequence[WindowScore]]) -> tuple[Figures, dict[str, Figures]]:
@@ -223,8 +223,8 @@ def _figures(values: np.ndarray, draws: np.ndarray) -> Figures:
 
     def both(values: np.ndarray) -> dict[str, np.ndarray]:
         ear, kl, top1, loss, reference = values.T
-        found = {"ear": ear, "kl": kl, "top1": top1, "perplexity": perplexity(loss)}
-        return found | {
+        by_name = {"ear": ear, "kl": kl, "top1": top1, "perplexity": perplexity(loss)}
+        return by_name | {
             "reference_perplexity": perplexity(reference),
             "perplexity_ratio": perplexity(loss - reference),
         }
@@ -265,8 +265,8 @@ def versions(*packages: str) -> dict[str, str]:
     """Of what computes: Python, torch, transformers, and further packages that are installed."""
     from importlib.metadata import version
 
-    found = {"alphaq": alphaq.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    return found | {"transformers": transformers.__version__} | {name: version(name) for name in packages}
+    own = {"alphaq": alphaq.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    return own | {"transformers": transformers.__version__} | {name: version(name) for name in packages}
 
 
 def identity_of(model: str | Path, hashed: bool = True) -> ModelIdentity:
@@ -304,8 +304,8 @@ def identity_of(model: str | Path, hashed: bool = True) -> ModelIdentity:
 
 def task_verdict(results: Sequence[TaskFigures]) -> Verdict:
     """Over all tasks: `no` if any is worse beyond sampling error, `yes` if none is."""
-    found = {one.lossless for one in results}
-    return "no" if "no" in found else "undecided" if "undecided" in found or not found else "yes"
+    verdicts = {one.lossless for one in results}
+    return "no" if "no" in verdicts else "undecided" if "undecided" in verdicts or not verdicts else "yes"
 
 
 def other_source(model: ModelIdentity, reference: ModelIdentity) -> str | None:

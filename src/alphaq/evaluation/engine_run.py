@@ -47,7 +47,7 @@ def run_in_engine(folder: Path, source: Checkpoint | None = None, tokens: int = 
     output = Output(folder)
     run = output.profile.writer.run
     if run is None:
-        raise PlanError(f"It is not known how to run what is written for {output.plan.engine}. Drop --run.")
+        raise PlanError(f"AlphaQ cannot run what is written for {output.plan.engine}. Drop --run.")
     checkpoint = restored_alone(output) if source is None else restored_from(output, source)
     rows = [matrix.shape[0] for matrix in checkpoint.with_role(Role.EMBEDDING)]
     vocabulary = max(rows, default=0) or int(checkpoint.text_config["vocab_size"])

@@ -8,7 +8,7 @@ from q would be accepted as one from p (SLQ). The interval treats windows as the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +21,7 @@ from alphaq.calibration.text import check_ids
 from alphaq.calibration.tokens import prefixed, text_prefix
 from alphaq.errors import AlphaQError
 from alphaq.nouns.fidelity import TextFidelity
+from alphaq.nouns.scoring import Scoring
 from alphaq.work.workers import Wrap, silent
 
 WINDOWS_AT_ONCE = 8  # of one forward pass: small models are slow on many small steps
@@ -78,7 +79,7 @@ def score_windows(model: Any, reference: Any | None, ids: torch.Tensor, context:
     against = None
     if reference is not None:
         against = reference(ids.to(reference.device)).logits[:, context - 1 : -1].to(model.device)
-    found = []
+    scores = []
     for window, targets in enumerate(ids[:, context:]):
         loss = kl = top1 = ear = reference_loss = 0.0
         for start in range(0, len(targets), POSITIONS_AT_ONCE):
@@ -92,20 +93,20 @@ def score_windows(model: Any, reference: Any | None, ids: torch.Tensor, context:
                 kl += float((p * (log_p - log_q)).sum(dtype=torch.float64))
                 top1 += float((p.argmax(-1) == q.argmax(-1)).sum())
                 ear += float(torch.minimum(p, q).sum(dtype=torch.float64))
-        found.append(WindowScore(len(targets), loss, kl, top1, ear, reference_loss))
-    return found
+        scores.append(WindowScore(len(targets), loss, kl, top1, ear, reference_loss))
+    return scores
 
 
 def batches(parts: list[torch.Tensor], vocabulary: int) -> list[torch.Tensor]:
     """Windows [1, length] put together to [windows, length] where lengths agree and the logits stay small."""
-    found: list[torch.Tensor] = []
+    groups: list[torch.Tensor] = []
     for part in parts:
         room = LOGITS_AT_ONCE // (part.shape[1] * vocabulary)
-        if found and found[-1].shape[1] == part.shape[1] and len(found[-1]) < min(room, WINDOWS_AT_ONCE):
-            found[-1] = torch.cat([found[-1], part])
+        if groups and groups[-1].shape[1] == part.shape[1] and len(groups[-1]) < min(room, WINDOWS_AT_ONCE):
+            groups[-1] = torch.cat([groups[-1], part])
         else:
-            found.append(part)
-    return found
+            groups.append(part)
+    return groups
 
 
 def summarize_windows(scores: list[WindowScore], with_reference: bool) -> TextFidelity:
@@ -135,7 +136,7 @@ def student_quantile(degrees: int) -> float:
     return z + first / degrees + second / degrees**2 + third / degrees**3
 
 
-def read_texts(paths: list[Path]) -> dict[str, str]:
+def read_texts(paths: Sequence[Path]) -> dict[str, str]:
     """Text files by stem (by full path where stems collide). Raises AlphaQError naming the file."""
     stems = [path.stem for path in paths]
     texts = {}
@@ -151,22 +152,20 @@ def read_texts(paths: list[Path]) -> dict[str, str]:
 def score_texts(
     model: Any,
     tokenizer: Any,
-    texts: dict[str, str],
+    texts: Mapping[str, str],
+    scoring: Scoring,
     reference: Any | None = None,
-    window: int = 512,
-    max_tokens: int | None = None,
-    skip_tokens: int = 0,
     wrap: Wrap = silent,
-    bos: bool = True,
 ) -> Iterator[tuple[str, list[WindowScore]]]:
-    """Scores per text, window by window, after its first `skip_tokens`; at most `max_tokens` of it.
+    """Scores per text, window by window. texts: contents by name, which stand for those of `scoring`.
 
-    `wrap` may show progress. bos: see `windows`. Raises AlphaQError if no token to score is left of a text.
+    `wrap` may show progress. Raises AlphaQError if no token to score is left of a text.
     """
-    limit = getattr(model.config, "max_position_embeddings", None) or window
+    limit = getattr(model.config, "max_position_embeddings", None) or scoring.window
     rows = model.config.get_text_config().vocab_size
     for name, text in texts.items():
-        cut = windows(tokenizer, text, min(window, limit), max_tokens, skip_tokens, bos)
+        length = min(scoring.window, limit)
+        cut = windows(tokenizer, text, length, scoring.max_tokens, scoring.skip_tokens, scoring.bos)
         if not cut.parts:
             raise AlphaQError(f"Text {name!r} has fewer than two tokens to score. Give a longer text.")
         for part in cut.parts:
@@ -227,13 +226,11 @@ def paired_bootstrap(
 def evaluate_texts(
     model: Any,
     tokenizer: Any,
-    texts: dict[str, str],
+    texts: Mapping[str, str],
+    scoring: Scoring,
     reference: Any | None = None,
-    window: int = 512,
-    max_tokens: int | None = None,
     wrap: Wrap = silent,
-    bos: bool = True,
 ) -> Iterator[tuple[str, TextFidelity]]:
     """Fidelity per text, as `score_texts` finds it."""
-    for name, scores in score_texts(model, tokenizer, texts, reference, window, max_tokens, wrap=wrap, bos=bos):
+    for name, scores in score_texts(model, tokenizer, texts, scoring, reference, wrap):
         yield name, summarize_windows(scores, reference is not None)

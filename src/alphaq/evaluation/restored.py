@@ -21,10 +21,10 @@ from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.engines.export import AS_IT_IS, Form
 from alphaq.engines.output import Output
 from alphaq.errors import ArchitectureError, CheckpointError
+from alphaq.formats.coding import decode_tensor, is_coded
 from alphaq.nouns.matrix import MatrixRef
-from alphaq.quantizers.coding import decode_tensor, is_coded
 from alphaq.writing.artifact import open_artifact
-from alphaq.writing.tasks import plan_choices
+from alphaq.writing.planned import plan_choices
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def restored_alone(output: Output) -> Checkpoint:
         try:
             return open_checkpoint(next(output.folder.glob("*.gguf")), quantized=True)
         except ArchitectureError as error:
-            raise CheckpointError(f"{error} With --source MODEL its config is taken from there.") from error
+            raise CheckpointError(f"{error} With --reference MODEL its config is taken from there.") from error
     config = read_config(output.folder)
     for key in ("quantization_config", "quantization"):
         config.pop(key, None)

@@ -11,7 +11,7 @@ import difflib
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from alphaq.errors import AlphaQError, MissingExtraError
+from alphaq.errors import AlphaQError, MissingExtraError, first_line
 from alphaq.evaluation.certificate import DRAWS, SEED, TaskFigures, Tasks, Verdict, estimate, task_verdict
+from alphaq.work.untrusted import JsonObject
 from alphaq.work.workers import Wrap, silent
 
 SEEDS = {
@@ -70,7 +71,7 @@ def find_tasks(request: TaskRequest) -> Any:
     from lm_eval.tasks import TaskManager
 
     if request.include_path is not None and not request.include_path.is_dir():
-        raise AlphaQError(f"--include-path {request.include_path} is no folder. Name the folder of your task files.")
+        raise AlphaQError(f"--include-path {request.include_path} is not a folder. Name the folder of your task files.")
     files = [name for name in request.names if name.endswith((".yaml", ".yml"))]
     for name in files:
         if not Path(name).is_file():
@@ -88,7 +89,7 @@ def find_tasks(request: TaskRequest) -> Any:
     return manager
 
 
-def run_tasks(model: Any, tokenizer: Any, manager: Any, request: TaskRequest) -> dict[str, Any]:
+def run_tasks(model: Any, tokenizer: Any, manager: Any, request: TaskRequest) -> JsonObject:
     """What lm-eval says of one model. Raises AlphaQError if a task cannot be run."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -96,7 +97,7 @@ def run_tasks(model: Any, tokenizer: Any, manager: Any, request: TaskRequest) ->
     with _quietly():
         try:
             wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=request.batch_size)
-            found = lm_eval.simple_evaluate(
+            results = lm_eval.simple_evaluate(
                 wrapped,
                 tasks=list(request.names),
                 num_fewshot=request.few_shot,
@@ -107,14 +108,13 @@ def run_tasks(model: Any, tokenizer: Any, manager: Any, request: TaskRequest) ->
                 **SEEDS,
             )
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise AlphaQError(
-                f"lm-eval cannot run {', '.join(request.names)} ({reason}). Check that its data is at hand, and run it "
-                "with lm-eval itself."
+                f"lm-eval cannot run {', '.join(request.names)} ({first_line(error)}). Check that its data is at hand, "
+                "and run it with lm-eval itself."
             ) from error
-    if found is None:
+    if results is None:
         raise AlphaQError("lm-eval gave no results, as it does on all but one process. Run a single process.")
-    return dict(found)
+    return dict(results)
 
 
 @contextmanager
@@ -151,16 +151,78 @@ def certify_tasks(
     )
 
 
-def compare_results(own: dict[str, Any], reference: dict[str, Any]) -> tuple[TaskFigures, ...]:
+@dataclass(frozen=True)
+class _Metric:
+    """A figure of a task; filter: what lm-eval did to the answers before."""
+
+    task: str
+    name: str
+    filter: str
+
+    @property
+    def key(self) -> str:
+        """As lm-eval names it in its results."""
+        return f"{self.name},{self.filter}"
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What lm-eval says of one model, as `lm_eval.simple_evaluate` gives it."""
+
+    said: JsonObject
+
+    def metrics(self) -> Iterator[_Metric]:
+        """Every figure that is a number; of groups only their members."""
+        for task, figures in self.said["results"].items():
+            if task not in self.said["configs"]:
+                continue
+            for key, value in figures.items():
+                name, comma, filtered = key.partition(",")
+                if comma and not name.endswith("_stderr") and _is_number(value):
+                    yield _Metric(task, name, filtered)
+
+    def has(self, metric: _Metric) -> bool:
+        """Whether a figure is there."""
+        return metric.key in self.said["results"].get(metric.task, {})
+
+    def value(self, metric: _Metric) -> float:
+        """A figure that is there."""
+        return float(self.said["results"][metric.task][metric.key])
+
+    def standard_error(self, metric: _Metric) -> float | None:
+        """None where lm-eval knows none."""
+        error = self.said["results"][metric.task].get(f"{metric.name}_stderr,{metric.filter}")
+        return float(error) if _is_number(error) else None
+
+    def higher_is_better(self, metric: _Metric) -> bool:
+        """Whether more is better, as it mostly is."""
+        return bool(self.said.get("higher_is_better", {}).get(metric.task, {}).get(metric.name, True))
+
+    def documents(self, metric: _Metric) -> int:
+        """How many were asked about."""
+        return int(self.said.get("n-samples", {}).get(metric.task, {}).get("effective", 0))
+
+    def scores(self, metric: _Metric) -> dict[tuple[Any, Any], float] | None:
+        """Of each document; None unless they are there and the figure is their mean."""
+        samples = self.said.get("samples", {}).get(metric.task, ())
+        scores = {
+            (one["doc_id"], one.get("doc_hash")): one.get(metric.name)
+            for one in samples
+            if one.get("filter") == metric.filter
+        }
+        if not scores or not all(map(_is_number, scores.values())):
+            return None
+        mean = math.fsum(scores.values()) / len(scores)
+        return scores if abs(mean - self.value(metric)) <= 1e-9 else None
+
+
+def compare_results(own: JsonObject, reference: JsonObject) -> tuple[TaskFigures, ...]:
     """Every metric of every task that both have. own, reference: as `lm_eval.simple_evaluate` gives them.
 
     Raises AlphaQError if there is none.
     """
-    results = tuple(
-        _compared(own, reference, task, metric, filtered)
-        for task, metric, filtered in _metrics(own)
-        if f"{metric},{filtered}" in reference["results"].get(task, {})
-    )
+    ours, theirs = _Results(own), _Results(reference)
+    results = tuple(_compared(ours, theirs, metric) for metric in ours.metrics() if theirs.has(metric))
     if not results:
         raise AlphaQError(
             "lm-eval gave no metric that is a number, so there is nothing to compare. Choose other tasks."
@@ -168,41 +230,28 @@ def compare_results(own: dict[str, Any], reference: dict[str, Any]) -> tuple[Tas
     return results
 
 
-def _metrics(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Task, metric and filter of every figure; of groups only their members."""
-    for task, figures in found["results"].items():
-        if task not in found["configs"]:
-            continue
-        for key, value in figures.items():
-            metric, comma, filtered = key.partition(",")
-            if comma and not metric.endswith("_stderr") and _is_number(value):
-                yield task, metric, filtered
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _compared(own: dict[str, Any], reference: dict[str, Any], task: str, metric: str, filtered: str) -> TaskFigures:
-    value, other = (float(found["results"][task][f"{metric},{filtered}"]) for found in (own, reference))
-    higher = bool(own.get("higher_is_better", {}).get(task, {}).get(metric, True))
-    differences = _paired(own, reference, task, metric, filtered)
-    low = high = None
+def _compared(own: _Results, reference: _Results, metric: _Metric) -> TaskFigures:
+    value, other = own.value(metric), reference.value(metric)
+    higher = own.higher_is_better(metric)
+    differences = _paired(own.scores(metric), reference.scores(metric))
+    low: float | None
+    high: float | None
     if differences is not None:
         picks = np.random.default_rng(SEED).integers(0, len(differences), (DRAWS, len(differences) - 1))
         interval = estimate(value - other, differences[picks].mean(axis=1))
         low, high = interval.low, interval.high
     else:
-        errors = [found["results"][task].get(f"{metric}_stderr,{filtered}") for found in (own, reference)]
-        if all(map(_is_number, errors)):
-            reach = NORMAL_QUANTILE * math.hypot(*errors)
-            low, high = value - other - reach, value - other + reach
+        low, high = _apart(value - other, own.standard_error(metric), reference.standard_error(metric))
     return TaskFigures(
-        task=task,
-        metric=metric,
-        filter=filtered,
+        task=metric.task,
+        metric=metric.name,
+        filter=metric.filter,
         higher_is_better=higher,
-        documents=int(own.get("n-samples", {}).get(task, {}).get("effective", 0)),
+        documents=own.documents(metric),
         value=value,
         reference=other,
         difference=value - other,
@@ -213,6 +262,14 @@ def _compared(own: dict[str, Any], reference: dict[str, Any], task: str, metric:
     )
 
 
+def _apart(difference: float, error: float | None, other_error: float | None) -> tuple[float | None, float | None]:
+    """The interval of a difference of independent samples; none where an error is unknown."""
+    if error is None or other_error is None:
+        return None, None
+    reach = NORMAL_QUANTILE * math.hypot(error, other_error)
+    return difference - reach, difference + reach
+
+
 def _lossless(low: float | None, high: float | None, higher_is_better: bool) -> Verdict:
     if low is None or high is None:
         return "undecided"
@@ -220,26 +277,10 @@ def _lossless(low: float | None, high: float | None, higher_is_better: bool) -> 
     return "no" if worst_is_clear else "yes"
 
 
-def _paired(own: dict[str, Any], reference: dict[str, Any], task: str, metric: str, filtered: str) -> np.ndarray | None:
-    """Differences by document, float64 [documents]; None unless both have each document's score, and the metric is
-    their mean."""
-    scores = []
-    for found in (own, reference):
-        samples = found.get("samples", {}).get(task, ())
-        each = {
-            (one["doc_id"], one.get("doc_hash")): one.get(metric) for one in samples if one.get("filter") == filtered
-        }
-        mean = _mean(each.values())
-        if mean is None or abs(mean - found["results"][task][f"{metric},{filtered}"]) > 1e-9:
-            return None
-        scores.append(each)
-    if scores[0].keys() != scores[1].keys() or len(scores[0]) < 2:
+def _paired(
+    own: dict[tuple[Any, Any], float] | None, reference: dict[tuple[Any, Any], float] | None
+) -> np.ndarray | None:
+    """Differences by document, float64 [documents]; None unless both have the same ones."""
+    if own is None or reference is None or own.keys() != reference.keys() or len(own) < 2:
         return None
-    return np.array([float(scores[0][key]) - float(scores[1][key]) for key in scores[0]])
-
-
-def _mean(values: Iterable[Any]) -> float | None:
-    listed = list(values)
-    if not listed or not all(map(_is_number, listed)):
-        return None
-    return math.fsum(listed) / len(listed)
+    return np.array([float(own[key]) - float(reference[key]) for key in own])

@@ -1,1 +1,1 @@
-"""The ways to store a matrix."""
+"""The ways to store a matrix: one module each, listed in `table`."""

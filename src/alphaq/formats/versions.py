@@ -1,4 +1,4 @@
-"""Versions of native files that are read here."""
+"""Versions of native files that are read here, and how their tensors may be coded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from alphaq.errors import CheckpointError
 
 NATIVE_FORMAT_VERSION = 1  # of native checkpoints
 CODED_FORMAT_VERSION = 2  # of those with coded tensors
+CODECS = ("none", "zstd")  # a coded tensor's header holds the place in this list
 
 
 def check_native_format(version: int) -> None:

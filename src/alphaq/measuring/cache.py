@@ -19,10 +19,12 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from alphaq.errors import AlphaQError, JournalError
+from alphaq.measuring.probes import PROBES
 from alphaq.nouns.spectrum import Spectrum
 from alphaq.work.journal import Journal
 
 T = TypeVar("T")
+MEASUREMENTS_NAME = "measurements.jsonl"
 MEASUREMENT_VERSION = 7
 """Raise it whenever the same weights would be measured differently."""
 
@@ -60,7 +62,9 @@ class Known:
         if entry.spectrum is not None:
             self.spectra[entry.name, entry.variant] = entry.spectrum
         self.errors.update({(entry.name, kind): error for kind, error in entry.errors.items()})
-        self.probes.update({(entry.name, probe): fields for probe, fields in entry.probes.items()})
+        for probe, record in entry.probes.items():
+            if probe in PROBES and PROBES[probe].fits(record):
+                self.probes[entry.name, probe] = record
 
 
 class Cache:
@@ -73,7 +77,7 @@ class Cache:
         self.known = Known()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._journal = Journal(self.path / "measurements.jsonl")
+            self._journal = Journal(self.path / MEASUREMENTS_NAME)
         except OSError as error:
             raise self._unusable(error) from None
         for line in self._journal.entries:
@@ -95,8 +99,8 @@ class Cache:
             raise self._unusable(error) from None
         self.known.learn(entry)
 
-    def kept(self, name: str, make: Callable[[], str], parse: Callable[[str], T]) -> T:
-        """What `parse` makes of the text kept under a name; the text is made anew if it is missing or damaged."""
+    def recall(self, name: str, make: Callable[[], str], parse: Callable[[str], T]) -> T:
+        """What `parse` makes of the text that lies under a name, which is made anew if it is missing or damaged."""
         path = self.path / name
         if path.is_file():
             with suppress(AlphaQError, UnicodeDecodeError):

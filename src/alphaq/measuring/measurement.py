@@ -12,30 +12,19 @@ import torch
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, TensorSpec, stored_bytes
+from alphaq.formats.coding import coder_version, encode_tensor
 from alphaq.measuring.cache import Cache, Entry, Known
 from alphaq.measuring.probes import PROBES
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.spectrum import Spectrum
-from alphaq.quantizers.base import (
-    DEFAULT,
-    QUANTIZERS,
-    SAMPLE_VALUES,
-    SquaredErrors,
-    coded_errors,
-    rounder_of,
-    sixteen_bits,
-    squared_errors,
-)
-from alphaq.quantizers.coding import coder_version, encode_tensor
-from alphaq.quantizers.cutting import CUTS, cut_errors, cutting, held_form
-from alphaq.quantizers.ggml import restore_rows
-from alphaq.quantizers.packing import dequantize, encode
+from alphaq.quantizers.base import DEFAULT
+from alphaq.quantizers.rounded import SAMPLE_VALUES, SourceMatrix, SquaredErrors
 from alphaq.research.tails import variant_spectrum
 from alphaq.spectra.device import device_batch, device_spectra, device_tasks
 from alphaq.spectra.measure import PANEL_VALUES, spectrum, streamed_spectrum
 from alphaq.spectra.variants import FAST_VARIANT, SpectrumVariant
-from alphaq.work.resources import USUAL, Resources
 from alphaq.work.workers import Workers
 
 T = TypeVar("T")
@@ -92,23 +81,12 @@ def measure_one(checkpoint: Checkpoint, task: MeasureTask) -> Measured:
     name = task.matrix.name
     if task.streamed:
         return Measured(streamed_spectrum(partial(checkpoint.read_rows, task.matrix), task.matrix.shape, name))
-    held = held_form(checkpoint, task.matrix) if task.choices and task.quantizer == CUTS else None
-    exact = SquaredErrors() if held is None or task.codec else cut_errors(held, task.choices)
-    rest = tuple(choice for choice in task.choices if choice not in exact.expected)
-    if held is not None and not (rest or task.variant or task.probes):
-        return Measured(None, exact)
-    weight = checkpoint.read(task.matrix)
-    rounder = rounder_of(task.quantizer, task.importance)
-    if task.codec is None:
-        errors = squared_errors(weight, rest, name, rounder, task.sample_values)
-        if exact.expected:
-            errors = replace(exact, expected=exact.expected | errors.expected, deviation=errors.deviation)
-    else:
-        errors = coded_errors(weight, task.choices, name, cutting(held, rounder))
+    source = SourceMatrix(checkpoint, task.matrix, task.quantizer, task.importance)
+    errors = source.errors(task.choices, task.sample_values) if task.codec is None else source.coded(task.choices)
     return Measured(
-        None if task.variant is None else _spectrum_of(weight, name, task.variant),
+        None if task.variant is None else _spectrum_of(source.weight, name, task.variant),
         errors,
-        {probe: PROBES[probe].measure(weight, name) for probe in task.probes},
+        {probe: PROBES[probe].measure(source.weight, name) for probe in task.probes},
     )
 
 
@@ -218,7 +196,7 @@ def measure(
     checkpoint: Checkpoint,
     matrices: Sequence[MatrixRef],
     wanted: Wanted = Wanted(),
-    resources: Resources = USUAL,
+    resources: Resources = Resources(),
 ) -> Iterator[Measured]:
     """Measure matrices of a checkpoint in order, leaving out what the cache knows. Progress is the caller's to show."""
     ledger = _Ledger(wanted, resources.cache)
@@ -236,7 +214,7 @@ def measure(
 
 def _measured(checkpoint: Checkpoint, tasks: list[MeasureTask], resources: Resources) -> Iterator[Measured]:
     """Results of the tasks in order: by the workers, or their spectra by a device and only the rest by the workers."""
-    workers, device = resources.workers_on(checkpoint), resources.device
+    workers, device = resources.pool(checkpoint), resources.device
     if device == "cpu" or any(task.variant not in (None, FAST_VARIANT) for task in tasks):
         yield from _by_workers(checkpoint, tasks, workers)
         return
@@ -265,19 +243,7 @@ def restored(
     checkpoint: Checkpoint, matrix: MatrixRef, choice: Choice, quantizer: str, importance: Mapping[str, np.ndarray]
 ) -> torch.Tensor:
     """What an engine computes with in a matrix's place, float32 [rows, columns]. importance: of columns, by matrix."""
-    weight = checkpoint.read(matrix)
-    if choice.kept:
-        return sixteen_bits(weight).float()
-    held = held_form(checkpoint, matrix) if quantizer == CUTS else None
-    found = cutting(held, rounder_of(quantizer, importance.get(matrix.name)))(weight, choice, matrix.name)
-    if choice.scheme:
-        return restore_rows(found.codes.numpy(), choice, matrix.shape[1])
-    if not QUANTIZERS[quantizer].adds_offsets or found.offsets is None:
-        return dequantize(found)
-    # Whose offsets are added to s·q instead of being zero points.
-    columns = matrix.shape[1]
-    biases = found.offsets.float().repeat_interleave(choice.group_size, dim=1)[:, :columns]
-    return dequantize(replace(found, offsets=torch.zeros_like(found.offsets))) + biases
+    return SourceMatrix(checkpoint, matrix, quantizer, importance.get(matrix.name)).restored(choice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,11 +261,8 @@ def coded_bytes(checkpoint: Checkpoint, task: CodedTask) -> int:
     if isinstance(source, str):
         name, stored = source, checkpoint.tensor(source)
     else:
-        name, weight = source.name, checkpoint.read(source)
         assert choice is not None  # of a matrix
-        held = held_form(checkpoint, source) if task.quantizer == CUTS else None
-        rounded = cutting(held, rounder_of(task.quantizer))
-        stored = sixteen_bits(weight) if choice.kept else encode(rounded(weight, choice, name))
+        name, stored = source.name, SourceMatrix(checkpoint, source, task.quantizer).at(choice).native()
     coded = encode_tensor(stored)
     return stored_bytes(name, TensorSpec(DTYPE_NAMES[coded.dtype], tuple(coded.shape)))
 

@@ -5,8 +5,8 @@ A method asks for a probe by naming it among its needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -20,6 +20,10 @@ class Probe:
 
     measure: Callable[[torch.Tensor, str], Any]
     record: type[Any]
+
+    def fits(self, values: Mapping[str, float]) -> bool:
+        """Whether the fields are those of the record; a cache may hold an earlier version's."""
+        return values.keys() == {field.name for field in fields(self.record)}
 
 
 PROBES: dict[str, Probe] = {"statistics": Probe(weight_statistics, WeightStatistics)}

@@ -5,14 +5,25 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from alphaq.errors import ChoiceError, PlanError
+from alphaq.formats.table import parse_choice
+from alphaq.formats.versions import CODECS
 from alphaq.nouns.choice import (
     Choice,
 )
+from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.work.untrusted import SHOWN_CHARACTERS, parse_json, read_bounded, shown
 
 PLAN_FORMAT_VERSION = 1
@@ -95,7 +106,8 @@ class Plan(BaseModel):
     alphaq_version: str = ""
     engine: str = "native"
     source: SourceIdentity | None = None
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: PlanConfig | None = None
+    """What was asked for; None in a plan made by hand or by another tool."""
     average_bits: float | None = None
     bits_per_weight: float | None = None
     size_bytes: int | None = None
@@ -127,23 +139,49 @@ class Plan(BaseModel):
     rate_distortion: RateDistortion | None = None
     """Against what any quantizer could do; None where losses are not proportional to squared errors."""
     check: PlanCheck | None = None
-    """What the default method's plan was held against; None of other methods, and without a check."""
+    """How the default method's plan was compared with uniform bits; None of other methods, and without a check."""
     unchecked: str | None = None
-    """Why the default method's plan was not held against uniform bits, though it should have been."""
+    """Why the default method's plan was not compared with uniform bits, though it should have been."""
     table: PlanTable | None = None
+
+    @field_validator("config", mode="before")
+    @classmethod
+    def _of_any_version(cls, config: object) -> object:
+        """Settings of other versions and tools are left out; a plan made by hand may state no budget."""
+        if not isinstance(config, dict):
+            return config
+        known = {name: value for name, value in config.items() if name in PlanConfig.model_fields}
+        return {"budget": {}, **known} if known else None
+
+    @field_serializer("config", mode="wrap")
+    def _none_is_empty(self, config: PlanConfig | None, write: SerializerFunctionWrapHandler) -> object:
+        return {} if config is None else write(config)
 
     @model_validator(mode="after")
     def _agree(self) -> Plan:
         if self.format_version != PLAN_FORMAT_VERSION:
             raise ValueError(f"format_version {self.format_version} is not {PLAN_FORMAT_VERSION}")
-        if not isinstance(self.config.get("imatrix"), (str, type(None))):
-            raise ValueError("config: imatrix is not text")
         for name, bits in self.assignment.items():
             if name not in self.choices or self.choice(name).bits != bits:
                 raise ValueError(f"assignment and choices disagree on {shown(name)}: edit both, or drop assignment")
         for name in self.choices:
             self.choice(name)
         return self
+
+    @property
+    def codec(self) -> str | None:
+        """What codes the tensors of its files; None if they are not coded."""
+        return None if self.config is None else self.config.codec
+
+    @property
+    def imatrix(self) -> str | None:
+        """Name and digest of the importance matrix that it was made with."""
+        return None if self.config is None else self.config.imatrix
+
+    @property
+    def method(self) -> str | None:
+        """How it was made, where that is known."""
+        return None if self.config is None else self.config.method
 
     @property
     def gap(self) -> float:
@@ -160,12 +198,20 @@ class Plan(BaseModel):
     @property
     def counts_codes(self) -> bool:
         """Whether bits were counted without scales: stats alone, or every matrix once."""
-        return self.source is None or bool(self.config.get("unweighted"))
+        return self.source is None or (self.config is not None and self.config.unweighted)
+
+    def coded_by(self, codec: str | None) -> Plan:
+        """The same plan for files that are coded otherwise; None or `none` for files that are not."""
+        codec = None if codec == CODECS[0] else codec
+        if codec == self.codec:
+            return self
+        config = self.config or PlanConfig(budget=Budget())
+        return self.model_copy(update={"config": config.model_copy(update={"codec": codec})})
 
     def choice(self, name: str) -> Choice:
         """The choice of one quantized matrix."""
         try:
-            return Choice.parse(self.choices[name])
+            return parse_choice(self.choices[name])
         except ChoiceError as error:
             raise ValueError(f"{shown(name)}: {error}") from error
 
@@ -177,8 +223,8 @@ class Plan(BaseModel):
     def from_json(cls, text: str | bytes, where: str) -> Plan:
         """Parse and check a plan file. Raises PlanError naming the file and the first fault."""
         try:
-            given = text if isinstance(text, str) else text.decode("utf-8-sig")  # some editors mark the byte order
-            return cls.model_validate(parse_json(given, strict=True))
+            content = text if isinstance(text, str) else text.decode("utf-8-sig")  # some editors mark the byte order
+            return cls.model_validate(parse_json(content, strict=True))
         except ValueError as error:
             raise PlanError(f"{where} is not a valid plan: {first_fault(error)}.") from error
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import re
 from fnmatch import fnmatchcase
-from typing import Literal
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from alphaq.errors import BudgetError
-from alphaq.nouns.choice import CODECS
+from alphaq.formats.versions import CODECS
 from alphaq.nouns.matrix import MatrixRef, Role
+from alphaq.nouns.option import Option
 from alphaq.registry import unknown
 
-ProxyKind = Literal["norm", "identity"]
 Noise = Literal["analytic", "measured"]
 Blocks = Literal["farms", "whole"]
 Tail = Literal["hill", "median", "finger", "ks"]
+BUDGET, CHOICES, SCORES, LIMITS = "Budget (one of)", "Choices", "Scores", "Limits"  # headings of options
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
@@ -45,16 +48,27 @@ class Budget(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bits: float | None = None
-    bpw: float | None = None
-    size_bytes: int | None = None
+    bits: Annotated[
+        float | None,
+        Option("Average bits per expert weight: the bytes of a plain mix of that width (group 128 in native).", BUDGET),
+    ] = None
+    bpw: Annotated[float | None, Option("Stored bits per expert weight, scales and zeros included.", BUDGET)] = None
+    size_bytes: Annotated[
+        int | None,
+        Option("Total size of the weight files, e.g. 9.5MiB, 12GiB.", BUDGET, name="size", typed=str, parse=parse_size),
+    ] = None
+
+    @property
+    def stated(self) -> bool:
+        """Whether there is any; plans made by hand have none."""
+        return self != Budget()
 
     @classmethod
     def of(cls, bits: float | None = None, bpw: float | None = None, size: str | None = None) -> Budget:
         """Build from what a user gave. Raises BudgetError unless exactly one is given and positive."""
-        given = [name for name, value in (("--bits", bits), ("--bpw", bpw), ("--size", size)) if value is not None]
-        if len(given) != 1:
-            got = " and ".join(given) if given else "none"
+        stated = [name for name, value in (("--bits", bits), ("--bpw", bpw), ("--size", size)) if value is not None]
+        if len(stated) != 1:
+            got = " and ".join(stated) if stated else "none"
             raise BudgetError(f"State the budget exactly once, as --bits, --bpw or --size; got {got}.")
         for name, value in (("--bits", bits), ("--bpw", bpw)):
             if value is not None and not 0 < value <= 32:
@@ -73,6 +87,20 @@ def names(pattern: str, name: str) -> bool:
     """Whether a glob names a matrix; it may leave out the name's beginning, at a dot, and its final `.weight`."""
     globs = (pattern, f"*.{pattern}", f"{pattern}.weight", f"*.{pattern}.weight")
     return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def _gamma(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise BudgetError(f"--gamma {text!r} is neither a number nor auto. Try --gamma auto.") from None
+
+
+def _decibels(text: str) -> float:
+    match = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,6})?)\s*(?:dB)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise BudgetError(f"--min-sqnr {text!r} is not a ratio in decibels. Write for example 9dB.")
+    return float(match[1])
 
 
 class Rule(BaseModel):
@@ -97,6 +125,9 @@ class Rule(BaseModel):
             raise BudgetError(f"{option} {text!r} is not PATTERN=VALUE, for example {option} 'layers.0.*=8'.")
         return cls(pattern=pattern.strip(), value=value.strip())
 
+    def __str__(self) -> str:
+        return f"{self.pattern}={self.value}"
+
     def matches(self, matrix: MatrixRef) -> bool:
         """Whether the pattern names this matrix."""
         return self.pattern in (matrix.role.value, matrix.projection) or names(self.pattern, matrix.name)
@@ -108,66 +139,134 @@ class Rule(BaseModel):
         except ValueError:
             bits = math.nan
         if not 0 < bits <= 32:
-            raise BudgetError(f"{option} {self.value!r} is no number of bits. Write for example {option} 2.")
+            raise BudgetError(f"{option} {self.value!r} is not a number of bits. Write for example {option} 2.")
         return bits
 
 
-_OPTIONS = {"size_bytes": "size", "pins": "pin", "min_sqnr_db": "min_sqnr"}
-"""Settings whose option is not called after them."""
-
-
-def option_of(setting: str) -> str:
-    """The command line's option for a setting, for one that is on by default without its `no-`."""
-    return f"--{_OPTIONS.get(setting, setting).replace('_', '-')}"
+def _rules(flag: str, help: str, default_pattern: str | None = None) -> Option:
+    """An option for rules, each for the matrices that a pattern names."""
+    parse = partial(Rule.parse, option=flag, default_pattern=default_pattern)
+    return Option(help, LIMITS, name=flag.removeprefix("--").replace("-", "_"), typed=str, parse=parse)
 
 
 class PlanConfig(BaseModel):
     """Everything that decides a plan, apart from the checkpoint itself.
 
-    A field is repeated by its option (`option_of`) in the command that a report or a card shows.
+    A field is an option of every command that plans (`nouns.option`), is kept in the plan, and is repeated in the
+    command that a report or a card shows. Of a file only the name is kept.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     budget: Budget
-    engine: str = "native"
-    method: str = "auto"
-    noise: Noise | None = None
-    """None: measured where the weights are at hand, analytic elsewhere."""
-    gamma: float | Literal["auto"] = "auto"
-    spectrum: Blocks = "farms"
-    tail: Tail = "hill"
-    choices: str | None = None
+    engine: Annotated[str, Option("Engine to plan for; see `alphaq engines`.", CHOICES)] = "native"
+    method: Annotated[str, Option("Allocator; see `alphaq methods`.", SCORES)] = "auto"
+    noise: Annotated[
+        Noise | None,
+        Option(
+            "analytic (Var·2^-2b) or measured (round trip; the default where weights are given).", SCORES, varies=True
+        ),
+    ] = None
+    gamma: Annotated[
+        float | Literal["auto"],
+        Option(
+            "Exponent of (α₀/α)^γ in method alphaq: a number, or auto.", SCORES, typed=str, parse=_gamma, varies=True
+        ),
+    ] = "auto"
+    spectrum: Annotated[
+        Blocks, Option("Eigenvalues of farms (blocks) or of the whole matrix.", SCORES, varies=True)
+    ] = "farms"
+    tail: Annotated[Tail, Option("Where the tail starts: hill, median, finger or ks.", SCORES, varies=True)] = "hill"
+    choices: Annotated[
+        str | None,
+        Option(
+            "Candidates: bits, bits and group size, mixes within a matrix, ggml types "
+            "(2,3g64,4g128s,2g128-slim,1g128-pb4,Q4_K); all the engine's usual ones by default.",
+            CHOICES,
+        ),
+    ] = None
     """None: what the method or the engine's profile offers by default."""
-    group_size: int | None = None
+    group_size: Annotated[
+        int | None, Option("Columns per scale, for choices that name none: 32, 64 or 128.", CHOICES)
+    ] = None
     """None: the engine's usual one, 128 for native."""
-    symmetric: bool = False
-    attention_bits: int | None = None
-    shared_bits: int | None = None
-    embedding_bits: int | None = None
-    head_bits: int | None = None
+    symmetric: Annotated[bool, Option("Store no zero points.", CHOICES, varies=True)] = False
+    attention_bits: Annotated[
+        int | None, Option("Bits of attention and other mixers of tokens (4; 16 keeps them).", CHOICES)
+    ] = None
+    shared_bits: Annotated[int | None, Option("Bits of shared experts and dense MLPs (4; 16 keeps them).", CHOICES)] = (
+        None
+    )
+    embedding_bits: Annotated[
+        int | None,
+        Option("Bits of the token embedding (llama.cpp: 4; native keeps it unless asked; others keep it).", CHOICES),
+    ] = None
+    head_bits: Annotated[
+        int | None,
+        Option("Bits of the output matrix (llama.cpp: 6; native keeps it unless asked; others keep it).", CHOICES),
+    ] = None
     """Of each role outside the budget; None: the engine's usual ones."""
-    pins: tuple[Rule, ...] = ()
-    min_bits: tuple[Rule, ...] = ()
-    max_bits: tuple[Rule, ...] = ()
-    min_sqnr_db: float | None = Field(default=None, allow_inf_nan=False)
-    per_layer: bool = False
-    """One budget for each layer, in proportion to its weights, instead of one for the model."""
-    unweighted: bool = False
+    pins: Annotated[
+        tuple[Rule, ...], _rules("--pin", "PATTERN=CHOICE, e.g. 'layers.0.*=8', attention=16. Repeat.")
+    ] = ()
+    min_bits: Annotated[
+        tuple[Rule, ...], _rules("--min-bits", "Least bits, of all or of PATTERN=BITS, e.g. 2, down=3. Repeat.", "*")
+    ] = ()
+    max_bits: Annotated[
+        tuple[Rule, ...], _rules("--max-bits", "Most bits, of all or of PATTERN=BITS. Repeat.", "*")
+    ] = ()
+    min_sqnr_db: Annotated[
+        float | None,
+        Option(
+            "Least signal-to-noise ratio of a matrix, e.g. 9dB.",
+            LIMITS,
+            name="min_sqnr",
+            typed=str,
+            parse=_decibels,
+            show="{}dB".format,
+            varies=True,
+        ),
+    ] = Field(default=None, allow_inf_nan=False)
+    per_layer: Annotated[bool, Option("One budget for each layer.", LIMITS, varies=True)] = False
+    """In proportion to its weights, instead of one for the model."""
+    unweighted: Annotated[
+        bool, Option("Count matrices, not weights, as the paper's code does.", SCORES, varies=True)
+    ] = False
     """Every matrix counts once, and bits are code bits: the reference implementation's accounting."""
-    seed: int = Field(default=0, ge=0)
-    stats: str | None = None
+    seed: Annotated[int, Option("Seed of method random.", SCORES, varies=True)] = Field(default=0, ge=0)
+    stats: Annotated[
+        str | None, Option("Scores from a CSV (name, alpha, variance) instead of measuring.", SCORES, typed=Path)
+    ] = None
     """Name of the file that scores came from instead of the weights."""
-    calibration: str | None = None
+    calibration: Annotated[
+        str | None,
+        Option(
+            "Text for methods and quantizers that look at inputs; self: the model's own writing.",
+            SCORES,
+            metavar="FILE|self",
+        ),
+    ] = None
     """Name of the text that calibrated methods used."""
-    imatrix: str | None = None
+    imatrix: Annotated[
+        str | None,
+        Option(
+            "llama.cpp's importance matrix, for its quantizers; ones by default.",
+            SCORES,
+            typed=Path,
+            show=lambda recorded: str(recorded).rpartition(" ")[0],  # a digest follows the name
+        ),
+    ] = None
     """Name and digest of the importance matrix that llama.cpp's quantizers are to use."""
-    bos: bool = True
-    """Whether windows of tokens begin with what the model's tokenizer puts before a text."""
-    check: bool = True
-    """Whether a plan of the default method is compared with a uniform one before it is handed out."""
-    codec: str | None = None
-    """What codes the tensors of the files; a budget then counts coded bytes."""
+    bos: Annotated[bool, Option("Begin each window with what the model's tokenizer puts before a text.")] = True
+    check: Annotated[
+        bool,
+        Option(
+            "Compare the default method's plan with uniform bits on the model's own writing, and take the better.",
+            SCORES,
+            varies=True,
+        ),
+    ] = True
+    codec: Annotated[str | None, Option("Entropy-code the files: zstd. Budgets count coded bytes.", CHOICES)] = None
 
     @field_validator("codec")
     @classmethod
@@ -185,7 +284,7 @@ class PlanConfig(BaseModel):
 
     def roles(self) -> dict[Role, int]:
         """Bit-widths that were asked for, of roles that are quantized outside the budget."""
-        given = {
+        asked = {
             Role.ATTENTION: self.attention_bits,
             Role.MIXER: self.attention_bits,
             Role.SHARED_EXPERT: self.shared_bits,
@@ -193,4 +292,4 @@ class PlanConfig(BaseModel):
             Role.EMBEDDING: self.embedding_bits,
             Role.HEAD: self.head_bits,
         }
-        return {role: bits for role, bits in given.items() if bits is not None}
+        return {role: bits for role, bits in asked.items() if bits is not None}

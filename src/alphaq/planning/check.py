@@ -10,30 +10,26 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
 
-from alphaq.calibration.head import Head
-from alphaq.calibration.inputs import linears
-from alphaq.calibration.stream import HollowModel, LayerTraffic, run_experts, stream_forward
+from alphaq.calibration.divergence import divergences
 from alphaq.calibration.tokens import model_prefix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import BudgetError, StatsError
+from alphaq.formats.table import rate_of
 from alphaq.measuring.measurement import restored
-from alphaq.nouns.choice import Choice
-from alphaq.nouns.matrix import MatrixRef
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan, PlanCheck
 from alphaq.planning.measured import Measurements
 from alphaq.planning.plan import make_plan
 from alphaq.planning.request import Request
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.sensitivity.methods import method
-from alphaq.work.resources import USUAL, Resources
 
 CHECKED = "auto"
 BASELINE = "uniform"
@@ -41,17 +37,16 @@ WINDOWS = 2  # of those that the signal was measured with
 MOST_WEIGHTS = 2 * 10**9  # of a model that is run; half a minute on two cores
 MARGIN = 1.25
 """How many times uniform bits' figure a plan's must be to be given up. Less may be chance: on Gemma 3 270M at 3.5 bits
-a plan that is a sixth better on texts is a twelfth worse on 510 tokens of the model's own writing (docs/LOG.md)."""
-HEAD_TOKENS = 128
+a plan that is a sixth better on texts is a twelfth worse on 510 tokens of the model's own writing
+(docs/research/log.md)."""
 CHECK_VERSION = 1  # raise it whenever the same plans would be compared otherwise
-Restore = Callable[[MatrixRef], Tensor]
 
 
 def checked_plan(
     checkpoint: Checkpoint | None,
     request: Request,
     measurements: Measurements,
-    resources: Resources = USUAL,
+    resources: Resources = Resources(),
 ) -> Plan:
     """`make_plan`; of the default method the better of its plan and uniform bits, with what was compared on record.
 
@@ -85,10 +80,10 @@ def checked_plan(
 def _uniform(checkpoint: Checkpoint, request: Request, measurements: Measurements) -> Plan:
     """Uniform bits of the same choices and budget. Raises BudgetError where there is no such plan."""
     if request.config.per_layer:
-        raise BudgetError("Uniform bits know no budget for each layer.")
+        raise BudgetError("Uniform bits cannot have a budget for each layer.")
     config = request.config.model_copy(update={"method": BASELINE})
-    rates = [choice for choice in request.offered if choice.rate]
-    ladder = tuple(sorted(rates, key=lambda choice: choice.rate)) if rates else request.ladder
+    rates = [choice for choice in request.offered if rate_of(choice)]
+    ladder = tuple(sorted(rates, key=rate_of)) if rates else request.ladder
     return make_plan(checkpoint, replace(request, config=config, method=method(BASELINE), ladder=ladder), measurements)
 
 
@@ -130,7 +125,7 @@ def _by_divergence(
     key = f"check-{hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:24]}.json"
     cache = resources.cache
     for _ in resources.wrap([key], 1, "check"):
-        values = _parsed(run()) if cache is None else cache.kept(key, run, _parsed)
+        values = _parsed(run()) if cache is None else cache.recall(key, run, _parsed)
     return _verdict("kl", values, ids[:, context:].numel())
 
 
@@ -141,102 +136,3 @@ def _parsed(text: str) -> list[float]:
     except (ValueError, TypeError) as error:
         raise StatsError(f"The cache holds no check ({error}). It is made again.") from error
     return [planned, uniform]
-
-
-def divergences(
-    checkpoint: Checkpoint,
-    ids: Tensor,
-    choices: Sequence[Mapping[str, Choice]],
-    rounding: Callable[[MatrixRef, Choice], Tensor],
-    context: int = 1,
-) -> list[float]:
-    """Mean KL in nats per token of the model with its matrices at each set of choices, to the model itself.
-
-    ids: int64 [windows, length], whose first `context` tokens are given. rounding: what stands in for a matrix at a
-    choice, float32 [rows, columns]. Memory: as `stream_forward` for all groups' tokens, and one matrix restored.
-    """
-    hollow = HollowModel(checkpoint)
-    groups: list[Restore] = [lambda matrix: checkpoint.read(matrix).float()]
-    for one in choices:
-
-        def restore(matrix: MatrixRef, own: Mapping[str, Choice] = one) -> Tensor:
-            choice = own.get(matrix.name)
-            return checkpoint.read(matrix).float() if choice is None else rounding(matrix, choice)
-
-        groups.append(restore)
-    module = hollow.base.get_input_embeddings()
-    embedding = _matrices(hollow, next(name for name, one in hollow.model.named_modules() if one is module))
-    touched = {name for one in choices for name in one}
-    for name, matrices in [*linears(hollow).items(), *embedding.items()]:
-        if any(matrix.name in touched for matrix in matrices):
-            _split(hollow, name, matrices, groups)
-    states = stream_forward(
-        checkpoint, ids.repeat(len(groups), 1), lambda traffic: None, hollow, partial(_experts, groups=groups)
-    )
-    return _distances(hollow, states[:, context - 1 : -1].chunk(len(groups)), groups, touched)
-
-
-def _matrices(hollow: HollowModel, module: str) -> dict[str, tuple[MatrixRef, ...]]:
-    """The matrices that make up the weight of the embedding or the head, by its module."""
-    sources = hollow.sources(f"{module}.weight")
-    found = tuple(matrix for matrix in hollow.checkpoint.matrices if matrix.tensor in sources)
-    return {module: found} if found else {}
-
-
-def _split(hollow: HollowModel, name: str, matrices: Sequence[MatrixRef], groups: Sequence[Restore]) -> None:
-    """Have a module compute each group's windows with that group's weight, unless it is stored in another order."""
-    module: Any = hollow.model.get_submodule(name)
-    forward = module.forward
-
-    def run(values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        own = module.weight
-        plain = torch.cat([groups[0](matrix) for matrix in matrices])
-        if len(values) % len(groups) or not torch.equal(plain, own):
-            return forward(values, *args, **kwargs)
-        found = []
-        for part, restore in zip(values.chunk(len(groups)), groups, strict=True):
-            module.weight = nn.Parameter(torch.cat([restore(matrix) for matrix in matrices]), False)
-            found.append(forward(part, *args, **kwargs))
-        module.weight = own
-        return torch.cat(found)
-
-    module.forward = run
-
-
-def _experts(hollow: HollowModel, traffic: LayerTraffic, groups: Sequence[Restore]) -> Tensor:
-    """The experts' outputs, each group's tokens with that group's matrices, float32 [tokens, hidden]."""
-    parts = zip(*(one.chunk(len(groups)) for one in (traffic.inputs, traffic.experts, traffic.weights)), strict=True)
-    return torch.cat(
-        [
-            run_experts(hollow, replace(traffic, inputs=inputs, experts=experts, weights=weights), restore)
-            for (inputs, experts, weights), restore in zip(parts, groups, strict=True)
-        ]
-    )
-
-
-def _distances(
-    hollow: HollowModel, states: Sequence[Tensor], groups: Sequence[Restore], touched: Container[str]
-) -> list[float]:
-    """Mean KL of each further group's final hidden states [windows, positions, hidden] to the first's.
-
-    touched: names of the matrices that some group has otherwise.
-    """
-    sums = [0.0] * (len(groups) - 1)
-    step = max(1, HEAD_TOKENS // len(states[0]))
-    with Head(hollow) as head:
-        own = _matrices(hollow, head.filled).get(head.filled, ())
-        weights = [head.module.weight] * len(groups)
-        if any(matrix.name in touched for matrix in own):
-            weights = [nn.Parameter(torch.cat([restore(one) for one in own]), False) for restore in groups]
-
-        def log_chances(group: int, some: Tensor) -> Tensor:
-            head.module.weight = weights[group]
-            return head(some).log_softmax(-1)
-
-        for parts in zip(*(one.split(step, dim=1) for one in states), strict=True):
-            log_p = log_chances(0, parts[0])
-            for number, some in enumerate(parts[1:]):
-                log_q = log_chances(number + 1, some)
-                sums[number] += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
-    positions = states[0].shape[0] * states[0].shape[1]
-    return [total / positions for total in sums]

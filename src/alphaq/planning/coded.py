@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 
 from alphaq.checkpoint.safetensors_format import FILE_OVERHEAD
+from alphaq.formats.coding import coder_version
 from alphaq.measuring.measurement import CodedTask, coded_bytes
+from alphaq.measuring.resources import Resources
 from alphaq.planning.scope import Scope
 from alphaq.quantizers.base import QUANTIZERS
-from alphaq.quantizers.coding import coder_version
-from alphaq.work.resources import Resources
 from alphaq.work.workers import Workers
 
 
@@ -20,12 +20,12 @@ def coded_rest(scope: Scope, resources: Resources) -> int:
     request = scope.request
     versions = f"{coder_version(str(request.config.codec))} {QUANTIZERS[request.profile.quantizer].version}"
     key = hashlib.sha256(f"{versions} {sorted(scope.fixed.items())}".encode()).hexdigest()[:16]
-    return resources.cache.kept(f"rest-{key}.txt", lambda: str(_measured_rest(scope, resources)), int)
+    return resources.cache.recall(f"rest-{key}.txt", lambda: str(_measured_rest(scope, resources)), int)
 
 
 def _measured_rest(scope: Scope, resources: Resources) -> int:
     checkpoint, tasks = scope.checkpoint, _tasks(scope)
-    pool = resources.workers_on(checkpoint)
+    pool = resources.pool(checkpoint)
     local = Workers(1, checkpoint) if pool.cluster else pool
 
     def size(task: CodedTask) -> int:

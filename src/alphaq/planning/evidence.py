@@ -10,25 +10,25 @@ import numpy as np
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import StatsError
 from alphaq.measuring.probes import PROBES
+from alphaq.measuring.resources import Resources
 from alphaq.planning.coded import coded_rest
 from alphaq.planning.formula import alphas_of
 from alphaq.planning.limits import problem_of
 from alphaq.planning.matrices import Survey, measure_joined, measure_planned
-from alphaq.planning.measured import NO_INPUTS, Measurements, PlanInputs
+from alphaq.planning.measured import Measurements, PlanInputs
 from alphaq.planning.passes import PassRun, run_passes
 from alphaq.planning.request import Request
 from alphaq.planning.scope import Scope
 from alphaq.planning.stats import measured_by_headers, measured_by_stats
 from alphaq.sensitivity.base import Evidence, Need
 from alphaq.spectra.measure import Stats
-from alphaq.work.resources import USUAL, Resources
 
 
 def measure_for_plan(
     checkpoint: Checkpoint | None,
     request: Request,
-    inputs: PlanInputs = NO_INPUTS,
-    resources: Resources = USUAL,
+    inputs: PlanInputs = PlanInputs(),
+    resources: Resources = Resources(),
     needs: Collection[Need] | None = None,
     check_budget: bool = True,
 ) -> Measurements:
@@ -42,17 +42,20 @@ def measure_for_plan(
     stats = inputs.read_stats()
     if checkpoint is None:
         return measured_by_stats(request, wanted, stats)
-    if check_budget and request.config.codec is None:  # what coded files take is known when they have been coded
-        # A model that the engine's files cannot hold, or an infeasible budget, is told before any measuring.
+    # What coded files take is known once they are coded; all else that cannot be is told before any measuring.
+    early = check_budget and request.config.codec is None
+    if early:
         request.profile.writer.layout(checkpoint, {})
-        problem_of(Scope.of(checkpoint, request))
+    scope = Scope.of(checkpoint, request)
+    if early:
+        problem_of(scope)
     if stats is None and needs is None and request.method.by_shapes and request.config.noise == "analytic":
         return measured_by_headers(checkpoint, request)
     if stats is not None:
         _check_stats(checkpoint, inputs, stats)
     if "text" in wanted and inputs.text is None:
         raise StatsError(f"--method {request.config.method} needs a text. Give one with --calibration FILE.")
-    return _measured(Scope.of(checkpoint, request), inputs, stats, resources, frozenset(wanted))
+    return _measured(scope, inputs, stats, resources, frozenset(wanted))
 
 
 def _measured(
@@ -86,16 +89,13 @@ def _measured(
     )
     return Measurements(
         table.spectra,
-        choices,
         request.offered,
-        table.errors,
-        weights,
-        _left_out(stats),
         evidence,
+        _left_out(stats),
         seconds | seconds_of_passes,
         table.deviations,
         joined,
-        dict(survey.importance),
+        survey.importance,
     )
 
 

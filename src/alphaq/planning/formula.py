@@ -14,8 +14,8 @@ from alphaq.sensitivity.distortion import analytic_noise
 
 def expected_error(spectrum: Spectrum, choice: Choice, energy: float, parameters: int) -> float:
     """Σ(w − ŵ)² from a formula: a ggml type's error on Gaussian weights, or Var(W)·2^(−2b)."""
-    if choice.scheme or choice.kept:
-        return GAUSSIAN_ERROR[str(choice)] * energy
+    if (relative := GAUSSIAN_ERROR.get(str(choice))) is not None:
+        return relative * energy
     return float(analytic_noise(spectrum, (choice,))[0]) * parameters
 
 

@@ -47,12 +47,12 @@ def _without_numbers(name: str, layers: int) -> tuple[str, ...]:
 def _named(left: Mapping[tuple[str, ...], int], least: float) -> dict[str, int]:
     """Counts by name, each at least `least`; of the smaller ones the sum under what their names begin with."""
     named: dict[str, int] = {}
-    held, deepest = Counter(left), max(map(len, left), default=0)
+    open_counts, deepest = Counter(left), max(map(len, left), default=0)
     for depth in range(deepest, -1, -1):
-        for parts in [parts for parts in held if len(parts) == depth]:
-            count = held.pop(parts)
+        for parts in [parts for parts in open_counts if len(parts) == depth]:
+            count = open_counts.pop(parts)
             if count >= least > 0:
                 named[".".join(parts if parts in left else (*parts, "*"))] = count
             elif depth:
-                held[parts[:-1]] += count
+                open_counts[parts[:-1]] += count
     return named

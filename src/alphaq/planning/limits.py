@@ -12,6 +12,7 @@ import numpy as np
 from alphaq.allocation.problem import Problem
 from alphaq.errors import BudgetError, ChoiceError
 from alphaq.formats.gaussian import gaussian_errors
+from alphaq.formats.table import format_of
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.settings import PlanConfig, Rule
@@ -128,7 +129,7 @@ def _ways_out(request: Request, narrowest: Choice, unfit: bool) -> list[str]:
         ways.append("allow narrower --choices")
     if unfit and request.method.by_widths:
         ways.append(f"use a method that mixes all types of {request.profile.name}, such as --method distortion")
-    if narrowest.group_size in (32, 64) and not narrowest.scheme:
+    if narrowest.group_size in (32, 64) and format_of(narrowest).regroups:
         ways.append("use a larger --group-size")
     return ways
 

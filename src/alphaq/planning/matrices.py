@@ -16,16 +16,18 @@ import numpy as np
 
 from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
 from alphaq.formats.gaussian import gaussian_errors
+from alphaq.formats.table import storage_bytes
 from alphaq.measuring.measurement import Measured, Sampling, Wanted, measure
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.spectrum import Spectrum
 from alphaq.planning.formula import expected_error
 from alphaq.planning.scope import Scope
-from alphaq.quantizers.base import QUANTIZERS, SAMPLE_VALUES
+from alphaq.quantizers.base import QUANTIZERS
+from alphaq.quantizers.rounded import SAMPLE_VALUES
 from alphaq.spectra.measure import Stats
 from alphaq.spectra.variants import SpectrumVariant
-from alphaq.work.resources import Resources
 
 SAMPLE_MEMBERS = 32  # matrices of a unit whose errors are measured
 
@@ -146,7 +148,7 @@ def _row(survey: Survey, matrix: MatrixRef, measured: Measured) -> _Row:
             for one in choices
         ],
         [errors.deviation.get(one, 0.0) for one in choices],
-        [errors.coded.get(one) or one.storage_bytes(matrix.shape) for one in choices if errors.coded],
+        [errors.coded.get(one) or storage_bytes(one, matrix.shape) for one in choices if errors.coded],
     )
 
 

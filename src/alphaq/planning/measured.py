@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,32 +31,25 @@ class PlanInputs:
         return read_stats(self.stats) if isinstance(self.stats, Path) else self.stats
 
 
-NO_INPUTS = PlanInputs()
-
-
 @dataclass(frozen=True)
 class Measurements:
     """What was measured of the matrices to plan; enough for any number of budgets and methods that need no more.
 
-    squared_errors: expected Σ(w − ŵ)² [matrices, choices]. measured: choices whose errors are known of every matrix
-    that could take them; those of the others, which only pins name, come from a formula. weights: parameters, or ones
-    where unknown.
+    measured: choices whose errors are known of every matrix that could take them; those of the others, which only pins
+    name, come from a formula. left_out: rows of a stats file that are not planned, and why.
     """
 
     spectra: dict[str, Spectrum]
-    choices: tuple[Choice, ...]
     measured: frozenset[Choice]
-    squared_errors: np.ndarray
-    weights: np.ndarray
-    left_out: dict[str, str]
     evidence: Evidence
+    left_out: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     """Time that each need took in this run; what the cache held took next to none."""
     deviations: np.ndarray | None = None
     """Relative standard error of a unit's summed errors, for each of its matrices [matrices, choices]."""
     joined: dict[str, np.ndarray] = field(default_factory=dict)
     """Σ(w − ŵ)²/Σw² [choices] of matrices outside the experts that share their budget, where they were measured."""
-    importance: dict[str, np.ndarray] = field(default_factory=dict)
+    importance: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Of the columns of a matrix, by its name, where an importance matrix tells."""
     by_shapes: bool = False
     """Whether no weight was read; enough for methods that go by places alone."""
@@ -67,26 +61,23 @@ class Measurements:
 
     def of(self, request: Request) -> Measurements:
         """What a request would have measured by itself. Raises BudgetError if it offers what was not measured."""
-        if lacking := (request.offered - self.measured) | (set(request.choices) - set(self.choices)):
+        evidence = self.evidence
+        if lacking := (request.offered - self.measured) | (set(request.choices) - set(evidence.choices)):
             raise BudgetError(
                 f"{', '.join(map(str, sorted(lacking)))} was not measured. Measure for this request, or plan with the "
                 "same choices."
             )
-        if request.choices == self.choices:
+        if request.choices == evidence.choices:
             return self
-        columns = [self.choices.index(choice) for choice in request.choices]
-        coded = self.evidence.coded
-        errors = self.squared_errors[:, columns]
+        columns = [evidence.choices.index(choice) for choice in request.choices]
         return replace(
             self,
-            choices=request.choices,
             measured=request.offered,
-            squared_errors=errors,
             evidence=replace(
-                self.evidence,
+                evidence,
                 choices=request.choices,
-                errors=errors,
-                coded=None if coded is None else coded[:, columns],
+                errors=evidence.errors[:, columns],
+                coded=None if evidence.coded is None else evidence.coded[:, columns],
             ),
             deviations=None if self.deviations is None else self.deviations[:, columns],
             joined={name: relative[columns] for name, relative in self.joined.items()},

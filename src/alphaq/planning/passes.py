@@ -17,10 +17,10 @@ from alphaq.calibration.tokens import model_prefix
 from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, Expert, ExpertUse, gather
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import CheckpointError, QuantizationError
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.sensitivity.base import Need
 from alphaq.simd.sums import squared_norm
-from alphaq.work.resources import Resources
 
 SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH = 8, 256
 
@@ -100,7 +100,7 @@ def _remembered(run: PassRun, kind: str, tokens: str, make: Callable[[], str], l
         if cache is None:
             calibration = Calibration.from_json(make(), key)
         else:
-            calibration = cache.kept(key, make, Calibration.from_json)
+            calibration = cache.recall(key, make, Calibration.from_json)
     return calibration
 
 

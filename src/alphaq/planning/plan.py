@@ -36,27 +36,23 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, measurements: Mea
     scope = Scope.of(checkpoint, request)
     problem = problem_of(scope, measurements.evidence)
     evidence = accounted(measurements.evidence, request)
-    joined = [matrix.name for matrix in scope.joined]
-    relative = _joined_errors(scope, measurements)
-    extra = _joined_losses(scope, evidence, relative) if joined else None
-    answer = solve(problem, request, evidence, joined, extra)
+    joined_errors = _joined_errors(scope, measurements)
+    joined_losses = _joined_losses(scope, evidence, joined_errors) if scope.joined else None
+    answer = solve(problem, request, evidence, [matrix.name for matrix in scope.joined], joined_losses)
     plan = draft(request, measurements, evidence, answer)
-    errors = plan.expected_error
-    if joined and measurements.joined.keys() >= set(joined):
-        columns = answer.columns[len(scope.planned) :]
-        errors = errors | named_errors(joined, relative[np.arange(len(joined)), columns].tolist())
     chosen = {**answer.choices, **scope.fixed}
     blocks = data_table(scope, evidence)[: len(scope.planned)]
+    weights = measurements.evidence.weights
     spent = int(blocks[_picked(scope, answer)].sum())
     return plan.model_copy(
         update={
             "source": checkpoint.identity,
-            "bits_per_weight": 8 * spent / int(measurements.weights.sum()),
+            "bits_per_weight": 8 * spent / int(weights.sum()),
             "size_bytes": _size_bytes(scope, evidence, answer),
             "choices": {name: str(choice) for name, choice in chosen.items()},
             "kept": kept_shares(checkpoint, chosen),
-            "expected_error": errors,
-            "rate_distortion": _against_bound(scope, evidence, answer, blocks, measurements.weights),
+            "expected_error": plan.expected_error | _joined_expected(scope, measurements, answer),
+            "rate_distortion": _against_bound(scope, evidence, answer, blocks, weights),
         }
     )
 
@@ -77,6 +73,15 @@ def _joined_losses(scope: Scope, evidence: Evidence, relative: np.ndarray) -> np
     """Losses [joined, choices] in the unit of the experts'."""
     tied = not scope.checkpoint.with_role(Role.HEAD)
     return role_weights(scope.joined, evidence.matrices, tied)[:, None] * relative
+
+
+def _joined_expected(scope: Scope, measurements: Measurements, answer: Answer) -> dict[str, float]:
+    """The relative error of each joined matrix at its choice, where all of them were measured."""
+    names = [matrix.name for matrix in scope.joined]
+    if not measurements.joined.keys() >= set(names):
+        return {}
+    columns = answer.columns[len(scope.planned) :]
+    return named_errors(names, [measurements.joined[name][at] for name, at in zip(names, columns, strict=True)])
 
 
 def _size_bytes(scope: Scope, evidence: Evidence, answer: Answer) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from alphaq.engines.profile import Profile
 from alphaq.engines.profiles import profile as engine_profile
 from alphaq.errors import BudgetError, ChoiceError
-from alphaq.nouns.choice import CODECS, Choice
+from alphaq.formats.table import format_of, rate_of
+from alphaq.formats.table import parse_choice as read_choice
+from alphaq.formats.versions import CODECS
+from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.settings import PlanConfig
 from alphaq.sensitivity.base import Method
@@ -83,7 +86,7 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
 def _offered(config: PlanConfig, profile: Profile) -> list[Choice]:
     """The choices that a user named, or the engine's usual ones."""
     if config.choices is None and config.codec is not None and not (config.symmetric or config.group_size):
-        return [choice for choice in profile.choices if choice.rate]
+        return [choice for choice in profile.choices if rate_of(choice)]
     if config.choices is None:
         return [_storable(_styled(choice, config), profile) for choice in profile.defaults]
     named = [parse_choice(text, profile, config) for text in config.choices.split(",") if text.strip()]
@@ -94,13 +97,13 @@ def _offered(config: PlanConfig, profile: Profile) -> list[Choice]:
 
 def _plain(offered: Sequence[Choice], ladder: Sequence[Choice], config: PlanConfig, profile: Profile) -> list[Choice]:
     """The plain choice of each width that is offered."""
-    if any(choice.rate for choice in offered) and config.choices is not None:
-        raise BudgetError(f"--method {config.method} goes by plain widths, not by rates. Offer other --choices.")
+    if any(rate_of(choice) for choice in offered) and config.choices is not None:
+        raise BudgetError(f"--method {config.method} takes plain widths only, not rates. Offer other --choices.")
     widths = {choice.bits for choice in offered}
     plain = [choice for choice in ladder if choice.bits in widths]
     if not plain:
         raise BudgetError(
-            f"--method {config.method} goes by plain widths, and {profile.name} has none of "
+            f"--method {config.method} takes plain widths only, and {profile.name} has none of "
             f"{', '.join(map(str, sorted(widths)))} bits. Offer other --choices."
         )
     return plain
@@ -108,11 +111,11 @@ def _plain(offered: Sequence[Choice], ladder: Sequence[Choice], config: PlanConf
 
 def _check_choices(choices: Sequence[Choice], config: PlanConfig, chosen: Method, profile: Profile) -> None:
     """BudgetError where choices go with no files or no measurement."""
-    if config.codec is None and (rated := [choice for choice in choices if choice.rate]):
+    if config.codec is None and (rated := [choice for choice in choices if rate_of(choice)]):
         raise BudgetError(
             f"{rated[0]} is for entropy-coded files. Add --codec {CODECS[-1]}, or use other --choices and pins."
         )
-    if "outputs" in chosen.needs and any(choice.scheme for choice in choices):
+    if "outputs" in chosen.needs and any(format_of(choice).foreign for choice in choices):
         raise BudgetError(
             f"--method {config.method} needs every choice's output, and {profile.name}'s quantizer is not ours. Use "
             "another method, such as hessian."
@@ -130,7 +133,7 @@ def _check_options(config: PlanConfig, profile: Profile) -> None:
         profile.with_bits(bits)
         if role not in profile.roles and role not in (Role.DENSE_MLP, Role.MIXER):
             raise BudgetError(
-                f"{profile.name} keeps the {role.value} in 16 bits; --{role.value}-bits is of no use. Drop it."
+                f"{profile.name} keeps the {role.value} in 16 bits; --{role.value}-bits does nothing. Drop it."
             )
     if config.unweighted and config.budget.bpw is not None:
         raise BudgetError("--unweighted counts matrices, so stored bits per weight mean nothing. Use --bits or --size.")
@@ -161,7 +164,7 @@ def parse_choice(text: str, profile: Profile, config: PlanConfig) -> Choice:
     if text.isdigit():
         choice = _styled(profile.with_bits(int(text)), config)
     else:
-        choice = Choice.parse(text, config.group_size or 128, config.symmetric)
+        choice = read_choice(text, config.group_size or 128, config.symmetric)
     return _storable(choice, profile)
 
 
@@ -173,27 +176,22 @@ def _storable(choice: Choice, profile: Profile) -> Choice:
 
 def _styled(choice: Choice, config: PlanConfig) -> Choice:
     """A plain choice with the group size and symmetry that the user asked for."""
-    if choice.scheme or choice.kept:
-        return choice
-    return replace(
-        choice,
-        group_size=config.group_size or choice.group_size,
-        symmetric=config.symmetric or choice.symmetric,
-    )
+    group_size, symmetric = config.group_size or choice.group_size, config.symmetric or choice.symmetric
+    return format_of(choice).regrouped(choice, group_size, symmetric)
 
 
 def _ladder(profile: Profile, config: PlanConfig, offered: Sequence[Choice]) -> tuple[Choice, ...]:
     """The plain choice of every width the engine has; in the coarsest groups offered, if the user named choices."""
-    groups = [choice.group_size for choice in offered if not choice.scheme and not choice.kept]
+    groups = [choice.group_size for choice in offered if format_of(choice).regroups]
     rungs = []
     for bits in WIDTHS:
         try:
             choice = _styled(profile.with_bits(bits), config)
         except ChoiceError:
             continue
-        if config.choices is not None and groups and not choice.scheme and not choice.kept:
+        if config.choices is not None and groups and format_of(choice).regroups:
             symmetric = all(other.symmetric for other in offered if not other.kept)
-            choice = replace(choice, group_size=max(groups), symmetric=symmetric)
+            choice = format_of(choice).regrouped(choice, max(groups), symmetric)
         if choice in profile.choices:
             rungs.append(choice)
     return tuple(rungs)

@@ -87,14 +87,14 @@ def draft(request: Request, measurements: Measurements, evidence: Evidence, answ
     resolved = config.model_copy(update={"gamma": resolved_gamma(evidence)} if config.method == "alphaq" else {})
     bounded = np.isfinite(solution.lower_bound)
     single = not config.per_layer and request.method.kind == "loss"  # one price for all: the budget is the only limit
-    deviations, spectra = measurements.deviations, measurements.spectra
+    deviations, spectra, weights = measurements.deviations, measurements.spectra, measurements.evidence.weights
     relative = measurements.evidence.relative_errors[picked].tolist()
     return Plan(
         alphaq_version=alphaq.__version__,
         engine=request.profile.name,
         source=None,
-        config=resolved.model_dump(mode="json"),
-        average_bits=float(measurements.weights @ bits / int(measurements.weights.sum())),
+        config=resolved,
+        average_bits=float(weights @ bits / int(weights.sum())),
         budget_unit=next(name for name, value in config.budget.model_dump().items() if value is not None),
         budget_slack=float(problem.limit - solution.cost),
         objective=solution.objective,

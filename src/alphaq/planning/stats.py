@@ -46,7 +46,7 @@ def measured_by_stats(request: Request, needs: Collection[Need], stats: Stats | 
     )
     energies = np.array([one.variance for one in spectra.values()]) * weights
     evidence = Evidence(names, choices, errors, energies, weights, alphas_of(spectra.values()))
-    return Measurements(spectra, choices, request.offered, errors, weights, stats.left_out, evidence)
+    return Measurements(spectra, request.offered, evidence, stats.left_out)
 
 
 def measured_by_headers(checkpoint: Checkpoint, request: Request) -> Measurements:
@@ -64,7 +64,7 @@ def measured_by_headers(checkpoint: Checkpoint, request: Request) -> Measurement
         np.full(len(matrices), np.nan),
         tuple(matrices),
     )
-    return Measurements({}, choices, request.offered, errors, weights, {}, evidence, by_shapes=True)
+    return Measurements({}, request.offered, evidence, by_shapes=True)
 
 
 def make_plan(request: Request, measurements: Measurements) -> Plan:
@@ -77,7 +77,9 @@ def make_plan(request: Request, measurements: Measurements) -> Plan:
 def _problem(request: Request, evidence: Evidence) -> Problem:
     config, choices, names = request.config, request.choices, evidence.names
     if config.budget.bits is None:
-        raise BudgetError("Stats alone know no bytes. State the budget as --bits, or give MODEL.")
+        raise BudgetError(
+            "Stats alone do not say how many bytes matrices take. State the budget as --bits, or give MODEL."
+        )
     if any(getattr(config, name) != PlanConfig.model_fields[name].default for name in OF_MATRICES):
         raise BudgetError("--engine, pins, bounds and --per-layer need to know the matrices. Give MODEL.")
     counts = np.ones(len(names), np.int64) if config.unweighted else evidence.weights

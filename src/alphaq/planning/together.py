@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from alphaq.checkpoint.reader import Checkpoint
+from alphaq.measuring.resources import Resources
 from alphaq.planning.evidence import measure_for_plan
-from alphaq.planning.measured import NO_INPUTS, Measurements, PlanInputs
+from alphaq.planning.measured import Measurements, PlanInputs
 from alphaq.planning.request import Request
-from alphaq.work.resources import USUAL, Resources
 
 
 def measure_for_plans(
     checkpoint: Checkpoint,
     requests: Mapping[str, Request],
-    inputs: PlanInputs = NO_INPUTS,
-    resources: Resources = USUAL,
+    inputs: PlanInputs = PlanInputs(),
+    resources: Resources = Resources(),
     check_budget: bool = True,
 ) -> dict[str, Measurements]:
     """What each request would measure by itself, with everything that they share measured once."""

@@ -7,22 +7,22 @@ error, are sums of whole numbers: the top bits are kept, and a group's numbers a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from alphaq.checkpoint.reader import Checkpoint
+from alphaq.formats.blocks import decode, is_block
+from alphaq.formats.coding import decode_tensor
+from alphaq.formats.table import format_of
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.quantized import QuantizedMatrix
-from alphaq.quantizers.base import DEFAULT, Rounder, SquaredErrors
-from alphaq.quantizers.coding import decode_tensor, is_block
+from alphaq.quantizers.base import DEFAULT
 from alphaq.quantizers.debiased import BIAS_WEIGHT
 from alphaq.quantizers.nested_kernels import cut_rows
-from alphaq.quantizers.packing import decode, dequantize
-from alphaq.simd.sums import in_threads, slices, squared_norm
+from alphaq.simd.sums import in_threads, slices
 
 PART_CODES = 1 << 20  # what one thread works on at a time
 CUTS = DEFAULT  # the quantizer whose scales these are
@@ -42,31 +42,7 @@ def held_form(checkpoint: Checkpoint, matrix: MatrixRef) -> QuantizedMatrix | No
 
 def can_cut(held: Choice, choice: Choice) -> bool:
     """Whether codes of one choice hold those of another: the same, or the top bits of nested ones."""
-    if choice == held or not held.nested:
-        return choice == held
-    sign = Choice(1, held.group_size, symmetric=True)
-    return choice == sign or (choice.nested and choice.group_size == held.group_size and choice.bits < held.bits)
-
-
-def cutting(held: QuantizedMatrix | None, quantizer: Rounder) -> Rounder:
-    """A quantizer that takes codes where they hold what is asked for, and rounds weights elsewhere."""
-
-    def quantize(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
-        if held is not None and can_cut(held.choice, choice):
-            return cut(held, choice)[0]
-        return quantizer(weight, choice, name)
-
-    return quantize
-
-
-def cut_errors(held: QuantizedMatrix, choices: Sequence[Choice]) -> SquaredErrors:
-    """Exact errors at those choices that the codes hold (`can_cut`), and Σŵ²; nothing if they hold none."""
-    found = {choice: cut(held, choice) for choice in choices if can_cut(held.choice, choice)}
-    if not found:
-        return SquaredErrors()
-    energy = max(energy for _, energy in found.values())
-    errors = {choice: matrix.squared_error or 0.0 for choice, (matrix, _) in found.items()}
-    return SquaredErrors(errors, energy=energy or squared_norm(dequantize(held)))
+    return choice == held or choice in format_of(held).narrower(held)
 
 
 def cut(held: QuantizedMatrix, choice: Choice) -> tuple[QuantizedMatrix, float]:

@@ -9,7 +9,7 @@ Least squares shrink what they cannot resolve: at 2 bits ŵ is a seventh short a
 errors add up through a model where those at random average out. So the last fit of s lets errors along w count
 BIAS_WEIGHT times: it makes |e|² + (BIAS_WEIGHT − 1)·(e·w)²/|w|² least, e = ŵ − w. With a weight of 1 (`quantize_mse`)
 it is least squares; without bound ŵ would be as long along w as w itself. 4 is best on trained models at 1, 2 and 3
-bits alike; from 4 bits on nothing depends on it (docs/LOG.md).
+bits alike; from 4 bits on nothing depends on it (docs/research/log.md).
 One bit has no grid: it stores sign(w − mean) with the mean and scale that fit best.
 """
 

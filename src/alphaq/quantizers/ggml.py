@@ -1,6 +1,6 @@
-"""llama.cpp's own quantizers and their inverses, called in the shared object of the `xllamacpp` wheel.
+"""llama.cpp's own quantizers, called in the shared object of the `xllamacpp` wheel.
 
-A row becomes blocks of 32 or 256 weights; which type is a choice's `scheme`. The types below 3 bits search for
+A row becomes blocks of 32 or 256 weights; which type is a choice's name. The types below 3 bits search for
 the codes of least Σ m·(w − ŵ)², with an importance m per column: ones, unless a user brings an importance
 matrix. Rows do not see one another, so any rows can be quantized apart, in any thread, to the same bytes.
 Source: ggml_quantize_chunk in ggml.h; the tests compare with the `gguf` package's dequantization.
@@ -8,56 +8,28 @@ Source: ggml_quantize_chunk in ggml.h; the tests compare with the `gguf` package
 
 from __future__ import annotations
 
-import ctypes
 import math
-from functools import cache, lru_cache
-from importlib.util import find_spec
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
-from alphaq.errors import MissingExtraError, QuantizationError
+from alphaq.errors import QuantizationError
+from alphaq.formats.ggml import GGML_BLOCKS, GGML_TYPES
+from alphaq.formats.ggml_library import library, restore_rows
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.ggml import GGML_BLOCKS, GGML_TYPES
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.rows import FP16_MAX, too_large
 from alphaq.simd.sums import in_threads, row_parts, squared_distance
 
 
-def shared_object() -> Path | None:
-    """The wheel's shared object, None if it is not installed."""
-    found = find_spec("xllamacpp")
-    folders = [] if found is None else list(found.submodule_search_locations or ())
-    objects = (
-        path for folder in folders for ending in ("so", "dylib", "pyd") for path in Path(folder).glob(f"*.{ending}")
-    )
-    return next(objects, None)
-
-
-@lru_cache(maxsize=1)
-def _library() -> Any:
-    path = shared_object()
-    if path is None:
-        raise MissingExtraError("gguf", "Quantizing for llama.cpp calls llama.cpp's own quantizers")
-    library = ctypes.CDLL(str(path))
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int,
-        *[ctypes.c_void_p] * 2,
-        *[ctypes.c_int64] * 3,
-        ctypes.c_void_p,
-    ]
-    return library
-
-
 @cache
-def _prepared(scheme: str) -> Any:
+def _prepared(type: str) -> Any:
     """The library once a type's tables are built, which takes seconds for some; llama.cpp lets one thread build."""
-    library = _library()
-    library.ggml_quantize_init(GGML_TYPES[scheme].number)
-    return library
+    built = library()
+    built.ggml_quantize_init(GGML_TYPES[type].number)
+    return built
 
 
 def quantize_ggml(
@@ -69,7 +41,7 @@ def quantize_ggml(
     rows are not whole blocks.
     """
     rows, columns = weight.shape
-    _, block, nbytes = GGML_BLOCKS[choice.scheme]
+    _, block, nbytes = GGML_BLOCKS[choice.name]
     if columns % block:
         raise QuantizationError(f"{name}: rows of {columns} weights are not whole {choice} blocks of {block}.")
     weights = np.ones(columns, np.float32) if importance is None else importance
@@ -80,8 +52,8 @@ def quantize_ggml(
         source = values.numpy()
         if not np.abs(source).max(initial=0) <= FP16_MAX:  # llama.cpp would end the process, or store infinite scales
             raise too_large(name, FP16_MAX)
-        blocks_of(source, choice.scheme, weights, codes[part])
-        return squared_distance(values, restore_rows(codes[part], choice, columns))
+        blocks_of(source, choice.name, weights, codes[part])
+        return squared_distance(values, torch.from_numpy(restore_rows(codes[part], choice.name, columns)))
 
     error = math.fsum(in_threads(quantize, row_parts(rows, columns)))
     if not math.isfinite(error):
@@ -89,7 +61,7 @@ def quantize_ggml(
     return QuantizedMatrix(choice, (rows, columns), torch.from_numpy(codes), None, None, error)
 
 
-def blocks_of(values: np.ndarray, scheme: str, importance: np.ndarray | None, out: np.ndarray) -> None:
+def blocks_of(values: np.ndarray, type: str, importance: np.ndarray | None, out: np.ndarray) -> None:
     """Quantize float32 rows [rows, columns] into `out`, uint8 [rows, bytes per row].
 
     importance: float32 [columns]; None lets llama.cpp weigh errors by its own rules, which some types refuse.
@@ -97,20 +69,5 @@ def blocks_of(values: np.ndarray, scheme: str, importance: np.ndarray | None, ou
     rows, columns = values.shape
     weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
     pointer = None if weights is None else weights.ctypes.data
-    number = GGML_TYPES[scheme].number
-    _prepared(scheme).ggml_quantize_chunk(number, values.ctypes.data, out.ctypes.data, 0, rows, columns, pointer)
-
-
-def restore_rows(codes: np.ndarray, choice: Choice, columns: int) -> torch.Tensor:
-    """float32 [rows, columns] that blocks uint8 [rows, bytes per row] stand for, by llama.cpp's own code."""
-    values = np.empty((len(codes), columns), np.float32)
-    codes = np.ascontiguousarray(codes)
-    function = getattr(_library(), f"dequantize_row_{_suffix(choice.scheme)}")
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
-    function(codes.ctypes.data, values.ctypes.data, values.size)
-    return torch.from_numpy(values)
-
-
-def _suffix(scheme: str) -> str:
-    """q4_K, iq2_xxs: the C functions keep only the K in capitals."""
-    return scheme.lower().replace("_k", "_K")
+    number = GGML_TYPES[type].number
+    _prepared(type).ggml_quantize_chunk(number, values.ctypes.data, out.ctypes.data, 0, rows, columns, pointer)

@@ -13,17 +13,22 @@ Source: GPTQ (arXiv 2210.17323); the form above is that of QuIP (arXiv 2307.1330
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from alphaq.errors import QuantizationError
+from alphaq.formats.base import levels_of_bits
+from alphaq.formats.blocks import encode, restored_error
+from alphaq.formats.coding import encode_tensor
+from alphaq.formats.levels import grid_of
+from alphaq.formats.packing import pack
+from alphaq.formats.table import format_of, rate_of
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
-from alphaq.quantizers.coding import encode_tensor
 from alphaq.quantizers.debiased import quantize_debiased
-from alphaq.quantizers.packing import encode, pack, restored_error
+from alphaq.quantizers.moments import check_moments
 from alphaq.quantizers.rated import quantize_rated
 from alphaq.simd.sums import in_threads, slices, squared_norm
 from alphaq.simd.vectors import (
@@ -47,27 +52,6 @@ TASK_LANES = 8  # rows of a task, in vectors
 RATE_TRIES, RATE_SLACK = 6, 0.004  # for coded bytes within so much of what they may be
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Levels of each group: ŵ = step·q + start; float32 [rows, groups]."""
-
-    step: torch.Tensor
-    start: torch.Tensor
-
-
-def grid_of(matrix: QuantizedMatrix) -> Grid:
-    """The levels that a matrix's codes stand for, whichever engine's they are."""
-    step = matrix.scales.float()
-    if matrix.choice.bits == 1:
-        mean = torch.zeros_like(step) if matrix.offsets is None else matrix.offsets.float()
-        return Grid(2 * step, mean - step)
-    if matrix.offsets is None:
-        return Grid(step, -step * (2.0 ** (matrix.choice.bits - 1) - 0.5 * matrix.choice.nested))
-    if matrix.offsets.is_floating_point():
-        return Grid(step, matrix.offsets.float())
-    return Grid(step, -step * matrix.offsets.float())
-
-
 def quantize_gptq(
     weight: torch.Tensor,
     choice: Choice,
@@ -84,24 +68,20 @@ def quantize_gptq(
     then than those of `found`; so it is with every choice of a rate. Raises QuantizationError naming the matrix if it
     cannot be stored, or if the moments are not those of its inputs.
     """
-    if choice.scheme:
+    if format_of(choice).foreign:
         raise QuantizationError(f"{name}: {choice} is rounded by llama.cpp's own code. Give it an --imatrix instead.")
-    found = found or (quantize_rated if choice.rate else quantize_debiased)(weight, choice, name)
+    found = found or (quantize_rated if rate_of(choice) else quantize_debiased)(weight, choice, name)
     if hessian is None or hessian.ndim == 1:
         return found
-    columns = weight.shape[1]
-    if hessian.shape != (columns, columns) or not torch.isfinite(hessian).all():
-        raise QuantizationError(
-            f"{name}: second moments of shape {list(hessian.shape)} are not finite numbers for {columns} columns. "
-            "Calibrate with another text, or use --quantizer hqq, which needs none."
-        )
+    check_moments(hessian, weight.shape[1], name)
     if not hessian.diagonal().any():
         return found
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     factor = _factor(hessian, order, name)
-    if coded or choice.rate:
+    if coded or rate_of(choice):
         return _rounded_within_bytes(weight, name, hessian, found, factor, order)
-    codes = _round_in_order(weight, grid_of(found), choice, factor, order)
+    grid = grid_of(found)
+    codes = _round_in_order(weight, grid.step, grid.start, choice, factor, order)
     matrix = replace(found, codes=torch.from_numpy(pack(codes, choice.bits)), squared_error=None)
     return replace(matrix, squared_error=restored_error(matrix, weight))
 
@@ -121,7 +101,13 @@ def _rounded_within_bytes(
     along, μ = mean D·Δ²/(12·σ²). Where a rate asks for one step it is widened, else μ raised, until the bytes fit. The
     one step is fitted to the codes at last.
     """
-    choice, limit, energy, parameters = found.choice, _coded_bytes(found), squared_norm(weight), weight.numel()
+    choice, rate, limit, energy, parameters = (
+        found.choice,
+        rate_of(found.choice),
+        _coded_bytes(found),
+        squared_norm(weight),
+        weight.numel(),
+    )
     steps, start = grid_of(found).step, grid_of(found).start
     mean_square = float(steps.double().square().mean())
     if not mean_square > 0 or not energy > 0:
@@ -131,16 +117,14 @@ def _rounded_within_bytes(
     for _ in range(RATE_TRIES):
         mu = natural * wider * wider * more
         tilted = _factor(hessian, order, name, mu)
-        codes = _round_in_order(
-            _shrunk(weight, tilted, mu, order), Grid(wider * steps, wider * start), choice, tilted, order
-        )
+        codes = _round_in_order(_shrunk(weight, tilted, mu, order), wider * steps, wider * start, choice, tilted, order)
         matrix = replace(found, codes=torch.from_numpy(pack(codes, choice.bits)), squared_error=None)
         nbytes = _coded_bytes(matrix)
         if most < nbytes <= limit:
-            best, most = _fitted(matrix, weight, codes, hessian) if choice.rate else matrix, nbytes
-        if nbytes <= limit and (not choice.rate or nbytes >= limit * (1 - RATE_SLACK)):
+            best, most = _fitted(matrix, weight, codes, hessian) if rate else matrix, nbytes
+        if nbytes <= limit and (not rate or nbytes >= limit * (1 - RATE_SLACK)):
             break
-        if choice.rate:
+        if rate:
             wider *= 2.0 ** (8 * (nbytes - limit * (1 - RATE_SLACK / 2)) / parameters)
         else:
             more *= 2
@@ -165,7 +149,7 @@ def _shrunk(weight: torch.Tensor, factor: np.ndarray, mu: float, order: torch.Te
 
 def _fitted(matrix: QuantizedMatrix, weight: torch.Tensor, codes: np.ndarray, hessian: torch.Tensor) -> QuantizedMatrix:
     """The same codes with the one step of least (w − ŵ)·H·(w − ŵ)ᵀ."""
-    levels = torch.from_numpy(codes).float() - 2.0 ** (matrix.choice.bits - 1)
+    levels = torch.from_numpy(codes).float() - levels_of_bits(matrix.choice.bits).zero
     weighed = levels @ hessian
     square = float((weighed * levels).sum(dtype=torch.float64))
     step = float((weighed * weight.float()).sum(dtype=torch.float64)) / square if square > 0 else 0.0
@@ -199,15 +183,20 @@ def _factor(hessian: torch.Tensor, order: torch.Tensor, name: str, more: float =
 
 
 def _round_in_order(
-    weight: torch.Tensor, grid: Grid, choice: Choice, factor: np.ndarray, order: torch.Tensor
+    weight: torch.Tensor,
+    step: torch.Tensor,
+    start: torch.Tensor,
+    choice: Choice,
+    factor: np.ndarray,
+    order: torch.Tensor,
 ) -> np.ndarray:
-    """Codes, uint8 [rows, columns]. Works on the transpose, whose rows are padded to whole vectors."""
+    """Codes of levels step·q + start, uint8 [rows, columns]. Works on the transpose, its rows padded to vectors."""
     rows, columns = weight.shape
     width = -(-rows // LANES) * LANES
     wanted = torch.zeros(columns, width)
     wanted[:, :rows] = weight.T.float()[order]
-    steps, starts = (torch.zeros(value.shape[1], width) for value in (grid.step, grid.start))
-    steps[:, :rows], starts[:, :rows] = grid.step.T, grid.start.T
+    steps, starts = (torch.zeros(value.shape[1], width) for value in (step, start))
+    steps[:, :rows], starts[:, :rows] = step.T, start.T
     group_of = (order // choice.group_size).numpy()
     codes = np.zeros((columns, width), np.uint8)
     misses = torch.empty(min(BLOCK, columns), width)

@@ -14,9 +14,8 @@ from alphaq.quantizers.kernels import (
     _encode_two,
     _inverse,
     _one_bit,
-    _pack,
     _range,
-    _read,
+    rows_kernel,
 )
 from alphaq.simd.vectors import (
     LANES,
@@ -24,7 +23,6 @@ from alphaq.simd.vectors import (
     copysign,
     fma,
     kernel,
-    lane_maximum,
     lane_sum,
     load,
     magnitude,
@@ -43,43 +41,21 @@ STEPS = 2
 
 
 @kernel
-def quantize_rows_by_norm(
-    weight, columns, bits, group_size, symmetric, table, slack, norm, packed, scales, offsets, largest
-):
-    """Quantize whole rows of a flat matrix for the least Σ|w − ŵ|^norm; returns Σ(w − ŵ)² in float64.
+def _group_by_norm(values, codes, count, bits, symmetric, begin, place, more, table, slack, norm):
+    """The grid of least Σ|w − ŵ|^norm.
 
     table: float32 [48], three times sixteen lanes: places between the widest and the narrowest step, then factors of
-    the best step and shifts of its zero point to try next. For 1 bit see `_two_levels`.
-    slack: how far, relative, steps may go beyond those whose codes just reach both ends of a group. The others are
-    those of `quantize_rows`.
+    the best step and shifts of its zero point to try next. For 1 bit see `_two_levels`. slack: how far, relative, steps
+    may go beyond those whose codes just reach both ends of a group.
     """
-    rows = weight.size // columns
-    groups = -(-columns // group_size)
-    row_bytes = 4 * -(-columns * bits // 32)
-    values = np.empty(group_size + LANES, np.float32)
-    codes = np.empty(group_size + LANES, np.uint8)
-    eights = codes.view(np.uint64)
     trials = np.empty(3 * LANES, np.float32)
-    none = splat(np.float32(0))
-    extent, spoiled = none, none
-    top = np.float32(2**bits - 1)
-    error = 0.0
-    for row in range(rows):
-        for group in range(groups):
-            begin = group * group_size
-            count = min(group_size, columns - begin)
-            extent, spoiled = _read(weight, row * columns + begin, count, values, extent, spoiled)
-            if bits == 1:
-                scale, offset, found = _two_levels(values, count, symmetric, table, norm, trials, codes)
-            else:
-                scale, offset = _grid(values, count, bits, symmetric, table, slack, norm, trials)
-                found = np.float64(_encode(values, count, scale, offset, top, codes))
-            scales[row * groups + group] = scale
-            offsets[row * groups + group] = offset
-            error += found
-            _pack(codes, eights, count, bits, packed, row * row_bytes + begin * bits // 8, (row + 1) * row_bytes)
-    largest[0] = lane_maximum(extent) + lane_sum(spoiled)
-    return error
+    if bits == 1:
+        return _two_levels(values, count, symmetric, table, norm, trials, codes)
+    scale, offset = _grid(values, count, bits, symmetric, table, slack, norm, trials)
+    return scale, offset, np.float64(_encode(values, count, scale, offset, np.float32(2**bits - 1), codes))
+
+
+quantize_rows_by_norm = rows_kernel(_group_by_norm)
 
 
 @kernel

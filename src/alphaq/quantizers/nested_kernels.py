@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from alphaq.quantizers.kernels import _least_biased, _pack, _range, _read, _unpack
+from alphaq.formats.kernels import pack_group, unpack_group
+from alphaq.quantizers.kernels import _least_biased, _range, rows_kernel
 from alphaq.simd.codes import (
     CODES,
     add_products,
@@ -38,40 +39,23 @@ _WIDEST = 8
 
 
 @kernel
-def nest_rows(
-    weight, columns, bits, group_size, symmetric, shrinks, worth, bias_weight, packed, scales, offsets, largest
-):
-    """Quantize whole rows to levels s·(q − 2^(bits − 1) + ½); returns Σ(w − ŵ)² in float64.
+def _nested_group(values, codes, count, bits, symmetric, begin, place, more, shrinks, worth, bias_weight):
+    """Levels s·(q − 2^(bits − 1) + ½) of the least errors at all widths together.
 
     shrinks: float32 [16], fractions of the full range to try. worth: float32 [9], what a unit of squared error weighs
     at each width; 0 for those that are not to be cut down to. Weights that lie on such a grid of at most 8 bits already
-    keep the top bits of their codes. The others as for `quantize_rows`; offsets are not filled.
+    keep the top bits of their codes.
     """
-    rows = weight.size // columns
-    groups = -(-columns // group_size)
-    row_bytes = 4 * -(-columns * bits // 32)
-    values = np.empty(group_size + LANES, np.float32)
-    codes = np.empty(group_size + LANES, np.uint8)
-    eights = codes.view(np.uint64)
-    zero = splat(np.float32(0))
-    extent, spoiled = zero, zero
-    error = 0.0
-    for row in range(rows):
-        for group in range(groups):
-            begin = group * group_size
-            count = min(group_size, columns - begin)
-            extent, spoiled = _read(weight, row * columns + begin, count, values, extent, spoiled)
-            lowest, highest, smallest = _range(values, count)
-            size = max(highest, -lowest)
-            step, width = _own_grid(values, count, bits, smallest, size)
-            if step == 0:
-                step, width = _joint_step(values, count, bits, size, shrinks, worth), bits
-            scale, found = _encode_nested(values, count, bits, width, step, bias_weight, codes)
-            scales[row * groups + group] = scale
-            error += found
-            _pack(codes, eights, count, bits, packed, row * row_bytes + begin * bits // 8, (row + 1) * row_bytes)
-    largest[0] = lane_maximum(extent) + lane_sum(spoiled)
-    return error
+    lowest, highest, smallest = _range(values, count)
+    size = max(highest, -lowest)
+    step, width = _own_grid(values, count, bits, smallest, size)
+    if step == 0:
+        step, width = _joint_step(values, count, bits, size, shrinks, worth), bits
+    scale, found = _encode_nested(values, count, bits, width, step, bias_weight, codes)
+    return scale, np.float32(0), found
+
+
+nest_rows = rows_kernel(_nested_group)
 
 
 @kernel
@@ -204,7 +188,7 @@ def cut_rows(packed, columns, bits, group_size, steps, width, bias_weight, cut, 
                 own, tops, both, own_square, top_square = _cut_whole(packed, source, count, bits, width, cut, target)
             else:
                 own, tops, both, own_square, top_square = 0, 0, 0, 0, 0
-                _unpack(packed, source, (row + 1) * row_bytes, count, bits, eights)
+                unpack_group(packed, source, (row + 1) * row_bytes, count, bits, eights)
                 for at in range(count):
                     code = np.int64(codes[at])
                     top = code >> drop
@@ -214,7 +198,7 @@ def cut_rows(packed, columns, bits, group_size, steps, width, bias_weight, cut, 
                     both += code * top
                     own_square += code * code
                     top_square += top * top
-                _pack(codes, eights, count, width, cut, target, (row + 1) * cut_bytes)
+                pack_group(codes, eights, count, width, cut, target, (row + 1) * cut_bytes)
             step = np.float64(steps[row * groups + group])
             along = both - middle_cut * own - middle * tops + count * middle * middle_cut
             square = top_square - 2 * middle_cut * tops + count * middle_cut * middle_cut

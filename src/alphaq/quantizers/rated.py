@@ -8,9 +8,9 @@ weights of standard deviation σ the rate R needs
     Δ = σ·√(2πe)·2^(−R)
 
 and comes within a third of a bit of what any coder can do, D = σ²·2^(−2R), from 2 bits on: a quarter by theory, the
-rest is Huffman's. Groups of 128 take 0.65 to 0.75 more (docs/LOG.md). A quadratic rate term in the rounding itself
-(CERWU, arXiv 2505.18758) moves along the same curve when no correlations between columns are known, so λ is set by the
-step alone. What a matrix really takes is measured.
+rest is Huffman's. Groups of 128 take 0.65 to 0.75 more (docs/research/log.md). A quadratic rate term in the rounding
+itself (CERWU, arXiv 2505.18758) moves along the same curve when no correlations between columns are known, so λ is set
+by the step alone. What a matrix really takes is measured.
 The scale that is stored in the end is the one that `debiased` would fit to the codes.
 """
 
@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from alphaq.errors import QuantizationError
+from alphaq.formats.blocks import restored_error
+from alphaq.formats.table import rate_of
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.debiased import BIAS_WEIGHT
-from alphaq.quantizers.packing import restored_error
 from alphaq.quantizers.rated_kernels import round_rows
 from alphaq.quantizers.rows import BELOW_FP16, FP16_MAX, too_large
 from alphaq.simd.sums import in_threads, row_parts, squared_norm
@@ -46,7 +47,7 @@ def quantize_rated(
     energy = squared_norm(weight)
     if not math.isfinite(energy) or not weight.abs().max() <= FP16_MAX:
         raise too_large(name, FP16_MAX)
-    step = GAUSSIAN * 2.0**-choice.rate * math.sqrt(energy / weight.numel())
+    step = GAUSSIAN * 2.0 ** -rate_of(choice) * math.sqrt(energy / weight.numel())
     step = _own_step(weight, choice, SAME_STEP * step) or step
     packed = np.zeros((rows, choice.row_bytes(columns)), np.uint8)
     scale = 0.0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from alphaq.quantizers.kernels import _pack, _read
+from alphaq.formats.kernels import pack_group
+from alphaq.quantizers.kernels import _read
 from alphaq.simd.vectors import LANES, fma, kernel, lane_sum, load, maximum, minimum, nearest, splat, store_bytes
 
 _AT_ONCE = 128
@@ -38,5 +39,5 @@ def round_rows(weight, columns, bits, step, packed):
                 store_bytes(codes, at, level + shift)
             products += lane_sum(product)
             squares += lane_sum(square)
-            _pack(codes, eights, count, bits, packed, row * row_bytes + begin * bits // 8, (row + 1) * row_bytes)
+            pack_group(codes, eights, count, bits, packed, row * row_bytes + begin * bits // 8, (row + 1) * row_bytes)
     return products, squares

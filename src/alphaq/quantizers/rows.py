@@ -19,9 +19,9 @@ BELOW_FP16 = 2.0**-26  # no step or mean of smaller weights rounds to an fp16 ab
 
 
 def quantized(
-    kernel: Callable[..., float], settings: Sequence[object], weight: torch.Tensor, choice: Choice, name: str
+    kernel: Callable[..., float], settings: tuple[object, ...], weight: torch.Tensor, choice: Choice, name: str
 ) -> QuantizedMatrix:
-    """Run a kernel with the arguments of `quantize_rows`, `settings` after symmetric, over a [rows, columns] matrix.
+    """Quantize a [rows, columns] matrix by a kernel of rows and its settings.
 
     Raises QuantizationError naming the matrix if it cannot be stored.
     """
@@ -29,8 +29,7 @@ def quantized(
     groups = choice.groups(columns)
     packed = np.zeros((rows, choice.row_bytes(columns)), np.uint8)
     scales, offsets = np.empty((2, rows, groups), np.float32)
-    given = (choice.bits, choice.group_size, choice.symmetric, *settings)
-    error = over_rows_in_fp16(kernel, given, weight, (packed, scales, offsets), name)
+    error = over_groups(kernel, settings, weight, choice, (packed, scales, offsets), name)
     return QuantizedMatrix(
         choice,
         (rows, columns),
@@ -41,20 +40,22 @@ def quantized(
     )
 
 
-def over_rows_in_fp16(
+def over_groups(
     kernel: Callable[..., float],
-    settings: Sequence[object],
+    settings: tuple[object, ...],
     weight: torch.Tensor,
+    choice: Choice,
     filled: Sequence[np.ndarray],
     name: str,
 ) -> float:
-    """`over_rows` of a kernel that also finds the largest weight: Σ(w − ŵ)², exact where all weights become 0.
+    """Run a kernel of rows (`rows_kernel`) over a matrix: Σ(w − ŵ)², exact where all weights become 0.
 
-    Raises QuantizationError naming the matrix if fp16 scales cannot hold its weights, or some are no numbers.
+    filled: packed codes, scales, offsets, and what else the kernel fills, each [rows, …]. Raises QuantizationError
+    naming the matrix if fp16 scales cannot hold its weights, or some are no numbers.
     """
-    largest = np.empty((weight.shape[0], 1), np.float32)
-    largest[:] = -np.inf  # of a part only the first row's place is filled
-    error = over_rows(kernel, settings, weight, (*filled, largest))
+    largest = np.full((weight.shape[0], 1), -np.inf, np.float32)  # the first row's place of each part is filled
+    given = (choice.bits, choice.group_size, choice.symmetric, settings)
+    error = over_rows(kernel, given, weight, (largest, *filled))
     # Half a step beyond the largest weight, a third of it at most, must still be a number where fp16 is computed in.
     most = FP16_MAX * 0.75 if weight.dtype == torch.float16 else FP16_MAX
     if not largest.max() <= most:

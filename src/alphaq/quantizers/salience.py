@@ -17,13 +17,18 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from alphaq.formats.blocks import dequantized_rows
+from alphaq.formats.coded import Coded
+from alphaq.formats.nested import Nested
+from alphaq.formats.salient import Salient, SalientWeights, most_of
+from alphaq.formats.slim import Slim
+from alphaq.formats.table import format_of
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.quantized import QuantizedMatrix, SalientWeights
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.debiased import BIAS_WEIGHT, quantize_debiased
 from alphaq.quantizers.nested import quantize_nested
-from alphaq.quantizers.packing import dequantized_rows
 from alphaq.quantizers.rated import quantize_rated
-from alphaq.quantizers.rows import over_rows_in_fp16
+from alphaq.quantizers.rows import over_groups
 from alphaq.quantizers.salience_kernels import quantize_salient
 from alphaq.simd.sums import in_threads, row_parts
 
@@ -39,14 +44,15 @@ def mixing(base: Rounding, bias_weight: float = BIAS_WEIGHT) -> Rounding:
     def quantize(
         weight: torch.Tensor, choice: Choice, name: str = "matrix", importance: np.ndarray | None = None
     ) -> QuantizedMatrix:
-        if choice.rate:
-            return quantize_rated(weight, choice, name, bias_weight)
-        if choice.nested:
-            return quantize_nested(weight, choice, name, bias_weight)
-        if choice.salient:
-            return quantize_pb(weight, choice, name, importance, bias_weight)
-        if choice.mix:
-            return quantize_slim(weight, choice, name, base, importance)
+        match format_of(choice):
+            case Coded():
+                return quantize_rated(weight, choice, name, bias_weight)
+            case Nested():
+                return quantize_nested(weight, choice, name, bias_weight)
+            case Salient():
+                return quantize_pb(weight, choice, name, importance, bias_weight)
+            case Slim():
+                return quantize_slim(weight, choice, name, base, importance)
         return base(weight, choice, name)
 
     return quantize
@@ -78,8 +84,12 @@ def quantize_slim(
 
 def _plain_choices(choice: Choice) -> tuple[Choice, Choice, Choice]:
     """What groups of each width are stored as; those of 1 bit have no mean, which would take more than a zero point."""
-    low, middle, high = (replace(choice, bits=choice.bits + step, mix="") for step in (-1, 0, 1))
-    return (replace(low, symmetric=True) if low.bits == 1 else low), middle, high
+    bits, size, symmetric = choice.bits, choice.group_size, choice.symmetric
+    return (
+        Choice(bits - 1, size, symmetric or bits == 2),
+        Choice(bits, size, symmetric),
+        Choice(bits + 1, size, symmetric),
+    )
 
 
 def column_errors(weight: torch.Tensor, matrix: QuantizedMatrix) -> np.ndarray:
@@ -136,7 +146,7 @@ def _joined(found: Sequence[QuantizedMatrix], choice: Choice, steps: np.ndarray)
         torch.cat(pieces, dim=1),
         of_each([matrix.scales for matrix in found]),
         offsets,
-        widths=torch.from_numpy((choice.bits + steps).astype(np.uint8)),
+        extra=(choice.bits + steps).astype(np.uint8),
     )
 
 
@@ -153,14 +163,13 @@ def quantize_pb(
     levels' last fit. Raises QuantizationError naming the matrix if it cannot be stored.
     """
     rows, columns = weight.shape
-    groups, most = choice.groups(columns), choice.salient
+    groups, most = choice.groups(columns), most_of(choice)
     worth = np.ones(columns, np.float32) if importance is None else np.ascontiguousarray(importance, np.float32)
     packed = np.zeros((rows, choice.row_bytes(columns)), np.uint8)
     scales, offsets, wide = np.empty((3, rows, groups), np.float32)
     positions, values = np.empty((2, rows, groups, most), np.uint8)
-    settings = (choice.group_size, choice.symmetric, most, worth, bias_weight)
     filled = (packed, scales, offsets, wide, positions, values)
-    error = over_rows_in_fp16(quantize_salient, settings, weight, filled, name)
+    error = over_groups(quantize_salient, (most, worth, bias_weight), weight, choice, filled, name)
     return QuantizedMatrix(
         choice,
         (rows, columns),
@@ -168,5 +177,5 @@ def quantize_pb(
         torch.from_numpy(scales).half(),
         None if choice.symmetric else torch.from_numpy(offsets).half(),
         error,
-        salient=SalientWeights(torch.from_numpy(wide).half(), torch.from_numpy(positions), torch.from_numpy(values)),
+        extra=SalientWeights(wide.astype(np.float16), positions, values),
     )

@@ -5,74 +5,29 @@ from __future__ import annotations
 
 import numpy as np
 
-from alphaq.quantizers.kernels import _inverse, _one_bit, _pack, _read, _stretched_two
-from alphaq.simd.vectors import LANES, as_half, kernel, lane_maximum, lane_sum, load, maximum, splat
+from alphaq.formats.packing import UNUSED
+from alphaq.quantizers.kernels import _inverse, _one_bit, _stretched_two, rows_kernel
+from alphaq.simd.vectors import LANES, as_half, kernel, lane_maximum, load, maximum, splat
 
 REFITS = 8
-UNUSED = 255  # in the place of a salient weight's position
 
 
 @kernel
-def restore_salient(positions, values, scales, most, columns, group_size, out):
-    """Put salient weights in their places in whole rows, float32 [rows · columns]: scale·(value − 128).
+def _salient_group(values, codes, count, bits, symmetric, begin, place, more, most, importance, bias_weight):
+    """Two levels, and up to `most` weights at 8 bits.
 
-    positions, values: uint8 [rows · groups · most]. scales: float32 [rows · groups].
+    importance: float32 [columns], by which squared errors count. more: scales of the 8-bit weights, float32 [rows ·
+    groups]; their positions and their values, uint8 [rows · groups · most], as stored.
     """
-    groups = -(-columns // group_size)
-    for place in range(scales.size):
-        begin = place // groups * columns + place % groups * group_size
-        for at in range(place * most, (place + 1) * most):
-            if positions[at] != UNUSED:
-                out[begin + positions[at]] = (np.float32(values[at]) - np.float32(128)) * scales[place]
+    wide, positions, stored = more
+    held = slice(place * most, (place + 1) * most)
+    scale, offset, wide[place], error = _levels_and_salient(
+        values, count, symmetric, importance[begin:], bias_weight, codes, positions[held], stored[held]
+    )
+    return scale, offset, error
 
 
-@kernel
-def quantize_salient(
-    weight,
-    columns,
-    group_size,
-    symmetric,
-    most,
-    importance,
-    bias_weight,
-    packed,
-    scales,
-    offsets,
-    wide,
-    positions,
-    values,
-    largest,
-):
-    """Quantize whole rows to 1 bit but for up to `most` weights of each group; returns Σ(w − ŵ)² in float64.
-
-    weight, bias_weight, packed, scales, offsets, largest: as for `quantize_rows`. importance: float32 [columns], by
-    which squared errors count. wide: float32 [rows · groups], scales of the 8-bit weights. positions, values: uint8
-    [rows · groups · most], as stored.
-    """
-    rows = weight.size // columns
-    groups = -(-columns // group_size)
-    row_bytes = 4 * -(-columns // 32)
-    found = np.empty(group_size + LANES, np.float32)
-    codes = np.empty(group_size + LANES, np.uint8)
-    eights = codes.view(np.uint64)
-    zero = splat(np.float32(0))
-    extent, spoiled = zero, zero
-    error = 0.0
-    for row in range(rows):
-        for group in range(groups):
-            begin = group * group_size
-            count = min(group_size, columns - begin)
-            extent, spoiled = _read(weight, row * columns + begin, count, found, extent, spoiled)
-            place = row * groups + group
-            held = slice(place * most, (place + 1) * most)
-            scale, offset, step, miss = _levels_and_salient(
-                found, count, symmetric, importance[begin:], bias_weight, codes, positions[held], values[held]
-            )
-            scales[place], offsets[place], wide[place] = scale, offset, step
-            error += miss
-            _pack(codes, eights, count, 1, packed, row * row_bytes + begin // 8, (row + 1) * row_bytes)
-    largest[0] = lane_maximum(extent) + lane_sum(spoiled)
-    return error
+quantize_salient = rows_kernel(_salient_group)
 
 
 @kernel

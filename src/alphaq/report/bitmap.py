@@ -86,8 +86,8 @@ def bit_map(plan: Plan, console: Console, places: Mapping[str, Place] | None = N
 
 def _maps(plan: Plan, places: Mapping[str, Place]) -> _Maps:
     """The maps of a plan; no tables where numbers are those that no model has."""
-    found = {name: places.get(name) or place_by_name(name) for name in plan.assignment}
-    layered = {name: place for name, place in found.items() if place.layer is not None}
+    places_of = {name: places.get(name) or place_by_name(name) for name in plan.assignment}
+    layered = {name: place for name, place in places_of.items() if place.layer is not None}
     experts = {name: place for name, place in layered.items() if place.expert is not None}
     shown = experts or layered
     layers = sorted({place.layer for place in shown.values() if place.layer is not None})

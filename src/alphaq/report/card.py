@@ -11,17 +11,18 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from alphaq.checkpoint.config import read_config
 from alphaq.checkpoint.families.architecture import architecture_of
 from alphaq.engines.output import Output
 from alphaq.errors import AlphaQError, CheckpointError, OutputError
-from alphaq.evaluation.certificate import Certificate
+from alphaq.evaluation.certificate import Certificate, Figures
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.fidelity import CERTIFICATE_NAME
 from alphaq.nouns.plan import Plan
@@ -38,6 +39,8 @@ NOT_CARRIED = ("model-index", "base_model_relation", "quantized_by", "alphaq", "
 OURS = re.compile(r"<!-- alphaq card ([0-9a-f]{16}) -->\n")
 ORIGINAL = "<!-- alphaq: below is the original's card as it was -->\n"
 METADATA = re.compile(r"^(`{4,})yaml\n(.*?)\n?\1$", re.MULTILINE | re.DOTALL)
+FrontMatter: TypeAlias = dict[str, Any]
+"""A card's metadata: YAML, of which other programs decide what stands in it."""
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 
 
@@ -46,7 +49,7 @@ class Card:
     """The whole README, its metadata, and what the user should know of it."""
 
     text: str
-    metadata: dict[str, Any]
+    metadata: FrontMatter
     notes: tuple[str, ...] = ()
 
 
@@ -56,43 +59,61 @@ class Original:
 
     raw_metadata: str = ""
     body: str = ""
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: FrontMatter = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Licence:
+    """The front matter's licence, empty where none was found, and the sentence that says it."""
+
+    metadata: FrontMatter
+    sentence: str
+
+
+@dataclass(frozen=True)
+class RoleRow:
+    """A row of the card's plan: entries of a role, their bytes, and how many are stored at which choice."""
+
+    name: str
+    entries: int
+    bytes: int
+    choices: str
 
 
 def make_card(
     folder: Path,
     target: Path | None = None,
     base_model: str | None = None,
-    source: Path | None = None,
+    reference: Path | None = None,
     certificate_path: Path | None = None,
     force: bool = False,
 ) -> Card:
     """The card of what `alphaq quantize` wrote to `folder`.
 
     target: the file it is meant for, whose hand-made changes are respected; None for none. base_model: hub id of the
-    original. source: its folder, for a card and a licence that the output lacks. force: replace what was edited.
+    original. reference: its folder, for a card and a licence that the output lacks. force: replace what was edited.
     Raises CheckpointError for what is no output, and OutputError for an edited card.
     """
     opened = Output(folder)
     if target is not None and not force:
         _require_unedited(target)
-    original, notes = _original_of(folder, source), []
+    original, notes = _original_of(folder, reference), []
     certificate, why = _certificate_of(folder, certificate_path)
     notes += [why] if why else []
     base = base_model or _known_id(opened.plan, certificate)
     if base is None:
         notes.append("the original's hub id is not known, so base_model is left out; add it with --base-model")
     elif not _is_id(base):
-        raise AlphaQError(f"--base-model {base!r} is no hub id. Write it as OWNER/NAME.")
-    licence, sentence = _licence(original, folder, source)
-    if not licence:
+        raise AlphaQError(f"--base-model {base!r} is not a hub id. Write it as OWNER/NAME.")
+    licence = _licence(original, folder, reference)
+    if not licence.metadata:
         notes.append("no licence was found in the original's card or files; add one before you publish")
     metadata = _metadata(opened, original, base, licence, certificate)
-    body = _body(opened, folder, base, certificate, sentence)
+    body = _body(opened, base, certificate, licence)
     return Card(_joined(metadata, body, original), metadata, tuple(notes))
 
 
-def _joined(metadata: dict[str, Any], body: str, original: Original) -> str:
+def _joined(metadata: FrontMatter, body: str, original: Original) -> str:
     front = f"---\n{ModelCardData(**metadata).to_yaml().rstrip()}\n---\n"
     digest = hashlib.sha256((front + body).encode()).hexdigest()[:16]
     text = f"{front}<!-- alphaq card {digest} -->\n{body}"
@@ -135,22 +156,22 @@ def _read(path: Path) -> str:
     try:
         return read_bounded(path, MAX_CARD_BYTES).decode().replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is no readable card ({error}). Move it out of the way.") from None
+        raise CheckpointError(f"{path} is not a readable card ({error}). Move it out of the way.") from None
 
 
-def _original_of(folder: Path, source: Path | None) -> Original:
-    """From the output, as a README of its own or below ours; else from the source's folder."""
-    for place in (folder, *([source] if source is not None else [])):
+def _original_of(folder: Path, reference: Path | None) -> Original:
+    """From the output, as a README of its own or below ours; else from the original's folder."""
+    for place in (folder, *([reference] if reference is not None else [])):
         path = place / README_NAME
         if not path.is_file():
             continue
         text = _read(path)
         if OURS.search(text) is None:
             return _parsed(text, path)
-        head, found, body = text.partition(ORIGINAL)
-        if found:
-            stored = METADATA.search(head[head.rfind("\n## The original's card\n\n") :])
-            return _parsed(f"---\n{stored[2]}\n---\n{body}" if stored else body, path)
+        ours, mark, body = text.partition(ORIGINAL)
+        if mark:
+            quoted = METADATA.search(ours[ours.rfind("\n## The original's card\n\n") :])
+            return _parsed(f"---\n{quoted[2]}\n---\n{body}" if quoted else body, path)
     return Original()
 
 
@@ -166,15 +187,15 @@ def _parsed(text: str, path: Path) -> Original:
     return Original(match[1], text[match.end() :], metadata)
 
 
-def _certificate_of(folder: Path, given: Path | None) -> tuple[Certificate | None, str | None]:
+def _certificate_of(folder: Path, named: Path | None) -> tuple[Certificate | None, str | None]:
     """The certificate, if it was made of these files; else why it is not quoted."""
-    path = given or folder / CERTIFICATE_NAME
-    if given is None and not path.is_file():
+    path = named or folder / CERTIFICATE_NAME
+    if named is None and not path.is_file():
         return None, None
-    found = Certificate.read(path)
-    if not found.belongs_to(folder):
+    certificate = Certificate.read(path)
+    if not certificate.belongs_to(folder):
         return None, f"{path} is of other weights than those in {folder}, so it is not quoted"
-    return found, None
+    return certificate, None
 
 
 def _is_id(name: str) -> bool:
@@ -192,38 +213,40 @@ def _known_id(plan: Plan, certificate: Certificate | None) -> str | None:
     return certificate.reference.name if _is_id(certificate.reference.name) else None
 
 
-def _licence(original: Original, folder: Path, source: Path | None) -> tuple[dict[str, Any], str]:
-    """Metadata, and a sentence, from the original's card or the licence file that was carried over."""
+def _licence(original: Original, folder: Path, reference: Path | None) -> Licence:
+    """From the original's card or the licence file that was carried over."""
     keys = ("license", "license_name", "license_link")
-    files = sorted(path for place in (folder, source) if place for path in place.glob("LICENSE*") if path.is_file())
+    files = sorted(path for place in (folder, reference) if place for path in place.glob("LICENSE*") if path.is_file())
     named = f" Its text is in `{files[0].name}`." if files and files[0].parent == folder else ""
     if original.metadata.get("license"):
-        found = {key: original.metadata[key] for key in keys if original.metadata.get(key)}
-        known = found.get("license_name") or found["license"]
-        return found, f"That of the original: {known}.{named}"
+        metadata = {key: original.metadata[key] for key in keys if original.metadata.get(key)}
+        known = metadata.get("license_name") or metadata["license"]
+        return Licence(metadata, f"That of the original: {known}.{named}")
     if not files:
-        return {}, "The original's files name no licence. Its terms hold for this model all the same: ask its authors."
+        return Licence(
+            {}, "The original's files name no licence. Its terms hold for this model all the same: ask its authors."
+        )
     first = next((line.strip() for line in _read(files[0]).splitlines() if line.strip()), "")
     if first in KNOWN_LICENCES:
-        return {"license": KNOWN_LICENCES[first]}, f"That of the original: {KNOWN_LICENCES[first]}.{named}"
+        return Licence({"license": KNOWN_LICENCES[first]}, f"That of the original: {KNOWN_LICENCES[first]}.{named}")
     other = {"license": "other", "license_name": "original", "license_link": files[0].name}
-    return other, f"That of the original.{named}"
+    return Licence(other, f"That of the original.{named}")
 
 
 def _metadata(
-    opened: Output, original: Original, base: str | None, licence: dict[str, Any], certificate: Certificate | None
-) -> dict[str, Any]:
+    opened: Output, original: Original, base: str | None, licence: Licence, certificate: Certificate | None
+) -> FrontMatter:
     plan = opened.plan
     carried = {
         str(key): value
         for key, value in original.metadata.items()
-        if key not in (*NOT_CARRIED, "base_model", "library_name", "tags", *licence)
+        if key not in (*NOT_CARRIED, "base_model", "library_name", "tags", *licence.metadata)
     }
     own = original.metadata.get("tags") or []
     tags = [*([own] if isinstance(own, str) else own), "alphaq", "quantized", f"{_width(plan):g}-bit"]
     facts = {
         "engine": plan.engine,
-        "method": plan.config.get("method"),
+        "method": plan.method,
         "average_bits": plan.average_bits,
         "bits_per_weight": plan.bits_per_weight,
         "size_bytes": plan.size_bytes,
@@ -231,7 +254,7 @@ def _metadata(
     }
     return {
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
-        **licence,
+        **licence.metadata,
         "library_name": opened.profile.library,
         "tags": list(dict.fromkeys(tags)),
         **carried,
@@ -250,8 +273,31 @@ def _width(plan: Plan) -> float:
     return round(plan.average_bits if plan.average_bits is not None else sum(bits) / len(bits))
 
 
-def _body(opened: Output, folder: Path, base: str | None, certificate: Certificate | None, licence: str) -> str:
-    plan = opened.plan
+def _body(opened: Output, base: str | None, certificate: Certificate | None, licence: Licence) -> str:
+    plan, name = opened.plan, opened.folder.resolve().name
+    original_name = base or (plan.source.name if plan.source else "the original")
+    names = Names(original_name, name)
+    files = {one.place.file for one in opened.stored.values()}
+    return _template().render(
+        name=name,
+        base=original_name,
+        plan=plan,
+        planned="expert weight" if any(".experts." in one for one in plan.assignment) else "planned weight",
+        size=sum((opened.folder / file).stat().st_size for file in files),
+        original_bytes=None if certificate is None else certificate.reference.size_bytes,
+        budget=_budget(plan),
+        roles=_roles(opened),
+        certificate=certificate,
+        figures=[] if certificate is None else _figures(certificate),
+        verdicts=[] if certificate is None else verdict_lines(certificate),
+        planning=dict(reproduce(plan, opened.options, names)).get("Plan"),
+        remaking=[command for _, command in remake(plan, opened.options, names)],
+        usage=opened.profile.writer.usage.format(out=name).partition(": ")[2],
+        licence=licence.sentence,
+    )
+
+
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("alphaq.report"),
         autoescape=False,  # Markdown
@@ -261,40 +307,28 @@ def _body(opened: Output, folder: Path, base: str | None, certificate: Certifica
         keep_trailing_newline=True,
     )
     environment.filters["bytes"] = human_bytes
-    name = folder.resolve().name
-    rows = [] if certificate is None else [(text.name, text.tokens, text) for text in certificate.texts]
-    if certificate is not None and len(rows) > 1:
-        rows.append(("all", sum(row[1] for row in rows), certificate.overall))  # type: ignore[arg-type]
-    budget = plan.config.get("budget") or {}
-    said = next((f"{value:g} {unit}" for unit, value in _budgets(budget)), "of another tool")
-    original_name = base or (plan.source.name if plan.source else "the original")
-    names = Names(original_name, name)
-    return environment.get_template("card.md.j2").render(
-        name=name,
-        base=original_name,
-        plan=plan,
-        planned="expert weight" if any(".experts." in one for one in plan.assignment) else "planned weight",
-        size=sum((folder / file).stat().st_size for file in {one.place.file for one in opened.stored.values()}),
-        original_bytes=None if certificate is None else certificate.reference.size_bytes,
-        budget=said,
-        roles=_roles(opened),
-        certificate=certificate,
-        figures=[(text, f"{tokens:,}", *figure_cells(figures)) for text, tokens, figures in rows],
-        verdicts=[] if certificate is None else verdict_lines(certificate),
-        planning=dict(reproduce(plan, opened.options, names)).get("Plan"),
-        remaking=[command for _, command in remake(plan, opened.options, names)],
-        usage=opened.profile.writer.usage.format(out=name).partition(": ")[2],
-        licence=licence,
-    )
+    return environment.get_template("card.md.j2")
 
 
-def _budgets(budget: dict[str, Any]) -> list[tuple[str, float]]:
-    units = {"bits": "bits", "bpw": "stored bits per weight", "size_bytes": "bytes of weight files"}
-    return [(unit, budget[key]) for key, unit in units.items() if budget.get(key) is not None]
+def _figures(certificate: Certificate) -> list[tuple[str, ...]]:
+    """Rows of figures: of each text, and of all together where there are several."""
+    rows: list[tuple[str, int, Figures]] = [(text.name, text.tokens, text) for text in certificate.texts]
+    if len(rows) > 1:
+        rows.append(("all", sum(tokens for _, tokens, _ in rows), certificate.overall))
+    return [(text, f"{tokens:,}", *figure_cells(figures)) for text, tokens, figures in rows]
 
 
-def _roles(opened: Output) -> list[dict[str, Any]]:
-    """Entries and bytes by role, and how many are stored at which choice; planned and others where no config is."""
+def _budget(plan: Plan) -> str:
+    if plan.config is None or not plan.config.budget.stated:
+        return "of another tool"
+    budget = plan.config.budget
+    if budget.size_bytes is not None:
+        return f"{budget.size_bytes:,} bytes of weight files"
+    return f"{budget.bits:g} bits" if budget.bits is not None else f"{budget.bpw:g} stored bits per weight"
+
+
+def _roles(opened: Output) -> list[RoleRow]:
+    """The roles, largest first; planned and other matrices where there is no config."""
     plan = opened.plan
     architecture = None
     if (opened.folder / "config.json").is_file():
@@ -314,10 +348,9 @@ def _roles(opened: Output) -> list[dict[str, Any]]:
         nbytes[role] += sum(place.nbytes for place in opened.places(name))
 
     def listed(counts: Counter[str]) -> str:
-        order = sorted(counts, key=lambda text: (text == "kept", Choice(16) if text == "kept" else Choice.parse(text)))
+        order = sorted(counts, key=lambda text: (text == "kept", Choice(16) if text == "kept" else parse_choice(text)))
         return ", ".join(f"{text} ({counts[text]:,})" for text in order)
 
     return [
-        {"name": role, "entries": sum(choices[role].values()), "bytes": count, "choices": listed(choices[role])}
-        for role, count in nbytes.most_common()
+        RoleRow(role, sum(choices[role].values()), count, listed(choices[role])) for role, count in nbytes.most_common()
     ]

@@ -1,34 +1,27 @@
 """The commands that make a plan and its output again, from what was recorded with them.
 
-Options come from the fields of `PlanConfig` themselves, each at its own name, so that a new setting is repeated as
-soon as it exists.
+Options come from the fields of `PlanConfig` themselves, so that a new setting is repeated as soon as it exists.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from pydantic import BaseModel
 
 from alphaq.engines.output import NO_OPTIONS, QuantizeOptions
-from alphaq.errors import PlanError
-from alphaq.nouns.plan import Plan, first_fault
-from alphaq.nouns.settings import Budget, PlanConfig, Rule, option_of
+from alphaq.nouns.option import settings_of
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import PlanConfig
 from alphaq.sensitivity.methods import METHODS
-
-# What a plan records otherwise than a user types it.
-_TYPED: dict[str, Callable[[Any], str]] = {
-    "min_sqnr_db": lambda decibels: f"{decibels}dB",
-    "imatrix": lambda recorded: str(recorded).rpartition(" ")[0],  # a digest follows the name
-}
 
 
 @dataclass(frozen=True)
 class Names:
     """What commands call things: the original model, None for what the plan says; the output; the file of stats."""
 
-    model: str | None = None
+    reference: str | None = None
     out: str = "OUT"
     stats: str | None = None
 
@@ -37,17 +30,15 @@ def reproduce(plan: Plan, options: QuantizeOptions = NO_OPTIONS, names: Names = 
     """Pairs of what a step does and its command line, in order; empty for a plan that records no budget.
 
     Names of files that the plan only knows by their name (a text, an importance matrix) are repeated as they are.
-    Raises PlanError if the settings are none.
     """
-    config = config_of(plan)
-    if config is None:
+    if plan.config is None or not plan.config.budget.stated:
         return []
-    steps = [("Plan", _plan_command(plan, config, options, names))]
+    steps = [("Plan", _plan_command(plan, plan.config, options, names))]
     if plan.source is not None:
-        model = names.model or plan.source.name
-        report = ["alphaq", "report", names.out, "--model", model, "-o", "report.html"]
+        reference = names.reference or plan.source.name
+        report = ["alphaq", "report", names.out, "--reference", reference, "-o", "report.html"]
         return [*steps, *remake(plan, options, names), ("This report", shlex.join(report))]
-    stats = names.stats or config.stats or "stats.csv"
+    stats = names.stats or plan.config.stats or "stats.csv"
     return [
         *steps,
         ("This report", shlex.join(["alphaq", "report", "plan.json", "--stats", stats, "-o", "report.html"])),
@@ -56,26 +47,14 @@ def reproduce(plan: Plan, options: QuantizeOptions = NO_OPTIONS, names: Names = 
 
 def remake(plan: Plan, options: QuantizeOptions, names: Names) -> list[tuple[str, str]]:
     """The steps from a plan in plan.json to a checked output."""
-    model = names.model or (plan.source.name if plan.source is not None else "MODEL")
-    given = [] if not plan.config.get("imatrix") else ["--imatrix", _TYPED["imatrix"](plan.config["imatrix"])]
+    reference = names.reference or (plan.source.name if plan.source is not None else "MODEL")
+    words = [] if plan.imatrix is None else settings_of(PlanConfig)["imatrix"].words(plan.imatrix)
     for name, value in options.model_dump(exclude_none=True).items():
-        given += [option_of(name), f"{value}"]
+        words += [f"--{name.replace('_', '-')}", f"{value}"]
     return [
-        ("Quantize", shlex.join(["alphaq", "quantize", model, "--plan", "plan.json", *given, "-o", names.out])),
-        ("Check what was written", shlex.join(["alphaq", "verify", names.out, "--source", model])),
+        ("Quantize", shlex.join(["alphaq", "quantize", reference, "--plan", "plan.json", *words, "-o", names.out])),
+        ("Check what was written", shlex.join(["alphaq", "verify", names.out, "--reference", reference])),
     ]
-
-
-def config_of(plan: Plan) -> PlanConfig | None:
-    """A plan's settings, None if it records no budget. Raises PlanError if they are none of `alphaq plan`."""
-    if "budget" not in plan.config:
-        return None
-    try:
-        return PlanConfig.model_validate(plan.config)
-    except ValueError as error:
-        raise PlanError(
-            f"The plan's config is not one of `alphaq plan`: {first_fault(error)}. Make it again."
-        ) from None
 
 
 def _plan_command(plan: Plan, config: PlanConfig, options: QuantizeOptions, names: Names) -> str:
@@ -84,7 +63,7 @@ def _plan_command(plan: Plan, config: PlanConfig, options: QuantizeOptions, name
         config = config.model_copy(update={"stats": stats or "stats.csv"})
     elif stats is not None:
         config = config.model_copy(update={"stats": stats})
-    words = ["alphaq", "plan", *([names.model or plan.source.name] if plan.source else [])]
+    words = ["alphaq", "plan", *([names.reference or plan.source.name] if plan.source else [])]
     words += plan_options(config, "measured" if plan.source else "analytic")
     if options.pre_tokenizer is not None:
         words += ["--pre-tokenizer", options.pre_tokenizer]
@@ -97,26 +76,18 @@ def plan_options(config: PlanConfig, usual_noise: str) -> list[str]:
     usual_noise: what the noise is where none is asked for.
     """
     method = METHODS.get(config.method)
-    usual: dict[str, Any] = {"noise": usual_noise, **(method.preset if method is not None else {})}
+    usual = {"noise": usual_noise, **(method.preset if method is not None else {})}
+    return _words(config, usual)
+
+
+def _words(record: BaseModel, usual: dict[str, object]) -> list[str]:
+    """Settings that are neither at their default nor the usual ones, as they are typed."""
     words: list[str] = []
-    for name, field in type(config).model_fields.items():
-        value = getattr(config, name)
-        if value != field.default and (name not in usual or value != usual[name]):
-            words += _words(name, value)
+    settings = settings_of(type(record))
+    for name in type(record).model_fields:
+        value = getattr(record, name)
+        if isinstance(value, BaseModel):
+            words += _words(value, {})
+        elif value != settings[name].default and (name not in usual or value != usual[name]):
+            words += settings[name].words(value)
     return words
-
-
-def _words(name: str, value: Any) -> list[str]:
-    """One setting as it is typed."""
-    if isinstance(value, Budget):
-        return [word for unit, given in _given(value).items() for word in (option_of(unit), f"{given}")]
-    if isinstance(value, bool):
-        return [option_of(name) if value else f"--no-{option_of(name).removeprefix('--')}"]
-    if isinstance(value, tuple):
-        rules: tuple[Rule, ...] = value
-        return [word for rule in rules for word in (option_of(name), f"{rule.pattern}={rule.value}")]
-    return [option_of(name), _TYPED.get(name, str)(value)]
-
-
-def _given(budget: Budget) -> Mapping[str, Any]:
-    return budget.model_dump(exclude_none=True)

@@ -16,8 +16,8 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from alphaq.errors import PlanError
+from alphaq.formats.table import parse_choice
 from alphaq.measuring.density import Density
-from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.report.arrays import packed, packed_counts, packed_names
 from alphaq.report.commands import Names, reproduce
@@ -88,7 +88,7 @@ def content_of(run: Run, sources: Sources) -> Content:
         raise PlanError("The plan assigns no bits to any matrix (no assignment). Make it with `alphaq plan`.")
     places = {name: sources.places.get(name) or place_by_name(name) for name in plan.choices}
     figures = _Figures.of(run, sources)
-    choices = sorted({*plan.choices.values(), *(plan.table.choices if plan.table else ())}, key=Choice.parse)
+    choices = sorted({*plan.choices.values(), *(plan.table.choices if plan.table else ())}, key=parse_choice)
     column_of = {choice: column for column, choice in enumerate(choices)}
     slider = path = None
     if plan.table is not None:
@@ -112,7 +112,7 @@ def _data(
     maps, cells = _maps([places[name] for name in names])
     weights = [places[name].weights for name in names]
     return PageData(
-        choices=[NamedChoice(choice, Choice.parse(choice).bits) for choice in column_of],
+        choices=[NamedChoice(choice, parse_choice(choice).bits) for choice in column_of],
         names=packed_names(names),
         maps=maps,
         map=packed_counts(cells[0]),
@@ -126,7 +126,7 @@ def _data(
         path=slider,
         densities=_densities(sources.densities, names),
         compared=[row for row in sources.compared if not row.error],
-        plan=PlanFigures(plan.size_bytes, plan.average_bits, plan.config.get("method")),
+        plan=PlanFigures(plan.size_bytes, plan.average_bits, plan.method),
     )
 
 
@@ -162,7 +162,7 @@ def _missing(run: Run, sources: Sources, figures: _Figures) -> Iterator[str]:
         where = f" that {sources.known_from} does not have" if sources.known_from else ""
         yield (
             f"Layers, experts and roles of {unknown:,} matrices{where} are read from their names, and their sizes are "
-            "unknown. Give --model or --stats."
+            "unknown. Give --reference or --stats."
         )
     undefined = np.isnan(figures.alphas)
     if undefined.all():
@@ -207,7 +207,7 @@ def _outcome(plan: Plan, compared: Sequence[ComparedRow]) -> ComparedRow | None:
         for row in compared
         if not row.error and row.size_bytes and size and abs(row.size_bytes - size) <= SAME_SIZE * size
     ]
-    own = [row for row in near if row.method == plan.config.get("method")]
+    own = [row for row in near if row.method == plan.method]
     return min(own, key=lambda row: abs((row.size_bytes or 0) - (size or 0)), default=None)
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from alphaq.errors import PlanError
 from alphaq.nouns.plan import Plan, PlanTable
-from alphaq.nouns.settings import names
+from alphaq.nouns.settings import Budget, names
 from alphaq.report.tables import check_words, kept_text, plain_table
 
 
@@ -59,7 +59,7 @@ class Explanation:
 
     engine: str
     method: str | None
-    budget: Any
+    budget: Budget | None
     objective: float | None
     lower_bound: float | None
     price: float | None
@@ -90,8 +90,8 @@ def explain_plan(plan: Plan, pattern: str | None, limit: int = 10) -> Explanatio
         units.sort(key=lambda unit: unit.distance)
     return Explanation(
         engine=plan.engine,
-        method=plan.config.get("method"),
-        budget=plan.config.get("budget"),
+        method=plan.method,
+        budget=None if plan.config is None else plan.config.budget,
         objective=plan.objective,
         lower_bound=plan.lower_bound,
         price=plan.price,

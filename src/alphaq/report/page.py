@@ -15,14 +15,6 @@ from alphaq.report.slider import PathFacts, SliderData
 
 
 @dataclass(frozen=True)
-class NamedChoice:
-    """A choice and its bits."""
-
-    name: str
-    bits: int
-
-
-@dataclass(frozen=True)
 class HeatMap:
     """A heat map's title and labels; experts: whether columns are routed experts."""
 
@@ -45,6 +37,17 @@ class DensityData:
     alpha: PackedArray
     tail: PackedArray
     count: PackedArray
+
+
+@dataclass(frozen=True)
+class NamedChoice:
+    """A choice as the page names it.
+
+    bits: of its codes.
+    """
+
+    name: str
+    bits: int
 
 
 @dataclass(frozen=True)

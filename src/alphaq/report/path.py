@@ -88,7 +88,7 @@ def budget_path(losses: np.ndarray, costs: np.ndarray) -> BudgetPath:
     cheapest = np.where(np.isfinite(losses), costs, np.iinfo(np.int64).max)
     now = np.where(cheapest == cheapest.min(axis=1, keepdims=True), losses, np.inf).argmin(axis=1)
     start, start_costs = now, costs[rows, now]
-    found: list[tuple[np.ndarray, ...]] = []
+    steps: list[tuple[np.ndarray, ...]] = []
     last_rate = np.full(len(losses), np.inf)
     climbing = rows
     while len(climbing):
@@ -102,8 +102,8 @@ def budget_path(losses: np.ndarray, costs: np.ndarray) -> BudgetPath:
         climbing, now = climbing[moves], nearest[moves]
         # Rounding may make an edge look steeper than the one before it; the order of a unit's edges must hold.
         rate = last_rate[climbing] = np.minimum(best[moves], last_rate[climbing])
-        found.append((rate, climbing, now, saved[moves, now], added[moves, now]))
-    rate, units, columns, saved, added = (np.concatenate(part) for part in zip(*found, strict=True))
+        steps.append((rate, climbing, now, saved[moves, now], added[moves, now]))
+    rate, units, columns, saved, added = (np.concatenate(part) for part in zip(*steps, strict=True))
     order = np.argsort(-rate, kind="stable")
     return BudgetPath(
         start,

@@ -57,7 +57,7 @@ def check_format(path: Path) -> str:
 
 def save(figure: Figure, path: Path, kind: str, dpi: int) -> None:
     """Write the figure without a date, so that equal figures give equal bytes."""
-    metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
     with _style():
         figure.savefig(path, format=kind, dpi=dpi, metadata=metadata)
 
@@ -68,11 +68,11 @@ def _style() -> Any:
     return matplotlib.rc_context(STYLE)
 
 
-def _figure(width: float, height: float, columns: int = 1, **given: Any) -> tuple[Figure, list[Any]]:
+def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, list[Any]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False, **given)
+    axes = figure.subplots(1, columns, squeeze=False, **options)
     return figure, list(axes[0])
 
 
@@ -80,17 +80,17 @@ def spectrum_figure(densities: Sequence[tuple[str, Density]]) -> Figure:
     """Eigenvalue densities with their fitted tails, a panel for each matrix (the paper's figure 3)."""
     with _style():
         figure, panels = _figure(3.3 * len(densities), 2.9, len(densities), sharey=True)
-        for number, (axes, (name, found)) in enumerate(zip(panels, densities, strict=True)):
-            edges = 10 ** np.linspace(found.low, found.high, len(found.counts) + 1)
-            heights = found.counts / found.count / np.diff(edges)
+        for number, (axes, (name, density)) in enumerate(zip(panels, densities, strict=True)):
+            edges = 10 ** np.linspace(density.low, density.high, len(density.counts) + 1)
+            heights = density.counts / density.count / np.diff(edges)
             seen = heights > 0
             centres = np.sqrt(edges[:-1] * edges[1:])
             axes.loglog(centres[seen], heights[seen], "o", ms=3, color=COLOURS[0], label="eigenvalues")
-            if found.alpha is not None:
-                tail = np.geomspace(found.start, edges[-1], 50)
-                label = f"power law, α = {found.alpha:.2f}"
-                axes.loglog(tail, found.fitted(tail), color=COLOURS[1], lw=2, label=label)
-                axes.axvline(found.start, color="0.6", lw=0.8, ls=":")
+            if density.alpha is not None:
+                tail = np.geomspace(density.start, edges[-1], 50)
+                label = f"power law, α = {density.alpha:.2f}"
+                axes.loglog(tail, density.fitted(tail), color=COLOURS[1], lw=2, label=label)
+                axes.axvline(density.start, color="0.6", lw=0.8, ls=":")
             axes.set(xlabel="eigenvalue λ", title=_short(name))
             if number == 0:
                 axes.set_ylabel("density")

@@ -35,9 +35,9 @@ def read_run(path: Path) -> Run:
     run = Run(path.resolve().name, Plan.read(file))
     if not (path / MANIFEST_NAME).is_file():
         return run
-    found = read_manifest(path / MANIFEST_NAME)
-    measured = {name: one.relative_error for name, one in found.tensors.items() if one.relative_error is not None}
-    return replace(run, measured=measured, options=found.options or NO_OPTIONS)
+    manifest = read_manifest(path / MANIFEST_NAME)
+    measured = {name: one.relative_error for name, one in manifest.tensors.items() if one.relative_error is not None}
+    return replace(run, measured=measured, options=manifest.options or NO_OPTIONS)
 
 
 class ComparedRow(BaseModel):
@@ -90,7 +90,7 @@ def read_comparison(folder: Path) -> list[ComparedRow]:
     except OSError as error:
         raise OutputError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from None
     except ValueError as error:
-        raise OutputError(f"{path} is no comparison: {first_fault(error)}. {remedy}") from None
+        raise OutputError(f"{path} is not a comparison: {first_fault(error)}. {remedy}") from None
     if len({row.quantizer for row in rows} - {""}) < 2:  # then it tells nothing apart
         rows = [row.model_copy(update={"quantizer": ""}) for row in rows]
     return rows

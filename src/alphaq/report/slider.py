@@ -161,7 +161,7 @@ def _facts(plan: Plan, read: _Table, path: BudgetPath) -> PathFacts:
         difference=float(path.losses[at] - loss) / loss if loss else 0.0,
         above=_above(path, cost, loss),
         cost_unit=plan.cost_unit,
-        bound_by_more=bool(plan.config.get("per_layer")) or plan.price is None,
+        bound_by_more=plan.price is None or (plan.config is not None and plan.config.per_layer),
         shared=len(read.losses) != len(read.unit_of),
     )
 

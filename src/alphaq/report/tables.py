@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from alphaq.checkpoint.summary import Summary
-from alphaq.engines.profile import Profile
-from alphaq.nouns.choice import Choice
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.plan import Plan, PlanCheck
-from alphaq.planning.outline import Outline
-from alphaq.sensitivity.base import Method
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # else a table would load torch
+    from alphaq.checkpoint.summary import Summary
+    from alphaq.engines.profile import Profile
     from alphaq.evaluation.certificate import Certificate, Estimate, Figures
+    from alphaq.planning.outline import Outline
+    from alphaq.sensitivity.base import Method
 
 
 def human_bytes(count: float) -> str:
@@ -91,7 +91,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("left of the budget", unused if plan.source is None else f"{unused} {plan.cost_unit}")
     table.add_section()
     counts = Counter(plan.choices[name] for name in plan.assignment)
-    for choice in sorted(counts, key=Choice.parse):
+    for choice in sorted(counts, key=parse_choice):
         point = plan.rate_distortion.points.get(choice) if plan.rate_distortion else None
         beside = f"   error {point[1]:.4f} at {point[0]:.3f} bits, {point[2]:.2f} × 2^−2R" if point else ""
         table.add_row(f"matrices at {choice}", f"{counts[choice]:,}{beside}")
@@ -136,24 +136,6 @@ def fidelity_table(fidelity: Fidelity) -> Table:
     table.add_section()
     kl = "–" if fidelity.mean_kl is None else f"{fidelity.mean_kl:.4f}"
     table.add_row("mean", "", f"{fidelity.geomean_perplexity:.3f}", "", kl, "", "")
-    return table
-
-
-def demo_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The compared runs, as the demo's results.json has them."""
-    names = list(rows[0]["texts"])
-    table = plain_table("Perplexity on held-out text", "model", "bits", "bpw", "size", *names, "mean", "KL")
-    for row in rows:
-        table.add_row(
-            row["label"],
-            f"{row['average_bits']:.2f}",
-            f"{row['bits_per_weight']:.2f}",
-            human_bytes(row["size_bytes"]),
-            *(f"{row['texts'][name]['perplexity']:.2f}" for name in names),
-            f"{row['geomean_perplexity']:.2f}",
-            f"{row['mean_kl']:.4f}",
-            style="bold" if row["label"].startswith("AlphaQ") else "",
-        )
     return table
 
 

@@ -11,21 +11,23 @@ if TYPE_CHECKING:
     from alphaq.evaluation.engine_run import EngineRun
 
 
-def run_hint(engine: str, output: str, model: str) -> str:
+def run_hint(engine: str, output: str, reference: str) -> str:
     """How to check that the engine computes what it should; nothing where that is not known."""
     run = profile(engine).writer.run
     if run is None:
         return ""
-    command = shlex.join(("alphaq", "verify", output, "--source", model, "--run"))
+    command = shlex.join(("alphaq", "verify", output, "--reference", reference, "--run"))
     return f"See whether {run.called} computes what it should: {command}"
 
 
-def run_line(ran: EngineRun | None, with_source: bool) -> str:
+def run_line(ran: EngineRun | None, with_reference: bool) -> str:
     """What running it showed, or what was not checked."""
     if ran is None:
-        left = "" if with_source else "the original values (add --source MODEL), nor "
+        left = "" if with_reference else "the original values (add --reference MODEL), nor "
         return f"Not checked: {left}what the engine computes with them (add --run)."
-    config = "" if with_source else " The config was the output's own; add --source MODEL to go by the original's."
+    config = (
+        "" if with_reference else " The config was the output's own; add --reference MODEL to go by the original's."
+    )
     return (
         f"{ran.engine}: logits of {ran.tokens} tokens are those of the restored weights, to {ran.difference:.2g} "
         f"standard deviations (correlation {ran.correlation:.4f}).{config}"

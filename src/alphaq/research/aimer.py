@@ -29,8 +29,8 @@ def score(matrices: Sequence[MatrixRef], statistics: Sequence[WeightStatistics])
     for number, matrix in enumerate(matrices):
         members[matrix.name if matrix.expert is None else (matrix.layer, matrix.expert)].append(number)
     counts = np.array([float(matrix.parameters) for matrix in matrices])
-    absolute = counts * [found.mean_absolute for _, found in zip(matrices, statistics, strict=True)]
-    squares = counts * [found.root_mean_square**2 for found in statistics]
+    absolute = counts * [one.mean_absolute for _, one in zip(matrices, statistics, strict=True)]
+    squares = counts * [one.root_mean_square**2 for one in statistics]
     values = np.ones(len(matrices))
     for numbers in members.values():
         mean_absolute = absolute[numbers].sum() / counts[numbers].sum()

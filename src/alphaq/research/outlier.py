@@ -16,5 +16,5 @@ from alphaq.research.statistics import WeightStatistics
 
 def score(matrices: Sequence[MatrixRef], statistics: Sequence[WeightStatistics]) -> np.ndarray:
     """Outlier score over its median, float64 [matrices]; larger deserves more bits."""
-    values = np.array([found.outlier for _, found in zip(matrices, statistics, strict=True)])
+    values = np.array([one.outlier for _, one in zip(matrices, statistics, strict=True)])
     return values / np.median(values)

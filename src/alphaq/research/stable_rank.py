@@ -24,8 +24,8 @@ def score(matrices: Sequence[MatrixRef], statistics: Sequence[WeightStatistics])
     """A random matrix's stable rank over this one's, over the median; float64 [matrices], larger deserves more bits."""
     values = np.array(
         [
-            matrix.parameters / sum(side**0.5 for side in matrix.shape) ** 2 / found.stable_rank
-            for matrix, found in zip(matrices, statistics, strict=True)
+            matrix.parameters / sum(side**0.5 for side in matrix.shape) ** 2 / one.stable_rank
+            for matrix, one in zip(matrices, statistics, strict=True)
         ]
     )
     return values / np.median(values)

@@ -59,10 +59,10 @@ def weight_statistics(weight: torch.Tensor, name: str) -> WeightStatistics:
     """
     mean, _ = moments(weight, name)  # a first pass, so that the power sums below are of small deviations
     groups = _groups(*weight.shape)
-    found = in_threads(lambda group: _sums(weight, group, mean), groups)
+    sums = in_threads(lambda group: _sums(weight, group, mean), groups)
     count = weight.numel()
     first, second, third, fourth, absolute = (
-        math.fsum(column) / count for column in zip(*(part.powers for part in found), strict=True)
+        math.fsum(column) / count for column in zip(*(part.powers for part in sums), strict=True)
     )
     mean_square = second + 2 * mean * first + mean * mean
     # `mean` carries the rounding of float32 runs: move the moments to the exact one.
@@ -72,7 +72,7 @@ def weight_statistics(weight: torch.Tensor, name: str) -> WeightStatistics:
         mean_absolute=absolute,
         root_mean_square=math.sqrt(max(0.0, mean_square)),
         kurtosis=central / variance**2 if variance > _NO_SPREAD * mean_square else 3.0,
-        outlier=_outlier(found, weight.shape[0]),
+        outlier=_outlier(sums, weight.shape[0]),
         stable_rank=_stable_rank(weight, mean_square) if mean_square > 0 else 1.0,
     )
 
@@ -111,9 +111,9 @@ def _sums(weight: torch.Tensor, group: list[slice], mean: float) -> _Sums:
     return _Sums(powers, largest, absolute)
 
 
-def _outlier(found: list[_Sums], rows: int) -> float:
-    largest = np.max([part.largest for part in found], axis=0)
-    average = np.sum([part.absolute for part in found], axis=0) / rows
+def _outlier(sums: list[_Sums], rows: int) -> float:
+    largest = np.max([part.largest for part in sums], axis=0)
+    average = np.sum([part.absolute for part in sums], axis=0) / rows
     ratios = np.divide(largest, average, out=np.ones_like(largest), where=average > 0)
     return max(1.0, float(ratios.max()))
 

@@ -18,7 +18,8 @@ from alphaq.checkpoint.gguf.source import find_gguf
 from alphaq.checkpoint.hub import resolve_folder
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.checkpoint.weights import read_weights
-from alphaq.errors import AlphaQError, CheckpointError
+from alphaq.errors import AlphaQError, CheckpointError, first_line
+from alphaq.nouns.sampling import GREEDY, Sampling
 
 
 def load_model(model: str | Path, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
@@ -45,9 +46,9 @@ def load_model(model: str | Path, dtype: str = "auto", device: str | None = None
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         read_weights(source)  # says more of files that hold no weights than transformers does
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"transformers cannot load {model} ({reason}). Check it with `alphaq verify` or `alphaq inspect`."
+            f"transformers cannot load {model} ({first_line(error)}). Check it with `alphaq verify` or "
+            "`alphaq inspect`."
         ) from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
@@ -111,8 +112,14 @@ def _load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
     return hollow.model.to(torch.float32 if dtype == "auto" else getattr(torch, dtype)), tokenizer
 
 
-def generate_text(model: str | Path, prompt: str, max_new_tokens: int, device: str | None = None) -> str:
-    """Greedy continuation of a prompt, without the prompt."""
+def generate_text(
+    model: str | Path,
+    prompt: str,
+    max_new_tokens: int,
+    device: str | None = None,
+    sampling: Sampling = GREEDY,
+) -> str:
+    """Continuation of a prompt, without the prompt."""
     loaded, tokenizer = load_model(model, device=device)
     if tokenizer is None:
         raise CheckpointError(f"transformers cannot make the tokenizer of {model}. Run the file with llama.cpp.")
@@ -120,6 +127,15 @@ def generate_text(model: str | Path, prompt: str, max_new_tokens: int, device: s
     if inputs["input_ids"].shape[1] == 0:
         raise CheckpointError("The prompt has no tokens. Give at least one word.")
     check_ids(inputs["input_ids"], loaded.config.get_text_config().vocab_size, "The prompt")
+    torch.manual_seed(sampling.seed)
     with torch.inference_mode():
-        output = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        output = loaded.generate(**inputs, max_new_tokens=max_new_tokens, **_drawn(sampling))
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _drawn(sampling: Sampling) -> dict[str, object]:
+    """What transformers calls it; what is not asked for is off, whatever the model's own generation config says."""
+    if not sampling.temperature:
+        return {"do_sample": False}
+    top_p, top_k = sampling.top_p or 1.0, sampling.top_k or 0
+    return {"do_sample": True, "temperature": sampling.temperature, "top_p": top_p, "top_k": top_k}

@@ -80,9 +80,9 @@ class PackedLinear(nn.Module):
         """inputs: [..., in_features] → [..., out_features]."""
         rows = inputs.reshape(-1, self.in_features)
         tokens = torch.arange(len(rows), device=rows.device)
-        found = multiply(rows, self.packed, torch.zeros_like(tokens), tokens)
-        found = found.view(*inputs.shape[:-1], self.out_features)
-        return found if self.bias is None else found + self.bias
+        states = multiply(rows, self.packed, torch.zeros_like(tokens), tokens)
+        states = states.view(*inputs.shape[:-1], self.out_features)
+        return states if self.bias is None else states + self.bias
 
 
 class PackedEmbedding(nn.Embedding):
@@ -135,22 +135,22 @@ class PackedExperts(nn.Module):
         experts = top_k_index.reshape(-1)
         tokens = torch.arange(count, device=experts.device).repeat_interleave(chosen)
         known = experts.clamp(0, len(self.packed_down.names[0]) - 1)  # of experts that lie elsewhere zeros are left
-        found = multiply(hidden_states, self.packed_first, experts, tokens)
+        states = multiply(hidden_states, self.packed_first, experts, tokens)
         biased = getattr(module, "has_bias", False)
         if biased:
-            found = found + (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias)[known]
-        found = _gated(module, found)
-        found = multiply(found, self.packed_down, experts, torch.arange(len(experts), device=experts.device))
+            states = states + (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias)[known]
+        states = _gated(module, states)
+        states = multiply(states, self.packed_down, experts, torch.arange(len(experts), device=experts.device))
         if biased:
-            found = found + module.down_proj_bias[known]
+            states = states + module.down_proj_bias[known]
         if getattr(module, "has_post_expert_norm", False):
-            found = module.post_expert_norm(found)
+            states = module.post_expert_norm(states)
         weights = top_k_weights.reshape(-1, 1)
         if getattr(module, "zero_expert_num", 0):  # those after the last give their input
-            found = torch.where((experts > known)[:, None], hidden_states[tokens], found)
+            states = torch.where((experts > known)[:, None], hidden_states[tokens], states)
         else:
             weights = weights.masked_fill((experts != known)[:, None], 0)
-        return (found * weights).view(count, chosen, found.shape[-1]).sum(1).to(hidden_states.dtype)
+        return (states * weights).view(count, chosen, states.shape[-1]).sum(1).to(hidden_states.dtype)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Classes made here are no module's attributes, which pickles look for."""
@@ -162,13 +162,13 @@ def _unpickled(original: type[nn.Module]) -> Any:
     return made.__new__(made)
 
 
-def _gated(module: Any, found: Tensor) -> Tensor:
+def _gated(module: Any, projected: Tensor) -> Tensor:
     """Input of `down` from the outputs of what comes before."""
     if not getattr(module, "has_gate", True):
-        return module.act_fn(found)
+        return module.act_fn(projected)
     if hasattr(module, "_apply_gate"):
-        return module._apply_gate(found)
-    gate, up = found.chunk(2, dim=-1)
+        return module._apply_gate(projected)
+    gate, up = projected.chunk(2, dim=-1)
     return module.act_fn(gate) * up
 
 
@@ -202,11 +202,11 @@ class RestoredParameter:
     def _start(self) -> None:
         self.lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Copies have a lock of their own."""
         return {name: value for name, value in self.__dict__.items() if name != "lock"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._start()
 

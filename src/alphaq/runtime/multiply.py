@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from alphaq.errors import AlphaQError
+from alphaq.formats.blocks import block_bytes, decode, dequantize
+from alphaq.formats.native import HEADER_BYTES
 from alphaq.nouns.quantized import QuantizedMatrix
-from alphaq.quantizers.packing import decode, dequantize
 from alphaq.runtime import kernels
-from alphaq.runtime.packed import ADDRESS, BITS, FLAGS, PackedWeights, coded_as
+from alphaq.runtime.block_kernels import TASK_ROWS
+from alphaq.runtime.packed import ADDRESS, BITS, FLAGS, PackedWeights
 from alphaq.runtime.threads import parallel
 from alphaq.simd.codes import FEATURES
 from alphaq.simd.vectors import flat
@@ -57,8 +59,8 @@ def multiply(inputs: Tensor, weights: PackedWeights, experts: Tensor, tokens: Te
         inputs, experts, tokens = inputs.to(device), experts.to(device), tokens.to(device)
     # An operator costs a tenth of a millisecond, which only compilers and gradients need to pay.
     plain = not torch.compiler.is_compiling() and not (inputs.requires_grad and torch.is_grad_enabled())
-    found = (_dispatched if plain else packed_linear)(inputs, weights.table, weights.shape[0], experts, tokens)
-    return found if home == device else found.to(home)
+    products = (_dispatched if plain else packed_linear)(inputs, weights.table, weights.shape[0], experts, tokens)
+    return products if home == device else products.to(home)
 
 
 def _dispatched(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens: Tensor) -> Tensor:
@@ -103,11 +105,11 @@ def _multiply_restored(
     brain = inputs.dtype == torch.bfloat16 and "avx512bf16" in FEATURES
     kind = torch.bfloat16 if brain else torch.float32
     inputs = inputs.to(kind)
-    step = max(1, RESTORED_BYTES // (columns * kind.itemsize) // kernels.TASK_ROWS) * kernels.TASK_ROWS
+    step = max(1, RESTORED_BYTES // (columns * kind.itemsize) // TASK_ROWS) * TASK_ROWS
     scratch = torch.empty(min(step, rows), columns, dtype=kind)
     for projection in np.flatnonzero(chosen):
         coding = codings[projection]
-        mixed = _mixed(coding, rows, columns) if coding[FLAGS] > kernels.MIXED else None
+        mixed = _held(int(coding[ADDRESS])) if coding[FLAGS] > kernels.MIXED else None
         for first in range(0, rows, step):
             count = min(step, rows - first)
             part = scratch[:count]
@@ -120,17 +122,18 @@ def _multiply_restored(
             out[places, projection * rows + first : projection * rows + first + count] = (inputs @ part.T).float()
 
 
-def _mixed(coding: np.ndarray, rows: int, columns: int) -> QuantizedMatrix:
-    """A matrix of several widths where it lies."""
-    choice = coded_as(coding)
-    nbytes = choice.storage_bytes((rows, columns))
-    block = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(int(coding[ADDRESS])))
-    return decode(torch.from_numpy(block))
+def _held(address: int) -> QuantizedMatrix:
+    """A matrix without a kernel where its block lies."""
+
+    def bytes_there(count: int) -> Tensor:
+        return torch.from_numpy(np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(address)))
+
+    return decode(bytes_there(block_bytes(bytes_there(HEADER_BYTES))))
 
 
 def _kept(coding: np.ndarray, first: int, count: int, columns: int) -> Tensor:
     """Rows of a matrix of 16 bits where it lies."""
     begin = int(coding[ADDRESS]) + 2 * first * columns
-    held = np.ctypeslib.as_array((ctypes.c_int16 * (count * columns)).from_address(begin))
+    words = np.ctypeslib.as_array((ctypes.c_int16 * (count * columns)).from_address(begin))
     kind = torch.float16 if coding[FLAGS] else torch.bfloat16
-    return torch.from_numpy(held).view(kind).view(count, columns)
+    return torch.from_numpy(words).view(kind).view(count, columns)

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from alphaq.errors import CheckpointError
-from alphaq.nouns.choice import BLOCK_HEADER_BYTES, MIXES, Choice
+from alphaq.formats.blocks import decode, dequantize, native_format, read_block_header
+from alphaq.formats.kept import KEPT as SIXTEEN_BITS
+from alphaq.formats.native import HEADER_BYTES
+from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Shape
-from alphaq.quantizers.packing import decode, dequantize, read_block_header
-from alphaq.runtime.lookup import restored_rows
+from alphaq.runtime.lookup import BlockForm, restored_rows
 
 ADDRESS, BITS, GROUP_SIZE, FLAGS = range(4)  # columns of a table
 FIELDS = 4
-SYMMETRIC, HALVES = 1, 2  # flags; HALVES: of nested codes, whose levels are odd halves of a step
-MIX_SHIFT = 2  # flags beyond it are the place of a mix in `MIXES` that has no kernel
+SYMMETRIC, HALVES, RESTORED = 1, 2, 4  # flags: no offsets; levels at odd halves of a step; no kernel, rows are restored
 FLOAT16 = 1  # flag of matrices of 16 bits, which are bfloat16 otherwise
-MIXING_DEVICES = ("cpu",)  # where mixes of widths can be multiplied
+RESTORING_DEVICES = ("cpu",)  # where matrices without a kernel can be multiplied
 KEPT = (torch.bfloat16, torch.float16)
 
 
@@ -38,8 +39,8 @@ class PackedWeights(nn.Module):
 
     table: Tensor
     """int64 [projections, experts, FIELDS], on the blocks' device."""
-    form: Choice
-    """How the first matrix is stored."""
+    form: BlockForm | None
+    """Where things are in the first block; None if its rows cannot be looked up one by one."""
 
     def __init__(self, names: Sequence[Sequence[str]], shape: Shape, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -77,28 +78,28 @@ class PackedWeights(nn.Module):
             for projection, names in enumerate(self.names)
         ]
         self.table = torch.tensor(fields, dtype=torch.int64).to(self._block(0, 0).device)
-        self.form = self.choice(0, 0)
+        first = self.choice(0, 0)
+        self.form = BlockForm.of(first, self.shape) if not first.kept and native_format(first).looked_up else None
 
     def _block(self, projection: int, expert: int) -> Tensor:
         return self._buffers[f"block_{projection}_{expert}"]  # type: ignore[return-value]
 
     def _fields(self, block: Tensor, name: str) -> tuple[int, int, int, int]:
         if kind := self.kept.get(name):
-            return block.data_ptr(), 16, 0, FLOAT16 if kind == torch.float16 else 0
+            return block.data_ptr(), SIXTEEN_BITS.bits, 0, FLOAT16 if kind == torch.float16 else 0
         choice, found = read_block_header(block, name)
         if found != self.shape:
             raise _of_another_shape(name, found, self.shape)
-        code_bytes, offset_bytes, scale_bytes = choice.parts(found)
-        begin = BLOCK_HEADER_BYTES + code_bytes + (0 if choice.bits == 1 else offset_bytes)
-        end = BLOCK_HEADER_BYTES + code_bytes + offset_bytes + scale_bytes
+        form, parts = native_format(choice), native_format(choice).parts(choice, found)
+        end = HEADER_BYTES + parts.codes + parts.offsets + parts.scales
+        begin = end - parts.scales - (parts.offsets if form.means else 0)
         if not bool(torch.isfinite(block[begin:end].clone().view(torch.float16)).all()):
             raise CheckpointError(f"{name} has scales that are not finite. Quantize the model again.")
-        mix = "" if choice.nested else choice.mix
-        if mix:
-            if block.device.type not in MIXING_DEVICES:
-                raise _unmixed(name, choice, block.device)
+        if not form.fused:
+            if block.device.type not in RESTORING_DEVICES:
+                raise _without_kernel(name, choice, block.device)
             decode(block, name)  # refuses what nothing else looks at
-        flags = SYMMETRIC * choice.symmetric | HALVES * choice.nested | MIXES.index(mix) << MIX_SHIFT
+        flags = SYMMETRIC * choice.symmetric | HALVES * form.halves | RESTORED * (not form.fused)
         return block.data_ptr(), choice.bits, choice.group_size, flags
 
     @property
@@ -113,7 +114,8 @@ class PackedWeights(nn.Module):
 
     def choice(self, projection: int, expert: int) -> Choice:
         """How one matrix is stored."""
-        return coded_as(self.table[projection, expert])
+        name = self.names[projection][expert]
+        return SIXTEEN_BITS if name in self.kept else read_block_header(self._block(projection, expert), name)[0]
 
     @torch.compiler.disable
     def dequantized(self, projection: int, expert: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -127,7 +129,10 @@ class PackedWeights(nn.Module):
     def rows(self, numbers: Tensor) -> Tensor:
         """Some rows of the first matrix, which must be packed: int64 [n] → [n, columns], where the numbers are."""
         block = self._block(0, 0)
-        found = restored_rows(block, self.form, self.shape, numbers.to(block.device))
+        if self.form is None:
+            found = self.dequantized(0, 0).index_select(0, numbers.to(block.device))
+        else:
+            found = restored_rows(block, self.form, numbers.to(block.device))
         return found.to(numbers.device, self.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -147,7 +152,7 @@ class PackedWeights(nn.Module):
             self._index()
         return self
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         """Copies and what is read from a pickle lie elsewhere."""
         super().__setstate__(state)
         if hasattr(self, "table"):
@@ -161,17 +166,7 @@ class PackedWeights(nn.Module):
         return f"{size}, {self.table[..., BITS].double().mean():.2f} bits"
 
 
-def coded_as(coding: Any) -> Choice:
-    """The choice that one entry of a table names."""
-    bits, group_size, flags = (int(coding[field]) for field in (BITS, GROUP_SIZE, FLAGS))
-    if bits == 16:
-        return Choice(16)
-    return Choice(
-        bits, group_size, bool(flags & SYMMETRIC), mix="nest" if flags & HALVES else MIXES[flags >> MIX_SHIFT]
-    )
-
-
-def _unmixed(name: str, choice: Choice, device: torch.device) -> CheckpointError:
+def _without_kernel(name: str, choice: Choice, device: torch.device) -> CheckpointError:
     return CheckpointError(
         f"{name} is stored as {choice}, and mixes of widths have no kernel for {device.type}. Run it on the CPU, or "
         "quantize again with other --choices, such as 1,2,3,4."

@@ -32,9 +32,9 @@ from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.safetensors_format import ITEM_BYTES, TORCH_DTYPES, read_header
 from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import CheckpointError
+from alphaq.formats.blocks import decode, dequantize, read_block_header
+from alphaq.formats.coding import PREFIX_BYTES, check_claims, decode_tensor, decoded_info, is_coded
 from alphaq.nouns.matrix import Shape
-from alphaq.quantizers.coding import PREFIX_BYTES, check_claims, decode_tensor, decoded_bytes, decoded_info, is_coded
-from alphaq.quantizers.packing import decode, dequantize, read_block_header
 from alphaq.runtime.modules import PackedExperts, RestoredParameter, packed_class
 from alphaq.runtime.packed import KEPT, PackedWeights
 from alphaq.runtime.ties import Tied, packable
@@ -43,6 +43,8 @@ from alphaq.simd.sums import in_threads
 logger = logging.get_logger(__name__)
 EXPERTS_CALL = ("hidden_states", "top_k_index", "top_k_weights")
 CPU = torch.device("cpu")
+ByPattern = dict[str, Tensor | list[Tensor]]
+"""What a step of transformers' conversions takes: a tensor, or one to each expert, by the pattern of its name."""
 
 
 class DequantizeBlocks(ConversionOps):
@@ -52,9 +54,9 @@ class DequantizeBlocks(ConversionOps):
         self.hf_quantizer = hf_quantizer
 
     def convert(  # type: ignore[override]
-        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **_: Any
-    ) -> dict[str, Any]:
-        """{pattern: tensor or list of tensors} → the same with blocks dequantized."""
+        self, input_dict: ByPattern, full_layer_name: str = "", model: Any = None, **_: Any
+    ) -> ByPattern:
+        """The same with blocks dequantized."""
         dtype = model.get_parameter_or_buffer(full_layer_name).dtype
 
         def restore(tensor: Tensor) -> Tensor:
@@ -78,8 +80,8 @@ class Refold(ConversionOps):
     """[experts, rows, columns] takes the parameter's own shape, which may be [experts · rows, columns]."""
 
     def convert(  # type: ignore[override]
-        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **_: Any
-    ) -> dict[str, Any]:
+        self, input_dict: dict[str, Tensor], full_layer_name: str = "", model: Any = None, **_: Any
+    ) -> dict[str, Tensor]:
         """{target: fused tensor} → the same, reshaped."""
         shape = model.get_parameter_or_buffer(full_layer_name).shape
         return {target: tensor.reshape(shape) for target, tensor in input_dict.items()}
@@ -131,24 +133,25 @@ class Target:
         if self.converter is None:
             return matrices[0][0]
         patterns = [pattern for pattern in self.converter.source_patterns if pattern in self.sources]
-        found: dict[str, Any] = dict(zip(patterns, matrices, strict=True))
+        made: Any = dict(zip(patterns, matrices, strict=True))
         targets = self.converter.target_patterns
         for operation in self.operations:
-            found = operation.convert(found, source_patterns=self.converter.source_patterns, target_patterns=targets)
-        return next(iter(found.values())).reshape(self.parameter.shape)
+            made = operation.convert(made, source_patterns=self.converter.source_patterns, target_patterns=targets)
+        (parameter, *_) = made.values()
+        return parameter.reshape(self.parameter.shape)
 
 
 def stored_tensors(files: Sequence[str]) -> dict[str, tuple[Path, TensorInfo]]:
     """What the checkpoint's files hold, by name, as it is once decoded. Raises CheckpointError if a file is damaged."""
-    found, stored, decoded = {}, 0, 0
+    tensors, stored, decoded = {}, 0, 0
     for path in map(Path, files):
         opened = PlainFile(path)
         for name, info in read_header(path)[0].items():
             prefix = opened.read(info.begin, min(info.nbytes, PREFIX_BYTES)) if is_block(info) else torch.empty(0)
-            found[name] = path, decoded_info(info, prefix)
-            stored, decoded = stored + info.nbytes, decoded + decoded_bytes(found[name][1])
+            tensors[name] = path, decoded_info(info, prefix)
+            stored, decoded = stored + info.nbytes, decoded + _bytes_of(tensors[name][1])
     check_claims(decoded, stored, "The checkpoint")
-    return found
+    return tensors
 
 
 def is_block(info: TensorInfo) -> bool:
@@ -177,14 +180,14 @@ class Placing:
     def targets(self, stored: Iterable[str]) -> dict[str, Target]:
         """The model's parameters that are stored."""
         by_pattern = {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
-        found: dict[str, Target] = {}
+        by_parameter: dict[str, Target] = {}
         for name in sorted(stored, key=dot_natural_key):
             renamed, pattern = self.place(name)
             if renamed in self.parameters:
                 converter = by_pattern[pattern] if pattern is not None else None
-                target = found.setdefault(renamed, Target(renamed, self.parameters[renamed], converter))
+                target = by_parameter.setdefault(renamed, Target(renamed, self.parameters[renamed], converter))
                 target.sources.setdefault(pattern or "", []).append(name)
-        return found
+        return by_parameter
 
 
 class Packer:
@@ -214,7 +217,7 @@ class Packer:
                     "Complete the download, or load it with the class that its config.json names."
                 )
         self.names = {name: one.names[0][0] for name, one in targets.items() if one.converter is None}
-        modules: dict[str, Any] = dict(model.named_modules())
+        modules = dict(model.named_modules())
         owners: dict[str, list[Target]] = {}
         for target in targets.values():
             owners.setdefault(target.owner, []).append(target)
@@ -272,14 +275,14 @@ class Packer:
         path, info = self.stored[name]
         if path not in self._files:
             self._files[path] = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-        held = self._files[path][info.begin : info.end]
-        if is_coded(held):
-            values = decode_tensor(held, name)
+        raw = self._files[path][info.begin : info.end]
+        if is_coded(raw):
+            values = decode_tensor(raw, name)
         elif is_block(info):
-            return held
+            return raw
         else:
             kind = TORCH_DTYPES[info.dtype]
-            values = (held.clone() if info.begin % kind.itemsize else held).view(kind).view(info.shape)
+            values = (raw.clone() if info.begin % kind.itemsize else raw).view(kind).view(info.shape)
         return values if is_block(info) or values.dtype in KEPT else values.bfloat16()
 
     def _weights(self, target: Target, shape: Shape) -> PackedWeights:
@@ -346,8 +349,8 @@ def _expert_numbers(names: Sequence[str]) -> list[int]:
 
 def _first_and_down(module: Any, targets: Sequence[Target]) -> tuple[Target, Target] | None:
     """The parameters of a module that computes down(gate(first(x))) with the experts that a router chose, or None."""
-    found = {target.short: target for target in targets}
-    first, down = found.get("gate_up_proj") or found.get("up_proj"), found.get("down_proj")
+    by_name = {target.short: target for target in targets}
+    first, down = by_name.get("gate_up_proj") or by_name.get("up_proj"), by_name.get("down_proj")
     if first is None or down is None or first.parameter.ndim != 3 or down.parameter.ndim != 3:
         return None
     call = tuple(inspect.signature(type(module).forward).parameters)[1:]
@@ -393,6 +396,6 @@ def _device_of(model: nn.Module, name: str) -> torch.device:
     while name:
         name = name.rpartition(".")[0]
         around = model.get_submodule(name)
-        if (found := next((one.device for one in around.parameters() if one.device.type != "meta"), None)) is not None:
-            return found
+        if (device := next((one.device for one in around.parameters() if one.device.type != "meta"), None)) is not None:
+            return device
     return CPU

@@ -58,7 +58,7 @@ def fusions(model: Any, known: list[Any]) -> list[WeightConverter]:
         for name, _ in model.named_parameters()
     )
     merged = [pattern for entry in known if isinstance(entry, WeightConverter) for pattern in entry.source_patterns]
-    found = []
+    converters = []
     for rule in fused:
         if rule is None or not rule.stacked:
             continue
@@ -70,8 +70,8 @@ def fusions(model: Any, known: list[Any]) -> list[WeightConverter]:
         operations += [Concatenate(dim=1)] * (len(sources) > 1) + [Transpose(1, 2)] * rule.transposed
         operations += [Refold()] * rule.folded
         target = rule.template.partition("{layer}")[2]
-        found.append(WeightConverter(source_patterns=sources, target_patterns=target, operations=operations))
-    return found
+        converters.append(WeightConverter(source_patterns=sources, target_patterns=target, operations=operations))
+    return converters
 
 
 @register_quantizer("alphaq")
@@ -123,7 +123,7 @@ class AlphaQQuantizer(HfQuantizer):
         model._weight_conversions = []  # names are put back in `get_state_dict_and_metadata`, once
         return model
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """What `save_pretrained` writes: a native checkpoint again, under the names that it had."""
         assert self.packer is not None
         names, state = self.packer.names, model.state_dict()

@@ -68,26 +68,10 @@ def _decode(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens: T
     _arrange[(count, tiles)](inputs, arranged, sums, columns, BLOCK, tile_blocks)
     out = inputs.new_empty(pairs, projections * rows)
     _decode_kernel[(pairs * projections * -(-rows // tile_rows),)](
-        inputs,
-        arranged,
-        sums,
-        table,
-        experts,
-        tokens,
-        out,
-        pairs,
-        projections,
-        available,
-        rows,
-        columns,
-        ONE,
-        WORD_PAIRS=columns % 64 == 0,
-        RAGGED=columns % BLOCK != 0,
-        BLOCK=BLOCK,
-        TILE_ROWS=tile_rows,
-        TILE_BLOCKS=tile_blocks,
-        num_warps=warps,
-    )
+        inputs, arranged, sums, table, experts, tokens, out, pairs, projections, available, rows, columns, ONE,
+        WORD_PAIRS=columns % 64 == 0, RAGGED=columns % BLOCK != 0, BLOCK=BLOCK,
+        TILE_ROWS=tile_rows, TILE_BLOCKS=tile_blocks, num_warps=warps,
+    )  # fmt: skip
     return out
 
 
@@ -110,26 +94,11 @@ def _prefill(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens: 
     order, tile_expert, tile_start, tile_end = _tiles(experts, available, tile_pairs)
     out = inputs.new_zeros(pairs, projections * rows)
     _prefill_kernel[(len(tile_expert) * projections * -(-rows // tile_rows),)](
-        inputs,
-        table,
-        tokens,
-        order,
-        tile_expert,
-        tile_start,
-        tile_end,
-        out,
-        len(tile_expert),
-        projections,
-        available,
-        rows,
-        columns,
-        RAGGED=columns % BLOCK != 0,
-        BLOCK=BLOCK,
-        TILE_PAIRS=tile_pairs,
-        TILE_ROWS=tile_rows,
-        num_warps=warps,
-        num_stages=stages,
-    )
+        inputs, table, tokens, order, tile_expert, tile_start, tile_end, out,
+        len(tile_expert), projections, available, rows, columns,
+        RAGGED=columns % BLOCK != 0, BLOCK=BLOCK, TILE_PAIRS=tile_pairs, TILE_ROWS=tile_rows,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     return out
 
 

@@ -92,17 +92,17 @@ class PackedLinear(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Blocks become `PackedWeights`; a layer that was kept altogether becomes an ordinary one of vLLM's."""
-        found = sorted(self.arrived.items())
+        blocks = sorted(self.arrived.items())
         self.arrived = {}
-        covered = [part for (first, last), _ in found for part in range(first, last + 1)]
+        covered = [part for (first, last), _ in blocks for part in range(first, last + 1)]
         for part in range(len(self.sizes)):
             if part not in covered:
                 raise _missing(self._name(part), self.prefix)
-        if all(tensor.ndim == 2 for _, tensor in found):
-            self._keep(layer, [tensor for _, tensor in found])
+        if all(tensor.ndim == 2 for _, tensor in blocks):
+            self._keep(layer, [tensor for _, tensor in blocks])
             return
         runs: list[tuple[int, list[str], list[Tensor]]] = []  # one call of the kernel for neighbours of as many rows
-        for (first, last), tensor in found:
+        for (first, last), tensor in blocks:
             rows = sum(self.sizes[first : last + 1])
             name = self._name(first) if first == last else f"{self.prefix}.weight"
             if not runs or runs[-1][0] != rows:

@@ -15,8 +15,8 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from alphaq.errors import CheckpointError
-from alphaq.formats.versions import NATIVE_FORMAT_VERSION, check_native_format
-from alphaq.nouns.choice import CODECS
+from alphaq.formats.versions import CODECS, NATIVE_FORMAT_VERSION, check_native_format
+from alphaq.work.untrusted import JsonObject
 
 QUANT_METHOD = "alphaq"
 
@@ -37,7 +37,7 @@ class AlphaQConfig(QuantizationConfig):
         super().__init__()
         _restore_embeddings()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         _restore_embeddings()
 
@@ -60,7 +60,7 @@ class AlphaQConfig(QuantizationConfig):
         return []
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> AlphaQConfig:
+    def from_config(cls, config: JsonObject) -> AlphaQConfig:
         """Raises CheckpointError if the checkpoint's format is newer."""
         check_native_format(config.get("format_version", NATIVE_FORMAT_VERSION))
         if (codec := config.get("codec")) not in (None, CODECS[0]):
@@ -88,12 +88,11 @@ def _restore_embeddings() -> None:
         return
 
     def weight_loader(self: Any, param: torch.Tensor, loaded_weight: torch.Tensor, *others: Any, **options: Any) -> Any:
-        from alphaq.quantizers.coding import is_block  # kernels, which not every process needs
-        from alphaq.quantizers.packing import decode, dequantize
+        from alphaq.formats.blocks import decode, dequantize, is_block  # kernels, which not every process needs
 
         if is_block(loaded_weight):
-            held = decode(loaded_weight.cpu(), "The embedding or head")
-            loaded_weight = dequantize(held, param.dtype).to(loaded_weight.device)
+            matrix = decode(loaded_weight.cpu(), "The embedding or head")
+            loaded_weight = dequantize(matrix, param.dtype).to(loaded_weight.device)
         return load(self, param, loaded_weight, *others, **options)
 
     VocabParallelEmbedding.weight_loader = weight_loader
@@ -106,13 +105,13 @@ def _shield_llvmlite() -> None:
     its functions and answers with an object that is no dictionary.
     """
     library = type(llvmlite.binding.ffi.lib)
-    found = library.__getattr__
-    if found.__module__ == __name__:
+    look_up = library.__getattr__
+    if look_up.__module__ == __name__:
         return
 
     def attribute(self: Any, name: str) -> Any:
         if name == "__dict__":
             raise AttributeError(name)
-        return found(self, name)
+        return look_up(self, name)
 
     library.__getattr__ = attribute

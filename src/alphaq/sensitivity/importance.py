@@ -12,7 +12,7 @@ from alphaq.errors import BudgetError
 from alphaq.sensitivity.base import Evidence
 
 SPREAD = 0.15
-"""Standard deviation of ln F that `--gamma auto` aims at (docs/LOG.md has the grid it was read from)."""
+"""Standard deviation of ln F that `--gamma auto` aims at (docs/research/log.md has the grid it was read from)."""
 
 
 def alpha_importance(alphas: np.ndarray, gamma: float) -> np.ndarray:

@@ -3,7 +3,7 @@
 Rounding one role at a time, to several types, moved the output of both trained models in these proportions: the
 divergence of a role over that of all routed experts together, at the same relative error. They hardly differed between
 a model of 32 experts and one of 96, so they are taken as the shares of a whole model: a role's share is spread over its
-matrices. Measurements: docs/LOG.md.
+matrices. Measurements: docs/research/log.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 For each MoE layer draw h ~ N(0, I), scale it by the weight of the norm before the block, and let the layer's
 own router choose. πₑ = E[p²·(e chosen)] is how much an error of expert e's output counts, since the layer adds
 p·y. Where routing is unbalanced the prior finds the busy experts; where it is balanced, π is nearly flat and
-changes little by itself. No published method that does this was found; the experiments are in docs/LOG.md.
+changes little by itself. No published method that does this was found; the experiments are in docs/research/log.md.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ rounding moves the stream behind a layer, squared and relative to it, per unit o
 is true of most models, early layers and down projections first, without being told. Such tokens overstate the first
 layers, hence the root. πₑ is the routing prior, averaged within the layer. For llama.cpp's types S without a root was
 better. Where rounding shrinks all weights, harm grows faster than the squared error; the default quantizer
-prevents that (quantizers/debiased.py). Experiments: docs/LOG.md.
+prevents that (quantizers/debiased.py). Experiments: docs/research/log.md.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from alphaq.formats.table import format_of
 from alphaq.nouns.choice import Choice
 from alphaq.sensitivity.base import Evidence
 from alphaq.sensitivity.router import relative_use
@@ -27,7 +28,7 @@ SIGNAL_EXPONENT = 0.5
 
 def signal_exponent(choices: Sequence[Choice]) -> float:
     """Of S, for integer grids or for ggml types."""
-    return 1.0 if any(choice.scheme for choice in choices) else SIGNAL_EXPONENT
+    return 1.0 if any(format_of(choice).foreign for choice in choices) else SIGNAL_EXPONENT
 
 
 def signal_share(evidence: Evidence) -> np.ndarray:

@@ -14,6 +14,7 @@ import hashlib
 import operator
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -22,6 +23,7 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
@@ -64,9 +66,24 @@ def kernel(function: Callable[..., Any]) -> Any:
     function.__qualname__ += f"-{_STATE}"
     options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
     try:
-        return numba.njit(cache=True, **options)(function)
+        dispatcher = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's can be written: compile in each process
-        return numba.njit(**options)(function)
+        dispatcher = numba.njit(**options)(function)
+    # numba compiles under this lock but stores the result without it, where another thread may find it unfinished.
+    dispatcher.compile = global_compiler_lock(dispatcher.compile)
+    return dispatcher
+
+
+def kernel_over(driver: Callable[..., Any], **parts: Any) -> Any:
+    """A kernel of the driver's code where the names in `parts` mean these kernels; compiled for them alone.
+
+    Closures over kernels would be compiled in every process anew: numba knows closures by what their cells pickle to.
+    So the names are globals, of a function whose own name, by which compiled code is kept, tells what they mean.
+    """
+    own = FunctionType(driver.__code__, {**driver.__globals__, **parts})
+    own.__module__, own.__doc__ = driver.__module__, driver.__doc__
+    own.__qualname__ = "_".join([driver.__qualname__, *(part.__name__.strip("_") for part in parts.values())])
+    return kernel(own)
 
 
 def _arithmetic(symbol: Any, instruction: str) -> None:

@@ -71,11 +71,11 @@ def device_batch(checkpoint: Checkpoint, task: DeviceTask) -> list[Spectrum]:
 def check_device(device: str) -> torch.device:
     """A device that torch can use. Raises DeviceError otherwise."""
     try:
-        found = torch.device(device)
-        torch.linalg.eigvalsh(torch.eye(2, device=found))
+        target = torch.device(device)
+        torch.linalg.eigvalsh(torch.eye(2, device=target))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise _unusable(device, error) from None
-    return found
+    return target
 
 
 def _unusable(device: str, error: BaseException) -> DeviceError:
@@ -118,10 +118,10 @@ def device_spectra(checkpoint: Checkpoint, matrices: Iterable[MatrixRef], device
             if isinstance(batch, BaseException):
                 raise batch
             try:
-                found = block_eigenvalues(batch.blocks, batch.scales)
+                eigenvalues = block_eigenvalues(batch.blocks, batch.scales)
             except RuntimeError as error:
                 raise _unusable(device, error) from None
-            for own, (mean, mean_square) in zip(found.split(batch.counts), batch.moments, strict=True):
+            for own, (mean, mean_square) in zip(eigenvalues.split(batch.counts), batch.moments, strict=True):
                 count = own.numel()
                 largest = own.flatten().topk(tail_count(count) + 1).values.flip(0) if count > 1 else own.flatten()
                 yield describe(mean, mean_square, largest.cpu().double() / near_one(mean_square) ** 2, count)
@@ -132,7 +132,7 @@ def device_spectra(checkpoint: Checkpoint, matrices: Iterable[MatrixRef], device
 def _batches(checkpoint: Checkpoint, matrices: Iterable[MatrixRef], target: torch.device) -> Iterator[_Batch]:
     """Consecutive matrices whose blocks have one shape, up to a launch's worth."""
     pending: list[torch.Tensor] = []
-    found: list[tuple[float, float]] = []
+    moments_of: list[tuple[float, float]] = []
     stream = torch.cuda.Stream(target) if target.type == "cuda" else None
 
     def launch() -> _Batch:
@@ -144,9 +144,9 @@ def _batches(checkpoint: Checkpoint, matrices: Iterable[MatrixRef], target: torc
                 moved = gathered.pin_memory().to(target, non_blocking=True)
             stream.synchronize()  # in this thread: the other one computes meanwhile
         counts = [len(part) for part in pending]
-        scales = [near_one(mean_square) for _, mean_square in found]
+        scales = [near_one(mean_square) for _, mean_square in moments_of]
         of_blocks = torch.tensor(scales).repeat_interleave(torch.tensor(counts)).to(target)
-        return _Batch(moved, of_blocks, counts, list(found))
+        return _Batch(moved, of_blocks, counts, list(moments_of))
 
     for matrix in matrices:
         weight = checkpoint.read(matrix)
@@ -154,8 +154,8 @@ def _batches(checkpoint: Checkpoint, matrices: Iterable[MatrixRef], target: torc
         same = not pending or (tiles.shape[1:] == pending[0].shape[1:] and tiles.dtype == pending[0].dtype)
         if pending and (not same or sum(map(len, pending)) + len(tiles) > BLOCKS_AT_ONCE):
             yield launch()
-            pending, found = [], []
+            pending, moments_of = [], []
         pending.append(tiles)
-        found.append(moments(weight, matrix.name))
+        moments_of.append(moments(weight, matrix.name))
     if pending:
         yield launch()

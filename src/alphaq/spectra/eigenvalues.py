@@ -100,12 +100,12 @@ def largest_of_blocks(
     forms = diagonal.reshape(-1), off_squared.reshape(-1), size
     low, high, bound, owner, rank = kernels.tail_start(*forms, tail)
     # Fewer than k may lie above the bracket; the others are equal to the start within the tolerance.
-    found = np.full(tail + 1, (low + high) / 2, np.float32)
+    values = np.full(tail + 1, (low + high) / 2, np.float32)
     in_threads(
-        lambda part: kernels.bisect(*forms, owner[part], rank[part], high, bound, found[part]),
+        lambda part: kernels.bisect(*forms, owner[part], rank[part], high, bound, values[part]),
         slices(len(owner), 8 * kernels.PANEL),
     )
-    return torch.from_numpy(np.sort(found).astype(np.float64) / scale**2), count
+    return torch.from_numpy(np.sort(values).astype(np.float64) / scale**2), count
 
 
 def _scratch(length: int) -> np.ndarray:

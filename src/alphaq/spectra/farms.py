@@ -59,8 +59,8 @@ def blocks(weight: torch.Tensor, name: str) -> torch.Tensor:
     A matrix too small to cut comes back whole, as [1, rows, columns].
     """
     rows, columns = weight.shape
-    found = corners(rows, columns, name)
-    if found is None:
+    cut = corners(rows, columns, name)
+    if cut is None:
         return weight[None]
-    starts, size = found
+    starts, size = cut
     return torch.stack([weight[at // columns :, at % columns :][:size, :size] for at in starts.tolist()])

@@ -110,7 +110,7 @@ def write_stats(path: Path, rows: Iterable[tuple[MatrixRef, Spectrum]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        for matrix, found in rows:
+        for matrix, spectrum in rows:
             cells = {
                 "name": matrix.name,
                 "layer": matrix.layer,
@@ -120,7 +120,7 @@ def write_stats(path: Path, rows: Iterable[tuple[MatrixRef, Spectrum]]) -> None:
                 "rows": matrix.shape[0],
                 "columns": matrix.shape[1],
                 "dtype": matrix.dtype,
-                **asdict(found),
+                **asdict(spectrum),
             }
             writer.writerow(["" if cells[column] is None else cells[column] for column in COLUMNS])
 
@@ -206,5 +206,5 @@ def _number(text: str | None, column: str, where: str) -> float | None:
     if not math.isfinite(value):
         raise StatsError(f"{where}: {column} {text!r} is not a finite number. Correct the row.")
     if abs(value) > LARGEST:
-        raise StatsError(f"{where}: {column} {text!r} is of no matrix of float32 weights. Correct the row.")
+        raise StatsError(f"{where}: {column} {text!r} cannot come from float32 weights. Correct the row.")
     return value

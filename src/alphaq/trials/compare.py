@@ -7,195 +7,216 @@ evaluated once; and results are kept in a journal, so a killed run goes on where
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import alphaq
 from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.checkpoint.writer import atomic_file
 from alphaq.errors import AlphaQError, BudgetError, OutputError, StatsError
-from alphaq.evaluation.fidelity import (
-    WindowScore,
-    paired_bootstrap,
-    read_texts,
-    score_texts,
-    summarize_windows,
-    window_beginning,
-)
-from alphaq.measuring.cache import Cache
-from alphaq.nouns.fidelity import Fidelity
+from alphaq.evaluation.fidelity import read_texts, score_texts, window_beginning
+from alphaq.measuring.resources import USUAL, Resources
+from alphaq.nouns.option import settings_of
 from alphaq.nouns.plan import Plan, first_fault
+from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import Measurements, PlanInputs, Request, checked_plan, measure_for_plans, plain_size, resolve
 from alphaq.registry import unknown
 from alphaq.sensitivity.methods import METHODS
-from alphaq.trials.trial import Trials, window_scores
+from alphaq.trials.results import BASELINE, REFERENCE, Entry, Job, Key, Row, rows_of, write
+from alphaq.trials.trial import Trials
 from alphaq.work.journal import Journal
-from alphaq.work.resources import Resources
-from alphaq.work.workers import Workers, Wrap, silent
-from alphaq.writing.calibrated import Rounding
+from alphaq.writing.rounding import Rounding
 
-BASELINE = "uniform"
-REFERENCE = "reference"
 JOURNAL_NAME = "results.jsonl"
-FORMAT_VERSION = 5  # of the journal
 SCRATCH_NAME = ".alphaq-scratch"
-Scores = dict[str, list[WindowScore]]
-Key = tuple[str, float, str]  # method, bits, rounding
+VARIABLE = {name: setting for name, setting in settings_of(PlanConfig).items() if setting.option.varies}
+"""Settings that a method may have for itself, in `alphaq:gamma=2`."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method at one budget and one quantizer. `error` instead of figures where it has no plan.
+class Comparison:
+    """What is compared: every method at every budget, in bits, and with every rounding (the usual one by default).
 
-    Differences are to `uniform` with the first quantizer.
+    config: settings common to all methods; its budget and method are replaced. calibration: for methods that look at
+    a text.
     """
 
-    method: str
-    bits: float
-    budget_bytes: int
-    size_bytes: int | None = None
-    average_bits: float | None = None
-    bits_per_weight: float | None = None
-    seconds_to_plan: float | None = None
-    quantizer: str = ""
-    seconds_to_quantize: float | None = None
-    """Less where matrices were taken over from a method before."""
-    perplexity: Mapping[str, float] | None = None
-    mean_perplexity: float | None = None
-    kl: float | None = None
-    ear: float | None = None
-    top1: float | None = None
-    difference: float | None = None
-    difference_low: float | None = None
-    difference_high: float | None = None
-    error: str = ""
-    taken: str = ""
-    """For the default method, whether its plan stood beside uniform bits: "plan" or "uniform"."""
-    windows_begin_with: str = ""
-    """Special tokens before each window of text, in words."""
+    methods: Sequence[str]
+    bits: Sequence[float]
+    config: PlanConfig | None = None
+    calibration: Text | None = None
+    roundings: Sequence[Rounding] = ()
 
 
 def compare(
     checkpoint: Checkpoint,
-    methods: Sequence[str],
-    bits: Sequence[float],
-    texts: Sequence[Path],
+    comparison: Comparison,
+    scoring: Scoring,
     out: Path,
-    config: PlanConfig | None = None,
-    calibration: Text | None = None,
-    window: int = 512,
-    max_tokens: int | None = None,
-    skip_tokens: int = 0,
-    dtype: str = "float32",
-    device: str | None = None,
-    wrap: Wrap = silent,
-    workers: Workers | None = None,
-    cache: Cache | None = None,
-    roundings: Sequence[Rounding] = (),
+    resources: Resources = USUAL,
 ) -> list[Row]:
     """Run the comparison in the folder `out` and write `comparison.csv` and `comparison.json` there.
 
-    `uniform` is always among the methods. The cache is closed once everything is measured. config: settings common
-    to all methods (its budget and method are replaced). roundings: the usual one by default. Raises
+    `uniform` is always among the methods. The resources' cache is closed once everything is measured. Raises
     OutputError if `out` holds a comparison of something else, or other files.
     """
-    bits = [cast(float, Budget.of(bits=width).bits) for width in dict.fromkeys(bits)]
-    asked_for = list(dict.fromkeys(methods))
-    methods = list(dict.fromkeys([*([] if BASELINE in asked_for else [BASELINE]), *asked_for]))
-    quantizers = {str(rounding): rounding for rounding in roundings or [Rounding.of("native")]}
-    first = next(iter(quantizers))
-    base = config or PlanConfig(budget=Budget(bits=bits[0]))
-    contents = read_texts(list(texts))
-    plain = resolve(base.model_copy(update={"method": BASELINE}))
-    sizes = {width: plain_size(checkpoint, plain, width) for width in bits}
-    base = base.model_copy(update={"budget": Budget(size_bytes=sizes[bits[0]])})
-    requests = _requests(base, methods, calibration)
-    job = _job(checkpoint, base, contents, calibration) | {
-        "window": window,
-        "max_tokens": max_tokens,
-        "skip_tokens": skip_tokens,
-        "dtype": dtype,
-    }
+    race = _Race.of(checkpoint, comparison, scoring)
     _claim(out)
     with Journal(out / JOURNAL_NAME) as journal:
-        if journal.entries and journal.entries[0] != {"job": job}:
-            raise OutputError(f"{out} holds a comparison of another model, texts or settings. Choose another output.")
-        if not journal.entries:
-            journal.append({"job": job})
-        entries = {(entry["method"], entry["bits"], entry["rounding"]): entry for entry in journal.entries[1:]}
-        pairs = [(name, one) for name in methods for one in quantizers if name in asked_for or one == first]
-        wanted = [(REFERENCE, 16.0, ""), *((name, width, one) for width in bits for name, one in pairs)]
-        missing = [key for key in wanted if key not in entries]
+        entries = {entry.key: entry for entry in _known(journal, race.job, out)}
+        missing = [key for key in race.wanted if key not in entries]
         if missing:
-            asked = {name: request for name, request in requests.items() if any(key[0] == name for key in missing)}
-            measured = measure_for_plans(
-                checkpoint,
-                asked,
-                PlanInputs(text=calibration),
-                Resources(workers, cache, wrap),
-                check_budget=False,  # an infeasible budget costs its own row only
-            )
-            if cache is not None:
-                cache.close()  # others may measure while this one evaluates
-            runs = _runs(checkpoint, requests, measured, missing, sizes, cache)
-            score = partial(
-                score_texts, texts=contents, window=window, max_tokens=max_tokens, skip_tokens=skip_tokens, bos=base.bos
-            )
-            trials = Trials(checkpoint, score, out / SCRATCH_NAME, dtype, wrap, workers, device)
-            trials.known = {entry["digest"]: entry["scores"] for entry in entries.values() if "scores" in entry}
-            for key, plan, entry in runs:
-                rounding = quantizers.get(key[2])
-                entry |= {"rounding": key[2], "quantizer": "" if rounding is None else rounding.name}
-                entry["windows_begin_with"] = window_beginning(trials.tokenizer, base.bos)
-                entries[key] = entry | ({} if "error" in entry else trials.run(plan, rounding))
-                journal.append(entries[key])
+            known = {one.digest: one.scores for one in entries.values() if one.digest is not None}
+            for entry in race.results(missing, known, out / SCRATCH_NAME, resources):
+                entries[entry.key] = entry
+                journal.append(entry.model_dump(exclude_none=True))
     shutil.rmtree(out / SCRATCH_NAME, ignore_errors=True)
-    rows = _rows([entries[key] for key in wanted], first)
-    _write(out, rows, job)
+    rows = rows_of([entries[key] for key in race.wanted], next(iter(race.roundings)))
+    write(out, rows, race.job)
     return rows
 
 
-SETTINGS = (
-    "gamma",
-    "noise",
-    "spectrum",
-    "tail",
-    "seed",
-    "min_sqnr_db",
-    "per_layer",
-    "unweighted",
-    "symmetric",
-    "check",
-)
+@dataclass(frozen=True)
+class _Race:
+    """A comparison made concrete.
+
+    sizes: bytes of weight files by bits. roundings: by what tells them apart. contents: texts by name. wanted: results,
+    in the order of the rows. bos: whether windows begin with what the tokenizer puts before a text.
+    """
+
+    checkpoint: Checkpoint
+    requests: Mapping[str, Request]
+    sizes: Mapping[float, int]
+    roundings: Mapping[str, Rounding]
+    contents: Mapping[str, str]
+    scoring: Scoring
+    calibration: Text | None
+    wanted: Sequence[Key]
+    job: Job
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, comparison: Comparison, scoring: Scoring) -> _Race:
+        """Raises AlphaQError for what cannot be compared, before any work."""
+        bits = [cast(float, Budget.of(bits=width).bits) for width in dict.fromkeys(comparison.bits)]
+        asked_for = list(dict.fromkeys(comparison.methods))
+        methods = asked_for if BASELINE in asked_for else [BASELINE, *asked_for]
+        roundings = {str(rounding): rounding for rounding in comparison.roundings or [Rounding.of("native")]}
+        first = next(iter(roundings))
+        base = comparison.config or PlanConfig(budget=Budget(bits=bits[0]))
+        scoring = scoring.model_copy(update={"bos": base.bos})
+        contents = read_texts(scoring.texts)
+        plain = resolve(base.model_copy(update={"method": BASELINE}))
+        sizes = {width: plain_size(checkpoint, plain, width) for width in bits}
+        base = base.model_copy(update={"budget": Budget(size_bytes=sizes[bits[0]])})
+        pairs = [(name, one) for name in methods for one in roundings if name in asked_for or one == first]
+        return cls(
+            checkpoint,
+            _requests(base, methods, comparison.calibration),
+            sizes,
+            roundings,
+            contents,
+            scoring,
+            comparison.calibration,
+            [(REFERENCE, 16.0, ""), *((name, width, one) for width in bits for name, one in pairs)],
+            _job(checkpoint, base, contents, comparison.calibration, scoring),
+        )
+
+    def results(
+        self,
+        missing: Sequence[Key],
+        known: Mapping[str, object],
+        scratch: Path,
+        resources: Resources,
+    ) -> Iterator[Entry]:
+        """The missing results. known: scores of earlier ones, by digest."""
+        measured = self._measured({name for name, _, _ in missing}, resources)
+        score = partial(score_texts, texts=self.contents, scoring=self.scoring)
+        dtype, device = self.scoring.dtype, self.scoring.device
+        trials = Trials(self.checkpoint, score, scratch, dtype, resources.wrap, resources.workers, device)
+        trials.known = dict(known)
+        beginning = window_beginning(trials.tokenizer, self.scoring.bos)
+        for entry, plan in self._plans(missing, measured, resources):
+            rounding = self.roundings.get(entry.rounding)
+            tried = {} if entry.error else trials.run(plan, rounding)
+            quantizer = "" if rounding is None else rounding.name
+            told = {"quantizer": quantizer, "windows_begin_with": beginning}
+            yield Entry.model_validate(entry.model_dump() | told | tried)
+
+    def _measured(self, methods: set[str], resources: Resources) -> dict[str, Measurements]:
+        """What plans of these methods need to know."""
+        measured = measure_for_plans(
+            self.checkpoint,
+            {name: request for name, request in self.requests.items() if name in methods},
+            PlanInputs(text=self.calibration),
+            resources,
+            check_budget=False,  # an infeasible budget costs its own row only
+        )
+        if resources.cache is not None:
+            resources.cache.close()  # others may measure while this one evaluates
+        return measured
+
+    def _plans(
+        self, keys: Sequence[Key], measured: Mapping[str, Measurements], resources: Resources
+    ) -> Iterator[tuple[Entry, Plan | None]]:
+        """The entry of each key so far, with its plan; None for the reference, and where there is none."""
+        for name, width, rounding in keys:
+            if name == REFERENCE:
+                size = self.checkpoint.nbytes
+                yield Entry(method=name, bits=width, rounding=rounding, budget_bytes=size, size_bytes=size), None
+                continue
+            entry = Entry(method=name, bits=width, rounding=rounding, budget_bytes=self.sizes[width])
+            request = self.requests[name]
+            config = request.config.model_copy(update={"budget": Budget(size_bytes=self.sizes[width])})
+            begin = time.perf_counter()
+            try:
+                plan = checked_plan(self.checkpoint, replace(request, config=config), measured[name], resources)
+            except BudgetError as error:
+                yield entry.model_copy(update={"error": str(error)}), None
+                continue
+            measuring = sum(measured[name].seconds.get(need, 0.0) for need in request.method.needs)
+            figures = {
+                "size_bytes": plan.size_bytes,
+                "average_bits": plan.average_bits,
+                "bits_per_weight": plan.bits_per_weight,
+                "seconds_to_plan": time.perf_counter() - begin + measuring,
+                "taken": "" if plan.check is None else plan.check.taken,
+            }
+            yield entry.model_copy(update=figures), plan
 
 
 def variant_of(base: PlanConfig, name: str) -> PlanConfig:
     """The config of a method as `compare` names it: `alphaq`, or with its own settings, `alphaq:gamma=2:tail=ks`.
 
-    Raises AlphaQError for a setting that is not one of `SETTINGS`, or a bad value.
+    Raises AlphaQError for a setting that is not one of `VARIABLE`, or a bad value.
     """
     method, *settings = name.split(":")
-    changes: dict[str, Any] = {"method": method}
+    changes = {"method": method}
     for setting in settings:
         key, separator, value = setting.partition("=")
         key = key.strip().replace("-", "_")
-        if not separator or key not in SETTINGS:
-            raise AlphaQError(unknown(f"setting of method {method}", key, SETTINGS) + " Write method:name=value.")
+        if not separator or key not in VARIABLE:
+            raise AlphaQError(unknown(f"setting of method {method}", key, VARIABLE) + " Write method:name=value.")
         changes[key] = value
     try:
         return PlanConfig.model_validate(base.model_dump() | changes)
     except ValueError as error:
         raise AlphaQError(f"Method {name!r}: {first_fault(error)}.") from None
+
+
+def _known(journal: Journal, job: Job, out: Path) -> Iterable[Entry]:
+    """Results that the journal has; a new one begins with the job. Raises OutputError if it is of another job."""
+    line = {"job": job.model_dump(mode="json")}
+    if not journal.entries:
+        journal.append(line)
+    elif journal.entries[0] != line:
+        raise OutputError(f"{out} holds a comparison of another model, texts or settings. Choose another output.")
+    return map(Entry.model_validate, journal.entries[1:])
 
 
 def _claim(out: Path) -> None:
@@ -216,15 +237,15 @@ def _claim(out: Path) -> None:
 
 def _requests(base: PlanConfig, methods: Sequence[str], calibration: Text | None) -> dict[str, Request]:
     """Every method's request. Raises AlphaQError before any work."""
-    found = {}
+    requests = {}
     for name in methods:
         config = variant_of(base, name)
         if METHODS.get(config.method, METHODS[BASELINE]).kind in ("order", "ratio"):
             config = config.model_copy(update={"per_layer": False})  # they have no losses to share out
-        found[name] = resolve(config)
-        if found[name].method.needs_text and calibration is None:
+        requests[name] = resolve(config)
+        if requests[name].method.needs_text and calibration is None:
             raise StatsError(f"Method {name} needs a text. Give one with --calibration FILE, or leave it out.")
-    return found
+    return requests
 
 
 def _job(
@@ -232,110 +253,17 @@ def _job(
     base: PlanConfig,
     contents: Mapping[str, str],
     calibration: Text | None,
-) -> dict[str, Any]:
-    """What results depend on, apart from method and budget."""
-    digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in contents.items()}
-    settings = base.model_dump(mode="json", exclude={"budget", "method", "calibration"})
-    return {
-        "checkpoint": checkpoint.fingerprint,
-        "contents": checkpoint.contents(),
-        "model_settings": checkpoint.settings_digest(),
-        "texts": digests,
-        "calibration": None if calibration is None else str(calibration),
-        "settings": settings,
-        "alphaq": alphaq.__version__,
-        "format_version": FORMAT_VERSION,
-    }
-
-
-def _runs(
-    checkpoint: Checkpoint,
-    requests: Mapping[str, Request],
-    measured: Mapping[str, Measurements],
-    missing: Sequence[Key],
-    sizes: Mapping[float, int],
-    cache: Cache | None,
-) -> Iterable[tuple[Key, Plan | None, dict[str, Any]]]:
-    """For each missing result its plan (None for the reference) and the entry so far."""
-    for key in missing:
-        name, width, _ = key
-        entry: dict[str, Any] = {"method": name, "bits": width}
-        if name == REFERENCE:
-            yield key, None, entry | dict.fromkeys(("budget_bytes", "size_bytes"), checkpoint.nbytes)
-            continue
-        request = requests[name]
-        found = measured[name]
-        size = sizes[width]
-        entry["budget_bytes"] = size
-        budget = {"budget": Budget(size_bytes=size)}
-        begin = time.perf_counter()
-        try:
-            plan = checked_plan(
-                checkpoint,
-                replace(request, config=request.config.model_copy(update=budget)),
-                found,
-                Resources(cache=cache),
-            )
-        except BudgetError as error:
-            yield key, None, entry | {"error": str(error)}
-            continue
-        seconds = time.perf_counter() - begin + sum(found.seconds.get(need, 0.0) for need in request.method.needs)
-        entry |= {
-            "size_bytes": plan.size_bytes,
-            "average_bits": plan.average_bits,
-            "bits_per_weight": plan.bits_per_weight,
-            "seconds_to_plan": seconds,
-            "taken": "" if plan.check is None else plan.check.taken,
-        }
-        yield key, plan, entry
-
-
-def _rows(entries: Sequence[Mapping[str, Any]], first: str) -> list[Row]:
-    scores: dict[Key, Scores] = {
-        (entry["method"], entry["bits"], entry["rounding"]): window_scores(entry["scores"])
-        for entry in entries
-        if "scores" in entry
-    }
-    rows = []
-    for entry in entries:
-        kept = {key: value for key, value in entry.items() if key not in ("scores", "digest", "rounding")}
-        own = scores.get((entry["method"], entry["bits"], entry["rounding"]))
-        if own is None:
-            rows.append(Row(**kept))
-            continue
-        fidelity = Fidelity({text: summarize_windows(windows, True) for text, windows in own.items()})
-        found = list(fidelity.texts.values())
-        figures: dict[str, Any] = {
-            "perplexity": {text: one.perplexity for text, one in fidelity.texts.items()},
-            "mean_perplexity": fidelity.geomean_perplexity,
-            "kl": fidelity.mean_kl,
-            "ear": sum(one.ear or 0.0 for one in found) / len(found),
-            "top1": sum(one.top1 or 0.0 for one in found) / len(found),
-        }
-        plain = scores.get((BASELINE, entry["bits"], first))
-        if plain is not None and (entry["method"], entry["rounding"]) != (BASELINE, first):
-            paired = paired_bootstrap(own, plain)
-            figures |= {
-                "difference": paired.ratio,
-                "difference_low": paired.interval[0],
-                "difference_high": paired.interval[1],
-            }
-        rows.append(Row(**kept, **figures))
-    return rows
-
-
-def _write(out: Path, rows: Sequence[Row], job: Mapping[str, Any]) -> None:
-    """comparison.json and comparison.csv; a text's perplexity is a column of its own in the latter."""
-    with atomic_file(out / "comparison.json") as unfinished:
-        content = {"job": job, "rows": [asdict(row) for row in rows]}
-        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    texts = list(next((row.perplexity for row in rows if row.perplexity), {}))
-    with atomic_file(out / "comparison.csv") as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
-        table: list[dict[str, Any]] = []
-        for row in rows:
-            cells = asdict(row)
-            by_text = cells.pop("perplexity") or {}
-            table.append(cells | {f"perplexity_{text}": by_text.get(text) for text in texts})
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
+    scoring: Scoring,
+) -> Job:
+    return Job(
+        checkpoint=checkpoint.fingerprint,
+        contents=checkpoint.contents(),
+        model_settings=checkpoint.settings_digest(),
+        texts={name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in contents.items()},
+        calibration=None if calibration is None else str(calibration),
+        settings=base.model_dump(mode="json", exclude={"budget", "method", "calibration"}),
+        window=scoring.window,
+        max_tokens=scoring.max_tokens,
+        skip_tokens=scoring.skip_tokens,
+        dtype=scoring.dtype,
+    )

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -28,46 +28,23 @@ from alphaq.engines.profiles import ENGINES
 from alphaq.errors import BudgetError
 from alphaq.evaluation.certificate import Estimate, Settings, digest_of, figures
 from alphaq.evaluation.fidelity import read_texts, score_texts, window_beginning
+from alphaq.measuring.resources import USUAL, Resources
 from alphaq.nouns.plan import Plan, SourceIdentity
+from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import Budget
+from alphaq.nouns.target import Reaches, Target
 from alphaq.planning import Measurements, Request, Scope, make_plan, problem_of
 from alphaq.trials.trial import Trials, window_scores
-from alphaq.work.workers import Workers, Wrap, silent
-from alphaq.writing.calibrated import Rounding
-
-Reaches = Literal["within", "estimate", "above"]
-REACHES = get_args(Reaches)
-STEP = 1 / 16
+from alphaq.writing.rounding import Rounding
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Target(_Record):
-    """What is searched for, and how it is measured.
-
-    reaches: when an EAR counts as reached: `within` the interval, or below it; by its `estimate`; or wholly `above`.
-    step: in stored bits per planned weight.
-    """
-
-    ear: float
-    reaches: Reaches = "within"
-    step: float = STEP
-    window: int = 512
-    max_tokens: int | None = None
-    skip_tokens: int = 0
-    dtype: str = "float32"
-    device: str | None = None
-    bos: bool = True
-
-    def budget(self, steps: int) -> float:
-        """Stored bits per planned weight of so many steps."""
-        return round(steps * self.step, 9)
-
-    def reached(self, ear: Estimate) -> bool:
-        """Whether a model of this EAR will do."""
-        return {"within": ear.high, "estimate": ear.value, "above": ear.low}[self.reaches] >= self.ear
+def reached(target: Target, ear: Estimate) -> bool:
+    """Whether a model of this EAR will do."""
+    return {"within": ear.high, "estimate": ear.value, "above": ear.low}[target.reaches] >= target.ear
 
 
 class Point(_Record):
@@ -152,89 +129,141 @@ def require_searchable(profile: Profile) -> None:
         raise BudgetError(f"--ear searches plans for engine {able} only, not for {profile.name}. Use --size.")
 
 
+@dataclass(frozen=True)
+class Trying:
+    """How budgets are tried.
+
+    rounding: the engine's usual one by default. curve_file: written anew after every trial, so that what was found is
+    kept whatever happens. scratch: where quantized matrices lie meanwhile; the system's temporary folder by default.
+    told: gets each point as it is found.
+    """
+
+    scoring: Scoring
+    rounding: Rounding | None = None
+    curve_file: Path | None = None
+    scratch: Path | None = None
+    told: Callable[[Point], object] = lambda point: None
+
+
 def search(
     checkpoint: Checkpoint,
     request: Request,
-    found: Measurements,
-    texts: list[Path],
+    measured: Measurements,
     target: Target,
-    rounding: Rounding | None = None,
-    curve_file: Path | None = None,
-    scratch: Path | None = None,
-    wrap: Wrap = silent,
-    workers: Workers | None = None,
-    told: Callable[[Point], Any] = lambda point: None,
+    trying: Trying,
+    resources: Resources = USUAL,
 ) -> tuple[Plan, Curve]:
     """The plan of the smallest budget that reaches the target, and the curve; the request's own budget is replaced.
 
-    curve_file: written anew after every trial, so that what was found is kept whatever happens. scratch: where
-    quantized matrices lie meanwhile; the system's temporary folder by default. told: gets each point as it is found.
     Raises BudgetError if even the widest choices do not reach the target, saying what they reach.
     """
     require_searchable(request.profile)
     if request.config.unweighted:
         raise BudgetError("--unweighted counts matrices, and --ear searches bytes. Drop one or the other.")
-    rounding = rounding or Rounding.of(request.profile.name)
-    contents = read_texts(texts)
-    low, high = _steps(checkpoint, request, found, target.step)
-    score = partial(
-        score_texts,
-        texts=contents,
-        window=target.window,
-        max_tokens=target.max_tokens,
-        skip_tokens=target.skip_tokens,
-        bos=target.bos,
-    )
-    plans: dict[tuple[int, int], Plan] = {}
-    points: dict[tuple[int, int], Point] = {}
-    with TemporaryDirectory(prefix=".alphaq-search-", dir=scratch) as folder:
-        trials = Trials(checkpoint, score, Path(folder) / "trials", target.dtype, wrap, workers, target.device)
-        curve = _curve(checkpoint, request, rounding, contents, target, trials)
-
-        def reaches(step: int, rest: int | None = None) -> bool:
-            rest = rest or rest_bits(target.budget(step))
-            if (key := (step, rest)) not in points:
-                plans[key] = _plan(checkpoint, request, found, target.budget(step), rest)
-                points[key] = _point(target.budget(step), plans[key], trials.run(plans[key], rounding), target)
-                told(points[key])
-                if curve_file is not None:
-                    _with_points(curve, points).write(curve_file)
-            return points[key].reached
-
-        step = smallest_reaching(low, high, reaches)
+    contents = read_texts(trying.scoring.texts)
+    low, high = _steps(checkpoint, request, measured, target.step)
+    with TemporaryDirectory(prefix=".alphaq-search-", dir=trying.scratch) as folder:
+        scoring = trying.scoring
+        score = partial(score_texts, texts=contents, scoring=scoring)
+        scratch = Path(folder) / "trials"
+        trials = Trials(checkpoint, score, scratch, scoring.dtype, resources.wrap, resources.workers, scoring.device)
+        tried = _Tried(checkpoint, request, measured, target, trying, trials, contents)
+        step = smallest_reaching(low, high, tried.reaches)
         if step is None:
-            best = points[high, rest_bits(target.budget(high))]
-            raise BudgetError(
-                f"Not even the widest choices reach an EAR of {target.ear:g}: with {best.size_bytes:,} bytes "
-                f"({best.budget_bpw:g} bits per weight) it is {best.ear}. Ask for less, or offer wider --choices, 16 "
-                "among them; given --attention-bits and --shared-bits may be too narrow as well."
-            )
+            raise _out_of_reach(target, tried.points[high, rest_bits(target.budget(high))])
         # Where the other roles became wider just there, experts may do with less now.
         rest = rest_bits(target.budget(step))
-        step = descend(low, step, lambda step: reaches(step, rest))
-    curve = _with_points(curve, points).model_copy(
-        update={"chosen": points[step, rest], "failed": points.get((step - 1, rest))}
+        step = descend(low, step, lambda step: tried.reaches(step, rest))
+        curve = tried.curve().model_copy(
+            update={"chosen": tried.points[step, rest], "failed": tried.points.get((step - 1, rest))}
+        )
+    if trying.curve_file is not None:
+        curve.write(trying.curve_file)
+    return tried.plans[step, rest], curve
+
+
+class _Tried:
+    """The budgets that were tried so far: plans and points by step and the bits of other roles."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        request: Request,
+        measured: Measurements,
+        target: Target,
+        trying: Trying,
+        trials: Trials,
+        contents: Mapping[str, str],
+    ) -> None:
+        self.checkpoint, self.request, self.measured = checkpoint, request, measured
+        self.target, self.trying, self.trials = target, trying, trials
+        self.rounding = trying.rounding or Rounding.of(request.profile.name)
+        self.digests = {name: digest_of(text) for name, text in contents.items()}
+        self.plans: dict[tuple[int, int], Plan] = {}
+        self.points: dict[tuple[int, int], Point] = {}
+
+    def reaches(self, step: int, rest: int | None = None) -> bool:
+        """Whether a budget of so many steps reaches the target; each is tried once."""
+        bpw = self.target.budget(step)
+        rest = rest or rest_bits(bpw)
+        if (key := (step, rest)) not in self.points:
+            self.plans[key] = _plan(self.checkpoint, self.request, self.measured, bpw, rest)
+            tried = self.trials.run(self.plans[key], self.rounding)
+            self.points[key] = _point(bpw, self.plans[key], tried, self.target)
+            self.trying.told(self.points[key])
+            if self.trying.curve_file is not None:
+                self.curve().write(self.trying.curve_file)
+        return self.points[key].reached
+
+    def curve(self) -> Curve:
+        """What was found so far."""
+        scoring, target, trials = self.trying.scoring, self.target, self.trials
+        return Curve(
+            alphaq_version=alphaq.__version__,
+            source=self.checkpoint.identity,
+            engine=self.request.profile.name,
+            method=self.request.config.method,
+            quantizer=str(self.rounding),
+            texts=self.digests,
+            target=target.ear,
+            reaches=target.reaches,
+            step=target.step,
+            settings=Settings(
+                window=scoring.window,
+                max_tokens=scoring.max_tokens,
+                skip_tokens=scoring.skip_tokens,
+                begins_with=window_beginning(trials.tokenizer, scoring.bos),
+                dtype=scoring.dtype,
+                computed_in=trials.computed_in,
+                device=str(trials.reference.device),
+            ),
+            points=tuple(sorted(self.points.values(), key=lambda point: (point.size_bytes or 0, point.budget_bpw))),
+        )
+
+
+def _out_of_reach(target: Target, widest: Point) -> BudgetError:
+    return BudgetError(
+        f"Not even the widest choices reach an EAR of {target.ear:g}: with {widest.size_bytes:,} bytes "
+        f"({widest.budget_bpw:g} bits per weight) it is {widest.ear}. Ask for less, or offer wider --choices, 16 "
+        "among them; given --attention-bits and --shared-bits may be too narrow as well."
     )
-    if curve_file is not None:
-        curve.write(curve_file)
-    return plans[step, rest], curve
 
 
-def _steps(checkpoint: Checkpoint, request: Request, found: Measurements, step: float) -> tuple[int, int]:
+def _steps(checkpoint: Checkpoint, request: Request, measured: Measurements, step: float) -> tuple[int, int]:
     """First and last step between the narrowest and the widest plan. Raises BudgetError if that is too many."""
     most = request.config.model_copy(update={"budget": Budget(bpw=32.0)})
-    problem = problem_of(Scope.of(checkpoint, replace(request, config=most)), found.evidence)
+    problem = problem_of(Scope.of(checkpoint, replace(request, config=most)), measured.evidence)
     parameters = sum(matrix.parameters for matrix in checkpoint.planned)
     least, most_bytes = (int(problem.unit_costs.min(axis=1).sum()), int(problem.unit_costs.max(axis=1).sum()))
     low, high = (math.ceil(8 * nbytes / parameters / step - 1e-9) for nbytes in (least, most_bytes))
     return low, max(low, high)
 
 
-def _plan(checkpoint: Checkpoint, request: Request, found: Measurements, bpw: float, rest: int) -> Plan:
+def _plan(checkpoint: Checkpoint, request: Request, measured: Measurements, bpw: float, rest: int) -> Plan:
     config = request.config
     widths = {name: rest for name in ("attention_bits", "shared_bits") if getattr(config, name) is None}
     config = config.model_copy(update={"budget": Budget(bpw=bpw), **widths})
-    made = make_plan(checkpoint, replace(request, config=config), found)
+    made = make_plan(checkpoint, replace(request, config=config), measured)
     return made.model_copy(update={"unchecked": "--ear tries plans on your texts"} if config.check else {})
 
 
@@ -250,10 +279,12 @@ def rest_bits(bpw: float) -> int:
 
 def _point(bpw: float, plan: Plan, tried: Mapping[str, Any], target: Target) -> Point:
     overall, _ = figures(window_scores(tried["scores"]))
+    widths = plan.config
+    assert widths is not None and widths.attention_bits is not None and widths.shared_bits is not None  # by `_plan`
     return Point(
         budget_bpw=bpw,
-        attention_bits=plan.config["attention_bits"],
-        shared_bits=plan.config["shared_bits"],
+        attention_bits=widths.attention_bits,
+        shared_bits=widths.shared_bits,
         bits_per_weight=plan.bits_per_weight,
         average_bits=plan.average_bits,
         size_bytes=plan.size_bytes,
@@ -261,43 +292,6 @@ def _point(bpw: float, plan: Plan, tried: Mapping[str, Any], target: Target) -> 
         ear=overall.ear,
         kl=overall.kl,
         perplexity_ratio=overall.perplexity_ratio,
-        reached=target.reached(overall.ear),
+        reached=reached(target, overall.ear),
         seconds_to_quantize=tried["seconds_to_quantize"],
     )
-
-
-def _curve(
-    checkpoint: Checkpoint,
-    request: Request,
-    rounding: Rounding,
-    contents: Mapping[str, str],
-    target: Target,
-    trials: Trials,
-) -> Curve:
-    """The curve before the first trial."""
-    return Curve(
-        alphaq_version=alphaq.__version__,
-        source=checkpoint.identity,
-        engine=request.profile.name,
-        method=request.config.method,
-        quantizer=str(rounding),
-        texts={name: digest_of(text) for name, text in contents.items()},
-        target=target.ear,
-        reaches=target.reaches,
-        step=target.step,
-        settings=Settings(
-            window=target.window,
-            max_tokens=target.max_tokens,
-            skip_tokens=target.skip_tokens,
-            begins_with=window_beginning(trials.tokenizer, target.bos),
-            dtype=target.dtype,
-            computed_in=trials.computed_in,
-            device=str(trials.reference.device),
-        ),
-        points=(),
-    )
-
-
-def _with_points(curve: Curve, points: Mapping[Any, Point]) -> Curve:
-    ordered = sorted(points.values(), key=lambda point: (point.size_bytes or 0, point.budget_bpw))
-    return curve.model_copy(update={"points": tuple(ordered)})

@@ -1,4 +1,4 @@
-"""What `alphaq compare` prints."""
+"""What `alphaq compare` and `alphaq demo` print."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from alphaq.report.tables import begun, plain_table
-from alphaq.trials.compare import REFERENCE, Row
+from alphaq.report.tables import begun, human_bytes, plain_table
+from alphaq.trials.demo import DemoRow
+from alphaq.trials.results import REFERENCE, Row
 
 
 def comparison_table(rows: Sequence[Row]) -> Table:
@@ -53,3 +54,21 @@ def _figures(row: Row, texts: Sequence[str]) -> list[str]:
         f"{100 * row.top1:.1f} %",
         *("–" if seconds is None else f"{seconds:.1f} s" for seconds in (row.seconds_to_plan, row.seconds_to_quantize)),
     ]
+
+
+def demo_table(rows: Sequence[DemoRow]) -> Table:
+    """The runs of the demo beside one another."""
+    names = list(rows[0].fidelity.texts)
+    table = plain_table("Perplexity on held-out text", "model", "bits", "bpw", "size", *names, "mean", "KL")
+    for row in rows:
+        table.add_row(
+            row.run.label,
+            f"{row.average_bits:.2f}",
+            f"{row.bits_per_weight:.2f}",
+            human_bytes(row.size_bytes),
+            *(f"{row.fidelity.texts[name].perplexity:.2f}" for name in names),
+            f"{row.fidelity.geomean_perplexity:.2f}",
+            f"{row.fidelity.mean_kl:.4f}",
+            style="bold" if row.run.label.startswith("AlphaQ") else "",
+        )
+    return table

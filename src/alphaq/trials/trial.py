@@ -15,13 +15,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from alphaq import pipeline
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.evaluation.fidelity import Remembered, WindowScore
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
 from alphaq.runtime.loading import load_model
 from alphaq.work.workers import Workers, Wrap
-from alphaq.writing.calibrated import Rounding
+from alphaq.writing.quantizing import quantize
+from alphaq.writing.records import WriteOptions
+from alphaq.writing.rounding import Rounding
 
 
 class Trials:
@@ -64,15 +66,8 @@ class Trials:
             else:
                 with TemporaryDirectory(dir=self.blocks.parent) as scratch:
                     folder, begin = Path(scratch) / "model", time.perf_counter()
-                    pipeline.quantize(
-                        self.checkpoint,
-                        plan,
-                        folder,
-                        workers=self.workers,
-                        shared=self.blocks,
-                        check=False,
-                        rounding=rounding,
-                    )
+                    options = WriteOptions(rounding, shared=self.blocks, check=False)
+                    quantize(self.checkpoint, plan, folder, options, Resources(self.workers))
                     seconds = time.perf_counter() - begin
                     model, _ = load_model(folder, self.dtype, self.device)
                 self.known[digest] = self._scores(model)

@@ -8,8 +8,6 @@ another node, with a line that says so. Results come back in order, so what is w
 
 from __future__ import annotations
 
-import os
-import platform
 import signal
 import socket
 import time
@@ -18,100 +16,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from alphaq import __version__
-from alphaq.errors import AlphaQError, DeviceError, MissingExtraError, WorkerError
+from alphaq.errors import AlphaQError, DeviceError, MissingExtraError, WorkerError, first_line
 from alphaq.registry import unknown
 from alphaq.terminal import err
-from alphaq.work.workers import Workers
+from alphaq.work.batches import Batch, Node, batches, choose, limited
+from alphaq.work.on_node import own_version, probe, run_batch, sees
+from alphaq.work.workers import Size, Workers, no_bytes
 
 S = TypeVar("S")
 T = TypeVar("T")
-BATCH_BYTES, BATCH_TASKS = 64 << 20, 256  # of source data; of tasks, where those are tiny
-FIRST_BYTES, FIRST_TASKS = 1 << 20, 4  # so that a small job is spread too; doubled each time all have got one
 MOST_TRIES = 4
 GONE = ("NodeDiedError", "TaskUnschedulableError", "LocalRayletDiedError")
 """Errors of Ray that say that a node is no more."""
 CONNECT_S = 10.0
 WAIT_S = 120.0
 REFRESH_S = 10.0
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node as a driver sees it. files: the weight files it can read, None for all."""
-
-    id: str
-    name: str
-    cores: int
-    cards: int = 0
-    files: frozenset[str] | None = None
-
-    def slots(self, on_card: bool) -> int:
-        """Batches it can work on at the same time."""
-        return self.cards if on_card else self.cores
-
-    def can(self, needed: frozenset[str], on_card: bool) -> bool:
-        """Whether it can do what needs these files, and a card or not."""
-        return self.slots(on_card) > 0 and (self.files is None or needed <= self.files)
-
-
-@dataclass
-class Batch:
-    """Consecutive tasks that need the same files."""
-
-    tasks: list[Any]
-    nbytes: int
-    needed: frozenset[str]
-    tries: int = 0
-    node: str | None = None
-    """Where it is, until it is done there."""
-    where: str = ""
-    refs: tuple[Any, Any] | None = None
-    done: bool = False
-
-
-def choose(nodes: Iterable[Node], load: Mapping[str, int], needed: frozenset[str], on_card: bool) -> Node | None:
-    """The node with the most room for what needs these files; None if all have one more than they can work on."""
-    room = [(node.slots(on_card) + 1 - load.get(node.id, 0), node) for node in nodes if node.can(needed, on_card)]
-    best = max(room, key=lambda pair: pair[0], default=None)
-    return best[1] if best is not None and best[0] > 0 else None
-
-
-def limited(nodes: Sequence[Node], most: int | None) -> list[Node]:
-    """The nodes with no more than `most` cores in all, taken from each in turn."""
-    if most is None or sum(node.cores for node in nodes) <= most:
-        return list(nodes)
-    given = [0] * len(nodes)
-    for _ in range(most):
-        least = min((index for index, node in enumerate(nodes) if given[index] < node.cores), key=lambda i: given[i])
-        given[least] += 1
-    return [Node(n.id, n.name, cores, n.cards, n.files) for n, cores in zip(nodes, given, strict=True)]
-
-
-def batches(
-    tasks: Iterable[S], size: Callable[[S], int], needs: Callable[[S], frozenset[str]], slots: int
-) -> Iterator[Batch]:
-    """Consecutive tasks in batches, small at first."""
-    made = 0
-    batch = Batch([], 0, frozenset())
-    for task in tasks:
-        nbytes, needed = size(task), needs(task)
-        growth = 1 << min(made // max(slots, 1), 20)
-        most_bytes, most_tasks = min(BATCH_BYTES, FIRST_BYTES * growth), min(BATCH_TASKS, FIRST_TASKS * growth)
-        full = batch.nbytes + nbytes > most_bytes or len(batch.tasks) >= most_tasks
-        if batch.tasks and (full or needed != batch.needed):
-            yield batch
-            made += 1
-            batch = Batch([], 0, frozenset())
-        batch.needed = needed
-        batch.tasks.append(task)
-        batch.nbytes += nbytes
-    if batch.tasks:
-        yield batch
 
 
 def parse_cluster(text: str) -> str:
@@ -174,33 +96,30 @@ class RayWorkers(Workers):
             _answers(self.address)
             self._ray.init(self.address, log_to_driver=False, logging_level="ERROR", configure_logging=True)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise WorkerError(
-                f"No Ray cluster can be joined at {self.address} ({reason}). Start one with `ray start --head`, or "
-                "name one: --cluster ray:HOST:PORT."
+                f"No Ray cluster can be joined at {self.address} ({first_line(error)}). Start one with `ray start "
+                "--head`, or name one: --cluster ray:HOST:PORT."
             ) from None
         finally:
             with suppress(ValueError):  # of another thread than the main one
                 signal.signal(signal.SIGTERM, before)  # which Ray replaces
         try:
             self._shared = self._ray.put(self.shared)
-            self._run = self._ray.remote(_run_batch)
+            self._run = self._ray.remote(run_batch)
             self._refresh(first=True)
         except BaseException:
             self._ray.shutdown()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ray.shutdown()
 
     def require_card(self, device: str) -> None:
         """Raise DeviceError unless a node can compute on the device."""
         if device != "cuda":
             raise DeviceError(
-                f"--device {device} is of one machine. On a cluster, where each task gets a card, write cuda."
+                f"--device {device} names a card of one machine. On a cluster, where each task gets a card, write cuda."
             )
         if not any(node.cards for node in self.nodes):
             raise DeviceError("No node that can read the checkpoint has a GPU. Drop --device, or add such a node.")
@@ -216,7 +135,7 @@ class RayWorkers(Workers):
         token = folder / f".alphaq-{uuid4().hex}"
         token.write_text(token.name, encoding="utf-8")
         try:
-            asked = [self._on(node, _sees).remote(str(token)) for node in nodes]
+            asked = [self._on(node, sees).remote(str(token)) for node in nodes]
             return sum(self._ray.get(asked, timeout=WAIT_S))
         except (self._ray.exceptions.RayError, TimeoutError):
             return 0
@@ -224,11 +143,7 @@ class RayWorkers(Workers):
             token.unlink()
 
     def map(
-        self,
-        function: Callable[[Any, S], T],
-        tasks: Iterable[S],
-        size: Callable[[S], int] = lambda task: 0,
-        on_card: bool = False,
+        self, function: Callable[[Any, S], T], tasks: Iterable[S], size: Size[S] = no_bytes, on_card: bool = False
     ) -> Iterator[T]:
         """function(shared, task) for every task, in order, wherever there is room. on_card: only where there is a GPU.
 
@@ -255,14 +170,14 @@ class RayWorkers(Workers):
                 if head.done:
                     assert head.refs is not None
                     try:
-                        found, fault = ray.get(head.refs[1]), ray.get(head.refs[0])
+                        results, fault = ray.get(head.refs[1]), ray.get(head.refs[0])
                     except ray.exceptions.RayError as error:
                         self._again(function, head, load, on_card, error)
                         continue
                     queue.popleft()
                     head.refs = None  # lets the store drop them
-                    yield from found
-                    del found
+                    yield from results
+                    del results
                     if fault is not None:
                         raise fault
                     continue
@@ -289,7 +204,7 @@ class RayWorkers(Workers):
     def _submit(self, function: Any, batch: Batch, load: dict[str, int], on_card: bool) -> None:
         """Give a batch to a node; where all that could take it are busy, the least busy one has it waiting."""
         deadline = time.monotonic() + WAIT_S
-        told = False
+        is_told = False
         while True:
             able = [node for node in self.nodes if node.can(batch.needed, on_card)]
             if able:
@@ -300,9 +215,9 @@ class RayWorkers(Workers):
                     f"{', '.join(sorted(batch.needed)) or 'the checkpoint'}. Add nodes, or put the files where they "
                     "can be read, and repeat the command: what is finished is kept."
                 )
-            if not told:
+            if not is_told:
                 self.log("note: no node is left that could go on; waiting for one")
-                told = True
+                is_told = True
             time.sleep(1.0)
             self._refresh()
         node = choose(able, load, batch.needed, on_card) or min(
@@ -369,7 +284,7 @@ class RayWorkers(Workers):
         """Look which nodes there are; new ones are asked what they can read."""
         ray = self._ray
         alive = {one["NodeID"]: one for one in ray.nodes() if one["Alive"]}
-        fresh = {key: self._on(key, _probe).remote([self._shared]) for key in alive if key not in self._known}
+        fresh = {key: self._on(key, probe).remote([self._shared]) for key in alive if key not in self._known}
         refused = []
         if fresh:  # all at once: one that is gone but not missed yet would hold up the others
             ray.wait(list(fresh.values()), num_returns=len(fresh), timeout=WAIT_S)
@@ -381,8 +296,8 @@ class RayWorkers(Workers):
             except (ray.exceptions.RayError, TimeoutError) as error:
                 refused.append(f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[-1]}")
                 continue
-            if version != _version():
-                refused.append(f"{name} has {version}, this machine {_version()}")
+            if version != own_version():
+                refused.append(f"{name} has {version}, this machine {own_version()}")
                 continue
             if files is not None and not files:
                 refused.append(f"{name} cannot read the weights")
@@ -412,56 +327,6 @@ def _note(line: str) -> None:
 def _label(task: Any) -> str:
     """What a task is about."""
     for name in ("matrix", "entry"):
-        if (found := getattr(task, name, None)) is not None:
-            return str(found.name)
+        if (about := getattr(task, name, None)) is not None:
+            return str(about.name)
     return str(getattr(task, "name", type(task).__name__))
-
-
-def _version() -> str:
-    major, minor, _ = platform.python_version_tuple()
-    return f"alphaq {__version__}, python {major}.{minor}"
-
-
-# -- on the nodes ---------------------------------------------------------------------------------
-
-_shared: dict[str, Any] = {}
-
-
-def _shared_of(boxed: Sequence[Any]) -> Any:
-    """What all tasks share, fetched and unpacked once by a process. Boxed, so that Ray does not do so for each task."""
-    import ray
-
-    key = boxed[0].hex()
-    if key not in _shared:
-        import torch
-
-        torch.set_num_threads(1)
-        _shared.clear()
-        _shared[key] = ray.get(boxed[0])
-    return _shared[key]
-
-
-def _run_batch(boxed: Sequence[Any], function: Callable[[Any, S], T], tasks: Sequence[S]) -> tuple[Any, list[T]]:
-    """Results up to the first task that fails, and what that raised, if it is the input's or the system's fault."""
-    shared = _shared_of(boxed)
-    found: list[T] = []
-    try:
-        for task in tasks:
-            found.append(function(shared, task))
-    except (AlphaQError, OSError) as fault:
-        return fault, found
-    return None, found
-
-
-def _probe(boxed: Sequence[Any]) -> tuple[str, frozenset[str] | None]:
-    """This node's version, and which weight files it can read, None where what is shared has none."""
-    asked = getattr(_shared_of(boxed), "readable_files", None)
-    return _version(), None if asked is None else asked()
-
-
-def _sees(token: str) -> bool:
-    """Whether a file that the driver has just written is here too, in a folder that can be written to."""
-    path = Path(token)
-    with suppress(OSError):
-        return path.read_text(encoding="utf-8") == path.name and os.access(path.parent, os.W_OK)
-    return False

@@ -8,10 +8,9 @@ import platform
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 from alphaq.errors import JournalError
+from alphaq.work.untrusted import JsonObject
 
 try:
     import fcntl
@@ -62,9 +61,9 @@ class Journal:
         except (OSError, ValueError):
             return ""
 
-    def _recover(self) -> list[dict[str, Any]]:
+    def _recover(self) -> list[JsonObject]:
         self._file.seek(0)
-        entries: list[dict[str, Any]] = []
+        entries: list[JsonObject] = []
         good = 0
         for line in self._file.readall().splitlines(keepends=True):
             try:
@@ -83,7 +82,7 @@ class Journal:
         self._file.truncate(0)
         self.entries = []
 
-    def append(self, entry: dict[str, Any]) -> None:
+    def append(self, entry: JsonObject) -> None:
         """Add an object; it survives this process from here on."""
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
         while line:  # a disk that is nearly full takes a part, and refuses the next
@@ -99,7 +98,5 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

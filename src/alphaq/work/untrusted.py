@@ -39,7 +39,7 @@ def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     file = path.open("rb", buffering=buffering)
     if status.st_size <= MAX_POINTER_BYTES:
         if file.read(len(POINTER_BEGIN)) == POINTER_BEGIN:

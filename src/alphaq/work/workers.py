@@ -16,7 +16,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +32,15 @@ Wrap = Callable[[Iterable[Any], int, str], Iterable[Any]]
 def silent(items: Iterable[T], total: int, label: str) -> Iterable[T]:
     """No progress shown."""
     return items
+
+
+Size = Callable[[S], int]
+"""The bytes that a task holds while it runs."""
+
+
+def no_bytes(task: object) -> int:
+    """Of tasks that hold next to nothing."""
+    return 0
 
 
 MAX_BYTES = 256 << 20  # of source data waiting or in work, beyond one task for each process
@@ -67,9 +75,7 @@ class Workers:
             self._pool = ProcessPoolExecutor(self.count, context, _start, (self.shared,))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -78,13 +84,9 @@ class Workers:
         return True
 
     def map(
-        self,
-        function: Callable[[Any, S], T],
-        tasks: Iterable[S],
-        size: Callable[[S], int] = lambda task: 0,
-        on_card: bool = False,
+        self, function: Callable[[Any, S], T], tasks: Iterable[S], size: Size[S] = no_bytes, on_card: bool = False
     ) -> Iterator[T]:
-        """function(shared, task) for every task, in order. `size` gives the bytes a task holds while it runs.
+        """function(shared, task) for every task, in order.
 
         on_card: whether the task needs a GPU, which matters where nodes differ. Raises WorkerError if a process dies.
         """

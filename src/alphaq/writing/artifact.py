@@ -16,18 +16,17 @@ import torch
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import NATIVE_METHOD, Checkpoint, open_checkpoint, open_native
 from alphaq.checkpoint.tensors import Encoding, TensorInfo
-from alphaq.engines.native import NESTED
 from alphaq.engines.native import PROFILE as NATIVE
 from alphaq.engines.output import PLAN_NAME, Output
 from alphaq.errors import PlanError
+from alphaq.formats.blocks import decode, dequantize
+from alphaq.formats.coding import block_header, decode_tensor, decoded_info, is_coded
+from alphaq.formats.table import format_of, stored_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import PlanConfig
 from alphaq.nouns.spectrum import Spectrum
-from alphaq.quantizers.coding import block_header, decode_tensor, decoded_info, is_coded
-from alphaq.quantizers.nested import NARROWEST
-from alphaq.quantizers.packing import decode, dequantize
 from alphaq.spectra.measure import Stats
 
 
@@ -37,7 +36,7 @@ def open_artifact(folder: Path) -> tuple[Checkpoint, Plan]:
     Raises CheckpointError, or PlanError if the files are another engine's.
     """
     output = Output(folder)
-    if output.plan.engine != "native":
+    if not output.profile.writer.holds_codes:
         raise PlanError(
             f"{folder} is for {output.plan.engine}, which cannot be read back. Only native checkpoints can be sliced."
         )
@@ -69,14 +68,9 @@ def _values(stored: torch.Tensor, name: str) -> torch.Tensor:
 def nested_choices(checkpoint: Checkpoint, plan: Plan) -> str | None:
     """What planned matrices can be cut down to, as `--choices` wants it; None if none of their codes nest."""
     choices = plan.every_choice()
-    held = {choice for matrix in checkpoint.planned if (choice := choices[matrix.name]).nested}
-    if not held:
-        return None
-    offered = {
-        one for one in NESTED for own in held if one.group_size == own.group_size and NARROWEST <= one.bits <= own.bits
-    }
-    signs = {Choice(1, own.group_size, symmetric=True) for own in held}
-    return ",".join(map(str, sorted(offered | signs)))
+    held = {choices[matrix.name] for matrix in checkpoint.planned}
+    offered = {one for own in held if (cut := format_of(own).narrower(own)) for one in (own, *cut)}
+    return ",".join(map(str, sorted(offered))) or None
 
 
 def known_alphas(checkpoint: Checkpoint, plan: Plan, config: PlanConfig) -> Stats | None:
@@ -84,7 +78,8 @@ def known_alphas(checkpoint: Checkpoint, plan: Plan, config: PlanConfig) -> Stat
 
     Energies are NaN: they are added up from codes while errors are measured.
     """
-    same = all(plan.config.get(key) == getattr(config, key) for key in ("spectrum", "tail"))
+    made = plan.config
+    same = made is not None and (made.spectrum, made.tail) == (config.spectrum, config.tail)
     names = [matrix.name for matrix in checkpoint.planned]
     if not same or config.noise == "analytic" or not plan.alpha.keys() | plan.neutral.keys() >= set(names):
         return None
@@ -104,7 +99,7 @@ def own_pins(checkpoint: Checkpoint, plan: Plan, asked: Container[Role] = ()) ->
 
     asked: roles whose width a user asked for.
     """
-    choices = {name: choice.stored for name, choice in plan.every_choice().items()}
+    choices = {name: stored_choice(choice) for name, choice in plan.every_choice().items()}
     by_role: dict[str, Counter[Choice]] = {}
     roles = {role for role in NATIVE.roles if role is not checkpoint.planned_role and role not in asked}
     copied = NATIVE.on_request  # unless the artifact has them quantized; a pin to 16 bits would convert float32

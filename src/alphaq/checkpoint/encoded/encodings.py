@@ -29,7 +29,7 @@ from torch import Tensor
 
 from alphaq.checkpoint.tensors import Encoding, Part, TensorInfo, stored_grid
 from alphaq.errors import CheckpointError, MissingExtraError
-from alphaq.nouns.ggml import GGML_TYPES
+from alphaq.formats.ggml import GGML_TYPES
 
 MXFP4_COLUMNS = 32
 DECODED_AT_ONCE = 1 << 20  # weights that are held in float32
@@ -113,8 +113,8 @@ def _looked_up(scheme: str, codes: Tensor) -> Tensor:
 
 
 def _decode_scaled(encoding: Encoding, codes: Tensor, parts: Mapping[str, Tensor], start: int) -> Tensor:
-    stored = parts["scales"]
-    scales = _numbers(stored)
+    raw_scales = parts["scales"]
+    scales = _numbers(raw_scales)
     if "factor" in parts:
         scales = scales * parts["factor"].float()
     if "divisor" in parts:
@@ -124,7 +124,7 @@ def _decode_scaled(encoding: Encoding, codes: Tensor, parts: Mapping[str, Tensor
     zeros = _zero_points(encoding, parts["zero_points"], start, blocks) if "zero_points" in parts else None
     columns = encoding.columns or codes.shape[1] * (2 if encoding.scheme == "fp4" else 1)
     width = min(width, columns)  # a hostile config may name any
-    dtype = torch.float16 if stored.dtype == torch.float16 else torch.bfloat16
+    dtype = torch.float16 if raw_scales.dtype == torch.float16 else torch.bfloat16
     decoded = torch.empty(len(codes), columns, dtype=dtype)
     step = max(1, DECODED_AT_ONCE // columns)
     for part in (slice(first, first + step) for first in range(0, len(codes), step)):
@@ -155,13 +155,13 @@ def _powers(exponents: Tensor) -> Tensor:
     return (exponents.to(torch.int16) << 7).clamp(min=64).view(torch.bfloat16)
 
 
-def _zero_points(encoding: Encoding, stored: Tensor, start: int, blocks: Tensor) -> Tensor:
+def _zero_points(encoding: Encoding, points: Tensor, start: int, blocks: Tensor) -> Tensor:
     """Float32 [rows, groups] of zero points, one to each row of codes."""
-    if stored.dtype != torch.int32:
-        return stored.float()[blocks]
+    if points.dtype != torch.int32:
+        return points.float()[blocks]
     bits = packed_bits(encoding.scheme)
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)[:, None]
-    unpacked = ((stored[:, None] >> shifts) & ((1 << bits) - 1)) - (1 << (bits - 1))
+    unpacked = ((points[:, None] >> shifts) & ((1 << bits) - 1)) - (1 << (bits - 1))
     return unpacked.flatten(0, 1)[start % (32 // bits) :][: len(blocks)].float()
 
 

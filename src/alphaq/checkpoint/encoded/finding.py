@@ -226,7 +226,8 @@ def _form(finder: _Finder, codes: TensorInfo, scales: TensorInfo) -> Form:
         # Other tools' bytes may be integers; only transformers' FP8 has 4-bit floats with scales of more than 8 bits.
         _require_dtype(codes, scales, (*EXPONENTS, "F8_E4M3", *(NUMBERS if method == FP8 else ())))
         scheme, columns = "fp4", 2 * columns
-    return Form(finder.announcement, codes, scheme, (*codes.shape[:-1], columns))
+    shape = codes.shape if columns == codes.shape[-1] else (*codes.shape[:-1], columns)
+    return Form(finder.announcement, codes, scheme, shape)
 
 
 def _require_dtype(codes: TensorInfo, scales: TensorInfo, dtypes: Sequence[str]) -> None:

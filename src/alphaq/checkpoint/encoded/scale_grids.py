@@ -45,11 +45,12 @@ def _grids(form: Form, scales: TensorInfo) -> Iterator[Grid]:
     """Those that codes of a form may have."""
     *lead, rows, columns = form.shape
     announcement, fp8 = form.announcement, form.scheme == "fp8"
-    for height, width in announcement.blocks if fp8 else ():
+    for block in announcement.blocks if fp8 else ():  # the same tuple for all tensors, of which there are many
+        height, width = block
         grid = (*lead, -(-rows // height), -(-columns // width))
-        yield (height, width), grid, grid
+        yield block, grid, grid
         if announcement.method == MODELOPT:  # which keeps the blocks' own sides
-            yield (height, width), (*grid[:-1], 1, grid[-1], 1), grid
+            yield block, (*grid[:-1], 1, grid[-1], 1), grid
     if form.scheme != "fp4" and not (fp8 and announcement.strict):
         yield from _whole_grids(tuple(lead), rows, columns)
     if not fp8 or scales.dtype in EXPONENTS or announcement.method == COMPRESSED_TENSORS:

@@ -213,10 +213,10 @@ def _alternate(pieces: Iterable[str]) -> Iterable[tuple[bool, str]]:
 
 def look_up(config: Mapping[str, Any], path: str) -> Any:
     """A config's value under a key or, with dots, deeper; None if it is not there."""
-    found: Any = config
+    value: Any = config
     for key in path.split("."):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def _has(config: Mapping[str, Any], path: str) -> bool:

@@ -189,10 +189,10 @@ def _unstack(
 
 def _check_expert_count(architecture: Architecture, config: Mapping[str, Any], matrices: Iterable[MatrixRef]) -> None:
     experts = [matrix for matrix in matrices if matrix.role is Role.EXPERT]
-    found = {(matrix.layer, matrix.expert, matrix.projection): matrix for matrix in experts}
+    by_place = {(matrix.layer, matrix.expert, matrix.projection): matrix for matrix in experts}
     shapes: dict[tuple[int | None, str | None], MatrixRef] = {}
     for matrix in experts:
-        other = found[matrix.layer, matrix.expert, matrix.projection]
+        other = by_place[matrix.layer, matrix.expert, matrix.projection]
         if other is not matrix:
             raise ArchitectureError(
                 f"{matrix.name} is stored twice, in {matrix.tensor!r} and {other.tensor!r}. Keep one layout only."
@@ -207,19 +207,19 @@ def _check_expert_count(architecture: Architecture, config: Mapping[str, Any], m
     per_layer = architecture.experts_per_layer(config)
     layers = architecture.moe_layers(config)
     promised = len(layers) * per_layer * len(projections)
-    if promised > 2 * len(found) + 1000:  # before building a set as large as the config says
+    if promised > 2 * len(by_place) + 1000:  # before building a set as large as the config says
         raise ArchitectureError(
-            f"Found {len(found)} expert matrices but config.json promises {promised}. "
+            f"Found {len(by_place)} expert matrices but config.json promises {promised}. "
             "Complete the download or correct config.json."
         )
     expected = {
         (layer, expert, projection) for layer in layers for expert in range(per_layer) for projection in projections
     }
-    if found.keys() != expected:
-        missing, extra = sorted(expected - found.keys()), sorted(found.keys() - expected)
+    if by_place.keys() != expected:
+        missing, extra = sorted(expected - by_place.keys()), sorted(by_place.keys() - expected)
         layer, expert, projection = (missing or extra)[0]
         problem = "missing" if missing else "not promised by config.json"
         raise ArchitectureError(
-            f"Found {len(found)} expert matrices but config.json promises {len(expected)}; first {problem}: "
+            f"Found {len(by_place)} expert matrices but config.json promises {len(expected)}; first {problem}: "
             f"layer {layer}, expert {expert}, {projection}. Complete the download or correct config.json."
         )

@@ -28,9 +28,9 @@ def fitted(architecture: Architecture, config: Mapping[str, Any], shards: Shards
     names = [name for tensors in shards.values() for name in tensors]
     for lacking in _beginnings(architecture.models):
         if any(_is_anchor(architecture, f"{lacking}.{name}") for name in names):
-            return architecture, {shard: _completed(architecture, held, lacking) for shard, held in shards.items()}
-    found = _prefix_of_layers(architecture, architecture.layers(config), names)
-    return (wrapped(architecture, architecture.settings, (found,)) if found else architecture), shards
+            return architecture, {shard: _completed(architecture, infos, lacking) for shard, infos in shards.items()}
+    prefix = _prefix_of_layers(architecture, architecture.layers(config), names)
+    return (wrapped(architecture, architecture.settings, (prefix,)) if prefix else architecture), shards
 
 
 def _is_anchor(architecture: Architecture, name: str) -> bool:
@@ -64,11 +64,11 @@ def _prefix_of_layers(architecture: Architecture, layers: int, names: Iterable[s
         if rule.role in ANCHORS and rule.template.startswith("{model}."):
             patterns[rule.role].append(compiled(rule.template, architecture.projections, None))
     for role in ANCHORS:
-        held: dict[str, list[int]] = defaultdict(list)
+        layers_of: dict[str, list[int]] = defaultdict(list)
         for match in (pattern.fullmatch(name) for name in names for pattern in patterns[role]):
             if match is not None:
-                held[match["model"]].append(int(match["layer"]))
-        whole = {prefix: len(found) for prefix, found in held.items() if max(found) == layers - 1}
+                layers_of[match["model"]].append(int(match["layer"]))
+        whole = {prefix: len(own) for prefix, own in layers_of.items() if max(own) == layers - 1}
         if whole:
             return max(sorted(whole), key=lambda prefix: whole[prefix])
     return None

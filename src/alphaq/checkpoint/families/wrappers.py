@@ -25,13 +25,13 @@ def language_part(config: Mapping[str, Any], known: Collection[str]) -> tuple[st
     Of several the first with routed experts counts, else the first; those nearest to the top come first.
     """
     squeezed = {_squeezed(model_type): model_type for model_type in known}
-    found = [
+    families = [
         (path, family, part)
         for path, part in _parts(config)
         if (family := _family_of(part, known, squeezed)) is not None
     ]
-    with_experts = [one for one in found if any(_EXPERT_COUNTS.fullmatch(key) and one[2][key] for key in one[2])]
-    for path, family, _ in (*with_experts, *found):
+    with_experts = [one for one in families if any(_EXPERT_COUNTS.fullmatch(key) and one[2][key] for key in one[2])]
+    for path, family, _ in (*with_experts, *families):
         return path, family
     return None
 

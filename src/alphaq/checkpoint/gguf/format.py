@@ -21,7 +21,7 @@ from typing import BinaryIO
 from alphaq.checkpoint.files import check_link, open_file
 from alphaq.checkpoint.gguf.values import STRUCT_FORMATS, VALUE_TYPES, GgufValue, encoded
 from alphaq.errors import CheckpointError, OutputError
-from alphaq.nouns.ggml import GGML_TYPES
+from alphaq.formats.ggml import GGML_TYPES
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -254,8 +254,8 @@ def _count_of(part: GgufFile, key: str) -> int | None:
     """A whole number in the metadata, None if the key is not there."""
     if key not in part.metadata:
         return None
-    given = part.metadata[key]
-    value = None if given.element else given.value
+    entry = part.metadata[key]
+    value = None if entry.element else entry.value
     if type(value) is not int or value < 0:
         raise CheckpointError(f"{part.files[0]}: {key} is not a count. Download the file again.")
     return value
@@ -273,7 +273,7 @@ def _parse(header: _Header) -> GgufFile:
     path = header.path
     if header.size < 24 or header.take(4) != MAGIC:
         raise CheckpointError(
-            f"{path.name} is no GGUF file: it does not begin with {MAGIC.decode()!r}. Check the path."
+            f"{path.name} is not a GGUF file: it does not begin with {MAGIC.decode()!r}. Check the path."
         )
     version = header.uint32()
     if version not in READABLE_VERSIONS:
@@ -310,8 +310,8 @@ def _alignment(metadata: Mapping[str, GgufValue]) -> int | None:
     """What every tensor's offset is a multiple of, in bytes; None if the metadata name no power of two."""
     if ALIGNMENT_KEY not in metadata:
         return DEFAULT_ALIGNMENT
-    given = metadata[ALIGNMENT_KEY]
-    value = given.value if given.type == "uint32" else None
+    entry = metadata[ALIGNMENT_KEY]
+    value = entry.value if entry.type == "uint32" else None
     return value if isinstance(value, int) and value.bit_count() == 1 else None
 
 

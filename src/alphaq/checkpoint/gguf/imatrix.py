@@ -41,10 +41,10 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
         data = read_bounded(path, MAX_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. Check the path of --imatrix.") from None
-    found = _from_gguf(path) if data[:4] == MAGIC else _from_binary(path, data)
-    if not found:
+    tensors = _from_gguf(path) if data[:4] == MAGIC else _from_binary(path, data)
+    if not tensors:
         raise CheckpointError(f"{path} holds no importance matrix. Make one with llama-imatrix.")
-    return ImportanceMatrix(path.name, hashlib.sha256(data).hexdigest()[:16], found)
+    return ImportanceMatrix(path.name, hashlib.sha256(data).hexdigest()[:16], tensors)
 
 
 def _from_gguf(path: Path) -> dict[str, np.ndarray]:
@@ -52,7 +52,7 @@ def _from_gguf(path: Path) -> dict[str, np.ndarray]:
     if len(file.tensors) > 2 * MAX_ENTRIES:
         raise CheckpointError(f"{path} has {len(file.tensors)} tensors, too many. Check the path of --imatrix.")
     opened = {part: PlainFile(file.folder / part) for part in file.files}
-    found = {}
+    means = {}
     for name, tensor in file.tensors.items():
         if not name.endswith(".in_sum2"):
             continue
@@ -63,8 +63,8 @@ def _from_gguf(path: Path) -> dict[str, np.ndarray]:
         sums, calls = (opened[one.file].read(one.begin, one.nbytes).numpy().view("<f4") for one in (tensor, counts))
         if len(sums) % len(calls):
             raise CheckpointError(f"{path}: {own} has {len(sums)} sums for {len(calls)} counts. Make it again.")
-        found[own] = _means(path, own, sums.reshape(len(calls), -1), calls[:, None])
-    return found
+        means[own] = _means(path, own, sums.reshape(len(calls), -1), calls[:, None])
+    return means
 
 
 def _from_binary(path: Path, data: bytes) -> dict[str, np.ndarray]:
@@ -73,13 +73,13 @@ def _from_binary(path: Path, data: bytes) -> dict[str, np.ndarray]:
         (entries,) = struct.unpack_from("<i", data, 0)
         if not 0 < entries <= MAX_ENTRIES:
             raise ValueError(f"it claims {entries} entries")
-        place, found = 4, {}
+        place, means = 4, {}
         for _ in range(entries):
             (length,) = struct.unpack_from("<i", data, place)
             if not 0 < length <= min(len(data) - place, MAX_NAME_BYTES):
                 raise ValueError(f"a name of {length} bytes")
             name = data[place + 4 : place + 4 + length].decode()
-            if name in found or not name.isprintable():
+            if name in means or not name.isprintable():
                 raise ValueError(f"the name {shown(name)} is there twice or not printable")
             place += 4 + length
             calls, count = struct.unpack_from("<ii", data, place)
@@ -87,10 +87,10 @@ def _from_binary(path: Path, data: bytes) -> dict[str, np.ndarray]:
                 raise ValueError(f"{count} values of {name}")
             values = np.frombuffer(data, "<f4", count, place + 8)
             place += 8 + 4 * count
-            found[name] = _means(path, name, values[None], np.array([[max(calls, 0)]], np.float32))
+            means[name] = _means(path, name, values[None], np.array([[max(calls, 0)]], np.float32))
     except (struct.error, ValueError) as error:
-        raise CheckpointError(f"{path} is no importance matrix of llama.cpp ({error}). Check --imatrix.") from None
-    return found
+        raise CheckpointError(f"{path} is not an importance matrix of llama.cpp ({error}). Check --imatrix.") from None
+    return means
 
 
 def _means(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

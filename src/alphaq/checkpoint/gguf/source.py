@@ -27,7 +27,7 @@ from alphaq.checkpoint.gguf.values import GgufValue, Scalar
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
 from alphaq.checkpoint.tensors import Encoding, TensorInfo
 from alphaq.errors import ArchitectureError, CheckpointError
-from alphaq.nouns.ggml import GGML_TYPES
+from alphaq.formats.ggml import GGML_TYPES
 from alphaq.work.untrusted import JsonObject, shown
 
 READABLE_TYPES = ("BF16", "F16", "F32", "Q8_0")
@@ -75,14 +75,14 @@ def find_gguf(model: Path) -> Path | None:
         return model
     if not model.is_dir() or (model / "config.json").exists():
         return None
-    found = sorted(
+    files = sorted(
         path for path in model.glob("*.gguf") if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", path.name)
     )
-    if len(found) > 1:
-        raise CheckpointError(f"{model} holds {len(found)} models, {found[0].name} among them. Name the file instead.")
-    for path in found:
+    if len(files) > 1:
+        raise CheckpointError(f"{model} holds {len(files)} models, {files[0].name} among them. Name the file instead.")
+    for path in files:
         check_link(path)
-    return found[0] if found else None
+    return files[0] if files else None
 
 
 def open_gguf(path: Path, quantized: bool = False) -> GgufModel:
@@ -125,8 +125,8 @@ def _architecture(file: GgufFile, where: str) -> tuple[Architecture, GgufMapping
         mapping = architecture.gguf
         if mapping is None or not all(not r.transform or r.transform in (*_HEADS, _SHIFTED) for r in mapping.tensors):
             continue
-        found = readable.setdefault(mapping.arch, (architecture, mapping))
-        if _suits(architecture, sparse) and not _suits(found[0], sparse):
+        first = readable.setdefault(mapping.arch, (architecture, mapping))
+        if _suits(architecture, sparse) and not _suits(first[0], sparse):
             readable[mapping.arch] = architecture, mapping
     if name in readable:
         return readable[str(name)]
@@ -256,12 +256,13 @@ def _views(
     tensor: GgufTensor, mapping: GgufMapping, architecture: Architecture, config: Mapping[str, Any], where: str
 ) -> Iterator[TensorInfo]:
     """What a GGUF tensor holds, under Hugging Face names."""
-    found = re.match(r"blk\.(0|[1-9]\d{0,5})\.", tensor.name)
-    template = tensor.name if found is None else f"blk.{{layer}}.{tensor.name[found.end() :]}"
+    numbered = re.match(r"blk\.(0|[1-9]\d{0,5})\.", tensor.name)
+    template = tensor.name if numbered is None else f"blk.{{layer}}.{tensor.name[numbered.end() :]}"
     rules = [rule for name in _FUSED.get(template, (template,)) for rule in mapping.tensors if rule.name == name]
     if not rules:
         raise ArchitectureError(
-            f"{where}: {tensor.name} is no known tensor of a {mapping.arch} model. Start from the Hugging Face folder."
+            f"{where}: {tensor.name} is not a known tensor of a {mapping.arch} model. "
+            "Start from the Hugging Face folder."
         )
     stacked = "{expert}" in rules[0].sources[0]
     experts = architecture.experts_per_layer(config) if stacked else 1
@@ -283,7 +284,7 @@ def _views(
         expert, part = divmod(number, len(rules))
         begin = tensor.begin + number * nbytes
         yield TensorInfo(
-            rules[part].sources[0].format(layer=found and found[1], expert=expert),
+            rules[part].sources[0].format(layer=numbered and numbered[1], expert=expert),
             tensor.type if tensor.type in TORCH_DTYPES else "F32",
             shape,
             begin,

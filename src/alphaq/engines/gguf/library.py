@@ -12,10 +12,9 @@ llama.cpp returns are checked before any field is set. A failed call raises with
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 
 from alphaq.engines.gguf.watching import Watch, callback
 from alphaq.errors import AlphaQError, MissingEngineError
-from alphaq.quantizers.ggml import shared_object
+from alphaq.formats.ggml_library import shared_object
 
 GGML_F32, GGML_F16 = 0, 1
 FLASH_ATTENTION_AUTO, FLASH_ATTENTION_OFF = -1, 0
@@ -31,30 +30,30 @@ WARNING, ERROR = 3, 4
 RESERVE = 512  # bytes past the declared fields, more than llama.cpp's structures take
 
 
+def _fields(kind: type[Any], *names: str) -> Iterator[tuple[str, type[Any]]]:
+    return ((name, kind) for name in names)
+
+
+_REST = ("_rest", ctypes.c_ubyte * RESERVE)
+
+
 class _ModelParams(ctypes.Structure):
-    _fields_ = (
-        ("devices", ctypes.c_void_p),
-        ("tensor_buft_overrides", ctypes.c_void_p),
-        ("n_gpu_layers", ctypes.c_int32),
-        ("_rest", ctypes.c_ubyte * RESERVE),
-    )
+    _fields_ = (*_fields(ctypes.c_void_p, "devices", "tensor_buft_overrides"), ("n_gpu_layers", ctypes.c_int32), _REST)
 
 
 class _ContextParams(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_uint32) for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq")),
-        *((name, ctypes.c_uint32) for name in ("n_outputs_max", "n_outputs_max_per_seq")),
-        *((name, ctypes.c_int32) for name in ("n_threads", "n_threads_batch", "ctx_type", "rope_scaling_type")),
-        *((name, ctypes.c_int32) for name in ("pooling_type", "attention_type", "flash_attn_type")),
-        *((name, ctypes.c_float) for name in ("rope_freq_base", "rope_freq_scale", "yarn_ext_factor")),
-        *((name, ctypes.c_float) for name in ("yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow")),
+        *_fields(ctypes.c_uint32, "n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq"),
+        *_fields(ctypes.c_uint32, "n_outputs_max", "n_outputs_max_per_seq"),
+        *_fields(ctypes.c_int32, "n_threads", "n_threads_batch", "ctx_type", "rope_scaling_type"),
+        *_fields(ctypes.c_int32, "pooling_type", "attention_type", "flash_attn_type"),
+        *_fields(ctypes.c_float, "rope_freq_base", "rope_freq_scale", "yarn_ext_factor"),
+        *_fields(ctypes.c_float, "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow"),
         ("yarn_orig_ctx", ctypes.c_uint32),
         ("defrag_thold", ctypes.c_float),
-        ("cb_eval", ctypes.c_void_p),
-        ("cb_eval_user_data", ctypes.c_void_p),
-        ("type_k", ctypes.c_int32),
-        ("type_v", ctypes.c_int32),
-        ("_rest", ctypes.c_ubyte * RESERVE),
+        *_fields(ctypes.c_void_p, "cb_eval", "cb_eval_user_data"),
+        *_fields(ctypes.c_int32, "type_k", "type_v"),
+        _REST,
     )
 
 
@@ -64,10 +63,7 @@ class _Batch(ctypes.Structure):
     _fields_ = (
         ("n_tokens", ctypes.c_int32),
         ("token", ctypes.POINTER(ctypes.c_int32)),
-        ("embd", ctypes.c_void_p),
-        ("pos", ctypes.c_void_p),
-        ("n_seq_id", ctypes.c_void_p),
-        ("seq_id", ctypes.c_void_p),
+        *_fields(ctypes.c_void_p, "embd", "pos", "n_seq_id", "seq_id"),
         ("logits", ctypes.POINTER(ctypes.c_int8)),
     )
 
@@ -150,7 +146,7 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _check(params: ctypes.Structure, defaults: dict[str, Any]) -> None:
+def _check(params: ctypes.Structure, defaults: Mapping[str, float | None]) -> None:
     """Raise LlamaError if a field does not hold its known default: then the structure has changed."""
     found = {name: getattr(params, name) for name in defaults}
     if found != defaults:
@@ -203,9 +199,7 @@ class Llama:
     def __enter__(self) -> Llama:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from alphaq.engines.placement import is_harmless
 from alphaq.engines.settings import require_settings
 from alphaq.errors import ArchitectureError
 from alphaq.nouns.matrix import MatrixRef
+from alphaq.work.untrusted import JsonObject
 
 ENGINE = "llama.cpp"
 FILE_TYPES = {"F16": 1, "BF16": 32}  # llama.cpp's LLAMA_FTYPE_MOSTLY_…
@@ -138,7 +139,7 @@ def gguf_tensors(checkpoint: Checkpoint) -> list[TensorRecipe]:
 class _Stored:
     """A checkpoint's matrices and vectors by name, and which of them have been used."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: JsonObject) -> None:
         self.checkpoint, self.settings = checkpoint, settings
         self.matrices = {matrix.name: matrix for matrix in checkpoint.matrices}
         self.experts = checkpoint.architecture.experts_per_layer(checkpoint.config)
@@ -209,20 +210,20 @@ def _rotated_pairs(values: torch.Tensor, heads: int) -> torch.Tensor:
     return values.view(heads, 2, -1, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
 
 
-def _factors(config: Mapping[str, Any]) -> torch.Tensor:
+def _factors(config: JsonObject) -> torch.Tensor:
     """Of the config's rotary waves. Raises KeyError, TypeError, ValueError or ZeroDivisionError if it is incomplete."""
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return llama3_factors(config["rope_parameters"], head_dim)
 
 
-def _latent_parts(values: torch.Tensor, config: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def _latent_parts(values: torch.Tensor, config: JsonObject) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys [heads, nope, rank] and values [heads, v, rank] that latent attention keeps in one matrix."""
     sizes = (config["qk_nope_head_dim"], config["v_head_dim"])
     keys, rest = values.view(config["num_attention_heads"], sum(sizes), -1).split(sizes, dim=1)
     return keys, rest
 
 
-_TRANSFORMS: dict[str, Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]] = {
+_TRANSFORMS: dict[str, Callable[[torch.Tensor, JsonObject], torch.Tensor]] = {
     "": lambda values, config: values,
     "permute_q": lambda values, config: _rotated_pairs(values, config["num_attention_heads"]),
     "permute_k": lambda values, config: _rotated_pairs(
@@ -237,12 +238,12 @@ _TRANSFORMS: dict[str, Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]
 }
 
 
-def transformed(transform: str, values: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+def transformed(transform: str, values: torch.Tensor, config: JsonObject) -> torch.Tensor:
     """A matrix's values [rows, columns] as the GGUF file holds them, contiguous; themselves if transform is ""."""
     return _TRANSFORMS[transform](values, config)
 
 
-def _shape(rule: GgufTensorRule, shape: tuple[int, ...], settings: Mapping[str, Any]) -> tuple[int, ...]:
+def _shape(rule: GgufTensorRule, shape: tuple[int, ...], settings: JsonObject) -> tuple[int, ...]:
     """Shape after a rule's transformation. Raises ArchitectureError if config.json has no heads of that size."""
     if not rule.transform:
         return shape
@@ -271,7 +272,7 @@ def _mapping(checkpoint: Checkpoint) -> GgufMapping:
     return checkpoint.architecture.gguf
 
 
-def _hyperparameters(mapping: GgufMapping, config: Mapping[str, Any]) -> dict[str, GgufValue]:
+def _hyperparameters(mapping: GgufMapping, config: JsonObject) -> dict[str, GgufValue]:
     """What the table says of the config, in the table's order."""
     found: dict[str, GgufValue] = {}
     for key, rule in mapping.metadata.items():
@@ -286,7 +287,7 @@ def _hyperparameters(mapping: GgufMapping, config: Mapping[str, Any]) -> dict[st
     return {key: value for key, value in found.items() if scaled or ".rope.scaling." not in key}
 
 
-def _said(rule: GgufKey, config: Mapping[str, Any], arch: str) -> Any:
+def _said(rule: GgufKey, config: JsonObject, arch: str) -> Any:
     """The value for a key, None for nothing."""
     if any(looked_up(other, config) not in needed for other, needed in rule.when.items()):
         return None

@@ -6,7 +6,7 @@ The package collects metadata in a writer. Here the writer has no file; what it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,7 @@ from alphaq.checkpoint.files import check_link, is_file, read_json
 from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.checkpoint.side_files import MOST_SIDE_BYTES, TEMPLATE_FOLDER
 from alphaq.errors import MissingExtraError
-from alphaq.work.untrusted import read_bounded
+from alphaq.work.untrusted import JsonObject, read_bounded
 
 MOST_SETTING = 1e6
 
@@ -31,7 +31,7 @@ def package() -> ModuleType:
 
 
 def general_metadata(
-    folder: Path, name: str, config: Mapping[str, Any], parameters: tuple[int, int, int], experts: int
+    folder: Path, name: str, config: JsonObject, parameters: tuple[int, int, int], experts: int
 ) -> dict[str, GgufValue]:
     """The model's labels (`general.*`), from its model card and its name.
 
@@ -42,7 +42,7 @@ def general_metadata(
 
     sampling = _sampling(folder)
 
-    def labels(card: Mapping[str, Any]) -> dict[str, GgufValue]:
+    def labels(card: JsonObject) -> dict[str, GgufValue]:
         found = metadata.apply_metadata_heuristic(metadata(), card, config, Path(name), parameters[0])
         for key, value in sampling.items():
             setattr(found, key, value)

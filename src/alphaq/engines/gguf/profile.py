@@ -30,8 +30,9 @@ from alphaq.engines.gguf.tokenizer import tokens_left_out
 from alphaq.engines.profile import Profile
 from alphaq.errors import CheckpointError, ChoiceError, PlanError
 from alphaq.formats.gaussian import GAUSSIAN_ERROR
+from alphaq.formats.ggml import GGML_BLOCKS
+from alphaq.formats.table import format_of, parse_choice
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.ggml import GGML_BLOCKS
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
 from alphaq.nouns.plan import Plan
 
@@ -59,7 +60,7 @@ def with_bits(bits: int) -> Choice:
         raise ChoiceError(
             f"{bits} bits name no usual type of llama.cpp. Available: {available}, 16 (kept). Or name a ggml type."
         )
-    return Choice.parse(TYPE_OF_BITS[bits])
+    return parse_choice(TYPE_OF_BITS[bits])
 
 
 def storage_bytes(choice: Choice, shape: Shape) -> int:
@@ -69,11 +70,7 @@ def storage_bytes(choice: Choice, shape: Shape) -> int:
     upper bound (below 32 bytes of excess each); it is exact if a matrix has a multiple of 16 blocks, as it has
     whenever its rows are a multiple of 16, because every block has an even number of bytes.
     """
-    rows, columns = shape
-    size = (
-        rows * (columns // choice.group_size) * GGML_BLOCKS[choice.scheme][2] if choice.scheme else 2 * rows * columns
-    )
-    return _padded(size)
+    return _padded(format_of(choice).storage_bytes(choice, shape))
 
 
 def kept_bytes(checkpoint: Checkpoint, matrix: MatrixRef) -> int:
@@ -90,15 +87,15 @@ def _padded(nbytes: int) -> int:
 def obstacle(choice: Choice, matrix: MatrixRef) -> str | None:
     """llama.cpp stores no partial blocks."""
     columns = matrix.shape[1]
-    if choice.scheme and matrix.name.endswith("kv_b_proj.weight"):
+    if not choice.kept and matrix.name.endswith("kv_b_proj.weight"):
         return "llama.cpp takes latent attention's keys and values apart and transposes the keys"
-    if choice.scheme and columns % choice.group_size:
-        return f"rows of {columns} weights are not whole {choice.scheme} blocks of {choice.group_size}"
+    if not choice.kept and columns % choice.group_size:
+        return f"rows of {columns} weights are not whole {choice} blocks of {choice.group_size}"
     return None
 
 
 def file_layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
-    """The one file. Raises PlanError if matrices of one tensor have several choices, or one that is no ggml type."""
+    """The one file. Raises PlanError if matrices of one tensor have several choices, or one that is not a ggml type."""
     recipes = gguf_tensors(checkpoint)
     types = {recipe.name: _type(recipe, choices, checkpoint) for recipe in recipes}
     header, places, nbytes = layout(_metadata(checkpoint), {r.name: (types[r.name], r.shape) for r in recipes})
@@ -136,11 +133,11 @@ def _type(recipe: TensorRecipe, choices: Mapping[str, Choice], checkpoint: Check
             f"{recipe.name} is one tensor in llama.cpp, but the plan gives its matrices {shown}. Choose one."
         )
     choice, first = found.pop(), recipe.matrices[0]
-    if not choice.scheme:
-        raise PlanError(f"{first.name}: {choice} is no ggml type. Plan with --engine llama.cpp.")
+    if str(choice) not in GGML_BLOCKS:
+        raise PlanError(f"{first.name}: {choice} is not a ggml type. Plan with --engine llama.cpp.")
     if why := obstacle(choice, first):
         raise PlanError(f"llama.cpp cannot store {first.name} as {choice}: {why}. Choose another type.")
-    return choice.scheme
+    return str(choice)
 
 
 def _entry(
@@ -155,8 +152,8 @@ def _entry(
         info = checkpoint.info(source.tensor)
         whole = (info.dtype, info.encoding, recipe.transform, source.transposed) == (type, None, "", False)
         if type in GGML_BLOCKS or not (whole and source.index is None and info.shape == source.shape):
-            choice = Choice.parse(type) if type in GGML_BLOCKS else Choice(16)
-            cast = "" if choice.scheme or source.dtype == type else type  # experts may differ in their dtype
+            choice = parse_choice(type) if type in GGML_BLOCKS else Choice(16)
+            cast = "" if not choice.kept or source.dtype == type else type  # experts may differ in their dtype
             return Entry(source.name, source, choice, (place,), parts, Form(recipe.transform, cast))
     info = checkpoint.info(own)
     same = info.encoding is None and info.dtype == type and not recipe.transform
@@ -187,11 +184,11 @@ def reader(parts: Sequence[torch.Tensor], choice: Choice, shape: Shape, name: st
     """Rows by the `gguf` package's own code."""
     gguf = package()
     rows, columns = shape
-    _, block, nbytes = GGML_BLOCKS[choice.scheme]
+    _, block, nbytes = GGML_BLOCKS[str(choice)]
     if parts[0].numel() != rows * (columns // block) * nbytes:
         raise CheckpointError(f"{name}: {choice} of shape {list(shape)} does not take {parts[0].numel()} bytes.")
     codes = parts[0].view(rows, -1).numpy()
-    kind = gguf.GGMLQuantizationType[choice.scheme]
+    kind = gguf.GGMLQuantizationType[str(choice)]
     return lambda part: torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(codes[part], kind)))
 
 
@@ -208,7 +205,7 @@ def fault(name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[t
     """Why a tensor is not of the plan's type, or None."""
     found = stored[0].dtype
     kept = choice.kept and found in READABLE_TYPES
-    return None if kept or found == choice.scheme else f"{name} is stored as {found}, the plan says {choice}"
+    return None if kept or found == str(choice) else f"{name} is stored as {found}, the plan says {choice}"
 
 
 def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout) -> None:
@@ -261,9 +258,9 @@ PROFILE = Profile(
     name="llama.cpp",
     summary="GGUF: any ggml type (1.56 to 8.5 bits), one per layer and projection",
     unit="layer × projection",
-    choices=(*map(Choice.parse, GGML_BLOCKS), Choice(16)),
+    choices=(*map(parse_choice, GGML_BLOCKS), Choice(16)),
     # Types with blocks of 32 stay in: many experts have rows that are no multiple of 256 (1408 in Qwen1.5-MoE).
-    defaults=tuple(Choice.parse(name) for name in GGML_BLOCKS if not _is_beaten(name)),
+    defaults=tuple(parse_choice(name) for name in GGML_BLOCKS if not _is_beaten(name)),
     with_bits=with_bits,
     storage_bytes=storage_bytes,
     file_bytes=lambda matrix, choice: storage_bytes(choice, matrix.shape),
@@ -288,5 +285,6 @@ PROFILE = Profile(
         notes=notes,
         run=Run("llama.cpp", logits, tolerance=0.15),
         type_file=type_file,
+        takes_roundings=False,
     ),
 )

@@ -1,30 +1,20 @@
 """The tokenizer as a GGUF file holds it: byte-level BPE (llama.cpp's `gpt2`) or SentencePiece (its `llama`).
 
-llama.cpp knows the rules that cut a text into words by name only. The names of common ones are in
-pre_tokenizers.toml, beside the rules as tokenizer.json spells them. Source: llama.cpp's convert_hf_to_gguf.py.
+Source: llama.cpp's convert_hf_to_gguf.py.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import sys
-import unicodedata
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
-from importlib.resources import files
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from alphaq.checkpoint.files import open_file, read_json
 from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.engines.gguf.package import package, special_tokens
+from alphaq.engines.gguf.pre_tokenizer import parts_of, recognised
 from alphaq.errors import CheckpointError, MissingExtraError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from alphaq.work.untrusted import JsonObject
 
 # Some families do not declare these special, but all mean them so.
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
@@ -47,7 +37,7 @@ def tokenizer_metadata(folder: Path, vocab_size: int, pre_tokenizer: str | None 
         if model.get("type") == "BPE" and not model.get("byte_fallback"):
             return {
                 "tokenizer.ggml.model": GgufValue.of("string", "gpt2"),
-                "tokenizer.ggml.pre": GgufValue.of("string", pre_tokenizer or _recognised(tokenizer, folder)),
+                "tokenizer.ggml.pre": GgufValue.of("string", pre_tokenizer or recognised(tokenizer, folder)),
                 **_bpe(tokenizer, vocab_size).metadata(),
                 **special_tokens(folder, vocab_size, merges=True),
             }
@@ -132,7 +122,7 @@ class _Vocabulary:
         return lists | {"tokenizer.ggml.token_type": GgufValue.array("int32", self.kinds)}
 
 
-def _bpe(tokenizer: Mapping[str, Any], vocab_size: int) -> _Vocabulary:
+def _bpe(tokenizer: JsonObject, vocab_size: int) -> _Vocabulary:
     """The vocabulary of a tokenizer.json.
 
     Scores are for one that was converted from SentencePiece. That merges the pair whose result has the best score,
@@ -155,7 +145,7 @@ def _bpe(tokenizer: Mapping[str, Any], vocab_size: int) -> _Vocabulary:
     return vocabulary
 
 
-def _added(folder: Path | None, tokenizer: Mapping[str, Any]) -> Iterator[tuple[int, str, bool]]:
+def _added(folder: Path | None, tokenizer: JsonObject) -> Iterator[tuple[int, str, bool]]:
     """Id, text and whether it is special of each token that was added to a vocabulary.
 
     folder: where SentencePiece's model may have such tokens beside it; None for a tokenizer.json alone.
@@ -183,7 +173,9 @@ def _sentencepiece(folder: Path, vocab_size: int) -> _Vocabulary:
             first = file.readline(MAX_LINE_BYTES)
         if _TIKTOKEN_LINE.fullmatch(first):
             raise _only_tiktoken(folder / "tokenizer.model") from None
-        raise CheckpointError(f"{folder / 'tokenizer.model'} is no SentencePiece model. Download it again.") from None
+        raise CheckpointError(
+            f"{folder / 'tokenizer.model'} is not a SentencePiece model. Download it again."
+        ) from None
     vocabulary = _Vocabulary(vocab_size)
     types = vocabulary.types
     for position in range(pieces.vocab_size()):
@@ -200,11 +192,11 @@ def _sentencepiece(folder: Path, vocab_size: int) -> _Vocabulary:
     return vocabulary
 
 
-def _space_prefix(folder: Path, tokenizer: Mapping[str, Any]) -> dict[str, GgufValue]:
+def _space_prefix(folder: Path, tokenizer: JsonObject) -> dict[str, GgufValue]:
     """Whether a text is given a space in front; SentencePiece does unless it is told not to."""
     prefix = _json(folder / "tokenizer_config.json").get("add_prefix_space")
     if not isinstance(prefix, bool):
-        rules = [*_parts(tokenizer.get("normalizer")), *_parts(tokenizer.get("pre_tokenizer"))]
+        rules = [*parts_of(tokenizer.get("normalizer")), *parts_of(tokenizer.get("pre_tokenizer"))]
         prefix = not tokenizer or any(
             rule["type"] == "Prepend" or (rule["type"] == "Metaspace" and rule.get("prepend_scheme") != "never")
             for rule in rules
@@ -214,60 +206,6 @@ def _space_prefix(folder: Path, tokenizer: Mapping[str, Any]) -> dict[str, GgufV
     return {"tokenizer.ggml.add_space_prefix": GgufValue.of("bool", prefix)}
 
 
-# -- the rule that cuts a text into words -----------------------------------------------------------
-
-
-def _recognised(tokenizer: Mapping[str, Any], folder: Path) -> str:
-    """llama.cpp's name for the pre-tokenizer. Raises CheckpointError if it has none that is known."""
-    steps = list(_steps(tokenizer))
-    normalizers = [part["type"] for part in _parts(tokenizer.get("normalizer"))]
-    ignore_merges = bool(tokenizer["model"].get("ignore_merges"))
-    for rule in _pre_tokenizers():
-        if (
-            rule["steps"] == steps
-            and rule.get("normalizer") in (None, *normalizers)
-            and rule.get("ignore_merges", ignore_merges) == ignore_merges
-        ):
-            return rule["name"]
-    rules, known = " then ".join(steps) or "nothing", ", ".join(rule["name"] for rule in _pre_tokenizers())
-    raise CheckpointError(
-        f"{folder / 'tokenizer.json'} cuts texts into words by {rules}, a rule whose name in llama.cpp is not known "
-        f"here. Name it with --pre-tokenizer NAME; llama.cpp has {known} and more."
-    )
-
-
-def _steps(tokenizer: Mapping[str, Any]) -> Iterator[str]:
-    """A pre-tokenizer's steps as pre_tokenizers.toml spells them."""
-    for part in _parts(tokenizer.get("pre_tokenizer")):
-        if part["type"] == "ByteLevel" and not part.get("add_prefix_space"):
-            if part.get("use_regex", True):
-                yield "ByteLevel"
-        elif part["type"] == "Digits" and part.get("individual_digits"):
-            yield "Digits"
-        elif part["type"] == "Split" and (part["behavior"], part["invert"]) in (("Isolated", False), ("Removed", True)):
-            regex = part["pattern"].get("Regex") or re.escape(part["pattern"]["String"])
-            yield unicodedata.normalize("NFC", regex).replace("\r", r"\r").replace("\n", r"\n")
-        else:
-            yield json.dumps(part, ensure_ascii=False)
-
-
-@lru_cache(maxsize=1)
-def _pre_tokenizers() -> list[dict[str, Any]]:
-    text = (files("alphaq.engines.gguf") / "pre_tokenizers.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)["pre_tokenizer"]
-
-
-def _parts(entry: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """A rule of tokenizer.json, or all that it is made of."""
-    if entry is None:
-        return
-    if entry["type"] != "Sequence":
-        yield entry
-    for key in ("normalizers", "pretokenizers", "decoders"):
-        for part in entry.get(key, []):
-            yield from _parts(part)
-
-
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> JsonObject:
     """An object, empty if the file does not exist."""
     return read_json(path) if path.is_file() else {}

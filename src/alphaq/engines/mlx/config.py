@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from alphaq.checkpoint.reader import Checkpoint
+from alphaq.engines.assumptions.tables import ROPE, family_settings
 from alphaq.engines.effective import model_settings, settings_of
-from alphaq.engines.settings import ROPE, family_settings, require_settings
+from alphaq.engines.settings import require_settings
 from alphaq.errors import ArchitectureError
-from alphaq.nouns.foreign import JsonObject
+from alphaq.work.untrusted import JsonObject
 
 NAME = "mlx"
 

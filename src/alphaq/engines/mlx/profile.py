@@ -25,11 +25,12 @@ from alphaq.engines.safetensors.engine import SafetensorsEngine, words
 from alphaq.engines.safetensors.modules import KEPT, module_of
 from alphaq.engines.safetensors.refusals import require_agreement
 from alphaq.errors import MissingEngineError, MissingExtraError, PlanError
-from alphaq.nouns.choice import GROUP_SIZES, Choice
-from alphaq.nouns.foreign import JsonObject
+from alphaq.formats.native import GROUP_SIZES
+from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.work.untrusted import JsonObject
 
 BITS = (2, 3, 4, 5, 6, 8)
 

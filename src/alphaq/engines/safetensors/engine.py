@@ -24,10 +24,10 @@ from alphaq.engines.safetensors.refusals import require_family
 from alphaq.engines.settings import require_settings
 from alphaq.errors import ChoiceError
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.foreign import JsonObject
 from alphaq.nouns.matrix import MatrixRef, Shape
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.work.untrusted import JsonObject
 
 
 def ragged(choice: Choice, matrix: MatrixRef) -> str | None:

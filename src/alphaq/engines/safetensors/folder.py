@@ -10,8 +10,8 @@ from alphaq.checkpoint.weights import INDEX_NAME
 from alphaq.checkpoint.writer import checksum, copy_file
 from alphaq.engines.effective import TIED, head_of, says_tied
 from alphaq.engines.export import Entry, write_json
-from alphaq.nouns.foreign import JsonObject
 from alphaq.nouns.matrix import Role
+from alphaq.work.untrusted import JsonObject
 
 
 def write_model_folder(folder: Path, checkpoint: Checkpoint, entries: Iterable[Entry], config: JsonObject) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.engines.dense import dense_families, require_assumptions
+from alphaq.engines.assumptions.tables import engine_table
 from alphaq.engines.safetensors.modules import KEPT
+from alphaq.engines.settings import require_assumptions
 from alphaq.errors import PlanError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
@@ -22,7 +23,7 @@ def require_family(checkpoint: Checkpoint, engine: str, title: str) -> None:
     """
     if checkpoint.architecture.name in FAMILIES:
         return
-    dense, family = dense_families(engine), str(checkpoint.config.get("model_type"))
+    dense, family = engine_table(engine).dense, str(checkpoint.config.get("model_type"))
     if family in dense:
         require_assumptions(checkpoint, title, family, dense[family])
         return

@@ -429,7 +429,7 @@
     fact("relative error", isNaN(error[i]) ? "not predicted" : `${figures(error[i])} predicted`);
     if (measured && !isNaN(measured[i])) fact("", `${figures(measured[i])} in the files`);
     make(place, "h4", "", "Density of eigenvalues");
-    if (!densities) make(place, "p", "small", "Not here: it needs the weights. Make the report with --model MODEL.");
+    if (!densities) make(place, "p", "small", "Not here: it needs the weights. Make the report with --reference MODEL.");
     else if (!densities.where.has(i)) make(place, "p", "small", `Not kept for this matrix: ${group(densities.where.size)} of ${group(COUNT)} were sampled. Raise --spectra to keep more.`);
     else density(make(place, "div", "chart"), densities.where.get(i));
     if (P) ladder(place, i);

@@ -1,0 +1,28 @@
+"""`alphaq eval`: perplexity, and the distance from another model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from alphaq.cli.means import JsonOption, ModelArgument, note_folders
+from alphaq.cli.options import Shown
+from alphaq.nouns.scoring import Scoring
+from alphaq.terminal import progress, show
+
+
+def evaluate(
+    model: ModelArgument,
+    scoring: Annotated[Scoring, Shown(without=("skip_tokens",), required=("texts",), defaults={"dtype": "auto"})],
+    reference: Annotated[str | None, typer.Option(help="Model to compare with: KL, top-1, acceptance rate.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity per text with its interval; with --reference also KL, top-1 agreement and EAR."""
+    from alphaq import pipeline
+    from alphaq.evaluation.evaluate import fidelity_json
+    from alphaq.report.tables import fidelity_table
+
+    note_folders(model, reference)
+    fidelity = pipeline.evaluate(model, scoring, reference, progress)
+    show(as_json, {"model": model, **fidelity_json(fidelity)}, fidelity_table(fidelity))

@@ -1,0 +1,31 @@
+"""`alphaq generate`: what a model writes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from alphaq.cli.means import JsonOption, ModelArgument, note_folders
+from alphaq.nouns.sampling import Sampling
+from alphaq.terminal import show
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    sampling: Sampling,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the GPU if there is one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt: with the most likely token each time, or with --temperature a drawn one."""
+    from alphaq.runtime.loading import generate_text
+
+    note_folders(model)
+    completion = generate_text(model, prompt, max_new_tokens, device, sampling)
+    if as_json:
+        show(True, {"model": model, "prompt": prompt, "completion": completion})
+    else:
+        sys.stdout.write(prompt + completion + "\n")

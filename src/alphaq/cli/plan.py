@@ -1,0 +1,113 @@
+"""`alphaq plan`: bits for every matrix under a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from alphaq.cli.inputs import Inputs
+from alphaq.cli.means import JsonOption, Means, opened, resources_for
+from alphaq.cli.options import Asked
+from alphaq.cli.planning import build_plan, plan_config
+from alphaq.cli.search import ANY_BUDGET, ScoringOptions, Search, WantedOptions, search_plan
+from alphaq.errors import AlphaQError, BudgetError
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import PlanConfig
+from alphaq.terminal import show, tell
+
+if TYPE_CHECKING:
+    from alphaq.checkpoint.reader import Checkpoint
+
+
+def plan(
+    asked: Asked[PlanConfig],
+    wanted: WantedOptions,
+    scoring: ScoringOptions,
+    means: Means,
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Folder or hub id.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Plan file to write.")] = None,
+    write_type_file: Annotated[
+        Path | None,
+        typer.Option(help="Also write the types for `llama-quantize --tensor-type-file` (engine llama.cpp)."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check budget and engine by shapes; reads and fetches headers alone.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose bits for every expert matrix under a budget; shows the plan, and writes it with -o."""
+    search, inputs = Search.of(wanted, scoring, asked, means), Inputs.of(asked)
+    config = plan_config(asked, inputs, model is not None, None if search is None else ANY_BUDGET)
+    from alphaq.checkpoint.writer import check_file
+
+    for file in (output, write_type_file, wanted.values["curve"]):
+        if file is not None:
+            check_file(file)
+    _require_model(config, model, search, write_type_file)
+    if dry_run:
+        if model is None or search is not None or output is not None or write_type_file is not None:
+            raise AlphaQError("--dry-run needs MODEL and makes no plan. Drop --output, --write-type-file and --ear.")
+        _show_outline(opened(model, means, headers_only=True), config, as_json)
+        return
+    checkpoint = None if model is None else opened(model, means)
+    with resources_for(checkpoint, means) as resources:
+        if search is None or checkpoint is None:
+            made = build_plan(checkpoint, config, inputs, resources)
+        else:
+            beside = output or search.wanted.curve
+            scratch = None if beside is None else beside.absolute().parent
+            made = search_plan(checkpoint, config, inputs, search, resources, scratch=scratch)
+    if write_type_file is not None and checkpoint is not None:
+        _write_types(write_type_file, checkpoint, made)
+    if output is not None:
+        _write(output, made.to_json())
+        tell(f"Plan written to {output}")
+    _show_plan(made, checkpoint, as_json)
+
+
+def _require_model(config: PlanConfig, model: str | None, search: Search | None, write_type_file: Path | None) -> None:
+    """Raise AlphaQError for options that need the model, or another engine."""
+    from alphaq.engines.gguf.profile import PROFILE
+
+    if write_type_file is not None and (model is None or config.engine != PROFILE.name):
+        raise AlphaQError("--write-type-file is for llama.cpp and needs the model. Add MODEL and --engine llama.cpp.")
+    if search is not None and model is None:
+        raise BudgetError("--ear runs the model. Give MODEL.")
+
+
+def _write_types(path: Path, checkpoint: Checkpoint, made: Plan) -> None:
+    from alphaq.engines.gguf.profile import type_file
+
+    _write(path, type_file(checkpoint, made.every_choice()))
+    tell(f"Types written to {path}")
+
+
+def _write(path: Path, text: str) -> None:
+    from alphaq.checkpoint.writer import atomic_file
+
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _show_outline(checkpoint: Checkpoint, config: PlanConfig, as_json: bool) -> None:
+    """What shapes alone say of a plan."""
+    from dataclasses import asdict
+
+    from alphaq import planning
+    from alphaq.planning.outline import outline
+    from alphaq.report.tables import outline_table
+
+    made = outline(checkpoint, planning.resolve(config))
+    show(as_json, asdict(made), outline_table(made))
+
+
+def _show_plan(made: Plan, checkpoint: Checkpoint | None, as_json: bool) -> None:
+    from alphaq.report.bitmap import bit_map
+    from alphaq.report.places import places_of_matrices
+    from alphaq.report.tables import plan_table
+
+    places = None if checkpoint is None else places_of_matrices(checkpoint.matrices)
+    told = made.model_dump(mode="json", exclude={"table"})
+    show(as_json, told, plan_table(made), lambda console: bit_map(made, console, places))

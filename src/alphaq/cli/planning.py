@@ -1,0 +1,150 @@
+"""Plans as commands make them: checked before any work, and what a user should know of them said on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alphaq.cli.inputs import Inputs, note_source, text_of
+from alphaq.cli.options import Asked
+from alphaq.errors import AlphaQError, BudgetError
+from alphaq.nouns.option import settings_of
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import Budget, PlanConfig
+from alphaq.terminal import complain, note
+
+if TYPE_CHECKING:
+    from alphaq.checkpoint.reader import Checkpoint
+    from alphaq.measuring.resources import Resources
+    from alphaq.planning import Measurements, Request
+
+NAMED_ONLY = ("calibration", "imatrix")  # a plan holds the names of these files, not the files
+
+
+def plan_config(
+    asked: Asked[PlanConfig], inputs: Inputs, with_model: bool = True, budget: Budget | None = None
+) -> PlanConfig:
+    """Check everything a plan is asked for before any work. budget: instead of the one that was typed.
+
+    Raises AlphaQError.
+    """
+    from alphaq.planning import resolve
+
+    config = asked.build(budget=budget or _budget(asked), calibration=None, **inputs.names)
+    if inputs.stats is not None and (config.spectrum, config.tail) != ("farms", "hill"):
+        raise AlphaQError("--stats already holds α, so --spectrum and --tail decide nothing. Drop one or the other.")
+    text = text_of(inputs.calibration) if resolve(config, with_model).method.needs_text else None
+    return config if text is None else config.model_copy(update={"calibration": text.name})
+
+
+def _budget(asked: Asked[PlanConfig]) -> Budget:
+    """Raises BudgetError unless exactly one is stated."""
+    return Budget.of(*(asked.values[name] for name in settings_of(Budget)))
+
+
+def read_plan(path: Path, asked: Asked[PlanConfig], others: Iterable[str] = ()) -> Plan:
+    """A plan file, unless an option would decide what the plan has decided otherwise. others: options that would.
+
+    Raises BudgetError naming the options, or PlanError.
+    """
+    conflicting, engine = set(others), ""
+    if not conflicting:
+        if not path.is_file():
+            raise BudgetError(f"No plan file {path}. Make one with `alphaq plan MODEL --bits 2.5 -o {path.name}`.")
+        plan = Plan.read(path)
+        same = said_by(plan, asked)
+        conflicting = {flag for name, flag in asked.typed.items() if name not in (*NAMED_ONLY, *same)}
+        if not conflicting:
+            return plan
+        engine = f" (it is for {plan.engine})" if "--engine" in conflicting else ""
+    options = ", ".join(sorted(conflicting))
+    raise BudgetError(f"--plan already decides everything that {options} would{engine}. Drop one or the other.")
+
+
+def said_by(plan: Plan, asked: Asked[PlanConfig]) -> set[str]:
+    """Which of the settings that were typed a plan has alike."""
+    config = plan.config
+    same = {"engine"} if asked.values["engine"] == plan.engine else set()
+    budgets = asked.typed.keys() & settings_of(Budget).keys()
+    if config is not None and budgets and _budget(asked) == config.budget:
+        same |= budgets
+    for name in asked.typed.keys() - {"engine", "stats", *NAMED_ONLY, *settings_of(Budget)}:
+        if config is not None and asked.parsed(name) == getattr(config, name):
+            same.add(name)
+    return same & asked.typed.keys()
+
+
+def build_plan(
+    checkpoint: Checkpoint | None,
+    config: PlanConfig,
+    inputs: Inputs,
+    resources: Resources,
+    quantizer: str | None = None,
+) -> Plan:
+    """Measure and plan; says on stderr what a user would not expect. quantizer: that was asked for, if any."""
+    from alphaq import planning
+
+    request, measured = measurements(checkpoint, config, inputs, resources, quantizer)
+    plan = planning.checked_plan(checkpoint, request, measured, resources)
+    note_plan(plan)
+    widest = max(request.offered).bits
+    if config.budget.bits is not None and config.budget.bits > widest:
+        note(f"no choice offered is wider than {widest} bits, so the budget is not used up")
+    return plan
+
+
+def measurements(
+    checkpoint: Checkpoint | None,
+    config: PlanConfig,
+    inputs: Inputs,
+    resources: Resources,
+    quantizer: str | None = None,
+) -> tuple[Request, Measurements]:
+    """The config made concrete, and what must be known for its plans. Raises AlphaQError for options of no use."""
+    from alphaq import planning
+
+    request = planning.resolve(config, checkpoint is not None)
+    method = request.config.method
+    if config.gamma != "auto" and method not in ("alphaq", "paper"):
+        raise BudgetError(f"--gamma applies only to methods alphaq and paper, not to {method}. Drop it.")
+    text = text_of(inputs.calibration, config.bos) if request.method.needs_text else None
+    if inputs.calibration is not None and text is None and quantizer is None:
+        raise BudgetError(f"--calibration does nothing for method {method}. Drop it.")
+    if checkpoint is not None:
+        note_source(checkpoint, config.engine, inputs.imatrix)
+        if config.bos and "synthetic" in request.method.needs:
+            _note_tokenizer(checkpoint)
+    measured = planning.measure_for_plan(
+        checkpoint, request, planning.PlanInputs(inputs.stats, text, inputs.imatrix), resources
+    )
+    if zeros := measured.zeros:
+        complain(
+            f"warning: {len(zeros):,} of {len(measured.evidence.names):,} planned matrices hold nothing but zeros, "
+            f"{zeros[0]} for one, so any bits will do for them. Check that the checkpoint was written to its end."
+        )
+    return request, measured
+
+
+def _note_tokenizer(checkpoint: Checkpoint) -> None:
+    from alphaq.calibration.tokens import tokenizer_fault
+
+    if fault := tokenizer_fault(checkpoint):
+        note(f"the model's tokenizer cannot be loaded ({fault}), so passes begin without BOS")
+
+
+def note_plan(plan: Plan) -> None:
+    """Say what is not as a user would expect."""
+    from alphaq.report.tables import check_words
+
+    missed = {name: reason for name, reason in plan.unplanned.items() if "not an expert" not in reason}
+    note(*(f"{name}: {reason}" for name, reason in [*missed.items(), *plan.neutral.items()][:5]))
+    if plan.check is not None and plan.check.taken == "uniform":
+        note(
+            f"uniform bits are taken, since they change the model less ({check_words(plan.check)}); --no-check "
+            "leaves the check out"
+        )
+    if plan.unchecked is not None:
+        note(f"not compared with uniform bits: {plan.unchecked}")
+    if plan.lower_bound is not None and plan.gap > 1e-6:
+        note(f"this plan is proven to be within {plan.gap:.2g} (relative) of the best one")

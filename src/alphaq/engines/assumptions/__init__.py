@@ -1,0 +1,1 @@
+"""What each engine takes for granted: ENGINE.toml, and what reads it."""

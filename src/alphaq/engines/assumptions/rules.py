@@ -1,0 +1,71 @@
+"""What an engine takes for granted of one setting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from alphaq.checkpoint.families.formulas import evaluated, looked_up
+from alphaq.work.untrusted import JsonObject
+
+UNSET = "none"
+"""How a table of allowed values writes null, which TOML lacks."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What an engine takes for granted of one setting.
+
+    values: what it may be. equals: a formula of other settings that it may be, too. never: what it may not be. when,
+    unless: values of other settings under which this holds, or does not; always by default.
+    """
+
+    values: tuple[Any, ...] = ()
+    equals: str = ""
+    never: tuple[Any, ...] = ()
+    when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    unless: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, entry: Any) -> Fixed:
+        """A list of values, or a table."""
+        table = entry if isinstance(entry, dict) else {"values": entry}
+        values, never = (tuple(_value(one) for one in table.get(key, ())) for key in ("values", "never"))
+        when, unless = (
+            {name: tuple(map(_value, given)) for name, given in table.get(key, {}).items()}
+            for key in ("when", "unless")
+        )
+        return cls(values, table.get("equals", ""), never, when, unless)
+
+    def allows(self, value: Any, config: JsonObject) -> bool:
+        """Whether the engine computes with this value."""
+        if not all(looked_up(name, config) in given for name, given in self.when.items()):
+            return True
+        if any(looked_up(name, config) in given for name, given in self.unless.items()):
+            return True
+        allowed = [*self.values, *([evaluated(self.equals, config)] if self.equals else [])]
+        if allowed and not any(same(value, one) for one in allowed):
+            return False
+        return not any(same(value, one) for one in self.never)
+
+    def __str__(self) -> str:
+        """What is allowed, in words."""
+        said = [f"the value of {self.equals}"] if self.equals else [_listed(self.values)] if self.values else []
+        said += [f"anything but {_listed(self.never)}"] if self.never else []
+        under = "".join(f", with {name} {_listed(given)}" for name, given in self.when.items())
+        other = "".join(f", unless {name} is {_listed(given)}" for name, given in self.unless.items())
+        return " or ".join(said) + under + other
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal, and of one kind: 1 is not true, but 1.0 is 1."""
+    return isinstance(one, bool) == isinstance(other, bool) and one == other
+
+
+def _value(written: Any) -> Any:
+    return None if written == UNSET else written
+
+
+def _listed(values: tuple[Any, ...]) -> str:
+    return " or ".join(map(repr, filter(lambda value: value is not None, values))) or UNSET

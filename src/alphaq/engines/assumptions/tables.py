@@ -1,0 +1,172 @@
+"""ENGINE.toml, read: what an engine makes of each family's settings, and where it has places for tensors."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.resources import files
+from typing import Literal
+
+from alphaq.checkpoint.families.architecture import Architecture
+from alphaq.checkpoint.families.formulas import Assumption, names_in
+from alphaq.engines.assumptions.rules import Fixed
+from alphaq.work.untrusted import JsonObject
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROPE = "rope_parameters"
+
+Verdict = Literal["carried", "neutral", "fixed"]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What is said of all families with experts, or of one of them.
+
+    carried: settings that the engine reads. neutral: those that change nothing it computes. fixed: those that it takes
+    for granted; None lifts for one family what holds for all. rope: parameters that it reads, by type of rotary
+    embedding. tensors: templates of stored names that it has a place for, beside those of the family's
+    `[gguf.tensors]`. prediction_layers: whether it has a place for layers after the last. written: what config.json
+    must say and may lack.
+    """
+
+    carried: frozenset[str] = frozenset()
+    neutral: frozenset[str] = frozenset()
+    fixed: Mapping[str, Fixed | None] = field(default_factory=dict)
+    rope: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    tensors: tuple[str, ...] = ()
+    prediction_layers: bool = False
+    written: JsonObject = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, table: JsonObject) -> Lines:
+        """Raises TypeError for a word that is not known."""
+        rules = {name: None if rule == {} else Fixed.parse(rule) for name, rule in table.get("fixed", {}).items()}
+        read = {kind: frozenset(names) for kind, names in table.get("rope", {}).items()}
+        sets = {key: frozenset(table.get(key, ())) for key in ("carried", "neutral")}
+        return cls(**{**table, **sets, "fixed": rules, "rope": read, "tensors": tuple(table.get("tensors", ()))})
+
+    def and_of(self, family: Lines) -> Lines:
+        """With what is said of one family, which goes before."""
+        return Lines(
+            self.carried | family.carried,
+            self.neutral | family.neutral,
+            {**self.fixed, **family.fixed},
+            {**self.rope, **family.rope},
+            self.tensors + family.tensors,
+            family.prediction_layers,
+            family.written,
+        )
+
+
+@dataclass(frozen=True)
+class EngineTable:
+    """One ENGINE.toml.
+
+    everything: whether it computes with transformers' own class, which carries every setting. wrapped: whether it runs
+    language models that lie beside others. architecture_file: whether the `[gguf]` table of a family's own file says
+    more: `metadata` of what is carried, `config` of what is taken for granted. dense: families without experts that it
+    loads, by `model_type`, and what it takes for granted of each.
+    """
+
+    common: Lines
+    families: Mapping[str, Lines]
+    dense: Mapping[str, Mapping[str, Assumption]]
+    everything: bool = False
+    wrapped: bool = False
+    architecture_file: bool = False
+
+
+@dataclass(frozen=True)
+class FamilySettings:
+    """One family in one engine. lines: of all families and of this one. everything: see `EngineTable`."""
+
+    engine: str
+    family: str
+    lines: Lines
+    everything: bool = False
+
+    @property
+    def carried(self) -> frozenset[str]:
+        """Settings that the engine reads."""
+        return self.lines.carried | {name for name, rule in self.lines.fixed.items() if rule is None}
+
+    @property
+    def neutral(self) -> frozenset[str]:
+        """Settings that change nothing that it computes."""
+        return self.lines.neutral
+
+    @property
+    def fixed(self) -> dict[str, Fixed]:
+        """Settings that it takes for granted."""
+        return {name: rule for name, rule in self.lines.fixed.items() if rule is not None}
+
+    @property
+    def listed(self) -> frozenset[str]:
+        """Settings that some line names, without those inside others."""
+        return self.carried | self.neutral | {name.partition(".")[0] for name in self.fixed} | {ROPE}
+
+    def verdict(self, setting: str) -> Verdict:
+        """What becomes of a setting; one that no line names is fixed to the default of its class."""
+        if setting in self.fixed:
+            return "fixed"
+        if setting in self.neutral:
+            return "neutral"
+        return "carried" if self.everything or setting in self.carried else "fixed"
+
+
+def family_settings(engine: str, architecture: Architecture) -> FamilySettings:
+    """What an engine makes of a family's settings; for one without lines of its own, what holds for all."""
+    table = engine_table(engine)
+    lines = table.common.and_of(table.families.get(architecture.name, Lines()))
+    if table.architecture_file and architecture.gguf is not None:
+        mapping = architecture.gguf
+        said = {name for key in mapping.metadata.values() for formula in key.config for name in names_in(formula)}
+        granted = {name: Fixed((*rule.values, None)) for name, rule in mapping.config.items()}
+        lines = Lines(frozenset(said), fixed=granted).and_of(lines)
+    return FamilySettings(engine, architecture.name, lines, table.everything)
+
+
+def place_pattern(known: FamilySettings, architecture: Architecture) -> re.Pattern[str] | None:
+    """Names of stored tensors that the engine has a place for; None where no list of them exists."""
+    if architecture.gguf is None:
+        return None
+    templates = [source for rule in architecture.gguf.tensors for source in rule.sources]
+    fields = {"layer": r"(?P<layer{}>\d+)", "expert": r"\d+", "part": r"\w+"}
+    patterns = []
+    for number, template in enumerate([*templates, *known.lines.tensors]):
+        pieces = re.split(r"\{(\w+)\}", template)
+        patterns.append("".join(fields[p].format(number) if i % 2 else re.escape(p) for i, p in enumerate(pieces)))
+    return re.compile("|".join(patterns))
+
+
+@lru_cache(maxsize=16)
+def engine_table(engine: str) -> EngineTable:
+    """What lies beside this module for an engine; nothing for one that takes nothing for granted but defaults."""
+    table = _read(engine)
+    families = {family: Lines.parse(lines) for family, lines in table.pop("families", {}).items()}
+    dense = table.pop("dense", {})
+    flags = {key: table.pop(key) for key in ("everything", "wrapped", "architecture_file") if key in table}
+    common = Lines(neutral=frozenset(_read("common")["neutral"])).and_of(Lines.parse(table))
+    granted = {
+        family: {key: Assumption.parse(entry) for key, entry in _extended(dense, family).items()} for family in dense
+    }
+    return EngineTable(common, families, granted, **flags)
+
+
+def _extended(tables: Mapping[str, JsonObject], family: str) -> JsonObject:
+    """A family's table with what it takes over from the one that it extends."""
+    own = dict(tables[family])
+    base = own.pop("extends", None)
+    return own if base is None else {**_extended(tables, base), **own}
+
+
+def _read(name: str) -> JsonObject:
+    path = files("alphaq.engines") / "assumptions" / f"{name}.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

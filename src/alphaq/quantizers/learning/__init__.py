@@ -1,0 +1,1 @@
+"""What `alphaq.quantizers.learned` is made of."""

@@ -1,0 +1,62 @@
+"""A plan held against the checkpoint that it is to be carried out on, before any work."""
+
+from __future__ import annotations
+
+from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.engines.profiles import profile
+from alphaq.errors import PlanError
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.plan import Plan
+
+
+def plan_choices(plan: Plan, checkpoint: Checkpoint) -> dict[str, Choice]:
+    """The plan's choices, checked against the checkpoint it is to be used on.
+
+    Raises PlanError if it was made for other weights, names a matrix that is not there, or leaves one out.
+    """
+    if plan.source is not None and plan.source.fingerprint != checkpoint.fingerprint:
+        raise PlanError(
+            f"The plan was made for {plan.source.name!r} with other weight files than {checkpoint.name!r}. "
+            "Make a new plan for this checkpoint."
+        )
+    known = {matrix.name for matrix in checkpoint.matrices}
+    choices = plan.every_choice()
+    for name in choices:
+        if name not in known:
+            raise PlanError(f"The plan names {name!r}, which {checkpoint.name} does not have. Make a new plan for it.")
+    forgotten = [matrix.name for matrix in checkpoint.planned if matrix.name not in choices]
+    if forgotten:
+        raise PlanError(
+            f"The plan leaves out {len(forgotten)} matrices, first {forgotten[0]!r}. "
+            "Give each a choice; '16' keeps a matrix as it is."
+        )
+    return choices
+
+
+def check_source(checkpoint: Checkpoint, engine: str) -> None:
+    """Raise PlanError if the engine's files need what the source lacks."""
+    if checkpoint.gguf is not None and not profile(engine).writer.from_gguf:
+        raise PlanError(
+            f"{checkpoint.name} is a GGUF file, whose tokenizer and config only --engine llama.cpp carries over. Start "
+            f"from the Hugging Face folder for {engine}."
+        )
+
+
+def check_importance(plan: Plan, imatrix: ImportanceMatrix | None) -> None:
+    """Raise PlanError unless this is the importance matrix that the plan was made with."""
+    planned = plan.imatrix or ""
+    told = plan.config is not None or imatrix is not None
+    if told and planned.rpartition(" ")[2] != (imatrix.digest if imatrix else ""):
+        raise PlanError(
+            f"The plan was made with the importance matrix {planned or 'of ones'}, not with "
+            f"{imatrix.name if imatrix else 'one of ones'}. Give --imatrix the same file, or make the plan again."
+        )
+
+
+def check_size(plan: Plan, size_bytes: int) -> None:
+    """Raise PlanError unless the files take what the plan promises."""
+    if plan.size_bytes not in (None, size_bytes):
+        raise PlanError(
+            f"The plan promises {plan.size_bytes} bytes but its choices take {size_bytes}. Make the plan again."
+        )
