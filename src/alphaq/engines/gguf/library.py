@@ -194,7 +194,9 @@ class Llama:
     @property
     def prefix(self) -> tuple[int, ...]:
         """What the tokenizer puts before a text: BOS, or nothing."""
-        return (self._library.llama_vocab_bos(self._vocab),) if self._library.llama_vocab_get_add_bos(self._vocab) else ()
+        return (
+            (self._library.llama_vocab_bos(self._vocab),) if self._library.llama_vocab_get_add_bos(self._vocab) else ()
+        )
 
     def __enter__(self) -> Llama:
         return self
@@ -244,9 +246,7 @@ class Llama:
         self._start(length)
         return self.step(ids, 0, wanted)
 
-    def step(
-        self, ids: NDArray[np.int32], begin: int, wanted: NDArray[np.bool_] | None = None
-    ) -> NDArray[np.float32]:
+    def step(self, ids: NDArray[np.int32], begin: int, wanted: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:
         """The same for tokens int32 [windows, tokens] that follow `begin` others of their windows."""
         count, length = ids.shape
         flags = np.zeros((count, length), np.bool_) if wanted is None else wanted

@@ -68,7 +68,7 @@ class Node:
         dtype = _TYPES[tensor.type]
         if 0 in tensor.ne:
             return np.empty(self.shape, dtype)
-        begin = (ctypes.c_byte * (sum((n - 1) * s for n, s in zip(tensor.ne, tensor.nb, strict=True)) + dtype.itemsize))
+        begin = ctypes.c_byte * (sum((n - 1) * s for n, s in zip(tensor.ne, tensor.nb, strict=True)) + dtype.itemsize)
         flat = np.frombuffer(begin.from_address(tensor.data), np.uint8)
         return np.lib.stride_tricks.as_strided(
             flat[: dtype.itemsize].view(dtype), self.shape, tuple(reversed(tensor.nb)), writeable=False
