@@ -9,14 +9,14 @@ import pytest
 from conftest import ROOT
 
 LIMITS = {
-    "comparisons with an engine's name": 12,
-    "comparisons with a quantizer's name": 4,
-    "bits == 16 outside formats": 12,
-    "dict[str, Any]": 131,
-    "modules over 400 lines": 13,
-    "functions over 60 lines": 21,
-    "loose modules": 8,
-    "import circles": 2,
+    "comparisons with an engine's name": 0,
+    "comparisons with a quantizer's name": 0,
+    "bits == 16 outside formats": 2,
+    "dict[str, Any]": 4,
+    "modules over 400 lines": 4,
+    "functions over 60 lines": 2,
+    "loose modules": 5,
+    "import circles": 0,
 }
 """Lower a limit when its count has fallen; do not raise one."""
 
