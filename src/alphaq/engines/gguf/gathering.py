@@ -53,10 +53,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Gathered:
-    """What was seen. windows: how many, of which length."""
+    """What was seen of tokens int32 [windows, length]."""
 
     seen: Passing
-    windows: tuple[int, int]
+    ids: Ids
     way: Way
 
 
@@ -157,7 +157,7 @@ def gather(path: Path, sample: Sample, threads: int, shown: Wrap) -> Gathered:
     seen = _watched(runs, ids)
     if not seen.moments:
         raise AlphaQError(f"llama.cpp computes no product with a weight of {path.name}. Is it a language model?")
-    return Gathered(seen, (len(ids), ids.shape[1]), way)
+    return Gathered(seen, ids, way)
 
 
 def _texts(runs: _Runs, sample: Sample) -> Ids:

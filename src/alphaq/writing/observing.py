@@ -1,0 +1,65 @@
+"""An importance matrix of a checkpoint's own: what its weights see when llama.cpp runs it.
+
+A GGUF file is run as it is; a folder is first written as one, in 16 bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix, read_imatrix
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.engines.gguf.gathering import Gathered, Sample, gather
+from alphaq.engines.gguf.importance_file import write_imatrix
+from alphaq.engines.gguf.profile import FILE_NAME, PROFILE
+from alphaq.measuring.resources import USUAL, Resources
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.plan import Plan
+from alphaq.work.workers import available_cores
+from alphaq.writing.quantizing import quantize
+from alphaq.writing.records import WriteOptions
+
+SELF = "self"
+VERSION = 1
+"""Raise it whenever the same model would be observed differently."""
+OWN_DATASET = "the model's own writing"
+
+
+OWN_SAMPLE = Sample()
+OWN_DIGEST = hashlib.sha256(f"{VERSION} {OWN_SAMPLE}".encode()).hexdigest()[:16]
+"""Of how it is made, which is known before, and with the model decides about all of it."""
+
+
+def own_name() -> str:
+    """Name and digest of a model's own importance matrix."""
+    return f"{SELF} {OWN_DIGEST}"
+
+
+def own_importance(
+    checkpoint: Checkpoint, scratch: Path | None = None, resources: Resources = USUAL
+) -> ImportanceMatrix:
+    """Of the model's own writing. scratch: an existing folder, where the model lies in 16 bits meanwhile.
+
+    Raises as `observe` does.
+    """
+    with TemporaryDirectory(prefix=".alphaq-imatrix-", dir=scratch) as folder:
+        path = Path(folder) / "imatrix.gguf"
+        write_imatrix(path, observe(checkpoint, Path(folder), resources, OWN_SAMPLE), (OWN_DATASET,))
+        return replace(read_imatrix(path), name=SELF, digest=OWN_DIGEST)
+
+
+def observe(checkpoint: Checkpoint, scratch: Path, resources: Resources, sample: Sample) -> Gathered:
+    """Run a checkpoint on a sample. Raises AlphaQError where llama.cpp cannot run it."""
+    return gather(in_16_bits(checkpoint, scratch, resources), sample, available_cores(), resources.wrap)
+
+
+def in_16_bits(checkpoint: Checkpoint, scratch: Path, resources: Resources = USUAL) -> Path:
+    """A file that llama.cpp runs: a GGUF file itself, or one that is written into the folder `scratch`."""
+    if checkpoint.gguf is not None:
+        return checkpoint.gguf.folder / checkpoint.gguf.files[0]
+    plan = Plan(engine=PROFILE.name, choices={matrix.name: str(Choice(16)) for matrix in checkpoint.planned})
+    quantize(checkpoint, plan, scratch / "whole", WriteOptions(check=False), resources)
+    return scratch / "whole" / FILE_NAME
