@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from llama import Llama, in_float32
 
 from alphaq.calibration.inputs import Inputs, stream_inputs
+from alphaq.checkpoint.gguf.format import read_gguf
 from alphaq.checkpoint.gguf.imatrix import read_imatrix
+from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.gguf import gathering
 from alphaq.engines.gguf.gathering import Sample, gather
@@ -159,6 +162,15 @@ def test_inputs_of_other_types_are_read_and_others_left(number: int, dtype: Any)
     assert node.readable and np.array_equal(node.values()[0, 0], np.arange(6).reshape(2, 3))
     tensor.type = 8  # blocks of eight-bit integers
     assert not node.readable
+
+
+def test_sizes_in_a_file_s_header_are_not_believed(exact: Callable[[str], Path]) -> None:
+    file = read_gguf(exact("qwen2_moe"))
+    for value in (GgufValue.of("uint64", 2**64 - 1), GgufValue.of("int32", -5), GgufValue.of("float32", float("inf"))):
+        wrong = {key: value if key.startswith("qwen2moe.") else one for key, one in file.metadata.items()}
+        sizes = gathering._Sizes.of(replace(file, metadata=wrong))
+        assert sizes.token_bytes(256) > 0 and sizes.layers <= 10_000 and sizes.outputs > 0
+        assert sizes.enough_tokens <= gathering.MOST_TOKENS
 
 
 # -- the command ----------------------------------------------------------------------------------

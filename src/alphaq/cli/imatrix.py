@@ -42,7 +42,7 @@ def imatrix(
             min=1, help="How many; by default all of the texts, or of its own writing enough for the experts."
         ),
     ] = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens that are seen together.")] = 256,
+    window: Annotated[int, typer.Option(min=2, max=1 << 17, help="Tokens that are seen together.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the model's own writing.")] = 0,
     as_json: JsonOption = False,
 ) -> None:

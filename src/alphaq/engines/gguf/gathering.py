@@ -27,10 +27,13 @@ from alphaq.errors import AlphaQError
 
 PASS_BYTES = 2 << 30  # intermediate values and the KV cache of a batch
 LOGIT_BYTES = 1 << 30
+MOST_LAYERS = 10_000
 MOST_WINDOWS = 256  # sequences that llama.cpp takes side by side
 SIDE_BY_SIDE = 64  # windows that are written at a time
 FEWEST_TOKENS, MOST_TOKENS = 4096, 65_536
 TOKENS_OF_EXPERT = 256  # on average
+MOST_OF_A_SIZE = 1 << 24
+"""Sizes come from a file that anybody may have written, and only decide how much is done at a time."""
 
 Wrap = Callable[[Iterable[int], int, str], Iterable[int]]
 """Shows how far an iteration is: (items, how many, label) → the same items."""
@@ -86,7 +89,7 @@ class _Sizes:
         keys, values = most("attention.key_length", shared), most("attention.value_length", shared)
         feed = max(used * most("expert_feed_forward_length", 0), most("feed_forward_length", 0))
         return cls(
-            layers=most("block_count"),
+            layers=min(most("block_count"), MOST_LAYERS),
             hidden=hidden,
             widest=3 * feed + 2 * used * hidden,
             heads=heads,
@@ -99,7 +102,7 @@ class _Sizes:
     def token_bytes(self, window: int) -> int:
         """Float32 values that a token of a batch takes, about, in bytes: what a layer computes, and what is kept."""
         computed = self.widest + 2 * self.heads * window + 8 * self.hidden
-        return 4 * (computed + self.layers * self.key_values)
+        return 4 * max(1, computed + self.layers * self.key_values)
 
     @property
     def outputs(self) -> int:
@@ -113,11 +116,11 @@ class _Sizes:
 
 
 def _most(value: GgufValue | None, default: int) -> int:
-    """The largest of a number, or of one for each layer."""
-    if value is None or (value.element or value.type) == "string":
+    """The largest of a whole number, or of one for each layer; between 0 and what no model has."""
+    if value is None or "int" not in (value.element or value.type):
         return default
     numbers = value.value if isinstance(value.value, tuple) else (value.value,)
-    return max((int(number) for number in numbers), default=default)
+    return int(np.clip(max((int(number) for number in numbers), default=default), 0, MOST_OF_A_SIZE))
 
 
 def _length(value: GgufValue | None) -> int:
