@@ -26,6 +26,8 @@ from alphaq.engines.gguf.model import gguf_tensors
 from alphaq.engines.gguf.passes import Passing
 from alphaq.engines.gguf.watching import Node
 from alphaq.errors import AlphaQError
+from alphaq.measuring.cache import Cache
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
 from alphaq.work.workers import silent
 from alphaq.writing import observing
@@ -241,3 +243,25 @@ def test_quantize_makes_and_uses_its_own_and_the_plan_makes_it_again(
     assert ran.code == 2 and "importance matrix self" in " ".join(ran.err.split())
     ran = alphaq("plan", model, "--bits", "3", "--imatrix", "self")
     assert ran.code == 2 and "--imatrix is for llama.cpp" in " ".join(ran.err.split())
+
+
+def test_a_model_s_own_is_made_once_and_again_where_the_cache_is_damaged(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Sample] = []
+
+    def counted(path: Path, sample: Sample, *rest: Any) -> Any:
+        made.append(sample)
+        return gather(path, SHORT, *rest)
+
+    monkeypatch.setattr(observing, "gather", counted)
+    checkpoint = open_checkpoint(models["qwen2_moe"])
+    found = []
+    for damage in (None, None, "AAAA", "no base64"):
+        with Cache(tmp_path / "cache", {"model": "one"}) as cache:
+            for path in cache.path.glob("imatrix-*") if damage else ():
+                path.write_text(damage or "")
+            found.append(observing.own_importance(checkpoint, tmp_path, Resources(cache=cache)))
+    assert len(made) == 3 and all(one.digest == observing.OWN_DIGEST for one in found)
+    first, *others = (one.tensors["blk.0.attn_q.weight"] for one in found)
+    assert all(np.array_equal(first, other) for other in others)

@@ -6,6 +6,7 @@ A GGUF file is run as it is; a folder is first written as one, in 16 bits.
 from __future__ import annotations
 
 import hashlib
+from base64 import b64decode, b64encode
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.gguf.gathering import Gathered, Sample, gather
 from alphaq.engines.gguf.importance_file import write_imatrix
 from alphaq.engines.gguf.profile import FILE_NAME, PROFILE
+from alphaq.errors import CheckpointError
 from alphaq.measuring.resources import USUAL, Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
@@ -41,13 +43,32 @@ def own_name() -> str:
 def own_importance(
     checkpoint: Checkpoint, scratch: Path | None = None, resources: Resources = USUAL
 ) -> ImportanceMatrix:
-    """Of the model's own writing. scratch: an existing folder, where the model lies in 16 bits meanwhile.
+    """Of the model's own writing, or what the cache keeps of the same model's. scratch: an existing folder, where the
+    model lies in 16 bits meanwhile.
 
     Raises as `observe` does.
     """
-    with TemporaryDirectory(prefix=".alphaq-imatrix-", dir=scratch) as folder:
+
+    def make() -> str:
+        with TemporaryDirectory(prefix=".alphaq-imatrix-", dir=scratch) as folder:
+            path = Path(folder) / "imatrix.gguf"
+            write_imatrix(path, observe(checkpoint, Path(folder), resources, OWN_SAMPLE), (OWN_DATASET,))
+            return b64encode(path.read_bytes()).decode()
+
+    if resources.cache is None:
+        return _parsed(make())
+    settings = hashlib.sha256(checkpoint.settings_digest().encode()).hexdigest()[:16]
+    return resources.cache.recall(f"imatrix-{OWN_DIGEST}-{settings}.base64", make, _parsed)
+
+
+def _parsed(text: str) -> ImportanceMatrix:
+    """What a file holds whose bytes these are. Raises CheckpointError if it is damaged."""
+    with TemporaryDirectory() as folder:
         path = Path(folder) / "imatrix.gguf"
-        write_imatrix(path, observe(checkpoint, Path(folder), resources, OWN_SAMPLE), (OWN_DATASET,))
+        try:
+            path.write_bytes(b64decode(text, validate=True))
+        except ValueError as error:
+            raise CheckpointError(f"{path.name} in the cache is damaged ({error}).") from None
         return replace(read_imatrix(path), name=SELF, digest=OWN_DIGEST)
 
 
