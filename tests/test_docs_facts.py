@@ -273,7 +273,7 @@ TEXT_FREE = [
     "verify",
     "cache",
 ]
-WITH_TEXT = ["card", "certify", "eval", "generate", "report", "plot", "compare", "demo"]
+WITH_TEXT = ["card", "certify", "eval", "generate", "report", "plot", "compare", "demo", "imatrix"]
 
 
 def promised(command: str) -> set[str]:
@@ -358,6 +358,7 @@ def test_json_of_commands_that_run_the_model_has_the_documented_keys(
         "plot": ("plot", "bits", out, "-o", tmp_path / "bits.svg"),
         "compare": ("compare", tiny, *scored, "--methods", "uniform", "--bits", "2", "-o", tmp_path / "compared"),
         "demo": ("demo", "-o", tmp_path / "demo"),
+        "imatrix": ("imatrix", tiny, "--tokens", 64, "--window", 32, "-o", tmp_path / "imatrix.gguf"),
     }
     found = printed(alphaq, *calls[command])
     if command == "plot":

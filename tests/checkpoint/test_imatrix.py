@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
-from alphaq.checkpoint.gguf.imatrix import read_imatrix
+from alphaq.checkpoint.gguf.imatrix import PRIOR_TOKENS, read_imatrix
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.gguf.importance import importance_of
 from alphaq.errors import CheckpointError
@@ -15,15 +15,16 @@ from conftest import Ran
 
 GATES = "blk.0.ffn_gate_exps.weight"
 HEAD = "output.weight"
+LONG = 1e8  # so that experts' own means are all that counts
 
 
 def write_gguf(path: Path, entries: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Path:
-    """As llama-imatrix writes: sums [experts, columns] and counts [experts, 1]."""
+    """As llama-imatrix writes: sums [experts, columns] and counts [experts, 1], here as of `LONG` such texts."""
     writer = gguf.GGUFWriter(path, "")
     writer.add_type("imatrix")
     for name, (sums, counts) in entries.items():
-        writer.add_tensor(f"{name}.in_sum2", sums.astype(np.float32))
-        writer.add_tensor(f"{name}.counts", counts.astype(np.float32).reshape(-1, 1))
+        writer.add_tensor(f"{name}.in_sum2", (LONG * sums).astype(np.float32))
+        writer.add_tensor(f"{name}.counts", (LONG * counts).astype(np.float32).reshape(-1, 1))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -51,13 +52,26 @@ def sums() -> np.ndarray:
     return np.random.default_rng(0).uniform(1, 9, (8, 256))
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e28])
 def test_importance_is_the_mean_square_of_each_column_over_that_of_all(
     tmp_path: Path, sums: np.ndarray, scale: float
 ) -> None:
     counts = np.arange(1, 9)
     found = read_imatrix(write_gguf(tmp_path / "i.gguf", {GATES: (scale * sums, counts)})).tensors[GATES]
-    assert np.allclose(found, sums / sums.mean(axis=1, keepdims=True))
+    assert np.allclose(found, sums / sums.mean(axis=1, keepdims=True), rtol=1e-5)
+
+
+def test_seldom_reached_experts_take_after_their_layer(tmp_path: Path, sums: np.ndarray) -> None:
+    counts = np.array([0, 1, PRIOR_TOKENS, 100, 1000, 1e4, 1e5, 1e6]) / LONG
+    given = sums * counts[:, None]
+    found = read_imatrix(write_gguf(tmp_path / "i.gguf", {GATES: (given, counts)})).tensors[GATES]
+    layer = given.sum(axis=0) / counts.sum()
+    assert np.allclose(found[0], layer / layer.mean(), rtol=1e-4)
+    half = (sums[2] + layer) / 2
+    assert np.allclose(found[2], half / half.mean(), rtol=1e-4)
+    assert np.allclose(found[7], sums[7] / sums[7].mean(), rtol=1e-3)
+    distances = np.abs(found - sums / sums.mean(axis=1, keepdims=True)).mean(axis=1)
+    assert (np.diff(distances[1:]) < 0).all()  # the more tokens, the more its own
 
 
 def test_both_formats_mean_the_same_matrices(tmp_path: Path, tiny: Path, sums: np.ndarray) -> None:
@@ -76,14 +90,13 @@ def test_both_formats_mean_the_same_matrices(tmp_path: Path, tiny: Path, sums: n
     assert np.allclose(second[one], first[one])
 
 
-def test_experts_never_reached_count_as_ones_and_dead_columns_a_little(tmp_path: Path, sums: np.ndarray) -> None:
-    sums[2] = 0
+def test_tensors_never_reached_count_as_ones_and_dead_columns_a_little(tmp_path: Path, sums: np.ndarray) -> None:
     sums[3, 7] = 0
-    counts = np.where(np.arange(8) == 2, 0, 1)
-    found = read_imatrix(write_gguf(tmp_path / "i.gguf", {GATES: (sums, counts)})).tensors[GATES]
-    assert (found[2] == 1).all()
-    assert 0 < found[3, 7] < 1e-4
-    assert (found > 0).all()
+    entries = {GATES: (sums, np.ones(8)), HEAD: (0 * sums, np.zeros(8))}
+    found = read_imatrix(write_gguf(tmp_path / "i.gguf", entries)).tensors
+    assert 0 < found[GATES][3, 7] < 1e-4
+    assert (found[GATES] > 0).all()
+    assert (found[HEAD] == 1).all()
 
 
 def test_importance_moves_the_error_to_columns_that_matter_less(tmp_path: Path, tiny: Path) -> None:

@@ -73,8 +73,8 @@ def kept(source: Path, engine: str) -> Plan:
 
 def llama_error(out: Path, model: Any, scratch: Path) -> float:
     """Largest difference of llama.cpp's logarithms of chances, with each weight as the number that it stands for."""
-    from llama import Llama
-    from test_llama_cpp import distance, in_float32
+    from llama import Llama, in_float32
+    from test_llama_cpp import distance
 
     with Llama(in_float32(out / "model.gguf", scratch / "f32.gguf"), context=64) as llama:
         return distance(llama, model, [TOKENS]).largest_log

@@ -19,12 +19,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from llama import Llama
-from numpy.typing import NDArray
+from llama import Llama, in_float32, values_in, write_gguf
 from safetensors.torch import save_file
 
 from alphaq import pipeline
-from alphaq.checkpoint.gguf.format import layout, read_gguf
+from alphaq.checkpoint.gguf.format import read_gguf
 from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.gguf import profile as llama_cpp
@@ -68,40 +67,9 @@ def made_by_hand(checkpoint: Checkpoint, type_of: Callable[[MatrixRef], str]) ->
     return Plan(engine="llama.cpp", choices={one.name: type_of(one) for one in checkpoint.with_role(Role.EXPERT)})
 
 
-def values_in(path: Path) -> dict[str, NDArray[np.float32]]:
-    """Every tensor as the gguf package reads it, [..., rows, columns]."""
-    return {
-        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        for tensor in gguf.GGUFReader(path).tensors
-    }
-
-
 def bytes_in(path: Path) -> dict[str, bytes]:
     """Every tensor's stored bytes."""
     return {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(path).tensors}
-
-
-def write_gguf(
-    path: Path,
-    metadata: dict[str, GgufValue],
-    tensors: dict[str, NDArray[np.float32]],
-    type_of: Callable[[str], str] = lambda name: "F32",
-) -> Path:
-    """A file with these values in these types, by the gguf package's quantizers."""
-    types = {name: type_of(name) for name in tensors}
-    header, places, nbytes = layout(metadata, {name: (types[name], tensors[name].shape) for name in tensors})
-    data = np.zeros(nbytes, np.uint8)
-    data[: len(header)] = np.frombuffer(header, np.uint8)
-    for name, place in places.items():
-        stored = gguf.quants.quantize(tensors[name], gguf.GGMLQuantizationType[types[name]])
-        data[place.begin : place.end] = stored.reshape(-1).view(np.uint8)
-    path.write_bytes(data.tobytes())
-    return path
-
-
-def in_float32(path: Path, out: Path) -> Path:
-    """The same model with every weight as the number that it stands for."""
-    return write_gguf(out, read_gguf(path).metadata, values_in(path))
 
 
 def expected_values(checkpoint: Checkpoint, choices: dict[str, Choice]) -> Iterator[tuple[str, torch.Tensor]]:

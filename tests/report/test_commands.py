@@ -13,6 +13,7 @@ from alphaq.nouns.plan import Plan, SourceIdentity
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import resolve
 from alphaq.report.commands import Names, remake, reproduce
+from alphaq.writing.observing import own_name
 from alphaq.writing.rounding import Rounding
 from conftest import Ran
 
@@ -97,7 +98,7 @@ FLIPS: dict[str, list[Flip]] = {
     "seed": [Flip(7, {"method": "random"})],
     "stats": [Flip("numbers.csv")],
     "calibration": [Flip("self", {"method": "baq"}), Flip("notes.txt", {"method": "baq"})],
-    "imatrix": [Flip("importance.gguf 0123456789abcdef", LLAMA)],
+    "imatrix": [Flip("importance.gguf 0123456789abcdef", LLAMA), Flip(own_name(), LLAMA)],
     "codec": [Flip("zstd")],
     "bos": [Flip(False)],
     "check": [Flip(False)],
@@ -141,7 +142,8 @@ def test_the_command_says_every_setting_of_the_plan(
         name, digest = "importance.gguf", "0123456789abcdef"
 
     monkeypatch.setattr("alphaq.cli.plan.build_plan", stop)
-    monkeypatch.setattr("alphaq.cli.inputs.importance_matrix", lambda path: path and Given)
+    monkeypatch.setattr("alphaq.checkpoint.gguf.imatrix.read_imatrix", lambda path: Given)
+    monkeypatch.setattr("alphaq.writing.observing.own_importance", lambda *given: Given)
     words = shlex.split(dict(reproduce(plan))["Plan"])
     with pytest.raises(Parsed):
         cli.main([*words[1:], "--workers", "1"])

@@ -27,6 +27,7 @@ from alphaq.cli.engines import engines
 from alphaq.cli.eval import evaluate
 from alphaq.cli.explain import explain
 from alphaq.cli.generate import generate
+from alphaq.cli.imatrix import imatrix
 from alphaq.cli.inspect import inspect
 from alphaq.cli.methods import methods
 from alphaq.cli.options import as_command
@@ -57,6 +58,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "recode": recode,
     "slice": slice_,
+    "imatrix": imatrix,
     "certify": certify,
     "card": card,
     "report": report,

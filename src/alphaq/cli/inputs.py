@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,51 +14,72 @@ if TYPE_CHECKING:
     from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
     from alphaq.checkpoint.reader import Checkpoint
     from alphaq.cli.options import Asked
+    from alphaq.measuring.resources import Resources
     from alphaq.nouns.settings import PlanConfig
     from alphaq.spectra.measure import Stats
     from alphaq.writing.rounding import Rounding
 
 
+SELF, NONE = "self", "none"
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """What a plan is made with, of which it keeps the names alone. calibration: a file's path, or `self`."""
+    """What a plan is made with, of which it keeps the names alone. calibration: a file's path, or `self`.
+
+    own_imatrix: whether the importance matrix is to be made of the model's own writing.
+    """
 
     stats: Path | Stats | None = None
     calibration: str | None = None
     imatrix: ImportanceMatrix | None = None
+    own_imatrix: bool = False
 
     @classmethod
     def of(cls, asked: Asked[PlanConfig]) -> Inputs:
         """Those that were asked for. Raises AlphaQError for an importance matrix that cannot be read."""
+        from alphaq.checkpoint.gguf.imatrix import read_imatrix
+
         named = asked.values
-        imatrix = importance_matrix(named.get("imatrix"))
-        return cls(named.get("stats"), named.get("calibration"), imatrix)
+        imatrix = named.get("imatrix")
+        file = None if imatrix in (None, SELF, NONE) else read_imatrix(Path(imatrix))
+        return cls(named.get("stats"), named.get("calibration"), file, imatrix == SELF)
 
     @property
     def names(self) -> dict[str, str | None]:
         """What a plan keeps of them. Numbers that come from an output have no name."""
-        importance = self.imatrix
-        return {
-            "stats": getattr(self.stats, "name", None),
-            "imatrix": None if importance is None else f"{importance.name} {importance.digest}",
-        }
+        return {"stats": getattr(self.stats, "name", None), "imatrix": self._imatrix_name}
 
+    @property
+    def _imatrix_name(self) -> str | None:
+        if self.own_imatrix:
+            from alphaq.writing.observing import own_name
 
-def importance_matrix(path: Path | None) -> ImportanceMatrix | None:
-    """Read one. Raises AlphaQError."""
-    from alphaq.checkpoint.gguf.imatrix import read_imatrix
+            return own_name()
+        return None if self.imatrix is None else f"{self.imatrix.name} {self.imatrix.digest}"
 
-    return None if path is None else read_imatrix(path)
+    def made_for(self, checkpoint: Checkpoint | None, resources: Resources, scratch: Path | None) -> Inputs:
+        """With the model's own importance matrix, if it was asked for. scratch: folder for the model in 16 bits.
+
+        Raises AlphaQError without a model, and where llama.cpp cannot run it.
+        """
+        if not self.own_imatrix:
+            return self
+        from alphaq.writing.observing import own_importance
+
+        if checkpoint is None:
+            raise AlphaQError("--imatrix self runs the model. Give MODEL.")
+        return replace(self, imatrix=own_importance(checkpoint, scratch, resources), own_imatrix=False)
 
 
 def text_of(source: str | None, bos: bool = True) -> Text | None:
     """What methods and quantizers are to look at. Raises AlphaQError if it is no text."""
     if source is None:
         return None
-    from alphaq.calibration.text import SELF, Text
+    from alphaq.calibration.text import Text
 
     if source == SELF:
-        return Text(SELF, bos=bos)
+        return Text("self", bos=bos)
     if not Path(source).is_file():
         raise AlphaQError(f"No text file {source}. Give a UTF-8 text with --calibration, or --calibration self.")
     return Text(Path(source), bos=bos)
@@ -76,8 +97,6 @@ class Sight:
 
 def rounding_of(checkpoint: Checkpoint, engine: str, quantizer: str | None, sight: Sight = Sight()) -> Rounding:
     """How matrices are to be rounded. Raises AlphaQError for options that fit no quantizer."""
-    from dataclasses import replace
-
     from alphaq.writing.rounding import Rounding, enough_tokens
 
     rounding = Rounding.of(engine, quantizer, text_of(sight.source))

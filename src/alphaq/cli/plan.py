@@ -53,6 +53,7 @@ def plan(
         return
     checkpoint = None if model is None else opened(model, means)
     with resources_for(checkpoint, means) as resources:
+        inputs = inputs.made_for(checkpoint, resources, None if output is None else output.absolute().parent)
         if search is None or checkpoint is None:
             made = build_plan(checkpoint, config, inputs, resources)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,8 +80,16 @@ class Job:
         assert order.config is not None  # then there is something to make one of
         if order.search is None:
             return build_plan(checkpoint, order.config, inputs, resources, order.quantizer)
-        beside = self.place.absolute().parent if isinstance(self.place, Path) else self.scratch or Path()
-        return search_plan(checkpoint, order.config, inputs, order.search, resources, self.rounding, beside)
+        return search_plan(checkpoint, order.config, inputs, order.search, resources, self.rounding, self.beside)
+
+    @property
+    def beside(self) -> Path:
+        """Folder for what is not kept."""
+        return self.place.absolute().parent if isinstance(self.place, Path) else self.scratch or Path()
+
+    def with_imatrix(self, resources: Resources) -> Job:
+        """With the model's own importance matrix, if it was asked for."""
+        return replace(self, inputs=self.inputs.made_for(self.checkpoint, resources, self.beside))
 
     def write(self, plan: Plan, resources: Resources) -> QuantizeResult:
         """Quantize by the plan."""
@@ -137,9 +145,10 @@ def quantize(
     checkpoint = opened(model, means)
     sight = Sight(inputs.calibration, calibration_tokens, order.bos and asked.values["bos"])
     job = Job(checkpoint, order, inputs, _rounding(checkpoint, order, sight), place, scratch, means, restart)
-    if order.plan is not None:
-        note_source(checkpoint, order.plan.engine, inputs.imatrix)
     with resources_for(checkpoint, means) as resources:
+        job = job.with_imatrix(resources)
+        if order.plan is not None:
+            note_source(checkpoint, order.plan.engine, job.inputs.imatrix)
         plan = job.plan(resources)
         if resources.cache is not None:
             resources.cache.close()  # others may measure while this one writes
@@ -166,8 +175,6 @@ def _deciding(wanted: Asked[Wanted], scoring: Asked[Scoring], means: Means) -> I
 
 def _rounding(checkpoint: Checkpoint, order: Order, sight: Sight) -> Rounding:
     """How to round. Raises AlphaQError for what does not fit the source, the plan or each other."""
-    from dataclasses import replace
-
     from alphaq.quantizers.base import looks_at_inputs
     from alphaq.writing.planned import check_source
     from alphaq.writing.rounding import check_codable

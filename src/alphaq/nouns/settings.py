@@ -250,13 +250,13 @@ class PlanConfig(BaseModel):
     imatrix: Annotated[
         str | None,
         Option(
-            "llama.cpp's importance matrix, for its quantizers; ones by default.",
+            "Importance matrix for llama.cpp's quantizers: a file; self, of the model's own writing; none, ones.",
             SCORES,
-            typed=Path,
+            metavar="FILE|self|none",
             show=lambda recorded: str(recorded).rpartition(" ")[0],  # a digest follows the name
         ),
     ] = None
-    """Name and digest of the importance matrix that llama.cpp's quantizers are to use."""
+    """Name and digest of the importance matrix that llama.cpp's quantizers are to use; None for ones."""
     bos: Annotated[bool, Option("Begin each window with what the model's tokenizer puts before a text.")] = True
     check: Annotated[
         bool,

@@ -21,13 +21,15 @@ from alphaq.work.untrusted import read_bounded, shown
 
 MAX_ENTRIES = 10_000  # a model has a dozen matrices to a layer
 MAX_BYTES = 1 << 30  # that of DeepSeek-V3 has 0.6 GB
+PRIOR_TOKENS = 16
+"""An expert's own inputs are taken for no more than they tell: these many of its layer's are added to them."""
 
 
 @dataclass(frozen=True)
 class ImportanceMatrix:
     """Importance by GGUF tensor name, float32 [experts, columns] (one row where there are no experts), mean 1.
 
-    Rows of experts that the text never reached are ones: they know no better.
+    Experts that the text seldom reached have their layer's importance, more or less; tensors it never reached, ones.
     """
 
     name: str
@@ -96,9 +98,20 @@ def _from_binary(path: Path, data: bytes) -> dict[str, np.ndarray]:
 def _means(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     if not (np.isfinite(sums).all() and (sums >= 0).all() and np.isfinite(counts).all() and (counts >= 0).all()):
         raise CheckpointError(f"{path}: {name} holds numbers that no mean square can be. Make it again.")
-    means = sums.astype(np.float64) / np.maximum(counts, 1)
+    means = _shrunk(sums.astype(np.float64), counts.astype(np.float64))
     reached = (means > 0).any(axis=1, keepdims=True)
     # Only ratios count; the quantizers' sums must neither overflow nor vanish. A column that was always 0 still must
     # not be free to take any value.
     means /= np.where(reached, means.mean(axis=1, keepdims=True), 1.0)
     return np.where(reached, np.clip(means, 1e-6, 1e6), 1.0).astype(np.float32)
+
+
+def _shrunk(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Mean squares [experts, columns] of sums and of counts [experts, 1].
+
+    Each expert's mean is (Σx² + k·m) / (n + k), where m is the mean over all experts' inputs and k `PRIOR_TOKENS`.
+    """
+    if len(sums) == 1:
+        return sums / np.maximum(counts, 1)
+    layer = sums.sum(axis=0) / max(counts.sum(), 1)
+    return (sums + PRIOR_TOKENS * layer) / (counts + PRIOR_TOKENS)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alphaq.engines.gguf.watching import EVAL, Callback, Watch
 from alphaq.errors import AlphaQError, MissingEngineError
 from alphaq.formats.ggml_library import shared_object
 
@@ -37,7 +39,13 @@ _REST = ("_rest", ctypes.c_ubyte * RESERVE)
 
 
 class _ModelParams(ctypes.Structure):
-    _fields_ = (*_fields(ctypes.c_void_p, "devices", "tensor_buft_overrides"), ("n_gpu_layers", ctypes.c_int32), _REST)
+    _fields_ = (
+        *_fields(ctypes.c_void_p, "devices", "tensor_buft_overrides"),
+        *_fields(ctypes.c_int32, "n_gpu_layers", "split_mode", "load_mode", "lazy_mode", "main_gpu"),
+        *_fields(ctypes.c_void_p, "tensor_split", "progress_callback", "progress_callback_user_data", "kv_overrides"),
+        *_fields(ctypes.c_bool, "vocab_only", "check_tensors", "use_extra_bufts", "no_host", "no_alloc", "load_mtp"),
+        _REST,
+    )
 
 
 class _ContextParams(ctypes.Structure):
@@ -50,24 +58,26 @@ class _ContextParams(ctypes.Structure):
         *_fields(ctypes.c_float, "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow"),
         ("yarn_orig_ctx", ctypes.c_uint32),
         ("defrag_thold", ctypes.c_float),
-        *_fields(ctypes.c_void_p, "cb_eval", "cb_eval_user_data"),
+        ("cb_eval", EVAL),
+        ("cb_eval_user_data", ctypes.c_void_p),
         *_fields(ctypes.c_int32, "type_k", "type_v"),
         _REST,
     )
 
 
 class _Batch(ctypes.Structure):
-    """Null positions and sequences: the next places of the only sequence."""
+    """Tokens with their places and sequences, arrays of so many. logits: int8, 1 where they are wanted."""
 
     _fields_ = (
         ("n_tokens", ctypes.c_int32),
-        ("token", ctypes.POINTER(ctypes.c_int32)),
-        *_fields(ctypes.c_void_p, "embd", "pos", "n_seq_id", "seq_id"),
-        ("logits", ctypes.POINTER(ctypes.c_int8)),
+        *_fields(ctypes.c_void_p, "token", "embd", "pos", "n_seq_id", "seq_id", "logits"),
     )
 
 
 MODEL_DEFAULTS = {"devices": None, "tensor_buft_overrides": None, "n_gpu_layers": -1}
+REPACKING = {"split_mode": 1, "lazy_mode": 1, "main_gpu": 0, "vocab_only": False, "check_tensors": False}
+REPACKING |= {"use_extra_bufts": True, "no_host": False, "no_alloc": False, "load_mtp": False}
+"""Defaults where llama.cpp can be told to leave weights as they are in the file; other builds decide for themselves."""
 CONTEXT_DEFAULTS = {
     "n_ctx": 512,
     "n_batch": 2048,
@@ -129,6 +139,10 @@ def _library() -> ctypes.CDLL:
             *(ctypes.c_bool, ctypes.c_bool),
         ),
         "llama_decode": (integer, pointer, _Batch),
+        "llama_vocab_bos": (integer, pointer),
+        "llama_vocab_get_add_bos": (ctypes.c_bool, pointer),
+        "ggml_get_name": (text, pointer),
+        "ggml_op_desc": (text, pointer),
         "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), pointer, integer),
     }
     for name, (result, *arguments) in signatures.items():
@@ -143,43 +157,82 @@ def _library() -> ctypes.CDLL:
 
 def _check(params: ctypes.Structure, defaults: Mapping[str, float | None]) -> None:
     """Raise LlamaError if a field does not hold its known default: then the structure has changed."""
-    found = {name: getattr(params, name) for name in defaults}
-    if found != defaults:
-        changed = ", ".join(
-            f"{name} {found[name]} instead of {default}" for name, default in defaults.items() if found[name] != default
-        )
+    if changed := _changed(params, defaults):
         raise LlamaError(
             f"This build of llama.cpp fills {type(params).__name__} in another way: {changed}. Compare its llama.h."
         )
 
 
+def _changed(params: ctypes.Structure, defaults: Mapping[str, float | None]) -> str:
+    """What is not as it is known, in words; empty if all is."""
+    found = {name: getattr(params, name) for name in defaults}
+    return ", ".join(
+        f"{name} {found[name]} instead of {default}" for name, default in defaults.items() if found[name] != default
+    )
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a model is run.
+
+    watch: is shown every intermediate tensor, see watching.py. outputs: of so many tokens of a batch are logits
+    wanted at most; 0 for all, which takes as much memory. mapped: compute with the weights where they lie in the
+    memory-mapped file, and never with copies that are laid out for speed.
+    """
+
+    watch: Watch | None = None
+    outputs: int = 0
+    mapped: bool = False
+
+
 class Llama:
-    """A GGUF model in llama.cpp, with one sequence of up to `context` tokens. Close it, or use `with`.
+    """A GGUF model in llama.cpp, with `sequences` of up to `context` tokens each. Close it, or use `with`.
 
     Raises LlamaError if llama.cpp cannot load the file.
     """
 
-    def __init__(self, path: Path, context: int = 512, threads: int = 2) -> None:
+    def __init__(
+        self, path: Path, context: int = 512, threads: int = 2, sequences: int = 1, running: Running = Running()
+    ) -> None:
         self._library = _library()
         self._model = self._context = None
+        self._callback = None if running.watch is None else Callback(running.watch, self._library)
         _words.clear()
-        model_params = self._library.llama_model_default_params()
-        model_params.n_gpu_layers = 0
-        self._model = self._library.llama_model_load_from_file(str(path).encode(), model_params)
+        self._model = self._library.llama_model_load_from_file(str(path).encode(), self._model_params(running))
         if not self._model:
             raise _refusal(f"llama.cpp cannot load {path}:")
-        params = self._library.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = context
+        params = self._context_params(context, sequences, running)
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = FLASH_ATTENTION_OFF
-        params.type_k = params.type_v = GGML_F32
         self._context = self._library.llama_init_from_model(self._model, params)
         if not self._context:
             self.close()
             raise _refusal(f"llama.cpp cannot make a context of {context} tokens for {path}:")
         self._vocab = self._library.llama_model_get_vocab(self._model)
         self.vocab_size: int = self._library.llama_vocab_n_tokens(self._vocab)
-        self.context = context
+        self.context, self.sequences = context, sequences
+
+    def _model_params(self, running: Running) -> _ModelParams:
+        params: _ModelParams = self._library.llama_model_default_params()
+        params.n_gpu_layers = 0
+        if running.mapped and not _changed(params, REPACKING):
+            params.use_extra_bufts = False
+        return params
+
+    def _context_params(self, context: int, sequences: int, running: Running) -> _ContextParams:
+        params: _ContextParams = self._library.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = context * sequences
+        params.n_seq_max, params.n_outputs_max = sequences, running.outputs
+        params.flash_attn_type = FLASH_ATTENTION_OFF
+        params.type_k = params.type_v = GGML_F32
+        if self._callback is not None:
+            params.cb_eval = self._callback.function
+        return params
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """What the tokenizer puts before a text: BOS, or nothing."""
+        added = self._library.llama_vocab_get_add_bos(self._vocab)
+        return (self._library.llama_vocab_bos(self._vocab),) if added else ()
 
     def __enter__(self) -> Llama:
         return self
@@ -206,20 +259,41 @@ class Llama:
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits [tokens, vocab] after each of these tokens, seen as one sequence in one batch."""
-        self._start(len(ids))
-        return self._decode(ids, range(len(ids)))
+        return self.windows(_one_row(ids), np.ones((1, len(ids)), np.bool_))
 
     def greedy(self, ids: Sequence[int], n: int) -> list[int]:
         """The n likeliest next tokens, one at a time with the KV cache (and the kernels for a single row)."""
         self._start(len(ids) + n)
         generated: list[int] = []
         while len(generated) < n:
-            logits = self._decode(generated[-1:] or ids, (-1,))
-            generated.append(int(logits[0].argmax()))
+            begin = len(ids) + len(generated) - 1 if generated else 0
+            next_ids = _one_row(generated[-1:] or ids)
+            generated.append(int(self.step(next_ids, begin, last_of(next_ids))[0].argmax()))
         return generated
 
+    def windows(self, ids: NDArray[np.int32], wanted: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Logits [wanted, vocab] of windows int32 [windows, tokens], seen side by side in one batch.
+
+        wanted: bool [windows, tokens], of which tokens.
+        """
+        self.run(ids, wanted)
+        return self._logits(wanted)
+
+    def run(self, ids: NDArray[np.int32], wanted: NDArray[np.bool_]) -> None:
+        """Compute the same and keep nothing of it, for a watch's sake."""
+        count, length = ids.shape
+        if count > self.sequences:
+            raise ValueError(f"{count} windows in a context of {self.sequences}.")
+        self._start(length)
+        self._decode(ids, 0, wanted)
+
+    def step(self, ids: NDArray[np.int32], begin: int, wanted: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """The same for tokens int32 [windows, tokens] that follow `begin` others of their windows."""
+        self._decode(ids, begin, wanted)
+        return self._logits(wanted)
+
     def _start(self, length: int) -> None:
-        """Forget the last sequence before one of that many tokens."""
+        """Forget the last sequences before some of that many tokens."""
         if not self._context:
             raise LlamaError("This model is closed.")
         if not 0 < length <= self.context:
@@ -227,18 +301,39 @@ class Llama:
         _words.clear()
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
 
-    def _decode(self, ids: Sequence[int], wanted: Sequence[int]) -> NDArray[np.float32]:
-        """Append these tokens to the sequence; logits [wanted, vocab] of those at the wanted places."""
-        if not ids or not all(0 <= id < self.vocab_size for id in ids):
+    def _decode(self, ids: NDArray[np.int32], begin: int, wanted: NDArray[np.bool_]) -> None:
+        """Append tokens to their sequences. Raises LlamaError, and what the watch raised."""
+        if not ids.size or ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(f"llama.cpp needs ids below {self.vocab_size}, at least one.")
-        flags = np.zeros(len(ids), np.int8)
-        flags[list(wanted)] = 1
-        batch = _Batch(
-            n_tokens=len(ids),
-            token=(ctypes.c_int32 * len(ids))(*ids),
-            logits=flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
-        )
-        if code := self._library.llama_decode(self._context, batch):
-            raise _refusal(f"llama_decode returned {code} for {len(ids)} tokens:")
-        rows = [self._library.llama_get_logits_ith(self._context, index % len(ids)) for index in wanted]
-        return np.stack([np.ctypeslib.as_array(row, (self.vocab_size,)) for row in rows])
+        count, length = ids.shape
+        tokens = np.ascontiguousarray(ids, np.int32)
+        places = np.tile(np.arange(begin, begin + length, dtype=np.int32), count)
+        owners = np.repeat(np.arange(count, dtype=np.int32), length)
+        pointers = owners.ctypes.data + owners.itemsize * np.arange(owners.size, dtype=np.uintp)
+        ones, marks = np.ones(owners.size, np.int32), wanted.astype(np.int8)
+        arrays = dict(token=tokens, pos=places, n_seq_id=ones, seq_id=pointers, logits=marks)
+        batch = _Batch(n_tokens=owners.size, **{name: array.ctypes.data for name, array in arrays.items()})
+        code = self._library.llama_decode(self._context, batch)
+        if self._callback is not None:
+            self._callback.raise_error()
+        if code:
+            raise _refusal(f"llama_decode returned {code} for {owners.size} tokens:")
+
+    def _logits(self, wanted: NDArray[np.bool_]) -> NDArray[np.float32]:
+        places = np.flatnonzero(wanted).tolist()
+        found = np.empty((len(places), self.vocab_size), np.float32)
+        for row, place in zip(found, places, strict=True):
+            logits = self._library.llama_get_logits_ith(self._context, place)
+            row[:] = np.ctypeslib.as_array(logits, (self.vocab_size,))
+        return found
+
+
+def last_of(ids: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """The last token of each window, bool [windows, tokens]."""
+    wanted = np.zeros(ids.shape, np.bool_)
+    wanted[:, -1] = True
+    return wanted
+
+
+def _one_row(ids: Sequence[int]) -> NDArray[np.int32]:
+    return np.array([ids], np.int32)

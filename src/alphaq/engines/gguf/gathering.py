@@ -1,0 +1,248 @@
+"""Run a GGUF model of any architecture on tokens and gather what every weight sees, in bounded memory.
+
+The file is memory-mapped and may be larger than memory. As many windows as `PASS_BYTES` allows are one batch, so that
+each expert is read once a batch. Logits are asked of as many tokens as `LOGIT_BYTES` allows, evenly spread, since
+llama.cpp leaves tokens without logits out of the last layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alphaq.checkpoint.files import memory_bytes
+from alphaq.checkpoint.gguf.format import GgufFile, read_gguf
+from alphaq.checkpoint.gguf.values import GgufValue
+from alphaq.engines.gguf.library import Llama, Running
+from alphaq.engines.gguf.passes import Layers, Passing
+from alphaq.engines.gguf.watching import Watch
+from alphaq.engines.gguf.windows import Ids, own_windows, random_windows, rewritten_windows, text_windows
+from alphaq.errors import AlphaQError
+
+PASS_BYTES = 2 << 30  # intermediate values and the KV cache of a batch
+LOGIT_BYTES = 1 << 30
+MOST_LAYERS = 10_000
+MOST_WINDOWS = 256  # sequences that llama.cpp takes side by side
+SIDE_BY_SIDE = 64  # windows that are written at a time
+FEWEST_TOKENS, MOST_TOKENS = 4096, 65_536
+TOKENS_OF_EXPERT = 256  # on average
+MOST_OF_A_SIZE = 1 << 24
+"""Sizes come from a file that anybody may have written, and only decide how much is done at a time."""
+
+Wrap = Callable[[Iterable[int], int, str], Iterable[int]]
+"""Shows how far an iteration is: (items, how many, label) → the same items."""
+
+
+Way = Literal["text", "written", "rewritten"]
+"""Where tokens come from: files; the model, token by token; the model, in one pass over random tokens."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which tokens a model is run on. texts: files, or none for its own writing. tokens: None for enough, or for all
+    of the texts. window: tokens seen together."""
+
+    texts: tuple[Path, ...] = ()
+    tokens: int | None = None
+    window: int = 256
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What was seen of tokens int32 [windows, length]."""
+
+    seen: Passing
+    ids: Ids
+    way: Way
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of a model: what memory and the number of tokens depend on."""
+
+    layers: int
+    hidden: int
+    widest: int  # what a token's feed-forward computes at a time
+    heads: int
+    key_values: int  # of a layer, for one token
+    experts: int
+    used: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, file: GgufFile) -> _Sizes:
+        """From the metadata; what is not there counts little."""
+        family = file.metadata["general.architecture"].value if "general.architecture" in file.metadata else ""
+
+        def most(key: str, default: int = 1) -> int:
+            return _most(file.metadata.get(f"{family}.{key}"), default)
+
+        hidden, heads, used = most("embedding_length"), most("attention.head_count"), most("expert_used_count")
+        shared = hidden // max(heads, 1)
+        keys, values = most("attention.key_length", shared), most("attention.value_length", shared)
+        feed = max(used * most("expert_feed_forward_length", 0), most("feed_forward_length", 0))
+        return cls(
+            layers=min(most("block_count"), MOST_LAYERS),
+            hidden=hidden,
+            widest=3 * feed + 2 * used * hidden,
+            heads=heads,
+            key_values=most("attention.head_count_kv", heads) * (keys + values),
+            experts=most("expert_count"),
+            used=max(used, 1),
+            vocabulary=_length(file.metadata.get("tokenizer.ggml.tokens")) or most("vocab_size", 1 << 18),
+        )
+
+    def token_bytes(self, window: int) -> int:
+        """Float32 values that a token of a batch takes, about, in bytes: what a layer computes, and what is kept."""
+        computed = self.widest + 2 * self.heads * window + 8 * self.hidden
+        return 4 * max(1, computed + self.layers * self.key_values)
+
+    @property
+    def outputs(self) -> int:
+        """Tokens whose logits may be held at a time."""
+        return max(1, LOGIT_BYTES // (4 * self.vocabulary))
+
+    @property
+    def enough_tokens(self) -> int:
+        """So that experts see some hundred tokens each."""
+        return min(max(FEWEST_TOKENS, TOKENS_OF_EXPERT * self.experts // self.used), MOST_TOKENS)
+
+
+def _most(value: GgufValue | None, default: int) -> int:
+    """The largest of a whole number, or of one for each layer; between 0 and what no model has."""
+    if value is None or "int" not in (value.element or value.type):
+        return default
+    numbers = value.value if isinstance(value.value, tuple) else (value.value,)
+    return int(np.clip(max((int(number) for number in numbers), default=default), 0, MOST_OF_A_SIZE))
+
+
+def _length(value: GgufValue | None) -> int:
+    return 0 if value is None or value.element is None else int.from_bytes(value.raw[4:12], "little")
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """A file with how it is run. shown: tells how far it is."""
+
+    path: Path
+    nbytes: int
+    sizes: _Sizes
+    threads: int
+    shown: Wrap
+
+    @property
+    def fits_in_memory(self) -> bool:
+        """Whether half of the memory holds the file, so that reading it again and again is cheap."""
+        return self.nbytes < memory_bytes() // 2
+
+    def model(self, windows: int, length: int, outputs: int, watch: Watch | None = None) -> Llama:
+        """The model with room for so many windows."""
+        return Llama(self.path, length, self.threads, windows, Running(watch, outputs, mapped=True))
+
+
+def gather(path: Path, sample: Sample, threads: int, shown: Wrap) -> Gathered:
+    """Run a GGUF file, or the first part of one, on a sample. The same for the same file, sample and processor.
+
+    Raises LlamaError where llama.cpp refuses, CheckpointError for a damaged file, AlphaQError for texts.
+    """
+    file = read_gguf(path)
+    nbytes = sum((file.folder / part).stat().st_size for part in file.files)
+    runs = _Runs(path, nbytes, _Sizes.of(file), threads, shown)
+    way: Way = "text" if sample.texts else "written" if runs.fits_in_memory else "rewritten"
+    ids = {"text": _texts, "written": _written, "rewritten": _rewritten}[way](runs, sample)
+    seen = _watched(runs, ids)
+    if not seen.moments:
+        raise AlphaQError(f"llama.cpp computes no product with a weight of {path.name}. Is it a language model?")
+    return Gathered(seen, ids, way)
+
+
+def _texts(runs: _Runs, sample: Sample) -> Ids:
+    with runs.model(1, sample.window, 1) as model:
+        _check(model, sample)
+        most = None if sample.tokens is None else -(-sample.tokens // sample.window)
+        return text_windows(model, sample.texts, sample.window, most)
+
+
+def _written(runs: _Runs, sample: Sample) -> Ids:
+    """The model's own writing, as many windows side by side as may be."""
+    chance = np.random.Generator(np.random.PCG64(sample.seed))
+    groups = _groups(_count(runs, sample), min(SIDE_BY_SIDE, _side_by_side(runs, sample.window)))
+    with (
+        runs.model(groups[0], sample.window, groups[0]) as model,
+        _steps(runs.shown, len(groups) * sample.window, "writing") as step,
+    ):
+        _check(model, sample)
+        return np.concatenate([own_windows(model, count, sample.window, chance, step) for count in groups])
+
+
+def _rewritten(runs: _Runs, sample: Sample) -> Ids:
+    """Random tokens, rewritten by the model once, in batches whose logits fit."""
+    chance = np.random.Generator(np.random.PCG64(sample.seed))
+    most = min(_side_by_side(runs, sample.window), max(1, runs.sizes.outputs // sample.window))
+    groups = _groups(_count(runs, sample), most)
+    with (
+        _steps(runs.shown, len(groups) * runs.sizes.layers, "writing") as step,
+        runs.model(groups[0], sample.window, groups[0] * sample.window, Layers(step)) as model,
+    ):
+        _check(model, sample)
+        blank = [random_windows(model, count, sample.window, chance) for count in groups]
+        return np.concatenate([rewritten_windows(model, ids, chance) for ids in blank])
+
+
+def _watched(runs: _Runs, ids: Ids) -> Passing:
+    count, length = ids.shape
+    groups = np.split(ids, np.cumsum(_groups(count, _side_by_side(runs, length)))[:-1])
+    outputs = min(runs.sizes.outputs, groups[0].size)
+    with _steps(runs.shown, len(groups) * runs.sizes.layers, "gathering") as step:
+        seen = Passing(step)
+        with runs.model(len(groups[0]), length, outputs, seen) as model:
+            for part in groups:
+                model.run(part, _spread(part, outputs))
+    return seen
+
+
+def _check(model: Llama, sample: Sample) -> None:
+    if sample.window <= len(model.prefix) + 1:
+        raise AlphaQError(f"A window of {sample.window} tokens has no room for text. Give --window 256.")
+
+
+def _count(runs: _Runs, sample: Sample) -> int:
+    return max(1, (sample.tokens or runs.sizes.enough_tokens) // sample.window)
+
+
+def _side_by_side(runs: _Runs, window: int) -> int:
+    """Windows of a batch that memory allows."""
+    return int(np.clip(PASS_BYTES // (window * runs.sizes.token_bytes(window)), 1, MOST_WINDOWS))
+
+
+def _groups(count: int, most: int) -> list[int]:
+    """A number cut into parts of at most `most`, the largest first, as equal as can be."""
+    parts = -(-count // most)
+    return [count // parts + (number < count % parts) for number in range(parts)]
+
+
+def _spread(ids: Ids, most: int) -> NDArray[np.bool_]:
+    """At most so many of the tokens, bool [windows, tokens], evenly spread."""
+    places = np.linspace(0, ids.size - 1, min(most, ids.size)).round().astype(int)
+    wanted = np.zeros(ids.size, np.bool_)
+    wanted[places] = True
+    return wanted.reshape(ids.shape)
+
+
+@contextmanager
+def _steps(shown: Wrap, total: int, label: str) -> Iterator[Callable[[], object]]:
+    """A function that is called after each of so many steps."""
+    bar = iter(shown(range(total), total, label))
+    next(bar, None)
+    try:
+        yield lambda: next(bar, None)
+    finally:
+        for _ in bar:  # closes it
+            pass

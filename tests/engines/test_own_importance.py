@@ -1,0 +1,267 @@
+"""What llama.cpp is seen to compute is what transformers computes, and is written as its importance matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from llama import Llama, in_float32
+
+from alphaq.calibration.inputs import Inputs, stream_inputs
+from alphaq.checkpoint.gguf.format import read_gguf
+from alphaq.checkpoint.gguf.imatrix import read_imatrix
+from alphaq.checkpoint.gguf.values import GgufValue
+from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.engines.gguf import gathering
+from alphaq.engines.gguf.gathering import Sample, gather
+from alphaq.engines.gguf.library import Running
+from alphaq.engines.gguf.model import gguf_tensors
+from alphaq.engines.gguf.passes import Passing
+from alphaq.engines.gguf.watching import Node
+from alphaq.errors import AlphaQError
+from alphaq.measuring.cache import Cache
+from alphaq.measuring.resources import Resources
+from alphaq.nouns.plan import Plan
+from alphaq.work.workers import silent
+from alphaq.writing import observing
+from alphaq.writing.observing import in_16_bits
+from conftest import DATA, Ran
+from runnable import VOCAB, save_runnable
+
+pytestmark = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="llama.cpp comes with `pip install xllamacpp`")
+
+SHORT = Sample(tokens=128, window=32)
+TEXT = DATA / "texts" / "code.txt"
+
+
+@pytest.fixture(scope="module")
+def models(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The bundled model, and a random one with a shared expert, biases, and experts that are seldom reached."""
+    folder = tmp_path_factory.mktemp("models")
+    return {"tiny": tiny, "qwen2_moe": save_runnable(folder / "random", "qwen2_moe")}
+
+
+@pytest.fixture(scope="module")
+def exact(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A model's GGUF file with its weights in float32, which meet float32 activations in llama.cpp."""
+    made: dict[str, Path] = {}
+
+    def file(name: str) -> Path:
+        if name not in made:
+            scratch = tmp_path_factory.mktemp(name)
+            whole = in_16_bits(open_checkpoint(models[name]), scratch)
+            made[name] = in_float32(whole, scratch / "f32.gguf")
+        return made[name]
+
+    return file
+
+
+def expected(checkpoint: Checkpoint, ids: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
+    """Σx² and tokens of every matrix of the layers, by transformers' own classes in float32."""
+    seen: dict[str, tuple[np.ndarray, int]] = {}
+
+    def visit(inputs: Inputs) -> list[torch.Tensor]:
+        squares = inputs.values.double().square().sum(dim=0).numpy()
+        seen.update({matrix.name: (squares, len(inputs.values)) for matrix in inputs.matrices})
+        return [checkpoint.read(matrix).float() for matrix in inputs.matrices]
+
+    stream_inputs(checkpoint, torch.from_numpy(ids).long(), visit)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen2_moe"])
+def test_moments_and_counts_are_those_of_transformers(
+    name: str, models: dict[str, Path], exact: Callable[[str], Path]
+) -> None:
+    checkpoint = open_checkpoint(models[name])
+    gathered = gather(exact(name), SHORT, 1, silent)
+    truth = expected(checkpoint, gathered.ids)
+    compared = 0
+    for recipe in gguf_tensors(checkpoint):
+        if recipe.name in gathered.seen.moments and recipe.matrices and recipe.matrices[0].name in truth:
+            moments = gathered.seen.moments[recipe.name]
+            assert len(moments.tokens) == len(recipe.matrices)
+            for matrix, squares, tokens in zip(recipe.matrices, moments.squares, moments.tokens, strict=True):
+                assert tokens == truth[matrix.name][1], matrix.name
+                assert np.allclose(squares, truth[matrix.name][0], rtol=1e-3), matrix.name
+                compared += 1
+    assert compared == len(truth)
+
+
+def test_a_batch_more_and_fewer_logits_change_only_what_the_last_layer_sees(
+    exact: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, sample = exact("qwen2_moe"), Sample((TEXT,), 128, 32)
+    whole = gather(file, sample, 1, silent).seen
+    monkeypatch.setattr(gathering, "PASS_BYTES", 1)
+    monkeypatch.setattr(gathering, "LOGIT_BYTES", 4 * VOCAB * 8)  # of eight tokens
+    parts = gather(file, sample, 1, silent).seen
+    assert parts.moments.keys() == whole.moments.keys()
+    for name, moments in whole.moments.items():
+        if "blk.2" not in name and name.startswith("blk."):
+            assert np.array_equal(parts.moments[name].tokens, moments.tokens), name
+            assert np.allclose(parts.moments[name].squares, moments.squares, rtol=1e-3), name
+    assert parts.moments["output.weight"].tokens.tolist() == [32]  # 8 of each of 4 batches
+    assert whole.moments["output.weight"].tokens.tolist() == [128]
+
+
+def test_latent_attention_s_heads_are_told_apart(tmp_path: Path) -> None:
+    folder = save_runnable(tmp_path / "model", "deepseek_v3")
+    seen = gather(in_16_bits(open_checkpoint(folder), tmp_path), SHORT, 1, silent).seen
+    assert seen.moments["blk.1.attn_k_b.weight"].squares.shape == (4, 16)
+    assert seen.moments["blk.1.attn_v_b.weight"].tokens.tolist() == [128.0] * 4
+    assert len(seen.stream) == 3 and not seen.skipped
+
+
+@pytest.mark.parametrize("memory", ["enough", "little"])
+def test_own_writing_is_the_same_for_a_seed_and_any_number_of_threads(
+    memory: str, exact: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if memory == "little":
+        monkeypatch.setattr(gathering, "memory_bytes", lambda: 1)
+    runs = [gather(exact("qwen2_moe"), Sample(tokens=64, window=16, seed=seed), n, silent) for seed, n in seeds()]
+    assert {one.way for one in runs} == {"written" if memory == "enough" else "rewritten"}
+    first, again, other = (one.seen.moments["blk.1.ffn_down_exps.weight"].squares for one in runs)
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def seeds() -> list[tuple[int, int]]:
+    return [(0, 1), (0, 2), (1, 1)]
+
+
+class Failing(Passing):
+    def sees(self, node: Node) -> None:
+        raise AlphaQError(f"cannot see {node.name}")
+
+
+def test_an_error_of_a_watch_s_ends_the_pass_and_is_raised(exact: Callable[[str], Path]) -> None:
+    ids = np.zeros((1, 4), np.int32)
+    with (
+        Llama(exact("qwen2_moe"), 16, 1, running=Running(Failing())) as model,
+        pytest.raises(AlphaQError, match="cannot see"),
+    ):
+        model.run(ids, ids == 0)
+
+
+@pytest.mark.parametrize("number, dtype", [(1, np.float16), (26, np.int32), (30, np.uint16)])
+def test_inputs_of_other_types_are_read_and_others_left(number: int, dtype: Any) -> None:
+    import ctypes
+
+    from alphaq.engines.gguf.watching import _Tensor
+
+    values = np.arange(6, dtype=dtype) if number != 30 else (np.arange(6, dtype=np.float32).view(np.uint32) >> 16)
+    stored = np.ascontiguousarray(values.astype(dtype))
+    tensor = _Tensor(type=number, ne=(3, 2, 1, 1), data=stored.ctypes.data, name=b"x")
+    tensor.nb[:] = (stored.itemsize, 3 * stored.itemsize, 6 * stored.itemsize, 6 * stored.itemsize)
+    node = Node(ctypes.addressof(tensor), "")
+    assert node.readable and np.array_equal(node.values()[0, 0], np.arange(6).reshape(2, 3))
+    tensor.type = 8  # blocks of eight-bit integers
+    assert not node.readable
+
+
+def test_sizes_in_a_file_s_header_are_not_believed(exact: Callable[[str], Path]) -> None:
+    file = read_gguf(exact("qwen2_moe"))
+    for value in (GgufValue.of("uint64", 2**64 - 1), GgufValue.of("int32", -5), GgufValue.of("float32", float("inf"))):
+        wrong = {key: value if key.startswith("qwen2moe.") else one for key, one in file.metadata.items()}
+        sizes = gathering._Sizes.of(replace(file, metadata=wrong))
+        assert sizes.token_bytes(256) > 0 and sizes.layers <= 10_000 and sizes.outputs > 0
+        assert sizes.enough_tokens <= gathering.MOST_TOKENS
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+def test_imatrix_of_a_text_is_what_llama_cpp_writes_and_reads(
+    alphaq: Callable[..., Ran], models: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "i.gguf"
+    ran = alphaq("imatrix", models["qwen2_moe"], "-o", out, "--text", TEXT, "--tokens", 96, "--window", 32, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["windows"] == 3 and ran.json["way"] == "text"
+    reader = gguf.GGUFReader(out)
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    assert fields["general.type"] == "imatrix" and fields["imatrix.datasets"] == [TEXT.name]
+    assert (fields["imatrix.chunk_count"], fields["imatrix.chunk_size"]) == (3, 32)
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert tensors["blk.0.ffn_down_exps.weight.in_sum2"].shape == (4, 32)
+    counts = tensors["blk.0.ffn_down_exps.weight.counts"]
+    assert counts.shape == (4, 1) and counts.sum() == 96 * 2
+    assert read_imatrix(out).tensors["blk.0.attn_q.weight"].shape == (1, 64)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("--text", "none.txt"), "No text file none.txt"),
+        (("--text", "{short}"), "less than a window of 256"),
+        (("--text", "{bytes}"), "is not UTF-8 text"),
+        (("--window", "2", "--tokens", "8"), ""),
+    ],
+)
+def test_what_cannot_be_run_is_said(
+    alphaq: Callable[..., Ran], exact: Callable[[str], Path], tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    (tmp_path / "short").write_text("short")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\xfd")
+    typed = [one.format(short=tmp_path / "short", bytes=tmp_path / "bytes") for one in arguments]
+    ran = alphaq("imatrix", exact("qwen2_moe"), "-o", tmp_path / "i.gguf", *typed)
+    assert ran.code == (2 if said else 0) and said in " ".join(ran.err.split())
+
+
+def test_a_damaged_file_is_refused(alphaq: Callable[..., Ran], exact: Callable[[str], Path], tmp_path: Path) -> None:
+    whole = exact("qwen2_moe").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"GGUF" + whole[:100], whole.replace(b"qwen2moe", b"qwen2mow")):
+        (tmp_path / "m.gguf").write_bytes(damaged)
+        ran = alphaq("imatrix", tmp_path / "m.gguf", "-o", tmp_path / "i.gguf")
+        assert ran.code == 2 and "error: " in ran.err and not (tmp_path / "i.gguf").exists()
+
+
+def test_quantize_makes_and_uses_its_own_and_the_plan_makes_it_again(
+    alphaq: Callable[..., Ran], models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observing, "OWN_SAMPLE", SHORT)
+    model, plan = models["qwen2_moe"], tmp_path / "plan.json"
+    asked = ("--engine", "llama.cpp", "--bits", "5", "--choices", "Q4_0,Q5_1,Q8_0", "--method", "distortion")
+    ran = alphaq("plan", model, *asked, "--imatrix", "self", "-o", plan)
+    assert ran.code == 0, ran.err
+    assert Plan.read(plan).imatrix == observing.own_name()
+    ran = alphaq("quantize", model, *asked, "--imatrix", "self", "-o", tmp_path / "one")
+    assert ran.code == 0, ran.err
+    assert alphaq("quantize", model, "--plan", plan, "--imatrix", "self", "-o", tmp_path / "two").code == 0
+    assert alphaq("quantize", model, *asked, "--imatrix", "none", "-o", tmp_path / "ones").code == 0
+    first, second, ones = ((tmp_path / name / "model.gguf").read_bytes() for name in ("one", "two", "ones"))
+    assert first == second != ones
+    ran = alphaq("quantize", model, "--plan", plan, "-o", tmp_path / "three")
+    assert ran.code == 2 and "importance matrix self" in " ".join(ran.err.split())
+    ran = alphaq("plan", model, "--bits", "3", "--imatrix", "self")
+    assert ran.code == 2 and "--imatrix is for llama.cpp" in " ".join(ran.err.split())
+
+
+def test_a_model_s_own_is_made_once_and_again_where_the_cache_is_damaged(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Sample] = []
+
+    def counted(path: Path, sample: Sample, *rest: Any) -> Any:
+        made.append(sample)
+        return gather(path, SHORT, *rest)
+
+    monkeypatch.setattr(observing, "gather", counted)
+    checkpoint = open_checkpoint(models["qwen2_moe"])
+    found = []
+    for damage in (None, None, "AAAA", "no base64"):
+        with Cache(tmp_path / "cache", {"model": "one"}) as cache:
+            for path in cache.path.glob("imatrix-*") if damage else ():
+                path.write_text(damage or "")
+            found.append(observing.own_importance(checkpoint, tmp_path, Resources(cache=cache)))
+    assert len(made) == 3 and all(one.digest == observing.OWN_DIGEST for one in found)
+    first, *others = (one.tensors["blk.0.attn_q.weight"] for one in found)
+    assert all(np.array_equal(first, other) for other in others)
