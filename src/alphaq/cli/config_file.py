@@ -81,7 +81,7 @@ def _defaults(context: typer.Context, content: Mapping[str, object], path: Path)
     return {own[_key(key)].name: _value(own[_key(key)], key, value, path) for key, value in {**usual, **table}.items()}
 
 
-def without_beaten(context: typer.Context, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def without_beaten(context: typer.Context, arguments: Mapping[str, object]) -> dict[str, object]:
     """The command's arguments without those of the file that a typed alternative leaves out."""
     typed = {name for name in ALTERNATIVES & arguments.keys() if _source(context, name) == "COMMANDLINE"}
     beaten = {name for name in ALTERNATIVES & arguments.keys() if _source(context, name) == "DEFAULT_MAP"}
