@@ -12,6 +12,7 @@ from alphaq.engines.output import QuantizeOptions
 from alphaq.engines.profiles import ENGINES
 from alphaq.quantizers.base import DEFAULT, FORMERLY, QUANTIZERS, looks_at_inputs, offered
 from alphaq.report.runs import read_comparison
+from alphaq.trials.results import Job, Row, write
 from conftest import Ran
 
 
@@ -50,3 +51,21 @@ def test_comparisons_of_before_name_quantizers_as_today(tmp_path: Path, version:
 def test_old_names_are_no_names_of_today_but_for_rtn() -> None:
     assert FORMERLY.keys().isdisjoint(QUANTIZERS) and set(FORMERLY.values()) <= QUANTIZERS.keys()
     assert DEFAULT in QUANTIZERS
+
+
+def test_a_comparison_of_today_keeps_the_names_of_its_quantizers(tmp_path: Path) -> None:
+    job = Job(
+        checkpoint="",
+        contents="",
+        model_settings="",
+        texts={},
+        calibration=None,
+        settings={},
+        window=32,
+        max_tokens=None,
+        skip_tokens=0,
+        dtype="float32",
+    )
+    rows = [Row("uniform", 3.0, quantizer=name) for name in ("rtn", "debiased")]
+    write(tmp_path, rows, job)
+    assert [row.quantizer for row in read_comparison(tmp_path)] == ["rtn", "debiased"]
