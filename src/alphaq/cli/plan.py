@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from alphaq.cli.converting import opened_for
 from alphaq.cli.inputs import Inputs
 from alphaq.cli.means import JsonOption, Means, opened, resources_for
 from alphaq.cli.options import Asked
@@ -47,20 +49,22 @@ def plan(
             check_file(file)
     _require_model(config, model, search, write_type_file)
     if dry_run:
-        if model is None or search is not None or output is not None or write_type_file is not None:
-            raise AlphaQError("--dry-run needs MODEL and makes no plan. Drop --output, --write-type-file and --ear.")
+        if model is None or search is not None or any((output, write_type_file, means.converter)):
+            raise AlphaQError(
+                "--dry-run needs MODEL and makes no plan. Drop --output, --write-type-file, --converter and --ear."
+            )
         _show_outline(opened(model, means, headers_only=True), config, as_json)
         return
-    checkpoint = None if model is None else opened(model, means)
-    with resources_for(checkpoint, means) as resources:
-        if search is None or checkpoint is None:
-            made = build_plan(checkpoint, config, inputs, resources)
-        else:
-            beside = output or search.wanted.curve
-            scratch = None if beside is None else beside.absolute().parent
-            made = search_plan(checkpoint, config, inputs, search, resources, scratch=scratch)
-    if write_type_file is not None and checkpoint is not None:
-        _write_types(write_type_file, checkpoint, made)
+    beside = output or (search.wanted.curve if search is not None else None)
+    scratch = None if beside is None else beside.absolute().parent
+    with nullcontext() if model is None else opened_for(config.engine, model, means, scratch or Path()) as checkpoint:
+        with resources_for(checkpoint, means) as resources:
+            if search is None or checkpoint is None:
+                made = build_plan(checkpoint, config, inputs, resources)
+            else:
+                made = search_plan(checkpoint, config, inputs, search, resources, scratch=scratch)
+        if write_type_file is not None and checkpoint is not None:
+            _write_types(write_type_file, checkpoint, made)
     if output is not None:
         _write(output, made.to_json())
         tell(f"Plan written to {output}")
