@@ -20,6 +20,7 @@ HISTORY = ("docs/research/log.md", "CHANGELOG.md")
 
 PARSED_ONLY = {
     r"--imatrix imatrix\.gguf": "needs a file that alphaq imatrix made",
+    r"--converter ": "needs a checkout of llama.cpp",
     r"(model-bf16|some-other-\S+)\.gguf": "needs a GGUF file from elsewhere",
     r"certify .*--tasks": "needs the extra eval; tests/evaluation/test_tasks.py runs it",
     r"compare .*--skip-tokens (16384|24000)": "needs longer texts than those bundled, and hours",

@@ -15,7 +15,7 @@ from alphaq.terminal import show
 
 def analyze(
     model: ModelArgument,
-    means: Means,
+    means: Annotated[Means, Shown(without=("converter",))],
     asked: Annotated[Asked[PlanConfig], Shown(only=("spectrum", "tail"))],
     output: Annotated[Path, typer.Option("--output", "-o", help="CSV to write.")] = Path("stats.csv"),
     as_json: JsonOption = False,

@@ -9,7 +9,7 @@ import typer
 from alphaq.cli.means import JsonOption, ModelArgument, note_folders
 from alphaq.cli.options import Shown
 from alphaq.nouns.scoring import Scoring
-from alphaq.terminal import progress, show
+from alphaq.terminal import note, progress, show
 
 
 def evaluate(
@@ -21,8 +21,11 @@ def evaluate(
     """Perplexity per text with its interval; with --reference also KL, top-1 agreement and EAR."""
     from alphaq import pipeline
     from alphaq.evaluation.evaluate import fidelity_json
+    from alphaq.evaluation.loading import transformers_note
     from alphaq.report.tables import fidelity_table
 
     note_folders(model, reference)
+    if said := transformers_note((model, reference), scoring):
+        note(said)
     fidelity = pipeline.evaluate(model, scoring, reference, progress)
     show(as_json, {"model": model, **fidelity_json(fidelity)}, fidelity_table(fidelity))

@@ -52,6 +52,10 @@ class Means(BaseModel):
     pre_tokenizer: Annotated[
         str | None, Option("llama.cpp's name of the tokenizer's splitting rule, where it is not recognised.")
     ] = None
+    converter: Annotated[
+        Path | None,
+        Option("llama.cpp checkout whose converter writes the model as GGUF first (engine llama.cpp).", metavar="DIR"),
+    ] = None
 
 
 @contextmanager

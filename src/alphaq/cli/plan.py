@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from alphaq.cli.converting import opened_for
 from alphaq.cli.inputs import Inputs
 from alphaq.cli.means import JsonOption, Means, opened, resources_for
 from alphaq.cli.options import Asked
@@ -47,21 +49,23 @@ def plan(
             check_file(file)
     _require_model(config, model, search, write_type_file)
     if dry_run:
-        if model is None or search is not None or output is not None or write_type_file is not None:
-            raise AlphaQError("--dry-run needs MODEL and makes no plan. Drop --output, --write-type-file and --ear.")
+        if model is None or search is not None or any((output, write_type_file, means.converter)):
+            raise AlphaQError(
+                "--dry-run needs MODEL and makes no plan. Drop --output, --write-type-file, --converter and --ear."
+            )
         _show_outline(opened(model, means, headers_only=True), config, as_json)
         return
-    checkpoint = None if model is None else opened(model, means)
-    with resources_for(checkpoint, means) as resources:
-        inputs = inputs.made_for(checkpoint, resources, None if output is None else output.absolute().parent)
-        if search is None or checkpoint is None:
-            made = build_plan(checkpoint, config, inputs, resources)
-        else:
-            beside = output or search.wanted.curve
-            scratch = None if beside is None else beside.absolute().parent
-            made = search_plan(checkpoint, config, inputs, search, resources, scratch=scratch)
-    if write_type_file is not None and checkpoint is not None:
-        _write_types(write_type_file, checkpoint, made)
+    beside = output or (search.wanted.curve if search is not None else None)
+    scratch = None if beside is None else beside.absolute().parent
+    with nullcontext() if model is None else opened_for(config.engine, model, means, scratch or Path()) as checkpoint:
+        with resources_for(checkpoint, means) as resources:
+            inputs = inputs.made_for(checkpoint, resources, scratch)
+            if search is None or checkpoint is None:
+                made = build_plan(checkpoint, config, inputs, resources)
+            else:
+                made = search_plan(checkpoint, config, inputs, search, resources, scratch=scratch)
+        if write_type_file is not None and checkpoint is not None:
+            _write_types(write_type_file, checkpoint, made)
     if output is not None:
         _write(output, made.to_json())
         tell(f"Plan written to {output}")
@@ -70,17 +74,19 @@ def plan(
 
 def _require_model(config: PlanConfig, model: str | None, search: Search | None, write_type_file: Path | None) -> None:
     """Raise AlphaQError for options that need the model, or another engine."""
-    from alphaq.engines.gguf.profile import PROFILE
+    from alphaq.engines.profiles import profile
 
-    if write_type_file is not None and (model is None or config.engine != PROFILE.name):
+    if write_type_file is not None and (model is None or profile(config.engine).writer.type_file is None):
         raise AlphaQError("--write-type-file is for llama.cpp and needs the model. Add MODEL and --engine llama.cpp.")
     if search is not None and model is None:
         raise BudgetError("--ear runs the model. Give MODEL.")
 
 
 def _write_types(path: Path, checkpoint: Checkpoint, made: Plan) -> None:
-    from alphaq.engines.gguf.profile import type_file
+    from alphaq.engines.profiles import profile
 
+    type_file = profile(made.engine).writer.type_file
+    assert type_file is not None  # checked before
     _write(path, type_file(checkpoint, made.every_choice()))
     tell(f"Types written to {path}")
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from alphaq.cli.converting import opened_for
 from alphaq.cli.inputs import Inputs, Sight, note_source, rounding_of
-from alphaq.cli.means import JsonOption, Means, ModelArgument, RestartOption, opened, output_target, resources_for
+from alphaq.cli.means import JsonOption, Means, ModelArgument, RestartOption, output_target, resources_for
 from alphaq.cli.options import Asked
 from alphaq.cli.planning import build_plan, plan_config, read_plan
 from alphaq.cli.search import ANY_BUDGET, ScoringOptions, Search, Wanted, WantedOptions, search_plan
@@ -72,6 +73,17 @@ class Job:
     means: Means
     restart: bool
 
+    def run(self) -> tuple[Plan, QuantizeResult]:
+        """Plan and quantize."""
+        with resources_for(self.checkpoint, self.means) as resources:
+            job = replace(self, inputs=self.inputs.made_for(self.checkpoint, resources, self.beside))
+            if job.order.plan is not None:
+                note_source(job.checkpoint, job.order.plan.engine, job.inputs.imatrix)
+            plan = job.plan(resources)
+            if resources.cache is not None:
+                resources.cache.close()  # others may measure while this one writes
+            return plan, job.write(plan, resources)
+
     def plan(self, resources: Resources) -> Plan:
         """The plan that was read, or a new one."""
         order, checkpoint, inputs = self.order, self.checkpoint, self.inputs
@@ -86,10 +98,6 @@ class Job:
     def beside(self) -> Path:
         """Folder for what is not kept."""
         return self.place.absolute().parent if isinstance(self.place, Path) else self.scratch or Path()
-
-    def with_imatrix(self, resources: Resources) -> Job:
-        """With the model's own importance matrix, if it was asked for."""
-        return replace(self, inputs=self.inputs.made_for(self.checkpoint, resources, self.beside))
 
     def write(self, plan: Plan, resources: Resources) -> QuantizeResult:
         """Quantize by the plan."""
@@ -142,25 +150,25 @@ def quantize(
         order = Order(None, config, search, quantizer)
         if wanted.values["curve"] is not None:
             check_file(wanted.values["curve"])
-    checkpoint = opened(model, means)
     sight = Sight(inputs.calibration, calibration_tokens, order.bos and asked.values["bos"])
-    job = Job(checkpoint, order, inputs, _rounding(checkpoint, order, sight), place, scratch, means, restart)
-    with resources_for(checkpoint, means) as resources:
-        job = job.with_imatrix(resources)
-        if order.plan is not None:
-            note_source(checkpoint, order.plan.engine, job.inputs.imatrix)
-        plan = job.plan(resources)
-        if resources.cache is not None:
-            resources.cache.close()  # others may measure while this one writes
-        result = job.write(plan, resources)
+    beside = place.absolute().parent if isinstance(place, Path) else scratch or Path()
+    with opened_for(order.decided.engine, model, means, beside) as checkpoint:
+        job = Job(checkpoint, order, inputs, _rounding(checkpoint, order, sight), place, scratch, means, restart)
+        plan, result = job.run()
+    _note_uncalibrated(result)
+    show_quantized(plan, result, _usage(plan, job, output, model), as_json)
+
+
+def _usage(plan: Plan, job: Job, output: str, model: str) -> str:
+    """What to do with the output."""
     from alphaq.engines.profiles import profile
     from alphaq.report.verified import run_hint
 
-    usage = "Uploaded."
-    if isinstance(place, Path):
-        usage = f"{profile(plan.engine).writer.usage.format(out=output)}\n{run_hint(plan.engine, output, model)}"
-    _note_uncalibrated(result)
-    show_quantized(plan, result, usage, as_json)
+    if not isinstance(job.place, Path):
+        return "Uploaded."
+    usage = profile(plan.engine).writer.usage.format(out=output)
+    made_first = not job.checkpoint.folder.exists()  # so there is nothing left to compare with
+    return usage if made_first else f"{usage}\n{run_hint(plan.engine, output, model)}"
 
 
 def _deciding(wanted: Asked[Wanted], scoring: Asked[Scoring], means: Means) -> Iterable[str]:

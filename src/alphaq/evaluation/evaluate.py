@@ -10,14 +10,19 @@ from alphaq.work.workers import Wrap, silent
 
 
 def evaluate(model: str | Path, scoring: Scoring, reference: str | Path | None = None, wrap: Wrap = silent) -> Fidelity:
-    """Perplexity per text, and distance from a reference model if one is given."""
+    """Perplexity per text, and distance from a reference model if one is given.
+
+    A GGUF file is run by llama.cpp if that is installed and `scoring` names neither dtype (`auto`) nor device.
+    """
     from alphaq.evaluation.fidelity import evaluate_texts, read_texts, window_beginning
-    from alphaq.runtime.loading import load_pair
+    from alphaq.evaluation.loading import opened_models
 
     contents = read_texts(scoring.texts)
-    loaded, against, tokenizer = load_pair(model, reference, scoring.dtype, scoring.device)
-    by_text = dict(evaluate_texts(loaded, tokenizer, contents, scoring, against, wrap))
-    return Fidelity(by_text, window_beginning(tokenizer, scoring.bos))
+    with opened_models(model, reference, scoring, contents) as (own, against):
+        other = None if against is None else against.model
+        by_text = dict(evaluate_texts(own.model, own.tokenizer, contents, scoring, other, wrap))
+        run_by = tuple(runner.by for runner in (own, against) if runner is not None)
+        return Fidelity(by_text, window_beginning(own.tokenizer, scoring.bos), run_by)
 
 
 def fidelity_json(fidelity: Fidelity) -> dict[str, object]:
@@ -27,11 +32,13 @@ def fidelity_json(fidelity: Fidelity) -> dict[str, object]:
             "perplexity": text.perplexity,
             "perplexity_interval": list(text.perplexity_interval),
             "kl": text.kl,
+            "kl_median": text.kl_median,
+            "kl_p99": text.kl_p99,
             "top1": text.top1,
             "ear": text.ear,
             "tokens": text.tokens,
         }
         for name, text in fidelity.texts.items()
     }
-    begins = {"windows_begin_with": fidelity.begins_with}
-    return {"texts": texts, **begins, "geomean_perplexity": fidelity.geomean_perplexity, "mean_kl": fidelity.mean_kl}
+    ways = {"windows_begin_with": fidelity.begins_with, "run_by": list(fidelity.run_by)}
+    return {"texts": texts, **ways, "geomean_perplexity": fidelity.geomean_perplexity, "mean_kl": fidelity.mean_kl}

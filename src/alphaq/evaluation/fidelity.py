@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from alphaq.calibration.text import check_ids
 from alphaq.calibration.tokens import prefixed, text_prefix
@@ -31,7 +32,7 @@ POSITIONS_AT_ONCE = 128  # bounds the float32 copies of [positions, vocabulary]
 
 @dataclass(frozen=True)
 class WindowScore:
-    """Sums over one window's predicted tokens."""
+    """Sums over one window's predicted tokens. kl_by_token: float32 [tokens], empty without a reference."""
 
     tokens: int
     negative_log_likelihood: float
@@ -39,6 +40,19 @@ class WindowScore:
     top1: float = 0.0
     ear: float = 0.0
     reference_negative_log_likelihood: float = 0.0
+    kl_by_token: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32), compare=False, repr=False)
+
+    @property
+    def sums(self) -> tuple[float, ...]:
+        """All but the values of single tokens, in order."""
+        return (
+            self.tokens,
+            self.negative_log_likelihood,
+            self.kl,
+            self.top1,
+            self.ear,
+            self.reference_negative_log_likelihood,
+        )
 
 
 @dataclass(frozen=True)
@@ -79,22 +93,29 @@ def score_windows(model: Any, reference: Any | None, ids: torch.Tensor, context:
     against = None
     if reference is not None:
         against = reference(ids.to(reference.device)).logits[:, context - 1 : -1].to(model.device)
-    scores = []
-    for window, targets in enumerate(ids[:, context:]):
-        loss = kl = top1 = ear = reference_loss = 0.0
-        for start in range(0, len(targets), POSITIONS_AT_ONCE):
-            part = slice(start, start + POSITIONS_AT_ONCE)
-            log_q = logits[window, part].float().log_softmax(-1)
-            loss -= float(log_q.gather(1, targets[part, None]).sum(dtype=torch.float64))
-            if against is not None:
-                log_p = against[window, part].float().log_softmax(-1)
-                reference_loss -= float(log_p.gather(1, targets[part, None].to(log_p.device)).sum(dtype=torch.float64))
-                p, q = log_p.exp(), log_q.exp()
-                kl += float((p * (log_p - log_q)).sum(dtype=torch.float64))
-                top1 += float((p.argmax(-1) == q.argmax(-1)).sum())
-                ear += float(torch.minimum(p, q).sum(dtype=torch.float64))
-        scores.append(WindowScore(len(targets), loss, kl, top1, ear, reference_loss))
-    return scores
+    return [
+        _scored(logits[window], None if against is None else against[window], targets)
+        for window, targets in enumerate(ids[:, context:])
+    ]
+
+
+def _scored(logits: torch.Tensor, against: torch.Tensor | None, targets: torch.Tensor) -> WindowScore:
+    """One window's score from logits [tokens, vocabulary] of the model and the reference, and what came [tokens]."""
+    loss = top1 = ear = reference_loss = 0.0
+    divergences: list[torch.Tensor] = []
+    for start in range(0, len(targets), POSITIONS_AT_ONCE):
+        part = slice(start, start + POSITIONS_AT_ONCE)
+        log_q = logits[part].float().log_softmax(-1)
+        loss -= float(log_q.gather(1, targets[part, None]).sum(dtype=torch.float64))
+        if against is not None:
+            log_p = against[part].float().log_softmax(-1)
+            reference_loss -= float(log_p.gather(1, targets[part, None].to(log_p.device)).sum(dtype=torch.float64))
+            p, q = log_p.exp(), log_q.exp()
+            divergences.append((p * (log_p - log_q)).sum(-1, dtype=torch.float64).cpu())
+            top1 += float((p.argmax(-1) == q.argmax(-1)).sum())
+            ear += float(torch.minimum(p, q).sum(dtype=torch.float64))
+    kl = torch.cat(divergences) if divergences else torch.zeros(0, dtype=torch.float64)
+    return WindowScore(len(targets), loss, float(kl.sum()), top1, ear, reference_loss, kl.float().numpy())
 
 
 def batches(parts: list[torch.Tensor], vocabulary: int) -> list[torch.Tensor]:
@@ -117,6 +138,7 @@ def summarize_windows(scores: list[WindowScore], with_reference: bool) -> TextFi
     count = len(scores)
     error = math.sqrt(sum(d * d for d in deviations) * count / (count - 1)) / tokens if count > 1 else math.inf
     reach = error * student_quantile(count - 1) if count > 1 else math.inf
+    kl = np.concatenate([score.kl_by_token for score in scores])
     return TextFidelity(
         perplexity=math.exp(mean),
         perplexity_interval=(math.exp(mean - reach), math.exp(min(mean + reach, 700.0))),
@@ -124,6 +146,8 @@ def summarize_windows(scores: list[WindowScore], with_reference: bool) -> TextFi
         kl=sum(score.kl for score in scores) / tokens if with_reference else None,
         top1=sum(score.top1 for score in scores) / tokens if with_reference else None,
         ear=sum(score.ear for score in scores) / tokens if with_reference else None,
+        kl_median=float(np.median(kl)) if kl.size else None,
+        kl_p99=float(np.quantile(kl, 0.99)) if kl.size else None,
     )
 
 

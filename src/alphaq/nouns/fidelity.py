@@ -12,7 +12,8 @@ CERTIFICATE_NAME = "certificate.json"  # what a model's fidelity was, which says
 class TextFidelity:
     """How a model does on one text. KL, top-1 and EAR are against a reference model, else None.
 
-    kl in nats per token; ear = mean over tokens of Σᵥ min(p, q); interval is 95 % for perplexity.
+    kl in nats, the mean over tokens, with their median and 99th percentile; ear = mean over tokens of Σᵥ min(p, q);
+    interval is 95 % for perplexity.
     """
 
     perplexity: float
@@ -21,14 +22,20 @@ class TextFidelity:
     kl: float | None = None
     top1: float | None = None
     ear: float | None = None
+    kl_median: float | None = None
+    kl_p99: float | None = None
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Fidelity over several texts. begins_with: special tokens put before each window, in words."""
+    """Fidelity over several texts. begins_with: special tokens put before each window, in words.
+
+    run_by: what computed with the model, and with the reference if there is one.
+    """
 
     texts: dict[str, TextFidelity] = field(default_factory=dict)
     begins_with: str = ""
+    run_by: tuple[str, ...] = ()
 
     @property
     def geomean_perplexity(self) -> float:

@@ -125,17 +125,17 @@ def fidelity_table(fidelity: Fidelity) -> Table:
     """One row per text."""
     table = plain_table(
         "Fidelity" + begun(fidelity.begins_with),
-        *("text", "tokens", "perplexity", "95 % interval", "KL", "top-1", "EAR"),
+        *("text", "tokens", "perplexity", "95 % interval", "KL", "median KL", "99 % below", "top-1", "EAR"),
     )
     for name, text in fidelity.texts.items():
         low, high = text.perplexity_interval
-        against = (
-            ["–"] * 3 if text.kl is None else [f"{text.kl:.4f}", f"{100 * (text.top1 or 0):.1f} %", f"{text.ear:.4f}"]
-        )
+        divergences = ["–" if value is None else f"{value:.4f}" for value in (text.kl, text.kl_median, text.kl_p99)]
+        shares = ["–"] * 2 if text.ear is None else [f"{100 * (text.top1 or 0):.1f} %", f"{text.ear:.4f}"]
+        against = [*divergences, *shares]
         table.add_row(name, f"{text.tokens:,}", f"{text.perplexity:.3f}", f"{low:.2f}–{high:.2f}", *against)
     table.add_section()
     kl = "–" if fidelity.mean_kl is None else f"{fidelity.mean_kl:.4f}"
-    table.add_row("mean", "", f"{fidelity.geomean_perplexity:.3f}", "", kl, "", "")
+    table.add_row("mean", "", f"{fidelity.geomean_perplexity:.3f}", "", kl, "", "", "", "")
     return table
 
 

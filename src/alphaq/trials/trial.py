@@ -10,7 +10,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -75,9 +74,13 @@ class Trials:
 
     def _scores(self, model: Any) -> dict[str, list[list[float]]]:
         found = self.score(model, self.tokenizer, reference=self.reference, wrap=self.wrap)
-        return {name: [list(asdict(score).values()) for score in scores] for name, scores in found}
+        return {name: [list(score.sums) for score in scores] for name, scores in found}
 
 
 def window_scores(found: dict[str, list[list[float]]]) -> dict[str, list[WindowScore]]:
     """Scores by text and window as records, from what `Trials.run` gives and journals keep."""
-    return {text: [WindowScore(int(values[0]), *values[1:]) for values in windows] for text, windows in found.items()}
+    return {text: [_window_score(*values) for values in windows] for text, windows in found.items()}
+
+
+def _window_score(tokens: float, loss: float, kl: float, top1: float, ear: float, reference: float) -> WindowScore:
+    return WindowScore(int(tokens), loss, kl, top1, ear, reference)

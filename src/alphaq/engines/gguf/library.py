@@ -139,6 +139,8 @@ def _library() -> ctypes.CDLL:
             *(ctypes.c_bool, ctypes.c_bool),
         ),
         "llama_decode": (integer, pointer, _Batch),
+        "llama_model_n_ctx_train": (integer, pointer),
+        "llama_vocab_get_text": (text, pointer, integer),
         "llama_vocab_bos": (integer, pointer),
         "llama_vocab_get_add_bos": (ctypes.c_bool, pointer),
         "ggml_get_name": (text, pointer),
@@ -233,6 +235,15 @@ class Llama:
         """What the tokenizer puts before a text: BOS, or nothing."""
         added = self._library.llama_vocab_get_add_bos(self._vocab)
         return (self._library.llama_vocab_bos(self._vocab),) if added else ()
+
+    @property
+    def trained_context(self) -> int:
+        """Tokens that the file says the model was trained with."""
+        return int(self._library.llama_model_n_ctx_train(self._model))
+
+    def token(self, id: int) -> str:
+        """A token as the file's vocabulary spells it."""
+        return str(self._library.llama_vocab_get_text(self._vocab, id).decode(errors="replace"))
 
     def __enter__(self) -> Llama:
         return self

@@ -1,0 +1,140 @@
+"""The models that texts are scored with: a GGUF file in llama.cpp, every other in transformers.
+
+llama.cpp runs a file of any architecture from its memory map. Its kernels round activations, as they will for whoever
+uses the file. `--dtype` and `--device` are transformers' own: with one of them, or without llama.cpp, the weights of a
+GGUF file are restored and its family's class is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alphaq.checkpoint.gguf.source import find_gguf
+from alphaq.engines.gguf.forward import LlamaModel, LlamaTokenizer
+from alphaq.engines.gguf.library import LlamaError
+from alphaq.errors import AlphaQError
+from alphaq.formats.ggml_library import shared_object
+from alphaq.nouns.scoring import Scoring
+from alphaq.runtime.loading import load_model, load_pair
+
+LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
+SAMPLED = 997  # ids between two tokens whose spelling is compared; a prime, so that it hits no regular pattern
+UNLIKE = "so no KL is defined. Compare like with like."
+
+
+@dataclass(frozen=True)
+class Runner:
+    """What runs a model: named as the user named it, its tokenizer, and by what."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    by: str
+
+    @property
+    def rows(self) -> int:
+        """Tokens that it gives a chance."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def ids(self, text: str) -> list[int]:
+        """Tokens of a text alone."""
+        found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
+
+    def spelled(self, ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary spells them."""
+        return list(map(str, self.tokenizer.convert_ids_to_tokens(list(ids))))
+
+
+def gguf_of(model: str | Path) -> Path | None:
+    """The GGUF file that a model means, if any."""
+    return find_gguf(Path(model).expanduser())
+
+
+def transformers_note(models: Sequence[str | Path | None], scoring: Scoring) -> str | None:
+    """What to say where llama.cpp would run a model and is not installed."""
+    named = next((model for model in models if model is not None and gguf_of(model) is not None), None)
+    if named is None or shared_object() is not None or not _undecided(scoring):
+        return None
+    return (
+        f"llama.cpp is not installed (pip install 'alphaq[gguf]'), so the weights of {named} are restored and run in "
+        "transformers, which needs them in memory in float32"
+    )
+
+
+def _undecided(scoring: Scoring) -> bool:
+    """Whether no option asks for transformers."""
+    return scoring.dtype == "auto" and scoring.device is None
+
+
+@contextmanager
+def opened_models(
+    model: str | Path, reference: str | Path | None, scoring: Scoring, texts: Mapping[str, str]
+) -> Iterator[tuple[Runner, Runner | None]]:
+    """The model and its reference, if there is one, ready to run; both have the model's tokenizer.
+
+    texts: those to be scored, of which both must make the same tokens. Raises AlphaQError if they do not, or a model
+    cannot be loaded.
+    """
+    named = [one for one in (model, reference) if one is not None]
+    if not (_undecided(scoring) and shared_object() is not None and any(map(gguf_of, named))):
+        loaded, against, tokenizer = load_pair(model, reference, scoring.dtype, scoring.device)
+        runners = [
+            Runner(str(name), one, tokenizer, TRANSFORMERS) for name, one in zip(named, (loaded, against), strict=False)
+        ]
+        yield runners[0], runners[1] if len(runners) > 1 else None
+        return
+    with ExitStack() as stack:
+        runners = [_runner(one, scoring.window, stack) for one in named]
+        if len(runners) > 1:
+            _require_alike(runners[0], runners[1], texts)
+        yield runners[0], runners[1] if len(runners) > 1 else None
+
+
+def _runner(name: str | Path, window: int, stack: ExitStack) -> Runner:
+    """One model in what runs it; beside a GGUF file, others are in float32."""
+    path = gguf_of(name)
+    if path is None:
+        model, tokenizer = load_model(name, "float32")
+        return Runner(str(name), model, tokenizer, TRANSFORMERS)
+    try:
+        running = stack.enter_context(LlamaModel(path, window))
+    except LlamaError as error:
+        raise LlamaError(f"{error}\nWith --dtype float32 transformers runs the file's restored weights.") from error
+    return Runner(str(name), running, running.tokenizer, LLAMA_CPP)
+
+
+def _require_alike(one: Runner, other: Runner, texts: Mapping[str, str]) -> None:
+    """Raise AlphaQError unless both give a chance to as many tokens and read the texts as the same ones."""
+    if one.rows != other.rows:
+        raise AlphaQError(
+            f"{one.name} has a vocabulary of {one.rows} tokens and {other.name} one of {other.rows}, {UNLIKE}"
+        )
+    if isinstance(one.tokenizer, LlamaTokenizer) and isinstance(other.tokenizer, LlamaTokenizer):
+        sample = range(0, one.rows, SAMPLED)
+        _require_same(one, other, sample, "id", one.spelled(sample), other.spelled(sample))
+    for name, text in texts.items():
+        left, right = one.ids(text), other.ids(text)
+        if left != right:
+            places = range(max(len(left), len(right)))
+            _require_same(one, other, places, f"text {name!r}, token", _some(one, left), _some(other, right))
+            raise AlphaQError(f"{one.name} and {other.name} have different vocabularies, {UNLIKE}")
+
+
+def _some(runner: Runner, ids: list[int]) -> list[str]:
+    return [f"{text} ({id})" for text, id in zip(runner.spelled(ids), ids, strict=True)]
+
+
+def _require_same(
+    one: Runner, other: Runner, places: Sequence[int], what: str, left: list[str], right: list[str]
+) -> None:
+    for place, mine, theirs in zip(places, left, right, strict=False):
+        if mine != theirs:
+            raise AlphaQError(
+                f"{one.name} and {other.name} have different vocabularies: {what} {place} is {mine} in the first and "
+                f"{theirs} in the second, {UNLIKE}"
+            )

@@ -1,0 +1,176 @@
+"""Texts scored with GGUF files in llama.cpp, against the same files' restored weights in transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alphaq import pipeline
+from alphaq.checkpoint.gguf.format import read_gguf
+from alphaq.checkpoint.gguf.values import GgufValue
+from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.engines.gguf.forward import LlamaModel
+from alphaq.errors import AlphaQError
+from alphaq.evaluation import loading
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.scoring import Scoring
+from conftest import DATA, Ran
+from runnable import VOCAB, byte_level, save_runnable, save_tokenizer
+
+pytestmark = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="llama.cpp comes with `pip install xllamacpp`")
+
+TYPE = "Q3_K"
+
+
+def written(source: Path, out: Path, choice: str) -> Path:
+    """A model as GGUF, each expert in one type and the rest in 16 bits."""
+    checkpoint = open_checkpoint(source)
+    choices = {matrix.name: choice for matrix in checkpoint.with_role(Role.EXPERT)}
+    pipeline.quantize(checkpoint, Plan(engine="llama.cpp", choices=choices), out)
+    return out / "model.gguf"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gguf")
+
+
+@pytest.fixture(scope="module")
+def full(folder: Path, tiny: Path) -> Path:
+    return written(tiny, folder / "full", "16")
+
+
+@pytest.fixture(scope="module")
+def quantized(folder: Path, tiny: Path) -> Path:
+    return written(tiny, folder / "quantized", TYPE)
+
+
+@pytest.fixture(scope="module")
+def scoring(folder: Path) -> Scoring:
+    text = folder / "text.txt"
+    text.write_text((DATA / "texts" / "tech.txt").read_text()[:5000])
+    return Scoring(texts=(text,), window=256, max_tokens=600, dtype="auto")
+
+
+def figures(model: Path, scoring: Scoring, reference: Path | None) -> Any:
+    return pipeline.evaluate(model, scoring, reference)
+
+
+def test_llama_cpp_and_restored_weights_agree(full: Path, quantized: Path, scoring: Scoring, tiny: Path) -> None:
+    ours = figures(quantized, scoring, full)
+    restored = figures(quantized, scoring.model_copy(update={"dtype": "float32"}), tiny)
+    assert ours.run_by == ("llama.cpp", "llama.cpp") and restored.run_by == ("transformers", "transformers")
+    (mine,), (other,) = ours.texts.values(), restored.texts.values()
+    assert mine.tokens == other.tokens
+    assert mine.perplexity == pytest.approx(other.perplexity, rel=0.005)
+    assert mine.kl == pytest.approx(other.kl, rel=0.1, abs=6e-4)
+    assert mine.kl_median == pytest.approx(other.kl_median, rel=0.1, abs=6e-4)
+    assert mine.kl_p99 == pytest.approx(other.kl_p99, rel=0.25)
+    assert mine.ear == pytest.approx(other.ear, abs=0.005)
+    assert mine.top1 == pytest.approx(other.top1, abs=0.01)
+
+
+def test_a_reference_in_transformers_is_run_there(full: Path, scoring: Scoring, tiny: Path) -> None:
+    """In 16 bits only the rounding of activations is left."""
+    found = figures(full, scoring, tiny)
+    assert found.run_by == ("llama.cpp", "transformers")
+    (text,) = found.texts.values()
+    assert 0 <= text.kl_median <= text.kl < 1e-4 and text.kl < text.kl_p99 < 1e-3
+    assert text.perplexity == pytest.approx(pipeline.evaluate(tiny, scoring).geomean_perplexity, rel=0.002)
+
+
+def test_a_file_agrees_with_itself(quantized: Path, scoring: Scoring) -> None:
+    (text,) = figures(quantized, scoring, quantized).texts.values()
+    assert text.kl == pytest.approx(0, abs=1e-6) and text.top1 == 1
+
+
+def test_a_window_counts_alike_alone_and_among_others(quantized: Path) -> None:
+    ids = torch.randint(4096, (3, 100), generator=torch.Generator().manual_seed(0))
+    with LlamaModel(quantized, 128) as model:
+        together = model(ids).logits
+        assert together.shape == (3, 100, model.config.vocab_size)
+        for window in (2, 0):
+            assert torch.equal(model(ids[window : window + 1]).logits[0], together[window])
+
+
+def test_vocabularies_of_other_sizes_are_told(full: Path, folder: Path, scoring: Scoring) -> None:
+    save_tokenizer(save_runnable(folder / "other", "qwen2_moe"), byte_level())
+    other = written(folder / "other", folder / "small", "16")
+    for pair in ((full, other), (full, folder / "other")):
+        with pytest.raises(AlphaQError, match=rf"a vocabulary of 4096 tokens and .* one of {VOCAB}, so no KL"):
+            figures(pair[0], scoring, pair[1])
+
+
+def test_tokens_of_another_spelling_are_told(full: Path, folder: Path, scoring: Scoring) -> None:
+    """One token's name is changed in place: the header keeps its length."""
+    tokens = read_gguf(full).metadata["tokenizer.ggml.tokens"]
+    name = tokens.value[loading.SAMPLED].encode()
+    changed = folder / "changed.gguf"
+    data = full.read_bytes()
+    whole = GgufValue.of("string", tokens.value[loading.SAMPLED])
+    stored = len(name).to_bytes(8, "little") + name
+    assert whole.value and data.count(stored) >= 1
+    place = data.index(stored, data.index(b"tokenizer.ggml.tokens"))
+    changed.write_bytes(data[: place + 8] + b"~" * (len(name) - 1) + b"|" + data[place + 8 + len(name) :])
+    with pytest.raises(AlphaQError, match=rf"different vocabularies: id {loading.SAMPLED} is .* in the second, so no"):
+        figures(full, scoring, changed)
+
+
+def test_other_tokens_of_a_text_are_told(full: Path, scoring: Scoring, tiny: Path) -> None:
+    class Other:
+        def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
+            return {"input_ids": [1, 2]}
+
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+            return [f"t{id}" for id in ids]
+
+    with LlamaModel(full, 256) as model:
+        one = loading.Runner("a", model, model.tokenizer, "llama.cpp")
+        other = loading.Runner("b", model, Other(), "transformers")
+        with pytest.raises(AlphaQError, match=r"text 'x', token 0 is .* in the first and t1 \(1\) in the second"):
+            loading._require_alike(one, other, {"x": "def main():"})
+
+
+def test_what_llama_cpp_cannot_load_is_told_in_its_words(folder: Path, scoring: Scoring) -> None:
+    broken = folder / "broken.gguf"
+    broken.write_bytes(b"GGUF and no more")
+    with pytest.raises(AlphaQError, match=r"llama.cpp cannot load .*broken.gguf(.|\n)*--dtype float32"):
+        figures(broken, scoring, None)
+
+
+def test_a_short_text_is_told(full: Path, folder: Path, scoring: Scoring) -> None:
+    short = folder / "short.txt"
+    short.write_text("")
+    with pytest.raises(AlphaQError, match="'short' has fewer than two tokens"):
+        figures(full, scoring.model_copy(update={"texts": (short,)}), None)
+
+
+@pytest.fixture
+def without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(loading, "shared_object", lambda: None)
+    yield
+
+
+def test_without_llama_cpp_restored_weights_are_run_with_a_note(
+    full: Path, scoring: Scoring, alphaq: Callable[..., Ran], without_llama_cpp: None
+) -> None:
+    ran = alphaq("eval", full, "--text", scoring.texts[0], "--max-tokens", 100, "--json")
+    assert ran.code == 0, ran.err
+    assert "llama.cpp is not installed (pip install 'alphaq[gguf]')" in ran.err
+    assert ran.json["run_by"] == ["transformers"]
+
+
+def test_the_command_prints_what_tokens_differ_by(
+    full: Path, quantized: Path, scoring: Scoring, alphaq: Callable[..., Ran]
+) -> None:
+    asked = ("eval", quantized, "--reference", full, "--text", scoring.texts[0], "--max-tokens", 100)
+    shown = alphaq(*asked)
+    assert shown.code == 0, shown.err
+    assert "median KL" in shown.out and "99 % below" in shown.out
+    assert not shown.err
