@@ -263,10 +263,9 @@ def test_gaussian_error_of_q8_0_is_the_reference_s() -> None:
     assert ((restored - weight) ** 2).sum() / (weight**2).sum() == pytest.approx(GAUSSIAN_ERROR["Q8_0"], rel=0.01)
 
 
-def test_ggml_defaults_leave_out_only_what_another_type_beats_or_what_loses_a_third() -> None:
+def test_ggml_defaults_leave_out_only_what_another_type_beats_or_models_are_trained_in() -> None:
     defaults = [str(choice) for choice in llama_cpp.PROFILE.defaults]
-    beaten, lossy = {"Q2_K", "Q3_K", "Q4_0", "NVFP4"}, {"Q1_0", "Q2_0", "TQ1_0", "TQ2_0"}
-    assert set(GGML_BLOCKS) - set(defaults) == beaten | lossy
+    assert set(GGML_BLOCKS) - set(defaults) == {"Q2_K", "Q3_K", "Q4_0", *llama_cpp.TRAINED_IN}
     for block in (32, 256):
         members = [name for name in defaults if GGML_BLOCKS[name][1] == block]
         by_size = sorted(members, key=lambda name: GGML_BLOCKS[name][2])

@@ -25,6 +25,7 @@ from alphaq.engines.export import AS_IT_IS, RAW, Entry, Export, Form, Layout, Ro
 from alphaq.engines.gguf.importance import importance_of
 from alphaq.engines.gguf.library import Llama
 from alphaq.engines.gguf.model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
+from alphaq.engines.gguf.observing import observed
 from alphaq.engines.gguf.package import package
 from alphaq.engines.gguf.tokenizer import tokens_left_out
 from alphaq.engines.profile import Profile
@@ -50,7 +51,8 @@ ROLE_BITS = {
 }
 
 ALIGNMENT_BYTES = 32
-MOST_LOST = 1 / 3  # of Gaussian weights' energy; types for models that were trained in them lose more of any other
+TRAINED_IN = ("MXFP4", "NVFP4", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0")
+"""Types for models that were trained in them; of other weights they lose more than their size would do elsewhere."""
 
 TYPE_OF_BITS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0", 16: "16"}
 
@@ -250,12 +252,12 @@ def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
 
 
 def _is_usual(name: str) -> bool:
-    """Whether a type is offered without being named: it loses no third of the energy, and nothing beats it.
+    """Whether a type is offered without being named: for any weights, and nothing beats it.
 
     A type is beaten by one at least as small, as exact and as fine-grained, and better in one of them.
     """
     merits = {other: (size / block, GAUSSIAN_ERROR[other], block) for other, (_, block, size) in GGML_BLOCKS.items()}
-    return merits[name][1] < MOST_LOST and not any(
+    return name not in TRAINED_IN and not any(
         merit != merits[name] and all(mine >= theirs for mine, theirs in zip(merits[name], merit, strict=True))
         for merit in merits.values()
     )
@@ -293,5 +295,6 @@ PROFILE = Profile(
         run=Run("llama.cpp", logits, tolerance=0.15),
         type_file=type_file,
         takes_roundings=False,
+        observed=observed,
     ),
 )
