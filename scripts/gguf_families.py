@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from alphaq.errors import AlphaQError
 from alphaq.formats.ggml import GGML_BLOCKS
 from alphaq.formats.ggml_library import restore_rows
 from alphaq.nouns.settings import Budget, PlanConfig
-from families import FAMILIES, random_family
+from families import FAMILIES, SMALL, random_family
 from runnable import VOCAB, byte_level, save_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -39,10 +40,21 @@ CONVERTER = Path(os.environ.get("ALPHAQ_CONVERTER", ROOT / ".venv" / "converter"
 TOKENS = 24
 KEPT_SHARE = 0.6  # of the 16-bit file's bytes that the quantized one may take, so that types mix
 
-# What the families' smallest configs lack for llama.cpp: rows that fit a type, and what it takes for granted.
-WIDE = dict(vocab_size=VOCAB, moe_intermediate_size=64, hidden_size=256, d_model=256)
+# What the families' smallest configs lack: rows of whole blocks, some of 256 weights.
+SMALL |= dict(hidden_size=256, d_model=256, shared_expert_intermediate_size=64, expert_ffn_hidden_size=64)
+SMALL |= dict(moe_intermediate_size=64, moe_shared_expert_intermediate_size=64, share_expert_dim=64)
+SMALL |= dict(vocab_size=VOCAB, shared_experts_intermediate_size=64)
 CHOICES = "Q2_K,Q3_K,Q4_K,Q6_K,Q4_0,Q4_1,Q5_1,Q8_0"  # quick ones; every type is tested by itself
-ADDED_TOKENS = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|endoftext|>")
+ADDED_TOKENS = (
+    "[gMASK]",
+    "<sop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+    "<|endoftext|>",
+    "<unk>",
+)
 HUB_CLASSES = {"PhimoeForCausalLM": "PhiMoEForCausalLM", "HunYuanMoEV1ForCausalLM": "HunYuanMoEV1ForCausalLM"}
 
 DRIVER = """
@@ -88,7 +100,7 @@ class Row:
 
 def save(family: str, folder: Path) -> Path:
     """A tiny random model of a family under the names of the hub, with a tokenizer. Raises what transformers does."""
-    model = random_family(family, **overrides(family))
+    model = random_family(family)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and parameter.ndim == 1:
@@ -101,14 +113,6 @@ def save(family: str, folder: Path) -> Path:
     config["architectures"] = [HUB_CLASSES.get(name, name) for name in config["architectures"]]
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-def overrides(family: str) -> dict[str, object]:
-    """Settings in which a family's smallest config is to differ."""
-    from families import config_of
-
-    config = config_of(family)
-    return {key: value for key, value in WIDE.items() if hasattr(config, key)}
 
 
 def convert(folders: Sequence[Path]) -> None:
@@ -180,26 +184,49 @@ def values_of(file: GgufFile, name: str, decode: bool) -> bytes:
 
 
 def row_of(family: str, source: Path) -> Row:
-    """Quantize and run one converted family."""
+    """Quantize and run one converted family in a process of its own, since llama.cpp ends one where it asserts."""
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        os.close(reading)
+        with os.fdopen(writing, "w") as pipe:
+            for row in rows_of(family, source):
+                print(json.dumps(vars(row)), file=pipe, flush=True)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        told = [Row(**json.loads(line)) for line in pipe]
+    os.waitpid(child, 0)
+    return told[-1] if told else Row(family, why="our own error, see above")
+
+
+def rows_of(family: str, source: Path) -> Iterator[Row]:
+    """What is known of a family so far; the last one counts."""
     arch = str(read_gguf(source).metadata["general.architecture"].value)
+    yield Row(family, arch, why="llama.cpp cannot: it ends the process when it runs the 16-bit file")
     try:
         reference = logits(source)
     except LlamaError as error:
-        return Row(family, arch, why=f"llama.cpp cannot: {short(error)}")
+        yield Row(family, arch, why=f"llama.cpp cannot: {short(error)}")
+        return
+    yield Row(family, arch, why="llama.cpp ends the process when it runs the quantized file")
     try:
         quantize(source, out := source.with_suffix(".out"))
         found, restored = logits(out / FILE_NAME), logits(restore(out / FILE_NAME, source.with_suffix(".f32.gguf")))
     except AlphaQError as error:
-        return Row(family, arch, why=short(error))
+        yield Row(family, arch, why=short(error))
+        return
     counts = Counter(tensor.type for tensor in read_gguf(out / FILE_NAME).tensors.values())
     types = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if name in GGML_BLOCKS)
     notes = "; ".join(open_checkpoint(source).notes)
-    return Row(family, arch, types, notes, divergence(restored, found), divergence(reference, found))
+    yield Row(family, arch, types, notes, divergence(restored, found), divergence(reference, found))
 
 
 def short(error: BaseException) -> str:
-    """An error's first words, as a cell of a table holds them."""
-    return " ".join(str(error).split()).replace("|", "/")[:160]
+    """What an error says, as a cell of a table holds it: of llama.cpp the last words, which name the cause."""
+    words = " ".join(str(error).split()).replace("|", "/")
+    words = re.sub(r"/\S+/", "", words)  # of a folder that nobody has
+    cause = re.findall(r"(?:error loading model:|check_tensor_dims:|key not found).*", words)
+    return (cause[-1] if cause else words)[:160]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -242,7 +269,7 @@ def main(families: Sequence[str]) -> list[Row]:
                 said = folder.with_name(f"{family}.refused")
                 why = said.read_text() if said.exists() else "it wrote nothing"
                 rows[family] = Row(family, why=f"the converter cannot: {short(Exception(why))}")
-            print(json.dumps(vars(rows[family])), flush=True)
+            print(rows[family], flush=True)
     return [rows[family] for family in families]
 
 

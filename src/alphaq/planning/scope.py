@@ -65,8 +65,8 @@ class Scope:
         profile, planned = request.profile, checkpoint.planned
         if checkpoint.plain and not profile.writer.from_gguf:
             raise PlanError(
-                f"{checkpoint.name} is a GGUF file of the architecture {checkpoint.architecture.name!r}, which is known "
-                f"by the names of its tensors alone, so {profile.name} cannot take it. Start from the Hugging Face "
+                f"{checkpoint.name} is a GGUF file of the architecture {checkpoint.architecture.name!r}, which is "
+                f"known by the names of its tensors alone, so {profile.name} cannot take it. Start from the Hugging Face "
                 "folder."
             )
         if not planned:
@@ -86,7 +86,9 @@ class Scope:
                 joined.append(matrix)
             else:
                 usual = request.choice(str(profile.role_bits[matrix.role]))
-                fixed[matrix.name] = next_storable(profile, usual, matrix)
+                own = stored_as(profile, checkpoint, matrix)
+                narrow = own if own is not None and own.bits <= usual.bits else None
+                fixed[matrix.name] = narrow or next_storable(profile, usual, matrix)
         pinned = {matrix.name: pins[matrix.name] for matrix in planned if matrix.name in pins}
         return cls(checkpoint, request, planned, joined, fixed, pinned)
 

@@ -1,9 +1,9 @@
 """What llama.cpp's own run of a GGUF file says of its matrices, where transformers cannot run it.
 
 The signal of a matrix is how far rounding moves the stream behind its layer, squared and relative to it, per unit of
-relative weight error. An error of an expert's weights reaches its output as it is, relative to it, so that is the energy
-of the routed outputs over that of the stream: one figure for all projections of a layer. How often and how strongly a
-router uses each expert is counted.
+relative weight error. An error of an expert's weights reaches its output as it is, relative to it, so that is the
+energy of the routed outputs over that of the stream: one figure for all projections of a layer. How often and how
+strongly a router uses each expert is counted.
 """
 
 from __future__ import annotations
