@@ -100,7 +100,7 @@ class Checkpoint:
 
     @property
     def plain(self) -> bool:
-        """Whether it is a GGUF file of a family that is not described here: its names are GGUF's own."""
+        """Whether it is a GGUF file that is known by the names of its tensors alone, which are GGUF's own."""
         return self.gguf is not None and self.architecture.gguf is None
 
     @property
@@ -384,12 +384,7 @@ def _stamps(paths: Iterable[Path]) -> dict[str, Stamp]:
 
 
 def _checkpoint(
-    folder: Path,
-    name: str,
-    config: JsonObject,
-    architecture: Architecture,
-    shards: Shards,
-    fingerprint: str,
+    folder: Path, name: str, config: JsonObject, architecture: Architecture, shards: Shards, fingerprint: str
 ) -> Checkpoint:
     """A checkpoint whose tensors have been matched with their roles."""
     architecture, shards = fitted(architecture, config, shards)

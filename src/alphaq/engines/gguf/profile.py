@@ -72,7 +72,7 @@ def storage_bytes(choice: Choice, shape: Shape) -> int:
 
     Exact for a tensor of its own. A 3-D tensor is padded once, not once per expert, so its experts' sum is an
     upper bound (below 32 bytes of excess each); it is exact if a matrix has a multiple of 16 blocks, as it has
-    whenever its rows are a multiple of 16, because every block has an even number of bytes.
+    whenever its rows are a multiple of 16, because every block has an even number of bytes (MXFP4's, of 17: of 32).
     """
     return _padded(format_of(choice).storage_bytes(choice, shape))
 
@@ -186,16 +186,22 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, GgufValue]:
 
 def reader(parts: Sequence[torch.Tensor], choice: Choice, shape: Shape, name: str) -> Rows:
     """Rows by the `gguf` package's own code; by llama.cpp's of types that the package lacks."""
-    gguf = package()
     rows, columns = shape
     _, block, nbytes = GGML_BLOCKS[str(choice)]
     if parts[0].numel() != rows * (columns // block) * nbytes:
         raise CheckpointError(f"{name}: {choice} of shape {list(shape)} does not take {parts[0].numel()} bytes.")
     codes = parts[0].view(rows, -1).numpy()
-    kind = gguf.GGMLQuantizationType.__members__.get(str(choice))
-    if kind is None:
-        return lambda part: torch.from_numpy(restore_rows(codes[part], str(choice), columns))
-    return lambda part: torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(codes[part], kind)))
+    return lambda part: torch.from_numpy(np.ascontiguousarray(_restored(codes[part], str(choice), columns)))
+
+
+def _restored(codes: np.ndarray, type: str, columns: int) -> np.ndarray:
+    """Values of rows, float32 [rows, columns]."""
+    gguf = package()
+    try:
+        values: np.ndarray = gguf.quants.dequantize(codes, gguf.GGMLQuantizationType[type])
+    except (KeyError, NotImplementedError):
+        values = restore_rows(codes, type, columns)
+    return values
 
 
 def stored(folder: Path) -> dict[str, Stored]:
