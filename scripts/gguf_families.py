@@ -20,6 +20,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # where llama.cpp asserts, it would start a debugger
 
 import numpy as np
 import torch
@@ -55,6 +58,18 @@ ADDED_TOKENS = (
     "<|endoftext|>",
     "<unk>",
 )
+# What a family's files say otherwise, since llama.cpp takes it for granted or its converter reads no defaults.
+HEADS = dict(num_key_value_heads=4)
+SETTINGS: dict[str, dict[str, Any]] = {"dots1": HEADS, "olmoe": HEADS, "granitemoehybrid": dict(mamba_expand=1)}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "deepseek_v4": dict(num_hash_layers=1),
+    "exaone_moe": dict(scoring_func="sigmoid"),
+    "gemma4_text": dict(global_head_dim=16),
+    "glm4_moe_lite": dict(first_k_dense_replace=1),
+    "mimo_v2_flash": dict(swa_head_dim=16),
+    "phimoe": dict(original_max_position_embeddings=256),
+    "step3p7": dict(num_attention_groups=2),
+}
 HUB_CLASSES = {"PhimoeForCausalLM": "PhiMoEForCausalLM", "HunYuanMoEV1ForCausalLM": "HunYuanMoEV1ForCausalLM"}
 
 DRIVER = """
@@ -100,7 +115,7 @@ class Row:
 
 def save(family: str, folder: Path) -> Path:
     """A tiny random model of a family under the names of the hub, with a tokenizer. Raises what transformers does."""
-    model = random_family(family)
+    model = random_family(family, **SETTINGS.get(family, {}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and parameter.ndim == 1:
@@ -108,10 +123,10 @@ def save(family: str, folder: Path) -> Path:
     model.bfloat16().save_pretrained(folder, save_original_format=True)
     tokenizer = byte_level()
     tokenizer.add_tokens(list(ADDED_TOKENS))
-    save_tokenizer(folder, tokenizer, add_bos_token=False)
+    save_tokenizer(folder, tokenizer, add_bos_token=family == "deepseek_v32")
     config = json.loads((folder / "config.json").read_text())
     config["architectures"] = [HUB_CLASSES.get(name, name) for name in config["architectures"]]
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config | PUBLISHED.get(family, {})))
     return folder
 
 
