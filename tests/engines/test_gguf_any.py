@@ -76,7 +76,7 @@ def test_metadata_and_what_is_kept_are_those_of_the_source(converted: Path, tmp_
 def test_what_has_a_type_already_is_copied(converted: Path, tmp_path: Path) -> None:
     settings = dict(method="alphaq", choices="Q3_K,Q4_0,Q5_1,Q6_K", budget=Budget(bpw=5.0))
     first = planned(converted / "granitemoe.gguf", tmp_path / "first", **settings)
-    with pytest.raises(CheckpointError, match="already quantized to .* or add --requantize"):
+    with pytest.raises(CheckpointError, match=r"already quantized to .* or add --requantize"):
         open_checkpoint(first)
     whole = dict(method="alphaq", budget=Budget(bpw=8.0))
     again = planned(first, tmp_path / "again", quantized=True, **whole)

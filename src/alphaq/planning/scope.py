@@ -66,8 +66,8 @@ class Scope:
         if checkpoint.plain and not profile.writer.from_gguf:
             raise PlanError(
                 f"{checkpoint.name} is a GGUF file of the architecture {checkpoint.architecture.name!r}, which is "
-                f"known by the names of its tensors alone, so {profile.name} cannot take it. Start from the Hugging Face "
-                "folder."
+                f"known by the names of its tensors alone, so {profile.name} cannot take it. Start from the Hugging "
+                "Face folder."
             )
         if not planned:
             raise PlanError(f"{checkpoint.name} has no matrix of experts or of an MLP that could be quantized.")
