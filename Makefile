@@ -8,7 +8,7 @@ DEV    := $(VENV)/.dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo setup test test-slow test-all test-vllm test-eval check style bench models docs clean
+.PHONY: demo setup test test-slow test-all test-vllm test-eval check style bench models gguf-families docs clean
 
 demo: $(DEMO)  ## the main job on the bundled model; writes demo/report.html
 	rm -rf demo
@@ -64,6 +64,9 @@ bench: setup  ## side by side with peers, into benchmarks/results/ and docs/rese
 
 models: setup  ## check every family of models and write docs/models.md; a few minutes
 	PYTHONPATH=tests $(BIN)/python scripts/models_table.py
+
+gguf-families: setup  ## quantize a GGUF file of every family of experts, and write docs/engines/gguf-families.md; minutes
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python scripts/gguf_families.py
 
 docs: setup  ## the documentation site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -45,6 +45,7 @@ from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, TORCH_DTYPES, Tens
 from alphaq.checkpoint.summary import summarize
 from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.checkpoint.weights import read_shards
+from alphaq.engines.gguf.profile import file_layout
 from alphaq.errors import AlphaQError
 from alphaq.formats.blocks import decode, dequantized_rows, encode
 from alphaq.formats.coding import PREFIX_BYTES, block_header, decode_tensor, decoded_info, encode_tensor
@@ -346,6 +347,7 @@ GGUF_HOSTILE: dict[str, Sequence[bytes]] = {
     "text": [
         *(gguf_text(text).raw for text in (*TEXTS, b"\xff\xfe", b"\xed\xa0\x80", "split.count", "general.alignment")),
         *(gguf_text(text).raw for text in ("llama", "blk.0.attn_q.weight", "blk.99999.attn_norm.weight")),
+        *(gguf_text(text).raw for text in ("blk.0.ffn_up_exps.1.weight", "dec.blk.1.ffn_up.weight", "output.weight")),
         *(value.to_bytes(8, "little") + b"x" for value in (2**31, 2**63, 2**64 - 1)),
     ],
     "data": [b"", bytes(32), bytes(1 << 16)],
@@ -403,8 +405,16 @@ def gguf_target(folder: Path) -> Target:
             assert value.value is not None
         for matrix in checkpoint.matrices:
             checkpoint.read(matrix)
+        if checkpoint.plain:
+            file_layout(checkpoint, {})
 
-    seeds = [gguf_tokens(metadata | more, tensors) for more in ({}, values, part)]
+    # Of an architecture that no table describes, with what only names tell.
+    other = {key.replace(arch, "newest"): value for key, value in metadata.items()}
+    other["general.architecture"] = ("string", "newest")
+    more = {"blk.0.attn_k_b.weight": ("BF16", (2, 4, 32)), "blk.0.ffn_up_shexp.weight": ("MXFP4", (8, 32))}
+    more |= {"blk.0.ssm_a": ("F32", (4, 4)), "blk.0.unheard_of.weight": ("Q4_0", (2, 32))}
+    seeds = [gguf_tokens(metadata | added, tensors) for added in ({}, values, part)]
+    seeds.append(gguf_tokens(other, tensors | more))
     return Target(seeds, GGUF_HOSTILE, join_gguf, run)
 
 

@@ -313,13 +313,9 @@ OLMOE = dict(
 @pytest.mark.parametrize(
     ("arch", "tensors", "message"),
     [
-        ("deepseek2", {}, "'deepseek2' in another form.*Start from the Hugging Face folder"),
-        ("mamba", {}, "'mamba' cannot be read. Readable: gemma, .*llama, olmo2, olmoe"),
-        ("olmoe-without-experts", {}, r"lacks olmoe.expert_count; it may hold another kind"),
+        ("clip-without-block_count", {}, "clip.block_count is no count of layers"),
+        ("olmoe-without-expert", {}, r"lacks olmoe.expert_count; it may hold another kind"),
         ("olmoe", {"output.weight": ((4, 256), "Q4_K")}, "output.weight is already quantized to Q4_K"),
-        ("olmoe", {"rope_freqs.weight": ((4,), "F32")}, "rope_freqs.weight is not a known tensor of a olmoe model"),
-        ("olmoe", {"blk.0.ffn_gate.0.weight": ((4, 4), "F32")}, "is not a known tensor"),
-        ("olmoe", {"blk.00.ffn_norm.weight": ((4,), "F32")}, "is not a known tensor"),
         ("olmoe", {"blk.0.ffn_up_exps.weight": ((3, 4, 4), "F32")}, "unlike any in a olmoe model of 4 experts"),
         ("olmoe", {"blk.0.ffn_up_exps.weight": ((4, 4), "F32")}, "unlike any"),
         ("olmoe", {"blk.0.ffn_gate_up_exps.weight": ((4, 3, 4), "F32")}, "unlike any"),
@@ -334,8 +330,8 @@ OLMOE = dict(
     ],
 )
 def test_what_cannot_be_read_is_refused(tmp_path: Path, arch: str, tensors: Any, message: str) -> None:
-    arch, *without = arch.split("-")
-    metadata = {key: value for key, value in OLMOE.items() if not without or not key.startswith("expert")}
+    arch, _, without = arch.partition("-without-")
+    metadata = {key: value for key, value in OLMOE.items() if not without or without not in key}
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(write_small(tmp_path / "x.gguf", arch, tensors, **metadata))
     assert "\n" not in str(caught.value)

@@ -43,7 +43,10 @@ def test_error_and_values_are_those_of_the_gguf_package(scheme: str) -> None:
     weight, choice = outliers(24, 512), parse_choice(scheme)
     found = quantize_ggml(weight, choice)
     codes = found.codes.numpy()
-    theirs = torch.from_numpy(gguf.quants.dequantize(codes, gguf.GGMLQuantizationType[scheme]))
+    kind = gguf.GGMLQuantizationType.__members__.get(scheme)
+    if kind is None:
+        pytest.skip(f"the gguf package has no {scheme}")
+    theirs = torch.from_numpy(gguf.quants.dequantize(codes, kind))
     assert np.array_equal(restore_rows(codes, scheme, 512), theirs.numpy())
     error = float((theirs - weight).double().square().sum())
     assert found.squared_error == pytest.approx(error, rel=1e-5)

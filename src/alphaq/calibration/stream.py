@@ -75,6 +75,11 @@ def _without_weights(checkpoint: Checkpoint) -> Any:
     """The model's own class on the meta device. Raises CheckpointError if transformers cannot build it."""
     from transformers import AutoConfig
 
+    if checkpoint.plain:
+        raise CheckpointError(
+            f"{checkpoint.name} is a GGUF file whose tensors are known by their names alone, so transformers cannot "
+            "run it. Use --method alphaq, which needs the weights alone, or start from the Hugging Face folder."
+        )
     try:
         config = (
             AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)

@@ -99,6 +99,11 @@ class Checkpoint:
         return list(dict.fromkeys([*self.shards, *parts]))
 
     @property
+    def plain(self) -> bool:
+        """Whether it is a GGUF file that is known by the names of its tensors alone, which are GGUF's own."""
+        return self.gguf is not None and self.architecture.gguf is None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""
         return sum(bytes_on_disk(tensor) for tensors in self.shards.values() for tensor in tensors.values())
@@ -296,9 +301,11 @@ def open_checkpoint(
 def _open_gguf(path: Path, quantized: bool) -> Checkpoint:
     stamps = _stamps(path.parent.glob("*.gguf"))
     source = open_gguf(path, quantized)
-    opened = _checkpoint(
-        path.parent, source.file.name, source.config, source.architecture, source.shards, source.file.fingerprint
-    )
+    held = path.parent, source.file.name, source.config, source.architecture, source.shards
+    if (matched := source.matched) is None:
+        opened = _checkpoint(*held, source.file.fingerprint)
+    else:
+        opened = Checkpoint(*held, matched.matrices, matched.roles, source.file.fingerprint, notes=matched.notes)
     return replace(opened, gguf=source.file, gguf_names=source.names, stamps=stamps)
 
 
@@ -377,12 +384,7 @@ def _stamps(paths: Iterable[Path]) -> dict[str, Stamp]:
 
 
 def _checkpoint(
-    folder: Path,
-    name: str,
-    config: JsonObject,
-    architecture: Architecture,
-    shards: Shards,
-    fingerprint: str,
+    folder: Path, name: str, config: JsonObject, architecture: Architecture, shards: Shards, fingerprint: str
 ) -> Checkpoint:
     """A checkpoint whose tensors have been matched with their roles."""
     architecture, shards = fitted(architecture, config, shards)

@@ -28,7 +28,7 @@ FIXED = ("bits", "bpw", "size_bytes", "engine", "method", "stats", "unweighted",
 def compare(
     model: ModelArgument,
     asked: Annotated[Asked[PlanConfig], Shown(without=(*FIXED, "bos"))],
-    means: Annotated[Means, Shown(without=("device", "pre_tokenizer", "converter"))],
+    means: Annotated[Means, Shown(without=("device", "pre_tokenizer", "converter", "requantize"))],
     scoring: Annotated[Scoring, Shown(required=("texts",))],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for results; an unfinished run there is continued.")

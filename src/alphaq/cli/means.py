@@ -49,6 +49,7 @@ class Means(BaseModel):
     hash_contents: Annotated[bool, Option("Recognise weights by their contents, not by when they were written.")] = (
         False
     )
+    requantize: Annotated[bool, Option("Take a GGUF file whose weights are quantized already.")] = False
     pre_tokenizer: Annotated[
         str | None, Option("llama.cpp's name of the tokenizer's splitting rule, where it is not recognised.")
     ] = None
@@ -109,7 +110,7 @@ def opened(model: str, means: Means, headers_only: bool = False) -> Checkpoint:
 
     from alphaq.checkpoint.reader import open_checkpoint
 
-    checkpoint = open_checkpoint(model, means.revision, headers_only=headers_only)
+    checkpoint = open_checkpoint(model, means.revision, means.requantize, headers_only)
     note(*checkpoint.notes)
     return replace(checkpoint, pre_tokenizer=means.pre_tokenizer)
 

@@ -106,7 +106,7 @@ def _show_outline(checkpoint: Checkpoint, config: PlanConfig, as_json: bool) -> 
     from alphaq.planning.outline import outline
     from alphaq.report.tables import outline_table
 
-    made = outline(checkpoint, planning.resolve(config))
+    made = outline(checkpoint, planning.resolve(config).with_stored(checkpoint))
     show(as_json, asdict(made), outline_table(made))
 
 

@@ -104,7 +104,7 @@ def measurements(
     """The config made concrete, and what must be known for its plans. Raises AlphaQError for options of no use."""
     from alphaq import planning
 
-    request = planning.resolve(config, checkpoint is not None)
+    request = planning.resolve(config, checkpoint is not None).with_stored(checkpoint)
     method = request.config.method
     if config.gamma != "auto" and method not in ("alphaq", "paper"):
         raise BudgetError(f"--gamma applies only to methods alphaq and paper, not to {method}. Drop it.")

@@ -57,7 +57,7 @@ def report(
         names.append(stats.name)
     densities = {}
     if reference is not None:
-        checkpoint = open_checkpoint(reference, means.revision)
+        checkpoint = open_checkpoint(reference, means.revision, quantized=True)
         names.append(checkpoint.name)
         places |= places_of_matrices(checkpoint.matrices)
         with resources_for(checkpoint, means.model_copy(update={"no_cache": True})) as resources:

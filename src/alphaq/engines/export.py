@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from alphaq.calibration.traffic import Calibration
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorSpec
 from alphaq.checkpoint.tensors import TensorInfo
@@ -147,7 +148,9 @@ class Export:
     codable: whether the engine reads tensors that are entropy-coded (`--codec`, `recode`). holds_codes: whether the
     files can be opened as a checkpoint whose codes are cut without their weights (`slice`). type_file: (checkpoint,
     choices) → what the engine's own tool reads to quantize by a plan (`--write-type-file`), None without one.
-    takes_roundings: whether levels are ours, so that a quantizer that looks at inputs can choose among them.
+    takes_roundings: whether levels are ours, so that a quantizer that looks at inputs can choose among them. observed:
+    (checkpoint, windows, tokens of each) → what the engine itself sees of its experts while the model goes on from
+    random tokens.
     """
 
     layout: Callable[[Checkpoint, Mapping[str, Choice]], Layout]
@@ -167,6 +170,7 @@ class Export:
     holds_codes: bool = False
     type_file: Callable[[Checkpoint, Mapping[str, Choice]], str] | None = None
     takes_roundings: bool = True
+    observed: Callable[[Checkpoint, int, int], Calibration] | None = None
 
 
 def squared_error_of(rows: Rows, weight: torch.Tensor) -> float:

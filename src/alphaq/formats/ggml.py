@@ -1,7 +1,7 @@
 """Storage types of llama.cpp: how many weights share a block, and how many bytes a block takes.
 
-llama.cpp's own code finds and reads what is inside. Source: the constants of the `gguf` package (GGML_QUANT_SIZES); a
-test compares them. Rows must be whole blocks.
+llama.cpp's own code finds and reads what is inside. Source: the constants of the `gguf` package (GGML_QUANT_SIZES) and
+what the installed library says of itself; tests compare both. Rows must be whole blocks.
 """
 
 from __future__ import annotations
@@ -21,15 +21,21 @@ GGML_BLOCKS: dict[str, tuple[int, int, int]] = {
     # name: (bits in the name, weights per block, bytes per block)
     "IQ1_S": (1, 256, 50),
     "IQ1_M": (1, 256, 56),
+    "Q1_0": (1, 128, 18),
+    "TQ1_0": (1, 256, 54),
     "IQ2_XXS": (2, 256, 66),
     "IQ2_XS": (2, 256, 74),
     "IQ2_S": (2, 256, 82),
     "Q2_K": (2, 256, 84),
+    "Q2_0": (2, 64, 18),
+    "TQ2_0": (2, 256, 66),
     "IQ3_XXS": (3, 256, 98),
     "IQ3_S": (3, 256, 110),
     "Q3_K": (3, 256, 110),
     "IQ4_XS": (4, 256, 136),
     "IQ4_NL": (4, 32, 18),
+    "MXFP4": (4, 32, 17),
+    "NVFP4": (4, 64, 36),
     "Q4_0": (4, 32, 18),
     "Q4_1": (4, 32, 20),
     "Q4_K": (4, 256, 144),
@@ -40,6 +46,9 @@ GGML_BLOCKS: dict[str, tuple[int, int, int]] = {
     "Q8_0": (8, 32, 34),
 }
 """The types on offer as choices."""
+
+SHORTEST_BLOCK = min(weights for _, weights, _ in GGML_BLOCKS.values())
+"""A row of no multiple of it fits no type."""
 
 
 class GgmlType(NamedTuple):
@@ -57,15 +66,21 @@ class GgmlType(NamedTuple):
 _NUMBERS_OF_CHOICES = {
     "IQ1_S": 19,
     "IQ1_M": 29,
+    "Q1_0": 41,
+    "TQ1_0": 34,
     "IQ2_XXS": 16,
     "IQ2_XS": 17,
     "IQ2_S": 22,
     "Q2_K": 10,
+    "Q2_0": 42,
+    "TQ2_0": 35,
     "IQ3_XXS": 18,
     "IQ3_S": 21,
     "Q3_K": 11,
     "IQ4_XS": 23,
     "IQ4_NL": 20,
+    "MXFP4": 39,
+    "NVFP4": 40,
     "Q4_0": 2,
     "Q4_1": 3,
     "Q4_K": 12,
@@ -85,13 +100,8 @@ GGML_TYPES: dict[str, GgmlType] = {
     "I16": GgmlType(25, 1, 2),
     "I32": GgmlType(26, 1, 4),
     "I64": GgmlType(27, 1, 8),
-    "Q1_0": GgmlType(41, 128, 18),
     "Q8_1": GgmlType(9, 32, 40),
     "Q8_K": GgmlType(15, 256, 292),
-    "TQ1_0": GgmlType(34, 256, 54),
-    "TQ2_0": GgmlType(35, 256, 66),
-    "MXFP4": GgmlType(39, 32, 17),
-    "NVFP4": GgmlType(40, 64, 36),
 } | {name: GgmlType(number, *GGML_BLOCKS[name][1:]) for name, number in _NUMBERS_OF_CHOICES.items()}
 """Every type that a file may hold."""
 

@@ -62,11 +62,11 @@ def checked_plan(
     if uniform.choices == plan.choices:
         return plan
     weights = sum(matrix.parameters for matrix in checkpoint.matrices)
-    affordable = weights <= MOST_WEIGHTS and checkpoint.store is None  # which would be read three times over a network
+    # Those of a store would be read three times over a network, and those of a plain file only its engine can run.
+    affordable = weights <= MOST_WEIGHTS and checkpoint.store is None and not checkpoint.plain
     if not affordable and request.joint:  # whose other roles the signal does not know
-        return plan.model_copy(
-            update={"unchecked": "the model is too large to be run for it, and roles share the budget"}
-        )
+        why = "transformers cannot run the file" if checkpoint.plain else "the model is too large to be run for it"
+        return plan.model_copy(update={"unchecked": f"{why}, and roles share the budget"})
     check = (
         _by_divergence(checkpoint, request, measurements, (plan, uniform), resources)
         if affordable

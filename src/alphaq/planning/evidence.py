@@ -69,7 +69,8 @@ def _measured(
     joined = measure_joined(survey, resources)
     seconds = {"errors": time.perf_counter() - begin}
     outputs = choices if "outputs" in needs else ()
-    run = PassRun(scope.checkpoint, request.config.bos, inputs.text, outputs, resources)
+    observed = request.profile.writer.observed
+    run = PassRun(scope.checkpoint, request.config.bos, inputs.text, outputs, resources, observed)
     results, seconds_of_passes = run_passes(run, needs)
     weights = np.array([matrix.parameters for matrix in scope.planned], dtype=np.int64)
     evidence = Evidence(

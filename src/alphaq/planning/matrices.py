@@ -141,12 +141,18 @@ def _row(survey: Survey, matrix: MatrixRef, measured: Measured) -> _Row:
         mean_square = errors.energy / parameters
         spectrum = replace(spectrum, variance=mean_square, mean_square=mean_square)
     energy, measurable = spectrum.mean_square * parameters, survey.measurable(matrix)
+    own = survey.scope.stored_as(matrix)
+
+    def expected(choice: Choice) -> float:
+        if choice == own:
+            return 0.0
+        if choice in measurable:
+            return errors.expected.get(choice, np.nan)
+        return expected_error(spectrum, choice, energy, parameters)
+
     return _Row(
         spectrum,
-        [
-            errors.expected.get(one, np.nan) if one in measurable else expected_error(spectrum, one, energy, parameters)
-            for one in choices
-        ],
+        [expected(one) for one in choices],
         [errors.deviation.get(one, 0.0) for one in choices],
         [errors.coded.get(one) or storage_bytes(one, matrix.shape) for one in choices if errors.coded],
     )
@@ -168,8 +174,9 @@ def measure_joined(survey: Survey, resources: Resources) -> dict[str, np.ndarray
     relative = {}
     for matrix, one in zip(scope.joined, shown, strict=True):
         errors, energy = one.squared_errors.expected, one.squared_errors.energy or 1.0
-        pairs = zip(choices, usual, strict=True)
-        relative[matrix.name] = np.array([errors[c] / energy if c in errors else error for c, error in pairs])
+        known = [errors[one] / energy if one in errors else error for one, error in zip(choices, usual, strict=True)]
+        own = scope.stored_as(matrix)
+        relative[matrix.name] = np.where([one == own for one in choices], 0.0, known)
     return relative
 
 

@@ -29,7 +29,8 @@ SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH = 8, 256
 class PassRun:
     """What a pass may look at.
 
-    choices: those whose output errors are wanted. results: of earlier passes.
+    choices: those whose output errors are wanted. observed: how the engine itself runs what transformers cannot.
+    results: of earlier passes.
     """
 
     checkpoint: Checkpoint
@@ -37,6 +38,7 @@ class PassRun:
     text: Text | None
     choices: tuple[Choice, ...]
     resources: Resources
+    observed: Callable[[Checkpoint, int, int], Calibration] | None = None
     results: Mapping[Need, Any] = field(default_factory=dict)
 
 
@@ -44,6 +46,8 @@ def synthetic(run: PassRun) -> Calibration:
     """How errors join the signal, seen with random tokens that the model has rewritten once."""
 
     def make() -> str:
+        if run.checkpoint.plain and run.observed is not None:
+            return run.observed(run.checkpoint, SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH).to_json()
         ids = own_writing(run.checkpoint, SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH, run.bos)
         return gather(run.checkpoint, ids, with_signal=True).to_json()
 

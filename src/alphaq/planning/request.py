@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.profile import Profile
 from alphaq.engines.profiles import profile as engine_profile
 from alphaq.errors import BudgetError, ChoiceError
@@ -45,6 +46,17 @@ class Request:
     def rungs(self) -> tuple[int, ...]:
         """Columns of the ladder's choices that are offered, from narrow to wide."""
         return tuple(self.choices.index(choice) for choice in self.ladder if choice in self.offered)
+
+    def with_stored(self, checkpoint: Checkpoint | None) -> Request:
+        """The same with the types that a GGUF file has already on offer, where a user has named none and methods may
+        mix them: what has one of them may be copied."""
+        if checkpoint is None or checkpoint.gguf is None or self.config.choices is not None or self.method.by_widths:
+            return self
+        if not self.profile.writer.from_gguf:
+            return self
+        held = {checkpoint.gguf_tensor(matrix.tensor).type for matrix in checkpoint.matrices}
+        own = {choice for choice in self.profile.choices if str(choice) in held}
+        return replace(self, choices=tuple(sorted({*self.choices, *own})), offered=self.offered | own)
 
     def choice(self, text: str) -> Choice:
         """A choice as a user writes it, for this engine. Raises ChoiceError if it cannot be stored."""

@@ -10,11 +10,13 @@ import numpy as np
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.profile import Profile
-from alphaq.errors import BudgetError
+from alphaq.errors import BudgetError, PlanError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.settings import Rule
 from alphaq.planning.request import Request
+
+KEPT = Choice(16)
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,14 @@ class Scope:
     def of(cls, checkpoint: Checkpoint, request: Request) -> Scope:
         """Raises BudgetError for a width that was asked for and cannot be stored, or a pin that names nothing."""
         profile, planned = request.profile, checkpoint.planned
+        if checkpoint.plain and not profile.writer.from_gguf:
+            raise PlanError(
+                f"{checkpoint.name} is a GGUF file of the architecture {checkpoint.architecture.name!r}, which is "
+                f"known by the names of its tensors alone, so {profile.name} cannot take it. Start from the Hugging "
+                "Face folder."
+            )
+        if not planned:
+            raise PlanError(f"{checkpoint.name} has no matrix of experts or of an MLP that could be quantized.")
         others = profile.roles - {checkpoint.planned_role}
         outside = [matrix for matrix in checkpoint.matrices if matrix.role in others]
         by_role = _asked_by_role(checkpoint, request, outside)
@@ -76,7 +86,9 @@ class Scope:
                 joined.append(matrix)
             else:
                 usual = request.choice(str(profile.role_bits[matrix.role]))
-                fixed[matrix.name] = next_storable(profile, usual, matrix)
+                own = stored_as(profile, checkpoint, matrix)
+                narrow = own if own is not None and own.bits <= usual.bits else None
+                fixed[matrix.name] = narrow or next_storable(profile, usual, matrix)
         pinned = {matrix.name: pins[matrix.name] for matrix in planned if matrix.name in pins}
         return cls(checkpoint, request, planned, joined, fixed, pinned)
 
@@ -105,6 +117,10 @@ class Scope:
             self._storable[kind] = frozenset(one for one in self.request.choices if obstacle(one, matrix) is None)
         return self._storable[kind]
 
+    def stored_as(self, matrix: MatrixRef) -> Choice | None:
+        """The choice that a GGUF file has for a matrix already: its bytes are copied, and nothing is lost."""
+        return stored_as(self.request.profile, self.checkpoint, matrix)
+
     def open_to(self, matrix: MatrixRef) -> frozenset[Choice]:
         """What a matrix may take, bounds aside: its pin, or what is offered, as far as the engine can store it."""
         kind = self.storable(matrix), self.pinned.get(matrix.name)
@@ -124,6 +140,14 @@ class Scope:
     @cached_property
     def _open(self) -> dict[tuple[frozenset[Choice], Choice | None], frozenset[Choice]]:
         return {}
+
+
+def stored_as(profile: Profile, checkpoint: Checkpoint, matrix: MatrixRef) -> Choice | None:
+    """The choice of an engine that a GGUF file has for a matrix already; None where it is copied to no such file."""
+    if checkpoint.gguf is None or not profile.writer.from_gguf:
+        return None
+    own = checkpoint.gguf_tensor(matrix.tensor).type
+    return next((choice for choice in profile.choices if str(choice) == own), None)
 
 
 def _asked_by_role(checkpoint: Checkpoint, request: Request, outside: Sequence[MatrixRef]) -> dict[Role, Choice]:
@@ -160,7 +184,8 @@ def next_storable(profile: Profile, choice: Choice, matrix: MatrixRef) -> Choice
     """The choice itself, or the smallest of at least its bits that the engine can store the matrix in."""
     if profile.obstacle(choice, matrix) is None:
         return choice
-    wider = [other for other in profile.choices if other.bits >= choice.bits and not profile.obstacle(other, matrix)]
+    usual = [*profile.defaults, KEPT]  # some types are only good for weights that were trained in them
+    wider = [other for other in usual if other.bits >= choice.bits and not profile.obstacle(other, matrix)]
     return min(wider, key=lambda other: profile.storage_bytes(other, matrix.shape))
 
 

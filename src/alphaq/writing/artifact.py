@@ -46,7 +46,7 @@ def open_artifact(folder: Path) -> tuple[Checkpoint, Plan]:
 def open_source(model: str) -> Checkpoint:
     """What an output was made of: a checkpoint, or another output that it was sliced from."""
     folder = Path(model).expanduser()
-    return open_artifact(folder)[0] if (folder / PLAN_NAME).is_file() else open_checkpoint(model)
+    return open_artifact(folder)[0] if (folder / PLAN_NAME).is_file() else open_checkpoint(model, quantized=True)
 
 
 def _restored(file: PlainFile, info: TensorInfo) -> TensorInfo:

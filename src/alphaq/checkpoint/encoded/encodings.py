@@ -30,6 +30,7 @@ from torch import Tensor
 from alphaq.checkpoint.tensors import Encoding, Part, TensorInfo, stored_grid
 from alphaq.errors import CheckpointError, MissingExtraError
 from alphaq.formats.ggml import GGML_TYPES
+from alphaq.formats.ggml_library import restore_rows
 
 MXFP4_COLUMNS = 32
 DECODED_AT_ONCE = 1 << 20  # weights that are held in float32
@@ -178,7 +179,14 @@ def _decode_ggml(codes: Tensor, scheme: str) -> Tensor:
         raise MissingExtraError("gguf", f"Reading {scheme} weights needs the gguf package") from None
     try:
         return torch.from_numpy(gguf.quants.dequantize(codes.numpy(), gguf.GGMLQuantizationType[scheme]))
-    except NotImplementedError:
+    except (KeyError, NotImplementedError):  # llama.cpp has types that the package does not know yet
+        pass
+    kind = GGML_TYPES[scheme]
+    try:
+        return torch.from_numpy(
+            restore_rows(codes.numpy(), scheme, codes.shape[1] // kind.block_bytes * kind.block_weights)
+        )
+    except AttributeError:
         raise CheckpointError(f"Weights stored as {scheme} cannot be decoded. Start from a file in F16.") from None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from alphaq.checkpoint.families.architecture import Architecture, architectures
 from alphaq.checkpoint.files import check_link
 from alphaq.checkpoint.gguf.format import GgufFile, GgufTensor, read_gguf
 from alphaq.checkpoint.gguf.mapping import GgufKey, GgufMapping
+from alphaq.checkpoint.gguf.plain import MAX_MATRICES, Matched, open_plain
 from alphaq.checkpoint.gguf.rope import FACTORS_TENSOR, llama3_settings
 from alphaq.checkpoint.gguf.values import GgufValue, Scalar
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
@@ -31,6 +32,7 @@ from alphaq.formats.ggml import GGML_TYPES
 from alphaq.work.untrusted import JsonObject, shown
 
 READABLE_TYPES = ("BF16", "F16", "F32", "Q8_0")
+_NUMBERS = ("I8", "I16", "I32", "I64", "F64")  # of tables, which nothing quantizes
 _HEADS = {"permute_q": "num_attention_heads", "permute_k": "num_key_value_heads"}
 """Transforms of heads that can be undone, with the config key of the heads whose rows they reorder."""
 _SHIFTED = "plus_one"
@@ -48,7 +50,6 @@ _MAY_LACK = (
 )
 _ROPE_BASES = ("rope.freq_base", "rope.freq_base_swa")
 MAX_NUMBER = 1e12
-MAX_MATRICES = 250_000  # four times those of the largest model
 _USUAL_ROPE_BASE = 10_000.0  # what llama.cpp takes if a file does not say
 
 
@@ -56,7 +57,7 @@ _USUAL_ROPE_BASE = 10_000.0  # what llama.cpp takes if a file does not say
 class GgufModel:
     """A GGUF file as a checkpoint. shards: tensors under their Hugging Face names, by the file that holds them.
 
-    names: Hugging Face name → the GGUF tensor that holds it.
+    names: Hugging Face name → the GGUF tensor that holds it. A file of a family that is not known has GGUF's names.
     """
 
     file: GgufFile
@@ -64,6 +65,8 @@ class GgufModel:
     config: JsonObject
     shards: dict[str, dict[str, TensorInfo]]
     names: dict[str, str]
+    matched: Matched | None = None
+    """Matrices and roles, where names alone tell them."""
 
 
 def find_gguf(model: Path) -> Path | None:
@@ -88,17 +91,35 @@ def find_gguf(model: Path) -> Path | None:
 def open_gguf(path: Path, quantized: bool = False) -> GgufModel:
     """Open a model's GGUF file, or the first of its parts. quantized: whether it may be of any type.
 
-    Raises CheckpointError if it is damaged or quantized, ArchitectureError if its family cannot be read from GGUF.
+    Raises CheckpointError if it is damaged or quantized.
     """
     file = read_gguf(path)
     where = file.files[0]
-    architecture, mapping = _architecture(file, where)
     for tensor in file.tensors.values():
-        if tensor.type not in READABLE_TYPES and not quantized:
+        if tensor.type not in (*READABLE_TYPES, *_NUMBERS) and not quantized:
             raise CheckpointError(
                 f"{where}: {tensor.name} is already quantized to {tensor.type}. Start from a file in "
-                f"{', '.join(READABLE_TYPES)}."
+                f"{', '.join(READABLE_TYPES)}, or add --requantize."
             )
+    family = _architecture(file)
+    if family is None:
+        return _by_names(file)
+    try:
+        return _as_family(file, *family)
+    except ArchitectureError as unlike:
+        return _by_names(file, f"{unlike} Until then it is read by names alone, for llama.cpp only")
+
+
+def _by_names(file: GgufFile, *notes: str) -> GgufModel:
+    """A file that no table describes."""
+    plain = open_plain(file)
+    matched = replace(plain.matched, notes=(*notes, *plain.matched.notes))
+    return GgufModel(file, plain.architecture, plain.config, plain.shards, plain.names, matched)
+
+
+def _as_family(file: GgufFile, architecture: Architecture, mapping: GgufMapping) -> GgufModel:
+    """A file that a table describes. Raises ArchitectureError for a tensor that the table lacks."""
+    where = file.files[0]
     config = _config(file, architecture, mapping, where) | {"model_type": architecture.model_types[0]}
     if FACTORS_TENSOR in file.tensors and any(rule.made for rule in mapping.tensors):
         config["rope_parameters"] = _rope_of_factors(file, config, where)
@@ -115,30 +136,24 @@ def open_gguf(path: Path, quantized: bool = False) -> GgufModel:
     return GgufModel(file, architecture, config, shards, names)
 
 
-def _architecture(file: GgufFile, where: str) -> tuple[Architecture, GgufMapping]:
-    """The family of a file: one architecture of llama.cpp's may be that of a family with experts and of one without."""
+def _architecture(file: GgufFile) -> tuple[Architecture, GgufMapping] | None:
+    """The family of a file, None if there is no table to read it by, or one of changes that cannot be undone.
+
+    One architecture of llama.cpp's may be that of a family with experts and of one without.
+    """
     name = file.metadata["general.architecture"].value if "general.architecture" in file.metadata else None
     count = file.metadata.get(f"{name}.expert_count")
     sparse = count is not None and bool(count.value)
-    readable: dict[str, tuple[Architecture, GgufMapping]] = {}
+    found: tuple[Architecture, GgufMapping] | None = None
     for architecture in architectures().values():
         mapping = architecture.gguf
-        if mapping is None or not all(not r.transform or r.transform in (*_HEADS, _SHIFTED) for r in mapping.tensors):
+        if mapping is None or mapping.arch != name:
             continue
-        first = readable.setdefault(mapping.arch, (architecture, mapping))
-        if _suits(architecture, sparse) and not _suits(first[0], sparse):
-            readable[mapping.arch] = architecture, mapping
-    if name in readable:
-        return readable[str(name)]
-    if name in {architecture.gguf.arch for architecture in architectures().values() if architecture.gguf is not None}:
-        raise ArchitectureError(
-            f"{where}: GGUF stores the attention of {name!r} in another form than its Hugging Face checkpoints, which "
-            "cannot be undone. Start from the Hugging Face folder."
-        )
-    raise ArchitectureError(
-        f"{where}: its architecture {name!r} cannot be read. Readable: {', '.join(sorted(readable))}. "
-        "Start from the Hugging Face folder, or add a [gguf] table as docs/architectures.md explains."
-    )
+        if not all(not rule.transform or rule.transform in (*_HEADS, _SHIFTED) for rule in mapping.tensors):
+            continue
+        if found is None or (_suits(architecture, sparse) and not _suits(found[0], sparse)):
+            found = architecture, mapping
+    return found
 
 
 def _suits(architecture: Architecture, sparse: bool) -> bool:

@@ -37,7 +37,7 @@ def importance_of(checkpoint: Checkpoint, given: ImportanceMatrix) -> Importance
     found: dict[str, np.ndarray] = {}
     missing: dict[str, Role] = {}
     for recipe in gguf_tensors(checkpoint):
-        if not recipe.matrices or recipe.transform.startswith("kv_b"):
+        if not recipe.matrices or (len(recipe.shape) == 3 and not recipe.is_stack):  # each head has inputs of its own
             continue
         entry = next((name for name in _entries(recipe.name) if name in given.tensors), None)
         if entry is not None:

@@ -83,6 +83,11 @@ class TensorRecipe:
     vector: str = ""
     transform: str = ""
 
+    @property
+    def is_stack(self) -> bool:
+        """Whether each matrix is an entry of it; heads that one matrix is cut into are none."""
+        return len(self.shape) == 3 and len(self.matrices) == self.shape[0] and not self.transform
+
 
 def gguf_metadata(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> dict[str, GgufValue]:
     """All keys and values of the exported file, in order; `general.file_type` for a file that quantizes nothing.
@@ -115,6 +120,8 @@ def gguf_tensors(checkpoint: Checkpoint) -> list[TensorRecipe]:
     Layers beyond `num_hidden_layers` (multi-token prediction) are left out. Raises ArchitectureError if the family is
     none of llama.cpp's, if llama.cpp would compute the model otherwise, or if a stored tensor has no place in the file.
     """
+    if checkpoint.plain:
+        return list(_as_they_are(checkpoint))
     mapping = _mapping(checkpoint)
     require_settings(checkpoint, ENGINE)
     layers = checkpoint.architecture.layers(checkpoint.config)
@@ -134,6 +141,17 @@ def gguf_tensors(checkpoint: Checkpoint) -> list[TensorRecipe]:
 
 
 # -- tensors ----------------------------------------------------------------------------------------
+
+
+def _as_they_are(checkpoint: Checkpoint) -> Iterator[TensorRecipe]:
+    """Those of a GGUF file whose family is not known: its own, in its own order."""
+    matrices: dict[str, list[MatrixRef]] = {}
+    for matrix in checkpoint.matrices:
+        matrices.setdefault(checkpoint.gguf_names[matrix.name], []).append(matrix)
+    assert checkpoint.gguf is not None  # which `plain` says
+    for tensor in checkpoint.gguf.tensors.values():
+        held = tuple(matrices.get(tensor.name, ()))
+        yield TensorRecipe(tensor.name, tensor.shape, "BF16" if held else "F32", held, "" if held else tensor.name)
 
 
 class _Stored:

@@ -25,12 +25,14 @@ from alphaq.engines.export import AS_IT_IS, RAW, Entry, Export, Form, Layout, Ro
 from alphaq.engines.gguf.importance import importance_of
 from alphaq.engines.gguf.library import Llama
 from alphaq.engines.gguf.model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
+from alphaq.engines.gguf.observing import observed
 from alphaq.engines.gguf.package import package
 from alphaq.engines.gguf.tokenizer import tokens_left_out
 from alphaq.engines.profile import Profile
 from alphaq.errors import CheckpointError, ChoiceError, PlanError
 from alphaq.formats.gaussian import GAUSSIAN_ERROR
 from alphaq.formats.ggml import GGML_BLOCKS
+from alphaq.formats.ggml_library import restore_rows
 from alphaq.formats.table import format_of, parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
@@ -49,6 +51,8 @@ ROLE_BITS = {
 }
 
 ALIGNMENT_BYTES = 32
+TRAINED_IN = ("MXFP4", "NVFP4", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0")
+"""Types for models that were trained in them; of other weights they lose more than their size would do elsewhere."""
 
 TYPE_OF_BITS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0", 16: "16"}
 
@@ -68,7 +72,7 @@ def storage_bytes(choice: Choice, shape: Shape) -> int:
 
     Exact for a tensor of its own. A 3-D tensor is padded once, not once per expert, so its experts' sum is an
     upper bound (below 32 bytes of excess each); it is exact if a matrix has a multiple of 16 blocks, as it has
-    whenever its rows are a multiple of 16, because every block has an even number of bytes.
+    whenever its rows are a multiple of 16, because every block has an even number of bytes (MXFP4's, of 17: of 32).
     """
     return _padded(format_of(choice).storage_bytes(choice, shape))
 
@@ -104,7 +108,7 @@ def file_layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout
         place = _stored(places[recipe.name])
         sources: Sequence[MatrixRef | str] = recipe.matrices or (recipe.vector,)
         for number, source in enumerate(sources):
-            index = number if len(recipe.shape) == 3 and not recipe.transform else None
+            index = number if recipe.is_stack else None
             own = source if isinstance(source, str) else source.name
             entry = _entry(recipe, types[recipe.name], source, checkpoint, place.share(index), index)
             entries[own if own not in entries else recipe.name] = entry
@@ -181,15 +185,23 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, GgufValue]:
 
 
 def reader(parts: Sequence[torch.Tensor], choice: Choice, shape: Shape, name: str) -> Rows:
-    """Rows by the `gguf` package's own code."""
-    gguf = package()
+    """Rows by the `gguf` package's own code; by llama.cpp's of types that the package lacks."""
     rows, columns = shape
     _, block, nbytes = GGML_BLOCKS[str(choice)]
     if parts[0].numel() != rows * (columns // block) * nbytes:
         raise CheckpointError(f"{name}: {choice} of shape {list(shape)} does not take {parts[0].numel()} bytes.")
     codes = parts[0].view(rows, -1).numpy()
-    kind = gguf.GGMLQuantizationType[str(choice)]
-    return lambda part: torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(codes[part], kind)))
+    return lambda part: torch.from_numpy(np.ascontiguousarray(_restored(codes[part], str(choice), columns)))
+
+
+def _restored(codes: np.ndarray, type: str, columns: int) -> np.ndarray:
+    """Values of rows, float32 [rows, columns]."""
+    gguf = package()
+    try:
+        values: np.ndarray = gguf.quants.dequantize(codes, gguf.GGMLQuantizationType[type])
+    except (KeyError, NotImplementedError):
+        values = restore_rows(codes, type, columns)
+    return values
 
 
 def stored(folder: Path) -> dict[str, Stored]:
@@ -245,10 +257,13 @@ def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
         return torch.from_numpy(model.logits(ids).copy())
 
 
-def _is_beaten(name: str) -> bool:
-    """Whether another type is at least as small, as exact and as fine-grained, and better in one of them."""
+def _is_usual(name: str) -> bool:
+    """Whether a type is offered without being named: for any weights, and nothing beats it.
+
+    A type is beaten by one at least as small, as exact and as fine-grained, and better in one of them.
+    """
     merits = {other: (size / block, GAUSSIAN_ERROR[other], block) for other, (_, block, size) in GGML_BLOCKS.items()}
-    return any(
+    return name not in TRAINED_IN and not any(
         merit != merits[name] and all(mine >= theirs for mine, theirs in zip(merits[name], merit, strict=True))
         for merit in merits.values()
     )
@@ -256,11 +271,11 @@ def _is_beaten(name: str) -> bool:
 
 PROFILE = Profile(
     name="llama.cpp",
-    summary="GGUF: any ggml type (1.56 to 8.5 bits), one per layer and projection",
+    summary="GGUF: any ggml type (1.125 to 8.5 bits), one per layer and projection",
     unit="layer × projection",
     choices=(*map(parse_choice, GGML_BLOCKS), Choice(16)),
     # Types with blocks of 32 stay in: many experts have rows that are no multiple of 256 (1408 in Qwen1.5-MoE).
-    defaults=tuple(parse_choice(name) for name in GGML_BLOCKS if not _is_beaten(name)),
+    defaults=tuple(parse_choice(name) for name in GGML_BLOCKS if _is_usual(name)),
     with_bits=with_bits,
     storage_bytes=storage_bytes,
     file_bytes=lambda matrix, choice: storage_bytes(choice, matrix.shape),
@@ -286,5 +301,6 @@ PROFILE = Profile(
         run=Run("llama.cpp", logits, tolerance=0.15),
         type_file=type_file,
         takes_roundings=False,
+        observed=observed,
     ),
 )
