@@ -151,5 +151,5 @@ def test_one_name_of_llama_cpp_is_a_family_with_experts_or_without(tmp_path: Pat
     def sparse(metadata: dict[str, GgufValue], _: dict[str, Any]) -> None:
         metadata.update({"llama.expert_count": count, "llama.expert_used_count": count})
 
-    with pytest.raises(CheckpointError, match=r"ffn_gate\.weight is not a known tensor"):
-        open_checkpoint(rewritten(file, tmp_path / "x.gguf", sparse))
+    # A dense MLP is in no table of a family with experts, so the file is read by its tensors' names alone.
+    assert open_checkpoint(rewritten(file, tmp_path / "x.gguf", sparse)).plain

@@ -238,9 +238,9 @@ HUGE = 2**60
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (b"", "no GGUF file"),
-        (b"GGUF", "no GGUF file"),
-        (b"\x80\x04." + bytes(40), "no GGUF file"),
+        (b"", "not a GGUF file"),
+        (b"GGUF", "not a GGUF file"),
+        (b"\x80\x04." + bytes(40), "not a GGUF file"),
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "GGUF version 1;"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big endian"),
         (file_of([], [], (HUGE, 0)), f"claims {HUGE} tensors"),

@@ -21,7 +21,7 @@ from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
 from alphaq.checkpoint.gguf.source import open_gguf
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.gguf.importance import importance_of
-from alphaq.errors import ArchitectureError, CheckpointError
+from alphaq.errors import CheckpointError
 from conftest import COMMON, Ran, random_model
 
 # What llama.cpp's converter writes for each family, by the gguf package's own names.
@@ -376,6 +376,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "none.gguf")
 
 
-def test_unknown_architectures_are_architecture_errors(tmp_path: Path) -> None:
-    with pytest.raises(ArchitectureError):
+def test_a_file_of_an_unknown_architecture_must_hold_layers(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no count of layers"):
         open_gguf(write_small(tmp_path / "x.gguf", "deepseek2", {}))

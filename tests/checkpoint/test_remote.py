@@ -263,7 +263,7 @@ def test_addresses_are_told_from_paths(text: str, expected: bool) -> None:
 
 
 def test_revision_is_for_the_hub(hosted: str) -> None:
-    with pytest.raises(AlphaQError, match="--revision is of hub models"):
+    with pytest.raises(AlphaQError, match="--revision applies only to hub models"):
         open_checkpoint(hosted, "main")
 
 

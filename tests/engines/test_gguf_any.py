@@ -29,11 +29,14 @@ def load() -> ModuleType:
     return module
 
 
-script = load()
+pytestmark = pytest.mark.slow  # the script makes models larger for the whole process, and forks
+script: ModuleType
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    global script
+    script = load()
     if not script.CONVERTER.is_dir():
         pytest.skip(f"llama.cpp's converter is not in {script.CONVERTER}; `make setup` installs it")
     root = tmp_path_factory.mktemp("converted")

@@ -140,7 +140,7 @@ def test_figures_that_are_no_numbers_are_refused() -> None:
 
 def test_damaged_certificate_is_named(tmp_path: Path) -> None:
     (tmp_path / "certificate.json").write_text('{"format_version": 2}')
-    with pytest.raises(CheckpointError, match="no valid certificate"):
+    with pytest.raises(CheckpointError, match="not a valid certificate"):
         Certificate.read(tmp_path / "certificate.json")
 
 
@@ -148,5 +148,5 @@ def test_options_that_cannot_work_end_before_the_model_is_loaded(alphaq: Run, ti
     fixed = ("certify", tiny, "--reference", tiny, "--text", TEXTS[0])
     assert "only with --tasks" in alphaq(*fixed, "--limit", 5).err
     assert "is a folder" in alphaq(*fixed, "-o", tmp_path).err
-    assert "no folder or file" in alphaq("certify", "owner/name", *fixed[2:]).err
+    assert "not a folder or file" in alphaq("certify", "owner/name", *fixed[2:]).err
     assert "Did you mean" in alphaq(*fixed, "--dtype", "float3").err

@@ -660,7 +660,7 @@ def test_stats_alone_plan_by_alpha_unless_told_otherwise(stats: Path) -> None:
         ({"method": "kurtosis"}, StatsError, "--method kurtosis needs the weights"),
         ({"method": "pmq"}, StatsError, "--method pmq needs the weights"),
         ({"noise": "measured"}, StatsError, "--noise measured needs the weights"),
-        ({"budget": Budget(bpw=3.0)}, BudgetError, "know no bytes"),
+        ({"budget": Budget(bpw=3.0)}, BudgetError, "do not say how many bytes"),
         ({"engine": "mlx", "choices": "2,3"}, BudgetError, "Give MODEL"),
         ({"pins": ["down=4"]}, BudgetError, "Give MODEL"),
         ({"budget": Budget(bits=0.5)}, BudgetError, r"--bits 1 with all at 1g128"),

@@ -66,6 +66,6 @@ def test_a_comparison_of_today_keeps_the_names_of_its_quantizers(tmp_path: Path)
         skip_tokens=0,
         dtype="float32",
     )
-    rows = [Row("uniform", 3.0, quantizer=name) for name in ("rtn", "debiased")]
+    rows = [Row("uniform", 3.0, 1, quantizer=name) for name in ("rtn", "debiased")]
     write(tmp_path, rows, job)
     assert [row.quantizer for row in read_comparison(tmp_path)] == ["rtn", "debiased"]

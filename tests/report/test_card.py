@@ -128,6 +128,6 @@ def test_damaged_metadata_is_named_and_nothing_is_written(alphaq: Run, out: Path
 
 
 def test_wrong_arguments_are_refused(alphaq: Run, out: Path, tiny: Path) -> None:
-    assert "no hub id" in alphaq("card", out, "--base-model", "tiny").err
+    assert "not a hub id" in alphaq("card", out, "--base-model", "tiny").err
     assert "plan.json" in alphaq("card", tiny).err
     assert "cannot be read" in alphaq("card", out, "--certificate", out / "none.json").err
