@@ -188,6 +188,21 @@ def test_uniform_at_whole_bits_is_one_plain_choice(plan: MakePlan) -> None:
     assert made.lower_bound is None and made.price is None
 
 
+@pytest.mark.parametrize(
+    ("engine", "choices", "stored"),
+    [
+        ("llama.cpp", "IQ2_XS", "IQ2_XS"),
+        ("llama.cpp", "IQ2_XXS,IQ2_XS", "IQ2_XS"),
+        ("llama.cpp", "IQ2_XS,Q2_K", "Q2_K"),
+        ("native", "2g128-nest", "2g128-nest"),
+        ("native", "2g64s,2g128", "2g128"),
+    ],
+)
+def test_methods_of_widths_store_what_was_named(engine: str, choices: str, stored: str) -> None:
+    request = resolve(config_of(method="uniform", engine=engine, choices=choices, budget=Budget(bits=2.0)))
+    assert {str(choice) for choice in request.offered} == {stored}
+
+
 @pytest.mark.parametrize("method", WITHOUT_TEXT)
 def test_every_method_plans_alike_twice_and_within_the_bytes_of_uniform(
     plan: MakePlan, matrices: dict[str, MatrixRef], method: str

@@ -81,7 +81,7 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
     if config.codec is not None:
         _check_codec(config, profile, with_model)
     offered = _offered(config, profile)
-    ladder = _ladder(profile, config, offered)
+    ladder = _ladder(profile, config, offered, chosen.by_widths)
     # Code bits see no scales, so that the finest groups would come for nothing.
     codes_only = config.choices is None and config.budget.bits is not None and (config.unweighted or not with_model)
     if chosen.by_widths or codes_only:
@@ -192,8 +192,21 @@ def _styled(choice: Choice, config: PlanConfig) -> Choice:
     return format_of(choice).regrouped(choice, group_size, symmetric)
 
 
-def _ladder(profile: Profile, config: PlanConfig, offered: Sequence[Choice]) -> tuple[Choice, ...]:
-    """The plain choice of every width the engine has; in the coarsest groups offered, if the user named choices."""
+def _named_in_width(usual: Choice, offered: Sequence[Choice]) -> Choice:
+    """What stands for a width where none of its usual format was named: the largest named of that width, if any."""
+    named = [choice for choice in offered if choice.bits == usual.bits and not rate_of(choice)]
+    if not named or any(format_of(choice) is format_of(usual) and format_of(usual).regroups for choice in named):
+        return usual
+    return (
+        usual if usual in named else max(named, key=lambda choice: format_of(choice).storage_bytes(choice, (256, 256)))
+    )
+
+
+def _ladder(profile: Profile, config: PlanConfig, offered: Sequence[Choice], by_widths: bool) -> tuple[Choice, ...]:
+    """The plain choice of every width the engine has; if the user named choices, in the coarsest groups of those.
+
+    To a method that goes by widths, a named choice of another format, such as `IQ2_XS`, is its width's own.
+    """
     groups = [choice.group_size for choice in offered if format_of(choice).regroups]
     rungs = []
     for bits in WIDTHS:
@@ -204,6 +217,8 @@ def _ladder(profile: Profile, config: PlanConfig, offered: Sequence[Choice]) -> 
         if config.choices is not None and groups and format_of(choice).regroups:
             symmetric = all(other.symmetric for other in offered if not other.kept)
             choice = format_of(choice).regrouped(choice, max(groups), symmetric)
+        if config.choices is not None and by_widths:
+            choice = _named_in_width(choice, offered)
         if choice in profile.choices:
             rungs.append(choice)
     return tuple(rungs)
