@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaq.calibration.head import Head
-from alphaq.calibration.inputs import linears
+from alphaq.calibration.inputs import linears, stored_matrices
 from alphaq.calibration.stream import HollowModel, LayerTraffic, run_experts, stream_forward
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.nouns.choice import Choice
@@ -47,22 +47,15 @@ def divergences(
 
         groups.append(restore)
     module = hollow.base.get_input_embeddings()
-    embedding = _matrices(hollow, next(name for name, one in hollow.model.named_modules() if one is module))
+    name = next(name for name, one in hollow.model.named_modules() if one is module)
     touched = {name for one in choices for name in one}
-    for name, matrices in [*linears(hollow).items(), *embedding.items()]:
+    for name, matrices in [*linears(hollow).items(), (name, stored_matrices(hollow, name))]:
         if any(matrix.name in touched for matrix in matrices):
             _split(hollow, name, matrices, groups)
     states = stream_forward(
         checkpoint, ids.repeat(len(groups), 1), lambda traffic: None, hollow, partial(_experts, groups=groups)
     )
     return _distances(hollow, states[:, context - 1 : -1].chunk(len(groups)), groups, touched)
-
-
-def _matrices(hollow: HollowModel, module: str) -> dict[str, tuple[MatrixRef, ...]]:
-    """The matrices that make up the weight of the embedding or the head, by its module."""
-    sources = hollow.sources(f"{module}.weight")
-    matrices = tuple(matrix for matrix in hollow.checkpoint.matrices if matrix.tensor in sources)
-    return {module: matrices} if matrices else {}
 
 
 def _split(hollow: HollowModel, name: str, matrices: Sequence[MatrixRef], groups: Sequence[Restore]) -> None:
@@ -106,7 +99,7 @@ def _distances(
     sums = [0.0] * (len(groups) - 1)
     step = max(1, HEAD_TOKENS // len(states[0]))
     with Head(hollow) as head:
-        own = _matrices(hollow, head.filled).get(head.filled, ())
+        own = stored_matrices(hollow, head.filled)
         weights = [head.module.weight] * len(groups)
         if any(matrix.name in touched for matrix in own):
             weights = [nn.Parameter(torch.cat([restore(one) for one in own]), False) for restore in groups]

@@ -63,6 +63,10 @@ class Head:
     @torch.no_grad()
     def __call__(self, states: Tensor) -> Tensor:
         """Logits, float32 [windows, length, words], of final hidden states [windows, length, hidden]."""
+        return self.with_graph(states)
+
+    def with_graph(self, states: Tensor) -> Tensor:
+        """The same, differentiable where that is switched on."""
         model = self.hollow.model
         below = model.base_model
         forward = below.forward

@@ -69,6 +69,12 @@ def linears(hollow: HollowModel) -> dict[str, tuple[MatrixRef, ...]]:
     return of_modules
 
 
+def stored_matrices(hollow: HollowModel, module: str) -> tuple[MatrixRef, ...]:
+    """The matrices that make up the weight of the embedding or the head, by its module's name; none if none is stored."""
+    sources = hollow.sources(f"{module}.weight")
+    return tuple(matrix for matrix in hollow.checkpoint.matrices if matrix.tensor in sources)
+
+
 def _replace(
     module: Any, arguments: tuple[Any, ...], visit: Visit, matrices: tuple[MatrixRef, ...], checkpoint: Checkpoint
 ) -> None:

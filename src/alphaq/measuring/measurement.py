@@ -20,7 +20,7 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.spectrum import Spectrum
 from alphaq.quantizers.base import DEFAULT
-from alphaq.quantizers.rounded import SAMPLE_VALUES, SourceMatrix, SquaredErrors
+from alphaq.quantizers.rounded import SAMPLE_VALUES, ErrorWeights, SourceMatrix, SquaredErrors
 from alphaq.research.tails import variant_spectrum
 from alphaq.spectra.device import device_batch, device_spectra, device_tasks
 from alphaq.spectra.measure import PANEL_VALUES, spectrum, streamed_spectrum
@@ -44,6 +44,7 @@ class MeasureTask:
     sample_values: int = SAMPLE_VALUES
     importance: np.ndarray | None = None
     codec: str | None = None
+    counting: ErrorWeights | None = None
 
     @property
     def tensor(self) -> str:
@@ -81,7 +82,7 @@ def measure_one(checkpoint: Checkpoint, task: MeasureTask) -> Measured:
     name = task.matrix.name
     if task.streamed:
         return Measured(streamed_spectrum(partial(checkpoint.read_rows, task.matrix), task.matrix.shape, name))
-    source = SourceMatrix(checkpoint, task.matrix, task.quantizer, task.importance)
+    source = SourceMatrix(checkpoint, task.matrix, task.quantizer, task.importance, task.counting)
     errors = source.errors(task.choices, task.sample_values) if task.codec is None else source.coded(task.choices)
     return Measured(
         None if task.variant is None else _spectrum_of(source.weight, name, task.variant),
@@ -99,7 +100,8 @@ class Sampling:
     """How errors are to be measured: by which quantizer, on how many weights of a matrix, of which matrices.
 
     matrices: at which choices the errors of each are measured, None for all. importance: of the columns, by matrix;
-    digest: what tells it from others. codec: what codes the files; errors and bytes are then those of whole matrices.
+    digest: what tells it from others. codec: what codes the files; errors and bytes are then those of whole matrices. counting:
+    what errors count, by matrix; counted_by: what tells that from others.
     """
 
     quantizer: str = DEFAULT
@@ -108,11 +110,18 @@ class Sampling:
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
     digest: str = ""
     codec: str | None = None
+    counting: Mapping[str, ErrorWeights] = field(default_factory=dict)
+    counted_by: str = ""
+
+    @property
+    def energy_key(self) -> str:
+        """What the cache calls an energy of errors that count so."""
+        return f"{ENERGY} {self.counted_by}".rstrip()
 
     def key(self, choice: Choice) -> str:
         """What the cache calls an error measured so."""
         values = self.values if self.codec is None else coder_version(self.codec)
-        return f"{choice} {self.quantizer} {values} {self.digest}".rstrip()
+        return " ".join(f"{choice} {self.quantizer} {values} {self.digest} {self.counted_by}".split())
 
     def of(self, name: str, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
         """The choices to measure of one matrix."""
@@ -158,6 +167,7 @@ class _Ledger:
             wanted.sampling.values,
             wanted.sampling.importance.get(name),
             wanted.sampling.codec,
+            wanted.sampling.counting.get(name),
         )
 
     def enter(self, name: str, measured: Measured) -> None:
@@ -166,7 +176,7 @@ class _Ledger:
         pairs = {self.keys[one]: (error, errors.deviation.get(one, 0.0)) for one, error in errors.expected.items()}
         pairs |= {f"{self.keys[one]} {BYTES}": (float(nbytes), 0.0) for one, nbytes in errors.coded.items()}
         if errors.expected:
-            pairs[ENERGY] = errors.energy, 0.0
+            pairs[self.wanted.sampling.energy_key] = errors.energy, 0.0
         records = {probe: asdict(record) for probe, record in measured.probes.items()}
         entry = Entry(name, pairs, measured.spectrum, str(self.wanted.variant), records)
         if self.cache is None:
@@ -185,7 +195,7 @@ class _Ledger:
             SquaredErrors(
                 {choice: error for choice, (error, _) in pairs.items()},
                 {choice: deviation for choice, (_, deviation) in pairs.items()},
-                errors.get((name, ENERGY), (0.0, 0.0))[0],
+                errors.get((name, wanted.sampling.energy_key), (0.0, 0.0))[0],
                 {choice: int(errors[name, key][0]) for choice, key in coded.items()},
             ),
             {probe: PROBES[probe].record(**self.known.probes[name, probe]) for probe in wanted.probes},

@@ -62,16 +62,17 @@ def _measured(
     scope: Scope, inputs: PlanInputs, stats: Stats | None, resources: Resources, needs: frozenset[Need]
 ) -> Measurements:
     """The stages of measuring: matrices, then passes through the model, then what coded files hold beside."""
-    begin = time.perf_counter()
     request, choices = scope.request, scope.request.choices
-    survey = Survey.of(scope, stats, tuple(sorted(needs & PROBES.keys())), inputs.imatrix)
-    table = measure_planned(survey, resources)
-    joined = measure_joined(survey, resources)
-    seconds = {"errors": time.perf_counter() - begin}
     outputs = choices if "outputs" in needs else ()
     observed = request.profile.writer.observed
     run = PassRun(scope.checkpoint, request.config.bos, inputs.text, outputs, resources, observed)
-    results, seconds_of_passes = run_passes(run, needs)
+    results, seconds_of_passes = run_passes(run, needs, request.method.otherwise)
+    fisher = results.get("fisher") if request.method.needs_fisher else None
+    begin = time.perf_counter()
+    survey = Survey.of(scope, stats, tuple(sorted(needs & PROBES.keys())), inputs.imatrix, fisher)
+    table = measure_planned(survey, resources)
+    joined, joined_energies = measure_joined(survey, resources)
+    seconds = {"errors": time.perf_counter() - begin}
     weights = np.array([matrix.parameters for matrix in scope.planned], dtype=np.int64)
     evidence = Evidence(
         tuple(table.spectra),
@@ -85,6 +86,7 @@ def _measured(
         results.get("prior"),
         results.get("synthetic"),
         results.get("text"),
+        fisher,
         coded=table.coded,
         rest_bytes=0 if table.coded is None else coded_rest(scope, resources),
     )
@@ -96,6 +98,7 @@ def _measured(
         seconds | seconds_of_passes,
         table.deviations,
         joined,
+        joined_energies,
         survey.importance,
     )
 

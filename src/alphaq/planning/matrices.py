@@ -14,6 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
+from alphaq.calibration.fisher import Fisher
 from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
 from alphaq.formats.gaussian import gaussian_errors
 from alphaq.formats.table import storage_bytes
@@ -25,7 +26,7 @@ from alphaq.nouns.spectrum import Spectrum
 from alphaq.planning.formula import expected_error
 from alphaq.planning.scope import Scope
 from alphaq.quantizers.base import QUANTIZERS
-from alphaq.quantizers.rounded import SAMPLE_VALUES
+from alphaq.quantizers.rounded import SAMPLE_VALUES, ErrorWeights
 from alphaq.spectra.measure import Stats
 from alphaq.spectra.variants import SpectrumVariant
 
@@ -45,13 +46,21 @@ class Survey:
     probes: tuple[str, ...]
     importance: Mapping[str, np.ndarray]
     digest: str
+    fisher: Fisher | None = None
 
     @classmethod
-    def of(cls, scope: Scope, stats: Stats | None, probes: tuple[str, ...], imatrix: ImportanceMatrix | None) -> Survey:
-        """A survey by the importance matrix that a user gave, if any."""
+    def of(
+        cls,
+        scope: Scope,
+        stats: Stats | None,
+        probes: tuple[str, ...],
+        imatrix: ImportanceMatrix | None,
+        fisher: Fisher | None = None,
+    ) -> Survey:
+        """A survey by the importance matrix that a user gave, and the Fisher information, if any."""
         importance = scope.request.profile.importance_of(scope.checkpoint, imatrix).columns
         digest = f"{QUANTIZERS[scope.request.profile.quantizer].version} {imatrix.digest if imatrix else ''}".strip()
-        return cls(scope, stats, probes, importance, digest)
+        return cls(scope, stats, probes, importance, digest, fisher)
 
     @cached_property
     def rounded(self) -> tuple[Choice, ...]:
@@ -60,6 +69,18 @@ class Survey:
         if config.noise != "measured":
             return ()
         return tuple(choice for choice in choices if not choice.kept or config.codec is not None)
+
+    @cached_property
+    def counting(self) -> dict[str, ErrorWeights]:
+        """What the errors of each matrix count, where the Fisher information tells; coded ones are measured plainly."""
+        if self.fisher is None or self.scope.request.config.codec is not None:
+            return {}
+        return {name: ErrorWeights(one.rows, one.columns) for name, one in self.fisher.matrices.items()}
+
+    @cached_property
+    def counted_by(self) -> str:
+        """What tells errors that count so from others."""
+        return f"fisher {self.fisher.digest}" if self.fisher is not None and self.counting else ""
 
     @cached_property
     def _measurable(self) -> dict[frozenset[Choice], frozenset[Choice]]:
@@ -79,7 +100,16 @@ class Survey:
         }
         values = SAMPLE_VALUES // min(max(map(len, units.values())), SAMPLE_MEMBERS)
         request = self.scope.request
-        return Sampling(request.profile.quantizer, values, drawn, self.importance, self.digest, request.config.codec)
+        return Sampling(
+            request.profile.quantizer,
+            values,
+            drawn,
+            self.importance,
+            self.digest,
+            request.config.codec,
+            self.counting,
+            self.counted_by,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +132,7 @@ class MatrixTable:
 @dataclass(frozen=True)
 class _Row:
     spectrum: Spectrum
+    energy: float
     errors: list[float]
     deviations: list[float]
     coded: list[int]
@@ -121,7 +152,7 @@ def measure_planned(survey: Survey, resources: Resources) -> MatrixTable:
         for probe, record in one.probes.items():
             probes[probe].append(record)
     spectra = {matrix.name: row.spectrum for matrix, row in zip(planned, rows, strict=True)}
-    energies = np.array([row.spectrum.mean_square for row in rows]) * [matrix.parameters for matrix in planned]
+    energies = np.array([row.energy for row in rows])
     errors, deviations = np.array([row.errors for row in rows]), np.array([row.deviations for row in rows])
     return MatrixTable(
         spectra,
@@ -140,7 +171,8 @@ def _row(survey: Survey, matrix: MatrixRef, measured: Measured) -> _Row:
     if math.isnan(spectrum.mean_square):  # only α is known
         mean_square = errors.energy / parameters
         spectrum = replace(spectrum, variance=mean_square, mean_square=mean_square)
-    energy, measurable = spectrum.mean_square * parameters, survey.measurable(matrix)
+    counted = errors.energy if survey.counting and errors.expected else None
+    energy, measurable = spectrum.mean_square * parameters if counted is None else counted, survey.measurable(matrix)
     own = survey.scope.stored_as(matrix)
 
     def expected(choice: Choice) -> float:
@@ -152,32 +184,42 @@ def _row(survey: Survey, matrix: MatrixRef, measured: Measured) -> _Row:
 
     return _Row(
         spectrum,
+        energy,
         [expected(one) for one in choices],
         [errors.deviation.get(one, 0.0) for one in choices],
         [errors.coded.get(one) or storage_bytes(one, matrix.shape) for one in choices if errors.coded],
     )
 
 
-def measure_joined(survey: Survey, resources: Resources) -> dict[str, np.ndarray]:
-    """Σ(w − ŵ)²/Σw² [choices] of the matrices that share the budget; nothing if errors come from a formula."""
+def measure_joined(survey: Survey, resources: Resources) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Σ(w − ŵ)²/Σw² [choices] of the matrices that share the budget, and Σw²; nothing if errors come from a formula."""
     scope, choices = survey.scope, survey.scope.request.choices
     if not survey.rounded or not scope.joined:
-        return {}
+        return {}, {}
     open_to = {matrix.name: survey.measurable(matrix) for matrix in scope.joined}
     quantizer = scope.request.profile.quantizer
-    sampling = Sampling(quantizer, SAMPLE_VALUES, open_to, survey.importance, survey.digest)
+    sampling = Sampling(
+        quantizer,
+        SAMPLE_VALUES,
+        open_to,
+        survey.importance,
+        survey.digest,
+        counting=survey.counting,
+        counted_by=survey.counted_by,
+    )
     wanted = Wanted(None, survey.rounded, sampling)
     # A device is for spectra, of which none are wanted.
     measured = measure(scope.checkpoint, scope.joined, wanted, replace(resources, device="cpu"))
     shown: Iterator[Measured] = iter(resources.wrap(measured, len(scope.joined), "measure the rest"))
     usual = gaussian_errors(choices)
-    relative = {}
+    relative, energies = {}, {}
     for matrix, one in zip(scope.joined, shown, strict=True):
+        energies[matrix.name] = one.squared_errors.energy
         errors, energy = one.squared_errors.expected, one.squared_errors.energy or 1.0
         known = [errors[one] / energy if one in errors else error for one, error in zip(choices, usual, strict=True)]
         own = scope.stored_as(matrix)
         relative[matrix.name] = np.where([one == own for one in choices], 0.0, known)
-    return relative
+    return relative, energies
 
 
 def _by_unit(

@@ -49,6 +49,8 @@ class Measurements:
     """Relative standard error of a unit's summed errors, for each of its matrices [matrices, choices]."""
     joined: dict[str, np.ndarray] = field(default_factory=dict)
     """Σ(w − ŵ)²/Σw² [choices] of matrices outside the experts that share their budget, where they were measured."""
+    joined_energies: Mapping[str, float] = field(default_factory=dict)
+    """Σw² of the same; both count as the Fisher information says, where that is known."""
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Of the columns of a matrix, by its name, where an importance matrix tells."""
     by_shapes: bool = False

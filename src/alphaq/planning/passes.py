@@ -7,22 +7,25 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from alphaq.calibration.fisher import FISHER_VERSION, Fisher, gather_fisher
 from alphaq.calibration.prior import routing_prior, seen_uses
 from alphaq.calibration.text import Text, own_writing
 from alphaq.calibration.tokens import model_prefix
 from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, Expert, ExpertUse, gather
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.errors import CheckpointError, QuantizationError
+from alphaq.errors import CheckpointError, PassError, QuantizationError
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.sensitivity.base import Need
 from alphaq.simd.sums import squared_norm
 
+T = TypeVar("T")
 SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH = 8, 256
+FISHER_WINDOWS, FISHER_LENGTH = 16, 256
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,20 @@ def synthetic(run: PassRun) -> Calibration:
     return _remembered(run, "synthetic", tokens, make, "random tokens")
 
 
+def fisher(run: PassRun) -> Fisher:
+    """What a change of weights costs, on tokens that the model has written, with gradients of tokens that it draws."""
+    checkpoint = run.checkpoint
+    prefix = model_prefix(checkpoint) if run.bos else ()
+
+    def make() -> str:
+        ids = own_writing(checkpoint, FISHER_WINDOWS, FISHER_LENGTH, run.bos)
+        uses = routing_prior(checkpoint) if checkpoint.architecture.router_norm else {}
+        return gather_fisher(checkpoint, ids, uses, max(1, len(prefix))).to_json()
+
+    depends_on = f"{FISHER_WINDOWS}x{FISHER_LENGTH} after {prefix} {FISHER_VERSION} {checkpoint.settings_digest()}"
+    return _recalled(run, "fisher", depends_on, make, "own writing", Fisher.from_json)
+
+
 def prior(run: PassRun) -> Mapping[Expert, ExpertUse]:
     """How a router uses its experts, from its weights, or where it sees more than a norm's output by random tokens."""
     if run.checkpoint.architecture.router_norm:
@@ -75,12 +92,20 @@ def text(run: PassRun) -> Calibration:
     return _remembered(run, "text", tokens, make, f"calibrate on {source.name}")
 
 
-PASSES: dict[Need, Callable[[PassRun], Any]] = {"synthetic": synthetic, "prior": prior, "text": text}
+PASSES: dict[Need, Callable[[PassRun], Any]] = {
+    "fisher": fisher,
+    "synthetic": synthetic, "prior": prior,
+    "text": text,
+}
 """In the order in which they run: a pass may use what an earlier one found."""
 
 
-def run_passes(run: PassRun, needs: Collection[Need]) -> tuple[dict[Need, Any], dict[Need, float]]:
+def run_passes(
+    run: PassRun, needs: Collection[Need], otherwise: Collection[Need] = ()
+) -> tuple[dict[Need, Any], dict[Need, float]]:
     """What those that are needed found, and the seconds that each took; what the cache held took next to none.
+
+    otherwise: what is needed where the Fisher information cannot be had; without any, that is an error.
 
     Raises QuantizationError naming a damaged tensor, and what the passes raise.
     """
@@ -89,23 +114,32 @@ def run_passes(run: PassRun, needs: Collection[Need]) -> tuple[dict[Need, Any], 
     for need, found_by in PASSES.items():
         if need in needs:
             begin = time.perf_counter()
-            results[need] = _sound(replace(run, results=results), found_by)
+            try:
+                results[need] = _sound(replace(run, results=results), found_by)
+            except (PassError, CheckpointError):
+                if need != "fisher" or not otherwise:
+                    raise
+                needs = {*needs, *otherwise}
             seconds[need] = time.perf_counter() - begin
     return results, seconds
 
 
 def _remembered(run: PassRun, kind: str, tokens: str, make: Callable[[], str], label: str) -> Calibration:
     """A pass through the model, or what the cache keeps of one with the same model, code and tokens."""
-    cache = run.resources.cache
     depends_on = f"{tokens} {PROBE} {FORMAT_VERSION} {run.checkpoint.settings_digest()}"
+    return _recalled(run, kind, depends_on, make, label, Calibration.from_json)
+
+
+def _recalled(
+    run: PassRun, kind: str, depends_on: str, make: Callable[[], str], label: str, parse: Callable[[str], T]
+) -> T:
+    cache = run.resources.cache
     key = f"{kind}-{hashlib.sha256(depends_on.encode()).hexdigest()[:24]}.json"
-    calibration = Calibration()
-    for _ in run.resources.wrap([key], 1, label):
-        if cache is None:
-            calibration = Calibration.from_json(make(), key)
-        else:
-            calibration = cache.recall(key, make, Calibration.from_json)
-    return calibration
+    (found,) = (
+        parse(make()) if cache is None else cache.recall(key, make, parse)
+        for _ in run.resources.wrap([key], 1, label)
+    )
+    return found
 
 
 def _sound(run: PassRun, found_by: Callable[[PassRun], Any]) -> Any:

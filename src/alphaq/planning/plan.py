@@ -18,6 +18,7 @@ from alphaq.planning.measured import Measurements
 from alphaq.planning.request import Request
 from alphaq.planning.scope import Scope
 from alphaq.planning.solving import Answer, accounted, draft, named_errors, solve
+from alphaq.sensitivity import nats
 from alphaq.sensitivity.base import Evidence
 from alphaq.sensitivity.roles import role_weights
 
@@ -37,7 +38,7 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, measurements: Mea
     problem = problem_of(scope, measurements.evidence)
     evidence = accounted(measurements.evidence, request)
     joined_errors = _joined_errors(scope, measurements)
-    joined_losses = _joined_losses(scope, evidence, joined_errors) if scope.joined else None
+    joined_losses = _joined_losses(scope, evidence, joined_errors, measurements) if scope.joined else None
     answer = solve(problem, request, evidence, [matrix.name for matrix in scope.joined], joined_losses)
     plan = draft(request, measurements, evidence, answer)
     chosen = {**answer.choices, **scope.fixed}
@@ -69,8 +70,14 @@ def _joined_errors(scope: Scope, measurements: Measurements) -> np.ndarray:
     return np.array([measurements.joined.get(matrix.name, usual) for matrix in scope.joined])
 
 
-def _joined_losses(scope: Scope, evidence: Evidence, relative: np.ndarray) -> np.ndarray:
+def _joined_losses(
+    scope: Scope, evidence: Evidence, relative: np.ndarray, measurements: Measurements
+) -> np.ndarray:
     """Losses [joined, choices] in the unit of the experts'."""
+    if evidence.fisher is not None:
+        energies = measurements.joined_energies
+        harm = [nats.harm(evidence.fisher, matrix, energies.get(matrix.name)) for matrix in scope.joined]
+        return np.array(harm)[:, None] * relative
     tied = not scope.checkpoint.with_role(Role.HEAD)
     return role_weights(scope.joined, evidence.matrices, tied)[:, None] * relative
 

@@ -20,10 +20,11 @@ def measure_for_plans(
     check_budget: bool = True,
 ) -> dict[str, Measurements]:
     """What each request would measure by itself, with everything that they share measured once."""
-    alike: dict[tuple[str | None, ...], dict[str, Request]] = {}
+    alike: dict[tuple[str | bool | None, ...], dict[str, Request]] = {}
     for name, request in requests.items():
         config = request.config
-        alike.setdefault((config.noise, config.spectrum, config.tail), {})[name] = request
+        how = config.noise, config.spectrum, config.tail, request.method.needs_fisher
+        alike.setdefault(how, {})[name] = request
     measurements: dict[str, Measurements] = {}
     for members in alike.values():
         several = list(members.values())

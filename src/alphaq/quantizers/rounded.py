@@ -67,6 +67,19 @@ def relative(squared_error: float, energy: float) -> float:
     return squared_error / energy if energy else squared_error
 
 
+@dataclass(frozen=True, eq=False)
+class ErrorWeights:
+    """What the square of each weight's error counts: rows[i] · columns[j]; both float32 with mean 1."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+
+    def by_row(self, values: torch.Tensor) -> np.ndarray:
+        """Σⱼ columns[j]·v² of each row of values [rows, columns], float64 [rows]."""
+        by_column = torch.from_numpy(self.columns.astype(np.float32))
+        return (values.float().square() @ by_column).double().numpy()
+
+
 @dataclass(frozen=True)
 class SquaredErrors:
     """Σ(w − ŵ)² by choice, and the standard error of each where it was estimated from a sample of rows.
@@ -82,12 +95,16 @@ class SquaredErrors:
 
 @dataclass(frozen=True)
 class SourceMatrix:
-    """A matrix of a checkpoint, read when it is needed. quantizer: by name. importance: of columns, where known."""
+    """A matrix of a checkpoint, read when it is needed.
+
+    quantizer: by name. importance: of columns, where known. counting: what errors count, all the same by default.
+    """
 
     checkpoint: Checkpoint
     matrix: MatrixRef
     quantizer: str = CUTS
     importance: np.ndarray | None = None
+    counting: ErrorWeights | None = None
 
     @cached_property
     def weight(self) -> torch.Tensor:
@@ -124,6 +141,8 @@ class SourceMatrix:
 
     def errors(self, choices: Sequence[Choice], sample_values: int = SAMPLE_VALUES) -> SquaredErrors:
         """Errors at every choice: exact of those that its codes hold, else as `squared_errors` says."""
+        if self.counting is not None and choices:
+            return counted_errors(self, choices, self.counting, sample_values)
         own = self._cut_errors(choices) if choices else SquaredErrors()
         others = [choice for choice in choices if choice not in own.expected]
         if not others:
@@ -192,3 +211,42 @@ def squared_errors(
         expected[choice] = float(ratio * whole)
         deviation[choice] = float(np.sqrt(misses @ misses * len(batches) / (len(batches) - 1)) * whole / energy)
     return SquaredErrors(expected, deviation, whole)
+
+
+def counted_errors(
+    source: SourceMatrix, choices: Sequence[Choice], counting: ErrorWeights, sample_values: int = SAMPLE_VALUES
+) -> SquaredErrors:
+    """Σ rᵢ·cⱼ·(w − ŵ)² at every choice, and Σ rᵢ·cⱼ·w² as the energy.
+
+    Of a matrix beyond `sample_values` weights rows are drawn, with repetition and in proportion to what their energy
+    counts, seeded by the name: the mean of their relative errors is that of the matrix.
+    """
+    weight, name = source.weight, source.matrix.name
+    of_rows = counting.rows * counting.by_row(weight)
+    energy = float(of_rows.sum())
+    if not math.isfinite(energy):
+        raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
+    rows, columns = weight.shape
+    count = max(sample_values // columns, min(SAMPLE_ROWS, sample_values // 64), SAMPLE_BATCHES)
+    if weight.numel() <= sample_values or count >= rows or not energy > 0:
+        whole = [
+            float(counting.rows @ counting.by_row(weight.float() - source.restored(choice))) for choice in choices
+        ]
+        return SquaredErrors(dict(zip(choices, whole, strict=True)), energy=energy)
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    drawn = np.random.Generator(np.random.PCG64(seed)).choice(rows, count, p=of_rows / energy)
+    distinct, where = np.unique(drawn, return_inverse=True)
+    some = weight[torch.from_numpy(distinct)]
+    own = counting.by_row(some)
+
+    def relative_errors(choice: Choice) -> np.ndarray:
+        values = rounded(some, choice, name, source.rounder).values
+        restored = dequantize(values) if isinstance(values, QuantizedMatrix) else values.float()
+        return np.asarray((counting.by_row(some.float() - restored) / own)[where])
+
+    expected, deviation = {}, {}
+    for choice, ratios in zip(choices, in_threads(relative_errors, choices), strict=True):
+        batches = np.array([batch.mean() for batch in np.array_split(ratios, SAMPLE_BATCHES)])
+        expected[choice] = float(ratios.mean() * energy)
+        deviation[choice] = float(batches.std(ddof=1) / math.sqrt(len(batches)) * energy)
+    return SquaredErrors(expected, deviation, energy)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from alphaq.calibration.fisher import Fisher
 from alphaq.calibration.traffic import Calibration, Expert, ExpertUse
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
@@ -44,6 +45,8 @@ class Evidence:
     prior: Mapping[Expert, ExpertUse] | None = None
     synthetic: Calibration | None = None
     calibration: Calibration | None = None
+    fisher: Fisher | None = None
+    """Where it is known, errors and energies count as it says (`calibration.fisher`)."""
     gamma: float | Literal["auto"] = "auto"
     seed: int = 0
     coded: np.ndarray | None = None
@@ -68,6 +71,7 @@ class Method:
     first; None spreads evenly), `ratio` (rule gives a score; the reference's fixed shares), `expert` (a loss whose
     unit is a whole expert, under PMQ's side constraints). preset: settings that belong to the method.
     joint: whether its losses are per weight of an average expert, so that other roles can be weighed against them.
+    otherwise: what it needs where it asked for the Fisher information and the model's pass has no gradient here.
     """
 
     summary: str
@@ -76,6 +80,7 @@ class Method:
     needs: tuple[Need, ...] = ("errors",)
     preset: Mapping[str, Any] = field(default_factory=dict)
     joint: bool = False
+    otherwise: tuple[Need, ...] = ()
 
     @property
     def by_widths(self) -> bool:
@@ -86,6 +91,11 @@ class Method:
     def by_shapes(self) -> bool:
         """Whether it goes by places alone, so that errors only describe what it chose."""
         return self.kind == "order" and {*self.needs} <= {"errors", "places"}
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether errors count as the Fisher information says."""
+        return "fisher" in self.needs
 
     @property
     def needs_text(self) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.registry import lookup
 from alphaq.research import aimer, alpha_ratio, kurtosis, outlier, stable_rank
-from alphaq.sensitivity import calibrated, importance, router, signal, structure
+from alphaq.sensitivity import calibrated, importance, nats, router, signal, structure
 from alphaq.sensitivity.base import Method, Rule
 
 
@@ -21,7 +21,22 @@ def _scored(score: Callable[[Sequence[MatrixRef], Sequence[Any]], np.ndarray]) -
 
 METHODS: dict[str, Method] = {
     "auto": Method(
-        "the default: signal path × routing prior × relative error, from the weights alone",
+        "the default: nats by the Fisher information on the model's own writing, or signal where it has no gradient",
+        "loss",
+        nats.losses_or_signal,
+        ("errors", "fisher"),
+        joint=True,
+        otherwise=("prior", "synthetic"),
+    ),
+    "fisher": Method(
+        "nats by the Fisher information on the model's own writing",
+        "loss",
+        nats.losses,
+        ("errors", "fisher"),
+        joint=True,
+    ),
+    "signal": Method(
+        "signal path × routing prior × relative error, from the weights alone",
         "loss",
         signal.losses,
         ("errors", "prior", "synthetic"),

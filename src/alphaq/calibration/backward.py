@@ -1,0 +1,268 @@
+"""A backward pass through a model that need not fit into memory: layers are read once more, from last to first.
+
+The forward pass keeps what each decoder layer takes in, nothing else. For the gradient each layer is filled from disk
+again, run on its input with a graph, and emptied; its routed experts are run one at a time then, too.
+Whoever looks on is shown, for every matrix, its inputs and the gradient at its outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from alphaq.calibration.head import Head
+from alphaq.calibration.inputs import linears, stored_matrices
+from alphaq.calibration.libraries import map_large_tensors
+from alphaq.calibration.stream import HollowModel, LayerTraffic, traffic_of
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.errors import PassError
+from alphaq.nouns.matrix import MatrixRef, Role
+
+HEAD_TOKENS = 256  # whose chances are held at once
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What went through one matrix, and what the score makes of it.
+
+    inputs: float32 [n, columns], or of the embedding int64 [n], the numbers of its rows. gradients: float32 [n, rows], of the summed log chances of the drawn tokens, by the matrix's
+    outputs. positions: int64 [n], ascending, each row's place among the tokens of all windows in row-major order.
+    independent: whether each drawn token's chance depends on its own row alone, as at the head.
+    """
+
+    matrix: MatrixRef
+    inputs: Tensor
+    gradients: Tensor
+    positions: Tensor
+    independent: bool = False
+
+
+See = Callable[[Seen], None]
+
+
+class _Recomputed(torch.autograd.Function):
+    """Runs without a graph, and again with one when its gradient is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """run: called with the inputs, and with whether its gradient is about to be taken."""
+        ctx.run = run
+        ctx.save_for_backward(*inputs)
+        with torch.no_grad():
+            return run(False, *inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [one.detach().requires_grad_(one.is_floating_point()) for one in ctx.saved_tensors]
+        wanted = [one for one in inputs if one.requires_grad]
+        with torch.enable_grad():
+            output = ctx.run(True, *inputs)
+        found = iter(torch.autograd.grad(output, wanted, gradient, allow_unused=True))
+        return None, *(next(found) if one.requires_grad else None for one in inputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """What was drawn. tokens: int64 [windows, positions]. entropy: of the model's chances there, mean, in nats."""
+
+    tokens: Tensor
+    entropy: float
+
+
+def stream_scores(checkpoint: Checkpoint, ids: Tensor, see: See, context: int = 1, seed: int = 0) -> Drawn:
+    """Show every matrix's inputs and the gradients of log p(y | what came before) at its outputs, y drawn by the model.
+
+    ids: int64 [windows, length], whose first `context` tokens are given. A y is drawn at each position from the last
+    given one on. Layers come from last to first, between what lies after them and what lies before.
+
+    Memory: as `stream_forward`, and what every layer takes in. Raises as it does, and PassError where gradients do not
+    pass through the model's class.
+    """
+    map_large_tensors()
+    hollow = HollowModel(checkpoint)
+    for layer in hollow.experts:
+        _watch_experts(hollow, layer, see)
+    for name, matrices in linears(hollow).items():
+        _watch_linear(hollow.model.get_submodule(name), matrices, see)
+    _watch_embedding(hollow, see)  # before it is emptied
+    for name in hollow.parts:
+        part = hollow.model.get_submodule(name)
+        if name in hollow.layers:
+            _recompute(hollow, name, part)
+        else:
+            part.register_forward_pre_hook(lambda module, args, name=name: hollow.fill(name))
+            part.register_forward_hook(lambda module, args, output, name=name: hollow.empty(name))
+    try:
+        with torch.enable_grad():
+            states = hollow.base(input_ids=ids, use_cache=False).last_hidden_state
+        gradient, drawn = _score(hollow, states.detach(), context, seed, see)
+        states.backward(gradient)
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+        raise PassError(
+            f"The gradient of {type(hollow.base).__name__} ({checkpoint.name}) cannot be taken layer by layer "
+            f"({str(error)[:200]}). Use --method signal."
+        ) from error
+    return drawn
+
+
+def _watch_embedding(hollow: HollowModel, see: See) -> None:
+    """Show the embedding as a product with the tokens' unit vectors, of which `Seen.inputs` holds the numbers."""
+    module: Any = hollow.base.get_input_embeddings()
+    name = next(name for name, one in hollow.model.named_modules() if one is module)
+    matrices = stored_matrices(hollow, name)
+
+    def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        leaf = output.detach().requires_grad_()
+        ids = args[0].flatten()
+        plain = torch.nn.functional.embedding(ids[:1], module.weight)
+        scale = float(leaf.detach().flatten(0, -2)[0].norm() / plain.detach().norm().clamp(min=1e-30))
+
+        def show(gradient: Tensor) -> None:
+            for matrix in matrices:
+                see(Seen(matrix, ids, scale * gradient.float().flatten(0, -2), torch.arange(len(ids))))
+
+        leaf.register_hook(show)
+        return leaf
+
+    module.register_forward_hook(hook)
+
+
+def _recompute(hollow: HollowModel, name: str, layer: nn.Module) -> None:
+    """Have a decoder layer keep its input only, and take its gradient by that.
+
+    Raises PassError, when it runs, if tensors reach it or leave it beside its first argument and first output with a
+    gradient that would be lost.
+    """
+    forward = layer.forward
+
+    def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rest: tuple[Any, ...] | None = None
+
+        def whole(graph: bool, states: Tensor) -> Tensor:
+            nonlocal rest
+            hollow.fill(name, without=(hollow.planned_role,))
+            output = forward(states, *args, **kwargs)
+            if not graph:
+                hollow.empty(name)
+            if isinstance(output, tuple):
+                output, *others = output
+                rest = tuple(others)
+            return output
+
+        output = _Recomputed.apply(whole, hidden)
+        arriving = any(one.requires_grad for one in _tensors((args, kwargs)))
+        if arriving or any(one.is_floating_point() for one in _tensors(rest)):
+            raise PassError(
+                f"{name} of {hollow.checkpoint.name} ({type(layer).__name__}) hands on more than one stream, so its "
+                "gradient cannot be taken layer by layer. Use --method signal."
+            )
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: hollow.empty(name))
+        return output if rest is None else (output, *rest)
+
+    layer.forward = run
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Every tensor in nested containers."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, Mapping):
+        yield from _tensors(tuple(values.values()))
+    elif isinstance(values, tuple | list):
+        for one in values:
+            yield from _tensors(one)
+
+
+def _watch_linear(module: Any, matrices: Sequence[MatrixRef], see: See) -> None:
+    def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        if not output.requires_grad:
+            return
+        inputs = args[0].detach().float().flatten(0, -2)
+        places = torch.arange(len(inputs))
+
+        def show(gradient: Tensor) -> None:
+            whole = gradient.float().flatten(0, -2)
+            for matrix, part in zip(matrices, whole.split([one.shape[0] for one in matrices], dim=1), strict=True):
+                see(Seen(matrix, inputs, part, places))
+
+        output.register_hook(show)
+
+    module.register_forward_hook(hook)
+
+
+def _watch_experts(hollow: HollowModel, layer: int, see: See) -> None:
+    experts: Any = hollow.model.get_submodule(hollow.experts[layer])
+
+    def run(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _run_experts(hollow, traffic_of(hollow, layer, (states, *args), kwargs), see).view_as(states)
+
+    experts.forward = run
+
+
+def _run_experts(hollow: HollowModel, traffic: LayerTraffic, see: See) -> Tensor:
+    """As `run_experts`, each expert's gradient taken by running it again."""
+    output = torch.zeros_like(traffic.inputs)
+    for number, matrices in hollow.matrices[traffic.layer].items():
+        token, slot = torch.where(traffic.experts == number)
+        if not len(token):
+            continue
+
+        def run(graph: bool, inputs: Tensor, number: int = number, matrices: Any = matrices, token: Tensor = token) -> Tensor:
+            form = traffic.form
+
+            def product(part: str, values: Tensor) -> Tensor:
+                result = values @ hollow.checkpoint.read(matrices[part]).float().T
+                if graph:
+                    held = values.detach()
+                    result.register_hook(lambda gradient: see(Seen(matrices[part], held, gradient, token)))
+                return result
+
+            hidden = form.hidden([product(part, inputs) for part in form.first], number)
+            return form.output(product("down", hidden), number)
+
+        put_out = _Recomputed.apply(run, traffic.inputs[token])
+        output = output.index_add(0, token, put_out * traffic.weights[token, slot, None])
+    return output
+
+
+def _score(hollow: HollowModel, states: Tensor, context: int, seed: int, see: See) -> tuple[Tensor, Drawn]:
+    """Gradient of the drawn tokens' summed log chances by the final states, and what was drawn."""
+    gradient, entropy, tokens = torch.zeros_like(states), 0.0, []
+    generator = torch.Generator().manual_seed(seed)
+    step = max(1, HEAD_TOKENS // len(states))
+    with Head(hollow) as head:
+        matrices = stored_matrices(hollow, head.filled)
+        places = torch.arange(states[..., 0].numel()).view(states.shape[:2])
+        for start in range(context - 1, states.shape[1], step):
+            part = slice(start, start + step)
+            some = states[:, part].clone().requires_grad_()
+            watch = head.module.register_forward_hook(partial(_show_head, matrices, places[:, part].flatten(), see))
+            with torch.enable_grad():
+                log_p = head.with_graph(some).log_softmax(-1)
+            watch.remove()
+            p = log_p.detach().exp()
+            tokens.append(torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(p.shape[:2]))
+            entropy -= float((p * log_p.detach()).sum())
+            (gradient[:, part],) = torch.autograd.grad(log_p.gather(-1, tokens[-1][..., None]).sum(), some)
+    drawn = torch.cat(tokens, dim=1)
+    return gradient, Drawn(drawn, entropy / drawn.numel())
+
+
+def _show_head(
+    matrices: Sequence[MatrixRef], places: Tensor, see: See, module: Any, args: tuple[Any, ...], output: Tensor
+) -> None:
+    inputs = args[0].detach().float().flatten(0, -2)
+
+    def show(gradient: Tensor) -> None:
+        for matrix in matrices:
+            see(Seen(matrix, inputs, gradient.float().flatten(0, -2), places, independent=True))
+
+    output.register_hook(show)
