@@ -22,7 +22,7 @@ from alphaq.calibration.libraries import map_large_tensors
 from alphaq.calibration.stream import HollowModel, LayerTraffic, traffic_of
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import PassError
-from alphaq.nouns.matrix import MatrixRef, Role
+from alphaq.nouns.matrix import MatrixRef
 
 HEAD_TOKENS = 256  # whose chances are held at once
 
@@ -31,8 +31,9 @@ HEAD_TOKENS = 256  # whose chances are held at once
 class Seen:
     """What went through one matrix, and what the score makes of it.
 
-    inputs: float32 [n, columns], or of the embedding int64 [n], the numbers of its rows. gradients: float32 [n, rows], of the summed log chances of the drawn tokens, by the matrix's
-    outputs. positions: int64 [n], ascending, each row's place among the tokens of all windows in row-major order.
+    inputs: float32 [n, columns], or of the embedding int64 [n], the numbers of its rows. gradients: float32 [n, rows],
+    of the summed log chances of the drawn tokens, by the matrix's outputs. positions: int64 [n], ascending, each
+    row's place among the tokens of all windows in row-major order.
     independent: whether each drawn token's chance depends on its own row alone, as at the head.
     """
 
@@ -107,7 +108,7 @@ def stream_scores(checkpoint: Checkpoint, ids: Tensor, see: See, context: int = 
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
         raise PassError(
             f"The gradient of {type(hollow.base).__name__} ({checkpoint.name}) cannot be taken layer by layer "
-            f"({str(error)[:200]}). Use --method signal."
+            f"({str(error)[:200]})."
         ) from error
     return drawn
 
@@ -161,7 +162,7 @@ def _recompute(hollow: HollowModel, name: str, layer: nn.Module) -> None:
         if arriving or any(one.is_floating_point() for one in _tensors(rest)):
             raise PassError(
                 f"{name} of {hollow.checkpoint.name} ({type(layer).__name__}) hands on more than one stream, so its "
-                "gradient cannot be taken layer by layer. Use --method signal."
+                "gradient cannot be taken layer by layer."
             )
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: hollow.empty(name))
@@ -182,15 +183,16 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _watch_linear(module: Any, matrices: Sequence[MatrixRef], see: See) -> None:
-    def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        if not output.requires_grad:
-            return
+    def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        rows = [one.shape[0] for one in matrices]
+        if not isinstance(output, Tensor) or not output.requires_grad or output.shape[-1] != sum(rows):
+            return  # a class of its own, which does more than multiply
         inputs = args[0].detach().float().flatten(0, -2)
         places = torch.arange(len(inputs))
 
         def show(gradient: Tensor) -> None:
             whole = gradient.float().flatten(0, -2)
-            for matrix, part in zip(matrices, whole.split([one.shape[0] for one in matrices], dim=1), strict=True):
+            for matrix, part in zip(matrices, whole.split(rows, dim=1), strict=True):
                 see(Seen(matrix, inputs, part, places))
 
         output.register_hook(show)
@@ -215,7 +217,9 @@ def _run_experts(hollow: HollowModel, traffic: LayerTraffic, see: See) -> Tensor
         if not len(token):
             continue
 
-        def run(graph: bool, inputs: Tensor, number: int = number, matrices: Any = matrices, token: Tensor = token) -> Tensor:
+        def run(
+            graph: bool, inputs: Tensor, number: int = number, matrices: Any = matrices, token: Tensor = token
+        ) -> Tensor:
             form = traffic.form
 
             def product(part: str, values: Tensor) -> Tensor:

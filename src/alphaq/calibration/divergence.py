@@ -49,9 +49,9 @@ def divergences(
     module = hollow.base.get_input_embeddings()
     name = next(name for name, one in hollow.model.named_modules() if one is module)
     touched = {name for one in choices for name in one}
-    for name, matrices in [*linears(hollow).items(), (name, stored_matrices(hollow, name))]:
+    for place, matrices in [*linears(hollow).items(), (name, stored_matrices(hollow, name))]:
         if any(matrix.name in touched for matrix in matrices):
-            _split(hollow, name, matrices, groups)
+            _split(hollow, place, matrices, groups)
     states = stream_forward(
         checkpoint, ids.repeat(len(groups), 1), lambda traffic: None, hollow, partial(_experts, groups=groups)
     )

@@ -49,7 +49,8 @@ class MatrixFisher:
 
 @dataclass(frozen=True, eq=False)
 class Fisher:
-    """What one backward pass found, by the matrix' name. entropy: of the model's chances, in nats per token. tokens: ids
+    """What one backward pass found, by the matrix' name. entropy: of the model's chances, in nats per token. tokens:
+    ids
     that went through the model, by window."""
 
     matrices: Mapping[str, MatrixFisher] = field(default_factory=dict)
@@ -101,9 +102,7 @@ def _unpacked(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text, validate=True), "<f2").astype(np.float32)
 
 
-def gather_fisher(
-    checkpoint: Checkpoint, ids: Tensor, prior: Mapping[Expert, ExpertUse], context: int = 1
-) -> Fisher:
+def gather_fisher(checkpoint: Checkpoint, ids: Tensor, prior: Mapping[Expert, ExpertUse], context: int = 1) -> Fisher:
     """Run token ids [windows, length], whose first `context` are given, through the model and back.
 
     prior: how often a router uses its experts. Memory and errors as `stream_scores`; of each matrix two vectors.
@@ -199,7 +198,8 @@ class _Tallies:
 def _add_products(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor, independent: bool) -> float:
     """Σ G² of G = leftᵀ·right, [n, m] and [n, k], and what it adds to the sums by row [m] and column [k].
 
-    By pairs of tokens, which is cheaper than G itself with its m·k entries. independent: as if each token had its own G.
+    By pairs of tokens, which is cheaper than G itself with its m·k entries. independent: as if each token had its
+    own G.
     """
     alike_left, alike_right = left @ left.T, right @ right.T
     if independent:
@@ -209,9 +209,7 @@ def _add_products(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor, in
     return float((alike_left * alike_right).sum(dtype=torch.float64))
 
 
-def _of_group(
-    members: Sequence[_Tally], prior: Mapping[Expert, ExpertUse], predicted: int
-) -> dict[str, MatrixFisher]:
+def _of_group(members: Sequence[_Tally], prior: Mapping[Expert, ExpertUse], predicted: int) -> dict[str, MatrixFisher]:
     """Of matrices that have much in common: one projection of a layer's experts, or a single matrix."""
     counts = np.array([one.tokens for one in members], dtype=float)
     rows = torch.stack([one.rows for one in members]).double().numpy()

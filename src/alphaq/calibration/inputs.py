@@ -70,7 +70,7 @@ def linears(hollow: HollowModel) -> dict[str, tuple[MatrixRef, ...]]:
 
 
 def stored_matrices(hollow: HollowModel, module: str) -> tuple[MatrixRef, ...]:
-    """The matrices that make up the weight of the embedding or the head, by its module's name; none if none is stored."""
+    """The matrices that make up the weight of the embedding or the head, by its module's name, if any is stored."""
     sources = hollow.sources(f"{module}.weight")
     return tuple(matrix for matrix in hollow.checkpoint.matrices if matrix.tensor in sources)
 

@@ -100,7 +100,8 @@ class Sampling:
     """How errors are to be measured: by which quantizer, on how many weights of a matrix, of which matrices.
 
     matrices: at which choices the errors of each are measured, None for all. importance: of the columns, by matrix;
-    digest: what tells it from others. codec: what codes the files; errors and bytes are then those of whole matrices. counting:
+    digest: what tells it from others. codec: what codes the files; errors and bytes are then those of whole
+    matrices. counting:
     what errors count, by matrix; counted_by: what tells that from others.
     """
 

@@ -27,6 +27,8 @@ from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.work.untrusted import SHOWN_CHARACTERS, parse_json, read_bounded, shown
 
 PLAN_FORMAT_VERSION = 1
+MOST_PREDICTABLE = 0.5
+"""Nats per token up to which losses are quadratic and add up (docs/research/log.md)."""
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -79,6 +81,26 @@ class RateDistortion(BaseModel):
     times_bound: float | None
     whole_widths: float
     points: dict[str, tuple[float, float, float]] = Field(default_factory=dict)
+
+
+class Prediction(BaseModel):
+    """KL divergence of the quantized model to the original, in nats per token, as its losses foretell it.
+
+    low, high: of 95 %, by how much the windows of the pass differ, and by what predictions missed by on the models that
+    they were held against. entropy: of the model's own words, in nats per token.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kl: float
+    low: float
+    high: float
+    entropy: float
+
+    @property
+    def beyond(self) -> bool:
+        """Whether so much is lost that the quadratic estimate no longer holds."""
+        return self.kl > MOST_PREDICTABLE
 
 
 class PlanCheck(BaseModel):
@@ -136,6 +158,10 @@ class Plan(BaseModel):
     """Σ(w − ŵ)²/Σw² of each planned matrix, as measured for the plan."""
     sampling_error: float | None = None
     """Standard error of the expected errors, relative, of the unit where it is largest; 0 if none was sampled."""
+    prediction: Prediction | None = None
+    """KL in nats per token that the plan is expected to have; None where losses are in another unit."""
+    unpredicted: str | None = None
+    """Why the default method's losses are in no nats, and come from the signal instead."""
     rate_distortion: RateDistortion | None = None
     """Against what any quantizer could do; None where losses are not proportional to squared errors."""
     check: PlanCheck | None = None

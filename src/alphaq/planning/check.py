@@ -64,6 +64,8 @@ def checked_plan(
     weights = sum(matrix.parameters for matrix in checkpoint.matrices)
     # Those of a store would be read three times over a network, and those of a plain file only its engine can run.
     affordable = weights <= MOST_WEIGHTS and checkpoint.store is None and not checkpoint.plain
+    if not affordable and plan.prediction is not None:
+        return plan.model_copy(update={"unchecked": "the model is too large to be run for it; see its predicted KL"})
     if not affordable and request.joint:  # whose other roles the signal does not know
         why = "transformers cannot run the file" if checkpoint.plain else "the model is too large to be run for it"
         return plan.model_copy(update={"unchecked": f"{why}, and roles share the budget"})
@@ -110,9 +112,9 @@ def _by_divergence(
     resources: Resources,
 ) -> PlanCheck:
     """KL of both to the model itself."""
-    synthetic = measurements.evidence.synthetic
-    assert synthetic is not None  # the default method has asked for it
-    ids = torch.tensor(synthetic.tokens[:WINDOWS])
+    passed = measurements.evidence.fisher or measurements.evidence.synthetic
+    assert passed is not None  # the default method has asked for one of them
+    ids = torch.tensor(passed.tokens[:WINDOWS])
     context = max(1, len(model_prefix(checkpoint)) if request.config.bos else 0)
     quantizer = request.profile.quantizer
 

@@ -14,7 +14,7 @@ from alphaq.measuring.resources import Resources
 from alphaq.planning.coded import coded_rest
 from alphaq.planning.formula import alphas_of
 from alphaq.planning.limits import problem_of
-from alphaq.planning.matrices import Survey, measure_joined, measure_planned
+from alphaq.planning.matrices import Survey, measure_beside, measure_planned
 from alphaq.planning.measured import Measurements, PlanInputs
 from alphaq.planning.passes import PassRun, run_passes
 from alphaq.planning.request import Request
@@ -66,12 +66,13 @@ def _measured(
     outputs = choices if "outputs" in needs else ()
     observed = request.profile.writer.observed
     run = PassRun(scope.checkpoint, request.config.bos, inputs.text, outputs, resources, observed)
-    results, seconds_of_passes = run_passes(run, needs, request.method.otherwise)
+    passes = run_passes(run, needs, request.method.otherwise)
+    results = passes.found
     fisher = results.get("fisher") if request.method.needs_fisher else None
     begin = time.perf_counter()
     survey = Survey.of(scope, stats, tuple(sorted(needs & PROBES.keys())), inputs.imatrix, fisher)
     table = measure_planned(survey, resources)
-    joined, joined_energies = measure_joined(survey, resources)
+    beside = measure_beside(survey, resources)
     seconds = {"errors": time.perf_counter() - begin}
     weights = np.array([matrix.parameters for matrix in scope.planned], dtype=np.int64)
     evidence = Evidence(
@@ -95,11 +96,11 @@ def _measured(
         request.offered,
         evidence,
         _left_out(stats),
-        seconds | seconds_of_passes,
+        seconds | dict(passes.seconds),
         table.deviations,
-        joined,
-        joined_energies,
+        beside,
         survey.importance,
+        passes.unpredicted,
     )
 
 

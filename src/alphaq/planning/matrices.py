@@ -24,6 +24,7 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.spectrum import Spectrum
 from alphaq.planning.formula import expected_error
+from alphaq.planning.measured import Beside
 from alphaq.planning.scope import Scope
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.rounded import SAMPLE_VALUES, ErrorWeights
@@ -191,12 +192,17 @@ def _row(survey: Survey, matrix: MatrixRef, measured: Measured) -> _Row:
     )
 
 
-def measure_joined(survey: Survey, resources: Resources) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Σ(w − ŵ)²/Σw² [choices] of the matrices that share the budget, and Σw²; nothing if errors come from a formula."""
+def measure_beside(survey: Survey, resources: Resources) -> Beside:
+    """Errors of the matrices that share the budget, and, where nats are wanted, of those that are fixed; nothing if
+    errors come from a formula."""
     scope, choices = survey.scope, survey.scope.request.choices
-    if not survey.rounded or not scope.joined:
-        return {}, {}
+    fixed = {} if survey.fisher is None else {name: one for name, one in scope.fixed.items() if not one.kept}
+    if not survey.rounded or not (scope.joined or fixed):
+        return Beside()
+    others = [matrix for matrix in scope.checkpoint.matrices if matrix.name in fixed]
+    matrices = [*scope.joined, *others]
     open_to = {matrix.name: survey.measurable(matrix) for matrix in scope.joined}
+    open_to |= {name: frozenset({one}) for name, one in fixed.items()}
     quantizer = scope.request.profile.quantizer
     sampling = Sampling(
         quantizer,
@@ -207,19 +213,24 @@ def measure_joined(survey: Survey, resources: Resources) -> tuple[dict[str, np.n
         counting=survey.counting,
         counted_by=survey.counted_by,
     )
-    wanted = Wanted(None, survey.rounded, sampling)
+    rounded = tuple(sorted({*survey.rounded, *fixed.values()}))
+    wanted = Wanted(None, rounded, sampling)
     # A device is for spectra, of which none are wanted.
-    measured = measure(scope.checkpoint, scope.joined, wanted, replace(resources, device="cpu"))
-    shown: Iterator[Measured] = iter(resources.wrap(measured, len(scope.joined), "measure the rest"))
+    measured = measure(scope.checkpoint, matrices, wanted, replace(resources, device="cpu"))
+    shown: Iterator[Measured] = iter(resources.wrap(measured, len(matrices), "measure the rest"))
     usual = gaussian_errors(choices)
-    relative, energies = {}, {}
-    for matrix, one in zip(scope.joined, shown, strict=True):
+    relative, of_fixed, energies = {}, {}, {}
+    for matrix, one in zip(matrices, shown, strict=True):
         energies[matrix.name] = one.squared_errors.energy
+        if matrix.name in fixed:
+            errors_of = one.squared_errors.expected
+            of_fixed[matrix.name] = errors_of[fixed[matrix.name]] / (one.squared_errors.energy or 1.0)
+            continue
         errors, energy = one.squared_errors.expected, one.squared_errors.energy or 1.0
         known = [errors[one] / energy if one in errors else error for one, error in zip(choices, usual, strict=True)]
         own = scope.stored_as(matrix)
         relative[matrix.name] = np.where([one == own for one in choices], 0.0, known)
-    return relative, energies
+    return Beside(relative, of_fixed, energies)
 
 
 def _by_unit(

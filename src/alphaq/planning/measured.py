@@ -32,6 +32,20 @@ class PlanInputs:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What was measured of matrices outside the planned ones; both count as the Fisher information says, if it is
+    known.
+
+    relative: Σ(w − ŵ)²/Σw² [choices] of those that share the budget. fixed: the same of the others at their one choice.
+    energies: Σw² of all of them.
+    """
+
+    relative: Mapping[str, np.ndarray] = field(default_factory=dict)
+    fixed: Mapping[str, float] = field(default_factory=dict)
+    energies: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Measurements:
     """What was measured of the matrices to plan; enough for any number of budgets and methods that need no more.
 
@@ -47,12 +61,12 @@ class Measurements:
     """Time that each need took in this run; what the cache held took next to none."""
     deviations: np.ndarray | None = None
     """Relative standard error of a unit's summed errors, for each of its matrices [matrices, choices]."""
-    joined: dict[str, np.ndarray] = field(default_factory=dict)
-    """Σ(w − ŵ)²/Σw² [choices] of matrices outside the experts that share their budget, where they were measured."""
-    joined_energies: Mapping[str, float] = field(default_factory=dict)
-    """Σw² of the same; both count as the Fisher information says, where that is known."""
+    beside: Beside = Beside()
+    """Of matrices outside the experts, where they were measured."""
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Of the columns of a matrix, by its name, where an importance matrix tells."""
+    unpredicted: str | None = None
+    """Why losses are no nats, though the method would have them so."""
     by_shapes: bool = False
     """Whether no weight was read; enough for methods that go by places alone."""
 
@@ -82,5 +96,7 @@ class Measurements:
                 coded=None if evidence.coded is None else evidence.coded[:, columns],
             ),
             deviations=None if self.deviations is None else self.deviations[:, columns],
-            joined={name: relative[columns] for name, relative in self.joined.items()},
+            beside=replace(
+                self.beside, relative={name: relative[columns] for name, relative in self.beside.relative.items()}
+            ),
         )

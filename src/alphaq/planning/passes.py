@@ -17,7 +17,7 @@ from alphaq.calibration.text import Text, own_writing
 from alphaq.calibration.tokens import model_prefix
 from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, Expert, ExpertUse, gather
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.errors import CheckpointError, PassError, QuantizationError
+from alphaq.errors import CheckpointError, QuantizationError
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.sensitivity.base import Need
@@ -94,16 +94,26 @@ def text(run: PassRun) -> Calibration:
 
 PASSES: dict[Need, Callable[[PassRun], Any]] = {
     "fisher": fisher,
-    "synthetic": synthetic, "prior": prior,
+    "synthetic": synthetic,
+    "prior": prior,
     "text": text,
 }
 """In the order in which they run: a pass may use what an earlier one found."""
 
 
-def run_passes(
-    run: PassRun, needs: Collection[Need], otherwise: Collection[Need] = ()
-) -> tuple[dict[Need, Any], dict[Need, float]]:
-    """What those that are needed found, and the seconds that each took; what the cache held took next to none.
+@dataclass(frozen=True)
+class PassResults:
+    """What passes found, by name. seconds: that each took; what the cache held took next to none. unpredicted: why
+    there is
+    no Fisher information, where it was asked for."""
+
+    found: Mapping[Need, Any]
+    seconds: Mapping[Need, float]
+    unpredicted: str | None
+
+
+def run_passes(run: PassRun, needs: Collection[Need], otherwise: Collection[Need] = ()) -> PassResults:
+    """What those that are needed found.
 
     otherwise: what is needed where the Fisher information cannot be had; without any, that is an error.
 
@@ -111,17 +121,18 @@ def run_passes(
     """
     results: dict[Need, Any] = {}
     seconds: dict[Need, float] = {}
+    unpredicted = None
     for need, found_by in PASSES.items():
         if need in needs:
             begin = time.perf_counter()
             try:
                 results[need] = _sound(replace(run, results=results), found_by)
-            except (PassError, CheckpointError):
+            except CheckpointError as error:  # a PassError is one
                 if need != "fisher" or not otherwise:
                     raise
-                needs = {*needs, *otherwise}
+                needs, unpredicted = {*needs, *otherwise}, str(error)
             seconds[need] = time.perf_counter() - begin
-    return results, seconds
+    return PassResults(results, seconds, unpredicted)
 
 
 def _remembered(run: PassRun, kind: str, tokens: str, make: Callable[[], str], label: str) -> Calibration:
@@ -136,8 +147,7 @@ def _recalled(
     cache = run.resources.cache
     key = f"{kind}-{hashlib.sha256(depends_on.encode()).hexdigest()[:24]}.json"
     (found,) = (
-        parse(make()) if cache is None else cache.recall(key, make, parse)
-        for _ in run.resources.wrap([key], 1, label)
+        parse(make()) if cache is None else cache.recall(key, make, parse) for _ in run.resources.wrap([key], 1, label)
     )
     return found
 

@@ -9,7 +9,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import BudgetError
 from alphaq.formats.gaussian import gaussian_errors
 from alphaq.nouns.matrix import Role
-from alphaq.nouns.plan import Plan, RateDistortion
+from alphaq.nouns.plan import Plan, Prediction, RateDistortion
 from alphaq.planning import stats
 from alphaq.planning.costs import coded_table, data_table
 from alphaq.planning.kept import kept_shares
@@ -53,6 +53,8 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, measurements: Mea
             "choices": {name: str(choice) for name, choice in chosen.items()},
             "kept": kept_shares(checkpoint, chosen),
             "expected_error": plan.expected_error | _joined_expected(scope, measurements, answer),
+            "unpredicted": measurements.unpredicted,
+            "prediction": _prediction(scope, measurements, answer),
             "rate_distortion": _against_bound(scope, evidence, answer, blocks, weights),
         }
     )
@@ -67,17 +69,14 @@ def _picked(scope: Scope, answer: Answer) -> tuple[np.ndarray, np.ndarray]:
 def _joined_errors(scope: Scope, measurements: Measurements) -> np.ndarray:
     """Relative errors [joined, choices], from a formula where they were not measured."""
     usual = gaussian_errors(scope.request.choices) if scope.joined else None
-    return np.array([measurements.joined.get(matrix.name, usual) for matrix in scope.joined])
+    return np.array([measurements.beside.relative.get(matrix.name, usual) for matrix in scope.joined])
 
 
-def _joined_losses(
-    scope: Scope, evidence: Evidence, relative: np.ndarray, measurements: Measurements
-) -> np.ndarray:
+def _joined_losses(scope: Scope, evidence: Evidence, relative: np.ndarray, measurements: Measurements) -> np.ndarray:
     """Losses [joined, choices] in the unit of the experts'."""
     if evidence.fisher is not None:
-        energies = measurements.joined_energies
-        harm = [nats.harm(evidence.fisher, matrix, energies.get(matrix.name)) for matrix in scope.joined]
-        return np.array(harm)[:, None] * relative
+        energies = measurements.beside.energies
+        return nats.harms(evidence.fisher, scope.joined, energies)[:, None] * relative
     tied = not scope.checkpoint.with_role(Role.HEAD)
     return role_weights(scope.joined, evidence.matrices, tied)[:, None] * relative
 
@@ -85,10 +84,25 @@ def _joined_losses(
 def _joined_expected(scope: Scope, measurements: Measurements, answer: Answer) -> dict[str, float]:
     """The relative error of each joined matrix at its choice, where all of them were measured."""
     names = [matrix.name for matrix in scope.joined]
-    if not measurements.joined.keys() >= set(names):
+    if not measurements.beside.relative.keys() >= set(names):
         return {}
     columns = answer.columns[len(scope.planned) :]
-    return named_errors(names, [measurements.joined[name][at] for name, at in zip(names, columns, strict=True)])
+    return named_errors(
+        names, [measurements.beside.relative[name][at] for name, at in zip(names, columns, strict=True)]
+    )
+
+
+def _prediction(scope: Scope, measurements: Measurements, answer: Answer) -> Prediction | None:
+    """The KL that the plan is expected to have; None where losses are in another unit."""
+    fisher, beside = measurements.evidence.fisher, measurements.beside
+    if fisher is None or scope.request.config.unweighted:
+        return None
+    losses = answer.losses[np.arange(len(answer.names)), answer.columns]
+    known = dict(zip(answer.names, losses.tolist(), strict=True))
+    fixed = [matrix for matrix in scope.checkpoint.matrices if matrix.name in beside.fixed]
+    harms = nats.harms(fisher, fixed, beside.energies)
+    known |= {one.name: float(harm) * beside.fixed[one.name] for one, harm in zip(fixed, harms, strict=True)}
+    return nats.prediction(fisher, known)
 
 
 def _size_bytes(scope: Scope, evidence: Evidence, answer: Answer) -> int:

@@ -229,9 +229,7 @@ def counted_errors(
     rows, columns = weight.shape
     count = max(sample_values // columns, min(SAMPLE_ROWS, sample_values // 64), SAMPLE_BATCHES)
     if weight.numel() <= sample_values or count >= rows or not energy > 0:
-        whole = [
-            float(counting.rows @ counting.by_row(weight.float() - source.restored(choice))) for choice in choices
-        ]
+        whole = [float(counting.rows @ counting.by_row(weight.float() - source.restored(choice))) for choice in choices]
         return SquaredErrors(dict(zip(choices, whole, strict=True)), energy=energy)
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     drawn = np.random.Generator(np.random.PCG64(seed)).choice(rows, count, p=of_rows / energy)

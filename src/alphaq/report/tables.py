@@ -12,7 +12,7 @@ from rich.text import Text
 
 from alphaq.formats.table import parse_choice
 from alphaq.nouns.fidelity import Fidelity
-from alphaq.nouns.plan import Plan, PlanCheck
+from alphaq.nouns.plan import MOST_PREDICTABLE, Plan, PlanCheck, Prediction
 
 if TYPE_CHECKING:  # else a table would load torch
     from alphaq.checkpoint.summary import Summary
@@ -74,6 +74,10 @@ def plan_table(plan: Plan) -> Table:
     if plan.size_bytes is not None:
         table.add_row("weight files", f"{human_bytes(plan.size_bytes)} ({plan.size_bytes:,} bytes)")
     table.add_row("expected loss (objective)", f"{plan.objective:.6g}")
+    if plan.prediction is not None:
+        table.add_row("predicted KL, nats per token", predicted_words(plan.prediction))
+    if plan.unpredicted is not None:
+        table.add_row("predicted KL", f"none, losses are those of the signal: {plan.unpredicted}")
     if plan.lower_bound is not None:
         table.add_row("proven gap to the best plan", "0" if plan.gap < 1e-9 else f"{100 * plan.gap:.2g} %")
     if (against := plan.rate_distortion) is not None and against.times_bound is not None:
@@ -102,6 +106,13 @@ def plan_table(plan: Plan) -> Table:
     if plan.neutral:
         table.add_row("α undefined (see neutral)", f"{len(plan.neutral):,}")
     return table
+
+
+def predicted_words(prediction: Prediction) -> str:
+    """The KL that a plan is expected to have, or that it is beyond what can be foretold."""
+    if prediction.beyond:
+        return f"above {MOST_PREDICTABLE:g}, where losses no longer add up: expect a damaged model"
+    return f"{prediction.kl:.4g} ({prediction.low:.3g} to {prediction.high:.3g})"
 
 
 def check_words(check: PlanCheck) -> str:

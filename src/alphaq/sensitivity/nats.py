@@ -1,17 +1,24 @@
 """Losses in nats: ½ · E[G²] · (w − ŵ)², summed over a matrix as its Fisher information says (calibration/fisher.py).
 
-An estimate of the KL divergence per token that rounding the matrix adds, without a constant. Where a model's pass has no
-gradient here, the default goes by the signal instead (signal.py).
+An estimate of the KL divergence per token that rounding the matrix adds, without a constant. Where a model's pass has
+no gradient here, the default goes by the signal instead (signal.py).
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from alphaq.calibration.fisher import Fisher
 from alphaq.nouns.matrix import MatrixRef
+from alphaq.nouns.plan import Prediction
 from alphaq.sensitivity import signal
 from alphaq.sensitivity.base import Evidence
+
+MODEL_ERROR = 0.15
+"""Standard deviation of the logarithm of measured over predicted KL (docs/research/log.md)."""
 
 
 def losses(evidence: Evidence) -> np.ndarray:
@@ -27,7 +34,28 @@ def losses_or_signal(evidence: Evidence) -> np.ndarray:
     return signal.losses(evidence) if evidence.fisher is None else losses(evidence)
 
 
-def harm(fisher: Fisher, matrix: MatrixRef, energy: float | None) -> float:
-    """Nats per token and per unit of a matrix' relative error. energy: Σw², each weight counted as its error is."""
-    assert energy is not None
-    return 0.5 * fisher.matrices[matrix.name].mean * energy
+def harms(fisher: Fisher, matrices: Sequence[MatrixRef], energies: Mapping[str, float]) -> np.ndarray:
+    """Nats per token and per unit of each matrix' relative error, float64 [matrices].
+
+    energies: Σw² of each, counted as its errors are. A matrix that the pass was not shown, since the model's class
+    computes with it in a way of its own, is taken for the mean of its role here, or of all.
+    """
+    known = [(one.role, fisher.matrices[one.name].mean) for one in matrices if one.name in fisher.matrices]
+    everything = [one.mean for one in fisher.matrices.values()]
+
+    def mean_of(matrix: MatrixRef) -> float:
+        own = fisher.matrices.get(matrix.name)
+        alike = [mean for role, mean in known if role is matrix.role] or everything
+        return own.mean if own is not None else sum(alike) / max(1, len(alike))
+
+    return np.array([0.5 * mean_of(matrix) * energies.get(matrix.name, 0.0) for matrix in matrices])
+
+
+def prediction(fisher: Fisher, losses: Mapping[str, float]) -> Prediction:
+    """What matrices' losses, in nats per token by name, add up to."""
+    total = sum(losses.values())
+    windows = sum(loss * one.windows for name, loss in losses.items() if (one := fisher.matrices.get(name)) is not None)
+    spread = float(np.std(windows, ddof=1) / math.sqrt(np.size(windows))) / total if total > 0 else 0.0
+    factor = math.exp(1.96 * math.hypot(spread, MODEL_ERROR))
+    kl, low, high = (float(f"{one:.4g}") for one in (total, total / factor, total * factor))
+    return Prediction(kl=kl, low=low, high=high, entropy=float(f"{fisher.entropy:.4g}"))
