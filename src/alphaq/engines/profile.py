@@ -33,8 +33,8 @@ class Profile:
     source; None if file_bytes says it. obstacle: why a matrix cannot be stored so, or None. quantizer: the one whose
     codes the engine reads, by name. merged: projections of a dense MLP that the engine runs as one, and what that is
     called. role_bits: usual width of each role that is quantized outside the budget. on_request: roles that are copied
-    unless a user names a width for them. joint: whether a budget for all files (`--size`) chooses for those of
-    role_bits too. export: how files are written, None where they cannot be yet. library: what the Hugging Face hub
+    unless a user names a width for them. joint: whether a budget for all files (`--size`) chooses for both of these
+    too. export: how files are written, None where they cannot be yet. library: what the Hugging Face hub
     calls that which loads the files (`library_name` of a card). importance: (checkpoint, importance matrix) → what it
     says of each matrix; None if the engine's quantizers take none.
     searchable: whether `--ear` can try budgets, since the files are run here.

@@ -43,4 +43,4 @@ GAUSSIAN_ERROR: dict[str, float] = {
 
 def gaussian_errors(choices: Sequence[Choice]) -> np.ndarray:
     """Relative errors on Gaussian weights, float64 [choices]: of matrices that are not measured."""
-    return np.array([GAUSSIAN_ERROR[str(choice)] for choice in choices])
+    return np.array([GAUSSIAN_ERROR.get(str(choice), 4.0**-choice.bits) for choice in choices])

@@ -38,8 +38,12 @@ class Request:
 
     @property
     def joint(self) -> bool:
-        """Whether one budget covers the other roles too: where all files count and losses can be compared."""
-        sized = self.config.budget.size_bytes is not None and not self.config.per_layer
+        """Whether one budget covers the other roles too: where all files count and losses can be compared.
+
+        Coded bytes are measured of experts alone.
+        """
+        config = self.config
+        sized = config.budget.size_bytes is not None and not config.per_layer and config.codec is None
         return sized and self.profile.joint and self.method.joint
 
     @property

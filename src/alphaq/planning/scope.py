@@ -80,11 +80,9 @@ class Scope:
             asked = pins.get(matrix.name, by_role.get(matrix.role))
             if asked is not None:
                 fixed[matrix.name] = _as_asked(profile, asked, matrix)
-            elif matrix.role in profile.on_request:
-                continue
             elif request.joint and any(profile.obstacle(offered, matrix) is None for offered in request.offered):
                 joined.append(matrix)
-            else:
+            elif matrix.role not in profile.on_request:
                 usual = request.choice(str(profile.role_bits[matrix.role]))
                 own = stored_as(profile, checkpoint, matrix)
                 narrow = own if own is not None and own.bits <= usual.bits else None
