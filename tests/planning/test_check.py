@@ -20,6 +20,7 @@ from alphaq.calibration.tokens import model_prefix, random_windows, tokenizer_fa
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.cli.app import app
 from alphaq.engines.profiles import ENGINES
+from alphaq.errors import PassError
 from alphaq.formats.table import parse_choice
 from alphaq.measuring.cache import Cache
 from alphaq.measuring.measurement import restored
@@ -28,7 +29,7 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
-from alphaq.planning import check, checked_plan, make_plan, measure_for_plan, resolve
+from alphaq.planning import check, checked_plan, make_plan, measure_for_plan, passes, resolve
 from alphaq.quantizers.base import rounder_of
 from alphaq.runtime.loading import load_model
 from alphaq.sensitivity import methods
@@ -115,11 +116,33 @@ def test_ruinous_plan_is_given_up_for_uniform_bits(checkpoint: Checkpoint, measu
     assert plan.config.method == "auto" and plan.config.check  # the command that gives it again
 
 
+def without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PassError("No gradient passes.")
+
+    monkeypatch.setattr(passes, "gather_fisher", refuse)
+
+
+def test_without_a_gradient_the_signal_stands_in_and_the_plan_says_so(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_gradient(monkeypatch)
+    plan = made(checkpoint, tmp_path, check=False)
+    assert plan.prediction is None and plan.unpredicted is not None and "No gradient passes" in plan.unpredicted
+    assert plan.choices == made(checkpoint, tmp_path, method="signal").choices
+    with pytest.raises(PassError, match="No gradient passes"):
+        made(checkpoint, tmp_path, method="fisher")
+
+
 def test_large_model_is_judged_by_moves_of_the_stream(
     checkpoint: Checkpoint, measured: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setattr(check, "MOST_WEIGHTS", 1)
     monkeypatch.setattr(check, "divergences", lambda *_, **__: pytest.fail("run"))
+    plan = made(checkpoint, measured)
+    assert plan.check is None and "predicted KL" in plan.unchecked
+    without_gradient(monkeypatch)
+    measured = measured / "signal"
     plan = made(checkpoint, measured)
     assert plan.check is not None and plan.check.by == "moves" and plan.check.taken == "plan"
     request.getfixturevalue("ruinous")

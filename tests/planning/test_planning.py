@@ -270,7 +270,8 @@ def test_the_default_runs_the_model_once(plan: MakePlan, monkeypatch: pytest.Mon
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model was run again")
 
-    monkeypatch.setattr(planning.passes, "gather", never)
+    monkeypatch.setattr(planning.passes, "gather_fisher", never)
+    monkeypatch.setattr(planning.passes, "own_writing", never)
     assert plan(method="auto") == made
 
 
@@ -708,7 +709,7 @@ def test_another_config_runs_the_model_again(
     def noted(*_: object, **__: object) -> None:
         raise RuntimeError("run")
 
-    monkeypatch.setattr(planning.passes, "gather", noted)
+    monkeypatch.setattr(planning.passes, "gather_fisher", noted)
     measure_for_plan(open_checkpoint(folder), request, resources=Resources(cache=cache))
     (folder / "config.json").write_text(json.dumps(settings | {"num_experts_per_tok": 3}))
     with pytest.raises(RuntimeError, match="run"):

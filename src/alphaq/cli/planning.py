@@ -113,7 +113,7 @@ def measurements(
         raise BudgetError(f"--calibration does nothing for method {method}. Drop it.")
     if checkpoint is not None:
         note_source(checkpoint, config.engine, inputs.imatrix)
-        if config.bos and "synthetic" in request.method.needs:
+        if config.bos and {"fisher", "synthetic"} & {*request.method.needs}:
             _note_tokenizer(checkpoint)
     measured = planning.measure_for_plan(
         checkpoint, request, planning.PlanInputs(inputs.stats, text, inputs.imatrix), resources
