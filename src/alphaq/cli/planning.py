@@ -133,6 +133,15 @@ def _note_tokenizer(checkpoint: Checkpoint) -> None:
         warn(f"the model's tokenizer cannot be loaded ({fault}), so passes begin without BOS")
 
 
+def note_pace(checkpoint: Checkpoint, plan: Plan, resources: Resources) -> None:
+    """Say how long quantizing by a plan will take, where it takes long."""
+    from alphaq.writing.pace import pace_of
+
+    pace = pace_of(checkpoint, plan, resources.pool(checkpoint))
+    if pace is not None and (told := pace.note):
+        note(told)
+
+
 def note_plan(plan: Plan) -> None:
     """Say what is not as a user would expect."""
     from alphaq.report.tables import check_words
