@@ -100,8 +100,12 @@ def measurements(
     inputs: Inputs,
     resources: Resources,
     quantizer: str | None = None,
+    settle: bool = True,
 ) -> tuple[Request, Measurements]:
-    """The config made concrete, and what must be known for its plans. Raises AlphaQError for options of no use."""
+    """The config made concrete, and what must be known for its plan; for those of any budget unless `settle`.
+
+    Raises AlphaQError for options of no use.
+    """
     from alphaq import planning
 
     request = planning.resolve(config, checkpoint is not None).with_stored(checkpoint)
@@ -116,7 +120,7 @@ def measurements(
         if config.bos and "synthetic" in request.method.needs:
             _note_tokenizer(checkpoint)
     measured = planning.measure_for_plan(
-        checkpoint, request, planning.PlanInputs(inputs.stats, text, inputs.imatrix), resources
+        checkpoint, request, planning.PlanInputs(inputs.stats, text, inputs.imatrix), resources, settle=settle
     )
     if zeros := measured.zeros:
         complain(

@@ -30,6 +30,7 @@ from alphaq.work.workers import Workers
 T = TypeVar("T")
 ENERGY = "energy"  # what the cache calls Σw², beside the errors of choices
 BYTES = "bytes"  # after the name of an error: how many the matrix takes once coded
+PLAIN = "plain"  # the same: the error without the importance of columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +166,7 @@ class _Ledger:
         errors = measured.squared_errors
         pairs = {self.keys[one]: (error, errors.deviation.get(one, 0.0)) for one, error in errors.expected.items()}
         pairs |= {f"{self.keys[one]} {BYTES}": (float(nbytes), 0.0) for one, nbytes in errors.coded.items()}
+        pairs |= {f"{self.keys[one]} {PLAIN}": (error, 0.0) for one, error in errors.plain.items()}
         if errors.expected:
             pairs[ENERGY] = errors.energy, 0.0
         records = {probe: asdict(record) for probe, record in measured.probes.items()}
@@ -187,6 +189,7 @@ class _Ledger:
                 {choice: deviation for choice, (_, deviation) in pairs.items()},
                 errors.get((name, ENERGY), (0.0, 0.0))[0],
                 {choice: int(errors[name, key][0]) for choice, key in coded.items()},
+                {one: errors[name, key][0] for one in choices if (name, key := f"{self.keys[one]} {PLAIN}") in errors},
             ),
             {probe: PROBES[probe].record(**self.known.probes[name, probe]) for probe in wanted.probes},
         )

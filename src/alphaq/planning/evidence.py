@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from dataclasses import replace
 
 import numpy as np
 
+from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import StatsError
 from alphaq.measuring.probes import PROBES
@@ -14,11 +16,13 @@ from alphaq.measuring.resources import Resources
 from alphaq.planning.coded import coded_rest
 from alphaq.planning.formula import alphas_of
 from alphaq.planning.limits import problem_of
-from alphaq.planning.matrices import Survey, measure_joined, measure_planned
+from alphaq.planning.matrices import Survey, joined_errors, measure_errors, measure_planned, planned_errors
 from alphaq.planning.measured import Measurements, PlanInputs
 from alphaq.planning.passes import PassRun, run_passes
 from alphaq.planning.request import Request
+from alphaq.planning.samples import Samples
 from alphaq.planning.scope import Scope
+from alphaq.planning.settling import settle_further, stageable
 from alphaq.planning.stats import measured_by_headers, measured_by_stats
 from alphaq.sensitivity.base import Evidence, Need
 from alphaq.spectra.measure import Stats
@@ -31,11 +35,13 @@ def measure_for_plan(
     resources: Resources = Resources(),
     needs: Collection[Need] | None = None,
     check_budget: bool = True,
+    settle: bool = True,
 ) -> Measurements:
     """What the request's method needs to know of the matrices to plan, from the weights, a stats file, or both.
 
     needs: measure for these instead of the method's own. check_budget: raise BudgetError before any work if the
-    request's budget is infeasible. Raises StatsError if the stats lack a matrix of the
+    request's budget is infeasible. settle: measure only as much as the plan of this request's budget depends on; False
+    where plans of several budgets or methods are to be made. Raises StatsError if the stats lack a matrix of the
     checkpoint, or the method needs weights or a text that were not given.
     """
     wanted = request.method.needs if needs is None else needs
@@ -55,49 +61,65 @@ def measure_for_plan(
         _check_stats(checkpoint, inputs, stats)
     if "text" in wanted and inputs.text is None:
         raise StatsError(f"--method {request.config.method} needs a text. Give one with --calibration FILE.")
-    return _measured(scope, inputs, stats, resources, frozenset(wanted))
+    staged = settle and needs is None and stageable(scope)
+    survey = Survey.of(scope, stats, tuple(sorted(set(wanted) & PROBES.keys())), inputs.imatrix, staged)
+    return _measured(survey, inputs.text, resources, frozenset(wanted))
 
 
-def _measured(
-    scope: Scope, inputs: PlanInputs, stats: Stats | None, resources: Resources, needs: frozenset[Need]
-) -> Measurements:
-    """The stages of measuring: matrices, then passes through the model, then what coded files hold beside."""
+def _measured(survey: Survey, text: Text | None, resources: Resources, needs: frozenset[Need]) -> Measurements:
+    """The stages of measuring: matrices, then passes through the model, what coded files hold beside, and what of the
+    matrices the plan is still uncertain of."""
     begin = time.perf_counter()
-    request, choices = scope.request, scope.request.choices
-    survey = Survey.of(scope, stats, tuple(sorted(needs & PROBES.keys())), inputs.imatrix)
-    table = measure_planned(survey, resources)
-    joined = measure_joined(survey, resources)
+    scope = survey.scope
+    request = scope.request
+    of_planned, of_joined = Samples(survey.planned), tuple(map(Samples, survey.joined))
+    table = measure_planned(survey, of_planned, resources)
+    for samples in of_joined:
+        measure_errors(survey, samples, samples.first(), resources, "measure the rest")
     seconds = {"errors": time.perf_counter() - begin}
-    outputs = choices if "outputs" in needs else ()
+    outputs = request.choices if "outputs" in needs else ()
     observed = request.profile.writer.observed
-    run = PassRun(scope.checkpoint, request.config.bos, inputs.text, outputs, resources, observed)
+    run = PassRun(scope.checkpoint, request.config.bos, text, outputs, resources, observed)
     results, seconds_of_passes = run_passes(run, needs)
-    weights = np.array([matrix.parameters for matrix in scope.planned], dtype=np.int64)
-    evidence = Evidence(
-        tuple(table.spectra),
-        choices,
-        table.errors,
-        table.energies,
-        weights,
-        alphas_of(table.spectra.values()),
-        tuple(scope.planned),
-        table.probes,
-        results.get("prior"),
-        results.get("synthetic"),
-        results.get("text"),
-        coded=table.coded,
-        rest_bytes=0 if table.coded is None else coded_rest(scope, resources),
-    )
-    return Measurements(
-        table.spectra,
-        request.offered,
-        evidence,
-        _left_out(stats),
-        seconds | seconds_of_passes,
-        table.deviations,
-        joined,
-        survey.importance,
-    )
+    rest_bytes, energies = 0 if table.coded is None else coded_rest(scope, resources), table.energies[:, None]
+
+    def known() -> Measurements:
+        errors, joined = planned_errors(survey, table, of_planned), joined_errors(survey, of_joined)
+        evidence = Evidence(
+            tuple(table.spectra),
+            request.choices,
+            errors.expected,
+            table.energies,
+            np.array([matrix.parameters for matrix in scope.planned], dtype=np.int64),
+            alphas_of(table.spectra.values()),
+            tuple(scope.planned),
+            table.probes,
+            results.get("prior"),
+            results.get("synthetic"),
+            results.get("text"),
+            coded=table.coded,
+            rest_bytes=rest_bytes,
+        )
+        return Measurements(
+            table.spectra,
+            request.offered,
+            evidence,
+            _left_out(survey.stats),
+            seconds | seconds_of_passes,
+            errors.deviations,
+            {name: one.expected for name, one in joined.items()},
+            importance=survey.importance,
+            joined_deviations={name: one.deviations for name, one in joined.items()},
+            plain=None if errors.plain is None else errors.plain / np.where(energies > 0, energies, 1.0),
+            joined_plain={name: one.plain for name, one in joined.items()},
+        )
+
+    begin = time.perf_counter()
+    measurements = known()
+    while survey.staged and settle_further(survey, (of_planned, *of_joined), measurements, resources):
+        measurements = known()
+    seconds["errors"] += time.perf_counter() - begin
+    return replace(measurements, seconds=seconds | seconds_of_passes)
 
 
 def _check_stats(checkpoint: Checkpoint, inputs: PlanInputs, stats: Stats) -> None:

@@ -33,7 +33,8 @@ class PlanInputs:
 
 @dataclass(frozen=True)
 class Measurements:
-    """What was measured of the matrices to plan; enough for any number of budgets and methods that need no more.
+    """What was measured of the matrices to plan: enough for the request that it was measured for, and, where all was
+    measured in full (`settle=False`), for any number of budgets and methods that need no more.
 
     measured: choices whose errors are known of every matrix that could take them; those of the others, which only pins
     name, come from a formula. left_out: rows of a stats file that are not planned, and why.
@@ -49,6 +50,12 @@ class Measurements:
     """Relative standard error of a unit's summed errors, for each of its matrices [matrices, choices]."""
     joined: dict[str, np.ndarray] = field(default_factory=dict)
     """Σ(w − ŵ)²/Σw² [choices] of matrices outside the experts that share their budget, where they were measured."""
+    joined_deviations: dict[str, np.ndarray] = field(default_factory=dict)
+    """Relative standard error [choices] of each of these."""
+    plain: np.ndarray | None = None
+    """Σ(w − ŵ)²/Σw² [matrices, choices] where the evidence's errors count columns by their importance."""
+    joined_plain: dict[str, np.ndarray] = field(default_factory=dict)
+    """The same of matrices outside the experts, [choices]."""
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Of the columns of a matrix, by its name, where an importance matrix tells."""
     by_shapes: bool = False
@@ -81,4 +88,7 @@ class Measurements:
             ),
             deviations=None if self.deviations is None else self.deviations[:, columns],
             joined={name: relative[columns] for name, relative in self.joined.items()},
+            joined_deviations={name: relative[columns] for name, relative in self.joined_deviations.items()},
+            plain=None if self.plain is None else self.plain[:, columns],
+            joined_plain={name: relative[columns] for name, relative in self.joined_plain.items()},
         )

@@ -34,11 +34,7 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, measurements: Mea
     if checkpoint is None:
         return stats.make_plan(request, measurements)
     scope = Scope.of(checkpoint, request)
-    problem = problem_of(scope, measurements.evidence)
-    evidence = accounted(measurements.evidence, request)
-    joined_errors = _joined_errors(scope, measurements)
-    joined_losses = _joined_losses(scope, evidence, joined_errors) if scope.joined else None
-    answer = solve(problem, request, evidence, [matrix.name for matrix in scope.joined], joined_losses)
+    answer, evidence = solved(scope, measurements)
     plan = draft(request, measurements, evidence, answer)
     chosen = {**answer.choices, **scope.fixed}
     blocks = data_table(scope, evidence)[: len(scope.planned)]
@@ -55,6 +51,16 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, measurements: Mea
             "rate_distortion": _against_bound(scope, evidence, answer, blocks, weights),
         }
     )
+
+
+def solved(scope: Scope, measurements: Measurements) -> tuple[Answer, Evidence]:
+    """The best choices by what was measured, and the evidence as the method accounts it. Raises BudgetError."""
+    request = scope.request
+    problem = problem_of(scope, measurements.evidence)
+    evidence = accounted(measurements.evidence, request)
+    joined_errors = _joined_errors(scope, measurements)
+    joined_losses = _joined_losses(scope, evidence, joined_errors) if scope.joined else None
+    return solve(problem, request, evidence, [matrix.name for matrix in scope.joined], joined_losses), evidence
 
 
 def _picked(scope: Scope, answer: Answer) -> tuple[np.ndarray, np.ndarray]:
@@ -78,10 +84,11 @@ def _joined_losses(scope: Scope, evidence: Evidence, relative: np.ndarray) -> np
 def _joined_expected(scope: Scope, measurements: Measurements, answer: Answer) -> dict[str, float]:
     """The relative error of each joined matrix at its choice, where all of them were measured."""
     names = [matrix.name for matrix in scope.joined]
-    if not measurements.joined.keys() >= set(names):
+    known = measurements.joined_plain or measurements.joined
+    if not known.keys() >= set(names):
         return {}
     columns = answer.columns[len(scope.planned) :]
-    return named_errors(names, [measurements.joined[name][at] for name, at in zip(names, columns, strict=True)])
+    return named_errors(names, [known[name][at] for name, at in zip(names, columns, strict=True)])
 
 
 def _size_bytes(scope: Scope, evidence: Evidence, answer: Answer) -> int:

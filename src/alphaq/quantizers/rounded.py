@@ -27,7 +27,6 @@ from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.simd.sums import in_threads, squared_distance, squared_norm
 
 SAMPLE_VALUES = 1 << 18
-SAMPLE_ROWS = 64
 SAMPLE_BATCHES = 8  # of fewer the standard error is itself too uncertain
 
 
@@ -72,12 +71,25 @@ class SquaredErrors:
     """Σ(w − ŵ)² by choice, and the standard error of each where it was estimated from a sample of rows.
 
     energy: Σw², 0 if nothing was measured. coded: bytes of the matrix once entropy-coded, where that was asked for.
+    Where columns have an importance m, errors are Σm(w − ŵ)², and those without it are in `plain`.
     """
 
     expected: dict[Choice, float] = field(default_factory=dict)
     deviation: dict[Choice, float] = field(default_factory=dict)
     energy: float = 0.0
     coded: dict[Choice, int] = field(default_factory=dict)
+    plain: dict[Choice, float] = field(default_factory=dict)
+
+    def updated(self, later: SquaredErrors) -> SquaredErrors:
+        """With what was measured later in place of what was known."""
+        earlier = {choice: error for choice, error in self.deviation.items() if choice not in later.expected}
+        return SquaredErrors(
+            self.expected | later.expected,
+            earlier | later.deviation,
+            later.energy or self.energy,
+            self.coded | later.coded,
+            self.plain | later.plain,
+        )
 
 
 @dataclass(frozen=True)
@@ -128,7 +140,9 @@ class SourceMatrix:
         others = [choice for choice in choices if choice not in own.expected]
         if not others:
             return own
-        rest = squared_errors(self.weight, others, self.matrix.name, self.rounder, sample_values)
+        rest = squared_errors(
+            self.weight, others, self.matrix.name, self.rounder, sample_values, importance=self.importance
+        )
         if not own.expected:
             return rest
         return replace(own, expected=own.expected | rest.expected, deviation=rest.deviation)
@@ -156,13 +170,16 @@ def squared_errors(
     name: str,
     rounder: Rounder = quantize_debiased,
     sample_values: int = SAMPLE_VALUES,
+    *,
+    importance: np.ndarray | None = None,
 ) -> SquaredErrors:
     """Σ(w − ŵ)² at every choice; of a matrix beyond `sample_values` weights estimated from a sample of rows.
 
     A row's error is nearly proportional to its energy, so the sample's ratio Σ(w − ŵ)²/Σw² times the whole energy is
     typically within one per cent of the truth (with 2^18 weights at most 3.5 % was seen, on Student's t with 4 degrees
     of freedom and on rows and columns of outliers). Rows are drawn without repetition, seeded by the name. The
-    standard error comes from the spread of the ratio over batches of the rows.
+    standard error comes from the spread of the ratio over batches of the rows. importance: of the columns, float32
+    [columns] of mean 1, which then weighs the errors too; the rounder knows it already.
     """
     if not choices:
         return SquaredErrors()
@@ -170,11 +187,18 @@ def squared_errors(
     if not math.isfinite(whole := squared_norm(weight)):  # the rows drawn might not show it
         raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
 
-    def of_whole() -> SquaredErrors:
-        errors = in_threads(lambda choice: rounded(weight, choice, name, rounder).squared_error, choices)
-        return SquaredErrors(dict(zip(choices, errors, strict=True)), energy=whole)
+    def errors_of(pair: tuple[Choice, torch.Tensor]) -> tuple[float, float]:
+        choice, values = pair
+        found = rounded(values, choice, name, rounder)
+        plain = found.squared_error
+        return plain if importance is None else _weighted_error(values, found, importance), plain
 
-    count = max(sample_values // columns, min(SAMPLE_ROWS, sample_values // 64), SAMPLE_BATCHES)
+    def of_whole() -> SquaredErrors:
+        pairs = in_threads(errors_of, [(choice, weight) for choice in choices])
+        expected, plain = ({one: pair[at] for one, pair in zip(choices, pairs, strict=True)} for at in (0, 1))
+        return SquaredErrors(expected, energy=whole, plain={} if importance is None else plain)
+
+    count = max(sample_values // columns, SAMPLE_BATCHES)
     if weight.numel() <= sample_values or count >= rows:
         return of_whole()
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
@@ -184,11 +208,21 @@ def squared_errors(
     if not (energy := energies.sum()) > 0:  # nothing but zeros drawn
         return of_whole()
     pairs = [(choice, batch) for choice in choices for batch in batches]
-    measured = np.array(in_threads(lambda pair: rounded(pair[1], pair[0], name, rounder).squared_error, pairs))
-    expected, deviation = {}, {}
-    for choice, errors in zip(choices, measured.reshape(len(choices), -1), strict=True):
-        ratio = errors.sum() / energy
-        misses = errors - ratio * energies
-        expected[choice] = float(ratio * whole)
-        deviation[choice] = float(np.sqrt(misses @ misses * len(batches) / (len(batches) - 1)) * whole / energy)
-    return SquaredErrors(expected, deviation, whole)
+    measured = np.array(in_threads(errors_of, pairs)).reshape(len(choices), -1, 2)
+    found = SquaredErrors(energy=whole)
+    for choice, errors in zip(choices, measured, strict=True):
+        ratios = errors.sum(axis=0) / energy
+        misses = errors[:, 0] - ratios[0] * energies
+        found.expected[choice] = float(ratios[0] * whole)
+        found.deviation[choice] = float(np.sqrt(misses @ misses * len(batches) / (len(batches) - 1)) * whole / energy)
+        if importance is not None:
+            found.plain[choice] = float(ratios[1] * whole)
+    return found
+
+
+def _weighted_error(weight: torch.Tensor, found: Rounded, importance: np.ndarray) -> float:
+    """Σm(w − ŵ)² of rows [rows, columns]."""
+    values = found.values
+    restored = dequantize(values) if isinstance(values, QuantizedMatrix) else values
+    misses = (weight.float() - restored.float()).numpy()
+    return float(np.square(misses, dtype=np.float64).sum(axis=0) @ importance)
