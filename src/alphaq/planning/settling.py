@@ -5,7 +5,7 @@ which is known up to a standard error s. What is to be gained by knowing it is a
 
     E[max(0, −g + s·z)] = s·φ(g/s) − g·Φ(−g/s),   z standard normal,
 
-and measuring goes on as long as that is more than a thousandth of a unit's mean loss for some choice of some unit.
+and measuring goes on as long as that is more than a five-thousandth of a unit's mean loss for some choice of some unit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from alphaq.planning.samples import Samples
 from alphaq.planning.scope import Scope
 from alphaq.planning.solving import Answer
 
-WORTH = 1e-3
+WORTH = 2e-4
 """Share of a unit's mean loss that an error's sample must promise to be taken."""
 
 
