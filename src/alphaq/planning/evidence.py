@@ -41,8 +41,8 @@ def measure_for_plan(
 
     needs: measure for these instead of the method's own. check_budget: raise BudgetError before any work if the
     request's budget is infeasible. settle: measure only as much as the plan of this request's budget depends on; False
-    where plans of several budgets or methods are to be made. Raises StatsError if the stats lack a matrix of the
-    checkpoint, or the method needs weights or a text that were not given.
+    where plans of several budgets or methods are to be made, as without `check_budget`. Raises StatsError if the stats
+    lack a matrix of the checkpoint, or the method needs weights or a text that were not given.
     """
     wanted = request.method.needs if needs is None else needs
     stats = inputs.read_stats()
@@ -61,7 +61,7 @@ def measure_for_plan(
         _check_stats(checkpoint, inputs, stats)
     if "text" in wanted and inputs.text is None:
         raise StatsError(f"--method {request.config.method} needs a text. Give one with --calibration FILE.")
-    staged = settle and needs is None and stageable(scope)
+    staged = settle and check_budget and needs is None and stageable(scope)
     survey = Survey.of(scope, stats, tuple(sorted(set(wanted) & PROBES.keys())), inputs.imatrix, staged)
     return _measured(survey, inputs.text, resources, frozenset(wanted))
 
