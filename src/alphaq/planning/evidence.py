@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,14 @@ from alphaq.measuring.resources import Resources
 from alphaq.planning.coded import coded_rest
 from alphaq.planning.formula import alphas_of
 from alphaq.planning.limits import problem_of
-from alphaq.planning.matrices import Survey, joined_errors, measure_errors, measure_planned, planned_errors
+from alphaq.planning.matrices import (
+    MatrixTable,
+    Survey,
+    joined_errors,
+    measure_errors,
+    measure_planned,
+    planned_errors,
+)
 from alphaq.planning.measured import Measurements, PlanInputs
 from alphaq.planning.passes import PassRun, run_passes
 from alphaq.planning.request import Request
@@ -70,56 +78,69 @@ def _measured(survey: Survey, text: Text | None, resources: Resources, needs: fr
     """The stages of measuring: matrices, then passes through the model, what coded files hold beside, and what of the
     matrices the plan is still uncertain of."""
     begin = time.perf_counter()
-    scope = survey.scope
-    request = scope.request
-    of_planned, of_joined = Samples(survey.planned), tuple(map(Samples, survey.joined))
-    table = measure_planned(survey, of_planned, resources)
-    for samples in of_joined:
+    scope, request = survey.scope, survey.scope.request
+    planned, joined = Samples(survey.planned), tuple(map(Samples, survey.joined))
+    table = measure_planned(survey, planned, resources)
+    for samples in joined:
         measure_errors(survey, samples, samples.first(), resources, "measure the rest")
-    seconds = {"errors": time.perf_counter() - begin}
+    first_s = time.perf_counter() - begin
     outputs = request.choices if "outputs" in needs else ()
     observed = request.profile.writer.observed
     run = PassRun(scope.checkpoint, request.config.bos, text, outputs, resources, observed)
-    results, seconds_of_passes = run_passes(run, needs)
-    rest_bytes, energies = 0 if table.coded is None else coded_rest(scope, resources), table.energies[:, None]
+    results, seconds = run_passes(run, needs)
+    rest_bytes = 0 if table.coded is None else coded_rest(scope, resources)
+    found = _Found(survey, table, planned, joined, results, rest_bytes)
+    begin = time.perf_counter()
+    measurements = found.measurements()
+    while survey.staged and settle_further(survey, (planned, *joined), measurements, resources):
+        measurements = found.measurements()
+    return replace(measurements, seconds=seconds | {"errors": first_s + time.perf_counter() - begin})
 
-    def known() -> Measurements:
-        errors, joined = planned_errors(survey, table, of_planned), joined_errors(survey, of_joined)
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What was found so far: of the planned matrices, of errors of these and of those that join, by passes, and the
+    bytes of what coded files hold beside."""
+
+    survey: Survey
+    table: MatrixTable
+    planned: Samples
+    joined: tuple[Samples, ...]
+    results: Mapping[Need, Any]
+    rest_bytes: int
+
+    def measurements(self) -> Measurements:
+        """What plans can be made of."""
+        survey, table, scope = self.survey, self.table, self.survey.scope
+        errors, joined = planned_errors(survey, table, self.planned), joined_errors(survey, self.joined)
         evidence = Evidence(
             tuple(table.spectra),
-            request.choices,
+            scope.request.choices,
             errors.expected,
             table.energies,
             np.array([matrix.parameters for matrix in scope.planned], dtype=np.int64),
             alphas_of(table.spectra.values()),
             tuple(scope.planned),
             table.probes,
-            results.get("prior"),
-            results.get("synthetic"),
-            results.get("text"),
+            self.results.get("prior"),
+            self.results.get("synthetic"),
+            self.results.get("text"),
             coded=table.coded,
-            rest_bytes=rest_bytes,
+            rest_bytes=self.rest_bytes,
         )
+        energies = np.where(table.energies > 0, table.energies, 1.0)[:, None]
         return Measurements(
             table.spectra,
-            request.offered,
+            scope.request.offered,
             evidence,
             _left_out(survey.stats),
-            seconds | seconds_of_passes,
-            errors.deviations,
-            {name: one.expected for name, one in joined.items()},
+            deviations=errors.deviations,
+            joined={name: one.expected for name, one in joined.items()},
             importance=survey.importance,
             joined_deviations={name: one.deviations for name, one in joined.items()},
-            plain=None if errors.plain is None else errors.plain / np.where(energies > 0, energies, 1.0),
+            plain=None if errors.plain is None else errors.plain / energies,
             joined_plain={name: one.plain for name, one in joined.items()},
         )
-
-    begin = time.perf_counter()
-    measurements = known()
-    while survey.staged and settle_further(survey, (of_planned, *of_joined), measurements, resources):
-        measurements = known()
-    seconds["errors"] += time.perf_counter() - begin
-    return replace(measurements, seconds=seconds | seconds_of_passes)
 
 
 def _check_stats(checkpoint: Checkpoint, inputs: PlanInputs, stats: Stats) -> None:
