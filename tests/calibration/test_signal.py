@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from alphaq.calibration import traffic
 from alphaq.calibration.passage import Passage
 from alphaq.calibration.stream import HollowModel, model_class
-from alphaq.calibration.traffic import PROBE, gather
+from alphaq.calibration.traffic import PROBE, ExpertUse, busiest, gather, of_all_experts
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import CheckpointError
 from alphaq.formats.blocks import dequantize
@@ -117,6 +119,35 @@ def test_signal_is_how_far_rounding_a_matrix_moves_the_stream(family: str, tmp_p
     for name, (signal, direct) in pairs.items():
         assert direct > 0, name
         assert signal == pytest.approx(direct, rel=0.2 if family in MIXING else 0.05), name
+
+
+def test_experts_that_are_left_out_have_the_signal_of_their_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_checkpoint(save_layout(uneven("qwen2_moe"), tmp_path, published=True))
+    whole = gather(source, IDS, with_signal=True)
+    monkeypatch.setattr(traffic, "SIGNAL_EXPERTS", 2)
+    some = gather(source, IDS, with_signal=True)
+    assert some.experts == whole.experts
+    for layer in {matrix.layer for matrix in source.planned}:
+        own = {one.expert: one.name for one in source.planned if (one.layer, one.projection) == (layer, "down")}
+        uses = [whole.experts[layer, number] for number in range(EXPERTS)]
+        signals = [some.matrices[own[number]].signal for number in range(EXPERTS)]
+        seen = busiest(uses, 2)
+        rate = sum(signals[one] for one in seen) / sum(uses[one].mean_square_weight for one in seen)
+        for number in range(EXPERTS):
+            if number in seen:
+                assert some.matrices[own[number]] == whole.matrices[own[number]]
+            else:
+                assert signals[number] == pytest.approx(rate * uses[number].mean_square_weight)
+
+
+def test_experts_without_tokens_or_that_cannot_be_rounded_tell_nothing_of_others() -> None:
+    uses = [ExpertUse(0.1, 0.5, weight, 10) for weight in (0.4, 0.1, 0.2, 0.0)]
+    assert of_all_experts([8.0, None, None, None], uses) == pytest.approx([8.0, 2.0, 4.0, 0.0])
+    found = of_all_experts([math.nan, None, 1.0, None], uses)
+    assert math.isnan(found[0]) and found[1:] == pytest.approx([0.5, 1.0, 0.0])
+    assert math.isnan(of_all_experts([math.nan, None], uses[:2])[1])
 
 
 def test_way_that_only_multiplies_is_known_from_one_run_and_any_other_is_not() -> None:

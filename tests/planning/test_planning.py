@@ -563,10 +563,10 @@ def test_sampled_errors_of_a_unit_are_near_those_of_all_its_weights(
     units = np.array([list(dict.fromkeys(names)).index(name) for name in names])
     several = []
     for members in (8, 5):  # of eight
-        monkeypatch.setattr(planning.matrices, "SAMPLE_MEMBERS", members)
+        monkeypatch.setattr(planning.samples, "SAMPLE_MEMBERS", members)
         several.append(measure_for_plan(checkpoint, request))
-    monkeypatch.setattr(planning.matrices, "SAMPLE_MEMBERS", 8)
-    monkeypatch.setattr(planning.matrices, "SAMPLE_VALUES", 1 << 40)
+    monkeypatch.setattr(planning.samples, "SAMPLE_MEMBERS", 8)
+    monkeypatch.setattr(planning.samples, "SAMPLE_VALUES", 1 << 40)
     whole = measure_for_plan(checkpoint, request)
     assert whole.deviations is not None and (whole.deviations == 0).all()
     assert make_plan(checkpoint, request, whole).sampling_error == 0
@@ -590,7 +590,7 @@ def test_of_a_large_unit_only_a_sample_of_matrices_is_measured_and_stands_for_th
         return quantize_ggml(weight, choice, name)
 
     monkeypatch.setitem(QUANTIZERS, "ggml", replace(QUANTIZERS["ggml"], function=noting))
-    monkeypatch.setattr(planning.matrices, "SAMPLE_MEMBERS", 3)
+    monkeypatch.setattr(planning.samples, "SAMPLE_MEMBERS", 3)
     request = resolve(config_of(engine="llama.cpp", choices="Q3_K,Q5_K,Q8_0", budget=Budget(bits=4.0)))
     found = measure_for_plan(checkpoint, request, resources=Resources(cache=cache))
     units: dict[str, list[int]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 
 import gguf
@@ -155,6 +156,22 @@ def test_the_rows_drawn_depend_on_the_name_alone() -> None:
         squared_errors(weight, choices, name, quantize_ggml, sample_values=1 << 14) for name in ("a", "a", "b")
     )
     assert first == again != other
+
+
+def test_importance_weighs_errors_as_it_weighs_rounding() -> None:
+    importance = np.random.default_rng(0).gamma(0.5, 2.0, 256).astype(np.float32)
+    weight, choice = outliers(2048, 256), parse_choice("Q2_K")
+    rounder = partial(quantize_ggml, importance=importance)
+    codes = quantize_ggml(weight, choice, importance=importance).codes
+    misses = np.square(restore_rows(codes.numpy(), "Q2_K", 256).astype(np.float64) - weight.numpy())
+    whole = squared_errors(weight, [choice], "x", rounder, sample_values=1 << 20, importance=importance)
+    assert whole.expected[choice] == pytest.approx(float(misses.sum(axis=0) @ importance), rel=1e-5)
+    assert whole.plain[choice] == pytest.approx(float(misses.sum()), rel=1e-5)
+    sampled = squared_errors(weight, [choice], "x", rounder, sample_values=1 << 17, importance=importance)
+    assert sampled.deviation[choice] > 0
+    assert abs(sampled.expected[choice] - whole.expected[choice]) < 5 * sampled.deviation[choice]
+    assert sampled.plain[choice] == pytest.approx(whole.plain[choice], rel=0.05)
+    assert squared_errors(weight, [choice], "x", quantize_ggml).plain == {}
 
 
 def test_a_small_matrix_is_measured_whole() -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -34,9 +34,12 @@ from alphaq.quantizers.base import DEFAULT, rounder_of, sixteen_bits
 from alphaq.simd.sums import squared_distance, squared_norm
 
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 PROBE = Choice(2, 128)
 """The rounding at which `signal` is measured; being relative, it hardly depends on it."""
+SIGNAL_EXPERTS = 16
+"""Of a layer, those that do most: for the others the signal follows from how they are used. It is theirs for the most
+part, within 6 % of the mean over all 128 experts of a layer (docs/research/log.md)."""
 
 Expert = tuple[int, int]
 """Layer and number of a routed expert."""
@@ -57,7 +60,8 @@ class ExpertUse:
 
 @dataclass(frozen=True)
 class MatrixUse:
-    """What one expert matrix sees and what rounding it does. All are 0 for an expert without tokens."""
+    """What one expert matrix sees and what rounding it does. All are 0 for an expert without tokens; of one that only
+    the signal is wanted of, and that `SIGNAL_EXPERTS` leaves out, all but the signal."""
 
     input_mean_square: float
     """Mean of x² over the expert's tokens and the matrix's columns."""
@@ -69,7 +73,7 @@ class MatrixUse:
     """Σ w²‖y − ŷ‖² per token of the layer, with only this matrix of the expert stored at the choice."""
     signal: float = 0.0
     """Σ ‖h − ĥ‖² / ‖h‖² per token of the layer, h the stream behind it, per relative squared error of the matrix; 0 if
-    not asked for, NaN if the expert cannot be rounded."""
+    not asked for, NaN if no expert that tells of it can be rounded."""
 
 
 @dataclass(frozen=True)
@@ -160,14 +164,23 @@ def gather(
         experts = hollow.matrices[traffic.layer]
         uses = expert_uses(traffic.experts, traffic.weights, len(experts))
         signal = None if traffic.passage is None else LayerSignal(traffic, traffic.passage)
+        looked_into = busiest(uses, SIGNAL_EXPERTS if with_signal and not (choices or with_baq) else len(uses))
         for number, use in enumerate(uses):
             expert = _Expert(checkpoint, experts[number], traffic, number)
-            matrices, block_errors = expert.measure(choices, with_baq, signal)
+            if use.tokens and number in looked_into:
+                matrices, block_errors = expert.measure(choices, with_baq, signal)
+            else:
+                matrices, block_errors = expert.unseen(choices)
             calibration.experts[traffic.layer, number] = use
             calibration.matrices.update(matrices)
             calibration.block_errors[traffic.layer, number] = block_errors
-        for name, strength in signal.strengths().items() if signal is not None else ():
-            calibration.matrices[name] = replace(calibration.matrices[name], signal=strength)
+        strengths = {} if signal is None else signal.strengths()
+        for part in traffic.form.parts if strengths else ():
+            names = [experts[number][part].name for number in range(len(uses))]
+            told = [strengths.get(name, 0.0 if at in looked_into else None) for at, name in enumerate(names)]
+            of_part = of_all_experts(told, uses)
+            for name, strength in zip(names, of_part, strict=True):
+                calibration.matrices[name] = replace(calibration.matrices[name], signal=strength)
 
     stream_forward(checkpoint, ids, visit, hollow, with_passages=with_signal)
     return calibration
@@ -183,6 +196,21 @@ def expert_uses(experts: Tensor, weights: Tensor, count: int) -> list[ExpertUse]
         ExpertUse(n / len(slots), total / max(n, 1), square / len(experts), n)
         for n, total, square in zip(tokens, sums, squares, strict=True)
     ]
+
+
+def busiest(uses: Sequence[ExpertUse], count: int) -> set[int]:
+    """Numbers of the `count` experts whose outputs weigh most."""
+    return set(sorted(range(len(uses)), key=lambda number: -uses[number].mean_square_weight)[:count])
+
+
+def of_all_experts(strengths: Sequence[float | None], uses: Sequence[ExpertUse]) -> list[float]:
+    """The signal of one projection of every expert: as measured, or, where it was not (None), as much of it per squared
+    routing weight as those have together that were."""
+    pairs = list(zip(strengths, (use.mean_square_weight for use in uses), strict=True))
+    seen = [(one, weight) for one, weight in pairs if one is not None and math.isfinite(one)]
+    weight = math.fsum(weight for _, weight in seen)
+    rate = math.fsum(one for one, _ in seen) / weight if weight > 0 else math.nan
+    return [(rate * weight if weight > 0 else 0.0) if one is None else one for one, weight in pairs]
 
 
 class LayerSignal:
@@ -235,14 +263,16 @@ class _Expert:
         self.square_weights = traffic.weights[token, slot].double().square() / len(traffic.inputs)
         self.all_tokens = len(traffic.inputs)
 
+    def unseen(self, choices: tuple[Choice, ...]) -> tuple[dict[str, MatrixUse], dict[Choice, float]]:
+        """What `measure` would tell if nothing was to be seen."""
+        none = dict.fromkeys(choices, 0.0)
+        return {self.refs[part].name: MatrixUse(0.0, 0.0, 0.0, none.copy()) for part in self.form.parts}, none
+
     def measure(
         self, choices: tuple[Choice, ...], with_baq: bool, signal: LayerSignal | None
     ) -> tuple[dict[str, MatrixUse], dict[Choice, float]]:
         """Uses of the matrices by name, their signal left to `signal`, and the errors of the expert as a whole."""
         parts = self.form.parts
-        if not len(self.inputs):
-            none = dict.fromkeys(choices, 0.0)
-            return {self.refs[part].name: MatrixUse(0.0, 0.0, 0.0, none.copy()) for part in parts}, none
         misses = {choice: self._misses(choice) for choice in choices}
         block_errors = {choice: math.sqrt(one["block"] * self.all_tokens) for choice, one in misses.items()}
         if signal is not None:
@@ -253,7 +283,7 @@ class _Expert:
             self.refs[part].name: MatrixUse(
                 input_mean_square=float(inputs[part].square().mean(dtype=torch.float64)),
                 hessian_trace=_weighted(self.square_weights, inputs[part]) / inputs[part].shape[1],
-                baq=squared_row_ranges(self.weights[part]) * curvatures[part] / 24,
+                baq=squared_row_ranges(self.weights[part]) * curvatures[part] / 24 if with_baq else 0.0,
                 output_errors={choice: one[part] for choice, one in misses.items()},
             )
             for part in parts
@@ -276,20 +306,24 @@ class _Expert:
         return self._hidden(self.products)
 
     def _moved(self, choice: Choice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Rounded matrices, and how each alone moves the output; "block" with all of them together."""
-        first, hidden, down = self.form.first, self.hidden, self.weights["down"].float()
+        """Rounded matrices, and how each alone moves the output."""
+        hidden, down = self.hidden, self.weights["down"].float()
         rounded = {part: self._rounded(part, self.weights[part], choice) for part in self.form.parts}
-        changed = {part: self.inputs @ rounded[part].T for part in first}
-        moves = {part: (self._hidden(self.products | {part: changed[part]}) - hidden) @ down.T for part in first}
+        moves = {
+            part: (self._hidden(self.products | {part: self.inputs @ rounded[part].T}) - hidden) @ down.T
+            for part in self.form.first
+        }
         moves["down"] = hidden @ (rounded["down"] - down).T
-        moves["block"] = self._hidden(changed) @ rounded["down"].T - hidden @ down.T
         return rounded, moves
 
     def _misses(self, choice: Choice) -> dict[str, float]:
         """Σ w²‖y − ŷ‖² per token of the layer with one matrix at the choice, by its projection; "block" with all."""
         if choice.kept and all(sixteen_bits(matrix) is matrix for matrix in self.weights.values()):
             return dict.fromkeys((*self.form.parts, "block"), 0.0)  # kept as it is, so nothing moves
-        return {part: _weighted(self.square_weights, miss) for part, miss in self._moved(choice)[1].items()}
+        rounded, moves = self._moved(choice)
+        changed = {part: self.inputs @ rounded[part].T for part in self.form.first}
+        moves["block"] = self._hidden(changed) @ rounded["down"].T - self.hidden @ self.weights["down"].float().T
+        return {part: _weighted(self.square_weights, miss) for part, miss in moves.items()}
 
     def _curvatures(self) -> dict[str, float]:
         """Of each projection's inputs; the first ones share theirs."""

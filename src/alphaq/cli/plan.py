@@ -12,7 +12,7 @@ from alphaq.cli.converting import opened_for
 from alphaq.cli.inputs import Inputs
 from alphaq.cli.means import JsonOption, Means, opened, resources_for
 from alphaq.cli.options import Asked
-from alphaq.cli.planning import build_plan, plan_config
+from alphaq.cli.planning import build_plan, note_pace, plan_config
 from alphaq.cli.search import ANY_BUDGET, ScoringOptions, Search, WantedOptions, search_plan
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.nouns.plan import Plan
@@ -64,6 +64,8 @@ def plan(
                 made = build_plan(checkpoint, config, inputs, resources)
             else:
                 made = search_plan(checkpoint, config, inputs, search, resources, scratch=scratch)
+            if checkpoint is not None:
+                note_pace(checkpoint, made, resources)
         if write_type_file is not None and checkpoint is not None:
             _write_types(write_type_file, checkpoint, made)
     if output is not None:

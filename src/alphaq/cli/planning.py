@@ -100,8 +100,12 @@ def measurements(
     inputs: Inputs,
     resources: Resources,
     quantizer: str | None = None,
+    settle: bool = True,
 ) -> tuple[Request, Measurements]:
-    """The config made concrete, and what must be known for its plans. Raises AlphaQError for options of no use."""
+    """The config made concrete, and what must be known for its plan; for those of any budget unless `settle`.
+
+    Raises AlphaQError for options of no use.
+    """
     from alphaq import planning
 
     request = planning.resolve(config, checkpoint is not None).with_stored(checkpoint)
@@ -116,7 +120,7 @@ def measurements(
         if config.bos and {"fisher", "synthetic"} & {*request.method.needs}:
             _note_tokenizer(checkpoint)
     measured = planning.measure_for_plan(
-        checkpoint, request, planning.PlanInputs(inputs.stats, text, inputs.imatrix), resources
+        checkpoint, request, planning.PlanInputs(inputs.stats, text, inputs.imatrix), resources, settle=settle
     )
     if zeros := measured.zeros:
         complain(
@@ -131,6 +135,15 @@ def _note_tokenizer(checkpoint: Checkpoint) -> None:
 
     if fault := tokenizer_fault(checkpoint):
         warn(f"the model's tokenizer cannot be loaded ({fault}), so passes begin without BOS")
+
+
+def note_pace(checkpoint: Checkpoint, plan: Plan, resources: Resources) -> None:
+    """Say how long quantizing by a plan will take, where it takes long."""
+    from alphaq.writing.pace import pace_of
+
+    pace = pace_of(checkpoint, plan, resources.pool(checkpoint))
+    if pace is not None and (told := pace.note):
+        note(told)
 
 
 def note_plan(plan: Plan) -> None:

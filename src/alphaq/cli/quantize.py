@@ -13,7 +13,7 @@ from alphaq.cli.converting import opened_for
 from alphaq.cli.inputs import Inputs, Sight, note_source, rounding_of
 from alphaq.cli.means import JsonOption, Means, ModelArgument, RestartOption, output_target, resources_for
 from alphaq.cli.options import Asked
-from alphaq.cli.planning import build_plan, plan_config, read_plan
+from alphaq.cli.planning import build_plan, note_pace, plan_config, read_plan
 from alphaq.cli.search import ANY_BUDGET, ScoringOptions, Search, Wanted, WantedOptions, search_plan
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.scoring import Scoring
@@ -82,6 +82,7 @@ class Job:
             plan = job.plan(resources)
             if resources.cache is not None:
                 resources.cache.close()  # others may measure while this one writes
+            note_pace(self.checkpoint, plan, resources)
             return plan, job.write(plan, resources)
 
     def plan(self, resources: Resources) -> Plan:

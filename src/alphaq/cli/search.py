@@ -99,7 +99,7 @@ def search_plan(
             f"--ear runs the model, and {checkpoint.store.url} is not on this machine. Download it first."
         )
     quantizer = None if rounding is None else rounding.by_inputs
-    request, measured = measurements(checkpoint, config, inputs, resources, quantizer)
+    request, measured = measurements(checkpoint, config, inputs, resources, quantizer, settle=False)
     if resources.cache is not None:
         resources.cache.close()  # others may measure while this one evaluates
     trying = searching.Trying(search.scoring, rounding, search.wanted.curve, scratch, _tell_point)

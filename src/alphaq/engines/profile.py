@@ -27,8 +27,9 @@ class Profile:
     """One engine.
 
     unit: what must share one choice. choices: every choice it can load for experts; defaults: those offered
-    when the user names none. with_bits: the choice meant by a bare bit-width (`--attention-bits 4`), and for roles
-    outside the budget. storage_bytes: exact bytes of one matrix's tensors at a choice. file_bytes: what they add to
+    when the user names none; fast: those offered instead with `--fast`, none where all are. with_bits: the choice
+    meant by a bare bit-width (`--attention-bits 4`), and for roles outside the budget. storage_bytes: exact bytes of
+    one matrix's tensors at a choice. file_bytes: what they add to
     the files, header entries included. kept_bytes: what a matrix that is kept adds to them, where that depends on the
     source; None if file_bytes says it. obstacle: why a matrix cannot be stored so, or None. quantizer: the one whose
     codes the engine reads, by name. merged: projections of a dense MLP that the engine runs as one, and what that is
@@ -50,6 +51,7 @@ class Profile:
     file_bytes: Callable[[MatrixRef, Choice], int]
     obstacle: Callable[[Choice, MatrixRef], str | None]
     quantizer: str
+    fast: tuple[Choice, ...] = ()
     merged: Mapping[str, str] = field(default_factory=dict)
     role_bits: Mapping[Role, int] = field(default_factory=lambda: dict(ROLE_BITS))
     on_request: frozenset[Role] = frozenset()

@@ -113,6 +113,10 @@ class Format(ABC):
         """Bits per weight that its codes are rounded for, to be entropy-coded; 0 if that does not matter."""
         return 0.0
 
+    def slow(self, choice: Choice) -> bool:
+        """Whether finding its codes takes several times as long as those of others of its width."""
+        return False
+
     def narrower(self, choice: Choice) -> tuple[Choice, ...]:
         """Other choices whose codes are the first bits of these, so that a matrix can be cut down to them."""
         return ()

@@ -126,6 +126,10 @@ class Ggml(Format):
         """All types on offer."""
         return tuple(Choice(bits, weights, name=name) for name, (bits, weights, _) in GGML_BLOCKS.items())
 
+    def slow(self, choice: Choice) -> bool:
+        """Those whose codes are searched for on a lattice, 1 to 5 million weights a second; others take 7 to 130."""
+        return choice.name.startswith("IQ")
+
     def storage_bytes(self, choice: Choice, shape: Shape) -> int:
         """Unpadded; rows must be whole blocks."""
         return shape[0] * (shape[1] // choice.group_size) * GGML_BLOCKS[choice.name][2]

@@ -30,6 +30,8 @@ from alphaq.work.workers import Workers
 T = TypeVar("T")
 ENERGY = "energy"  # what the cache calls Σw², beside the errors of choices
 BYTES = "bytes"  # after the name of an error: how many the matrix takes once coded
+COUNTED = "counted"
+PLAIN = "plain"  # the same: the error without the importance of columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +103,7 @@ class Sampling:
 
     matrices: at which choices the errors of each are measured, None for all. importance: of the columns, by matrix;
     digest: what tells it from others. codec: what codes the files; errors and bytes are then those of whole
-    matrices. counting:
-    what errors count, by matrix; counted_by: what tells that from others.
+    matrices. counting: what errors count, by matrix; counted_by: what tells that from others.
     """
 
     quantizer: str = DEFAULT
@@ -115,9 +116,9 @@ class Sampling:
     counted_by: str = ""
 
     @property
-    def energy_key(self) -> str:
-        """What the cache calls an energy of errors that count so."""
-        return f"{ENERGY} {self.counted_by}".rstrip()
+    def counted_key(self) -> str:
+        """What the cache calls what all of a matrix counts, over its energy."""
+        return f"{COUNTED} {self.counted_by}"
 
     def key(self, choice: Choice) -> str:
         """What the cache calls an error measured so."""
@@ -176,8 +177,10 @@ class _Ledger:
         errors = measured.squared_errors
         pairs = {self.keys[one]: (error, errors.deviation.get(one, 0.0)) for one, error in errors.expected.items()}
         pairs |= {f"{self.keys[one]} {BYTES}": (float(nbytes), 0.0) for one, nbytes in errors.coded.items()}
+        pairs |= {f"{self.keys[one]} {PLAIN}": (error, 0.0) for one, error in errors.plain.items()}
         if errors.expected:
-            pairs[self.wanted.sampling.energy_key] = errors.energy, 0.0
+            pairs[ENERGY] = errors.energy, 0.0
+            pairs[self.wanted.sampling.counted_key] = errors.counted, 0.0
         records = {probe: asdict(record) for probe, record in measured.probes.items()}
         entry = Entry(name, pairs, measured.spectrum, str(self.wanted.variant), records)
         if self.cache is None:
@@ -196,8 +199,10 @@ class _Ledger:
             SquaredErrors(
                 {choice: error for choice, (error, _) in pairs.items()},
                 {choice: deviation for choice, (_, deviation) in pairs.items()},
-                errors.get((name, wanted.sampling.energy_key), (0.0, 0.0))[0],
+                errors.get((name, ENERGY), (0.0, 0.0))[0],
                 {choice: int(errors[name, key][0]) for choice, key in coded.items()},
+                {one: errors[name, key][0] for one in choices if (name, key := f"{self.keys[one]} {PLAIN}") in errors},
+                errors.get((name, wanted.sampling.counted_key), (1.0, 0.0))[0],
             ),
             {probe: PROBES[probe].record(**self.known.probes[name, probe]) for probe in wanted.probes},
         )

@@ -186,6 +186,10 @@ class PlanConfig(BaseModel):
         ),
     ] = None
     """None: what the method or the engine's profile offers by default."""
+    fast: Annotated[
+        bool,
+        Option("Leave out choices that take long to quantize to and to plan with (llama.cpp's IQ types).", CHOICES),
+    ] = False
     group_size: Annotated[
         int | None, Option("Columns per scale, for choices that name none: 32, 64 or 128.", CHOICES)
     ] = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,11 +15,21 @@ from alphaq.measuring.resources import Resources
 from alphaq.planning.coded import coded_rest
 from alphaq.planning.formula import alphas_of
 from alphaq.planning.limits import problem_of
-from alphaq.planning.matrices import Survey, measure_beside, measure_planned
+from alphaq.planning.matrices import (
+    MatrixTable,
+    Survey,
+    harms,
+    joined_errors,
+    measure_errors,
+    measure_planned,
+    planned_errors,
+)
 from alphaq.planning.measured import Measurements, PlanInputs
-from alphaq.planning.passes import PassRun, run_passes
+from alphaq.planning.passes import PassResults, PassRun, run_passes
 from alphaq.planning.request import Request
+from alphaq.planning.samples import Samples
 from alphaq.planning.scope import Scope
+from alphaq.planning.settling import settle_further, stageable
 from alphaq.planning.stats import measured_by_headers, measured_by_stats
 from alphaq.sensitivity.base import Evidence, Need
 from alphaq.spectra.measure import Stats
@@ -31,12 +42,14 @@ def measure_for_plan(
     resources: Resources = Resources(),
     needs: Collection[Need] | None = None,
     check_budget: bool = True,
+    settle: bool = True,
 ) -> Measurements:
     """What the request's method needs to know of the matrices to plan, from the weights, a stats file, or both.
 
     needs: measure for these instead of the method's own. check_budget: raise BudgetError before any work if the
-    request's budget is infeasible. Raises StatsError if the stats lack a matrix of the
-    checkpoint, or the method needs weights or a text that were not given.
+    request's budget is infeasible. settle: measure only as much as the plan of this request's budget depends on; False
+    where plans of several budgets or methods are to be made, as without `check_budget`. Raises StatsError if the stats
+    lack a matrix of the checkpoint, or the method needs weights or a text that were not given.
     """
     wanted = request.method.needs if needs is None else needs
     stats = inputs.read_stats()
@@ -55,53 +68,90 @@ def measure_for_plan(
         _check_stats(checkpoint, inputs, stats)
     if "text" in wanted and inputs.text is None:
         raise StatsError(f"--method {request.config.method} needs a text. Give one with --calibration FILE.")
-    return _measured(scope, inputs, stats, resources, frozenset(wanted))
-
-
-def _measured(
-    scope: Scope, inputs: PlanInputs, stats: Stats | None, resources: Resources, needs: frozenset[Need]
-) -> Measurements:
-    """The stages of measuring: matrices, then passes through the model, then what coded files hold beside."""
-    request, choices = scope.request, scope.request.choices
-    outputs = choices if "outputs" in needs else ()
+    staged = settle and check_budget and needs is None and stageable(scope)
+    outputs = request.choices if "outputs" in wanted else ()
     observed = request.profile.writer.observed
-    run = PassRun(scope.checkpoint, request.config.bos, inputs.text, outputs, resources, observed)
-    passes = run_passes(run, needs, request.method.otherwise)
-    results = passes.found
-    fisher = results.get("fisher") if request.method.needs_fisher else None
+    run = PassRun(checkpoint, request.config.bos, inputs.text, outputs, resources, observed)
+    passes = run_passes(run, wanted, request.method.otherwise)
+    fisher = passes.found.get("fisher") if request.method.needs_fisher else None
+    survey = Survey.of(scope, stats, tuple(sorted(set(wanted) & PROBES.keys())), inputs.imatrix)
+    return _measured(replace(survey, staged=staged, fisher=fisher), passes, resources)
+
+
+def _measured(survey: Survey, passes: PassResults, resources: Resources) -> Measurements:
+    """The stages of measuring after the passes: matrices, what coded files hold beside, and what of the matrices the
+    plan is still uncertain of."""
     begin = time.perf_counter()
-    survey = Survey.of(scope, stats, tuple(sorted(needs & PROBES.keys())), inputs.imatrix, fisher)
-    table = measure_planned(survey, resources)
-    beside = measure_beside(survey, resources)
-    seconds = {"errors": time.perf_counter() - begin}
-    weights = np.array([matrix.parameters for matrix in scope.planned], dtype=np.int64)
-    evidence = Evidence(
-        tuple(table.spectra),
-        choices,
-        table.errors,
-        table.energies,
-        weights,
-        alphas_of(table.spectra.values()),
-        tuple(scope.planned),
-        table.probes,
-        results.get("prior"),
-        results.get("synthetic"),
-        results.get("text"),
-        fisher,
-        coded=table.coded,
-        rest_bytes=0 if table.coded is None else coded_rest(scope, resources),
-    )
-    return Measurements(
-        table.spectra,
-        request.offered,
-        evidence,
-        _left_out(stats),
-        seconds | dict(passes.seconds),
-        table.deviations,
-        beside,
-        survey.importance,
-        passes.unpredicted,
-    )
+    planned, joined = Samples(survey.planned), tuple(map(Samples, survey.joined))
+    table = measure_planned(survey, planned, resources)
+    fixed = survey.fixed_samples()
+    for samples in (*joined, fixed):
+        if samples.group.members:
+            measure_errors(survey, samples, samples.first(), resources, "measure the rest")
+    first_s = time.perf_counter() - begin
+    rest_bytes = 0 if table.coded is None else coded_rest(survey.scope, resources)
+    found = _Found(survey, table, planned, joined, fixed, passes, rest_bytes)
+    begin = time.perf_counter()
+    measurements = found.measurements()
+    while survey.staged and settle_further(survey, (planned, *joined), measurements, resources):
+        measurements = found.measurements()
+    return replace(measurements, seconds=dict(passes.seconds) | {"errors": first_s + time.perf_counter() - begin})
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What was found so far: of the planned matrices, of errors of these and of those that join, by passes, and the
+    bytes of what coded files hold beside."""
+
+    survey: Survey
+    table: MatrixTable
+    planned: Samples
+    joined: tuple[Samples, ...]
+    fixed: Samples
+    passes: PassResults
+    rest_bytes: int
+
+    def measurements(self) -> Measurements:
+        """What plans can be made of."""
+        survey, table, scope, results = self.survey, self.table, self.survey.scope, self.passes.found
+        known = dict(zip(table.spectra, table.energies.tolist(), strict=True))
+        of_all = harms(survey, (self.planned, *self.joined, self.fixed), known)
+        errors, joined = planned_errors(survey, table, self.planned), joined_errors(survey, self.joined)
+        evidence = Evidence(
+            tuple(table.spectra),
+            scope.request.choices,
+            errors.expected,
+            table.energies,
+            np.array([matrix.parameters for matrix in scope.planned], dtype=np.int64),
+            alphas_of(table.spectra.values()),
+            tuple(scope.planned),
+            table.probes,
+            results.get("prior"),
+            results.get("synthetic"),
+            results.get("text"),
+            survey.fisher,
+            None if survey.fisher is None else np.array([of_all[name] for name in table.spectra]),
+            coded=table.coded,
+            rest_bytes=self.rest_bytes,
+        )
+        energies = np.where(table.energies > 0, table.energies, 1.0)[:, None]
+        return Measurements(
+            table.spectra,
+            scope.request.offered,
+            evidence,
+            _left_out(survey.stats),
+            deviations=errors.deviations,
+            joined={name: one.expected for name, one in joined.items()},
+            importance=survey.importance,
+            joined_deviations={name: one.deviations for name, one in joined.items()},
+            plain=None if errors.plain is None else errors.plain / energies,
+            joined_plain={name: one.plain for name, one in joined.items()},
+            harms=of_all,
+            fixed={
+                name: one.expected[scope.fixed[name]] / (one.energy or 1.0) for name, one in self.fixed.errors.items()
+            },
+            unpredicted=self.passes.unpredicted,
+        )
 
 
 def _check_stats(checkpoint: Checkpoint, inputs: PlanInputs, stats: Stats) -> None:

@@ -1,14 +1,12 @@
 """What is measured of the matrices themselves: spectra, errors at each choice, and what methods ask for beside.
 
-Where matrices share a choice, their errors are only needed in sum: of a large unit some matrices are measured, of each
-some rows, and they stand for the rest.
+Errors are measured of some matrices and rows (`samples`), which stand for the rest (`estimates`).
 """
 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,22 +14,21 @@ import numpy as np
 
 from alphaq.calibration.fisher import Fisher
 from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
-from alphaq.formats.gaussian import gaussian_errors
+from alphaq.formats.gaussian import GAUSSIAN_ERROR
 from alphaq.formats.table import storage_bytes
 from alphaq.measuring.measurement import Measured, Sampling, Wanted, measure
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.spectrum import Spectrum
+from alphaq.planning.estimates import of_unit
 from alphaq.planning.formula import expected_error
-from alphaq.planning.measured import Beside
+from alphaq.planning.samples import Group, Samples
 from alphaq.planning.scope import Scope
 from alphaq.quantizers.base import QUANTIZERS
-from alphaq.quantizers.rounded import SAMPLE_VALUES, ErrorWeights
+from alphaq.quantizers.rounded import SAMPLE_VALUES, ErrorWeights, SquaredErrors
 from alphaq.spectra.measure import Stats
 from alphaq.spectra.variants import SpectrumVariant
-
-SAMPLE_MEMBERS = 32  # matrices of a unit whose errors are measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +36,8 @@ class Survey:
     """How the matrices of a scope are measured.
 
     stats: spectra that a user gave in place of the weights'. probes: names in `PROBES`. importance: float32 [columns]
-    by matrix; digest: what tells errors by it, and by this version of the quantizer, from others.
+    by matrix; digest: what tells errors by it, and by this version of the quantizer, from others. staged: whether few
+    weights come first. fisher: what errors count, where losses are to be nats.
     """
 
     scope: Scope
@@ -47,21 +45,15 @@ class Survey:
     probes: tuple[str, ...]
     importance: Mapping[str, np.ndarray]
     digest: str
+    staged: bool = False
     fisher: Fisher | None = None
 
     @classmethod
-    def of(
-        cls,
-        scope: Scope,
-        stats: Stats | None,
-        probes: tuple[str, ...],
-        imatrix: ImportanceMatrix | None,
-        fisher: Fisher | None = None,
-    ) -> Survey:
-        """A survey by the importance matrix that a user gave, and the Fisher information, if any."""
+    def of(cls, scope: Scope, stats: Stats | None, probes: tuple[str, ...], imatrix: ImportanceMatrix | None) -> Survey:
+        """A survey by the importance matrix that a user gave, if any."""
         importance = scope.request.profile.importance_of(scope.checkpoint, imatrix).columns
         digest = f"{QUANTIZERS[scope.request.profile.quantizer].version} {imatrix.digest if imatrix else ''}".strip()
-        return cls(scope, stats, probes, importance, digest, fisher)
+        return cls(scope, stats, probes, importance, digest)
 
     @cached_property
     def rounded(self) -> tuple[Choice, ...]:
@@ -79,11 +71,6 @@ class Survey:
         return {name: ErrorWeights(one.rows, one.columns) for name, one in self.fisher.matrices.items()}
 
     @cached_property
-    def counted_by(self) -> str:
-        """What tells errors that count so from others."""
-        return f"fisher {self.fisher.digest}" if self.fisher is not None and self.counting else ""
-
-    @cached_property
     def _measurable(self) -> dict[frozenset[Choice], frozenset[Choice]]:
         return {}
 
@@ -92,168 +79,234 @@ class Survey:
         open_to = self.scope.open_to(matrix)
         return self._measurable.setdefault(open_to, open_to.intersection(self.rounded))
 
-    def sampling(self, units: Mapping[str, list[MatrixRef]]) -> Sampling:
-        """Of each unit some matrices, and fewer rows of each the more there are."""
-        drawn = {
-            matrix.name: self.measurable(matrix)
-            for unit, members in units.items()
-            for matrix in random.Random(unit).sample(members, min(len(members), SAMPLE_MEMBERS))
-        }
-        values = SAMPLE_VALUES // min(max(map(len, units.values())), SAMPLE_MEMBERS)
-        request = self.scope.request
+    @cached_property
+    def planned(self) -> Group:
+        """The planned matrices."""
+        return self._group(self.scope.members(), self.scope.request.config.codec)
+
+    @cached_property
+    def joined(self) -> tuple[Group, ...]:
+        """Those that share the budget, each a unit of its own: the small ones, which are measured whole, and others."""
+        joined = self.scope.joined if self.rounded else ()
+        small = [matrix for matrix in joined if matrix.parameters <= SAMPLE_VALUES]
+        large = [matrix for matrix in joined if matrix.parameters > SAMPLE_VALUES]
+        return tuple(self._group({matrix.name: [matrix] for matrix in some}) for some in (small, large) if some)
+
+    @cached_property
+    def fixed(self) -> dict[str, MatrixRef]:
+        """Those outside the budget that are quantized, where losses are nats, which want to be known of them too."""
+        if not self.rounded or self.fisher is None:
+            return {}
+        quantized = {name for name, choice in self.scope.fixed.items() if not choice.kept}
+        return {matrix.name: matrix for matrix in self.scope.checkpoint.matrices if matrix.name in quantized}
+
+    def fixed_samples(self) -> Samples:
+        """Of the same, each at its one choice."""
+        members = {name: [matrix] for name, matrix in self.fixed.items()}
+        measurable = {name: frozenset({self.scope.fixed[name]}) for name in members}
+        return Samples(Group(members, measurable, self._sampling(None), False))
+
+    def _group(self, members: Mapping[str, Sequence[MatrixRef]], codec: str | None = None) -> Group:
+        measurable = {matrix.name: self.measurable(matrix) for unit in members.values() for matrix in unit}
+        return Group(members, measurable, self._sampling(codec), self.staged)
+
+    def _sampling(self, codec: str | None) -> Sampling:
         return Sampling(
-            request.profile.quantizer,
-            values,
-            drawn,
-            self.importance,
-            self.digest,
-            request.config.codec,
-            self.counting,
-            self.counted_by,
+            self.scope.request.profile.quantizer,
+            importance=self.importance,
+            digest=self.digest,
+            codec=codec,
+            counting=self.counting,
+            counted_by=f"fisher {self.fisher.digest}" if self.fisher is not None and self.counting else "",
         )
 
 
 @dataclass(frozen=True, eq=False)
 class MatrixTable:
-    """What was measured of the planned matrices.
+    """What was measured of the planned matrices beside their errors.
 
-    errors: Σ(w − ŵ)² [matrices, choices]. deviations: relative standard error of their unit's sum. energies: Σw²
-    [matrices]. coded: bytes once entropy-coded, int64 [matrices, choices]; None without a codec. probes:
+    energies: Σw² [matrices]. coded: bytes once entropy-coded, int64 [matrices, choices]; None without a codec. probes:
     by their names.
     """
 
     spectra: dict[str, Spectrum]
-    errors: np.ndarray
-    deviations: np.ndarray
     energies: np.ndarray
     coded: np.ndarray | None
     probes: dict[str, tuple[object, ...]]
 
 
-@dataclass(frozen=True)
-class _Row:
-    spectrum: Spectrum
-    energy: float
-    errors: list[float]
-    deviations: list[float]
-    coded: list[int]
-
-
-def measure_planned(survey: Survey, resources: Resources) -> MatrixTable:
-    """Measure the planned matrices, leaving out what the cache knows."""
-    scope, units = survey.scope, survey.scope.members()
-    config, planned = scope.request.config, scope.planned
+def measure_planned(survey: Survey, samples: Samples, resources: Resources) -> MatrixTable:
+    """Measure the planned matrices, leaving out what the cache knows: a first sample of their errors, and all else."""
+    scope, planned = survey.scope, survey.scope.planned
+    config = scope.request.config
     variant = None if survey.stats is not None else SpectrumVariant(config.spectrum, config.tail)
-    wanted = Wanted(variant, survey.rounded, survey.sampling(units), survey.probes)
+    wanted = Wanted(variant, survey.rounded, samples.first(), survey.probes)
     measured = measure(scope.checkpoint, planned, wanted, resources)
     probes: dict[str, list[object]] = {probe: [] for probe in survey.probes}
-    rows = []
+    spectra, coded = {}, []
     for matrix, one in zip(planned, resources.wrap(measured, len(planned), "measure"), strict=True):
-        rows.append(_row(survey, matrix, one))
+        samples.learn(matrix.name, one.squared_errors)
+        spectra[matrix.name] = _spectrum(survey, matrix, one)
+        sizes = one.squared_errors.coded
+        coded.append([sizes.get(choice) or storage_bytes(choice, matrix.shape) for choice in scope.request.choices])
         for probe, record in one.probes.items():
             probes[probe].append(record)
-    spectra = {matrix.name: row.spectrum for matrix, row in zip(planned, rows, strict=True)}
-    energies = np.array([row.energy for row in rows])
-    errors, deviations = np.array([row.errors for row in rows]), np.array([row.deviations for row in rows])
     return MatrixTable(
         spectra,
-        *_by_unit(units, {name: number for number, name in enumerate(spectra)}, errors, deviations, energies),
-        energies,
-        None if config.codec is None else np.array([row.coded for row in rows], np.int64),
+        np.array([one.mean_square for one in spectra.values()]) * [matrix.parameters for matrix in planned],
+        None if config.codec is None else np.array(coded, np.int64),
         {probe: tuple(records) for probe, records in probes.items()},
     )
 
 
-def _row(survey: Survey, matrix: MatrixRef, measured: Measured) -> _Row:
-    """One matrix' numbers at every choice: measured, from a formula, or NaN where others of its unit stand for it."""
-    errors, parameters, choices = measured.squared_errors, matrix.parameters, survey.scope.request.choices
+def _spectrum(survey: Survey, matrix: MatrixRef, measured: Measured) -> Spectrum:
     spectrum = measured.spectrum or (survey.stats.spectra[matrix.name] if survey.stats is not None else None)
     assert spectrum is not None  # measured unless given
     if math.isnan(spectrum.mean_square):  # only α is known
-        mean_square = errors.energy / parameters
+        mean_square = measured.squared_errors.energy / matrix.parameters
         spectrum = replace(spectrum, variance=mean_square, mean_square=mean_square)
-    counted = errors.energy if survey.counting and errors.expected else None
-    energy, measurable = spectrum.mean_square * parameters if counted is None else counted, survey.measurable(matrix)
+    return spectrum
+
+
+def measure_errors(survey: Survey, samples: Samples, sampling: Sampling, resources: Resources, label: str) -> None:
+    """Measure errors alone, and take them in."""
+    named = {matrix.name: matrix for unit in samples.group.members.values() for matrix in unit}
+    drawn = [named[name] for name, choices in (sampling.matrices or {}).items() if choices]
+    in_order = {name: number for number, name in enumerate([*(m.name for m in survey.scope.matrices), *survey.fixed])}
+    drawn.sort(key=lambda matrix: in_order[matrix.name])  # as they lie on disk
+    choices = tuple(sorted({*survey.rounded, *(one for some in (sampling.matrices or {}).values() for one in some)}))
+    # A device is for spectra, of which none are wanted.
+    measured = measure(
+        survey.scope.checkpoint, drawn, Wanted(None, choices, sampling), replace(resources, device="cpu")
+    )
+    for matrix, one in zip(drawn, resources.wrap(measured, len(drawn), label), strict=True):
+        samples.learn(matrix.name, one.squared_errors)
+
+
+@dataclass(frozen=True, eq=False)
+class Errors:
+    """Of the planned matrices: measured, from a formula, or from those of their unit that stand for them.
+
+    expected: Σ(w − ŵ)² [matrices, choices], of columns by their importance, where an importance matrix tells it; plain:
+    the same without, None where there is none. deviations: relative standard error of their unit's sum [matrices,
+    choices].
+    """
+
+    expected: np.ndarray
+    plain: np.ndarray | None
+    deviations: np.ndarray
+
+
+def planned_errors(survey: Survey, table: MatrixTable, samples: Samples) -> Errors:
+    """What the samples tell of all planned matrices."""
+    found = [samples.errors[matrix.name] for matrix in survey.scope.planned]
+    deviations = np.array(
+        [[one.deviation.get(choice, 0.0) for choice in survey.scope.request.choices] for one in found]
+    )
+    expected, relative = _completed(survey, table, [one.expected for one in found], deviations)
+    if not (survey.importance or survey.counting):
+        return Errors(expected, None, relative)
+    plain = [one.expected | one.plain for one in found]
+    return Errors(expected, _completed(survey, table, plain, deviations)[0], relative)
+
+
+def _completed(
+    survey: Survey, table: MatrixTable, measured: Sequence[Mapping[Choice, float]], deviations: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Errors, and relative standard errors of their unit's sums, both [matrices, choices], of what was measured of each
+    planned matrix."""
+    planned, choices = survey.scope.planned, survey.scope.request.choices
+    errors = np.array(
+        [
+            _errors(survey, matrix, table.spectra[matrix.name], one)
+            for matrix, one in zip(planned, measured, strict=True)
+        ]
+    )
+    places = {matrix.name: number for number, matrix in enumerate(planned)}
+    usual = _usual(choices)
+    relative = np.zeros_like(errors)
+    for members in survey.planned.members.values():
+        own = np.array([places[matrix.name] for matrix in members])
+        estimate = of_unit(errors[own], deviations[own], table.energies[own], usual)
+        errors[own], relative[own] = estimate.errors, estimate.deviations
+    return errors, relative
+
+
+def _usual(choices: Sequence[Choice]) -> np.ndarray:
+    """Relative errors on Gaussian weights [choices], NaN where unknown."""
+    return np.array([GAUSSIAN_ERROR.get(str(choice), np.nan) for choice in choices])
+
+
+def _errors(survey: Survey, matrix: MatrixRef, spectrum: Spectrum, measured: Mapping[Choice, float]) -> list[float]:
+    """One matrix' errors at every choice; NaN where they were to be measured and were not."""
+    energy, measurable = spectrum.mean_square * matrix.parameters, survey.measurable(matrix)
     own = survey.scope.stored_as(matrix)
 
     def expected(choice: Choice) -> float:
         if choice == own:
             return 0.0
         if choice in measurable:
-            return errors.expected.get(choice, np.nan)
-        return expected_error(spectrum, choice, energy, parameters)
+            return measured.get(choice, np.nan)
+        return expected_error(spectrum, choice, energy, matrix.parameters)
 
-    return _Row(
-        spectrum,
-        energy,
-        [expected(one) for one in choices],
-        [errors.deviation.get(one, 0.0) for one in choices],
-        [errors.coded.get(one) or storage_bytes(one, matrix.shape) for one in choices if errors.coded],
-    )
+    return [expected(one) for one in survey.scope.request.choices]
 
 
-def measure_beside(survey: Survey, resources: Resources) -> Beside:
-    """Errors of the matrices that share the budget, and, where nats are wanted, of those that are fixed; nothing if
-    errors come from a formula."""
-    scope, choices = survey.scope, survey.scope.request.choices
-    fixed = {} if survey.fisher is None else {name: one for name, one in scope.fixed.items() if not one.kept}
-    if not survey.rounded or not (scope.joined or fixed):
-        return Beside()
-    others = [matrix for matrix in scope.checkpoint.matrices if matrix.name in fixed]
-    matrices = [*scope.joined, *others]
-    open_to = {matrix.name: survey.measurable(matrix) for matrix in scope.joined}
-    open_to |= {name: frozenset({one}) for name, one in fixed.items()}
-    quantizer = scope.request.profile.quantizer
-    sampling = Sampling(
-        quantizer,
-        SAMPLE_VALUES,
-        open_to,
-        survey.importance,
-        survey.digest,
-        counting=survey.counting,
-        counted_by=survey.counted_by,
-    )
-    rounded = tuple(sorted({*survey.rounded, *fixed.values()}))
-    wanted = Wanted(None, rounded, sampling)
-    # A device is for spectra, of which none are wanted.
-    measured = measure(scope.checkpoint, matrices, wanted, replace(resources, device="cpu"))
-    shown: Iterator[Measured] = iter(resources.wrap(measured, len(matrices), "measure the rest"))
-    usual = gaussian_errors(choices)
-    relative, of_fixed, energies = {}, {}, {}
-    for matrix, one in zip(matrices, shown, strict=True):
-        energies[matrix.name] = one.squared_errors.energy
-        if matrix.name in fixed:
-            errors_of = one.squared_errors.expected
-            of_fixed[matrix.name] = errors_of[fixed[matrix.name]] / (one.squared_errors.energy or 1.0)
-            continue
-        errors, energy = one.squared_errors.expected, one.squared_errors.energy or 1.0
-        known = [errors[one] / energy if one in errors else error for one, error in zip(choices, usual, strict=True)]
-        own = scope.stored_as(matrix)
-        relative[matrix.name] = np.where([one == own for one in choices], 0.0, known)
-    return Beside(relative, of_fixed, energies)
+@dataclass(frozen=True, eq=False)
+class Relative:
+    """Of one matrix that shares the budget, all [choices]: Σ(w − ŵ)²/Σw² as `Errors` has it, and its relative standard
+    error."""
+
+    expected: np.ndarray
+    plain: np.ndarray
+    deviations: np.ndarray
 
 
-def _by_unit(
-    units: Mapping[str, list[MatrixRef]],
-    places: Mapping[str, int],
-    errors: np.ndarray,
-    deviations: np.ndarray,
-    energies: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Errors [matrices, choices] of matrices left out of the sample (NaN) from those of their unit, in proportion to
-    their energy; and the relative standard error [matrices, choices] of their unit's sum. places: rows by name."""
-    errors, relative = errors.copy(), np.zeros_like(errors)
-    for members in units.values():
-        rows = np.array([places[matrix.name] for matrix in members])
-        drawn = rows[np.isfinite(errors[rows]).all(axis=1)]
-        total, energy = errors[drawn].sum(axis=0), energies[drawn].sum()
-        ratio = total / energy if energy > 0 else np.zeros(errors.shape[1])
-        missing = np.setdiff1d(rows, drawn)
-        spread = np.square(deviations[drawn]).sum(axis=0)
-        if len(missing):  # and how much the members differ, as far as they were not all seen
-            misses = errors[drawn] - ratio * energies[drawn, None]
-            bessel = len(drawn) / max(1, len(drawn) - 1)
-            spread = spread + np.square(misses).sum(axis=0) * bessel * len(missing) / len(rows)
-        relative[rows] = np.sqrt(spread) / np.where(total > 0, total, 1.0)
-        errors[missing] = ratio * energies[missing, None]
-    return errors, relative
+def joined_errors(survey: Survey, several: Sequence[Samples]) -> dict[str, Relative]:
+    """By name; nothing where errors come from a formula."""
+    found = {name: one for samples in several for name, one in samples.errors.items()}
+    return {matrix.name: _relative(survey, matrix, found[matrix.name]) for matrix in survey.scope.joined if found}
+
+
+def _relative(survey: Survey, matrix: MatrixRef, measured: SquaredErrors) -> Relative:
+    choices, measurable = survey.scope.request.choices, survey.measurable(matrix)
+    usual, energy, own = _usual(choices), measured.energy or 1.0, survey.scope.stored_as(matrix)
+    spread = np.array([[measured.deviation.get(one, 0.0) for one in choices]])
+
+    def completed(errors: Mapping[Choice, float]) -> tuple[np.ndarray, np.ndarray]:
+        known = [
+            errors.get(one, np.nan) if one in measurable else energy * error
+            for one, error in zip(choices, usual, strict=True)
+        ]
+        estimate = of_unit(np.array([known]), spread, np.array([energy]), usual)
+        return np.where([one == own for one in choices], 0.0, estimate.errors[0] / energy), estimate.deviations
+
+    expected, deviations = completed(measured.expected)
+    return Relative(expected, completed(measured.expected | measured.plain)[0], deviations)
+
+
+def harms(survey: Survey, several: Sequence[Samples], energies: Mapping[str, float]) -> dict[str, float]:
+    """Nats per token and per unit of relative error of every matrix, by name; nothing where losses are not nats.
+
+    several: what was measured. energies: Σw² where it is known of a matrix that was not; what such a one counts is
+    taken for
+    the mean. A matrix that the pass was not shown, since the model's class computes with it in a way of its own, is
+    taken
+    for the mean of its role, or of all.
+    """
+    fisher = survey.fisher
+    if fisher is None:
+        return {}
+    found = {name: one for samples in several for name, one in samples.errors.items()}
+    matrices = [*survey.scope.matrices, *survey.fixed.values()]
+    usual = float(np.mean([one.counted for one in found.values()])) if found else 1.0
+    seen = [(matrix.role, fisher.matrices[matrix.name].mean) for matrix in matrices if matrix.name in fisher.matrices]
+    everything = [one.mean for one in fisher.matrices.values()]
+    by_name = {}
+    for matrix in matrices:
+        own, one = fisher.matrices.get(matrix.name), found.get(matrix.name)
+        alike = [mean for role, mean in seen if role is matrix.role] or everything
+        mean = own.mean if own is not None else sum(alike) / len(alike)
+        energy = energies.get(matrix.name) or (one.energy if one is not None else 0.0)
+        by_name[matrix.name] = 0.5 * mean * energy * (usual if one is None or not one.expected else one.counted)
+    return by_name

@@ -32,22 +32,9 @@ class PlanInputs:
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What was measured of matrices outside the planned ones; both count as the Fisher information says, if it is
-    known.
-
-    relative: Σ(w − ŵ)²/Σw² [choices] of those that share the budget. fixed: the same of the others at their one choice.
-    energies: Σw² of all of them.
-    """
-
-    relative: Mapping[str, np.ndarray] = field(default_factory=dict)
-    fixed: Mapping[str, float] = field(default_factory=dict)
-    energies: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Measurements:
-    """What was measured of the matrices to plan; enough for any number of budgets and methods that need no more.
+    """What was measured of the matrices to plan: enough for the request that it was measured for, and, where all was
+    measured in full (`settle=False`), for any number of budgets and methods that need no more.
 
     measured: choices whose errors are known of every matrix that could take them; those of the others, which only pins
     name, come from a formula. left_out: rows of a stats file that are not planned, and why.
@@ -61,12 +48,22 @@ class Measurements:
     """Time that each need took in this run; what the cache held took next to none."""
     deviations: np.ndarray | None = None
     """Relative standard error of a unit's summed errors, for each of its matrices [matrices, choices]."""
-    beside: Beside = Beside()
-    """Of matrices outside the experts, where they were measured."""
-    importance: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Of the columns of a matrix, by its name, where an importance matrix tells."""
+    joined: dict[str, np.ndarray] = field(default_factory=dict)
+    """Σ(w − ŵ)²/Σw² [choices] of matrices outside the experts that share their budget, where they were measured."""
+    joined_deviations: dict[str, np.ndarray] = field(default_factory=dict)
+    """Relative standard error [choices] of each of these."""
+    plain: np.ndarray | None = None
+    """Σ(w − ŵ)²/Σw² [matrices, choices] where the evidence's errors count columns by their importance."""
+    joined_plain: dict[str, np.ndarray] = field(default_factory=dict)
+    """The same of matrices outside the experts, [choices]."""
+    harms: Mapping[str, float] = field(default_factory=dict)
+    """Nats per token and per unit of relative error, of every matrix; nothing where losses are not nats."""
+    fixed: Mapping[str, float] = field(default_factory=dict)
+    """Σ(w − ŵ)²/Σw² of those outside the budget, at their one choice; only where losses are nats."""
     unpredicted: str | None = None
     """Why losses are no nats, though the method would have them so."""
+    importance: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Of the columns of a matrix, by its name, where an importance matrix tells."""
     by_shapes: bool = False
     """Whether no weight was read; enough for methods that go by places alone."""
 
@@ -96,7 +93,8 @@ class Measurements:
                 coded=None if evidence.coded is None else evidence.coded[:, columns],
             ),
             deviations=None if self.deviations is None else self.deviations[:, columns],
-            beside=replace(
-                self.beside, relative={name: relative[columns] for name, relative in self.beside.relative.items()}
-            ),
+            joined={name: relative[columns] for name, relative in self.joined.items()},
+            joined_deviations={name: relative[columns] for name, relative in self.joined_deviations.items()},
+            plain=None if self.plain is None else self.plain[:, columns],
+            joined_plain={name: relative[columns] for name, relative in self.joined_plain.items()},
         )

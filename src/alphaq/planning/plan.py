@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from alphaq.allocation.bound import rate_distortion
@@ -35,11 +37,7 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, measurements: Mea
     if checkpoint is None:
         return stats.make_plan(request, measurements)
     scope = Scope.of(checkpoint, request)
-    problem = problem_of(scope, measurements.evidence)
-    evidence = accounted(measurements.evidence, request)
-    joined_errors = _joined_errors(scope, measurements)
-    joined_losses = _joined_losses(scope, evidence, joined_errors, measurements) if scope.joined else None
-    answer = solve(problem, request, evidence, [matrix.name for matrix in scope.joined], joined_losses)
+    answer, evidence = solved(scope, measurements)
     plan = draft(request, measurements, evidence, answer)
     chosen = {**answer.choices, **scope.fixed}
     blocks = data_table(scope, evidence)[: len(scope.planned)]
@@ -54,10 +52,20 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, measurements: Mea
             "kept": kept_shares(checkpoint, chosen),
             "expected_error": plan.expected_error | _joined_expected(scope, measurements, answer),
             "unpredicted": measurements.unpredicted,
-            "prediction": _prediction(scope, measurements, answer),
+            "prediction": _prediction(measurements, answer),
             "rate_distortion": _against_bound(scope, evidence, answer, blocks, weights),
         }
     )
+
+
+def solved(scope: Scope, measurements: Measurements) -> tuple[Answer, Evidence]:
+    """The best choices by what was measured, and the evidence as the method accounts it. Raises BudgetError."""
+    request = scope.request
+    problem = problem_of(scope, measurements.evidence)
+    evidence = accounted(measurements.evidence, request)
+    joined_errors = _joined_errors(scope, measurements)
+    joined_losses = _joined_losses(scope, evidence, joined_errors, measurements.harms) if scope.joined else None
+    return solve(problem, request, evidence, [matrix.name for matrix in scope.joined], joined_losses), evidence
 
 
 def _picked(scope: Scope, answer: Answer) -> tuple[np.ndarray, np.ndarray]:
@@ -69,14 +77,13 @@ def _picked(scope: Scope, answer: Answer) -> tuple[np.ndarray, np.ndarray]:
 def _joined_errors(scope: Scope, measurements: Measurements) -> np.ndarray:
     """Relative errors [joined, choices], from a formula where they were not measured."""
     usual = gaussian_errors(scope.request.choices) if scope.joined else None
-    return np.array([measurements.beside.relative.get(matrix.name, usual) for matrix in scope.joined])
+    return np.array([measurements.joined.get(matrix.name, usual) for matrix in scope.joined])
 
 
-def _joined_losses(scope: Scope, evidence: Evidence, relative: np.ndarray, measurements: Measurements) -> np.ndarray:
-    """Losses [joined, choices] in the unit of the experts'."""
-    if evidence.fisher is not None:
-        energies = measurements.beside.energies
-        return nats.harms(evidence.fisher, scope.joined, energies)[:, None] * relative
+def _joined_losses(scope: Scope, evidence: Evidence, relative: np.ndarray, harms: Mapping[str, float]) -> np.ndarray:
+    """Losses [joined, choices] in the unit of the experts'. harms: nats per unit of relative error, where known."""
+    if harms:
+        return np.array([harms[matrix.name] for matrix in scope.joined])[:, None] * relative
     tied = not scope.checkpoint.with_role(Role.HEAD)
     return role_weights(scope.joined, evidence.matrices, tied)[:, None] * relative
 
@@ -84,25 +91,21 @@ def _joined_losses(scope: Scope, evidence: Evidence, relative: np.ndarray, measu
 def _joined_expected(scope: Scope, measurements: Measurements, answer: Answer) -> dict[str, float]:
     """The relative error of each joined matrix at its choice, where all of them were measured."""
     names = [matrix.name for matrix in scope.joined]
-    if not measurements.beside.relative.keys() >= set(names):
+    known = measurements.joined_plain or measurements.joined
+    if not known.keys() >= set(names):
         return {}
     columns = answer.columns[len(scope.planned) :]
-    return named_errors(
-        names, [measurements.beside.relative[name][at] for name, at in zip(names, columns, strict=True)]
-    )
+    return named_errors(names, [known[name][at] for name, at in zip(names, columns, strict=True)])
 
 
-def _prediction(scope: Scope, measurements: Measurements, answer: Answer) -> Prediction | None:
-    """The KL that the plan is expected to have; None where losses are in another unit."""
-    fisher, beside = measurements.evidence.fisher, measurements.beside
-    if fisher is None or scope.request.config.unweighted:
+def _prediction(measurements: Measurements, answer: Answer) -> Prediction | None:
+    """The KL that the plan is expected to have; None where losses are not nats."""
+    fisher, fixed = measurements.evidence.fisher, measurements.fixed
+    if fisher is None:
         return None
     losses = answer.losses[np.arange(len(answer.names)), answer.columns]
     known = dict(zip(answer.names, losses.tolist(), strict=True))
-    fixed = [matrix for matrix in scope.checkpoint.matrices if matrix.name in beside.fixed]
-    harms = nats.harms(fisher, fixed, beside.energies)
-    known |= {one.name: float(harm) * beside.fixed[one.name] for one, harm in zip(fixed, harms, strict=True)}
-    return nats.prediction(fisher, known)
+    return nats.prediction(fisher, known | {name: measurements.harms[name] * error for name, error in fixed.items()})
 
 
 def _size_bytes(scope: Scope, evidence: Evidence, answer: Answer) -> int:

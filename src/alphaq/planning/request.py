@@ -100,11 +100,15 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
 
 
 def _offered(config: PlanConfig, profile: Profile) -> list[Choice]:
-    """The choices that a user named, or the engine's usual ones."""
+    """The choices that a user named, or the engine's usual ones. Raises BudgetError for a --fast that does nothing."""
+    if config.fast and (config.choices is not None or not profile.fast):
+        why = "--choices says which" if profile.fast else f"{profile.name} has no choices that take long"
+        raise BudgetError(f"--fast leaves out choices that take long, but {why}. Drop it.")
     if config.choices is None and config.codec is not None and not (config.symmetric or config.group_size):
         return [choice for choice in profile.choices if rate_of(choice)]
     if config.choices is None:
-        return [_storable(_styled(choice, config), profile) for choice in profile.defaults]
+        usual = profile.fast if config.fast else profile.defaults
+        return [_storable(_styled(choice, config), profile) for choice in usual]
     named = [parse_choice(text, profile, config) for text in config.choices.split(",") if text.strip()]
     if not named:
         raise BudgetError("--choices is empty. Give at least one, for example 1,2,3,4.")

@@ -88,7 +88,8 @@ def draft(request: Request, measurements: Measurements, evidence: Evidence, answ
     bounded = np.isfinite(solution.lower_bound)
     single = not config.per_layer and request.method.kind == "loss"  # one price for all: the budget is the only limit
     deviations, spectra, weights = measurements.deviations, measurements.spectra, measurements.evidence.weights
-    relative = measurements.evidence.relative_errors[picked].tolist()
+    known = measurements.evidence.relative_errors if measurements.plain is None else measurements.plain
+    relative = known[picked].tolist()
     return Plan(
         alphaq_version=alphaq.__version__,
         engine=request.profile.name,

@@ -34,6 +34,6 @@ def measure_for_plans(
             offered=frozenset().union(*(request.offered for request in several)),
         )
         needs = {need for request in several for need in request.method.needs}
-        of_all = measure_for_plan(checkpoint, together, inputs, resources, needs, check_budget)
+        of_all = measure_for_plan(checkpoint, together, inputs, resources, needs, check_budget, settle=False)
         measurements |= {name: of_all.of(request) for name, request in members.items()}
     return measurements

@@ -27,7 +27,6 @@ from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.simd.sums import in_threads, squared_distance, squared_norm
 
 SAMPLE_VALUES = 1 << 18
-SAMPLE_ROWS = 64
 SAMPLE_BATCHES = 8  # of fewer the standard error is itself too uncertain
 
 
@@ -85,12 +84,30 @@ class SquaredErrors:
     """Σ(w − ŵ)² by choice, and the standard error of each where it was estimated from a sample of rows.
 
     energy: Σw², 0 if nothing was measured. coded: bytes of the matrix once entropy-coded, where that was asked for.
+    Where columns have an importance m, errors are Σm(w − ŵ)², and those without it are in `plain`. Where weights
+    count by
+    row and column (`ErrorWeights`), errors are in proportion to what all of the matrix counts, so that they are errors
+    of Σw² still; counted: what all of it counts, over Σw².
     """
 
     expected: dict[Choice, float] = field(default_factory=dict)
     deviation: dict[Choice, float] = field(default_factory=dict)
     energy: float = 0.0
     coded: dict[Choice, int] = field(default_factory=dict)
+    plain: dict[Choice, float] = field(default_factory=dict)
+    counted: float = 1.0
+
+    def updated(self, later: SquaredErrors) -> SquaredErrors:
+        """With what was measured later in place of what was known."""
+        earlier = {choice: error for choice, error in self.deviation.items() if choice not in later.expected}
+        return SquaredErrors(
+            self.expected | later.expected,
+            earlier | later.deviation,
+            later.energy or self.energy,
+            self.coded | later.coded,
+            self.plain | later.plain,
+            later.counted,
+        )
 
 
 @dataclass(frozen=True)
@@ -147,7 +164,9 @@ class SourceMatrix:
         others = [choice for choice in choices if choice not in own.expected]
         if not others:
             return own
-        rest = squared_errors(self.weight, others, self.matrix.name, self.rounder, sample_values)
+        rest = squared_errors(
+            self.weight, others, self.matrix.name, self.rounder, sample_values, importance=self.importance
+        )
         if not own.expected:
             return rest
         return replace(own, expected=own.expected | rest.expected, deviation=rest.deviation)
@@ -175,13 +194,16 @@ def squared_errors(
     name: str,
     rounder: Rounder = quantize_debiased,
     sample_values: int = SAMPLE_VALUES,
+    *,
+    importance: np.ndarray | None = None,
 ) -> SquaredErrors:
     """Σ(w − ŵ)² at every choice; of a matrix beyond `sample_values` weights estimated from a sample of rows.
 
     A row's error is nearly proportional to its energy, so the sample's ratio Σ(w − ŵ)²/Σw² times the whole energy is
     typically within one per cent of the truth (with 2^18 weights at most 3.5 % was seen, on Student's t with 4 degrees
     of freedom and on rows and columns of outliers). Rows are drawn without repetition, seeded by the name. The
-    standard error comes from the spread of the ratio over batches of the rows.
+    standard error comes from the spread of the ratio over batches of the rows. importance: of the columns, float32
+    [columns] of mean 1, which then weighs the errors too; the rounder knows it already.
     """
     if not choices:
         return SquaredErrors()
@@ -189,11 +211,18 @@ def squared_errors(
     if not math.isfinite(whole := squared_norm(weight)):  # the rows drawn might not show it
         raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
 
-    def of_whole() -> SquaredErrors:
-        errors = in_threads(lambda choice: rounded(weight, choice, name, rounder).squared_error, choices)
-        return SquaredErrors(dict(zip(choices, errors, strict=True)), energy=whole)
+    def errors_of(pair: tuple[Choice, torch.Tensor]) -> tuple[float, float]:
+        choice, values = pair
+        found = rounded(values, choice, name, rounder)
+        plain = found.squared_error
+        return plain if importance is None else _weighted_error(values, found, importance), plain
 
-    count = max(sample_values // columns, min(SAMPLE_ROWS, sample_values // 64), SAMPLE_BATCHES)
+    def of_whole() -> SquaredErrors:
+        pairs = in_threads(errors_of, [(choice, weight) for choice in choices])
+        expected, plain = ({one: pair[at] for one, pair in zip(choices, pairs, strict=True)} for at in (0, 1))
+        return SquaredErrors(expected, energy=whole, plain={} if importance is None else plain)
+
+    count = max(sample_values // columns, SAMPLE_BATCHES)
     if weight.numel() <= sample_values or count >= rows:
         return of_whole()
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
@@ -203,48 +232,64 @@ def squared_errors(
     if not (energy := energies.sum()) > 0:  # nothing but zeros drawn
         return of_whole()
     pairs = [(choice, batch) for choice in choices for batch in batches]
-    measured = np.array(in_threads(lambda pair: rounded(pair[1], pair[0], name, rounder).squared_error, pairs))
-    expected, deviation = {}, {}
-    for choice, errors in zip(choices, measured.reshape(len(choices), -1), strict=True):
-        ratio = errors.sum() / energy
-        misses = errors - ratio * energies
-        expected[choice] = float(ratio * whole)
-        deviation[choice] = float(np.sqrt(misses @ misses * len(batches) / (len(batches) - 1)) * whole / energy)
-    return SquaredErrors(expected, deviation, whole)
+    measured = np.array(in_threads(errors_of, pairs)).reshape(len(choices), -1, 2)
+    found = SquaredErrors(energy=whole)
+    for choice, errors in zip(choices, measured, strict=True):
+        ratios = errors.sum(axis=0) / energy
+        misses = errors[:, 0] - ratios[0] * energies
+        found.expected[choice] = float(ratios[0] * whole)
+        found.deviation[choice] = float(np.sqrt(misses @ misses * len(batches) / (len(batches) - 1)) * whole / energy)
+        if importance is not None:
+            found.plain[choice] = float(ratios[1] * whole)
+    return found
 
 
 def counted_errors(
     source: SourceMatrix, choices: Sequence[Choice], counting: ErrorWeights, sample_values: int = SAMPLE_VALUES
 ) -> SquaredErrors:
-    """Σ rᵢ·cⱼ·(w − ŵ)² at every choice, and Σ rᵢ·cⱼ·w² as the energy.
+    """Errors at every choice, counted by row and column.
 
     Of a matrix beyond `sample_values` weights rows are drawn, with repetition and in proportion to what their energy
     counts, seeded by the name: the mean of their relative errors is that of the matrix.
     """
     weight, name = source.weight, source.matrix.name
-    of_rows = counting.rows * counting.by_row(weight)
-    energy = float(of_rows.sum())
-    if not math.isfinite(energy):
+    of_rows, energy = counting.rows * counting.by_row(weight), squared_norm(weight)
+    total = float(of_rows.sum())
+    if not math.isfinite(total + energy):
         raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
     rows, columns = weight.shape
-    count = max(sample_values // columns, min(SAMPLE_ROWS, sample_values // 64), SAMPLE_BATCHES)
-    if weight.numel() <= sample_values or count >= rows or not energy > 0:
-        whole = [float(counting.rows @ counting.by_row(weight.float() - source.restored(choice))) for choice in choices]
-        return SquaredErrors(dict(zip(choices, whole, strict=True)), energy=energy)
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-    drawn = np.random.Generator(np.random.PCG64(seed)).choice(rows, count, p=of_rows / energy)
+    count = max(sample_values // columns, SAMPLE_BATCHES)
+    whole = weight.numel() <= sample_values or count >= rows or not total > 0
+    if whole:
+        drawn = np.arange(rows)
+    else:
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+        drawn = np.random.Generator(np.random.PCG64(seed)).choice(rows, count, p=of_rows / total)
     distinct, where = np.unique(drawn, return_inverse=True)
-    some = weight[torch.from_numpy(distinct)]
-    own = counting.by_row(some)
+    some = weight if whole else weight[torch.from_numpy(distinct)]
+    own, energy_of_some = of_rows[distinct], squared_norm(some)
 
-    def relative_errors(choice: Choice) -> np.ndarray:
-        values = rounded(some, choice, name, source.rounder).values
-        restored = dequantize(values) if isinstance(values, QuantizedMatrix) else values.float()
-        return np.asarray((counting.by_row(some.float() - restored) / own)[where])
+    def errors_of(choice: Choice) -> tuple[np.ndarray, float]:
+        found = source.at(choice) if whole else rounded(some, choice, name, source.rounder)
+        restored = dequantize(found.values) if isinstance(found.values, QuantizedMatrix) else found.values
+        return counting.rows[distinct] * counting.by_row(some.float() - restored.float()), found.squared_error
 
-    expected, deviation = {}, {}
-    for choice, ratios in zip(choices, in_threads(relative_errors, choices), strict=True):
-        batches = np.array([batch.mean() for batch in np.array_split(ratios, SAMPLE_BATCHES)])
-        expected[choice] = float(ratios.mean() * energy)
-        deviation[choice] = float(batches.std(ddof=1) / math.sqrt(len(batches)) * energy)
-    return SquaredErrors(expected, deviation, energy)
+    found = SquaredErrors(energy=energy, counted=total / energy if energy > 0 else 1.0)
+    for choice, (errors, plain) in zip(choices, in_threads(errors_of, choices), strict=True):
+        if whole:
+            found.expected[choice] = float(errors.sum()) * (energy / total if total > 0 else 0.0)
+        else:
+            ratios = (errors / own)[where]
+            batches = np.array([batch.mean() for batch in np.array_split(ratios, SAMPLE_BATCHES)])
+            found.expected[choice] = float(ratios.mean() * energy)
+            found.deviation[choice] = float(batches.std(ddof=1) / math.sqrt(len(batches)) * energy)
+        found.plain[choice] = plain * (energy / energy_of_some if energy_of_some > 0 else 1.0)
+    return found
+
+
+def _weighted_error(weight: torch.Tensor, found: Rounded, importance: np.ndarray) -> float:
+    """Σm(w − ŵ)² of rows [rows, columns]."""
+    values = found.values
+    restored = dequantize(values) if isinstance(values, QuantizedMatrix) else values
+    misses = (weight.float() - restored.float()).numpy()
+    return float(np.square(misses, dtype=np.float64).sum(axis=0) @ importance)

@@ -46,7 +46,9 @@ class Evidence:
     synthetic: Calibration | None = None
     calibration: Calibration | None = None
     fisher: Fisher | None = None
-    """Where it is known, errors and energies count as it says (`calibration.fisher`)."""
+    """Where it is known, errors count as it says (`calibration.fisher`)."""
+    harms: np.ndarray | None = None
+    """Nats per token and per unit of relative error, float64 [matrices]."""
     gamma: float | Literal["auto"] = "auto"
     seed: int = 0
     coded: np.ndarray | None = None

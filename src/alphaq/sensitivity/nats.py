@@ -7,12 +7,11 @@ no gradient here, the default goes by the signal instead (signal.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from alphaq.calibration.fisher import Fisher
-from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.plan import Prediction
 from alphaq.sensitivity import signal
 from alphaq.sensitivity.base import Evidence
@@ -23,32 +22,13 @@ MODEL_ERROR = 0.15
 
 def losses(evidence: Evidence) -> np.ndarray:
     """Nats per token, float64 [matrices, choices]."""
-    fisher = evidence.fisher
-    assert fisher is not None  # methods that call this ask for it
-    means = np.array([fisher.matrices[name].mean for name in evidence.names])
-    return 0.5 * means[:, None] * evidence.errors
+    assert evidence.harms is not None  # methods that call this ask for it
+    return evidence.harms[:, None] * evidence.relative_errors
 
 
 def losses_or_signal(evidence: Evidence) -> np.ndarray:
     """Nats per token; where they are not known, what the signal makes of it, in a unit of its own."""
     return signal.losses(evidence) if evidence.fisher is None else losses(evidence)
-
-
-def harms(fisher: Fisher, matrices: Sequence[MatrixRef], energies: Mapping[str, float]) -> np.ndarray:
-    """Nats per token and per unit of each matrix' relative error, float64 [matrices].
-
-    energies: Σw² of each, counted as its errors are. A matrix that the pass was not shown, since the model's class
-    computes with it in a way of its own, is taken for the mean of its role here, or of all.
-    """
-    known = [(one.role, fisher.matrices[one.name].mean) for one in matrices if one.name in fisher.matrices]
-    everything = [one.mean for one in fisher.matrices.values()]
-
-    def mean_of(matrix: MatrixRef) -> float:
-        own = fisher.matrices.get(matrix.name)
-        alike = [mean for role, mean in known if role is matrix.role] or everything
-        return own.mean if own is not None else sum(alike) / max(1, len(alike))
-
-    return np.array([0.5 * mean_of(matrix) * energies.get(matrix.name, 0.0) for matrix in matrices])
 
 
 def prediction(fisher: Fisher, losses: Mapping[str, float]) -> Prediction:

@@ -108,7 +108,7 @@ def _rows(checkpoint: Checkpoint, texts: list[Path], model: Path, wrap: Wrap) ->
     """Every model, quantized and evaluated. model: where the default method's is to stay."""
     source = checkpoint.folder
     config = PlanConfig(budget=Budget(bits=2.5))
-    measured = measure_for_plan(checkpoint, resolve(config), resources=Resources(wrap=wrap))
+    measured = measure_for_plan(checkpoint, resolve(config), resources=Resources(wrap=wrap), settle=False)
     scoring = Scoring(texts=tuple(texts), max_tokens=MAX_TOKENS, dtype="auto")
     itself = evaluate(source, scoring, source)
     rows = [DemoRow(REFERENCE, KEPT_BITS, KEPT_BITS, checkpoint.nbytes, itself)]

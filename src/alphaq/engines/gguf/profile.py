@@ -7,7 +7,7 @@ tokenizer, tensors. Source: the `gguf` package, which the tests compare and `ver
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from alphaq.engines.gguf.tokenizer import tokens_left_out
 from alphaq.engines.profile import Profile
 from alphaq.errors import CheckpointError, ChoiceError, PlanError
 from alphaq.formats.gaussian import GAUSSIAN_ERROR
+from alphaq.formats.ggml import FORMAT as GGML
 from alphaq.formats.ggml import GGML_BLOCKS
 from alphaq.formats.ggml_library import restore_rows
 from alphaq.formats.table import format_of, parse_choice
@@ -257,16 +258,19 @@ def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
         return torch.from_numpy(model.logits(ids).copy())
 
 
-def _is_usual(name: str) -> bool:
-    """Whether a type is offered without being named: for any weights, and nothing beats it.
+def _usual(offered: Iterable[str]) -> tuple[Choice, ...]:
+    """The types that are offered without being named: for any weights, and no other of them beats it.
 
     A type is beaten by one at least as small, as exact and as fine-grained, and better in one of them.
     """
-    merits = {other: (size / block, GAUSSIAN_ERROR[other], block) for other, (_, block, size) in GGML_BLOCKS.items()}
-    return name not in TRAINED_IN and not any(
-        merit != merits[name] and all(mine >= theirs for mine, theirs in zip(merits[name], merit, strict=True))
-        for merit in merits.values()
-    )
+    types = {name: GGML_BLOCKS[name] for name in offered if name not in TRAINED_IN}
+    merits = {name: (size / block, GAUSSIAN_ERROR[name], block) for name, (_, block, size) in types.items()}
+
+    def beaten(name: str) -> bool:
+        others = (merit for merit in merits.values() if merit != merits[name])
+        return any(all(mine >= theirs for mine, theirs in zip(merits[name], merit, strict=True)) for merit in others)
+
+    return tuple(parse_choice(name) for name in types if not beaten(name))
 
 
 PROFILE = Profile(
@@ -275,7 +279,8 @@ PROFILE = Profile(
     unit="layer × projection",
     choices=(*map(parse_choice, GGML_BLOCKS), Choice(16)),
     # Types with blocks of 32 stay in: many experts have rows that are no multiple of 256 (1408 in Qwen1.5-MoE).
-    defaults=tuple(parse_choice(name) for name in GGML_BLOCKS if _is_usual(name)),
+    defaults=_usual(GGML_BLOCKS),
+    fast=_usual(name for name in GGML_BLOCKS if not GGML.slow(parse_choice(name))),
     with_bits=with_bits,
     storage_bytes=storage_bytes,
     file_bytes=lambda matrix, choice: storage_bytes(choice, matrix.shape),

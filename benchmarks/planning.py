@@ -1,0 +1,84 @@
+"""CPU seconds that planning takes for llama.cpp, on layers of Qwen3-30B-A3B's shape.
+
+python benchmarks/planning.py [--layers 2] [--more-layers 4] [--repeat OTHER]
+
+What is counted is user and system time of `alphaq plan` and all its workers, nothing kept from earlier runs. The start
+(imports, llama.cpp's tables) is the same for any model, so a second, deeper model tells what a layer adds. OTHER is the
+`src` of another version of AlphaQ, which plans the same for comparison.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from common import SCRATCH, markdown_table, parser, save
+from synthetic import SHAPES, write_checkpoint
+
+TITLE = "Planning for llama.cpp"
+OWN = Path(__file__).parents[1] / "src"
+BITS = 3.0
+PLANS = {
+    f"--bits {BITS:g}": ("--bits", f"{BITS:g}"),
+    "--size": ("--size",),
+    f"--bits {BITS:g} --fast": ("--bits", f"{BITS:g}", "--fast"),
+}
+
+
+def cpu_seconds(source: Path, model: Path, options: tuple[str, ...]) -> float:
+    """User and system time of one run of `alphaq plan`."""
+    command = [sys.executable, "-m", "alphaq", "plan", str(model), "--engine", "llama.cpp", *options]
+    environment = os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([*command, "--no-cache", "--quiet"], env=environment, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def model_of(layers: int, quick: bool, scratch: Path) -> Path:
+    """A checkpoint of so many layers, made unless it is there."""
+    folder = scratch / f"qwen3-{layers}{'-quick' if quick else ''}"
+    if not folder.exists():
+        write_checkpoint(folder, replace(SHAPES["qwen3"][quick], layers=layers))
+    return folder
+
+
+def options_of(name: str, model: Path) -> tuple[str, ...]:
+    """The options of a plan; a size is that of so many bits for every weight."""
+    options = PLANS[name]
+    if options != ("--size",):
+        return options
+    weights = sum(path.stat().st_size for path in model.glob("*.safetensors")) // 2
+    return (*options, str(int(weights * (BITS + 0.5) / 8)))
+
+
+def main() -> None:
+    """A table of plans by versions."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--layers", type=int, default=2)
+    arguments.add_argument("--more-layers", type=int, help="of a second model")
+    arguments.add_argument("--repeat", type=Path, metavar="OTHER", help="`src` of another version")
+    arguments.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS), help="some of the plans alone")
+    arguments.add_argument("--scratch", type=Path, default=SCRATCH)
+    given = arguments.parse_args()
+    sources = {"this version": OWN} | ({} if given.repeat is None else {"the other": given.repeat})
+    rows = []
+    for layers in filter(None, (given.layers, given.more_layers)):
+        model = model_of(layers, given.quick, given.scratch)
+        for name in given.plans:
+            for version, source in sources.items():
+                if version != "this version" and "--fast" in name:
+                    continue
+                seconds = cpu_seconds(source, model, options_of(name, model))
+                rows.append({"layers": layers, "plan": name, "version": version, "cpu_s": seconds})
+    cells = [(row["layers"], row["plan"], row["version"], f"{row['cpu_s']:.1f}") for row in rows]
+    table = markdown_table(("layers", "plan", "version", "CPU seconds"), cells)
+    save("planning", TITLE, rows, table, given.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""How long quantizing takes is said before, where it takes long."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.errors import BudgetError
+from alphaq.formats.table import format_of, parse_choice
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.nouns.settings import Budget, PlanConfig
+from alphaq.planning import resolve
+from alphaq.quantizers.ggml import quantize_ggml
+from alphaq.work.workers import Workers
+from alphaq.writing import pace
+from alphaq.writing.pace import Pace, in_words, pace_of, seconds_per_weight
+
+
+def config_of(**settings: object) -> PlanConfig:
+    return PlanConfig.model_validate({"budget": Budget(bits=3.0), "engine": "llama.cpp"} | settings)
+
+
+def test_every_type_s_weights_count_with_its_own_speed(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(tiny)
+    names = [matrix.name for matrix in checkpoint.planned]
+    choices = dict.fromkeys(names, "Q4_K") | {names[0]: "IQ4_XS", names[1]: "16"}
+    speeds = {"Q4_K": 1e-6, "IQ4_XS": 1e-3}
+    monkeypatch.setattr(pace, "seconds_per_weight", lambda choice, rounder: speeds[str(choice)])
+    found = pace_of(checkpoint, Plan(engine="llama.cpp", choices=choices), Workers(2, checkpoint))
+    assert found is not None and found.cores == 2
+    weights = {matrix.name: matrix.parameters for matrix in checkpoint.planned}
+    assert found.seconds[parse_choice("IQ4_XS")] == pytest.approx(1e-3 * weights[names[0]] / 2)
+    assert found.seconds[parse_choice("Q4_K")] == pytest.approx(1e-6 * sum(weights[n] for n in names[2:]) / 2)
+
+
+def test_an_engine_without_slow_types_has_nothing_to_say(tiny: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    plan = Plan(engine="native", choices={checkpoint.planned[0].name: "4g128"})
+    assert pace_of(checkpoint, plan, Workers(1, checkpoint)) is None
+
+
+def test_a_search_is_slower_than_rounding() -> None:
+    slow, quick = (seconds_per_weight(parse_choice(name), quantize_ggml) for name in ("IQ4_XS", "Q8_0"))
+    assert slow > 3 * quick > 0
+
+
+def test_tables_are_built_before_the_clock_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((0.0, 3.0, 10.0, 12.0, 20.0, 24.0))
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: next(clock))
+    calls: list[int] = []
+
+    def rounder(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
+        calls.append(len(weight))
+        return quantize_ggml(weight, choice, name)
+
+    assert seconds_per_weight(parse_choice("Q8_0"), rounder) == 2.0 / pace.TRIED_WEIGHTS
+    assert calls == [1, 64, 64, 64]
+
+
+def test_the_note_names_what_takes_long_and_the_way_out() -> None:
+    seconds = {parse_choice("IQ2_S"): 600.0, parse_choice("IQ3_S"): 60.0, parse_choice("Q4_K"): 60.0}
+    assert Pace(seconds, 2).note == (
+        "quantizing takes about 12 min on 2 cores, 11 min of it for IQ2_S, IQ3_S; --fast leaves such types out"
+    )
+    assert Pace({parse_choice("Q4_K"): 30.0}, 1).note == "quantizing takes about 30 s on 1 core"
+    assert Pace({parse_choice("IQ2_S"): 5.0}, 1).note is None
+    assert in_words(3 * 3600) == "3.0 h"
+
+
+def test_fast_offers_types_that_are_rounded_quickly() -> None:
+    offered = resolve(config_of(fast=True)).offered
+    assert {str(choice) for choice in offered} >= {"Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0", "Q4_0"}
+    assert not any(format_of(choice).slow(choice) for choice in offered)
+    assert any(format_of(choice).slow(choice) for choice in resolve(config_of()).offered)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"engine": "native"}, "native has no choices that take long"),
+        ({"choices": "Q4_K,Q6_K"}, "--choices says which"),
+    ],
+)
+def test_fast_is_refused_where_it_does_nothing(settings: dict[str, object], why: str) -> None:
+    with pytest.raises(BudgetError, match=f"--fast leaves out choices that take long, but {why}. Drop it."):
+        resolve(config_of(fast=True, **settings))
