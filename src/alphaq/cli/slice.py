@@ -56,6 +56,6 @@ def _as_it_is(config: PlanConfig, checkpoint: Checkpoint, whole: Plan) -> PlanCo
     """The config with what is outside the budget left as the quantized model has it."""
     from alphaq.writing.artifact import nested_choices, own_pins
 
-    pins = (Rule.parse(pin, "--pin") for pin in own_pins(checkpoint, whole, config.roles()))
+    pins = (Rule.parse(pin, "--pin") for pin in own_pins(checkpoint, whole, config.widths()))
     offered = config.choices or (None if config.codec else nested_choices(checkpoint, whole))
     return config.model_copy(update={"pins": (*pins, *config.pins), "choices": offered})

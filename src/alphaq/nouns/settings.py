@@ -210,6 +210,15 @@ class PlanConfig(BaseModel):
         Option("Bits of the output matrix (llama.cpp: 6; native keeps it unless asked; others keep it).", CHOICES),
     ] = None
     """Of each role outside the budget; None: the engine's usual ones."""
+    roles: Annotated[
+        Literal["shared", "fixed"],
+        Option(
+            "With --size: shared, attention, shared experts, embedding and head compete for the same bytes; or fixed, "
+            "at their usual widths.",
+            CHOICES,
+            varies=True,
+        ),
+    ] = "shared"
     pins: Annotated[
         tuple[Rule, ...], _rules("--pin", "PATTERN=CHOICE, e.g. 'layers.0.*=8', attention=16. Repeat.")
     ] = ()
@@ -286,7 +295,7 @@ class PlanConfig(BaseModel):
             raise ValueError("gamma must be a finite number or auto")
         return gamma
 
-    def roles(self) -> dict[Role, int]:
+    def widths(self) -> dict[Role, int]:
         """Bit-widths that were asked for, of roles that are quantized outside the budget."""
         asked = {
             Role.ATTENTION: self.attention_bits,

@@ -20,12 +20,16 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import CheckpointError, QuantizationError
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
+from alphaq.nouns.matrix import Role
 from alphaq.sensitivity.base import Need
 from alphaq.simd.sums import squared_norm
 
 T = TypeVar("T")
 SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH = 8, 256
-FISHER_WINDOWS, FISHER_LENGTH = 16, 256
+FISHER_LENGTH = 256
+FEWEST_WINDOWS, MOST_WINDOWS = 8, 64
+FISHER_WORK = 10**12
+"""Tokens × weights that a token meets, up to which there are more than the fewest windows: minutes on two cores."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,29 @@ def fisher(run: PassRun) -> Fisher:
     checkpoint = run.checkpoint
     prefix = model_prefix(checkpoint) if run.bos else ()
 
+    windows = fisher_windows(checkpoint)
+
     def make() -> str:
-        ids = own_writing(checkpoint, FISHER_WINDOWS, FISHER_LENGTH, run.bos)
+        ids = own_writing(checkpoint, windows, FISHER_LENGTH, run.bos)
         uses = routing_prior(checkpoint) if checkpoint.architecture.router_norm else {}
         return gather_fisher(checkpoint, ids, uses, max(1, len(prefix))).to_json()
 
-    depends_on = f"{FISHER_WINDOWS}x{FISHER_LENGTH} after {prefix} {FISHER_VERSION} {checkpoint.settings_digest()}"
+    depends_on = f"{windows}x{FISHER_LENGTH} after {prefix} {FISHER_VERSION} {checkpoint.settings_digest()}"
     return _recalled(run, "fisher", depends_on, make, "own writing", Fisher.from_json)
+
+
+def fisher_windows(checkpoint: Checkpoint) -> int:
+    """How many windows are taken: as many as the work allows, and no fewer than are needed."""
+    experts = checkpoint.architecture.experts_per_layer(checkpoint.config)
+    keys = (key for key in checkpoint.architecture.top_k_keys if isinstance(checkpoint.text_config.get(key), int))
+    chosen = next((int(checkpoint.text_config[key]) for key in keys), experts)
+    share = chosen / experts if experts else 1.0
+    met = sum(
+        matrix.parameters * (share if matrix.role is Role.EXPERT else 1.0)
+        for matrix in checkpoint.matrices
+        if matrix.role is not Role.EMBEDDING
+    )
+    return int(min(MOST_WINDOWS, max(FEWEST_WINDOWS, FISHER_WORK // (FISHER_LENGTH * max(1.0, met)))))
 
 
 def prior(run: PassRun) -> Mapping[Expert, ExpertUse]:

@@ -43,8 +43,8 @@ class Request:
         Coded bytes are measured of experts alone.
         """
         config = self.config
-        sized = config.budget.size_bytes is not None and not config.per_layer and config.codec is None
-        return sized and self.profile.joint and self.method.joint
+        whole = config.budget.size_bytes is not None and not config.per_layer and config.codec is None
+        return whole and config.roles == "shared" and self.profile.joint and self.method.joint
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -149,7 +149,7 @@ def _check_options(config: PlanConfig, profile: Profile) -> None:
             rule.number(option)
     if config.imatrix is not None and profile.importance is None:
         raise BudgetError(f"--imatrix is for llama.cpp's quantizers; {profile.name} has none. Drop it.")
-    for role, bits in config.roles().items():
+    for role, bits in config.widths().items():
         profile.with_bits(bits)
         if role not in profile.roles and role not in (Role.DENSE_MLP, Role.MIXER):
             raise BudgetError(

@@ -150,7 +150,7 @@ def stored_as(profile: Profile, checkpoint: Checkpoint, matrix: MatrixRef) -> Ch
 
 def _asked_by_role(checkpoint: Checkpoint, request: Request, outside: Sequence[MatrixRef]) -> dict[Role, Choice]:
     """The choices that a user named for whole roles outside the budget."""
-    asked = request.config.roles()
+    asked = request.config.widths()
     present = {matrix.role for matrix in outside}
     for role in (asked.keys() & request.profile.on_request) - present:
         raise _stored_nowhere(checkpoint, role)
