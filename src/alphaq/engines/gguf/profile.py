@@ -22,6 +22,7 @@ from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
 from alphaq.checkpoint.writer import Place
 from alphaq.engines.effective import settings_of
 from alphaq.engines.export import AS_IT_IS, RAW, Entry, Export, Form, Layout, Rows, Run, Stored
+from alphaq.engines.gguf.apart import Apart
 from alphaq.engines.gguf.importance import importance_of
 from alphaq.engines.gguf.library import Llama
 from alphaq.engines.gguf.model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
@@ -253,8 +254,10 @@ def type_file(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> str:
 
 def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
     """What the real llama.cpp puts out, float32 [tokens, words]."""
-    with Llama(folder / FILE_NAME, context=len(ids)) as model:
-        return torch.from_numpy(model.logits(ids).copy())
+    path = folder / FILE_NAME
+    with Apart(path) as apart:
+        apart.hold(Llama, path, len(ids))
+        return torch.from_numpy(apart.ask(Llama.logits, list(ids)))
 
 
 def _is_usual(name: str) -> bool:
