@@ -19,6 +19,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorSpec
 from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.checkpoint.writer import Place
+from alphaq.errors import PlanError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Shape
 from alphaq.nouns.plan import Plan
@@ -136,10 +137,12 @@ def _as_it_is(values: torch.Tensor, form: Form, checkpoint: Checkpoint) -> torch
 class Export:
     """What an engine's files are made of.
 
-    layout: (checkpoint, choices) → every file. encode: a quantized matrix → one tensor for each of its parts.
+    layout: (checkpoint, choices) → every file. split: the same in files of so many bytes at most; None where an engine
+    reads no parts (`--split-size`). encode: a quantized matrix → one tensor for each of its parts.
     reader: (parts, choice, shape, name) → a function of a row slice that gives the values the engine will compute
     with, by the engine's own library where it has one. stored: a folder's tensors by name. usage: a command that runs
-    the folder {out}. write_rest: (folder, checkpoint, plan, layout), config and tokenizer. convert: (values, form,
+    the folder {out}, or its {first} file. write_rest: (folder, checkpoint, plan, layout), config and tokenizer.
+    convert: (values, form,
     checkpoint) → values to store or quantize. fault: (name, choice, its stored tensors, their bytes) → why they are
     not of that choice, as far as shows without the source. from_gguf: whether a GGUF file has all that is needed.
     side_notes: what of a checkpoint's small files does not come along, and why.
@@ -160,6 +163,7 @@ class Export:
     stored: Callable[[Path], dict[str, Stored]]
     usage: str
     write_rest: Callable[[Path, Checkpoint, Plan, Layout], None]
+    split: Callable[[Checkpoint, Mapping[str, Choice], int | None], Layout] | None = None
     convert: Callable[[torch.Tensor, Form, Checkpoint], torch.Tensor] = _as_it_is
     fault: Callable[[str, Choice, Sequence[Stored], Sequence[torch.Tensor]], str | None] = lambda *_: None
     from_gguf: bool = False
@@ -172,6 +176,18 @@ class Export:
     type_file: Callable[[Checkpoint, Mapping[str, Choice]], str] | None = None
     takes_roundings: bool = True
     observed: Callable[[Checkpoint, int, int, Wrap], Calibration] | None = None
+
+    def used(self, out: str, files: Sequence[str]) -> str:
+        """What to do with a folder of these weight files, in their order."""
+        return self.usage.format(out=out, first=Path(files[0]).name)
+
+    def laid_out(self, checkpoint: Checkpoint, choices: Mapping[str, Choice], split_bytes: int | None) -> Layout:
+        """Every file; split, where that is asked for. Raises PlanError if the engine reads no parts."""
+        if split_bytes is None:
+            return self.layout(checkpoint, choices)
+        if self.split is None:
+            raise PlanError("The plan asks for split files (--split-size), which are for llama.cpp. Plan without.")
+        return self.split(checkpoint, choices, split_bytes)
 
 
 def squared_error_of(rows: Rows, weight: torch.Tensor) -> float:
