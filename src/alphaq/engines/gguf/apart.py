@@ -197,6 +197,8 @@ def serve() -> None:
             if request.kind == "hold":
                 held, value = value, None
             answer = _Answer(value)
+        except MemoryError as error:
+            answer = _Answer(error=LlamaError(f"What llama.cpp computes needs more memory than there is ({error})."))
         except Exception as error:
             answer = _Answer(error=error)
         _send(answers, answer)

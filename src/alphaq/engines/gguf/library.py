@@ -231,6 +231,9 @@ class Llama:
         self._vocab = self._library.llama_model_get_vocab(self._model)
         self.vocab_size: int = self._library.llama_vocab_n_tokens(self._vocab)
         self.context, self.sequences = context, sequences
+        if self.vocab_size < 1:
+            self.close()
+            raise LlamaError(f"{path} has no tokens, so it is no language model. Name a model's file.")
 
     def _model_params(self, running: Running) -> _ModelParams:
         params: _ModelParams = self._library.llama_model_default_params()
@@ -252,8 +255,9 @@ class Llama:
     @property
     def prefix(self) -> tuple[int, ...]:
         """What the tokenizer puts before a text: BOS, or nothing."""
-        added = self._library.llama_vocab_get_add_bos(self._vocab)
-        return (self._library.llama_vocab_bos(self._vocab),) if added else ()
+        bos = self._library.llama_vocab_bos(self._vocab)
+        added = self._library.llama_vocab_get_add_bos(self._vocab) and 0 <= bos < self.vocab_size
+        return (bos,) if added else ()
 
     def facts(self) -> Facts:
         """What is asked of the model before it is run."""
