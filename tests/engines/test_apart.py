@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -16,10 +17,13 @@ import pytest
 from jobs import Counter, aborted, crashed, doubled, killed, refused
 
 from alphaq.checkpoint.gguf.format import read_gguf
+from alphaq.checkpoint.gguf.imatrix import read_imatrix
 from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.engines.gguf.apart import Apart, run_apart
+from alphaq.engines.gguf.gathering import Sample, gather_apart
+from alphaq.engines.gguf.importance_file import write_imatrix
 from alphaq.engines.gguf.library import LlamaError
-from alphaq.errors import CheckpointError
+from alphaq.errors import AlphaQError, CheckpointError
 from alphaq.work.workers import silent
 from conftest import Ran
 from runnable import save_runnable
@@ -162,4 +166,42 @@ def test_no_file_ends_this_process(key: str, sound: Path, tmp_path: Path, alphaq
     for command in (("eval", damaged, "--text", text), ("imatrix", damaged, "-o", tmp_path / "i.gguf", "--tokens", 64)):
         ran = alphaq(*command)
         assert ran.code == 2 and re.search(said, " ".join(ran.err.split())), ran.err
+    assert not (tmp_path / "i.gguf").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(16))
+def test_damaged_numbers_end_in_an_error_or_a_result(seed: int, sound: Path, tmp_path: Path) -> None:
+    """Numbers of the metadata and pieces of the weights are replaced by others of the same length."""
+    chance, whole, file = random.Random(seed), bytearray(sound.read_bytes()), read_gguf(sound)
+    numbers = [key for key, value in file.metadata.items() if value.type in ("uint32", "float32")]
+    for key in chance.sample(numbers, chance.choice((1, 1, 2, 4))):
+        place = whole.index(key.encode()) + len(key) + 4
+        hostile = chance.choice((0, 1, 3, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 0x7FC00000, 0x7F800000))
+        whole[place : place + 4] = hostile.to_bytes(4, "little")
+    if seed % 4 == 0:
+        begin = min(tensor.begin for tensor in file.tensors.values())
+        for _ in range(20):
+            place = chance.randrange(begin, len(whole) - 64)
+            whole[place : place + 64] = chance.choice((b"\xff" * 64, b"\0" * 64, chance.randbytes(64)))
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(whole)
+    try:
+        gathered = gather_apart(damaged, Sample(tokens=64, window=32), 1, silent)
+    except AlphaQError as error:
+        assert "damaged.gguf" in str(error)
+    else:
+        write_imatrix(tmp_path / "i.gguf", gathered, ["own"])
+        assert read_imatrix(tmp_path / "i.gguf").tensors
+
+
+def test_what_is_no_number_is_told(sound: Path, tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
+    whole, place = bytearray(sound.read_bytes()), read_gguf(sound).tensors["blk.1.attn_norm.weight"]
+    whole[place.begin : place.end] = b"\xff" * place.nbytes
+    (tmp_path / "damaged.gguf").write_bytes(whole)
+    ran = alphaq("imatrix", tmp_path / "damaged.gguf", "-o", tmp_path / "i.gguf", "--tokens", 64)
+    assert ran.code == 2 and "damaged.gguf: llama.cpp computes NaN or infinity at blk.1." in " ".join(ran.err.split())
+    (tmp_path / "text.txt").write_text("def main(): pass\n" * 9)
+    ran = alphaq("eval", tmp_path / "damaged.gguf", "--text", tmp_path / "text.txt")
+    assert ran.code == 2 and "damaged.gguf: llama.cpp computes logits that are no numbers" in ran.err
     assert not (tmp_path / "i.gguf").exists()

@@ -15,6 +15,7 @@ import torch
 
 from alphaq.engines.gguf.apart import Apart
 from alphaq.engines.gguf.library import Facts, Llama
+from alphaq.errors import CheckpointError
 from alphaq.work.workers import available_cores
 
 
@@ -62,7 +63,7 @@ class LlamaModel:
     device = torch.device("cpu")
 
     def __init__(self, path: Path, window: int) -> None:
-        self._llama = Apart(path)
+        self._path, self._llama = path, Apart(path)
         try:
             self._llama.hold(Llama, path, window, available_cores())
             facts = self._llama.ask(Llama.facts)
@@ -79,6 +80,14 @@ class LlamaModel:
         self._llama.close()
 
     def __call__(self, ids: torch.Tensor) -> SimpleNamespace:
-        """`logits`, float32 [windows, tokens, vocabulary], of windows [windows, tokens]."""
+        """`logits`, float32 [windows, tokens, vocabulary], of windows [windows, tokens].
+
+        Raises CheckpointError where they are NaN.
+        """
         logits = np.stack([self._llama.ask(Llama.logits, window) for window in ids.tolist()])
+        if np.isnan(logits).any():
+            raise CheckpointError(
+                f"{self._path.name}: llama.cpp computes logits that are no numbers, so weights or settings are "
+                "damaged. Download the file again, or convert the model again."
+            )
         return SimpleNamespace(logits=torch.from_numpy(logits))

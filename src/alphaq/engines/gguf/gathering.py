@@ -7,6 +7,7 @@ tokens without logits out of the last layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from alphaq.engines.gguf.library import Llama, Running
 from alphaq.engines.gguf.passes import Layers, Passing, Seen
 from alphaq.engines.gguf.watching import Watch
 from alphaq.engines.gguf.windows import Ids, own_windows, random_windows, rewritten_windows, text_windows
-from alphaq.errors import AlphaQError
+from alphaq.errors import AlphaQError, CheckpointError
 
 PASS_BYTES, PASS_SHARE = 2 << 30, 4  # of memory: intermediate values and the KV cache of a batch, at most
 LOGIT_BYTES, LOGIT_SHARE = 1 << 30, 8
@@ -175,6 +176,7 @@ def gather(path: Path, sample: Sample, threads: int, shown: Wrap) -> Gathered:
     seen = watched(runs, ids, Passing).seen
     if not seen.moments:
         raise AlphaQError(f"llama.cpp computes no product with a weight of {path.name}. Is it a language model?")
+    require_numbers(path, seen)
     return Gathered(seen, ids, way)
 
 
@@ -222,6 +224,17 @@ def watched(runs: Runs, ids: Ids, watch: Callable[[Callable[[], object]], P], mo
             for part in groups:
                 model.run(part, _spread(part, outputs))
     return seen
+
+
+def require_numbers(path: Path, seen: Seen) -> None:
+    """Raise CheckpointError if what was computed is not finite."""
+    sums = {name: float(moments.squares.sum()) for name, moments in seen.moments.items()}
+    sums |= {name: energy for name, (energy, _) in seen.stream.items()}
+    if wrong := next((name for name, total in sums.items() if not math.isfinite(total)), None):
+        raise CheckpointError(
+            f"{path.name}: llama.cpp computes NaN or infinity at {wrong}, so weights or settings are damaged. Download "
+            "the file again, or convert the model again."
+        )
 
 
 def _check(model: Llama, sample: Sample) -> None:

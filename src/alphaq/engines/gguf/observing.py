@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from alphaq.calibration.traffic import Calibration, Expert, ExpertUse, MatrixUse
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.gguf.apart import Wrap, run_apart
-from alphaq.engines.gguf.gathering import Runs, Sample, rewritten, watched
+from alphaq.engines.gguf.gathering import Runs, Sample, require_numbers, rewritten, watched
 from alphaq.engines.gguf.passes import STREAM, Passing, Seen
 from alphaq.engines.gguf.watching import Node
 from alphaq.engines.gguf.windows import Ids
@@ -102,7 +102,7 @@ def _by_expert(values: NDArray[Any], experts: NDArray[np.int32], count: int) -> 
 def observed(checkpoint: Checkpoint, windows: int, length: int, shown: Wrap) -> Calibration:
     """Uses of the experts and signals, on random tokens that the model has rewritten once, in a process of its own.
 
-    Raises LlamaError if llama.cpp cannot run the file.
+    Raises LlamaError if llama.cpp cannot run the file, CheckpointError if it computes no numbers with it.
     """
     assert checkpoint.gguf is not None  # only such a file is run so
     path, sample = checkpoint.folder / checkpoint.gguf.files[0], Sample(tokens=windows * length, window=length)
@@ -119,7 +119,9 @@ def observed(checkpoint: Checkpoint, windows: int, length: int, shown: Wrap) -> 
 def _observed(path: Path, sample: Sample, threads: int, shown: Wrap) -> tuple[Ids, Flows]:
     runs = Runs.of(path, threads, shown)
     ids = rewritten(runs, sample)
-    return ids, watched(runs, ids, Routing, most=ids.size // EVERY).seen
+    seen = watched(runs, ids, Routing, most=ids.size // EVERY).seen
+    require_numbers(path, seen)
+    return ids, seen
 
 
 def _uses(seen: Flows, layer: int) -> dict[Expert, ExpertUse]:
