@@ -45,6 +45,8 @@ from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, TORCH_DTYPES, Tens
 from alphaq.checkpoint.summary import summarize
 from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.checkpoint.weights import read_shards
+from alphaq.engines.gguf.gathering import Runs
+from alphaq.engines.gguf.importance import importance_of
 from alphaq.engines.gguf.profile import file_layout
 from alphaq.errors import AlphaQError
 from alphaq.formats.blocks import decode, dequantized_rows, encode
@@ -55,10 +57,12 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import PlanInputs, make_plan, measure_for_plan, resolve
+from alphaq.planning.outline import outline
 from alphaq.quantizers.base import rounder_of
 from alphaq.report.explanation import explain_plan, explanation_tables
 from alphaq.spectra.measure import read_stats
 from alphaq.work.untrusted import parse_json
+from alphaq.work.workers import silent
 from alphaq.writing.planned import plan_choices
 
 SLOW_S = 1.0
@@ -326,7 +330,7 @@ def gguf_value(type: str, value: Any) -> list[Token]:
         return [*head, *(token for one in values for token in gguf_value(element, one))]
     if type == "string":
         return [gguf_text(value)]
-    formats = {"uint32": "I", "uint64": "Q", "float32": "f", "bool": "B", "uint16": "H", "float64": "d"}
+    formats = {"uint32": "I", "uint64": "Q", "float32": "f", "bool": "B", "uint16": "H", "float64": "d", "int32": "i"}
     return [number_token(formats[type], value)]
 
 
@@ -350,7 +354,7 @@ GGUF_HOSTILE: dict[str, Sequence[bytes]] = {
         *(gguf_text(text).raw for text in ("blk.0.ffn_up_exps.1.weight", "dec.blk.1.ffn_up.weight", "output.weight")),
         *(value.to_bytes(8, "little") + b"x" for value in (2**31, 2**63, 2**64 - 1)),
     ],
-    "data": [b"", bytes(32), bytes(1 << 16)],
+    "data": [b"", bytes(32), bytes(1 << 16), random.Random(0).randbytes(1 << 14)],
 }
 
 
@@ -405,9 +409,14 @@ def gguf_target(folder: Path) -> Target:
             assert value.value is not None
         for matrix in checkpoint.matrices:
             checkpoint.read(matrix)
+        sizes = Runs.of(path, 1, silent).sizes
+        assert sizes.token_bytes(256) > 0 and sizes.outputs > 0 and sizes.enough_tokens > 0
         if checkpoint.plain:
-            file_layout(checkpoint, {})
+            assert file_layout(checkpoint, {}).size_bytes <= file_layout(checkpoint, {}, 1000).size_bytes
+            with suppress(AlphaQError):
+                outline(checkpoint, request.with_stored(checkpoint))
 
+    request = resolve(PlanConfig(engine="llama.cpp", method="distortion", budget=Budget(size_bytes=100_000)))
     # Of an architecture that no table describes, with what only names tell.
     other = {key.replace(arch, "newest"): value for key, value in metadata.items()}
     other["general.architecture"] = ("string", "newest")
@@ -415,7 +424,49 @@ def gguf_target(folder: Path) -> Target:
     more |= {"blk.0.ssm_a": ("F32", (4, 4)), "blk.0.unheard_of.weight": ("Q4_0", (2, 32))}
     seeds = [gguf_tokens(metadata | added, tensors) for added in ({}, values, part)]
     seeds.append(gguf_tokens(other, tensors | more))
+    # Types that only --requantize reads.
+    kinds = {"gate": "Q4_K", "up": "IQ2_XS", "down": "NVFP4", "gate_up": "Q8_K"}
+    coded = {f"blk.0.ffn_{name}_exps.weight": (type, (2, 2, 256)) for name, type in kinds.items()}
+    coded["blk.0.attn_q.weight"] = ("I32", (2, 256))
+    seeds.append(gguf_tokens(other, {"token_embd.weight": ("IQ4_XS", (8, 256)), **coded}))
     return Target(seeds, GGUF_HOSTILE, join_gguf, run)
+
+
+def parts_target(folder: Path) -> Target:
+    """All parts of a split file as one, with a token where the next begins."""
+    metadata = {"general.architecture": ("string", "newest"), "newest.block_count": ("uint32", 1)}
+    tensors = {f"blk.0.ffn_{name}.weight": ("BF16", (4, 32)) for name in ("gate", "up", "down")}
+    tokens: list[Token] = []
+    for place, (name, held) in enumerate(tensors.items()):
+        keys = {"split.no": ("uint16", place), "split.count": ("uint16", 3), "split.tensors.count": ("int32", 3)}
+        tokens += [Token("next", b""), *gguf_tokens((metadata if place == 0 else {}) | keys, {name: held})]
+
+    def join(tokens: Iterable[Token]) -> bytes:
+        files: list[list[Token]] = []
+        for token in tokens:
+            if token.kind == "next" or not files:
+                files.append([])
+            if token.kind != "next":
+                files[-1].append(token)
+        raw = [join_gguf(file) for file in files]
+        return b"".join(part for one in raw for part in (len(one).to_bytes(4, "little"), one))
+
+    def run(raw: bytes) -> None:
+        for path in folder.glob("*.gguf"):
+            path.unlink()
+        for part in range(1, 5):
+            if not raw:
+                break
+            end = 4 + int.from_bytes(raw[:4], "little")
+            (folder / f"x-{part:05d}-of-00003.gguf").write_bytes(raw[4:end])
+            raw = raw[end:]
+        checkpoint = open_checkpoint(folder / "x-00001-of-00003.gguf")
+        assert checkpoint.gguf is not None and not any(key.startswith("split.") for key in checkpoint.gguf.metadata)
+        for matrix in checkpoint.matrices:
+            checkpoint.read(matrix)
+        assert file_layout(checkpoint, {}).size_bytes <= file_layout(checkpoint, {}, 300).size_bytes
+
+    return Target([tokens], GGUF_HOSTILE | {"i": number("i")}, join, run)
 
 
 def index_target(folder: Path) -> Target:
@@ -558,15 +609,19 @@ def stats_target(folder: Path) -> Target:
 def imatrix_target(folder: Path) -> Target:
     path = folder / "x.imatrix"
     entries = (b"blk.0.ffn_up_exps.weight", b"output.weight")
-    values = [Token("f", value) for value in float32(1, 2, 0, 4)]
+    values = [Token("f", value) for value in float32(1, 2, 0, 4) * 16]
+    model = {"blk.0.ffn_up_exps.weight": ("BF16", (2, 2, 32)), "output.weight": ("BF16", (2, 64))}
+    metadata = {"general.architecture": ("string", "newest"), "newest.block_count": ("uint32", 1)}
+    (folder / "model.gguf").write_bytes(join_gguf(gguf_tokens(metadata, model)))
+    checkpoint = open_checkpoint(folder / "model.gguf")
     old = [number_token("i", len(entries))]
     for name in entries:
         old.append(Token("name", len(name).to_bytes(4, "little") + name))
-        old += [number_token("i", 3), number_token("i", 4), *values]
+        old += [number_token("i", 3), number_token("i", len(values)), *values]
     shapes = {
         f"{name.decode()}.{part}": ("F32", (2, side))
         for name in entries
-        for part, side in (("in_sum2", 4), ("counts", 1))
+        for part, side in (("in_sum2", 32), ("counts", 1))
     }
     new = gguf_tokens({"general.type": ("string", "imatrix")}, shapes)
     texts = [raw if isinstance(raw, bytes) else raw.encode() for raw in (*TEXTS, b"\xff")]
@@ -579,6 +634,10 @@ def imatrix_target(folder: Path) -> Target:
         path.write_bytes(raw)
         for means in read_imatrix(path).tensors.values():
             assert means.size and np.isfinite(means).all() and (means > 0).all()
+        importance = importance_of(checkpoint, read_imatrix(path))
+        for matrix in checkpoint.matrices:
+            own = importance.columns.get(matrix.name)
+            assert own is None or (own.shape == (matrix.shape[1],) and np.isfinite(own).all() and (own > 0).all())
 
     names = [len(text).to_bytes(4, "little") + text for text in texts]
     ratios = float32(1, 0, 3e38, 1e-45) * 9
@@ -639,6 +698,7 @@ def coded_target(folder: Path) -> Target:
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "safetensors": safetensors_target,
     "gguf": gguf_target,
+    "parts": parts_target,
     "index": index_target,
     "config": config_target,
     "sources": sources_target,

@@ -30,6 +30,7 @@ import pytest
 import torch
 
 from alphaq.cli.app import main
+from alphaq.work.journal import Journal
 
 LONGEST_S = 120
 SYSTEM_CALLS = frozenset(
@@ -606,3 +607,20 @@ def on_small_disk(bench: Bench, work: Callable[[Bench], Outcome]) -> Outcome:
     if isinstance(answer, OSError):
         raise answer
     return answer
+
+
+def killed_after(lines: int) -> Callable[[], None]:
+    """What makes a run kill itself once it has noted so many lines."""
+
+    def arm() -> None:
+        real, noted = Journal.append, []
+
+        def append(self: Journal, entry: dict[str, Any]) -> None:
+            real(self, entry)
+            noted.append(entry)
+            if len(noted) == lines:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Journal.append = append  # type: ignore[method-assign]
+
+    return arm

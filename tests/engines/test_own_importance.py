@@ -254,7 +254,7 @@ def test_a_model_s_own_is_made_once_and_again_where_the_cache_is_damaged(
         made.append(sample)
         return gather(path, SHORT, *rest)
 
-    monkeypatch.setattr(observing, "gather", counted)
+    monkeypatch.setattr(observing, "gather_apart", counted)
     checkpoint = open_checkpoint(models["qwen2_moe"])
     found = []
     for damage in (None, None, "AAAA", "no base64"):

@@ -99,6 +99,7 @@ FLIPS: dict[str, list[Flip]] = {
     "stats": [Flip("numbers.csv")],
     "calibration": [Flip("self", {"method": "baq"}), Flip("notes.txt", {"method": "baq"})],
     "imatrix": [Flip("importance.gguf 0123456789abcdef", LLAMA), Flip(own_name(), LLAMA)],
+    "split_bytes": [Flip(2_000_000_001, LLAMA)],
     "codec": [Flip("zstd")],
     "bos": [Flip(False)],
     "check": [Flip(False)],

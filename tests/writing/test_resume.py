@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from alphaq.errors import CheckpointError
 from alphaq.work.journal import Journal
 from alphaq.writing import storing
 from conftest import DATA
-from injection import Job, Place, run, warm_up
+from injection import Job, Place, killed_after, run, warm_up
 
 PARTIAL = ".out.partial"
 OPTIONS = ("--bits", "2.5", "--method", "alphaq")
@@ -54,23 +54,6 @@ def kill_after(lines: int, run: list[str], folder: Path, cache: Path, delay_s: f
         os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     return process.returncode == -signal.SIGKILL
-
-
-def killed_after(lines: int) -> Callable[[], None]:
-    """What makes a run kill itself once it has noted so many lines."""
-
-    def arm() -> None:
-        real, noted = Journal.append, []
-
-        def append(self: Journal, entry: dict[str, Any]) -> None:
-            real(self, entry)
-            noted.append(entry)
-            if len(noted) == lines:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        Journal.append = append  # type: ignore[method-assign]
-
-    return arm
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -180,5 +181,32 @@ def changed(path: Path | str) -> CheckpointError:
 
 
 def memory_bytes() -> int:
-    """Physical memory of this machine; 0 where the system does not tell."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    """Memory that this process may use: the machine's, or less under a limit; 0 where the system does not tell."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return min((limit for limit in (machine, _limit_of_process(), _limit_of_group()) if limit), default=0)
+
+
+def _limit_of_process() -> int:
+    """Of what it has for itself (`ulimit -d`, `ulimit -v`); 0 for none."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS))
+    return min((limit for limit in limits if limit != resource.RLIM_INFINITY), default=0)
+
+
+@lru_cache(maxsize=1)
+def _limit_of_group() -> int:
+    """Of the container or control group that it runs in; 0 for none."""
+    own = ""
+    with suppress(OSError):
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    root = Path("/sys/fs/cgroup")
+    above = [root / part for part in (Path(own), *Path(own).parents)]
+    found = []
+    for path in (*(folder / "memory.max" for folder in above), root / "memory" / "memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # "max" is no number
+            found.append(int(path.read_text(encoding="utf-8")))
+    return min(found, default=0)

@@ -62,14 +62,14 @@ def imatrix(
 
 
 def _gathered(model: str, means: Means, sample: Sample, beside: Path) -> Gathered:
-    from alphaq.engines.gguf.gathering import gather
+    from alphaq.engines.gguf.gathering import gather_apart
     from alphaq.measuring.resources import Resources
     from alphaq.work.workers import available_cores
     from alphaq.writing.observing import observe
 
     path = Path(model).expanduser()
     if path.is_file():
-        return gather(path, sample, available_cores(), progress)
+        return gather_apart(path, sample, available_cores(), progress)
     with TemporaryDirectory(prefix=".alphaq-imatrix-", dir=beside) as scratch:
         return observe(opened(model, means), Path(scratch), Resources(wrap=progress), sample)
 

@@ -157,17 +157,17 @@ def quantize(
         job = Job(checkpoint, order, inputs, _rounding(checkpoint, order, sight), place, scratch, means, restart)
         plan, result = job.run()
     _note_uncalibrated(result)
-    show_quantized(plan, result, _usage(plan, job, output, model), as_json)
+    show_quantized(plan, result, _usage(plan, result, job, output, model), as_json)
 
 
-def _usage(plan: Plan, job: Job, output: str, model: str) -> str:
+def _usage(plan: Plan, result: QuantizeResult, job: Job, output: str, model: str) -> str:
     """What to do with the output."""
     from alphaq.engines.profiles import profile
     from alphaq.report.verified import run_hint
 
     if not isinstance(job.place, Path):
         return "Uploaded."
-    usage = profile(plan.engine).writer.usage.format(out=output)
+    usage = profile(plan.engine).writer.used(output, result.files)
     made_first = not job.checkpoint.folder.exists()  # so there is nothing left to compare with
     return usage if made_first else f"{usage}\n{run_hint(plan.engine, output, model)}"
 

@@ -49,7 +49,7 @@ def slice_(
             resources.cache.close()  # others may measure while this one writes
         options = pipeline.WriteOptions(restart=restart, hash_contents=means.hash_contents)
         result = pipeline.quantize(checkpoint, plan, output, options, resources)
-    show_quantized(plan, result, profile(plan.engine).writer.usage.format(out=output), as_json)
+    show_quantized(plan, result, profile(plan.engine).writer.used(str(output), result.files), as_json)
 
 
 def _as_it_is(config: PlanConfig, checkpoint: Checkpoint, whole: Plan) -> PlanConfig:

@@ -19,11 +19,13 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES, TensorSpec
 from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.checkpoint.writer import Place
+from alphaq.errors import PlanError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Shape
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.simd.sums import in_threads, row_parts, squared_distance
+from alphaq.work.workers import Wrap
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,12 @@ def _as_it_is(values: torch.Tensor, form: Form, checkpoint: Checkpoint) -> torch
 class Export:
     """What an engine's files are made of.
 
-    layout: (checkpoint, choices) → every file. encode: a quantized matrix → one tensor for each of its parts.
+    layout: (checkpoint, choices) → every file. split: the same in files of so many bytes at most; None where an engine
+    reads no parts (`--split-size`). encode: a quantized matrix → one tensor for each of its parts.
     reader: (parts, choice, shape, name) → a function of a row slice that gives the values the engine will compute
     with, by the engine's own library where it has one. stored: a folder's tensors by name. usage: a command that runs
-    the folder {out}. write_rest: (folder, checkpoint, plan, layout), config and tokenizer. convert: (values, form,
+    the folder {out}, or its {first} file. write_rest: (folder, checkpoint, plan, layout), config and tokenizer.
+    convert: (values, form,
     checkpoint) → values to store or quantize. fault: (name, choice, its stored tensors, their bytes) → why they are
     not of that choice, as far as shows without the source. from_gguf: whether a GGUF file has all that is needed.
     side_notes: what of a checkpoint's small files does not come along, and why.
@@ -149,8 +153,8 @@ class Export:
     files can be opened as a checkpoint whose codes are cut without their weights (`slice`). type_file: (checkpoint,
     choices) → what the engine's own tool reads to quantize by a plan (`--write-type-file`), None without one.
     takes_roundings: whether levels are ours, so that a quantizer that looks at inputs can choose among them. observed:
-    (checkpoint, windows, tokens of each) → what the engine itself sees of its experts while the model goes on from
-    random tokens.
+    (checkpoint, windows, tokens of each, how progress is shown) → what the engine itself sees of its experts while the
+    model goes on from random tokens.
     """
 
     layout: Callable[[Checkpoint, Mapping[str, Choice]], Layout]
@@ -159,6 +163,7 @@ class Export:
     stored: Callable[[Path], dict[str, Stored]]
     usage: str
     write_rest: Callable[[Path, Checkpoint, Plan, Layout], None]
+    split: Callable[[Checkpoint, Mapping[str, Choice], int | None], Layout] | None = None
     convert: Callable[[torch.Tensor, Form, Checkpoint], torch.Tensor] = _as_it_is
     fault: Callable[[str, Choice, Sequence[Stored], Sequence[torch.Tensor]], str | None] = lambda *_: None
     from_gguf: bool = False
@@ -170,7 +175,19 @@ class Export:
     holds_codes: bool = False
     type_file: Callable[[Checkpoint, Mapping[str, Choice]], str] | None = None
     takes_roundings: bool = True
-    observed: Callable[[Checkpoint, int, int], Calibration] | None = None
+    observed: Callable[[Checkpoint, int, int, Wrap], Calibration] | None = None
+
+    def used(self, out: str, files: Sequence[str]) -> str:
+        """What to do with a folder of these weight files, in their order."""
+        return self.usage.format(out=out, first=Path(files[0]).name)
+
+    def laid_out(self, checkpoint: Checkpoint, choices: Mapping[str, Choice], split_bytes: int | None) -> Layout:
+        """Every file; split, where that is asked for. Raises PlanError if the engine reads no parts."""
+        if split_bytes is None:
+            return self.layout(checkpoint, choices)
+        if self.split is None:
+            raise PlanError("The plan asks for split files (--split-size), which are for llama.cpp. Plan without.")
+        return self.split(checkpoint, choices, split_bytes)
 
 
 def squared_error_of(rows: Rows, weight: torch.Tensor) -> float:

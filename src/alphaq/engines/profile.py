@@ -56,6 +56,7 @@ class Profile:
     role_bits: Mapping[Role, int] = field(default_factory=lambda: dict(ROLE_BITS))
     on_request: frozenset[Role] = frozenset()
     joint: bool = False
+    part_bytes: int = 0
     kept_bytes: Callable[[Checkpoint, MatrixRef], int] | None = None
     export: Export | None = None
     library: str = "alphaq"

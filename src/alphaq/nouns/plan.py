@@ -207,6 +207,11 @@ class Plan(BaseModel):
         return None if self.config is None else self.config.codec
 
     @property
+    def split_bytes(self) -> int | None:
+        """The most that each of its files may take; None if they are not split."""
+        return None if self.config is None else self.config.split_bytes
+
+    @property
     def imatrix(self) -> str | None:
         """Name and digest of the importance matrix that it was made with."""
         return None if self.config is None else self.config.imatrix

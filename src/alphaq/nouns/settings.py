@@ -96,6 +96,13 @@ def _gamma(text: str) -> float | str:
         raise BudgetError(f"--gamma {text!r} is neither a number nor auto. Try --gamma auto.") from None
 
 
+def _split_size(text: str) -> int:
+    size = parse_size(text)
+    if size < 1:
+        raise BudgetError(f"--split-size {text!r} is no size of a file. Write for example --split-size 2GiB.")
+    return size
+
+
 def _decibels(text: str) -> float:
     match = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,6})?)\s*(?:dB)?\s*", text, re.IGNORECASE)
     if match is None:
@@ -279,6 +286,16 @@ class PlanConfig(BaseModel):
             varies=True,
         ),
     ] = True
+    split_bytes: Annotated[
+        int | None,
+        Option(
+            "Split the GGUF file into parts of at most this size, e.g. 2GiB.",
+            CHOICES,
+            name="split_size",
+            typed=str,
+            parse=_split_size,
+        ),
+    ] = Field(default=None, gt=0)
     codec: Annotated[str | None, Option("Entropy-code the files: zstd. Budgets count coded bytes.", CHOICES)] = None
 
     @field_validator("codec")

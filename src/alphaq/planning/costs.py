@@ -81,7 +81,7 @@ def _file_table(scope: Scope) -> tuple[np.ndarray, int]:
     request, profile, matrices = scope.request, scope.request.profile, scope.matrices
     table = byte_tables(profile, matrices, request.choices)[1]
     if_kept = profile.writer.layout(scope.checkpoint, {**scope.fixed, **{one.name: Choice(16) for one in matrices}})
-    if profile.kept_bytes is None:
+    if profile.kept_bytes is None:  # of engines whose files are not split
         return table, if_kept.size_bytes - int(byte_tables(profile, matrices, (Choice(16),))[1].sum())
     # Padding is counted for each matrix, so none of it may be taken off the rest.
     uses, data = _entries_of(if_kept)
@@ -91,7 +91,22 @@ def _file_table(scope: Scope) -> tuple[np.ndarray, int]:
     table = table * times[:, None]
     if Choice(16) in request.choices:
         table[:, request.choices.index(Choice(16))] = kept * times
-    return table, if_kept.size_bytes - sum(data[matrix.name] for matrix in matrices)
+    rest = if_kept.size_bytes - sum(data[matrix.name] for matrix in matrices)
+    return table, rest + spare_bytes(scope, if_kept, rest + int(table.max(axis=1).sum()))
+
+
+def spare_bytes(scope: Scope, whole: Layout, most: int) -> int:
+    """What splitting files of up to `most` bytes may add to them, whatever is chosen; 0 where they are not split.
+
+    Of two neighbouring parts, the second begins with what the first had no room for.
+    """
+    split_bytes, added = scope.request.config.split_bytes, scope.request.profile.part_bytes
+    if split_bytes is None:
+        return 0
+    tensors = len({tensor for entry in whole.entries for tensor, _ in entry.parts})
+    if split_bytes <= 2 * added:
+        return tensors * added
+    return min(tensors, math.ceil((2 * most + split_bytes) / (split_bytes - 2 * added))) * added
 
 
 def _entries_of(layout: Layout) -> tuple[Counter[str], Counter[str]]:
@@ -181,6 +196,8 @@ def _nominal_bits(request: Request, matrices: Sequence[MatrixRef], nbytes: int) 
 def plain_size(checkpoint: Checkpoint, request: Request, bits: float) -> int:
     """`--size` that holds a plain mix of `bits` on average exactly: what all methods get when they are compared."""
     scope = Scope.of(checkpoint, request)
-    kept_bytes = scope.size_bytes({matrix.name: Choice(16) for matrix in scope.planned})
+    kept = {**scope.fixed, **{matrix.name: Choice(16) for matrix in scope.planned}}
+    if_kept = request.profile.writer.layout(checkpoint, kept)
+    kept_bytes = if_kept.size_bytes + spare_bytes(scope, if_kept, if_kept.size_bytes)
     data, _ = byte_tables(request.profile, scope.planned, (Choice(16),))
     return kept_bytes - int(data.sum()) + nominal_bytes(request, scope.planned, bits)

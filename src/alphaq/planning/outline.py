@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import BudgetError
+from alphaq.planning.costs import spare_bytes
 from alphaq.planning.limits import problem_of
 from alphaq.planning.request import Request
 from alphaq.planning.scope import Scope
@@ -35,11 +36,11 @@ def outline(checkpoint: Checkpoint, request: Request) -> Outline:
         raise BudgetError("What coded files take is only known when they have been coded. Drop --codec or --dry-run.")
     scope = Scope.of(checkpoint, request)
     problem, matrices = problem_of(scope), scope.matrices
-    request.profile.writer.layout(checkpoint, {})
+    whole = request.profile.writer.layout(checkpoint, {})
     cheapest = problem.chosen(problem.unit_costs.argmin(axis=1))
     chosen = {one.name: request.choices[column] for one, column in zip(matrices, cheapest, strict=True)}
     least = scope.size_bytes(chosen)
-    room = problem.limit - int(problem.unit_costs.min(axis=1).sum())
+    room = problem.limit - int(problem.unit_costs.min(axis=1).sum()) + spare_bytes(scope, whole, whole.size_bytes)
     return Outline(
         model=checkpoint.name,
         engine=request.profile.name,

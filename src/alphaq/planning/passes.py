@@ -23,6 +23,7 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Role
 from alphaq.sensitivity.base import Need
 from alphaq.simd.sums import squared_norm
+from alphaq.work.workers import Wrap
 
 T = TypeVar("T")
 SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH = 8, 256
@@ -45,22 +46,24 @@ class PassRun:
     text: Text | None
     choices: tuple[Choice, ...]
     resources: Resources
-    observed: Callable[[Checkpoint, int, int], Calibration] | None = None
+    observed: Callable[[Checkpoint, int, int, Wrap], Calibration] | None = None
     results: Mapping[Need, Any] = field(default_factory=dict)
 
 
 def synthetic(run: PassRun) -> Calibration:
     """How errors join the signal, seen with random tokens that the model has rewritten once."""
 
+    by_engine = run.observed if run.checkpoint.plain else None
+
     def make() -> str:
-        if run.checkpoint.plain and run.observed is not None:
-            return run.observed(run.checkpoint, SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH).to_json()
+        if by_engine is not None:  # which shows its own progress
+            return by_engine(run.checkpoint, SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH, run.resources.wrap).to_json()
         ids = own_writing(run.checkpoint, SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH, run.bos)
         return gather(run.checkpoint, ids, with_signal=True).to_json()
 
     prefix = model_prefix(run.checkpoint) if run.bos else ()
     tokens = f"{SYNTHETIC_WINDOWS}x{SYNTHETIC_LENGTH} after {prefix}"
-    return _remembered(run, "synthetic", tokens, make, "random tokens")
+    return _remembered(run, "synthetic", tokens, make, None if by_engine else "random tokens")
 
 
 def fisher(run: PassRun) -> Fisher:
@@ -155,19 +158,21 @@ def run_passes(run: PassRun, needs: Collection[Need], otherwise: Collection[Need
     return PassResults(results, seconds, unpredicted)
 
 
-def _remembered(run: PassRun, kind: str, tokens: str, make: Callable[[], str], label: str) -> Calibration:
+def _remembered(run: PassRun, kind: str, tokens: str, make: Callable[[], str], label: str | None) -> Calibration:
     """A pass through the model, or what the cache keeps of one with the same model, code and tokens."""
     depends_on = f"{tokens} {PROBE} {FORMAT_VERSION} {run.checkpoint.settings_digest()}"
     return _recalled(run, kind, depends_on, make, label, Calibration.from_json)
 
 
 def _recalled(
-    run: PassRun, kind: str, depends_on: str, make: Callable[[], str], label: str, parse: Callable[[str], T]
+    run: PassRun, kind: str, depends_on: str, make: Callable[[], str], label: str | None, parse: Callable[[str], T]
 ) -> T:
+    """label: None where no progress is to be shown."""
     cache = run.resources.cache
     key = f"{kind}-{hashlib.sha256(depends_on.encode()).hexdigest()[:24]}.json"
     (found,) = (
-        parse(make()) if cache is None else cache.recall(key, make, parse) for _ in run.resources.wrap([key], 1, label)
+        parse(make()) if cache is None else cache.recall(key, make, parse)
+        for _ in ([key] if label is None else run.resources.wrap([key], 1, label))
     )
     return found
 

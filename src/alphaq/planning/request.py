@@ -149,6 +149,8 @@ def _check_options(config: PlanConfig, profile: Profile) -> None:
             rule.number(option)
     if config.imatrix is not None and profile.importance is None:
         raise BudgetError(f"--imatrix is for llama.cpp's quantizers; {profile.name} has none. Drop it.")
+    if config.split_bytes is not None and (profile.export is None or profile.export.split is None):
+        raise BudgetError(f"--split-size splits GGUF files, which are for llama.cpp, not {profile.name}. Drop it.")
     for role, bits in config.widths().items():
         profile.with_bits(bits)
         if role not in profile.roles and role not in (Role.DENSE_MLP, Role.MIXER):

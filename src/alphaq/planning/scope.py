@@ -129,7 +129,8 @@ class Scope:
 
     def size_bytes(self, choices: Mapping[str, Choice]) -> int:
         """Bytes of all weight files, headers included, with matrices at these choices."""
-        return self.request.profile.writer.layout(self.checkpoint, {**self.fixed, **choices}).size_bytes
+        writer, split_bytes = self.request.profile.writer, self.request.config.split_bytes
+        return writer.laid_out(self.checkpoint, {**self.fixed, **choices}, split_bytes).size_bytes
 
     @cached_property
     def _storable(self) -> dict[tuple[object, ...], frozenset[Choice]]:

@@ -277,7 +277,7 @@ def _body(opened: Output, base: str | None, certificate: Certificate | None, lic
     plan, name = opened.plan, opened.folder.resolve().name
     original_name = base or (plan.source.name if plan.source else "the original")
     names = Names(original_name, name)
-    files = {one.place.file for one in opened.stored.values()}
+    files = sorted({one.place.file for one in opened.stored.values()})
     return _template().render(
         name=name,
         base=original_name,
@@ -292,7 +292,7 @@ def _body(opened: Output, base: str | None, certificate: Certificate | None, lic
         verdicts=[] if certificate is None else verdict_lines(certificate),
         planning=dict(reproduce(plan, opened.options, names)).get("Plan"),
         remaking=[command for _, command in remake(plan, opened.options, names)],
-        usage=opened.profile.writer.usage.format(out=name).partition(": ")[2],
+        usage=opened.profile.writer.used(name, files).partition(": ")[2],
         licence=licence.sentence,
     )
 

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix, read_imatrix
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.engines.gguf.gathering import Gathered, Sample, gather
+from alphaq.engines.gguf.gathering import Gathered, Sample, gather_apart
 from alphaq.engines.gguf.importance_file import write_imatrix
 from alphaq.engines.gguf.profile import FILE_NAME, PROFILE
 from alphaq.errors import CheckpointError
@@ -74,7 +74,7 @@ def _parsed(text: str) -> ImportanceMatrix:
 
 def observe(checkpoint: Checkpoint, scratch: Path, resources: Resources, sample: Sample) -> Gathered:
     """Run a checkpoint on a sample. Raises AlphaQError where llama.cpp cannot run it."""
-    return gather(in_16_bits(checkpoint, scratch, resources), sample, available_cores(), resources.wrap)
+    return gather_apart(in_16_bits(checkpoint, scratch, resources), sample, available_cores(), resources.wrap)
 
 
 def in_16_bits(checkpoint: Checkpoint, scratch: Path, resources: Resources = USUAL) -> Path:

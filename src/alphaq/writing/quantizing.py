@@ -56,7 +56,7 @@ class _Job:
         choices = plan_choices(plan, checkpoint)
         check_importance(plan, options.imatrix)
         importance = profile(plan.engine).importance_of(checkpoint, options.imatrix)
-        layout = profile(plan.engine).writer.layout(checkpoint, choices)
+        layout = profile(plan.engine).writer.laid_out(checkpoint, choices, plan.split_bytes)
         if codec is None:
             check_size(plan, layout.size_bytes)
             plan = plan.model_copy(update={"size_bytes": layout.size_bytes})

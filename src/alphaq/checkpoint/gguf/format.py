@@ -28,6 +28,8 @@ VERSION = 3
 READABLE_VERSIONS = (2, 3)  # laid out alike; 3 only adds that a file may be big endian
 ALIGNMENT_KEY = "general.alignment"
 DEFAULT_ALIGNMENT = 32
+HEAD_BYTES = 24  # a file begins with so many
+ENTRY_BYTES = 24  # of a tensor's entry, beside its name and 8 for each dimension
 MAX_HEADER_BYTES = 100_000_000  # ten times that of a vocabulary of 250 000 tokens with its merges
 MAX_ENTRIES = 100_000  # a large model has a hundred keys and a few thousand tensors
 MAX_TEXTS = 4_000_000  # of all arrays together; a large vocabulary with its merges has half a million
@@ -205,7 +207,7 @@ def read_gguf(path: Path) -> GgufFile:
     opened = _read_part(path)
     parts = _count_of(opened, "split.count")
     if parts is None or parts < 2:
-        return opened
+        return replace(opened, metadata=_of_whole(opened))
     name = _PART_NAME.fullmatch(path.name)
     if name is None or int(name["parts"]) != parts:
         raise CheckpointError(
@@ -246,8 +248,13 @@ def _merge(parts: Iterable[GgufFile], count: int) -> GgufFile:
         raise CheckpointError(
             f"{first.files[0]} promises {promised} tensors, but its parts hold {len(tensors)}. Download them again."
         )
-    metadata = {key: value for key, value in first.metadata.items() if not key.startswith("split.")}
-    return replace(first, files=tuple(files), metadata=metadata, tensors=tensors, fingerprint=digest.hexdigest())
+    whole = replace(first, files=tuple(files), tensors=tensors, fingerprint=digest.hexdigest())
+    return replace(whole, metadata=_of_whole(first))
+
+
+def _of_whole(part: GgufFile) -> dict[str, GgufValue]:
+    """Metadata of the model, without those that only tell how its file is split."""
+    return {key: value for key, value in part.metadata.items() if not key.startswith("split.")}
 
 
 def _count_of(part: GgufFile, key: str) -> int | None:
@@ -271,7 +278,7 @@ def _read_part(path: Path) -> GgufFile:
 
 def _parse(header: _Header) -> GgufFile:
     path = header.path
-    if header.size < 24 or header.take(4) != MAGIC:
+    if header.size < HEAD_BYTES or header.take(4) != MAGIC:
         raise CheckpointError(
             f"{path.name} is not a GGUF file: it does not begin with {MAGIC.decode()!r}. Check the path."
         )
@@ -288,7 +295,7 @@ def _parse(header: _Header) -> GgufFile:
     alignment = _alignment(metadata)
     if alignment is None:
         raise header.damaged(f"{ALIGNMENT_KEY} is not a power of two in 32 bits")
-    data_begin = _padded(header.place, alignment)
+    data_begin = padded(header.place, alignment)
     position = data_begin
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.end)):
         begin, end = data_begin + tensor.begin, data_begin + tensor.end
@@ -315,7 +322,8 @@ def _alignment(metadata: Mapping[str, GgufValue]) -> int | None:
     return value if isinstance(value, int) and value.bit_count() == 1 else None
 
 
-def _padded(nbytes: int, alignment: int) -> int:
+def padded(nbytes: int, alignment: int) -> int:
+    """Bytes up to the next multiple of the alignment."""
     return -(-nbytes // alignment) * alignment
 
 
@@ -362,13 +370,13 @@ def layout(
             encoded("string", (name,))
             + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind.number, offset)
         )
-        offset += _padded(sizes[name], alignment)
+        offset += padded(sizes[name], alignment)
     head = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata)) + metadata_bytes(metadata)
     header = b"".join((head, *entries))
-    header = header.ljust(_padded(len(header), alignment), b"\0")
+    header = header.ljust(padded(len(header), alignment), b"\0")
     places = {}
     begin = len(header)
     for name, (type, shape) in tensors.items():
         places[name] = GgufTensor(name, type, tuple(shape), begin, begin + sizes[name])
-        begin += _padded(sizes[name], alignment)
+        begin += padded(sizes[name], alignment)
     return header, places, begin

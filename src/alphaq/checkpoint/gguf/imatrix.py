@@ -53,6 +53,8 @@ def _from_gguf(path: Path) -> dict[str, np.ndarray]:
     file = read_gguf(path)
     if len(file.tensors) > 2 * MAX_ENTRIES:
         raise CheckpointError(f"{path} has {len(file.tensors)} tensors, too many. Check the path of --imatrix.")
+    if sum(tensor.nbytes for tensor in file.tensors.values()) > MAX_BYTES:  # of all parts, if it has several
+        raise CheckpointError(f"{path} has more than {MAX_BYTES} bytes. Check the path of --imatrix.")
     opened = {part: PlainFile(file.folder / part) for part in file.files}
     means = {}
     for name, tensor in file.tensors.items():

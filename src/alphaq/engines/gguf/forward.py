@@ -13,7 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from alphaq.engines.gguf.library import Llama
+from alphaq.engines.gguf.apart import Apart
+from alphaq.engines.gguf.library import Facts, Llama
+from alphaq.errors import CheckpointError
 from alphaq.work.workers import available_cores
 
 
@@ -32,19 +34,19 @@ class LlamaConfig:
 class LlamaTokenizer:
     """The file's own vocabulary; special tokens that a text spells out are read as such."""
 
-    def __init__(self, llama: Llama) -> None:
-        self._llama = llama
+    def __init__(self, llama: Apart, facts: Facts) -> None:
+        self._llama, self._facts = llama, facts
 
     def __call__(
         self, text: str, add_special_tokens: bool = True, return_tensors: str | None = None, verbose: bool = False
     ) -> dict[str, list[int] | torch.Tensor]:
         """`input_ids` of a text: a list, or int64 [1, tokens] if tensors are to be returned."""
-        ids = [*(self._llama.prefix if add_special_tokens else ()), *self._llama.tokenize(text, special=True)]
+        ids = [*(self._facts.prefix if add_special_tokens else ()), *self._llama.ask(Llama.tokenize, text, True)]
         return {"input_ids": ids if return_tensors is None else torch.tensor([ids], dtype=torch.int64)}
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         """As the vocabulary spells them."""
-        return [self._llama.token(id) for id in ids]
+        return self._llama.ask(Llama.spelled, list(ids))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The same in one."""
@@ -52,7 +54,7 @@ class LlamaTokenizer:
 
 
 class LlamaModel:
-    """A file's model, memory-mapped and run on all cores of the process. Close it, or use `with`.
+    """A file's model, memory-mapped and run on all cores in a process of its own. Close it, or use `with`.
 
     Windows are run one by one: beside others llama.cpp rounds otherwise where weights are quantized, and at 512 tokens
     it is no faster. window: tokens of the longest. Raises LlamaError if llama.cpp cannot load the file.
@@ -61,9 +63,15 @@ class LlamaModel:
     device = torch.device("cpu")
 
     def __init__(self, path: Path, window: int) -> None:
-        self._llama = Llama(path, window, available_cores())
-        self.config = LlamaConfig(self._llama.vocab_size, self._llama.trained_context)
-        self.tokenizer = LlamaTokenizer(self._llama)
+        self._path, self._llama = path, Apart(path)
+        try:
+            self._llama.hold(Llama, path, window, available_cores())
+            facts = self._llama.ask(Llama.facts)
+        except BaseException:
+            self._llama.close()
+            raise
+        self.config = LlamaConfig(facts.vocab_size, facts.trained_context)
+        self.tokenizer = LlamaTokenizer(self._llama, facts)
 
     def __enter__(self) -> LlamaModel:
         return self
@@ -72,6 +80,14 @@ class LlamaModel:
         self._llama.close()
 
     def __call__(self, ids: torch.Tensor) -> SimpleNamespace:
-        """`logits`, float32 [windows, tokens, vocabulary], of windows [windows, tokens]."""
-        logits = np.stack([self._llama.logits(window) for window in ids.tolist()])
+        """`logits`, float32 [windows, tokens, vocabulary], of windows [windows, tokens].
+
+        Raises CheckpointError where they are NaN.
+        """
+        logits = np.stack([self._llama.ask(Llama.logits, window) for window in ids.tolist()])
+        if np.isnan(logits).any():
+            raise CheckpointError(
+                f"{self._path.name}: llama.cpp computes logits that are no numbers, so weights or settings are "
+                "damaged. Download the file again, or convert the model again."
+            )
         return SimpleNamespace(logits=torch.from_numpy(logits))

@@ -1,17 +1,18 @@
 """Run a GGUF model of any architecture on tokens and gather what every weight sees, in bounded memory.
 
-The file is memory-mapped and may be larger than memory. As many windows as `PASS_BYTES` allows are one batch, so that
-each expert is read once a batch. Logits are asked of as many tokens as `LOGIT_BYTES` allows, evenly spread, since
-llama.cpp leaves tokens without logits out of the last layer.
+The file is memory-mapped and may be larger than memory. As many windows as memory allows are one batch, so that each
+expert is read once a batch. Logits are asked of as many tokens as memory allows, evenly spread, since llama.cpp leaves
+tokens without logits out of the last layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +20,15 @@ from numpy.typing import NDArray
 from alphaq.checkpoint.files import memory_bytes
 from alphaq.checkpoint.gguf.format import GgufFile, read_gguf
 from alphaq.checkpoint.gguf.values import GgufValue
+from alphaq.engines.gguf.apart import Wrap, run_apart
 from alphaq.engines.gguf.library import Llama, Running
-from alphaq.engines.gguf.passes import Layers, Passing
+from alphaq.engines.gguf.passes import Layers, Passing, Seen
 from alphaq.engines.gguf.watching import Watch
 from alphaq.engines.gguf.windows import Ids, own_windows, random_windows, rewritten_windows, text_windows
-from alphaq.errors import AlphaQError
+from alphaq.errors import AlphaQError, CheckpointError
 
-PASS_BYTES = 2 << 30  # intermediate values and the KV cache of a batch
-LOGIT_BYTES = 1 << 30
+PASS_BYTES, PASS_SHARE = 2 << 30, 4  # of memory: intermediate values and the KV cache of a batch, at most
+LOGIT_BYTES, LOGIT_SHARE = 1 << 30, 8
 MOST_LAYERS = 10_000
 MOST_WINDOWS = 256  # sequences that llama.cpp takes side by side
 SIDE_BY_SIDE = 64  # windows that are written at a time
@@ -35,9 +37,7 @@ TOKENS_OF_EXPERT = 256  # on average
 MOST_OF_A_SIZE = 1 << 24
 """Sizes come from a file that anybody may have written, and only decide how much is done at a time."""
 
-Wrap = Callable[[Iterable[int], int, str], Iterable[int]]
-"""Shows how far an iteration is: (items, how many, label) → the same items."""
-
+P = TypeVar("P", bound=Watch)
 
 Way = Literal["text", "written", "rewritten"]
 """Where tokens come from: files; the model, token by token; the model, in one pass over random tokens."""
@@ -58,7 +58,7 @@ class Sample:
 class Gathered:
     """What was seen of tokens int32 [windows, length]."""
 
-    seen: Passing
+    seen: Seen
     ids: Ids
     way: Way
 
@@ -107,7 +107,7 @@ class _Sizes:
     @property
     def outputs(self) -> int:
         """Tokens whose logits may be held at a time."""
-        return max(1, LOGIT_BYTES // (4 * self.vocabulary))
+        return max(1, _share(LOGIT_BYTES, LOGIT_SHARE) // (4 * self.vocabulary))
 
     @property
     def enough_tokens(self) -> int:
@@ -127,8 +127,13 @@ def _length(value: GgufValue | None) -> int:
     return 0 if value is None or value.element is None else int.from_bytes(value.raw[4:12], "little")
 
 
+def _share(most: int, share: int) -> int:
+    """Bytes that may be taken: so many, or one in `share` of those that there are."""
+    return min(most, memory_bytes() // share or most)
+
+
 @dataclass(frozen=True)
-class _Runs:
+class Runs:
     """A file with how it is run. shown: tells how far it is."""
 
     path: Path
@@ -136,6 +141,13 @@ class _Runs:
     sizes: _Sizes
     threads: int
     shown: Wrap
+
+    @classmethod
+    def of(cls, path: Path, threads: int, shown: Wrap) -> Runs:
+        """Of a file, or the first part of one. Raises CheckpointError."""
+        file = read_gguf(path)
+        nbytes = sum((file.folder / part).stat().st_size for part in file.files)
+        return cls(path, nbytes, _Sizes.of(file), threads, shown)
 
     @property
     def fits_in_memory(self) -> bool:
@@ -147,30 +159,35 @@ class _Runs:
         return Llama(self.path, length, self.threads, windows, Running(watch, outputs, mapped=True))
 
 
+def gather_apart(path: Path, sample: Sample, threads: int, shown: Wrap) -> Gathered:
+    """`gather` in a process of its own. Raises LlamaError also where llama.cpp ends it."""
+    return run_apart(path, gather, path, sample, threads, shown=shown)
+
+
 def gather(path: Path, sample: Sample, threads: int, shown: Wrap) -> Gathered:
-    """Run a GGUF file, or the first part of one, on a sample. The same for the same file, sample and processor.
+    """Run a GGUF file, or the first part of one, on a sample. The same for the same file, sample and processor, where
+    memory is the same or enough.
 
     Raises LlamaError where llama.cpp refuses, CheckpointError for a damaged file, AlphaQError for texts.
     """
-    file = read_gguf(path)
-    nbytes = sum((file.folder / part).stat().st_size for part in file.files)
-    runs = _Runs(path, nbytes, _Sizes.of(file), threads, shown)
+    runs = Runs.of(path, threads, shown)
     way: Way = "text" if sample.texts else "written" if runs.fits_in_memory else "rewritten"
-    ids = {"text": _texts, "written": _written, "rewritten": _rewritten}[way](runs, sample)
-    seen = _watched(runs, ids)
+    ids = {"text": _texts, "written": _written, "rewritten": rewritten}[way](runs, sample)
+    seen = watched(runs, ids, Passing).seen
     if not seen.moments:
         raise AlphaQError(f"llama.cpp computes no product with a weight of {path.name}. Is it a language model?")
+    require_numbers(path, seen)
     return Gathered(seen, ids, way)
 
 
-def _texts(runs: _Runs, sample: Sample) -> Ids:
+def _texts(runs: Runs, sample: Sample) -> Ids:
     with runs.model(1, sample.window, 1) as model:
         _check(model, sample)
         most = None if sample.tokens is None else -(-sample.tokens // sample.window)
         return text_windows(model, sample.texts, sample.window, most)
 
 
-def _written(runs: _Runs, sample: Sample) -> Ids:
+def _written(runs: Runs, sample: Sample) -> Ids:
     """The model's own writing, as many windows side by side as may be."""
     chance = np.random.Generator(np.random.PCG64(sample.seed))
     groups = _groups(_count(runs, sample), min(SIDE_BY_SIDE, _side_by_side(runs, sample.window)))
@@ -182,7 +199,7 @@ def _written(runs: _Runs, sample: Sample) -> Ids:
         return np.concatenate([own_windows(model, count, sample.window, chance, step) for count in groups])
 
 
-def _rewritten(runs: _Runs, sample: Sample) -> Ids:
+def rewritten(runs: Runs, sample: Sample) -> Ids:
     """Random tokens, rewritten by the model once, in batches whose logits fit."""
     chance = np.random.Generator(np.random.PCG64(sample.seed))
     most = min(_side_by_side(runs, sample.window), max(1, runs.sizes.outputs // sample.window))
@@ -196,16 +213,28 @@ def _rewritten(runs: _Runs, sample: Sample) -> Ids:
         return np.concatenate([rewritten_windows(model, ids, chance) for ids in blank])
 
 
-def _watched(runs: _Runs, ids: Ids) -> Passing:
+def watched(runs: Runs, ids: Ids, watch: Callable[[Callable[[], object]], P], most: int = MOST_TOKENS) -> P:
+    """A watch that has seen these tokens pass. most: of so many at most are logits computed."""
     count, length = ids.shape
     groups = np.split(ids, np.cumsum(_groups(count, _side_by_side(runs, length)))[:-1])
-    outputs = min(runs.sizes.outputs, groups[0].size)
+    outputs = min(runs.sizes.outputs, groups[0].size, most)
     with _steps(runs.shown, len(groups) * runs.sizes.layers, "gathering") as step:
-        seen = Passing(step)
+        seen = watch(step)
         with runs.model(len(groups[0]), length, outputs, seen) as model:
             for part in groups:
                 model.run(part, _spread(part, outputs))
     return seen
+
+
+def require_numbers(path: Path, seen: Seen) -> None:
+    """Raise CheckpointError if what was computed is not finite."""
+    sums = {name: float(moments.squares.sum()) for name, moments in seen.moments.items()}
+    sums |= {name: energy for name, (energy, _) in seen.stream.items()}
+    if wrong := next((name for name, total in sums.items() if not math.isfinite(total)), None):
+        raise CheckpointError(
+            f"{path.name}: llama.cpp computes NaN or infinity at {wrong}, so weights or settings are damaged. Download "
+            "the file again, or convert the model again."
+        )
 
 
 def _check(model: Llama, sample: Sample) -> None:
@@ -213,13 +242,13 @@ def _check(model: Llama, sample: Sample) -> None:
         raise AlphaQError(f"A window of {sample.window} tokens has no room for text. Give --window 256.")
 
 
-def _count(runs: _Runs, sample: Sample) -> int:
+def _count(runs: Runs, sample: Sample) -> int:
     return max(1, (sample.tokens or runs.sizes.enough_tokens) // sample.window)
 
 
-def _side_by_side(runs: _Runs, window: int) -> int:
+def _side_by_side(runs: Runs, window: int) -> int:
     """Windows of a batch that memory allows."""
-    return int(np.clip(PASS_BYTES // (window * runs.sizes.token_bytes(window)), 1, MOST_WINDOWS))
+    return int(np.clip(_share(PASS_BYTES, PASS_SHARE) // (window * runs.sizes.token_bytes(window)), 1, MOST_WINDOWS))
 
 
 def _groups(count: int, most: int) -> list[int]:

@@ -12,6 +12,7 @@ llama.cpp returns are checked before any field is set. A failed call raises with
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -92,13 +93,22 @@ CONTEXT_DEFAULTS = {
 }
 
 _words: list[str] = []
+_echoed = False
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 def _listen(level: int, text: bytes, _: int | None) -> None:
-    """Keep warnings and errors for `_refusal`; print nothing."""
+    """Keep warnings and errors for `_refusal`; print nothing, unless told to."""
     if level in (WARNING, ERROR):
         _words.append(text.decode(errors="replace").strip())
+        if _echoed:
+            os.write(2, text)
+
+
+def echo_words() -> None:
+    """Print from now on what llama.cpp warns of, at once: it may be the last that is heard of this process."""
+    global _echoed
+    _echoed = True
 
 
 class LlamaError(AlphaQError):
@@ -187,6 +197,15 @@ class Running:
     mapped: bool = False
 
 
+@dataclass(frozen=True)
+class Facts:
+    """Of a model. trained_context: tokens that the file says it was trained with. prefix: see `Llama.prefix`."""
+
+    vocab_size: int
+    trained_context: int
+    prefix: tuple[int, ...]
+
+
 class Llama:
     """A GGUF model in llama.cpp, with `sequences` of up to `context` tokens each. Close it, or use `with`.
 
@@ -212,6 +231,9 @@ class Llama:
         self._vocab = self._library.llama_model_get_vocab(self._model)
         self.vocab_size: int = self._library.llama_vocab_n_tokens(self._vocab)
         self.context, self.sequences = context, sequences
+        if self.vocab_size < 1:
+            self.close()
+            raise LlamaError(f"{path} has no tokens, so it is no language model. Name a model's file.")
 
     def _model_params(self, running: Running) -> _ModelParams:
         params: _ModelParams = self._library.llama_model_default_params()
@@ -233,17 +255,20 @@ class Llama:
     @property
     def prefix(self) -> tuple[int, ...]:
         """What the tokenizer puts before a text: BOS, or nothing."""
-        added = self._library.llama_vocab_get_add_bos(self._vocab)
-        return (self._library.llama_vocab_bos(self._vocab),) if added else ()
+        bos = self._library.llama_vocab_bos(self._vocab)
+        added = self._library.llama_vocab_get_add_bos(self._vocab) and 0 <= bos < self.vocab_size
+        return (bos,) if added else ()
 
-    @property
-    def trained_context(self) -> int:
-        """Tokens that the file says the model was trained with."""
-        return int(self._library.llama_model_n_ctx_train(self._model))
+    def facts(self) -> Facts:
+        """What is asked of the model before it is run."""
+        return Facts(self.vocab_size, int(self._library.llama_model_n_ctx_train(self._model)), self.prefix)
 
-    def token(self, id: int) -> str:
-        """A token as the file's vocabulary spells it."""
-        return str(self._library.llama_vocab_get_text(self._vocab, id).decode(errors="replace"))
+    def spelled(self, ids: Sequence[int]) -> list[str]:
+        """Tokens as the file's vocabulary spells them. Raises ValueError for ids that it lacks."""
+        if not all(0 <= id < self.vocab_size for id in ids):
+            raise ValueError(f"llama.cpp needs ids below {self.vocab_size}.")
+        texts = (self._library.llama_vocab_get_text(self._vocab, id) for id in ids)
+        return [(text or b"").decode(errors="replace") for text in texts]
 
     def __enter__(self) -> Llama:
         return self
@@ -291,7 +316,7 @@ class Llama:
         return self._logits(wanted)
 
     def run(self, ids: NDArray[np.int32], wanted: NDArray[np.bool_]) -> None:
-        """Compute the same and keep nothing of it, for a watch's sake."""
+        """Compute the same and return nothing of it."""
         count, length = ids.shape
         if count > self.sequences:
             raise ValueError(f"{count} windows in a context of {self.sequences}.")
@@ -330,12 +355,15 @@ class Llama:
         if code:
             raise _refusal(f"llama_decode returned {code} for {owners.size} tokens:")
 
+    def rows(self, wanted: NDArray[np.bool_]) -> Iterator[NDArray[np.float32]]:
+        """Logits [vocab] of each wanted token of the last run, valid until the next."""
+        for place in np.flatnonzero(wanted).tolist():
+            yield np.ctypeslib.as_array(self._library.llama_get_logits_ith(self._context, place), (self.vocab_size,))
+
     def _logits(self, wanted: NDArray[np.bool_]) -> NDArray[np.float32]:
-        places = np.flatnonzero(wanted).tolist()
-        found = np.empty((len(places), self.vocab_size), np.float32)
-        for row, place in zip(found, places, strict=True):
-            logits = self._library.llama_get_logits_ith(self._context, place)
-            row[:] = np.ctypeslib.as_array(logits, (self.vocab_size,))
+        found = np.empty((int(wanted.sum()), self.vocab_size), np.float32)
+        for row, logits in zip(found, self.rows(wanted), strict=True):
+            row[:] = logits
         return found
 
 

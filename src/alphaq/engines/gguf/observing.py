@@ -9,8 +9,9 @@ strongly a router uses each expert is counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,13 @@ from numpy.typing import NDArray
 
 from alphaq.calibration.traffic import Calibration, Expert, ExpertUse, MatrixUse
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.engines.gguf.library import Llama, Running
-from alphaq.engines.gguf.passes import STREAM, Passing
+from alphaq.engines.gguf.apart import Wrap, run_apart
+from alphaq.engines.gguf.gathering import Runs, Sample, require_numbers, rewritten, watched
+from alphaq.engines.gguf.passes import STREAM, Passing, Seen
 from alphaq.engines.gguf.watching import Node
-from alphaq.engines.gguf.windows import random_windows, rewritten_windows
+from alphaq.engines.gguf.windows import Ids
 from alphaq.nouns.matrix import Role
+from alphaq.work.workers import available_cores
 
 EVERY = 8  # of so many tokens one has its logits, without which the last layer would see no token
 ROUTED = "ffn_moe_weighted-"  # what experts put out, times their routing weights
@@ -32,8 +35,8 @@ Energies = NDArray[np.float64]
 
 
 @dataclass
-class Routing(Passing):
-    """Watches also what goes into the stream.
+class Flows(Seen):
+    """What goes into the stream.
 
     outputs: Σy² of what each down projection puts out, [experts], by the weight's name. routed: the same times the
     routing weights, [experts], by layer.
@@ -41,11 +44,24 @@ class Routing(Passing):
 
     outputs: dict[str, Energies] = field(default_factory=dict)
     routed: dict[str, Energies] = field(default_factory=dict)
-    _chosen: dict[str, NDArray[np.int32]] = field(default_factory=dict)
+
+
+class Routing(Passing):
+    """Watches down projections and what they put into the stream."""
+
+    seen: Flows
+
+    def __init__(self, layer_done: Callable[[], object]) -> None:
+        super().__init__(layer_done)
+        self.seen = Flows()
+        self._chosen: dict[str, NDArray[np.int32]] = {}
 
     def wants(self, node: Node) -> bool:
-        """Also experts' outputs with their weights."""
-        return super().wants(node) or (node.name.startswith(ROUTED) and node.op != "VIEW" and node.readable)
+        """Products with down projections, what layers leave, and experts' outputs with their weights."""
+        if node.name.startswith(ROUTED):
+            return node.op != "VIEW" and node.readable
+        weight = node.source(0)
+        return super().wants(node) and (not node.is_product or (weight is not None and DOWN in weight.name))
 
     def sees(self, node: Node) -> None:
         """Add one node up."""
@@ -62,15 +78,15 @@ class Routing(Passing):
         experts = np.zeros(made.shape[:2], np.int32) if chosen is None else chosen.values()[0, 0].copy()
         self._chosen[_layer(node)] = experts
         added = _by_expert(made, experts, weight.shape[1])
-        self.outputs[weight.name] = self.outputs.get(weight.name, 0.0) + added
+        self.seen.outputs[weight.name] = self.seen.outputs.get(weight.name, 0.0) + added
 
     def _see_routed(self, node: Node) -> None:
         values, experts = node.values()[0], self._chosen.get(_layer(node))
         if experts is None or values.shape[:2] != experts.shape:
             return
-        known = self.routed.get(_layer(node), np.zeros(0))
+        known = self.seen.routed.get(_layer(node), np.zeros(0))
         added = _by_expert(values, experts, max(len(known), int(experts.max(initial=-1)) + 1))
-        self.routed[_layer(node)] = np.pad(known, (0, len(added) - len(known))) + added
+        self.seen.routed[_layer(node)] = np.pad(known, (0, len(added) - len(known))) + added
 
 
 def _layer(node: Node) -> str:
@@ -83,20 +99,14 @@ def _by_expert(values: NDArray[Any], experts: NDArray[np.int32], count: int) -> 
     return np.bincount(experts.ravel(), energies.ravel(), minlength=count).astype(np.float64)
 
 
-def observed(checkpoint: Checkpoint, windows: int, length: int) -> Calibration:
-    """Uses of the experts and signals, on random tokens that the model has rewritten once.
+def observed(checkpoint: Checkpoint, windows: int, length: int, shown: Wrap) -> Calibration:
+    """Uses of the experts and signals, on random tokens that the model has rewritten once, in a process of its own.
 
-    Raises LlamaError if llama.cpp cannot load the file.
+    Raises LlamaError if llama.cpp cannot run the file, CheckpointError if it computes no numbers with it.
     """
     assert checkpoint.gguf is not None  # only such a file is run so
-    path, seen = checkpoint.folder / checkpoint.gguf.files[0], Routing()
-    chance = np.random.Generator(np.random.PCG64(0))
-    with Llama(path, context=length, sequences=windows) as model:
-        ids = rewritten_windows(model, random_windows(model, windows, length, chance), chance)
-    wanted = np.zeros(ids.shape, np.bool_)
-    wanted[:, EVERY - 1 :: EVERY] = True
-    with Llama(path, context=length, sequences=windows, running=Running(watch=seen)) as model:
-        model.run(ids, wanted)
+    path, sample = checkpoint.folder / checkpoint.gguf.files[0], Sample(tokens=windows * length, window=length)
+    ids, seen = run_apart(path, _observed, path, sample, available_cores(), shown=shown)
     layers = sorted({matrix.layer for matrix in checkpoint.planned if matrix.layer is not None})
     uses = {expert: use for layer in layers for expert, use in _uses(seen, layer).items()}
     signals = _signals(seen, layers, checkpoint.planned_role)
@@ -106,7 +116,15 @@ def observed(checkpoint: Checkpoint, windows: int, length: int) -> Calibration:
     return Calibration(uses, matrices, tokens=tuple(tuple(map(int, window)) for window in ids))
 
 
-def _uses(seen: Routing, layer: int) -> dict[Expert, ExpertUse]:
+def _observed(path: Path, sample: Sample, threads: int, shown: Wrap) -> tuple[Ids, Flows]:
+    runs = Runs.of(path, threads, shown)
+    ids = rewritten(runs, sample)
+    seen = watched(runs, ids, Routing, most=ids.size // EVERY).seen
+    require_numbers(path, seen)
+    return ids, seen
+
+
+def _uses(seen: Flows, layer: int) -> dict[Expert, ExpertUse]:
     """Of a layer's experts; nothing if llama.cpp did not run it."""
     moments = seen.moments.get(f"blk.{layer}.ffn_down_exps.weight")
     if moments is None or not moments.tokens.any():
@@ -129,7 +147,7 @@ def _uses(seen: Routing, layer: int) -> dict[Expert, ExpertUse]:
     }
 
 
-def _signals(seen: Routing, layers: Sequence[int], role: Role) -> dict[int, float]:
+def _signals(seen: Flows, layers: Sequence[int], role: Role) -> dict[int, float]:
     """Energy of what each layer's MLP adds over that of the stream behind it.
 
     A layer that llama.cpp did not run, since it predicts further tokens, counts as the mean of the others.

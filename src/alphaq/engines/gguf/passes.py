@@ -32,17 +32,24 @@ class InputMoments:
 
 
 @dataclass
-class Passing:
-    """Watches passes and adds up.
+class Seen:
+    """What passes have added up.
 
-    layer_done: called after each layer. moments: by the weight's name in the file. stream: Σx² of what each layer
-    leaves and how many tokens that was, by the node's name. skipped: weights of which nothing is known, and why.
+    moments: by the weight's name in the file. stream: Σx² of what each layer leaves and how many tokens that was, by
+    the node's name. skipped: weights of which nothing is known, and why.
     """
 
-    layer_done: Callable[[], object] = lambda: None
     moments: dict[str, InputMoments] = field(default_factory=dict)
     stream: dict[str, tuple[float, int]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+
+
+class Passing:
+    """Watches passes and adds up."""
+
+    def __init__(self, layer_done: Callable[[], object] = lambda: None) -> None:
+        self.seen = Seen()
+        self._layer_done = layer_done
 
     def wants(self, node: Node) -> bool:
         """Products with weights of the file, and what layers leave."""
@@ -52,7 +59,7 @@ class Passing:
         if weight is None or inputs is None or not weight.name.endswith(WEIGHT):
             return False
         if not inputs.readable:
-            self.skipped[weight.name] = "its inputs are of a type that cannot be read"
+            self.seen.skipped[weight.name] = "its inputs are of a type that cannot be read"
         return inputs.readable
 
     def sees(self, node: Node) -> None:
@@ -70,15 +77,15 @@ class Passing:
             found = _by_expert(values[0], chosen.values()[0, 0], matrices)
         else:
             found = _by_matrix(values, matrices)
-        known = self.moments.get(weight.name)
-        self.moments[weight.name] = found if known is None else known + found
+        known = self.seen.moments.get(weight.name)
+        self.seen.moments[weight.name] = found if known is None else known + found
 
     def _see_stream(self, node: Node) -> None:
         values = node.values()
-        energy, tokens = self.stream.get(node.name, (0.0, 0))
+        energy, tokens = self.seen.stream.get(node.name, (0.0, 0))
         added = float(np.square(values, dtype=np.float32).sum(dtype=np.float64))
-        self.stream[node.name] = energy + added, tokens + values.size // values.shape[-1]
-        self.layer_done()
+        self.seen.stream[node.name] = energy + added, tokens + values.size // values.shape[-1]
+        self._layer_done()
 
 
 @dataclass(frozen=True)

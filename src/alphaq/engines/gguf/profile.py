@@ -1,7 +1,7 @@
 """The llama.cpp profile: one ggml type for a projection of all a layer's experts, stored as one 3-D tensor.
 
-A type stores whole blocks of a row, and a GGUF file pads each tensor to 32 bytes. One file holds everything: metadata,
-tokenizer, tensors. Source: the `gguf` package, which the tests compare and `verify` reads with.
+A type stores whole blocks of a row, and a GGUF file pads each tensor to 32 bytes. One file, or its parts, holds
+everything: metadata, tokenizer, tensors. Source: the `gguf` package, which the tests compare and `verify` reads with.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alphaq.checkpoint.gguf.format import ALIGNMENT_KEY, GgufTensor, layout, read_gguf
+from alphaq.checkpoint.gguf.format import ALIGNMENT_KEY, GgufTensor, read_gguf
+from alphaq.checkpoint.gguf.parts import PART_BYTES, parts_layout
 from alphaq.checkpoint.gguf.source import READABLE_TYPES
 from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.checkpoint.reader import Checkpoint
@@ -22,6 +23,7 @@ from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
 from alphaq.checkpoint.writer import Place
 from alphaq.engines.effective import settings_of
 from alphaq.engines.export import AS_IT_IS, RAW, Entry, Export, Form, Layout, Rows, Run, Stored
+from alphaq.engines.gguf.apart import Apart
 from alphaq.engines.gguf.importance import importance_of
 from alphaq.engines.gguf.library import Llama
 from alphaq.engines.gguf.model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
@@ -39,7 +41,8 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
 from alphaq.nouns.plan import Plan
 
-FILE_NAME = "model.gguf"
+STEM = "model"
+FILE_NAME = f"{STEM}.gguf"
 # Of the file, not of the model: without the first llama.cpp says what most tensors are, and places are our own.
 OF_ONE_FILE = ("general.file_type", ALIGNMENT_KEY)
 ROLE_BITS = {
@@ -99,14 +102,18 @@ def obstacle(choice: Choice, matrix: MatrixRef) -> str | None:
     return None
 
 
-def file_layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
-    """The one file. Raises PlanError if matrices of one tensor have several choices, or one that is not a ggml type."""
+def file_layout(checkpoint: Checkpoint, choices: Mapping[str, Choice], split_bytes: int | None = None) -> Layout:
+    """The one file, or parts of so many bytes at most.
+
+    Raises PlanError if matrices of one tensor have several choices, or one that is not a ggml type.
+    """
     recipes = gguf_tensors(checkpoint)
     types = {recipe.name: _type(recipe, choices, checkpoint) for recipe in recipes}
-    header, places, nbytes = layout(_metadata(checkpoint), {r.name: (types[r.name], r.shape) for r in recipes})
+    shapes = {recipe.name: (types[recipe.name], recipe.shape) for recipe in recipes}
+    parts = parts_layout(_metadata(checkpoint), shapes, STEM, split_bytes)
     entries: dict[str, Entry] = {}
     for recipe in recipes:
-        place = _stored(places[recipe.name])
+        place = _stored(parts.tensors[recipe.name])
         sources: Sequence[MatrixRef | str] = recipe.matrices or (recipe.vector,)
         for number, source in enumerate(sources):
             index = number if recipe.is_stack else None
@@ -121,7 +128,7 @@ def file_layout(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout
         return order[checkpoint.shard_of[stored]], begin
 
     named = [replace(entry, name=name) for name, entry in entries.items()]
-    return Layout({FILE_NAME: (header, nbytes)}, tuple(sorted(named, key=where)))
+    return Layout(parts.files, tuple(sorted(named, key=where)))
 
 
 def _type(recipe: TensorRecipe, choices: Mapping[str, Choice], checkpoint: Checkpoint) -> str:
@@ -206,12 +213,18 @@ def _restored(codes: np.ndarray, type: str, columns: int) -> np.ndarray:
 
 
 def stored(folder: Path) -> dict[str, Stored]:
-    """Tensors of the file in an output folder."""
-    return {name: _stored(tensor) for name, tensor in read_gguf(folder / FILE_NAME).tensors.items()}
+    """Tensors of the file in an output folder, or of its parts."""
+    return {name: _stored(tensor) for name, tensor in read_gguf(_file(folder)).tensors.items()}
+
+
+def _file(folder: Path) -> Path:
+    """What llama.cpp is given: the file, or the first of its parts."""
+    whole = folder / FILE_NAME
+    return whole if whole.is_file() else next(folder.glob(f"{STEM}-00001-of-*.gguf"), whole)
 
 
 def _stored(tensor: GgufTensor) -> Stored:
-    return Stored(tensor.type, tensor.shape, Place(tensor.file or FILE_NAME, tensor.begin, tensor.nbytes))
+    return Stored(tensor.type, tensor.shape, Place(tensor.file, tensor.begin, tensor.nbytes))
 
 
 def fault(name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[torch.Tensor]) -> str | None:
@@ -254,8 +267,10 @@ def type_file(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> str:
 
 def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
     """What the real llama.cpp puts out, float32 [tokens, words]."""
-    with Llama(folder / FILE_NAME, context=len(ids)) as model:
-        return torch.from_numpy(model.logits(ids).copy())
+    path = _file(folder)
+    with Apart(path) as apart:
+        apart.hold(Llama, path, len(ids))
+        return torch.from_numpy(apart.ask(Llama.logits, list(ids)))
 
 
 def _usual(offered: Iterable[str]) -> tuple[Choice, ...]:
@@ -288,15 +303,17 @@ PROFILE = Profile(
     kept_bytes=kept_bytes,
     obstacle=obstacle,
     joint=True,
+    part_bytes=PART_BYTES,
     quantizer="ggml",
     library="gguf",
     importance=importance_of,
     export=Export(
         layout=file_layout,
+        split=file_layout,
         encode=lambda matrix: (matrix.codes,),
         reader=reader,
         stored=stored,
-        usage=f"Serve it: llama-server -m {{out}}/{FILE_NAME}",
+        usage="Serve it: llama-server -m {out}/{first}",
         write_rest=write_rest,
         side_notes=side_notes,
         convert=convert,

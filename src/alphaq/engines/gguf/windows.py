@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ def own_windows(
     logits = model.windows(first, last_of(first))
     written = [first]
     for place in range(first.shape[1], length):
-        drawn = _drawn(logits, chance)[:, None]
+        drawn = _drawn(logits, len(logits), chance)[:, None]
         written.append(drawn)
         if place + 1 < length:
             logits = model.step(drawn, place, last_of(drawn))
@@ -42,7 +42,8 @@ def rewritten_windows(model: Llama, ids: Ids, chance: np.random.Generator) -> Id
     keep = len(model.prefix) + 1
     wanted = np.ones(ids.shape, np.bool_)
     wanted[:, : keep - 1] = wanted[:, -1] = False
-    drawn = _drawn(model.windows(ids, wanted), chance)
+    model.run(ids, wanted)
+    drawn = _drawn(model.rows(wanted), int(wanted.sum()), chance)
     return np.concatenate([ids[:, :keep], drawn.reshape(len(ids), -1)], axis=1)
 
 
@@ -78,9 +79,9 @@ def _cut(model: Llama, path: Path, length: int, most: int | None) -> Ids:
     return np.concatenate([prefix, ids[: count * step].reshape(count, step)], axis=1)
 
 
-def _drawn(logits: NDArray[np.float32], chance: np.random.Generator) -> Ids:
-    """A token for each row of logits, by its probability. Row by row, since noise is float64."""
-    drawn = np.empty(len(logits), np.int32)
-    for row, own in enumerate(logits):
-        drawn[row] = (own + chance.gumbel(size=own.size)).argmax()
+def _drawn(logits: Iterable[NDArray[np.float32]], count: int, chance: np.random.Generator) -> Ids:
+    """A token for each of so many rows of logits, by its probability. Row by row, since noise is float64."""
+    drawn = np.empty(count, np.int32)
+    for place, row in enumerate(logits):
+        drawn[place] = (row + chance.gumbel(size=row.size)).argmax()
     return drawn
