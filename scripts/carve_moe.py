@@ -70,6 +70,9 @@ TOKENIZER = (
     "chat_template.jinja",
 )
 AT_ONCE = 64  # windows that are written side by side
+STEP_TOKENS = 1024  # of one step of all layers together
+LAYER_RATE = 1e-4  # of a layer's router, relative to one over the size of its inputs
+RATE = 5e-3  # of a router or a norm among all, relative to its size
 CHUNK = 2048  # tokens whose experts' outputs are held at once
 LENGTH = 512  # tokens of a window whose perplexity is measured
 ROUNDS = 10  # of moving neurons between experts
@@ -99,12 +102,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How routers are fitted. windows: of each step of all layers together."""
+    """How routers are fitted: each layer's alone, then all together, each of `steps` on some windows."""
 
     layer_steps: int
-    layer_rate: float
     steps: int
-    rate: float
     windows: int
     seed: int
 
@@ -284,7 +285,7 @@ def fit_router(carved: CarvedMLP, seen: Seen, gram: Tensor, schedule: Schedule) 
     first_router(carved, seen, gram)
     size = float(seen.inputs.square().mean().sqrt())
     own = [carved.router, carved.shared_gate]
-    optimizer = torch.optim.Adam(own, lr=schedule.layer_rate / size)
+    optimizer = torch.optim.Adam(own, lr=LAYER_RATE / size)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(1, schedule.layer_steps))
     for _ in range(schedule.layer_steps):
         optimizer.zero_grad()
@@ -314,7 +315,7 @@ def distil(student: LlamaForCausalLM, states: Tensor, ids: Tensor, schedule: Sch
     for parameter in own:
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-    groups = [{"params": [p], "lr": schedule.rate * float(p.detach().square().mean().sqrt())} for p in own]
+    groups = [{"params": [p], "lr": RATE * float(p.detach().square().mean().sqrt())} for p in own]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / schedule.steps)))
     for step, batch in enumerate(batches(len(ids), schedule)):
@@ -417,6 +418,11 @@ def positive(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    """An argparse type: an integer, zero or more."""
+    return 0 if text == "0" else positive(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -431,9 +437,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--experts", type=positive, default=16, help="routed experts per layer")
     parser.add_argument("--active", type=positive, default=6, help="routed experts at work for each token")
     parser.add_argument("--windows", type=positive, default=64, help="windows that the dense model writes")
-    parser.add_argument("--length", type=positive, default=256, help="tokens of each")
-    parser.add_argument("--layer-steps", type=int, default=150, help="steps that fit each layer's router")
-    parser.add_argument("--steps", type=int, default=64, help="steps that fit all routers and norms together")
+    parser.add_argument("--length", type=positive, default=192, help="tokens of each")
+    parser.add_argument("--layer-steps", type=natural, default=20, help="steps that fit each layer's router")
+    parser.add_argument("--steps", type=natural, default=48, help="steps that fit all routers and norms together")
     parser.add_argument("--seed", type=int, default=0, help="seed of the text, the clusters and the order of windows")
     return parser
 
@@ -471,7 +477,7 @@ def carve(model: LlamaForCausalLM, shape: Shape, args: argparse.Namespace) -> No
     """Part every layer's MLP and fit routers and norms, in place."""
     ids = written(model, args.windows, args.length, args.seed)
     seen, states = watched(model, ids)
-    schedule = Schedule(args.layer_steps, 1e-3, args.steps, 3e-3, 4, args.seed)
+    schedule = Schedule(args.layer_steps, args.steps, max(1, STEP_TOKENS // args.length), args.seed)
     chance = torch.Generator().manual_seed(args.seed)
     for index, layer in enumerate(model.model.layers):
         order = part(layer.mlp, seen[index], shape, chance)
