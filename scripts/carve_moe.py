@@ -11,8 +11,9 @@ expert S and routed experts E_1 … E_n of equal width, and the layer becomes
 
     2σ(s·x) Σ_{j in S} h_j d_j  +  n Σ_{e in top k} p_e Σ_{j in E_e} h_j d_j,     p = softmax(R x)
 
-which is Qwen2-MoE with the factors 2 and n folded into the down matrices: exact in bfloat16, since n is a power of
-two. With all experts on, R = 0 and s = 0, it is the dense layer.
+which is Qwen2-MoE with the factors folded into weights: 2 into the shared expert's down, n into up and down by halves,
+so that neither stands out against the other. All are powers of two, hence exact in bfloat16. With all experts on, R = 0
+and s = 0, it is the dense layer.
 
 1. The dense model writes text: random first tokens, the rest sampled.
 2. Shared are the neurons with most energy, h_j² ‖d_j‖² relative to the stream's, on average.
@@ -98,6 +99,12 @@ class Shape:
     def width(self) -> int:
         """Neurons of one routed expert."""
         return (self.neurons - self.shared) // self.experts
+
+    @property
+    def scales(self) -> tuple[int, int]:
+        """What up and down of a routed expert are multiplied with: powers of two, together the number of experts."""
+        up = 1 << (self.experts.bit_length() - 1) // 2
+        return up, self.experts // up
 
 
 @dataclass(frozen=True)
@@ -366,6 +373,7 @@ def moe_config(dense: Any, shape: Shape) -> Qwen2MoeConfig:
 @torch.no_grad()
 def as_moe(student: LlamaForCausalLM, shape: Shape) -> Qwen2MoeForCausalLM:
     """The same model as Qwen2-MoE in bfloat16. Scales of the experts go into their down matrices."""
+    up_scale, down_scale = shape.scales
     state = {name: tensor for name, tensor in student.state_dict().items() if ".mlp." not in name}
     for index, layer in enumerate(student.model.layers):
         mlp, name = layer.mlp, f"model.layers.{index}.mlp"
@@ -378,9 +386,9 @@ def as_moe(student: LlamaForCausalLM, shape: Shape) -> Qwen2MoeForCausalLM:
             f"{name}.shared_expert.up_proj.weight": up,
             f"{name}.shared_expert.down_proj.weight": 2 * down,
             f"{name}.experts.gate_up_proj": torch.cat(
-                [part.unflatten(0, (shape.experts, -1)) for part in (gates, ups)], dim=1
+                [part.unflatten(0, (shape.experts, -1)) for part in (gates, up_scale * ups)], dim=1
             ),
-            f"{name}.experts.down_proj": shape.experts * downs.unflatten(1, (shape.experts, -1)).transpose(0, 1),
+            f"{name}.experts.down_proj": down_scale * downs.unflatten(1, (shape.experts, -1)).transpose(0, 1),
         }
     moe = Qwen2MoeForCausalLM(moe_config(student.config, shape)).to(torch.bfloat16)
     moe.load_state_dict(state)

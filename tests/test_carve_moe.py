@@ -57,27 +57,19 @@ def test_folder_opens_as_checkpoint_with_experts_of_equal_width(moe: Path) -> No
     assert {min(matrix.shape) for matrix in checkpoint.with_role(Role.SHARED_EXPERT)} == {SHARED}
 
 
+def neurons(weights: dict[str, torch.Tensor], mlp: str, up: int = 1, down: int = 1) -> list[list[float]]:
+    """A row for each: its weights in gate, in up and in down, the last two without their scale."""
+    parts = [weights[f"{mlp}.{part}_proj.weight"] for part in ("gate", "up", "down")]
+    return torch.cat([parts[0], parts[1] / up, parts[2].T / down], dim=1).tolist()
+
+
 def test_every_neuron_keeps_its_weights_and_stands_in_one_expert(dense: Path, moe: Path) -> None:
     before, after = load_file(dense / "model.safetensors"), load_file(moe / "model.safetensors")
     for layer in range(LAYERS):
-        name = f"model.layers.{layer}.mlp"
-        parts = [(f"{name}.shared_expert", 2), *((f"{name}.experts.{e}", EXPERTS) for e in range(EXPERTS))]
-        rows = torch.cat(
-            [
-                torch.cat(
-                    [
-                        after[f"{part}.gate_proj.weight"],
-                        after[f"{part}.up_proj.weight"],
-                        after[f"{part}.down_proj.weight"].T / scale,
-                    ],
-                    dim=1,
-                )
-                for part, scale in parts
-            ]
-        )
-        whole = torch.cat([before[f"{name}.{p}_proj.weight"] for p in ("gate", "up")], dim=1)
-        whole = torch.cat([whole, before[f"{name}.down_proj.weight"].T], dim=1)
-        assert sorted(rows.tolist()) == sorted(whole.tolist())
+        mlp = f"model.layers.{layer}.mlp"
+        parts = [neurons(after, f"{mlp}.experts.{expert}", up=2, down=2) for expert in range(EXPERTS)]
+        parted = sum(parts, neurons(after, f"{mlp}.shared_expert", down=2))
+        assert sorted(parted) == sorted(neurons(before, mlp))
 
 
 def test_only_routers_and_norms_are_trained(dense: Path, moe: Path) -> None:
