@@ -484,6 +484,7 @@ def make_shape(args: argparse.Namespace, neurons: int) -> Shape:
 def carve(model: LlamaForCausalLM, shape: Shape, args: argparse.Namespace) -> None:
     """Part every layer's MLP and fit routers and norms, in place."""
     ids = written(model, args.windows, args.length, args.seed)
+    print(f"{ids.numel():,} tokens written", flush=True)
     seen, states = watched(model, ids)
     schedule = Schedule(args.layer_steps, args.steps, max(1, STEP_TOKENS // args.length), args.seed)
     chance = torch.Generator().manual_seed(args.seed)
