@@ -45,12 +45,14 @@ Way = Literal["text", "written", "rewritten"]
 @dataclass(frozen=True)
 class Sample:
     """Which tokens a model is run on. texts: files, or none for its own writing. tokens: None for enough, or for all
-    of the texts. window: tokens seen together."""
+    of the texts. window: tokens seen together. bos: whether windows begin with what the tokenizer puts before a text.
+    """
 
     texts: tuple[Path, ...] = ()
     tokens: int | None = None
     window: int = 256
     seed: int = 0
+    bos: bool = True
 
 
 @dataclass(frozen=True)
@@ -133,20 +135,21 @@ def _share(most: int, share: int) -> int:
 
 @dataclass(frozen=True)
 class Runs:
-    """A file with how it is run. shown: tells how far it is."""
+    """A file with how it is run. shown: tells how far it is. bos: as in `Sample`."""
 
     path: Path
     nbytes: int
     sizes: _Sizes
     threads: int
     shown: Wrap
+    bos: bool
 
     @classmethod
-    def of(cls, path: Path, threads: int, shown: Wrap) -> Runs:
+    def of(cls, path: Path, threads: int, shown: Wrap, bos: bool) -> Runs:
         """Of a file, or the first part of one. Raises CheckpointError."""
         file = read_gguf(path)
         nbytes = sum((file.folder / part).stat().st_size for part in file.files)
-        return cls(path, nbytes, _Sizes.of(file), threads, shown)
+        return cls(path, nbytes, _Sizes.of(file), threads, shown, bos)
 
     @property
     def fits_in_memory(self) -> bool:
@@ -155,7 +158,7 @@ class Runs:
 
     def model(self, windows: int, length: int, outputs: int, watch: Watch | None = None) -> Llama:
         """The model with room for so many windows."""
-        return Llama(self.path, length, self.threads, windows, Running(watch, outputs, mapped=True))
+        return Llama(self.path, length, self.threads, windows, Running(watch, outputs, mapped=True, bos=self.bos))
 
 
 def gather_apart(path: Path, sample: Sample, threads: int, shown: Wrap) -> Gathered:
@@ -169,7 +172,7 @@ def gather(path: Path, sample: Sample, threads: int, shown: Wrap) -> Gathered:
 
     Raises LlamaError where llama.cpp refuses, CheckpointError for a damaged file, AlphaQError for texts.
     """
-    runs = Runs.of(path, threads, shown)
+    runs = Runs.of(path, threads, shown, sample.bos)
     way: Way = "text" if sample.texts else "written" if runs.fits_in_memory else "rewritten"
     ids = {"text": _texts, "written": _written, "rewritten": rewritten}[way](runs, sample)
     seen = watched(runs, ids, Passing).seen

@@ -189,12 +189,14 @@ class Running:
 
     watch: is shown every intermediate tensor, see watching.py. outputs: of so many tokens of a batch are logits
     wanted at most; 0 for all, which takes as much memory. mapped: compute with the weights where they lie in the
-    memory-mapped file, and never with copies that are laid out for speed.
+    memory-mapped file, and never with copies that are laid out for speed. bos: whether `prefix` is what the file's
+    tokenizer puts before a text, or nothing.
     """
 
     watch: Watch | None = None
     outputs: int = 0
     mapped: bool = False
+    bos: bool = True
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,7 @@ class Llama:
     ) -> None:
         self._library = _library()
         self._model = self._context = None
+        self._bos = running.bos
         self._callback = None if running.watch is None else Callback(running.watch, self._library)
         _words.clear()
         self._model = self._library.llama_model_load_from_file(str(path).encode(), self._model_params(running))
@@ -252,7 +255,7 @@ class Llama:
     @property
     def prefix(self) -> tuple[int, ...]:
         """What the tokenizer puts before a text: BOS, or nothing."""
-        added = self._library.llama_vocab_get_add_bos(self._vocab)
+        added = self._bos and self._library.llama_vocab_get_add_bos(self._vocab)
         return (self._library.llama_vocab_bos(self._vocab),) if added else ()
 
     def facts(self) -> Facts:
