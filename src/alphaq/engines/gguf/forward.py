@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from alphaq.engines.gguf.apart import Apart
-from alphaq.engines.gguf.library import Facts, Llama
+from alphaq.engines.gguf.library import Facts, Llama, Running
 from alphaq.work.workers import available_cores
 
 
@@ -64,7 +64,7 @@ class LlamaModel:
     def __init__(self, path: Path, window: int) -> None:
         self._llama = Apart(path)
         try:
-            self._llama.hold(Llama, path, window, available_cores())
+            self._llama.hold(Llama, path, window, available_cores(), 1, Running(mapped=True))
             facts = self._llama.ask(Llama.facts)
         except BaseException:
             self._llama.close()
