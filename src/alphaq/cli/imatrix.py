@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from alphaq.cli.inputs import note_whole_file
 from alphaq.cli.means import JsonOption, Means, opened
 from alphaq.cli.options import Shown
 from alphaq.errors import AlphaQError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 WAYS = {
     "text": "of text",
     "written": "that the model wrote",
-    "rewritten": "that the model made of random tokens in one pass, as its file is larger than half of the memory",
+    "rewritten": "that the model made of random tokens in one pass, as its file has more than 8 GiB",
 }
 MOST_NAMED = 5
 
@@ -70,8 +71,10 @@ def _gathered(model: str, means: Means, sample: Sample, beside: Path) -> Gathere
     path = Path(model).expanduser()
     if path.is_file():
         return gather_apart(path, sample, available_cores(), progress)
+    checkpoint = opened(model, means)
+    note_whole_file(checkpoint, beside)
     with TemporaryDirectory(prefix=".alphaq-imatrix-", dir=beside) as scratch:
-        return observe(opened(model, means), Path(scratch), Resources(wrap=progress), sample)
+        return observe(checkpoint, Path(scratch), Resources(wrap=progress), sample)
 
 
 def _show(output: Path, gathered: Gathered, as_json: bool) -> None:

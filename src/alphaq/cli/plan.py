@@ -59,7 +59,7 @@ def plan(
     scratch = None if beside is None else beside.absolute().parent
     with nullcontext() if model is None else opened_for(config.engine, model, means, scratch or Path()) as checkpoint:
         with resources_for(checkpoint, means) as resources:
-            inputs = inputs.made_for(checkpoint, resources, scratch)
+            inputs = inputs.made_for(checkpoint, resources, scratch or Path())
             if search is None or checkpoint is None:
                 made = build_plan(checkpoint, config, inputs, resources)
             else:

@@ -28,6 +28,8 @@ from alphaq.errors import AlphaQError
 
 PASS_BYTES, PASS_SHARE = 2 << 30, 4  # of memory: intermediate values and the KV cache of a batch, at most
 LOGIT_BYTES, LOGIT_SHARE = 1 << 30, 8
+WRITTEN_BYTES = 8 << 30
+"""Of a larger file every token written would take too long. By the file alone, so that any machine does the same."""
 MOST_LAYERS = 10_000
 MOST_WINDOWS = 256  # sequences that llama.cpp takes side by side
 SIDE_BY_SIDE = 64  # windows that are written at a time
@@ -152,9 +154,9 @@ class Runs:
         return cls(path, nbytes, _Sizes.of(file), threads, shown, bos)
 
     @property
-    def fits_in_memory(self) -> bool:
-        """Whether half of the memory holds the file, so that reading it again and again is cheap."""
-        return self.nbytes < memory_bytes() // 2
+    def is_written(self) -> bool:
+        """Whether the file is small enough to be read again and again."""
+        return self.nbytes <= WRITTEN_BYTES
 
     def model(self, windows: int, length: int, outputs: int, watch: Watch | None = None) -> Llama:
         """The model with room for so many windows."""
@@ -173,7 +175,7 @@ def gather(path: Path, sample: Sample, threads: int, shown: Wrap) -> Gathered:
     Raises LlamaError where llama.cpp refuses, CheckpointError for a damaged file, AlphaQError for texts.
     """
     runs = Runs.of(path, threads, shown, sample.bos)
-    way: Way = "text" if sample.texts else "written" if runs.fits_in_memory else "rewritten"
+    way: Way = "text" if sample.texts else "written" if runs.is_written else "rewritten"
     ids = {"text": _texts, "written": _written, "rewritten": rewritten}[way](runs, sample)
     seen = watched(runs, ids, Passing).seen
     if not seen.moments:
