@@ -26,6 +26,7 @@ from alphaq.planning import passes
 from alphaq.planning.passes import PassRun, synthetic
 from alphaq.work.workers import silent
 from alphaq.writing.observing import in_16_bits
+from conftest import Ran
 from dense_models import save_dense
 from runnable import save_runnable
 
@@ -185,3 +186,29 @@ def test_a_kept_pass_is_not_taken_for_one_with_other_tokens(
             run = PassRun(checkpoint, bos, None, (), Resources(cache=cache), watched)
             assert synthetic(run).notes == ("a note",)
     assert asked == [True, False]
+
+
+@pytest.mark.parametrize(
+    "name, factor, met_by",
+    [
+        ("blk.1.ffn_norm.weight", 1e25, "blk.1.ffn_gate_inp.weight"),
+        ("output_norm.weight", 1e38, "output.weight"),
+    ],
+)
+def test_what_overflows_is_told_by_every_command(
+    name: str, factor: float, met_by: str, exact: Callable[[str], Path], tmp_path: Path, alphaq: Callable[..., Ran]
+) -> None:
+    path = changed(exact("plain"), tmp_path / "wrong.gguf", name, lambda values: np.float32(factor) * values)
+    (tmp_path / "text.txt").write_text("a text of some words " * 20)
+    text, out = ("--text", tmp_path / "text.txt", "--window", "16"), ("-o", tmp_path / "i.gguf")
+    for said, *typed in (
+        (f"first in the inputs of {met_by}", "imatrix", path, *out, "--window", "16", "--tokens", "32"),
+        (f"first in the inputs of {met_by}", "imatrix", path, *out, *text),
+        (f"in the logits of {path}", "eval", path, *text),
+        (f"in the logits of {path}", "eval", exact("plain"), "--reference", path, *text),
+        (f"first in the inputs of {met_by}", "plan", path, "--engine", "llama.cpp", "--bits", "6"),
+    ):
+        ran = alphaq(*typed)
+        words = " ".join(ran.err.split())
+        assert ran.code == 2 and "llama.cpp computes NaN or infinity" in words and said in words, (typed, words)
+        assert "convert the model to BF16 instead of F16" in words and not (tmp_path / "i.gguf").exists()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from alphaq.engines.gguf.apart import Apart
-from alphaq.engines.gguf.library import Facts, Llama, Running
+from alphaq.engines.gguf.library import Facts, Llama, Running, no_number
 from alphaq.work.workers import available_cores
 
 
@@ -62,7 +62,7 @@ class LlamaModel:
     device = torch.device("cpu")
 
     def __init__(self, path: Path, window: int) -> None:
-        self._llama = Apart(path)
+        self._llama, self._path = Apart(path), path
         try:
             self._llama.hold(Llama, path, window, available_cores(), 1, Running(mapped=True))
             facts = self._llama.ask(Llama.facts)
@@ -79,6 +79,11 @@ class LlamaModel:
         self._llama.close()
 
     def __call__(self, ids: torch.Tensor) -> SimpleNamespace:
-        """`logits`, float32 [windows, tokens, vocabulary], of windows [windows, tokens]."""
+        """`logits`, float32 [windows, tokens, vocabulary], of windows [windows, tokens].
+
+        Raises LlamaError for those that are no numbers; minus infinity is one, of a token that never comes.
+        """
         logits = np.stack([self._llama.ask(Llama.logits, window) for window in ids.tolist()])
+        if not np.isfinite(logits.max(axis=-1)).all():
+            raise no_number(f"in the logits of {self._path}")
         return SimpleNamespace(logits=torch.from_numpy(logits))

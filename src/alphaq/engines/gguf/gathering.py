@@ -20,7 +20,7 @@ from alphaq.checkpoint.files import memory_bytes
 from alphaq.checkpoint.gguf.format import GgufFile, read_gguf
 from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.engines.gguf.apart import Wrap, run_apart
-from alphaq.engines.gguf.library import Llama, Running
+from alphaq.engines.gguf.library import Llama, NoNumberError, Running
 from alphaq.engines.gguf.passes import Layers, Passing, Seen
 from alphaq.engines.gguf.watching import Watch
 from alphaq.engines.gguf.windows import Ids, own_windows, random_windows, rewritten_windows, text_windows
@@ -176,11 +176,22 @@ def gather(path: Path, sample: Sample, threads: int, shown: Wrap) -> Gathered:
     """
     runs = Runs.of(path, threads, shown, sample.bos)
     way: Way = "text" if sample.texts else "written" if runs.is_written else "rewritten"
-    ids = {"text": _texts, "written": _written, "rewritten": rewritten}[way](runs, sample)
+    ids = tokens_for(runs, sample, way)
     seen = watched(runs, ids, Passing).seen
     if not seen.moments:
         raise AlphaQError(f"llama.cpp computes no product with a weight of {path.name}. Is it a language model?")
     return Gathered(seen, ids, way)
+
+
+def tokens_for(runs: Runs, sample: Sample, way: Way) -> Ids:
+    """Tokens to run. Raises NoNumberError naming the first weight that meets NaN, where the model cannot write."""
+    try:
+        return {"text": _texts, "written": _written, "rewritten": _rewritten}[way](runs, sample)
+    except NoNumberError:
+        with runs.model(1, sample.window, 1) as model:
+            ids = random_windows(model, 1, sample.window, np.random.default_rng(sample.seed))
+        watched(runs, ids, Passing)
+        raise
 
 
 def _texts(runs: Runs, sample: Sample) -> Ids:
@@ -202,7 +213,7 @@ def _written(runs: Runs, sample: Sample) -> Ids:
         return np.concatenate([own_windows(model, count, sample.window, chance, step) for count in groups])
 
 
-def rewritten(runs: Runs, sample: Sample) -> Ids:
+def _rewritten(runs: Runs, sample: Sample) -> Ids:
     """Random tokens, rewritten by the model once, in batches whose logits fit."""
     chance = np.random.Generator(np.random.PCG64(sample.seed))
     most = min(_side_by_side(runs, sample.window), max(1, runs.sizes.outputs // sample.window))

@@ -115,6 +115,19 @@ class LlamaError(AlphaQError):
     """llama.cpp refused."""
 
 
+class NoNumberError(LlamaError):
+    """A pass of a model that is not sound."""
+
+
+def no_number(where: str) -> NoNumberError:
+    """What to do about values that are NaN or infinite."""
+    return NoNumberError(
+        f"llama.cpp computes NaN or infinity: {where}. The file's weights are damaged, or values overflow: those that "
+        "meet F16 weights are rounded to 16 bits and must stay below 65,504. Download the file again, or convert the "
+        "model to BF16 instead of F16."
+    )
+
+
 def _refusal(what: str) -> LlamaError:
     """An error that ends with what llama.cpp logged last."""
     return LlamaError("\n  ".join((what, *_words[-5:])))

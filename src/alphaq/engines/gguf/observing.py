@@ -16,7 +16,7 @@ import numpy as np
 from alphaq.calibration.traffic import Calibration, Expert, ExpertUse, MatrixUse
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.gguf.apart import Wrap, run_apart
-from alphaq.engines.gguf.gathering import Runs, Sample, rewritten, watched
+from alphaq.engines.gguf.gathering import Runs, Sample, tokens_for, watched
 from alphaq.engines.gguf.routing import LayerFlow, Routing
 from alphaq.engines.gguf.windows import Ids
 from alphaq.nouns.matrix import Role
@@ -48,7 +48,7 @@ def observed(checkpoint: Checkpoint, windows: int, length: int, bos: bool, shown
 
 def _observed(path: Path, sample: Sample, kind: str, threads: int, shown: Wrap) -> tuple[Ids, dict[int, LayerFlow]]:
     runs = Runs.of(path, threads, shown, sample.bos)
-    ids = rewritten(runs, sample)
+    ids = tokens_for(runs, sample, "rewritten")
     return ids, watched(runs, ids, partial(Routing, kind), most=ids.size // EVERY).layers
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alphaq.engines.gguf.library import no_number
 from alphaq.engines.gguf.passes import STREAM
 from alphaq.engines.gguf.watching import Node
 
@@ -88,7 +89,7 @@ class Routing:
         return bool(given) and node.readable
 
     def sees(self, node: Node) -> None:
-        """Follow one node."""
+        """Follow one node. Raises LlamaError for values that are no numbers."""
         layer = self._layer_of(node)
         if layer is not None:
             self._begin(node, layer)
@@ -116,6 +117,8 @@ class Routing:
         self._chosen = None if node.op != "MUL_MAT_ID" or chosen is None else chosen.values()[0, 0].copy()
         tokens = values.size // values.shape[-1] if self._chosen is None else len(self._chosen)
         energies = _energies(values, tokens)
+        if not np.isfinite(energies).all():
+            raise no_number(f"in the outputs of {weight.name}")
         self._layer, flow = layer, self.layers.setdefault(layer, LayerFlow())
         flow.outputs += float(energies.sum())
         self._carried[node.address] = _Carried(energies, energies)
@@ -155,8 +158,10 @@ class Routing:
         self._count(None)
         flow, carried = self.layers.get(self._layer), self._carried.get(node.address)
         if flow is not None and node.name == f"{STREAM}{self._layer}":
-            energies = _energies(node.values(), 1)
-            flow.stream += float(energies.sum())
+            energy = float(_energies(node.values(), 1).sum())
+            if not np.isfinite(energy):
+                raise no_number(f"in what layer {self._layer} leaves")
+            flow.stream += energy
             if carried is not None:
                 flow.moved += float(_ratio(carried.errors, carried.energies).sum())
                 flow.tokens += len(carried.errors)
@@ -167,7 +172,8 @@ class Routing:
 def _energies(values: NDArray[Any], tokens: int) -> Energies:
     """Σ over each token's values of their squares, [tokens]."""
     rows = values.reshape(tokens, -1)
-    return np.square(rows, dtype=np.float32).sum(axis=1, dtype=np.float64).astype(np.float64)
+    energies: Energies = np.square(rows, dtype=np.float32).sum(axis=1, dtype=np.float64)
+    return energies
 
 
 def _ratio(part: Energies, whole: Energies) -> Energies:
