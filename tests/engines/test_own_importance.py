@@ -121,6 +121,19 @@ def test_latent_attention_s_heads_are_told_apart(tmp_path: Path) -> None:
     assert len(seen.stream) == 3 and not seen.skipped
 
 
+def test_heads_whose_importance_cannot_be_used_are_named(
+    alphaq: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = dict(qk_nope_head_dim=32, v_head_dim=32, kv_lora_rank=32)
+    model = in_16_bits(open_checkpoint(save_runnable(tmp_path / "model", "deepseek_v3", **wide)), tmp_path)
+    monkeypatch.setattr(observing, "OWN_SAMPLE", SHORT)
+    asked = ("--engine", "llama.cpp", "--bits", "5", "--choices", "Q4_0,Q5_1,Q8_0", "--method", "distortion")
+    ran = alphaq("plan", model, *asked, "--imatrix", "self", "--no-cache")
+    assert ran.code == 0, ran.err
+    said = "each head of blk.0.attn_k_b.weight, blk.0.attn_v_b.weight, blk.1.attn_k_b.weight and 3 more has inputs"
+    assert said in " ".join(ran.err.split())
+
+
 @pytest.mark.parametrize("size", ["usual", "large"])
 def test_own_writing_is_the_same_for_a_seed_and_any_number_of_threads(
     size: str, exact: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch

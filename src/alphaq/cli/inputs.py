@@ -128,5 +128,5 @@ def note_source(checkpoint: Checkpoint, engine: str, importance: ImportanceMatri
     from alphaq.engines.profiles import profile
 
     note(*profile(engine).writer.notes(checkpoint))
-    if importance is not None and (open_ := importance_of(checkpoint, importance).note(importance.name)):
-        note(open_)
+    if importance is not None:
+        note(*importance_of(checkpoint, importance).notes(importance.name))
