@@ -226,7 +226,7 @@ def test_imatrix_of_a_text_is_what_llama_cpp_writes_and_reads(
     "arguments, said",
     [
         (("--text", "none.txt"), "No text file none.txt"),
-        (("--text", "{short}"), "less than a window of 256"),
+        (("--text", "{short}"), "less than a window of 64"),
         (("--text", "{bytes}"), "is not UTF-8 text"),
         (("--window", "2", "--tokens", "8"), ""),
     ],

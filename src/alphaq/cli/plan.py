@@ -49,9 +49,10 @@ def plan(
             check_file(file)
     _require_model(config, model, search, write_type_file)
     if dry_run:
-        if model is None or search is not None or any((output, write_type_file, means.converter)):
+        if model is None or search is not None or any((output, write_type_file, means.converter, config.imatrix)):
             raise AlphaQError(
-                "--dry-run needs MODEL and makes no plan. Drop --output, --write-type-file, --converter and --ear."
+                "--dry-run needs MODEL and makes no plan. Drop --output, --write-type-file, --converter, --imatrix and "
+                "--ear."
             )
         _show_outline(opened(model, means, headers_only=True), config, as_json)
         return

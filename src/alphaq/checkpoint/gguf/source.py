@@ -99,7 +99,7 @@ def open_gguf(path: Path, quantized: bool = False) -> GgufModel:
         if tensor.type not in (*READABLE_TYPES, *_NUMBERS) and not quantized:
             raise CheckpointError(
                 f"{where}: {tensor.name} is already quantized to {tensor.type}. Start from a file in "
-                f"{', '.join(READABLE_TYPES)}, or add --requantize."
+                f"{', '.join(READABLE_TYPES)}, or add --requantize, which plan, quantize and analyze take."
             )
     family = _architecture(file)
     if family is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -33,6 +33,7 @@ WRITTEN_BYTES = 8 << 30
 MOST_LAYERS = 10_000
 MOST_WINDOWS = 256  # sequences that llama.cpp takes side by side
 SIDE_BY_SIDE = 64  # windows that are written at a time
+USUAL_WINDOW = 256
 FEWEST_TOKENS, MOST_TOKENS = 4096, 65_536
 TOKENS_OF_EXPERT = 256  # on average
 MOST_OF_A_SIZE = 1 << 24
@@ -52,7 +53,7 @@ class Sample:
 
     texts: tuple[Path, ...] = ()
     tokens: int | None = None
-    window: int = 256
+    window: int = USUAL_WINDOW
     seed: int = 0
     bos: bool = True
 
@@ -78,6 +79,7 @@ class _Sizes:
     experts: int
     used: int
     vocabulary: int
+    context: int  # tokens that it was trained with, 0 where the file does not say
 
     @classmethod
     def of(cls, file: GgufFile) -> _Sizes:
@@ -100,6 +102,7 @@ class _Sizes:
             experts=most("expert_count"),
             used=max(used, 1),
             vocabulary=_length(file.metadata.get("tokenizer.ggml.tokens")) or most("vocab_size", 1 << 18),
+            context=most("context_length", 0),
         )
 
     def token_bytes(self, window: int) -> int:
@@ -148,10 +151,10 @@ class Runs:
 
     @classmethod
     def of(cls, path: Path, threads: int, shown: Wrap, bos: bool) -> Runs:
-        """Of a file, or the first part of one. Raises CheckpointError."""
+        """Of a file, or any part of one. Raises CheckpointError."""
         file = read_gguf(path)
         nbytes = sum((file.folder / part).stat().st_size for part in file.files)
-        return cls(path, nbytes, _Sizes.of(file), threads, shown, bos)
+        return cls(file.folder / file.files[0], nbytes, _Sizes.of(file), threads, shown, bos)
 
     @property
     def is_written(self) -> bool:
@@ -169,7 +172,7 @@ def gather_apart(path: Path, sample: Sample, threads: int, shown: Wrap) -> Gathe
 
 
 def gather(path: Path, sample: Sample, threads: int, shown: Wrap) -> Gathered:
-    """Run a GGUF file, or the first part of one, on a sample. The same for the same file, sample and processor, where
+    """Run a GGUF file, or any part of one, on a sample. The same for the same file, sample and processor, where
     memory is the same or enough.
 
     Raises LlamaError where llama.cpp refuses, CheckpointError for a damaged file, AlphaQError for texts.
@@ -184,7 +187,18 @@ def gather(path: Path, sample: Sample, threads: int, shown: Wrap) -> Gathered:
 
 
 def tokens_for(runs: Runs, sample: Sample, way: Way) -> Ids:
-    """Tokens to run. Raises NoNumberError naming the first weight that meets NaN, where the model cannot write."""
+    """Tokens to run.
+
+    Raises NoNumberError naming the first weight that meets NaN, where the model cannot write; AlphaQError for windows
+    longer than those that it was trained with.
+    """
+    if 0 < runs.sizes.context < sample.window:
+        if sample.window != USUAL_WINDOW:
+            raise AlphaQError(
+                f"{runs.path.name} was trained with {runs.sizes.context} tokens at a time, fewer than a window of "
+                f"{sample.window}. Give --window {runs.sizes.context}."
+            )
+        sample = replace(sample, window=runs.sizes.context)
     try:
         return {"text": _texts, "written": _written, "rewritten": _rewritten}[way](runs, sample)
     except NoNumberError:
