@@ -89,7 +89,8 @@ def test_limits_in_the_security_page_are_the_code_s() -> None:
     assert told["name of a tensor"].startswith(f"{grouped(gguf_format.MAX_NAME_BYTES)} characters")
     dimensions = f"{safetensors_format.MAX_DIMENSIONS} (GGUF: {gguf_format.MAX_DIMENSIONS}), with fewer than 2^"
     assert told["dimensions"].startswith(f"{dimensions}{safetensors_format.MAX_TENSOR_BYTES.bit_length() - 1} bytes")
-    assert told["importance matrix"] == f"{imatrix.MAX_BYTES >> 30} GiB, {grouped(imatrix.MAX_ENTRIES)} entries"
+    older = f"half of the memory (older format: {imatrix.MAX_BINARY_BYTES >> 30} GiB)"
+    assert told["importance matrix"] == f"{grouped(imatrix.MAX_ENTRIES)} entries, {older}" and imatrix.MAX_SHARE == 2
     claims = f"{coding._ALWAYS >> 20} MiB, or {coding._MOST_TIMES} times"
     assert told["what coded tensors stand for"].startswith(claims)
     assert told["what coded tensors stand for"].endswith(f"{coding._MOST_PLANES} planes each")

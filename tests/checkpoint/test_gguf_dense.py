@@ -92,10 +92,40 @@ def rewritten(path: Path, out: Path, change: Callable[[dict[str, GgufValue], dic
     return out
 
 
-def test_rotary_factors_of_another_kind_are_refused(tmp_path: Path) -> None:
-    file = written(save_dense(tmp_path / "model", "llama", rope_parameters=LLAMA3), tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight holds rotary factors that are not Llama 3's usual"):
-        open_checkpoint(file)
+BY_NAMES = "Until then it is read by names alone, for llama.cpp only"
+
+
+def test_rotary_factors_of_another_kind_are_read_by_names(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(
+        written(save_dense(tmp_path / "model", "llama", rope_parameters=LLAMA3), tmp_path / "out")
+    )
+    (said,) = checkpoint.notes
+    assert "rope_freqs.weight holds rotary factors that are not Llama 3's usual" in said and said.endswith(BY_NAMES)
+    assert checkpoint.plain and len(checkpoint.planned) == 6
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("attention.head_count_kv", GgufValue.array("int32", [2, 1]), "head_count_kv differs by layer"),
+        ("rope.scaling.type", GgufValue.of("string", "longrope"), "rope.scaling.type is 'longrope'; readable: "),
+        ("attention.value_length", GgufValue.of("uint32", 8), "value_length is 8, but another key says that head_dim"),
+        ("feed_forward_length", None, "lacks qwen3.feed_forward_length"),
+    ],
+)
+def test_settings_that_no_config_of_the_family_says_are_read_by_names(
+    key: str, value: GgufValue | None, said: str, tmp_path: Path, alphaq: Callable[..., Ran]
+) -> None:
+    def change(metadata: dict[str, GgufValue], _: object) -> None:
+        metadata.pop(f"qwen3.{key}", None)
+        metadata.update({} if value is None else {f"qwen3.{key}": value})
+
+    whole = written(save_dense(tmp_path / "model", "qwen3"), tmp_path / "out")
+    file = rewritten(whole, tmp_path / "x.gguf", change)
+    ran = alphaq("plan", file, "--engine", "llama.cpp", "--method", "distortion", "--bits", 5, "--choices", "Q4_0,Q8_0")
+    assert ran.code == 0 and said in " ".join(ran.err.split()) and BY_NAMES in " ".join(ran.err.split()), ran.err
+    ran = alphaq("plan", file, "--bits", 5, "--method", "alphaq")
+    assert ran.code == 2 and "native cannot take it" in " ".join(ran.err.split())
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
@@ -118,25 +148,20 @@ def test_rotary_factors_are_those_of_transformers() -> None:
     assert torch.allclose(plain / llama3_factors(rope, 128), frequencies, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("family", "key", "message"),
-    [
-        (
-            "llama",
-            "llama.block_count",
-            r"lacks llama\.block_count; .*Convert the model again with a current llama\.cpp",
-        ),
-        ("gemma2", "gemma2.attn_logit_softcapping", r"lacks gemma2\.attn_logit_softcapping"),
-        ("gemma3_text", "gemma3.attention.sliding_window", r"lacks gemma3\.attention\.sliding_window"),
-    ],
-)
-def test_what_a_dense_file_lacks_is_told_without_a_word_of_experts(
-    family: str, key: str, message: str, tmp_path: Path
-) -> None:
-    file = written(save_dense(tmp_path / "model", family), tmp_path / "out")
-    with pytest.raises(CheckpointError, match=message) as caught:
-        open_checkpoint(rewritten(file, tmp_path / "x.gguf", lambda metadata, _: metadata.pop(key)))
+def test_a_file_without_a_count_of_layers_is_refused_without_a_word_of_experts(tmp_path: Path) -> None:
+    file = written(save_dense(tmp_path / "model", "llama"), tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"llama\.block_count is no count of layers") as caught:
+        open_checkpoint(rewritten(file, tmp_path / "x.gguf", lambda metadata, _: metadata.pop("llama.block_count")))
     assert "xpert" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["attn_logit_softcapping", "attention.sliding_window"])
+def test_a_file_that_leaves_a_setting_to_llama_cpp_is_read_by_names(key: str, tmp_path: Path) -> None:
+    file = written(save_dense(tmp_path / "model", "gemma2"), tmp_path / "out")
+    checkpoint = open_checkpoint(
+        rewritten(file, tmp_path / "x.gguf", lambda metadata, _: metadata.pop(f"gemma2.{key}"))
+    )
+    assert checkpoint.plain and f"lacks gemma2.{key}" in checkpoint.notes[0]
 
 
 def test_one_name_of_llama_cpp_is_a_family_with_experts_or_without(tmp_path: Path) -> None:

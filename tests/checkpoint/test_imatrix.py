@@ -1,3 +1,4 @@
+import hashlib
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -6,6 +7,8 @@ import gguf
 import numpy as np
 import pytest
 
+from alphaq.checkpoint.files import PlainFile
+from alphaq.checkpoint.gguf import imatrix
 from alphaq.checkpoint.gguf.imatrix import PRIOR_TOKENS, read_imatrix
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.gguf.importance import importance_of
@@ -205,3 +208,19 @@ def test_plan_and_quantize_must_have_the_same_one(alphaq, tmp_path: Path, tiny: 
     refused = alphaq("plan", tiny, "--bits", "3", "--imatrix", renamed)
     assert refused.code == 2
     assert "--imatrix is for llama.cpp" in refused.err
+
+
+def test_one_of_a_large_model_is_read_and_hashed_in_pieces(
+    tmp_path: Path, sums: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of Kimi-K2 has 1.5 GB. Only the older format is read at once, and has little for each tensor."""
+    new = write_gguf(tmp_path / "i.gguf", {GATES: (sums, np.ones(8))})
+    old = write_binary(tmp_path / "i.dat", {GATES: (1, sums)})
+    monkeypatch.setattr(imatrix, "MAX_BINARY_BYTES", 1000)
+    monkeypatch.setattr(PlainFile, "chunk_bytes", 1000)
+    assert read_imatrix(new).digest == hashlib.sha256(new.read_bytes()).hexdigest()[:16]
+    with pytest.raises(CheckpointError, match="more than 1000 bytes"):
+        read_imatrix(old)
+    monkeypatch.setattr(imatrix, "memory_bytes", lambda: sums.nbytes // 4)
+    with pytest.raises(CheckpointError, match="more than half of the memory"):
+        read_imatrix(new)

@@ -21,6 +21,7 @@ __all__ = [
     "_ModelParams",
     "_library",
     "in_float32",
+    "plain_file",
     "values_in",
     "write_gguf",
 ]
@@ -55,3 +56,16 @@ def write_gguf(
 def in_float32(path: Path, out: Path) -> Path:
     """The same model with every weight as the number that it stands for."""
     return write_gguf(out, read_gguf(path).metadata, values_in(path))
+
+
+def plain_file(exact: Path, out: Path) -> Path:
+    """A Mixtral file as one of Granite's, which has the same tensors and which no table of ours describes."""
+    scales = {"residual_scale": 0.4, "embedding_scale": 3.0, "attention.scale": 0.2, "logit_scale": 1.0}
+    metadata = {
+        key.replace("llama.", "granitemoe.", 1): value
+        for key, value in read_gguf(exact).metadata.items()
+        if key != "general.architecture"
+    }
+    metadata["general.architecture"] = GgufValue.of("string", "granitemoe")
+    metadata |= {f"granitemoe.{key}": GgufValue.of("float32", value) for key, value in scales.items()}
+    return write_gguf(out, metadata, values_in(exact))

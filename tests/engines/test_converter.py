@@ -88,6 +88,22 @@ def test_a_family_without_a_mapping_goes_through_the_converter(
     assert "--reference" not in ran.out
 
 
+def test_further_chat_templates_are_shown_and_no_code_beside_them(unmapped: Path, tmp_path: Path) -> None:
+    templates = unmapped / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ tools }}")
+    (templates / "code.py").touch()
+    (unmapped / "onnx").mkdir()
+    (unmapped / "onnx" / "model.jinja").touch()
+    lists = "import os, sys; print(sorted(os.listdir(sys.argv[1] + '/additional_chat_templates')))\n"
+    script = checkout(tmp_path / "llama.cpp", f"{lists}assert 'onnx' not in os.listdir(sys.argv[1])\nsys.exit(1)")
+    with (
+        pytest.raises(CheckpointError, match=r"\['tool_use.jinja'\]"),
+        converted(unmapped, "strange", find_converter(script) or Path(), tmp_path),
+    ):
+        pass
+
+
 def test_a_plan_can_be_made_and_used_by_way_of_the_converter(
     unmapped: Path, full: Path, tmp_path: Path, alphaq: Callable[..., Ran]
 ) -> None:

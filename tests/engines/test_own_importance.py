@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -120,16 +121,40 @@ def test_latent_attention_s_heads_are_told_apart(tmp_path: Path) -> None:
     assert len(seen.stream) == 3 and not seen.skipped
 
 
-@pytest.mark.parametrize("memory", ["enough", "little"])
-def test_own_writing_is_the_same_for_a_seed_and_any_number_of_threads(
-    memory: str, exact: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+def test_heads_whose_importance_cannot_be_used_are_named(
+    alphaq: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if memory == "little":
-        monkeypatch.setattr(gathering, "memory_bytes", lambda: 1)
+    wide = dict(qk_nope_head_dim=32, v_head_dim=32, kv_lora_rank=32)
+    model = in_16_bits(open_checkpoint(save_runnable(tmp_path / "model", "deepseek_v3", **wide)), tmp_path)
+    monkeypatch.setattr(observing, "OWN_SAMPLE", SHORT)
+    asked = ("--engine", "llama.cpp", "--bits", "5", "--choices", "Q4_0,Q5_1,Q8_0", "--method", "distortion")
+    ran = alphaq("plan", model, *asked, "--imatrix", "self", "--no-cache")
+    assert ran.code == 0, ran.err
+    said = "each head of blk.0.attn_k_b.weight, blk.0.attn_v_b.weight, blk.1.attn_k_b.weight and 3 more has inputs"
+    assert said in " ".join(ran.err.split())
+
+
+@pytest.mark.parametrize("size", ["usual", "large"])
+def test_own_writing_is_the_same_for_a_seed_and_any_number_of_threads(
+    size: str, exact: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if size == "large":
+        monkeypatch.setattr(gathering, "WRITTEN_BYTES", exact("qwen2_moe").stat().st_size - 1)
     runs = [gather(exact("qwen2_moe"), Sample(tokens=64, window=16, seed=seed), n, silent) for seed, n in seeds()]
-    assert {one.way for one in runs} == {"written" if memory == "enough" else "rewritten"}
+    assert {one.way for one in runs} == {"written" if size == "usual" else "rewritten"}
     first, again, other = (one.seen.moments["blk.1.ffn_down_exps.weight"].squares for one in runs)
     assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_how_a_model_writes_depends_on_its_file_and_not_on_the_machine(
+    exact: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for memory in (1 << 40, 1 << 34, 8 << 20):
+        monkeypatch.setattr(gathering, "memory_bytes", lambda memory=memory: memory)
+        found.append(gather(exact("qwen2_moe"), Sample(tokens=32, window=16), 1, silent))
+    assert {one.way for one in found} == {"written"}
+    assert all(np.array_equal(one.ids, found[0].ids) for one in found)
 
 
 def seeds() -> list[tuple[int, int]]:
@@ -201,7 +226,7 @@ def test_imatrix_of_a_text_is_what_llama_cpp_writes_and_reads(
     "arguments, said",
     [
         (("--text", "none.txt"), "No text file none.txt"),
-        (("--text", "{short}"), "less than a window of 256"),
+        (("--text", "{short}"), "less than a window of 64"),
         (("--text", "{bytes}"), "is not UTF-8 text"),
         (("--window", "2", "--tokens", "8"), ""),
     ],
@@ -257,11 +282,34 @@ def test_a_model_s_own_is_made_once_and_again_where_the_cache_is_damaged(
     monkeypatch.setattr(observing, "gather_apart", counted)
     checkpoint = open_checkpoint(models["qwen2_moe"])
     found = []
-    for damage in (None, None, "AAAA", "no base64"):
+    for damage in (None, None, b"GGUF", b"no imatrix"):
         with Cache(tmp_path / "cache", {"model": "one"}) as cache:
             for path in cache.path.glob("imatrix-*") if damage else ():
-                path.write_text(damage or "")
+                path.write_bytes(damage or b"")
             found.append(observing.own_importance(checkpoint, tmp_path, Resources(cache=cache)))
     assert len(made) == 3 and all(one.digest == observing.OWN_DIGEST for one in found)
     first, *others = (one.tensors["blk.0.attn_q.weight"] for one in found)
     assert all(np.array_equal(first, other) for other in others)
+
+
+def test_the_whole_model_is_written_where_the_plan_would_be_and_its_size_said(
+    alphaq: Callable[..., Ran], models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("--engine", "llama.cpp", "--bits", "5", "--method", "distortion", "--imatrix", "self", "--no-cache")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(observing, "OWN_SAMPLE", SHORT)
+    places: list[Path] = []
+
+    def seen(checkpoint: Checkpoint, scratch: Path, *rest: Any) -> Path:
+        places.append(scratch)
+        return in_16_bits(checkpoint, scratch, *rest)
+
+    monkeypatch.setattr(observing, "in_16_bits", seen)
+    ran = alphaq("plan", models["qwen2_moe"], *asked)
+    assert ran.code == 0, ran.err
+    assert [place.absolute().parent for place in places] == [tmp_path] and list(tmp_path.iterdir()) == []
+    size = observing.bytes_in_16_bits(open_checkpoint(models["qwen2_moe"]))
+    assert f"{size / 1024:.2f} KiB in {tmp_path}, removed afterwards" in " ".join(ran.err.split())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=size - 1))
+    ran = alphaq("imatrix", models["qwen2_moe"], "-o", tmp_path / "i.gguf")
+    assert ran.code == 2 and f"takes {size:,} bytes" in " ".join(ran.err.split())

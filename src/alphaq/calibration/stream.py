@@ -78,7 +78,8 @@ def _without_weights(checkpoint: Checkpoint) -> Any:
     if checkpoint.plain:
         raise CheckpointError(
             f"{checkpoint.name} is a GGUF file whose tensors are known by their names alone, so transformers cannot "
-            "run it. Use --method alphaq, which needs the weights alone, or start from the Hugging Face folder."
+            "run it. `alphaq eval` without --dtype and --device can, and so can planning by the default method. For "
+            "anything else start from the Hugging Face folder."
         )
     try:
         config = (

@@ -81,13 +81,14 @@ class Calibration:
     """One pass's numbers: experts by (layer, expert), matrices by name.
 
     block_errors: √Σ w²‖y − ŷ‖² with the expert's matrices at one choice, PMQ's ε (arXiv 2410.06270). tokens: ids that
-    went through the model, by window.
+    went through the model, by window. notes: what could not be seen, and what stands for it.
     """
 
     experts: dict[Expert, ExpertUse] = field(default_factory=dict)
     matrices: dict[str, MatrixUse] = field(default_factory=dict)
     block_errors: dict[Expert, dict[Choice, float]] = field(default_factory=dict)
     tokens: tuple[tuple[int, ...], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Indented JSON with a final newline; every float comes back as it was."""
@@ -99,6 +100,7 @@ class Calibration:
             },
             "block_errors": {_key(expert): _named(errors) for expert, errors in self.block_errors.items()},
             "tokens": self.tokens,
+            "notes": self.notes,
         }
         return json.dumps(data, indent=1) + "\n"
 
@@ -117,6 +119,7 @@ class Calibration:
                 },
                 {_expert(key): _parsed(errors) for key, errors in data["block_errors"].items()},
                 tuple(tuple(map(int, window)) for window in data["tokens"]),
+                tuple(map(str, data["notes"])),
             )
         except (ValueError, KeyError, TypeError, AttributeError, ChoiceError) as error:
             raise StatsError(f"{where} holds no calibration ({error!r}). Delete it and calibrate again.") from error

@@ -290,6 +290,8 @@ def open_checkpoint(
             return _open_store(str(model), revision)
         model = path
     with reading(Path(model)), without_collecting():
+        if revision is not None and expanded(model).exists():
+            raise CheckpointError(f"--revision applies only to hub models, and {model} is a path. Drop it.")
         if (path := find_gguf(expanded(model))) is not None:
             return _open_gguf(path, quantized)
         if headers_only and local_folder(model) is None:

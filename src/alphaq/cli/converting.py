@@ -31,7 +31,8 @@ def opened_for(engine: str, model: str, means: Means, beside: Path) -> Iterator[
     with ExitStack() as stack:
         checkpoint = None if means.converter is not None else _opened_here(model, means)
         if checkpoint is None:
-            checkpoint = opened(str(stack.enter_context(_converted(model, means, beside))), means)
+            made = stack.enter_context(_converted(model, means, beside))
+            checkpoint = opened(str(made), means.model_copy(update={"revision": None}))
         yield checkpoint
 
 
@@ -67,6 +68,8 @@ def _converted(model: str, means: Means, beside: Path) -> Iterator[Path]:
     assert script is not None  # or the caller would have said so
     if is_url(model) or expanded(model).is_file():
         raise AlphaQError(f"--converter reads a model's folder on this machine, not {model}. Drop it, or download.")
+    if means.requantize:
+        raise AlphaQError("--requantize is for GGUF files; the converter starts from the model's folder. Drop it.")
     folder = resolve_folder(model, means.revision)
     nbytes = converter.converted_bytes(folder)
     beside = next(place for place in (beside.absolute(), *beside.absolute().parents) if place.is_dir())

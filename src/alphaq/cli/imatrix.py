@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from alphaq.cli.inputs import note_whole_file
 from alphaq.cli.means import JsonOption, Means, opened
 from alphaq.cli.options import Shown
 from alphaq.errors import AlphaQError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 WAYS = {
     "text": "of text",
     "written": "that the model wrote",
-    "rewritten": "that the model made of random tokens in one pass, as its file is larger than half of the memory",
+    "rewritten": "that the model made of random tokens in one pass, as its file has more than 8 GiB",
 }
 MOST_NAMED = 5
 
@@ -43,7 +44,7 @@ def imatrix(
         ),
     ] = None,
     window: Annotated[int, typer.Option(min=2, max=1 << 17, help="Tokens that are seen together.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the model's own writing.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the model's own writing; 0 by default.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a model in llama.cpp and write the importance of its columns, from its own writing or from text."""
@@ -53,7 +54,9 @@ def imatrix(
     from alphaq.writing.observing import OWN_DATASET
 
     check_file(output)
-    sample = Sample(tuple(text or ()), tokens, window, seed)
+    if text and seed is not None:
+        raise AlphaQError("--seed is for the model's own writing, and --text is run instead. Drop one of them.")
+    sample = Sample(tuple(text or ()), tokens, window, seed or 0)
     if missing := next((path for path in sample.texts if not path.is_file()), None):
         raise AlphaQError(f"No text file {missing}. Give a UTF-8 text with --text.")
     gathered = _gathered(model, means, sample, output.absolute().parent)
@@ -62,23 +65,30 @@ def imatrix(
 
 
 def _gathered(model: str, means: Means, sample: Sample, beside: Path) -> Gathered:
+    from alphaq.checkpoint.reader import expanded, find_gguf, is_url
     from alphaq.engines.gguf.gathering import gather_apart
     from alphaq.measuring.resources import Resources
     from alphaq.work.workers import available_cores
     from alphaq.writing.observing import observe
 
-    path = Path(model).expanduser()
-    if path.is_file():
+    path = None if is_url(model) else find_gguf(expanded(model))
+    if path is not None:
+        for option, typed in (("--revision", means.revision), ("--pre-tokenizer", means.pre_tokenizer)):
+            if typed is not None:
+                raise AlphaQError(f"{option} does nothing for a GGUF file such as {path}. Drop it.")
         return gather_apart(path, sample, available_cores(), progress)
+    checkpoint = opened(model, means)
+    note_whole_file(checkpoint, beside)
     with TemporaryDirectory(prefix=".alphaq-imatrix-", dir=beside) as scratch:
-        return observe(opened(model, means), Path(scratch), Resources(wrap=progress), sample)
+        return observe(checkpoint, Path(scratch), Resources(wrap=progress), sample)
 
 
 def _show(output: Path, gathered: Gathered, as_json: bool) -> None:
     from alphaq.checkpoint.gguf.imatrix import PRIOR_TOKENS
 
     seen, (count, length) = gathered.seen, gathered.ids.shape
-    experts = [tokens for moments in seen.moments.values() if len(moments.tokens) > 1 for tokens in moments.tokens]
+    stacks = (moments for name, moments in seen.moments.items() if "_exps." in name)  # heads are counted too
+    experts = [tokens for moments in stacks for tokens in moments.tokens]
     few = sum(bool(tokens < PRIOR_TOKENS) for tokens in experts)
     said = [f"{output}: {len(seen.moments)} tensors, from {count} windows of {length} tokens {WAYS[gathered.way]}"]
     if few:

@@ -58,7 +58,7 @@ class Inputs:
             return own_name()
         return None if self.imatrix is None else f"{self.imatrix.name} {self.imatrix.digest}"
 
-    def made_for(self, checkpoint: Checkpoint | None, resources: Resources, scratch: Path | None) -> Inputs:
+    def made_for(self, checkpoint: Checkpoint | None, resources: Resources, scratch: Path) -> Inputs:
         """With the model's own importance matrix, if it was asked for. scratch: folder for the model in 16 bits.
 
         Raises AlphaQError without a model, and where llama.cpp cannot run it.
@@ -69,7 +69,21 @@ class Inputs:
 
         if checkpoint is None:
             raise AlphaQError("--imatrix self runs the model. Give MODEL.")
+        note_whole_file(checkpoint, scratch, "unless an earlier run has looked at it")
         return replace(self, imatrix=own_importance(checkpoint, scratch, resources), own_imatrix=False)
+
+
+def note_whole_file(checkpoint: Checkpoint, scratch: Path, condition: str = "") -> None:
+    """Say how large the file is that llama.cpp runs, if it has to be written first. Raises AlphaQError."""
+    from alphaq.report.tables import human_bytes
+    from alphaq.writing.observing import bytes_in_16_bits
+
+    if nbytes := bytes_in_16_bits(checkpoint):
+        unless = f", {condition}" if condition else ""
+        note(
+            f"llama.cpp runs the model, so it is written as a GGUF file in 16 bits first{unless}: "
+            f"{human_bytes(nbytes)} in {scratch.absolute()}, removed afterwards"
+        )
 
 
 def text_of(source: str | None, bos: bool = True) -> Text | None:
@@ -114,5 +128,5 @@ def note_source(checkpoint: Checkpoint, engine: str, importance: ImportanceMatri
     from alphaq.engines.profiles import profile
 
     note(*profile(engine).writer.notes(checkpoint))
-    if importance is not None and (open_ := importance_of(checkpoint, importance).note(importance.name)):
-        note(open_)
+    if importance is not None:
+        note(*importance_of(checkpoint, importance).notes(importance.name))

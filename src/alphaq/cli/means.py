@@ -105,12 +105,20 @@ def cache_folder() -> Path:
 
 
 def opened(model: str, means: Means, headers_only: bool = False) -> Checkpoint:
-    """The checkpoint that a command is to work on; says what is not read of it."""
+    """The checkpoint that a command is to work on; says what is not read of it.
+
+    Raises AlphaQError for options that do not apply to it.
+    """
     from dataclasses import replace
 
     from alphaq.checkpoint.reader import open_checkpoint
+    from alphaq.errors import AlphaQError
 
     checkpoint = open_checkpoint(model, means.revision, means.requantize, headers_only)
+    if means.requantize and checkpoint.gguf is None:
+        raise AlphaQError(f"--requantize is for GGUF files, and {model} is none. Drop it.")
+    if means.pre_tokenizer is not None and checkpoint.gguf is not None:
+        raise AlphaQError(f"--pre-tokenizer is for folders: a GGUF file such as {model} names its own. Drop it.")
     note(*checkpoint.notes)
     return replace(checkpoint, pre_tokenizer=means.pre_tokenizer)
 

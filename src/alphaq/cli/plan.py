@@ -49,9 +49,10 @@ def plan(
             check_file(file)
     _require_model(config, model, search, write_type_file)
     if dry_run:
-        if model is None or search is not None or any((output, write_type_file, means.converter)):
+        if model is None or search is not None or any((output, write_type_file, means.converter, config.imatrix)):
             raise AlphaQError(
-                "--dry-run needs MODEL and makes no plan. Drop --output, --write-type-file, --converter and --ear."
+                "--dry-run needs MODEL and makes no plan. Drop --output, --write-type-file, --converter, --imatrix and "
+                "--ear."
             )
         _show_outline(opened(model, means, headers_only=True), config, as_json)
         return
@@ -59,7 +60,7 @@ def plan(
     scratch = None if beside is None else beside.absolute().parent
     with nullcontext() if model is None else opened_for(config.engine, model, means, scratch or Path()) as checkpoint:
         with resources_for(checkpoint, means) as resources:
-            inputs = inputs.made_for(checkpoint, resources, scratch)
+            inputs = inputs.made_for(checkpoint, resources, scratch or Path())
             if search is None or checkpoint is None:
                 made = build_plan(checkpoint, config, inputs, resources)
             else:

@@ -122,6 +122,8 @@ def measurements(
     measured = planning.measure_for_plan(
         checkpoint, request, planning.PlanInputs(inputs.stats, text, inputs.imatrix), resources, settle=settle
     )
+    if measured.evidence.synthetic is not None:
+        note(*measured.evidence.synthetic.notes)
     if zeros := measured.zeros:
         complain(
             f"warning: {len(zeros):,} of {len(measured.evidence.names):,} planned matrices hold nothing but zeros, "

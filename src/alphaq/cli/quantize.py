@@ -169,7 +169,8 @@ def _usage(plan: Plan, result: QuantizeResult, job: Job, output: str, model: str
         return "Uploaded."
     usage = profile(plan.engine).writer.used(output, result.files)
     made_first = not job.checkpoint.folder.exists()  # so there is nothing left to compare with
-    return usage if made_first else f"{usage}\n{run_hint(plan.engine, output, model)}"
+    hint = run_hint(plan.engine, output, model, job.checkpoint.plain)
+    return usage if made_first else f"{usage}\n{hint}"
 
 
 def _deciding(wanted: Asked[Wanted], scoring: Asked[Scoring], means: Means) -> Iterable[str]:

@@ -153,8 +153,8 @@ class Export:
     files can be opened as a checkpoint whose codes are cut without their weights (`slice`). type_file: (checkpoint,
     choices) → what the engine's own tool reads to quantize by a plan (`--write-type-file`), None without one.
     takes_roundings: whether levels are ours, so that a quantizer that looks at inputs can choose among them. observed:
-    (checkpoint, windows, tokens of each, how progress is shown) → what the engine itself sees of its experts while the
-    model goes on from random tokens.
+    (checkpoint, windows, tokens of each, whether BOS comes first, how progress is shown) → what the engine itself sees
+    of its experts while the model goes on from random tokens.
     """
 
     layout: Callable[[Checkpoint, Mapping[str, Choice]], Layout]
@@ -175,7 +175,7 @@ class Export:
     holds_codes: bool = False
     type_file: Callable[[Checkpoint, Mapping[str, Choice]], str] | None = None
     takes_roundings: bool = True
-    observed: Callable[[Checkpoint, int, int, Wrap], Calibration] | None = None
+    observed: Callable[[Checkpoint, int, int, bool, Wrap], Calibration] | None = None
 
     def used(self, out: str, files: Sequence[str]) -> str:
         """What to do with a folder of these weight files, in their order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,17 +13,28 @@ SHOWN = 3  # of the tensors without an entry
 @dataclass(frozen=True)
 class Importance:
     """columns: of each matrix, float32 [columns], mean 1. missing: the engine's tensors that nothing is known of,
-    those that a plan is about first."""
+    those that a plan is about first. by_head: those whose heads have inputs of their own, which quantizers cannot tell
+    apart."""
 
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    by_head: tuple[str, ...] = ()
 
-    def note(self, name: str) -> str | None:
+    def notes(self, name: str) -> list[str]:
         """What a user should know of the importance matrix `name`."""
-        if not self.missing:
-            return None
-        more = f" and {len(self.missing) - SHOWN} more" if len(self.missing) > SHOWN else ""
-        return (
-            f"{name} has no entry for {', '.join(self.missing[:SHOWN])}{more}: all columns count alike there. "
-            "llama-imatrix leaves out what its text did not reach; a longer text may reach it"
-        )
+        said = []
+        if self.missing:
+            said.append(
+                f"{name} has no entry for {_named(self.missing)}: all columns count alike there. "
+                "llama-imatrix leaves out what its text did not reach; a longer text may reach it"
+            )
+        if self.by_head:
+            said.append(
+                f"each head of {_named(self.by_head)} has inputs of its own, which {name} tells apart and llama.cpp's "
+                "quantizers do not: all columns count alike there"
+            )
+        return said
+
+
+def _named(tensors: Sequence[str]) -> str:
+    return ", ".join(tensors[:SHOWN]) + (f" and {len(tensors) - SHOWN} more" if len(tensors) > SHOWN else "")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+from alphaq.errors import AlphaQError
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.scoring import Scoring
 from alphaq.work.workers import Wrap, silent
@@ -12,7 +14,8 @@ from alphaq.work.workers import Wrap, silent
 def evaluate(model: str | Path, scoring: Scoring, reference: str | Path | None = None, wrap: Wrap = silent) -> Fidelity:
     """Perplexity per text, and distance from a reference model if one is given.
 
-    A GGUF file is run by llama.cpp if that is installed and `scoring` names neither dtype (`auto`) nor device.
+    A GGUF file is run by llama.cpp if that is installed and `scoring` names neither dtype (`auto`) nor device. Raises
+    AlphaQError for models that put out NaN.
     """
     from alphaq.evaluation.fidelity import evaluate_texts, read_texts, window_beginning
     from alphaq.evaluation.loading import opened_models
@@ -21,6 +24,9 @@ def evaluate(model: str | Path, scoring: Scoring, reference: str | Path | None =
     with opened_models(model, reference, scoring, contents) as (own, against):
         other = None if against is None else against.model
         by_text = dict(evaluate_texts(own.model, own.tokenizer, contents, scoring, other, wrap))
+        for name, text in by_text.items():
+            if math.isnan(text.perplexity) or (text.kl is not None and math.isnan(text.kl)):
+                raise AlphaQError(f"A model gives NaN on text {name!r}. Check its weights with `alphaq verify`.")
         run_by = tuple(runner.by for runner in (own, against) if runner is not None)
         return Fidelity(by_text, window_beginning(own.tokenizer, scoring.bos), run_by)
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alphaq.checkpoint.gguf.format import first_part
 from alphaq.checkpoint.gguf.source import find_gguf
+from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.gguf.forward import LlamaModel, LlamaTokenizer
 from alphaq.engines.gguf.library import LlamaError
-from alphaq.errors import AlphaQError
+from alphaq.errors import AlphaQError, CheckpointError
 from alphaq.formats.ggml_library import shared_object
 from alphaq.nouns.scoring import Scoring
 from alphaq.runtime.loading import load_model, load_pair
@@ -51,8 +53,9 @@ class Runner:
 
 
 def gguf_of(model: str | Path) -> Path | None:
-    """The GGUF file that a model means, if any."""
-    return find_gguf(Path(model).expanduser())
+    """The GGUF file that a model means, if any: of a split one the first part, which llama.cpp asks for."""
+    found = find_gguf(Path(model).expanduser())
+    return None if found is None else first_part(found)
 
 
 def transformers_note(models: Sequence[str | Path | None], scoring: Scoring) -> str | None:
@@ -104,8 +107,17 @@ def _runner(name: str | Path, window: int, stack: ExitStack) -> Runner:
     try:
         running = stack.enter_context(LlamaModel(path, window))
     except LlamaError as error:
-        raise LlamaError(f"{error}\nWith --dtype float32 transformers runs the file's restored weights.") from error
+        remedy = "" if _is_plain(path) else "\nWith --dtype float32 transformers runs the file's restored weights."
+        raise LlamaError(f"{error}{remedy}") from error
     return Runner(str(name), running, running.tokenizer, LLAMA_CPP)
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether no class in transformers is known for a file."""
+    try:
+        return open_checkpoint(path, quantized=True).plain
+    except CheckpointError:
+        return True
 
 
 def _require_alike(one: Runner, other: Runner, texts: Mapping[str, str]) -> None:

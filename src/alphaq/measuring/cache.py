@@ -101,21 +101,31 @@ class Cache:
 
     def recall(self, name: str, make: Callable[[], str], parse: Callable[[str], T]) -> T:
         """What `parse` makes of the text that lies under a name, which is made anew if it is missing or damaged."""
+
+        def write(path: Path) -> None:
+            made = make()
+            try:
+                path.write_text(made, encoding="utf-8")
+            except OSError as error:
+                raise self._unusable(error) from None
+
+        return self.recall_file(name, write, lambda path: parse(path.read_text(encoding="utf-8")))
+
+    def recall_file(self, name: str, write: Callable[[Path], object], read: Callable[[Path], T]) -> T:
+        """The same of a file, which `write` makes at a path and `read` takes from one."""
         path = self.path / name
         if path.is_file():
             with suppress(AlphaQError, UnicodeDecodeError):
-                return parse(path.read_text(encoding="utf-8"))
-        made = make()
+                return read(path)
         unfinished = path.with_suffix(".partial")
+        write(unfinished)
         try:
-            with unfinished.open("w", encoding="utf-8") as file:
-                file.write(made)
-                file.flush()
+            with unfinished.open("rb+") as file:
                 os.fsync(file.fileno())
             unfinished.replace(path)
         except OSError as error:
             raise self._unusable(error) from None
-        return parse(made)
+        return read(path)
 
     def close(self) -> None:
         """Let other processes use the cache."""

@@ -46,23 +46,25 @@ class PassRun:
     text: Text | None
     choices: tuple[Choice, ...]
     resources: Resources
-    observed: Callable[[Checkpoint, int, int, Wrap], Calibration] | None = None
+    observed: Callable[[Checkpoint, int, int, bool, Wrap], Calibration] | None = None
     results: Mapping[Need, Any] = field(default_factory=dict)
 
 
 def synthetic(run: PassRun) -> Calibration:
     """How errors join the signal, seen with random tokens that the model has rewritten once."""
-
     by_engine = run.observed if run.checkpoint.plain else None
+    shape = SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH
 
     def make() -> str:
         if by_engine is not None:  # which shows its own progress
-            return by_engine(run.checkpoint, SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH, run.resources.wrap).to_json()
-        ids = own_writing(run.checkpoint, SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH, run.bos)
+            return by_engine(run.checkpoint, *shape, run.bos, run.resources.wrap).to_json()
+        ids = own_writing(run.checkpoint, *shape, run.bos)
         return gather(run.checkpoint, ids, with_signal=True).to_json()
 
     prefix = model_prefix(run.checkpoint) if run.bos else ()
     tokens = f"{SYNTHETIC_WINDOWS}x{SYNTHETIC_LENGTH} after {prefix}"
+    if by_engine is not None:  # which knows what comes first even where the metadata do not say
+        tokens += f" with BOS {run.bos}"
     return _remembered(run, "synthetic", tokens, make, None if by_engine else "random tokens")
 
 

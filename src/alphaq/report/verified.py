@@ -11,19 +11,27 @@ if TYPE_CHECKING:
     from alphaq.evaluation.engine_run import EngineRun
 
 
-def run_hint(engine: str, output: str, reference: str) -> str:
-    """How to check that the engine computes what it should; nothing where that is not known."""
+def run_hint(engine: str, output: str, reference: str, plain: bool = False) -> str:
+    """How to check that the engine computes what it should; nothing where that is not known.
+
+    plain: whether the engine alone can run the model.
+    """
     run = profile(engine).writer.run
     if run is None:
         return ""
+    if plain:
+        command = shlex.join(("alphaq", "eval", output, "--reference", reference, "--text", "my.txt"))
+        return f"See what is lost on a text: {command}"
     command = shlex.join(("alphaq", "verify", output, "--reference", reference, "--run"))
     return f"See whether {run.called} computes what it should: {command}"
 
 
-def run_line(ran: EngineRun | None, with_reference: bool) -> str:
-    """What running it showed, or what was not checked."""
+def run_line(ran: EngineRun | None, with_reference: bool, plain: bool = False) -> str:
+    """What running it showed, or what was not checked. plain: whether the engine alone can run the model."""
     if ran is None:
         left = "" if with_reference else "the original values (add --reference MODEL), nor "
+        if plain:
+            return f"Not checked: {left}what the engine computes with them (`alphaq eval` runs the file)."
         return f"Not checked: {left}what the engine computes with them (add --run)."
     config = (
         "" if with_reference else " The config was the output's own; add --reference MODEL to go by the original's."

@@ -6,17 +6,16 @@ A GGUF file is run as it is; a folder is first written as one, in 16 bits.
 from __future__ import annotations
 
 import hashlib
-from base64 import b64decode, b64encode
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix, read_imatrix
 from alphaq.checkpoint.reader import Checkpoint
+from alphaq.engines.gguf.converter import require_room
 from alphaq.engines.gguf.gathering import Gathered, Sample, gather_apart
 from alphaq.engines.gguf.importance_file import write_imatrix
 from alphaq.engines.gguf.profile import FILE_NAME, PROFILE
-from alphaq.errors import CheckpointError
 from alphaq.measuring.resources import USUAL, Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
@@ -25,7 +24,7 @@ from alphaq.writing.quantizing import quantize
 from alphaq.writing.records import WriteOptions
 
 SELF = "self"
-VERSION = 1
+VERSION = 2
 """Raise it whenever the same model would be observed differently."""
 OWN_DATASET = "the model's own writing"
 
@@ -40,36 +39,28 @@ def own_name() -> str:
     return f"{SELF} {OWN_DIGEST}"
 
 
-def own_importance(
-    checkpoint: Checkpoint, scratch: Path | None = None, resources: Resources = USUAL
-) -> ImportanceMatrix:
+def own_importance(checkpoint: Checkpoint, scratch: Path, resources: Resources = USUAL) -> ImportanceMatrix:
     """Of the model's own writing, or what the cache keeps of the same model's. scratch: an existing folder, where the
     model lies in 16 bits meanwhile.
 
     Raises as `observe` does.
     """
 
-    def make() -> str:
+    def write(path: Path) -> None:
         with TemporaryDirectory(prefix=".alphaq-imatrix-", dir=scratch) as folder:
-            path = Path(folder) / "imatrix.gguf"
             write_imatrix(path, observe(checkpoint, Path(folder), resources, OWN_SAMPLE), (OWN_DATASET,))
-            return b64encode(path.read_bytes()).decode()
 
-    if resources.cache is None:
-        return _parsed(make())
     settings = hashlib.sha256(checkpoint.settings_digest().encode()).hexdigest()[:16]
-    return resources.cache.recall(f"imatrix-{OWN_DIGEST}-{settings}.base64", make, _parsed)
-
-
-def _parsed(text: str) -> ImportanceMatrix:
-    """What a file holds whose bytes these are. Raises CheckpointError if it is damaged."""
-    with TemporaryDirectory() as folder:
+    if resources.cache is not None:
+        return resources.cache.recall_file(f"imatrix-{OWN_DIGEST}-{settings}.gguf", write, _read)
+    with TemporaryDirectory(prefix=".alphaq-imatrix-", dir=scratch) as folder:
         path = Path(folder) / "imatrix.gguf"
-        try:
-            path.write_bytes(b64decode(text, validate=True))
-        except ValueError as error:
-            raise CheckpointError(f"{path.name} in the cache is damaged ({error}).") from None
-        return replace(read_imatrix(path), name=SELF, digest=OWN_DIGEST)
+        write(path)
+        return _read(path)
+
+
+def _read(path: Path) -> ImportanceMatrix:
+    return replace(read_imatrix(path), name=SELF, digest=OWN_DIGEST)
 
 
 def observe(checkpoint: Checkpoint, scratch: Path, resources: Resources, sample: Sample) -> Gathered:
@@ -77,10 +68,26 @@ def observe(checkpoint: Checkpoint, scratch: Path, resources: Resources, sample:
     return gather_apart(in_16_bits(checkpoint, scratch, resources), sample, available_cores(), resources.wrap)
 
 
+def bytes_in_16_bits(checkpoint: Checkpoint) -> int:
+    """How large the file is that has to be written before llama.cpp can run a checkpoint; 0 for a GGUF file.
+
+    Raises AlphaQError where there can be none.
+    """
+    return 0 if checkpoint.gguf is not None else PROFILE.writer.layout(checkpoint, _in_16_bits(checkpoint)).size_bytes
+
+
 def in_16_bits(checkpoint: Checkpoint, scratch: Path, resources: Resources = USUAL) -> Path:
-    """A file that llama.cpp runs: a GGUF file itself, or one that is written into the folder `scratch`."""
+    """A file that llama.cpp runs: a GGUF file itself, or one that is written into the folder `scratch`.
+
+    Raises OutputError where there is no room for it.
+    """
     if checkpoint.gguf is not None:
         return checkpoint.gguf.folder / checkpoint.gguf.files[0]
-    plan = Plan(engine=PROFILE.name, choices={matrix.name: str(Choice(16)) for matrix in checkpoint.planned})
+    require_room(bytes_in_16_bits(checkpoint), scratch)
+    plan = Plan(engine=PROFILE.name, choices={name: str(choice) for name, choice in _in_16_bits(checkpoint).items()})
     quantize(checkpoint, plan, scratch / "whole", WriteOptions(check=False), resources)
     return scratch / "whole" / FILE_NAME
+
+
+def _in_16_bits(checkpoint: Checkpoint) -> dict[str, Choice]:
+    return {matrix.name: Choice(16) for matrix in checkpoint.planned}

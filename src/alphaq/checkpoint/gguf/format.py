@@ -217,6 +217,12 @@ def read_gguf(path: Path) -> GgufFile:
     return _merge(_parts(path, name["stem"], parts), parts)
 
 
+def first_part(path: Path) -> Path:
+    """The file that tells of all parts of a split model, going by its name; any other file itself."""
+    part = _PART_NAME.fullmatch(path.name)
+    return path if part is None else path.with_name(f"{part['stem']}-00001-of-{part['parts']}.gguf")
+
+
 def _parts(path: Path, stem: str, count: int) -> Iterable[GgufFile]:
     for part in range(1, count + 1):
         beside = path.with_name(f"{stem}-{part:05d}-of-{count:05d}.gguf")

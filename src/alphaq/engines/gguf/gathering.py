@@ -7,10 +7,9 @@ tokens without logits out of the last layer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -21,17 +20,20 @@ from alphaq.checkpoint.files import memory_bytes
 from alphaq.checkpoint.gguf.format import GgufFile, read_gguf
 from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.engines.gguf.apart import Wrap, run_apart
-from alphaq.engines.gguf.library import Llama, Running
+from alphaq.engines.gguf.library import Llama, NoNumberError, Running
 from alphaq.engines.gguf.passes import Layers, Passing, Seen
 from alphaq.engines.gguf.watching import Watch
 from alphaq.engines.gguf.windows import Ids, own_windows, random_windows, rewritten_windows, text_windows
-from alphaq.errors import AlphaQError, CheckpointError
+from alphaq.errors import AlphaQError
 
 PASS_BYTES, PASS_SHARE = 2 << 30, 4  # of memory: intermediate values and the KV cache of a batch, at most
 LOGIT_BYTES, LOGIT_SHARE = 1 << 30, 8
+WRITTEN_BYTES = 8 << 30
+"""Of a larger file every token written would take too long. By the file alone, so that any machine does the same."""
 MOST_LAYERS = 10_000
 MOST_WINDOWS = 256  # sequences that llama.cpp takes side by side
 SIDE_BY_SIDE = 64  # windows that are written at a time
+USUAL_WINDOW = 256
 FEWEST_TOKENS, MOST_TOKENS = 4096, 65_536
 TOKENS_OF_EXPERT = 256  # on average
 MOST_OF_A_SIZE = 1 << 24
@@ -46,12 +48,14 @@ Way = Literal["text", "written", "rewritten"]
 @dataclass(frozen=True)
 class Sample:
     """Which tokens a model is run on. texts: files, or none for its own writing. tokens: None for enough, or for all
-    of the texts. window: tokens seen together."""
+    of the texts. window: tokens seen together. bos: whether windows begin with what the tokenizer puts before a text.
+    """
 
     texts: tuple[Path, ...] = ()
     tokens: int | None = None
-    window: int = 256
+    window: int = USUAL_WINDOW
     seed: int = 0
+    bos: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class _Sizes:
     experts: int
     used: int
     vocabulary: int
+    context: int  # tokens that it was trained with, 0 where the file does not say
 
     @classmethod
     def of(cls, file: GgufFile) -> _Sizes:
@@ -97,6 +102,7 @@ class _Sizes:
             experts=most("expert_count"),
             used=max(used, 1),
             vocabulary=_length(file.metadata.get("tokenizer.ggml.tokens")) or most("vocab_size", 1 << 18),
+            context=most("context_length", 0),
         )
 
     def token_bytes(self, window: int) -> int:
@@ -134,29 +140,30 @@ def _share(most: int, share: int) -> int:
 
 @dataclass(frozen=True)
 class Runs:
-    """A file with how it is run. shown: tells how far it is."""
+    """A file with how it is run. shown: tells how far it is. bos: as in `Sample`."""
 
     path: Path
     nbytes: int
     sizes: _Sizes
     threads: int
     shown: Wrap
+    bos: bool
 
     @classmethod
-    def of(cls, path: Path, threads: int, shown: Wrap) -> Runs:
-        """Of a file, or the first part of one. Raises CheckpointError."""
+    def of(cls, path: Path, threads: int, shown: Wrap, bos: bool) -> Runs:
+        """Of a file, or any part of one. Raises CheckpointError."""
         file = read_gguf(path)
         nbytes = sum((file.folder / part).stat().st_size for part in file.files)
-        return cls(path, nbytes, _Sizes.of(file), threads, shown)
+        return cls(file.folder / file.files[0], nbytes, _Sizes.of(file), threads, shown, bos)
 
     @property
-    def fits_in_memory(self) -> bool:
-        """Whether half of the memory holds the file, so that reading it again and again is cheap."""
-        return self.nbytes < memory_bytes() // 2
+    def is_written(self) -> bool:
+        """Whether the file is small enough to be read again and again."""
+        return self.nbytes <= WRITTEN_BYTES
 
     def model(self, windows: int, length: int, outputs: int, watch: Watch | None = None) -> Llama:
         """The model with room for so many windows."""
-        return Llama(self.path, length, self.threads, windows, Running(watch, outputs, mapped=True))
+        return Llama(self.path, length, self.threads, windows, Running(watch, outputs, mapped=True, bos=self.bos))
 
 
 def gather_apart(path: Path, sample: Sample, threads: int, shown: Wrap) -> Gathered:
@@ -165,19 +172,40 @@ def gather_apart(path: Path, sample: Sample, threads: int, shown: Wrap) -> Gathe
 
 
 def gather(path: Path, sample: Sample, threads: int, shown: Wrap) -> Gathered:
-    """Run a GGUF file, or the first part of one, on a sample. The same for the same file, sample and processor, where
+    """Run a GGUF file, or any part of one, on a sample. The same for the same file, sample and processor, where
     memory is the same or enough.
 
     Raises LlamaError where llama.cpp refuses, CheckpointError for a damaged file, AlphaQError for texts.
     """
-    runs = Runs.of(path, threads, shown)
-    way: Way = "text" if sample.texts else "written" if runs.fits_in_memory else "rewritten"
-    ids = {"text": _texts, "written": _written, "rewritten": rewritten}[way](runs, sample)
+    runs = Runs.of(path, threads, shown, sample.bos)
+    way: Way = "text" if sample.texts else "written" if runs.is_written else "rewritten"
+    ids = tokens_for(runs, sample, way)
     seen = watched(runs, ids, Passing).seen
     if not seen.moments:
         raise AlphaQError(f"llama.cpp computes no product with a weight of {path.name}. Is it a language model?")
-    require_numbers(path, seen)
     return Gathered(seen, ids, way)
+
+
+def tokens_for(runs: Runs, sample: Sample, way: Way) -> Ids:
+    """Tokens to run.
+
+    Raises NoNumberError naming the first weight that meets NaN, where the model cannot write; AlphaQError for windows
+    longer than those that it was trained with.
+    """
+    if 0 < runs.sizes.context < sample.window:
+        if sample.window != USUAL_WINDOW:
+            raise AlphaQError(
+                f"{runs.path.name} was trained with {runs.sizes.context} tokens at a time, fewer than a window of "
+                f"{sample.window}. Give --window {runs.sizes.context}."
+            )
+        sample = replace(sample, window=runs.sizes.context)
+    try:
+        return {"text": _texts, "written": _written, "rewritten": _rewritten}[way](runs, sample)
+    except NoNumberError:
+        with runs.model(1, sample.window, 1) as model:
+            ids = random_windows(model, 1, sample.window, np.random.default_rng(sample.seed))
+        watched(runs, ids, Passing)
+        raise
 
 
 def _texts(runs: Runs, sample: Sample) -> Ids:
@@ -199,7 +227,7 @@ def _written(runs: Runs, sample: Sample) -> Ids:
         return np.concatenate([own_windows(model, count, sample.window, chance, step) for count in groups])
 
 
-def rewritten(runs: Runs, sample: Sample) -> Ids:
+def _rewritten(runs: Runs, sample: Sample) -> Ids:
     """Random tokens, rewritten by the model once, in batches whose logits fit."""
     chance = np.random.Generator(np.random.PCG64(sample.seed))
     most = min(_side_by_side(runs, sample.window), max(1, runs.sizes.outputs // sample.window))
@@ -224,17 +252,6 @@ def watched(runs: Runs, ids: Ids, watch: Callable[[Callable[[], object]], P], mo
             for part in groups:
                 model.run(part, _spread(part, outputs))
     return seen
-
-
-def require_numbers(path: Path, seen: Seen) -> None:
-    """Raise CheckpointError if what was computed is not finite."""
-    sums = {name: float(moments.squares.sum()) for name, moments in seen.moments.items()}
-    sums |= {name: energy for name, (energy, _) in seen.stream.items()}
-    if wrong := next((name for name, total in sums.items() if not math.isfinite(total)), None):
-        raise CheckpointError(
-            f"{path.name}: llama.cpp computes NaN or infinity at {wrong}, so weights or settings are damaged. Download "
-            "the file again, or convert the model again."
-        )
 
 
 def _check(model: Llama, sample: Sample) -> None:

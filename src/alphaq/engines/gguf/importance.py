@@ -36,8 +36,13 @@ def importance_of(checkpoint: Checkpoint, given: ImportanceMatrix) -> Importance
     """
     found: dict[str, np.ndarray] = {}
     missing: dict[str, Role] = {}
+    by_head: list[str] = []
     for recipe in gguf_tensors(checkpoint):
-        if not recipe.matrices or (len(recipe.shape) == 3 and not recipe.is_stack):  # each head has inputs of its own
+        if not recipe.matrices:
+            continue
+        if len(recipe.shape) == 3 and not recipe.is_stack:
+            if recipe.name in given.tensors and recipe.type != "F32" and not recipe.transform:
+                by_head.append(recipe.name)
             continue
         entry = next((name for name in _entries(recipe.name) if name in given.tensors), None)
         if entry is not None:
@@ -50,7 +55,8 @@ def importance_of(checkpoint: Checkpoint, given: ImportanceMatrix) -> Importance
             f"{given.name} has no entry for any {checkpoint.planned_role.value} matrix of {checkpoint.name}; its first "
             f"is {next(iter(given.tensors))}. Use an importance matrix of this model."
         )
-    return Importance(found, tuple(sorted(missing, key=lambda name: missing[name] is not checkpoint.planned_role)))
+    first = sorted(missing, key=lambda name: missing[name] is not checkpoint.planned_role)
+    return Importance(found, tuple(first), tuple(by_head))
 
 
 def _entries(name: str) -> Iterator[str]:

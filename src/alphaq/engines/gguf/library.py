@@ -115,6 +115,19 @@ class LlamaError(AlphaQError):
     """llama.cpp refused."""
 
 
+class NoNumberError(LlamaError):
+    """A pass of a model that is not sound."""
+
+
+def no_number(where: str) -> NoNumberError:
+    """What to do about values that are NaN or infinite."""
+    return NoNumberError(
+        f"llama.cpp computes NaN or infinity: {where}. The file's weights are damaged, or values overflow: those that "
+        "meet F16 weights are rounded to 16 bits and must stay below 65,504. Download the file again, or convert the "
+        "model to BF16 instead of F16."
+    )
+
+
 def _refusal(what: str) -> LlamaError:
     """An error that ends with what llama.cpp logged last."""
     return LlamaError("\n  ".join((what, *_words[-5:])))
@@ -189,12 +202,14 @@ class Running:
 
     watch: is shown every intermediate tensor, see watching.py. outputs: of so many tokens of a batch are logits
     wanted at most; 0 for all, which takes as much memory. mapped: compute with the weights where they lie in the
-    memory-mapped file, and never with copies that are laid out for speed.
+    memory-mapped file, and never with copies that are laid out for speed. bos: whether `prefix` is what the file's
+    tokenizer puts before a text, or nothing.
     """
 
     watch: Watch | None = None
     outputs: int = 0
     mapped: bool = False
+    bos: bool = True
 
 
 @dataclass(frozen=True)
@@ -217,6 +232,7 @@ class Llama:
     ) -> None:
         self._library = _library()
         self._model = self._context = None
+        self._bos = running.bos
         self._callback = None if running.watch is None else Callback(running.watch, self._library)
         _words.clear()
         self._model = self._library.llama_model_load_from_file(str(path).encode(), self._model_params(running))
@@ -256,7 +272,7 @@ class Llama:
     def prefix(self) -> tuple[int, ...]:
         """What the tokenizer puts before a text: BOS, or nothing."""
         bos = self._library.llama_vocab_bos(self._vocab)
-        added = self._library.llama_vocab_get_add_bos(self._vocab) and 0 <= bos < self.vocab_size
+        added = self._bos and self._library.llama_vocab_get_add_bos(self._vocab) and 0 <= bos < self.vocab_size
         return (bos,) if added else ()
 
     def facts(self) -> Facts:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alphaq.engines.gguf.library import no_number
 from alphaq.engines.gguf.watching import Node
 
 STREAM = "l_out-"  # what a layer leaves in the residual stream, in every architecture of llama.cpp
@@ -63,7 +64,7 @@ class Passing:
         return inputs.readable
 
     def sees(self, node: Node) -> None:
-        """Add one node up."""
+        """Add one node up. Raises LlamaError for inputs that are no numbers."""
         if not node.is_product:
             self._see_stream(node)
             return
@@ -77,6 +78,8 @@ class Passing:
             found = _by_expert(values[0], chosen.values()[0, 0], matrices)
         else:
             found = _by_matrix(values, matrices)
+        if not np.isfinite(found.squares).all():
+            raise no_number(f"first in the inputs of {weight.name}")
         known = self.seen.moments.get(weight.name)
         self.seen.moments[weight.name] = found if known is None else known + found
 
