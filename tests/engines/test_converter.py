@@ -16,12 +16,12 @@ from alphaq.cli import converting
 from alphaq.engines.gguf import converter
 from alphaq.engines.gguf.converter import converted, find_converter, require_room
 from alphaq.errors import AlphaQError, CheckpointError, OutputError
-from conftest import ROOT, Ran
+from conftest import Ran
+from llama_converter import CONVERTER, MISSING
 from runnable import byte_level, save_runnable, save_tokenizer
 
 pytestmark = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="llama.cpp comes with `pip install xllamacpp`")
 
-CONVERTER = ROOT / ".venv" / "converter"  # llama.cpp's own, from PyPI; see `make setup`
 COPIES = """
 import os, shutil, sys
 folder, _, out, _, kind = sys.argv[1:]
@@ -121,7 +121,7 @@ def test_without_a_converter_the_error_names_the_option_and_the_package(
     ran = alphaq("quantize", unmapped, *QUANTIZE, "-o", tmp_path / "out")
     assert ran.code == 2
     said = " ".join(ran.err.split())
-    assert "strange_moe" in said and "--converter DIR" in said and "convert-hf-to-gguf" in said
+    assert "strange_moe" in said and "--converter DIR" in said and "ggml-org/llama.cpp" in said
 
 
 def test_an_installed_converter_is_used_where_it_is_needed(
@@ -178,7 +178,7 @@ def test_names_of_links_and_of_the_file_are_the_model_s(full: Path, mapped: Path
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CONVERTER.is_dir(), reason="`make setup` installs llama.cpp's converter")
+@pytest.mark.skipif(not CONVERTER.is_dir(), reason=MISSING)
 def test_the_real_converter_s_file_is_quantized_and_run(tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
     from test_gguf_model import save_case
 

