@@ -10,10 +10,12 @@ import pytest
 import torch
 from test_every_family import NOT_RUN, OFTEN
 
+from alphaq.calibration import text
 from alphaq.calibration.backward import Drawn, Seen, stream_scores
 from alphaq.calibration.fisher import Fisher, gather_fisher
 from alphaq.calibration.prior import routing_prior
 from alphaq.calibration.stream import HollowModel, model_class
+from alphaq.calibration.text import own_text
 from alphaq.calibration.tokens import random_windows
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import CheckpointError, PassError, StatsError
@@ -145,3 +147,21 @@ def test_what_was_found_survives_a_file(save_family: Callable[..., Path]) -> Non
     for damaged in ("{}", "nonsense", fisher.to_json().replace('"version": 1', '"version": 99')):
         with pytest.raises(StatsError, match="holds no Fisher information"):
             Fisher.from_json(damaged)
+
+
+def test_what_a_model_writes_is_as_likely_as_it_says(tiny: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    ids = own_text(checkpoint, 4, 64)
+    assert ids.shape == (4, 64) and torch.equal(ids, own_text(checkpoint, 4, 64))
+    with torch.no_grad():
+        log_p = loaded(tiny)(ids).logits[:, :-1].log_softmax(-1)
+    surprise = -float(log_p.gather(-1, ids[:, 1:, None]).mean())
+    entropy = -float((log_p.exp() * log_p).sum(-1).mean())
+    assert surprise == pytest.approx(entropy, rel=0.1)
+    assert entropy < 4.5  # of random tokens that it rewrites once: 4.7
+
+
+def test_a_model_too_large_to_be_held_rewrites(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "MOST_HELD", 1)
+    monkeypatch.setattr(text, "written", lambda *_: pytest.fail("held"))
+    assert own_text(open_checkpoint(tiny), 2, 16).shape == (2, 16)

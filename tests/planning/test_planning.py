@@ -271,7 +271,7 @@ def test_the_default_runs_the_model_once(plan: MakePlan, monkeypatch: pytest.Mon
         raise AssertionError("the model was run again")
 
     monkeypatch.setattr(planning.passes, "gather_fisher", never)
-    monkeypatch.setattr(planning.passes, "own_writing", never)
+    monkeypatch.setattr(planning.passes, "own_text", never)
     assert plan(method="auto") == made
 
 

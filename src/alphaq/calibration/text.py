@@ -9,13 +9,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from alphaq.calibration.tokens import model_prefix, random_windows, read_windows, rewritten
+from alphaq.calibration.tokens import model_prefix, random_windows, read_windows, rewritten, written
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.errors import AlphaQError, StatsError
+from alphaq.errors import AlphaQError, PassError, StatsError
 from alphaq.nouns.matrix import Role
 
 SELF: Literal["self"] = "self"
 WINDOW = 512  # tokens
+MOST_HELD = 5 * 10**8  # weights of a model that writes token by token: 2 GB in float32
 REWRITINGS = 1  # of random tokens; four made no difference (docs/research/log.md)
 
 
@@ -73,6 +74,18 @@ class Text:
             check_ids(ids, max(rows, default=int(checkpoint.text_config["vocab_size"])), str(self.source))
             return ids
         return own_writing(checkpoint, self.tokens // length, length, self.bos)
+
+
+def own_text(checkpoint: Checkpoint, windows: int, length: int, bos: bool = True) -> Tensor:
+    """What the model writes by itself, int64 [windows, length]: token by token where it is small enough, for which a
+    step must not read it from disk again; else random tokens that it rewrites, which are further from text."""
+    prefix = model_prefix(checkpoint) if bos else ()
+    if sum(matrix.parameters for matrix in checkpoint.matrices) <= MOST_HELD and checkpoint.store is None:
+        try:
+            return written(checkpoint, windows, length, prefix)
+        except PassError:  # of a class that keeps nothing of earlier tokens
+            pass
+    return own_writing(checkpoint, windows, length, bos)
 
 
 def own_writing(checkpoint: Checkpoint, windows: int, length: int, bos: bool = True) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from alphaq.calibration.head import Head
 from alphaq.calibration.stream import HollowModel, stream_forward
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.errors import AlphaQError, CheckpointError, first_line
+from alphaq.errors import AlphaQError, CheckpointError, PassError, first_line
 
 HEAD_TOKENS = 128  # whose chances are held at once, in float64: 155 MB with 152 000 words
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -115,6 +115,38 @@ def rewritten(checkpoint: Checkpoint, ids: Tensor, seed: int = 0, keep: int = 1)
             rows = zip(part.split(HEAD_TOKENS), drawn.split(HEAD_TOKENS), strict=True)
             written.append(torch.cat([_drawn(head(some), numbers) for some, numbers in rows]))
     return torch.cat(written, dim=1)
+
+
+@torch.no_grad()
+def written(checkpoint: Checkpoint, windows: int, length: int, prefix: Prefix = (), seed: int = 0) -> Tensor:
+    """What the model writes by itself, token by token, int64 [windows, length].
+
+    prefix: what each window begins with; a random token where there is none. Memory: the whole model in float32, and
+    the keys and values of all windows. Raises as `HollowModel` does, and PassError if the class cannot go on from what
+    it keeps of earlier tokens.
+    """
+    hollow = HollowModel(checkpoint)
+    for name in hollow.parts:
+        hollow.fill(name)
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = int(checkpoint.text_config["vocab_size"])
+    ids = torch.tensor([prefix] * windows, dtype=torch.int64).view(windows, -1)
+    if not prefix:
+        ids = torch.randint(vocabulary, (windows, 1), generator=generator)
+    kept, new = None, ids
+    try:
+        with Head(hollow) as head:
+            while ids.shape[1] < length:
+                output = hollow.base(input_ids=new, use_cache=True, past_key_values=kept)
+                kept = output.past_key_values
+                numbers = torch.rand(windows, 1, 1, generator=generator, dtype=torch.float64)
+                new = _drawn(head(output.last_hidden_state[:, -1:]), numbers)
+                ids = torch.cat([ids, new], dim=1)
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError, ValueError) as error:
+        raise PassError(
+            f"{type(hollow.base).__name__} of {checkpoint.name} cannot write token by token ({str(error)[:200]})."
+        ) from error
+    return ids
 
 
 def _drawn(logits: Tensor, numbers: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from alphaq.calibration.fisher import FISHER_VERSION, Fisher, gather_fisher
 from alphaq.calibration.prior import routing_prior, seen_uses
-from alphaq.calibration.text import Text, own_writing
+from alphaq.calibration.text import Text, own_text, own_writing
 from alphaq.calibration.tokens import model_prefix
 from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, Expert, ExpertUse, gather
 from alphaq.checkpoint.reader import Checkpoint
@@ -76,7 +76,7 @@ def fisher(run: PassRun) -> Fisher:
     windows = fisher_windows(checkpoint)
 
     def make() -> str:
-        ids = own_writing(checkpoint, windows, FISHER_LENGTH, run.bos)
+        ids = own_text(checkpoint, windows, FISHER_LENGTH, run.bos)
         uses = routing_prior(checkpoint) if checkpoint.architecture.router_norm else {}
         return gather_fisher(checkpoint, ids, uses, max(1, len(prefix))).to_json()
 
