@@ -191,9 +191,13 @@ def test_other_tokens_of_a_text_are_told(full: Path, scoring: Scoring, tiny: Pat
             loading._require_alike(one, other, {"x": "def main():"})
 
 
-def test_what_llama_cpp_cannot_load_is_told_in_its_words(folder: Path, scoring: Scoring) -> None:
+def test_what_llama_cpp_cannot_load_is_told_in_its_words(full: Path, folder: Path, scoring: Scoring) -> None:
     broken = folder / "broken.gguf"
     broken.write_bytes(b"GGUF and no more")
+    with pytest.raises(AlphaQError, match=r"llama.cpp cannot load .*broken.gguf") as caught:
+        figures(broken, scoring, None)
+    assert "--dtype" not in str(caught.value)  # nor can transformers
+    broken.write_bytes(full.read_bytes().replace(b"tokenizer.ggml.model", b"tokenizer.ggml.modem"))
     with pytest.raises(AlphaQError, match=r"llama.cpp cannot load .*broken.gguf(.|\n)*--dtype float32"):
         figures(broken, scoring, None)
 
