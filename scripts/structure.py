@@ -104,6 +104,10 @@ def counts(source: Path) -> dict[str, list[str]]:
             found["loose modules"].append(where)
         for what, place in counted_in(tree, text, where):
             found[what].append(f"{where}{place}")
+    for path in sorted((source / "alphaq").rglob("*.j2")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if ROOMS.keys() & set(re.findall(r"""[=!]=\s*["']([^"']+)["']""", line)):
+                found["comparisons with an engine's name"].append(f"{path.name}:{number}")
     found["import circles"] = [" <-> ".join(group) for group in circles(edges)]
     return found
 

@@ -27,7 +27,7 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.fidelity import CERTIFICATE_NAME
 from alphaq.nouns.plan import Plan
 from alphaq.report.commands import Names, remake, reproduce
-from alphaq.report.tables import figure_cells, human_bytes, verdict_lines
+from alphaq.report.tables import figure_cells, human_bytes, predicted_words, verdict_lines
 from alphaq.work.untrusted import read_bounded
 
 README_NAME = "README.md"
@@ -286,6 +286,8 @@ def _body(opened: Output, base: str | None, certificate: Certificate | None, lic
         size=sum((opened.folder / file).stat().st_size for file in files),
         original_bytes=None if certificate is None else certificate.reference.size_bytes,
         budget=_budget(plan),
+        predicted=predicted_words(plan.prediction) if plan.prediction else "",
+        own_runtime=opened.profile.searchable,
         roles=_roles(opened),
         certificate=certificate,
         figures=[] if certificate is None else _figures(certificate),
