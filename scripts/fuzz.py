@@ -409,7 +409,7 @@ def gguf_target(folder: Path) -> Target:
             assert value.value is not None
         for matrix in checkpoint.matrices:
             checkpoint.read(matrix)
-        sizes = Runs.of(path, 1, silent).sizes
+        sizes = Runs.of(path, 1, silent, True).sizes
         assert sizes.token_bytes(256) > 0 and sizes.outputs > 0 and sizes.enough_tokens > 0
         if checkpoint.plain:
             assert file_layout(checkpoint, {}).size_bytes <= file_layout(checkpoint, {}, 1000).size_bytes

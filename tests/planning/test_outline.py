@@ -39,7 +39,7 @@ def test_no_weight_is_read(tiny: Path, alphaq: Callable[..., Ran], monkeypatch: 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (("--size", "3MiB"), "below the least these choices can reach, --size"),
+        (("--size", "1MiB"), "below the least these choices can reach, --size"),
         (("--bits", 3, "--pin", "nothing=4"), "names no matrix"),
         (("--bits", 3, "-o", "plan.json"), "--dry-run needs MODEL and makes no plan"),
         (("--bits", 3, "--codec", "zstd"), "only known when they have been coded"),

