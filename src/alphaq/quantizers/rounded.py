@@ -290,7 +290,7 @@ def counted_errors(
 
 
 def _in_proportion(misses: torch.Tensor, weight: torch.Tensor, chance: np.ndarray, drawn: np.ndarray) -> float:
-    """Σ(w − ŵ)²/Σw² of a matrix by rows that were drawn in proportion to `chance` [rows]; drawn: which, with repetition."""
+    """Σ(w − ŵ)²/Σw² of a matrix by rows drawn in proportion to `chance` [rows]; drawn: which, with repetition."""
     errors, energies = (one.float().square().sum(1).double().numpy() / chance for one in (misses, weight))
     return float(errors[drawn].sum() / energies[drawn].sum())
 
