@@ -17,6 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 
 import torch
 
+from alphaq.planning import passes
+
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "src" / "alphaq" / "data"
 SHARED = ROOT.parent / "shared"
@@ -112,6 +114,12 @@ def save_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return saved[key]
 
     return save
+
+
+@pytest.fixture(autouse=True, scope="session")
+def short_passes() -> None:
+    """The default method's pass by few windows: hundreds of tests plan by it, and few ask how well."""
+    passes.FEWEST_WINDOWS = passes.MOST_WINDOWS = 4
 
 
 @pytest.fixture(scope="session")
