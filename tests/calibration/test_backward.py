@@ -144,7 +144,7 @@ def test_what_was_found_survives_a_file(save_family: Callable[..., Path]) -> Non
     assert again.to_json() == fisher.to_json() and again.tokens == fisher.tokens
     for name, one in fisher.matrices.items():
         np.testing.assert_allclose(again.matrices[name].rows, one.rows, rtol=1e-3, atol=1e-3)
-    for damaged in ("{}", "nonsense", fisher.to_json().replace('"version": 1', '"version": 99')):
+    for damaged in ("{}", "nonsense", fisher.to_json().replace('"version": 2', '"version": 99')):
         with pytest.raises(StatsError, match="holds no Fisher information"):
             Fisher.from_json(damaged)
 

@@ -105,7 +105,7 @@ def stream_scores(checkpoint: Checkpoint, ids: Tensor, see: See, context: int = 
             states = hollow.base(input_ids=ids, use_cache=False).last_hidden_state
         gradient, drawn = _score(hollow, states.detach(), context, seed, see)
         states.backward(gradient)
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError, ValueError, LookupError) as error:
         raise PassError(
             f"The gradient of {type(hollow.base).__name__} ({checkpoint.name}) cannot be taken layer by layer "
             f"({str(error)[:200]})."
@@ -122,8 +122,9 @@ def _watch_embedding(hollow: HollowModel, see: See) -> None:
     def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         leaf = output.detach().requires_grad_()
         ids = args[0].flatten()
-        plain = torch.nn.functional.embedding(ids[:1], module.weight)
-        scale = float(leaf.detach().flatten(0, -2)[0].norm() / plain.detach().norm().clamp(min=1e-30))
+        lengths = torch.nn.functional.embedding(ids, module.weight).detach().norm(dim=-1)
+        longest = int(lengths.argmax())  # padding may have none
+        scale = float(leaf.detach().flatten(0, -2)[longest].norm() / lengths[longest].clamp(min=1e-30))
 
         def show(gradient: Tensor) -> None:
             for matrix in matrices:

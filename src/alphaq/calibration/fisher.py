@@ -29,7 +29,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import StatsError
 from alphaq.nouns.matrix import MatrixRef, Role
 
-FISHER_VERSION = 1  # raise it whenever the same windows would give other numbers
+FISHER_VERSION = 2  # raise it whenever the same windows would give other numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +219,10 @@ def _of_group(members: Sequence[_Tally], prior: Mapping[Expert, ExpertUse], pred
             rows = np.broadcast_to(rows.sum(0), rows.shape)
         else:
             columns = np.broadcast_to(columns.sum(0), columns.shape)
-    of_rows, of_columns = _shrunk(rows, counts), _shrunk(columns, counts)
+    shared = np.full(len(counts), counts.sum())  # what all have is known by the tokens of all
+    by_down = len(members) > 1 and members[0].matrix.projection == "down"
+    of_rows = _shrunk(rows, shared if by_down else counts)
+    of_columns = _shrunk(columns, shared if len(members) > 1 and not by_down else counts)
     energies = np.array([one.energy for one in members])
     totals = _shrunk_totals(energies, counts, _expected_shares(members, prior))
     found = {}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alphaq.calibration.stream import HollowModel
-from alphaq.errors import CheckpointError, PassError
+from alphaq.errors import PassError
 
 
 class _Given:
@@ -32,17 +32,14 @@ class _Given:
 class Head:
     """A context in which hidden states become logits. Memory: the head's weights in float32.
 
-    Raises CheckpointError if the class has no head for words, or cannot run it by itself.
+    Raises PassError if the class has no head for words, or cannot run it by itself.
     """
 
     def __init__(self, hollow: HollowModel) -> None:
         self.hollow = hollow
         self.module: Any = hollow.model.get_output_embeddings()
         if self.module is None:
-            raise CheckpointError(
-                f"{type(hollow.model).__name__} of {hollow.checkpoint.name} has no head for words. Use --method "
-                "alphaq, or another that needs no forward pass."
-            )
+            raise PassError(f"{type(hollow.model).__name__} of {hollow.checkpoint.name} has no head for words.")
         names = {module: name for name, module in hollow.model.named_modules()}
         self.name = names[self.module]
         self.tied = None if hollow.stores(self.name) else hollow.base.get_input_embeddings()

@@ -58,4 +58,4 @@ def _as_it_is(config: PlanConfig, checkpoint: Checkpoint, whole: Plan) -> PlanCo
 
     pins = (Rule.parse(pin, "--pin") for pin in own_pins(checkpoint, whole, config.widths()))
     offered = config.choices or (None if config.codec else nested_choices(checkpoint, whole))
-    return config.model_copy(update={"pins": (*pins, *config.pins), "choices": offered})
+    return config.model_copy(update={"pins": (*pins, *config.pins), "choices": offered, "roles": "fixed"})

@@ -111,12 +111,21 @@ class _Found:
     passes: PassResults
     rest_bytes: int
 
+    def _relative_of_fixed(self, name: str) -> float:
+        """Σ(w − ŵ)²/Σw² of a matrix outside the budget, at its choice; 0 where the source's bytes are copied."""
+        found, choice = self.fixed.errors[name], self.survey.scope.fixed[name]
+        if self.survey.scope.stored_as(self.survey.fixed[name]) == choice:
+            return 0.0
+        return found.expected[choice] / (found.energy or 1.0)
+
     def measurements(self) -> Measurements:
         """What plans can be made of."""
         survey, table, scope, results = self.survey, self.table, self.survey.scope, self.passes.found
         known = dict(zip(table.spectra, table.energies.tolist(), strict=True))
         of_all = harms(survey, (self.planned, *self.joined, self.fixed), known)
         errors, joined = planned_errors(survey, table, self.planned), joined_errors(survey, self.joined)
+        energies = np.where(table.energies > 0, table.energies, 1.0)[:, None]
+        plain = None if errors.plain is None else errors.plain / energies
         evidence = Evidence(
             tuple(table.spectra),
             scope.request.choices,
@@ -133,8 +142,8 @@ class _Found:
             None if survey.fisher is None else np.array([of_all[name] for name in table.spectra]),
             coded=table.coded,
             rest_bytes=self.rest_bytes,
+            plain=plain,
         )
-        energies = np.where(table.energies > 0, table.energies, 1.0)[:, None]
         return Measurements(
             table.spectra,
             scope.request.offered,
@@ -144,12 +153,11 @@ class _Found:
             joined={name: one.expected for name, one in joined.items()},
             importance=survey.importance,
             joined_deviations={name: one.deviations for name, one in joined.items()},
-            plain=None if errors.plain is None else errors.plain / energies,
+            plain=plain,
             joined_plain={name: one.plain for name, one in joined.items()},
             harms=of_all,
-            fixed={
-                name: one.expected[scope.fixed[name]] / (one.energy or 1.0) for name, one in self.fixed.errors.items()
-            },
+            fixed={name: self._relative_of_fixed(name) for name in self.fixed.errors},
+            fixed_at={name: scope.fixed[name] for name in self.fixed.errors},
             unpredicted=self.passes.unpredicted,
         )
 

@@ -88,7 +88,8 @@ def _clear(scope: Scope, evidence: Evidence) -> np.ndarray:
     """bool [matrices, choices]: no noisier than --min-sqnr allows, or pinned. Of joined matrices by a formula."""
     most, choices = most_noise(scope.request.config), scope.request.choices
     pinned = np.array([matrix.name in scope.pinned for matrix in scope.planned])
-    clear = (evidence.relative_errors <= most) | pinned[:, None]
+    relative = evidence.relative_errors if evidence.plain is None else evidence.plain
+    clear = (relative <= most) | pinned[:, None]
     if not scope.joined:
         return clear
     usual = gaussian_errors(choices) <= most

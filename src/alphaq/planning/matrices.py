@@ -14,7 +14,7 @@ import numpy as np
 
 from alphaq.calibration.fisher import Fisher
 from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
-from alphaq.formats.gaussian import GAUSSIAN_ERROR
+from alphaq.formats.gaussian import gaussian_errors
 from alphaq.formats.table import storage_bytes
 from alphaq.measuring.measurement import Measured, Sampling, Wanted, measure
 from alphaq.measuring.resources import Resources
@@ -223,18 +223,13 @@ def _completed(
         ]
     )
     places = {matrix.name: number for number, matrix in enumerate(planned)}
-    usual = _usual(choices)
+    usual = gaussian_errors(choices)
     relative = np.zeros_like(errors)
     for members in survey.planned.members.values():
         own = np.array([places[matrix.name] for matrix in members])
         estimate = of_unit(errors[own], deviations[own], table.energies[own], usual)
         errors[own], relative[own] = estimate.errors, estimate.deviations
     return errors, relative
-
-
-def _usual(choices: Sequence[Choice]) -> np.ndarray:
-    """Relative errors on Gaussian weights [choices], NaN where unknown."""
-    return np.array([GAUSSIAN_ERROR.get(str(choice), np.nan) for choice in choices])
 
 
 def _errors(survey: Survey, matrix: MatrixRef, spectrum: Spectrum, measured: Mapping[Choice, float]) -> list[float]:
@@ -270,7 +265,7 @@ def joined_errors(survey: Survey, several: Sequence[Samples]) -> dict[str, Relat
 
 def _relative(survey: Survey, matrix: MatrixRef, measured: SquaredErrors) -> Relative:
     choices, measurable = survey.scope.request.choices, survey.measurable(matrix)
-    usual, energy, own = _usual(choices), measured.energy or 1.0, survey.scope.stored_as(matrix)
+    usual, energy, own = gaussian_errors(choices), measured.energy or 1.0, survey.scope.stored_as(matrix)
     spread = np.array([[measured.deviation.get(one, 0.0) for one in choices]])
 
     def completed(errors: Mapping[Choice, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -299,7 +294,8 @@ def harms(survey: Survey, several: Sequence[Samples], energies: Mapping[str, flo
         return {}
     found = {name: one for samples in several for name, one in samples.errors.items()}
     matrices = [*survey.scope.matrices, *survey.fixed.values()]
-    usual = float(np.mean([one.counted for one in found.values()])) if found else 1.0
+    measured = [one.counted for one in found.values() if one.expected]
+    usual = float(np.mean(measured)) if measured else 1.0
     seen = [(matrix.role, fisher.matrices[matrix.name].mean) for matrix in matrices if matrix.name in fisher.matrices]
     everything = [one.mean for one in fisher.matrices.values()]
     by_name = {}

@@ -60,6 +60,8 @@ class Measurements:
     """Nats per token and per unit of relative error, of every matrix; nothing where losses are not nats."""
     fixed: Mapping[str, float] = field(default_factory=dict)
     """Σ(w − ŵ)²/Σw² of those outside the budget, at their one choice; only where losses are nats."""
+    fixed_at: Mapping[str, Choice] = field(default_factory=dict)
+    """These choices."""
     unpredicted: str | None = None
     """Why losses are no nats, though the method would have them so."""
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -72,8 +74,17 @@ class Measurements:
         """Matrices that hold nothing but zeros."""
         return [name for name, energy in zip(self.evidence.names, self.evidence.energies, strict=True) if energy == 0]
 
+    def _plain(self) -> Measurements:
+        """With every weight's error counting alike, for methods whose losses are no nats."""
+        assert self.plain is not None  # the caller has looked
+        errors = self.plain * self.evidence.energies[:, None]
+        evidence = replace(self.evidence, errors=errors, fisher=None, harms=None, plain=None)
+        return replace(self, evidence=evidence, joined=self.joined_plain, harms={}, fixed={}, fixed_at={}, plain=None)
+
     def of(self, request: Request) -> Measurements:
         """What a request would have measured by itself. Raises BudgetError if it offers what was not measured."""
+        if self.evidence.fisher is not None and not request.method.needs_fisher and self.plain is not None:
+            return self._plain().of(request)
         evidence = self.evidence
         if lacking := (request.offered - self.measured) | (set(request.choices) - set(evidence.choices)):
             raise BudgetError(
@@ -90,6 +101,7 @@ class Measurements:
                 evidence,
                 choices=request.choices,
                 errors=evidence.errors[:, columns],
+                plain=None if evidence.plain is None else evidence.plain[:, columns],
                 coded=None if evidence.coded is None else evidence.coded[:, columns],
             ),
             deviations=None if self.deviations is None else self.deviations[:, columns],

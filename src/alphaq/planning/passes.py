@@ -17,7 +17,7 @@ from alphaq.calibration.text import Text, own_text, own_writing
 from alphaq.calibration.tokens import model_prefix
 from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, Expert, ExpertUse, gather
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.errors import CheckpointError, QuantizationError
+from alphaq.errors import CheckpointError, PassError, QuantizationError
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Role
@@ -71,8 +71,9 @@ def synthetic(run: PassRun) -> Calibration:
 def fisher(run: PassRun) -> Fisher:
     """What a change of weights costs, on tokens that the model has written, with gradients of tokens that it draws."""
     checkpoint = run.checkpoint
+    if checkpoint.plain:
+        raise PassError(f"{checkpoint.name} is known by its tensors' names alone, so only its engine can run it.")
     prefix = model_prefix(checkpoint) if run.bos else ()
-
     windows = fisher_windows(checkpoint)
 
     def make() -> str:
@@ -152,7 +153,7 @@ def run_passes(run: PassRun, needs: Collection[Need], otherwise: Collection[Need
             begin = time.perf_counter()
             try:
                 results[need] = _sound(replace(run, results=results), found_by)
-            except CheckpointError as error:  # a PassError is one
+            except PassError as error:
                 if need != "fisher" or not otherwise:
                     raise
                 needs, unpredicted = {*needs, *otherwise}, str(error)

@@ -52,7 +52,7 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, measurements: Mea
             "kept": kept_shares(checkpoint, chosen),
             "expected_error": plan.expected_error | _joined_expected(scope, measurements, answer),
             "unpredicted": measurements.unpredicted,
-            "prediction": _prediction(measurements, answer),
+            "prediction": _prediction(scope, measurements, answer),
             "rate_distortion": _against_bound(scope, evidence, answer, blocks, weights),
         }
     )
@@ -82,10 +82,12 @@ def _joined_errors(scope: Scope, measurements: Measurements) -> np.ndarray:
 
 def _joined_losses(scope: Scope, evidence: Evidence, relative: np.ndarray, harms: Mapping[str, float]) -> np.ndarray:
     """Losses [joined, choices] in the unit of the experts'. harms: nats per unit of relative error, where known."""
-    if harms:
+    measured = bool(harms) and scope.request.config.noise == "measured"
+    if measured:
         return np.array([harms[matrix.name] for matrix in scope.joined])[:, None] * relative
     tied = not scope.checkpoint.with_role(Role.HEAD)
-    return role_weights(scope.joined, evidence.matrices, tied)[:, None] * relative
+    unit = 1.0 if evidence.harms is None else float(evidence.harms.sum() / evidence.weights.sum())
+    return unit * role_weights(scope.joined, evidence.matrices, tied)[:, None] * relative
 
 
 def _joined_expected(scope: Scope, measurements: Measurements, answer: Answer) -> dict[str, float]:
@@ -98,10 +100,12 @@ def _joined_expected(scope: Scope, measurements: Measurements, answer: Answer) -
     return named_errors(names, [known[name][at] for name, at in zip(names, columns, strict=True)])
 
 
-def _prediction(measurements: Measurements, answer: Answer) -> Prediction | None:
-    """The KL that the plan is expected to have; None where losses are not nats."""
+def _prediction(scope: Scope, measurements: Measurements, answer: Answer) -> Prediction | None:
+    """The KL that the plan is expected to have; None where losses are not nats, or not of all that is quantized."""
     fisher, fixed = measurements.evidence.fisher, measurements.fixed
-    if fisher is None:
+    quantized = {name: choice for name, choice in scope.fixed.items() if not choice.kept}
+    in_nats = scope.request.method.needs_fisher and scope.request.config.noise == "measured"
+    if fisher is None or not in_nats or measurements.fixed_at != quantized:
         return None
     losses = answer.losses[np.arange(len(answer.names)), answer.columns]
     known = dict(zip(answer.names, losses.tolist(), strict=True))

@@ -23,7 +23,7 @@ def measure_for_plans(
     alike: dict[tuple[str | bool | None, ...], dict[str, Request]] = {}
     for name, request in requests.items():
         config = request.config
-        how = config.noise, config.spectrum, config.tail, request.method.needs_fisher
+        how = config.noise, config.spectrum, config.tail, request.method.needs_fisher, str(request.method.otherwise)
         alike.setdefault(how, {})[name] = request
     measurements: dict[str, Measurements] = {}
     for members in alike.values():

@@ -53,6 +53,8 @@ class Evidence:
     seed: int = 0
     coded: np.ndarray | None = None
     """Bytes of each matrix at each choice once entropy-coded, int64 [matrices, choices]."""
+    plain: np.ndarray | None = None
+    """Σ(w − ŵ)² / Σw² [matrices, choices] with all weights alike, where errors count otherwise."""
     rest_bytes: int = 0
     """Of entropy-coded files: everything but these matrices."""
 

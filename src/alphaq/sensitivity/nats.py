@@ -16,8 +16,8 @@ from alphaq.nouns.plan import Prediction
 from alphaq.sensitivity import signal
 from alphaq.sensitivity.base import Evidence
 
-MODEL_ERROR = 0.15
-"""Standard deviation of the logarithm of measured over predicted KL (docs/research/log.md)."""
+MODEL_ERROR = 0.25
+"""Standard deviation of the logarithm of measured over predicted KL of plans, about (docs/research/log.md)."""
 
 
 def losses(evidence: Evidence) -> np.ndarray:
