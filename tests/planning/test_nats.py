@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.formats.table import parse_choice
 from alphaq.measuring.cache import Cache
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import Measurements, Request, checked_plan, make_plan, measure_for_plan, resolve
+from alphaq.quantizers.rounded import ErrorWeights, SourceMatrix
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +94,20 @@ def test_other_widths_outside_the_budget_are_not_foretold_by_what_was_measured(
 def test_least_ratio_is_that_of_plain_errors(checkpoint: Checkpoint, kept: Path) -> None:
     plan = made(checkpoint, kept, min_sqnr_db=9.0)
     assert max(plan.expected_error[name] for name in plan.assignment) <= 10**-0.9 * 1.001
+
+
+@pytest.mark.parametrize("choice", ["2g128", "4g64"])
+def test_errors_of_drawn_rows_are_those_of_the_matrix(checkpoint: Checkpoint, choice: str) -> None:
+    (head,) = checkpoint.with_role(Role.HEAD)
+    random = np.random.default_rng(0)
+    rows, columns = (random.lognormal(0, 1.5, size).astype(np.float32) for size in head.shape)
+    counting = ErrorWeights(rows / rows.mean(), columns / columns.mean())
+    source = SourceMatrix(checkpoint, head, "debiased", None, counting)
+    one = parse_choice(choice)
+    whole, drawn = source.errors((one,), head.parameters), source.errors((one,), 1 << 17)
+    plainly = SourceMatrix(checkpoint, head, "debiased").errors((one,), head.parameters)
+    assert whole.deviation == {} and drawn.deviation[one] > 0
+    assert whole.plain[one] == pytest.approx(plainly.expected[one], rel=1e-4)
+    assert drawn.expected[one] == pytest.approx(whole.expected[one], rel=0.06)
+    assert drawn.plain[one] == pytest.approx(whole.plain[one], rel=0.03)
+    assert drawn.counted == whole.counted

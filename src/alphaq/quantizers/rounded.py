@@ -249,50 +249,53 @@ def counted_errors(
 ) -> SquaredErrors:
     """Errors at every choice, counted by row and column.
 
-    Of a matrix beyond `sample_values` weights rows are drawn, with repetition and in proportion to what their energy
-    counts, seeded by the name: the mean of their relative errors is that of the matrix.
+    Of a matrix beyond `sample_values` weights rows are drawn, with repetition and seeded by the name: half of them in
+    proportion to what their energy counts, half to their energy, so that both kinds of errors are known.
     """
     weight, name = source.weight, source.matrix.name
-    of_rows, energy = counting.rows * counting.by_row(weight), squared_norm(weight)
-    total = float(of_rows.sum())
+    plain_rows, of_rows = _energy_by_row(weight), counting.rows * counting.by_row(weight)
+    energy, total = float(plain_rows.sum()), float(of_rows.sum())
     if not math.isfinite(total + energy):
         raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
     rows, columns = weight.shape
     count = max(sample_values // columns, SAMPLE_BATCHES)
     whole = weight.numel() <= sample_values or count >= rows or not total > 0
-    if whole:
-        drawn = np.arange(rows)
-    else:
+    chance = np.ones(rows) if whole else (of_rows / total + plain_rows / energy) / 2
+    drawn = np.arange(rows)
+    if not whole:
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-        drawn = np.random.Generator(np.random.PCG64(seed)).choice(rows, count, p=of_rows / total)
+        drawn = np.random.Generator(np.random.PCG64(seed)).choice(rows, count, p=chance)
     distinct, where = np.unique(drawn, return_inverse=True)
     some = weight if whole else weight[torch.from_numpy(distinct)]
-    own = of_rows[distinct]
+    batches = [where] if whole else np.array_split(where, SAMPLE_BATCHES)
 
-    def errors_of(choice: Choice) -> tuple[np.ndarray, float]:
+    def relative_errors(choice: Choice) -> tuple[np.ndarray, np.ndarray]:
+        """As they count, and plainly, [batches]."""
         found = source.at(choice) if whole else rounded(some, choice, name, source.rounder)
         restored = dequantize(found.values) if isinstance(found.values, QuantizedMatrix) else found.values
         misses = some.float() - restored.float()
-        plain = found.squared_error if whole else _in_proportion(misses, some, own, where) * energy
-        return counting.rows[distinct] * counting.by_row(misses), plain
+        kinds = (counting.rows[distinct] * counting.by_row(misses), of_rows), (_energy_by_row(misses), plain_rows)
+        counted, plain = (
+            np.array([_ratio(errors, of[distinct], chance[distinct], one) for one in batches]) for errors, of in kinds
+        )
+        return counted, plain
 
     found = SquaredErrors(energy=energy, counted=total / energy if energy > 0 else 1.0)
-    for choice, (errors, plain) in zip(choices, in_threads(errors_of, choices), strict=True):
-        if whole:
-            found.expected[choice] = float(errors.sum()) * (energy / total if total > 0 else 0.0)
-        else:
-            ratios = (errors / own)[where]
-            batches = np.array([batch.mean() for batch in np.array_split(ratios, SAMPLE_BATCHES)])
-            found.expected[choice] = float(ratios.mean() * energy)
-            found.deviation[choice] = float(batches.std(ddof=1) / math.sqrt(len(batches)) * energy)
-        found.plain[choice] = plain
+    for choice, (counted, plain) in zip(choices, in_threads(relative_errors, choices), strict=True):
+        found.expected[choice], found.plain[choice] = float(counted.mean() * energy), float(plain.mean() * energy)
+        if not whole:
+            found.deviation[choice] = float(counted.std(ddof=1) / math.sqrt(len(counted)) * energy)
     return found
 
 
-def _in_proportion(misses: torch.Tensor, weight: torch.Tensor, chance: np.ndarray, drawn: np.ndarray) -> float:
-    """Σ(w − ŵ)²/Σw² of a matrix by rows drawn in proportion to `chance` [rows]; drawn: which, with repetition."""
-    errors, energies = (one.float().square().sum(1).double().numpy() / chance for one in (misses, weight))
-    return float(errors[drawn].sum() / energies[drawn].sum())
+def _energy_by_row(values: torch.Tensor) -> np.ndarray:
+    return values.float().square().sum(1).double().numpy()
+
+
+def _ratio(errors: np.ndarray, energies: np.ndarray, chances: np.ndarray, drawn: np.ndarray) -> float:
+    """Σ error / Σ energy of all rows, by those drawn with such chances; 0 where there is no energy."""
+    energy = float((energies / chances)[drawn].sum())
+    return float((errors / chances)[drawn].sum()) / energy if energy > 0 else 0.0
 
 
 def _weighted_error(weight: torch.Tensor, found: Rounded, importance: np.ndarray) -> float:
