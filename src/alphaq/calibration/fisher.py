@@ -49,9 +49,10 @@ class MatrixFisher:
 
 @dataclass(frozen=True, eq=False)
 class Fisher:
-    """What one backward pass found, by the matrix' name. entropy: of the model's chances, in nats per token. tokens:
-    ids
-    that went through the model, by window."""
+    """What one backward pass found, by the matrix' name.
+
+    entropy: of the model's chances, in nats per token. tokens: ids that went through the model, by window.
+    """
 
     matrices: Mapping[str, MatrixFisher] = field(default_factory=dict)
     entropy: float = 0.0

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def slice_(
     folder: OutArgument,
-    asked: Annotated[Asked[PlanConfig], Shown(without=("stats", "imatrix", "calibration", "unweighted"))],
+    asked: Annotated[Asked[PlanConfig], Shown(without=("stats", "imatrix", "calibration", "unweighted", "roles"))],
     means: Annotated[Means, Shown(without=("revision", "pre_tokenizer", "converter", "requantize"))],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
     restart: RestartOption = False,

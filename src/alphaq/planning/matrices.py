@@ -284,10 +284,8 @@ def harms(survey: Survey, several: Sequence[Samples], energies: Mapping[str, flo
     """Nats per token and per unit of relative error of every matrix, by name; nothing where losses are not nats.
 
     several: what was measured. energies: Σw² where it is known of a matrix that was not; what such a one counts is
-    taken for
-    the mean. A matrix that the pass was not shown, since the model's class computes with it in a way of its own, is
-    taken
-    for the mean of its role, or of all.
+    taken for the mean. A matrix that the pass was not shown, since the model's class computes with it in a way of its
+    own, is taken for the mean of its role, or of all.
     """
     fisher = survey.fisher
     if fisher is None:

@@ -129,9 +129,11 @@ PASSES: dict[Need, Callable[[PassRun], Any]] = {
 
 @dataclass(frozen=True)
 class PassResults:
-    """What passes found, by name. seconds: that each took; what the cache held took next to none. unpredicted: why
-    there is
-    no Fisher information, where it was asked for."""
+    """What passes found, by name.
+
+    seconds: that each took; what the cache held took next to none. unpredicted: why there is no Fisher information,
+    where it was asked for.
+    """
 
     found: Mapping[Need, Any]
     seconds: Mapping[Need, float]
@@ -156,7 +158,7 @@ def run_passes(run: PassRun, needs: Collection[Need], otherwise: Collection[Need
             except PassError as error:
                 if need != "fisher" or not otherwise:
                     raise
-                needs, unpredicted = {*needs, *otherwise}, str(error)
+                needs, unpredicted = {*needs, *otherwise}, error.reason
             seconds[need] = time.perf_counter() - begin
     return PassResults(results, seconds, unpredicted)
 

@@ -85,9 +85,8 @@ class SquaredErrors:
 
     energy: Σw², 0 if nothing was measured. coded: bytes of the matrix once entropy-coded, where that was asked for.
     Where columns have an importance m, errors are Σm(w − ŵ)², and those without it are in `plain`. Where weights
-    count by
-    row and column (`ErrorWeights`), errors are in proportion to what all of the matrix counts, so that they are errors
-    of Σw² still; counted: what all of it counts, over Σw².
+    count by row and column (`ErrorWeights`), errors are in proportion to what all of the matrix counts, so that they
+    are errors of Σw² still; counted: what all of it counts, over Σw².
     """
 
     expected: dict[Choice, float] = field(default_factory=dict)
