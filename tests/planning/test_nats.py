@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import Measurements, Request, checked_plan, make_plan, measure_for_plan, resolve
 from alphaq.quantizers.rounded import ErrorWeights, SourceMatrix
+from conftest import Ran
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +113,13 @@ def test_errors_of_drawn_rows_are_those_of_the_matrix(checkpoint: Checkpoint, ch
     assert drawn.expected[one] == pytest.approx(whole.expected[one], rel=0.06)
     assert drawn.plain[one] == pytest.approx(whole.plain[one], rel=0.03)
     assert drawn.counted == whole.counted
+
+
+def test_a_slice_by_size_keeps_what_the_artifact_keeps(tiny: Path, alphaq: Callable[..., Ran], tmp_path: Path) -> None:
+    big = ("--bits", 4, "--choices", "4g128-nest", "--method", "distortion", "-o", tmp_path / "big")
+    assert alphaq("quantize", tiny, *big).code == 0
+    ran = alphaq("slice", tmp_path / "big", "--size", "7.3MB", "--no-check", "-o", tmp_path / "small", "--json")
+    assert ran.code == 0, ran.err
+    plan = Plan.read(tmp_path / "small" / "plan.json")
+    assert plan.size_bytes is not None and 7_000_000 < plan.size_bytes <= 7_300_000
+    assert not {"model.embed_tokens.weight", "lm_head.weight"} & plan.choices.keys()
