@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 
 from alphaq.checkpoint.gguf.format import layout, read_gguf
 from alphaq.checkpoint.gguf.values import GgufValue
-from alphaq.engines.gguf.library import Llama, LlamaError, _Batch, _ContextParams, _library, _ModelParams
+from alphaq.engines.gguf.library import Batch, Llama, LlamaError, _ContextParams, _ModelParams, opened
 
 __all__ = [
+    "Batch",
     "Llama",
     "LlamaError",
-    "_Batch",
     "_ContextParams",
     "_ModelParams",
-    "_library",
     "in_float32",
+    "opened",
     "plain_file",
     "values_in",
     "write_gguf",

@@ -39,7 +39,7 @@ class TaskOptions(BaseModel):
 
 
 def certify(
-    context: typer.Context,
+    command: typer.Context,
     model: ModelArgument,
     reference: Annotated[str, typer.Option(help="The original model: folder, hub id or GGUF file.")],
     scoring: Annotated[Scoring, Shown(required=("texts",))],
@@ -66,7 +66,7 @@ def certify(
     check_file(target)
     request = _request(tasks)
     note_folders(model, reference)
-    made = pipeline.certify(model, reference, scoring, ear, request, _command(context), progress)
+    made = pipeline.certify(model, reference, scoring, ear, request, _command(command), progress)
     made.write(target)
     if other := other_source(made.model, made.reference):
         warn(other)

@@ -24,6 +24,7 @@ from alphaq.terminal import set_quiet
 
 R = TypeVar("R", bound=BaseModel)
 SIMPLE = (bool, int, float, str, Path)
+COMMAND = "command"  # the parameter for what typer knows of the command that runs
 MORE = "more"  # the parameter of arguments that are further values of an option
 QuietOption = Annotated[
     bool, typer.Option("--quiet", callback=set_quiet, help="Show no progress and no notes, only errors.")
@@ -150,19 +151,19 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
     """A function as typer takes it: records spread out into options, `--config` and `--quiet` added."""
     own = signature(function, eval_str=True).parameters
     groups = {name: group for name, one in own.items() if (group := _Group.of(one.annotation)) is not None}
-    every = [one for name, one in own.items() if name not in groups and name != "context"]
+    every = [one for name, one in own.items() if name not in groups and name != COMMAND]
     every += [one for group in groups.values() for one in group.parameters()]
     every += [
-        Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context),
+        Parameter(COMMAND, Parameter.KEYWORD_ONLY, annotation=typer.Context),
         Parameter("config_file", Parameter.KEYWORD_ONLY, default=None, annotation=ConfigOption),
         Parameter("quiet", Parameter.KEYWORD_ONLY, default=False, annotation=QuietOption),
     ]
 
     @wraps(function)
-    def run(context: typer.Context, config_file: object, quiet: bool, **arguments: Any) -> None:
-        typed, arguments = asked_for(context), without_beaten(context, arguments)
+    def run(command: typer.Context, config_file: object, quiet: bool, **arguments: Any) -> None:
+        typed, arguments = asked_for(command), without_beaten(command, arguments)
         records = {name: group.taken(arguments, typed) for name, group in groups.items()}
-        function(**arguments, **records, **({"context": context} if "context" in own else {}))
+        function(**arguments, **records, **({COMMAND: command} if COMMAND in own else {}))
 
     parameters = [one.replace(kind=Parameter.KEYWORD_ONLY) for one in every]
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]

@@ -11,11 +11,13 @@ import typer
 from alphaq.cli.converting import opened_for
 from alphaq.cli.inputs import Inputs
 from alphaq.cli.means import JsonOption, Means, opened, resources_for
+from alphaq.cli.memory import ServingOptions, fitted, serving_of
 from alphaq.cli.options import Asked
 from alphaq.cli.planning import build_plan, note_pace, plan_config
 from alphaq.cli.search import ANY_BUDGET, ScoringOptions, Search, WantedOptions, search_plan
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.nouns.plan import Plan
+from alphaq.nouns.serving import Serving
 from alphaq.nouns.settings import PlanConfig
 from alphaq.terminal import show, tell
 
@@ -27,6 +29,7 @@ def plan(
     asked: Asked[PlanConfig],
     wanted: WantedOptions,
     scoring: ScoringOptions,
+    serving: ServingOptions,
     means: Means,
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Folder or hub id.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Plan file to write.")] = None,
@@ -41,20 +44,22 @@ def plan(
 ) -> None:
     """Choose bits for every expert matrix under a budget; shows the plan, and writes it with -o."""
     search, inputs = Search.of(wanted, scoring, asked, means), Inputs.of(asked)
-    config = plan_config(asked, inputs, model is not None, None if search is None else ANY_BUDGET)
+    host = serving_of(serving, asked, search is not None)
+    config = plan_config(asked, inputs, model is not None, None if search is None and host is None else ANY_BUDGET)
     from alphaq.checkpoint.writer import check_file
 
     for file in (output, write_type_file, wanted.values["curve"]):
         if file is not None:
             check_file(file)
-    _require_model(config, model, search, write_type_file)
+    _require_model(config, model, search or host, write_type_file)
     if dry_run:
         if model is None or search is not None or any((output, write_type_file, means.converter, config.imatrix)):
             raise AlphaQError(
                 "--dry-run needs MODEL and makes no plan. Drop --output, --write-type-file, --converter, --imatrix and "
                 "--ear."
             )
-        _show_outline(opened(model, means, headers_only=True), config, as_json)
+        headers = opened(model, means, headers_only=True)
+        _show_outline(headers, fitted(headers, config, host)[0], as_json)
         return
     beside = output or (search.wanted.curve if search is not None else None)
     scratch = None if beside is None else beside.absolute().parent
@@ -62,7 +67,8 @@ def plan(
         with resources_for(checkpoint, means) as resources:
             inputs = inputs.made_for(checkpoint, resources, scratch or Path())
             if search is None or checkpoint is None:
-                made = build_plan(checkpoint, config, inputs, resources)
+                config, memory = (config, None) if checkpoint is None else fitted(checkpoint, config, host)
+                made = build_plan(checkpoint, config, inputs, resources).model_copy(update={"memory": memory})
             else:
                 made = search_plan(checkpoint, config, inputs, search, resources, scratch=scratch)
             if checkpoint is not None:
@@ -75,14 +81,16 @@ def plan(
     _show_plan(made, checkpoint, as_json)
 
 
-def _require_model(config: PlanConfig, model: str | None, search: Search | None, write_type_file: Path | None) -> None:
+def _require_model(
+    config: PlanConfig, model: str | None, runs: Search | Serving | None, write_type_file: Path | None
+) -> None:
     """Raise AlphaQError for options that need the model, or another engine."""
     from alphaq.engines.profiles import profile
 
     if write_type_file is not None and (model is None or profile(config.engine).writer.type_file is None):
         raise AlphaQError("--write-type-file is for llama.cpp and needs the model. Add MODEL and --engine llama.cpp.")
-    if search is not None and model is None:
-        raise BudgetError("--ear runs the model. Give MODEL.")
+    if runs is not None and model is None:
+        raise BudgetError(f"--{'ear runs' if isinstance(runs, Search) else 'memory looks at'} the model. Give MODEL.")
 
 
 def _write_types(path: Path, checkpoint: Checkpoint, made: Plan) -> None:

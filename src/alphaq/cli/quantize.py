@@ -12,11 +12,13 @@ import typer
 from alphaq.cli.converting import opened_for
 from alphaq.cli.inputs import Inputs, Sight, note_source, rounding_of
 from alphaq.cli.means import JsonOption, Means, ModelArgument, RestartOption, output_target, resources_for
+from alphaq.cli.memory import ServingOptions, fitted, serving_of
 from alphaq.cli.options import Asked
 from alphaq.cli.planning import build_plan, note_pace, plan_config, read_plan
 from alphaq.cli.search import ANY_BUDGET, ScoringOptions, Search, Wanted, WantedOptions, search_plan
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.scoring import Scoring
+from alphaq.nouns.serving import Serving
 from alphaq.nouns.settings import PlanConfig
 from alphaq.terminal import note, show, warn
 
@@ -35,12 +37,14 @@ MOST_NAMED = 5  # matrices that are named on stderr; --json has all
 
 @dataclass(frozen=True)
 class Order:
-    """A plan that was read, or the settings of the one to make, with the search for it; a quantizer's name."""
+    """A plan that was read, or the settings of the one to make, with the search for it or the memory to run it in; a
+    quantizer's name."""
 
     plan: Plan | None
     config: PlanConfig | None
     search: Search | None = None
     quantizer: str | None = None
+    serving: Serving | None = None
 
     @property
     def decided(self) -> Plan | PlanConfig:
@@ -92,7 +96,9 @@ class Job:
             return order.plan
         assert order.config is not None  # then there is something to make one of
         if order.search is None:
-            return build_plan(checkpoint, order.config, inputs, resources, order.quantizer)
+            config, memory = fitted(checkpoint, order.config, order.serving)
+            plan = build_plan(checkpoint, config, inputs, resources, order.quantizer)
+            return plan.model_copy(update={"memory": memory})
         return search_plan(checkpoint, order.config, inputs, order.search, resources, self.rounding, self.beside)
 
     @property
@@ -117,6 +123,7 @@ def quantize(
     asked: Asked[PlanConfig],
     wanted: WantedOptions,
     scoring: ScoringOptions,
+    serving: ServingOptions,
     means: Means,
     output: Annotated[
         str, typer.Option("--output", "-o", help="Folder to write, also as an address (s3://...); must not exist.")
@@ -143,12 +150,14 @@ def quantize(
     if isinstance(place, Path):
         check_absent(place)
     if plan_file is not None:
-        order = Order(read_plan(plan_file, asked, _deciding(wanted, scoring, means)), None, None, quantizer)
+        others = (*_deciding(wanted, scoring, means), *serving.typed.values())
+        order = Order(read_plan(plan_file, asked, others), None, None, quantizer)
         inputs, means = Inputs.of(asked), means.model_copy(update={"no_cache": True})
     else:
         search, inputs = Search.of(wanted, scoring, asked, means), Inputs.of(asked)
-        config = plan_config(asked, inputs, budget=None if search is None else ANY_BUDGET)
-        order = Order(None, config, search, quantizer)
+        host = serving_of(serving, asked, search is not None)
+        config = plan_config(asked, inputs, budget=None if search is None and host is None else ANY_BUDGET)
+        order = Order(None, config, search, quantizer, host)
         if wanted.values["curve"] is not None:
             check_file(wanted.values["curve"])
     sight = Sight(inputs.calibration, calibration_tokens, order.bos and asked.values["bos"])
@@ -167,7 +176,7 @@ def _usage(plan: Plan, result: QuantizeResult, job: Job, output: str, model: str
 
     if not isinstance(job.place, Path):
         return "Uploaded."
-    usage = profile(plan.engine).writer.used(output, result.files)
+    usage = profile(plan.engine).writer.used(output, result.files, plan.memory)
     made_first = not job.checkpoint.folder.exists()  # so there is nothing left to compare with
     hint = run_hint(plan.engine, output, model, job.checkpoint.plain)
     return usage if made_first else f"{usage}\n{hint}"

@@ -24,6 +24,7 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Shape
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.nouns.serving import Kept, Memory, Serving
 from alphaq.simd.sums import in_threads, row_parts, squared_distance
 from alphaq.work.workers import Wrap
 
@@ -129,6 +130,17 @@ class Run:
     tolerance: float
 
 
+@dataclass(frozen=True)
+class Hosting:
+    """What an engine keeps in memory beside the weights, and the options under which it keeps no more.
+
+    kept: raises AlphaQError where that cannot be found out.
+    """
+
+    kept: Callable[[Checkpoint, Serving], Kept]
+    flags: Callable[[Serving], str]
+
+
 def _as_it_is(values: torch.Tensor, form: Form, checkpoint: Checkpoint) -> torch.Tensor:
     return values
 
@@ -154,7 +166,8 @@ class Export:
     choices) → what the engine's own tool reads to quantize by a plan (`--write-type-file`), None without one.
     takes_roundings: whether levels are ours, so that a quantizer that looks at inputs can choose among them. observed:
     (checkpoint, windows, tokens of each, whether BOS comes first, how progress is shown) → what the engine itself sees
-    of its experts while the model goes on from random tokens.
+    of its experts while the model goes on from random tokens. hosting: what `--memory` needs to know, None where
+    nobody does.
     """
 
     layout: Callable[[Checkpoint, Mapping[str, Choice]], Layout]
@@ -176,10 +189,12 @@ class Export:
     type_file: Callable[[Checkpoint, Mapping[str, Choice]], str] | None = None
     takes_roundings: bool = True
     observed: Callable[[Checkpoint, int, int, bool, Wrap], Calibration] | None = None
+    hosting: Hosting | None = None
 
-    def used(self, out: str, files: Sequence[str]) -> str:
-        """What to do with a folder of these weight files, in their order."""
-        return self.usage.format(out=out, first=Path(files[0]).name)
+    def used(self, out: str, files: Sequence[str], memory: Memory | None = None) -> str:
+        """What to do with a folder of these weight files, in their order, made for so much memory."""
+        usage = self.usage.format(out=out, first=Path(files[0]).name)
+        return usage if memory is None or self.hosting is None else f"{usage} {self.hosting.flags(memory.serving)}"
 
     def laid_out(self, checkpoint: Checkpoint, choices: Mapping[str, Choice], split_bytes: int | None) -> Layout:
         """Every file; split, where that is asked for. Raises PlanError if the engine reads no parts."""

@@ -23,6 +23,7 @@ from alphaq.formats.versions import CODECS
 from alphaq.nouns.choice import (
     Choice,
 )
+from alphaq.nouns.serving import Memory
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.work.untrusted import SHOWN_CHARACTERS, parse_json, read_bounded, shown
 
@@ -168,6 +169,8 @@ class Plan(BaseModel):
     """How the default method's plan was compared with uniform bits; None of other methods, and without a check."""
     unchecked: str | None = None
     """Why the default method's plan was not compared with uniform bits, though it should have been."""
+    memory: Memory | None = None
+    """What the budget was made of, where the memory to run in was stated."""
     table: PlanTable | None = None
 
     @field_validator("config", mode="before")

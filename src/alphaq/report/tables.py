@@ -13,6 +13,7 @@ from rich.text import Text
 from alphaq.formats.table import parse_choice
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.plan import MOST_PREDICTABLE, Plan, PlanCheck, Prediction
+from alphaq.nouns.serving import Memory
 
 if TYPE_CHECKING:  # else a table would load torch
     from alphaq.checkpoint.summary import Summary
@@ -65,6 +66,17 @@ def outline_table(outline: Outline) -> Table:
     return table
 
 
+def memory_words(memory: Memory) -> str:
+    """What memory to run in is for."""
+    serving, kept = memory.serving, memory.kept
+    at_once = f"{serving.parallel} × " if serving.parallel > 1 else ""
+    return (
+        f"memory {human_bytes(serving.memory_bytes)}: {human_bytes(kept.cache_bytes)} for {at_once}{serving.context:,} "
+        f"tokens of cache ({serving.kv_type}), {human_bytes(kept.buffer_bytes)} to compute in, "
+        f"{human_bytes(kept.engine_bytes)} of the engine's own; {human_bytes(memory.weights)} for weight files"
+    )
+
+
 def plan_table(plan: Plan) -> Table:
     """A plan in all three units, and its histogram."""
     table = plain_table(f"Plan for {plan.engine}: {len(plan.assignment):,} matrices", "", "")
@@ -73,6 +85,8 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("stored bits per weight", f"{plan.bits_per_weight:.4f}")
     if plan.size_bytes is not None:
         table.add_row("weight files", f"{human_bytes(plan.size_bytes)} ({plan.size_bytes:,} bytes)")
+    if plan.memory is not None:
+        table.add_row("made for", memory_words(plan.memory))
     table.add_row("expected loss (objective)", f"{plan.objective:.6g}")
     if plan.prediction is not None:
         table.add_row("predicted KL, nats per token", predicted_words(plan.prediction))

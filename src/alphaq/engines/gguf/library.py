@@ -66,7 +66,7 @@ class _ContextParams(ctypes.Structure):
     )
 
 
-class _Batch(ctypes.Structure):
+class Batch(ctypes.Structure):
     """Tokens with their places and sequences, arrays of so many. logits: int8, 1 where they are wanted."""
 
     _fields_ = (
@@ -97,7 +97,7 @@ _echoed = False
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-def _listen(level: int, text: bytes, _: int | None) -> None:
+def listen(level: int, text: bytes, _: int | None) -> None:
     """Keep warnings and errors for `_refusal`; print nothing, unless told to."""
     if level in (WARNING, ERROR):
         _words.append(text.decode(errors="replace").strip())
@@ -134,7 +134,7 @@ def _refusal(what: str) -> LlamaError:
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def opened() -> ctypes.CDLL:
     """The shared object with its functions typed and its log silenced.
 
     Raises MissingEngineError without the wheel, and LlamaError if a structure's defaults are not the known ones.
@@ -145,7 +145,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     pointer, integer, text = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p
     signatures: dict[str, tuple[Any, ...]] = {  # name: (result, *arguments)
-        "llama_log_set": (None, type(_listen), pointer),
+        "llama_log_set": (None, type(listen), pointer),
         "llama_backend_init": (None,),
         "llama_model_default_params": (_ModelParams,),
         "llama_context_default_params": (_ContextParams,),
@@ -161,7 +161,7 @@ def _library() -> ctypes.CDLL:
             *(integer, pointer, text, integer, ctypes.POINTER(integer), integer),
             *(ctypes.c_bool, ctypes.c_bool),
         ),
-        "llama_decode": (integer, pointer, _Batch),
+        "llama_decode": (integer, pointer, Batch),
         "llama_model_n_ctx_train": (integer, pointer),
         "llama_vocab_get_text": (text, pointer, integer),
         "llama_vocab_bos": (integer, pointer),
@@ -173,7 +173,7 @@ def _library() -> ctypes.CDLL:
     for name, (result, *arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    library.llama_log_set(_listen, None)
+    library.llama_log_set(listen, None)
     library.llama_backend_init()
     _check(library.llama_model_default_params(), MODEL_DEFAULTS)
     _check(library.llama_context_default_params(), CONTEXT_DEFAULTS)
@@ -182,13 +182,13 @@ def _library() -> ctypes.CDLL:
 
 def _check(params: ctypes.Structure, defaults: Mapping[str, float | None]) -> None:
     """Raise LlamaError if a field does not hold its known default: then the structure has changed."""
-    if changed := _changed(params, defaults):
+    if found := changed(params, defaults):
         raise LlamaError(
-            f"This build of llama.cpp fills {type(params).__name__} in another way: {changed}. Compare its llama.h."
+            f"This build of llama.cpp fills {type(params).__name__} in another way: {found}. Compare its llama.h."
         )
 
 
-def _changed(params: ctypes.Structure, defaults: Mapping[str, float | None]) -> str:
+def changed(params: ctypes.Structure, defaults: Mapping[str, float | None]) -> str:
     """What is not as it is known, in words; empty if all is."""
     found = {name: getattr(params, name) for name in defaults}
     return ", ".join(
@@ -230,7 +230,7 @@ class Llama:
     def __init__(
         self, path: Path, context: int = 512, threads: int = 2, sequences: int = 1, running: Running = Running()
     ) -> None:
-        self._library = _library()
+        self._library = opened()
         self._model = self._context = None
         self._bos = running.bos
         self._callback = None if running.watch is None else Callback(running.watch, self._library)
@@ -254,7 +254,7 @@ class Llama:
     def _model_params(self, running: Running) -> _ModelParams:
         params: _ModelParams = self._library.llama_model_default_params()
         params.n_gpu_layers = 0
-        if running.mapped and not _changed(params, REPACKING):
+        if running.mapped and not changed(params, REPACKING):
             params.use_extra_bufts = False
         return params
 
@@ -364,7 +364,7 @@ class Llama:
         pointers = owners.ctypes.data + owners.itemsize * np.arange(owners.size, dtype=np.uintp)
         ones, marks = np.ones(owners.size, np.int32), wanted.astype(np.int8)
         arrays = dict(token=tokens, pos=places, n_seq_id=ones, seq_id=pointers, logits=marks)
-        batch = _Batch(n_tokens=owners.size, **{name: array.ctypes.data for name, array in arrays.items()})
+        batch = Batch(n_tokens=owners.size, **{name: array.ctypes.data for name, array in arrays.items()})
         code = self._library.llama_decode(self._context, batch)
         if self._callback is not None:
             self._callback.raise_error()

@@ -22,9 +22,10 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
 from alphaq.checkpoint.writer import Place
 from alphaq.engines.effective import settings_of
-from alphaq.engines.export import AS_IT_IS, RAW, Entry, Export, Form, Layout, Rows, Run, Stored
+from alphaq.engines.export import AS_IT_IS, RAW, Entry, Export, Form, Hosting, Layout, Rows, Run, Stored
 from alphaq.engines.gguf.apart import Apart
 from alphaq.engines.gguf.importance import importance_of
+from alphaq.engines.gguf.keeping import flags, kept_beside, work_bytes
 from alphaq.engines.gguf.library import Llama
 from alphaq.engines.gguf.model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
 from alphaq.engines.gguf.observing import observed
@@ -40,6 +41,7 @@ from alphaq.formats.table import format_of, parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
 from alphaq.nouns.plan import Plan
+from alphaq.nouns.serving import Kept, Serving
 
 STEM = "model"
 FILE_NAME = f"{STEM}.gguf"
@@ -273,6 +275,14 @@ def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
         return torch.from_numpy(apart.ask(Llama.logits, list(ids)))
 
 
+def kept(checkpoint: Checkpoint, serving: Serving) -> Kept:
+    """What llama.cpp keeps in memory beside the weights."""
+    counts = {name.rpartition(".")[2]: value.value for name, value in _metadata(checkpoint).items() if "expert" in name}
+    used, experts = (counts.get(name) for name in ("expert_used_count", "expert_count"))
+    work = work_bytes(checkpoint, used if isinstance(used, int) else 1, experts if isinstance(experts, int) else 0)
+    return kept_beside(file_layout(checkpoint, {}), work, serving)
+
+
 def _usual(offered: Iterable[str]) -> tuple[Choice, ...]:
     """The types that are offered without being named: for any weights, and no other of them beats it.
 
@@ -324,5 +334,6 @@ PROFILE = Profile(
         type_file=type_file,
         takes_roundings=False,
         observed=observed,
+        hosting=Hosting(kept, flags),
     ),
 )

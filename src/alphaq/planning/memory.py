@@ -1,0 +1,25 @@
+"""What memory to run in leaves for weights."""
+
+from __future__ import annotations
+
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.engines.profiles import profile
+from alphaq.errors import BudgetError, PlanError
+from alphaq.nouns.serving import Memory, Serving
+
+
+def memory_of(checkpoint: Checkpoint, engine: str, serving: Serving) -> Memory:
+    """What is kept beside the weights, asked of the engine. Raises BudgetError if nothing is left, PlanError if the
+    engine cannot tell."""
+    hosting = profile(engine).writer.hosting
+    if hosting is None:
+        raise PlanError(f"What {engine} keeps beside the weights is not known. State the size of the weight files.")
+    memory = Memory(serving=serving, kept=hosting.kept(checkpoint, serving))
+    if memory.weights <= 0:
+        raise BudgetError(
+            f"{serving.memory_bytes:,} bytes of memory leave nothing for weights: {engine} keeps "
+            f"{memory.kept.cache_bytes:,} for {serving.cells:,} tokens of cache in {serving.kv_type}, "
+            f"{memory.kept.buffer_bytes:,} to compute in and {memory.kept.engine_bytes:,} of its own. Ask for less "
+            "--context, fewer --parallel, a smaller --kv-type such as q8_0, or more --memory."
+        )
+    return memory
