@@ -83,10 +83,11 @@ def _uniform(checkpoint: Checkpoint, request: Request, measurements: Measurement
     """Uniform bits of the same choices and budget. Raises BudgetError where there is no such plan."""
     if request.config.per_layer:
         raise BudgetError("Uniform bits cannot have a budget for each layer.")
-    config = request.config.model_copy(update={"method": BASELINE})
+    config, own = request.config.model_copy(update={"method": BASELINE}), method(BASELINE)
+    alike = replace(own, joint=request.method.joint)  # roles that share the plan's bytes share those of uniform bits
     rates = [choice for choice in request.offered if rate_of(choice)]
     ladder = tuple(sorted(rates, key=rate_of)) if rates else request.ladder
-    return make_plan(checkpoint, replace(request, config=config, method=method(BASELINE), ladder=ladder), measurements)
+    return make_plan(checkpoint, replace(request, config=config, method=alike, ladder=ladder), measurements)
 
 
 def _verdict(by: Literal["kl", "moves"], values: Sequence[float], tokens: int | None) -> PlanCheck:

@@ -35,16 +35,29 @@ def require_family(checkpoint: Checkpoint, engine: str, title: str) -> None:
 
 
 def require_agreement(
-    checkpoint: Checkpoint, choices: Mapping[str, Choice], engine: str, together: Callable[[MatrixRef], str | None]
+    checkpoint: Checkpoint, choices: Mapping[str, Choice], engine: str, unit_of: Callable[[MatrixRef], str]
 ) -> None:
-    """Raise PlanError if two matrices that the engine holds `together`, under one name, have different choices."""
+    """Raise PlanError if two matrices that the engine holds as one unit have different choices."""
     first: dict[str, tuple[str, Choice]] = {}
     for matrix in checkpoint.matrices:
-        if (unit := together(matrix)) is not None:
-            choice = choices.get(matrix.name, KEPT)
-            other, before = first.setdefault(unit, (matrix.name, choice))
-            if before != choice:
-                raise PlanError(
-                    f"{engine} runs {other} and {matrix.name} as one, but the plan stores them as {before} and "
-                    f"{choice}. Give them one choice, for example with --pin '{matrix.name}={before}'."
-                )
+        choice = choices.get(matrix.name, KEPT)
+        other, before = first.setdefault(unit_of(matrix), (matrix.name, choice))
+        if before != choice:
+            raise PlanError(
+                f"{engine} runs {other} and {matrix.name} as one, but the plan stores them as {before} and "
+                f"{choice}. Give them one choice, for example with --pin '{matrix.name}={before}'."
+            )
+
+
+def require_quantizable(
+    checkpoint: Checkpoint,
+    choices: Mapping[str, Choice],
+    engine: str,
+    keeps: Callable[[Checkpoint, MatrixRef], str | None],
+) -> None:
+    """Raise PlanError for a matrix that is quantized and that the engine must have in 16 bits."""
+    for matrix in checkpoint.matrices:
+        if choices.get(matrix.name, KEPT) != KEPT and (why := keeps(checkpoint, matrix)):
+            raise PlanError(
+                f"{engine} cannot have {matrix.name} quantized: {why}. Keep it with --pin '{matrix.name}=16'."
+            )
