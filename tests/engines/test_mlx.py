@@ -31,8 +31,9 @@ from transformers import AutoTokenizer
 from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.mlx import profile as mlx
-from alphaq.engines.output import PLAN_NAME, read_manifest
+from alphaq.engines.output import PLAN_NAME, Output, read_manifest
 from alphaq.errors import MissingExtraError, PlanError, VerificationError
+from alphaq.evaluation.restored import restored_from
 from alphaq.formats.packing import unpack
 from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
@@ -40,7 +41,7 @@ from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.nouns.settings import Budget
 from alphaq.quantizers.affine import quantize_affine
-from conftest import FAMILIES, Ran, random_model, read_back
+from conftest import FAMILIES, MORE_FAMILIES, Ran, random_model, read_back
 
 mx = pytest.importorskip("mlx.core")
 mlx_lm = pytest.importorskip("mlx_lm")
@@ -153,7 +154,7 @@ def test_every_family_is_read_back_as_quantized(
         assert records[name].relative_error == pytest.approx(error, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_mlx_lm_computes_with_the_decoded_weights(tmp_path: Path, family: str) -> None:
     """In float32 both differ only by the order of sums: 1e-5 of logits of about 1."""
     from mlx_lm.utils import load_model
@@ -165,7 +166,9 @@ def test_mlx_lm_computes_with_the_decoded_weights(tmp_path: Path, family: str) -
     out = quantize(source, cycled_plan(checkpoint, "mlx", CHOICES, None), tmp_path / "out")
     model, _ = load_model(out)
     model.set_dtype(mx.float32)
-    expected = standing_for(read_back(out, checkpoint), source, tmp_path / "restored", torch.float32)
+    restored = restored_from(Output(out), checkpoint)
+    values = {name: restored.tensor(name) for name in checkpoint.shard_of}
+    expected = standing_for(values, source, tmp_path / "restored", torch.float32)
     tokens = [(7 * number) % 128 for number in range(24)]
     assert torch.allclose(mlx_logits(model, tokens), logits_of(expected, tokens), atol=1e-5, rtol=1e-5)
 

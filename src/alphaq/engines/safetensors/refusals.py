@@ -12,25 +12,23 @@ from alphaq.errors import PlanError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
-"""Architectures whose exports for other safetensors engines have been run there."""
-
 
 def require_family(checkpoint: Checkpoint, engine: str, title: str) -> None:
     """Raise PlanError unless it is known what other engines call the tensors of this architecture.
 
     Raises ArchitectureError for a setting of a model without experts that the engine computes otherwise.
     """
-    if checkpoint.architecture.name in FAMILIES:
+    table = engine_table(engine)
+    if checkpoint.architecture.name in table.families:
         return
-    dense, family = engine_table(engine).dense, str(checkpoint.config.get("model_type"))
+    dense, family = table.dense, str(checkpoint.config.get("model_type"))
     if family in dense:
         require_assumptions(checkpoint, title, family, dense[family])
         return
     name = checkpoint.architecture.name if checkpoint.architecture.num_experts_keys else family
     raise PlanError(
         f"The {title} export does not know how {title} names the tensors of {name!r}. "
-        f"Available: {', '.join((*FAMILIES, *dense))}. Plan with --engine native."
+        f"Available: {', '.join((*table.families, *dense))}. Plan with --engine native."
     )
 
 
