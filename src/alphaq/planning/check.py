@@ -24,6 +24,7 @@ from alphaq.errors import BudgetError, StatsError
 from alphaq.formats.table import rate_of
 from alphaq.measuring.measurement import restored
 from alphaq.measuring.resources import Resources
+from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan, PlanCheck
 from alphaq.planning.measured import Measurements
 from alphaq.planning.plan import make_plan
@@ -84,7 +85,9 @@ def _uniform(checkpoint: Checkpoint, request: Request, measurements: Measurement
     if request.config.per_layer:
         raise BudgetError("Uniform bits cannot have a budget for each layer.")
     config, own = request.config.model_copy(update={"method": BASELINE}), method(BASELINE)
-    alike = replace(own, joint=request.method.joint)  # roles that share the plan's bytes share those of uniform bits
+    # Roles that share the plan's bytes share those of uniform bits too. Where each has a usual width, down to the head,
+    # it keeps that: so are stock mixes made, and they are harder to beat.
+    alike = replace(own, joint=request.method.joint and Role.HEAD not in request.profile.role_bits)
     rates = [choice for choice in request.offered if rate_of(choice)]
     ladder = tuple(sorted(rates, key=rate_of)) if rates else request.ladder
     return make_plan(checkpoint, replace(request, config=config, method=alike, ladder=ladder), measurements)
