@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import transformers
-from flips import ENGINES, FLIPS, named_setting, refusal, save_flipped
+from flips import ENGINES, FLIPS, engines_of, named_setting, refusal, save_flipped
 
 from alphaq.checkpoint.families.architecture import architectures
 from alphaq.engines.assumptions.tables import family_settings
@@ -36,7 +36,8 @@ compressed-tensors, and by vLLM itself in `make test-vllm`; what vLLM carries wa
 GPTQModel fills transformers' own class. This page is written by `scripts/settings_table.py`.
 
 Whether an engine computes with one model what it should, with any setting, is what
-`alphaq verify OUT --reference MODEL --run` shows.
+`alphaq verify OUT --reference MODEL --run` shows. A dash: files of this
+family are not written for the engine from a folder.
 """
 
 
@@ -54,7 +55,7 @@ def flip_rows(family: str) -> Iterator[str]:
     for flip, changes in FLIPS[family].items():
         with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stderr(open(os.devnull, "w")):  # noqa: PTH123
             folder = save_flipped(Path(scratch), family, flip)
-            cells = [verdict(folder, engine, family, flip) for engine in ENGINES]
+            cells = [verdict(folder, one, family, flip) if one in engines_of(family) else "–" for one in ENGINES]
         names = ", ".join(f"`{name}`" for name in changes)
         shown = f"`{flip}`" if flip in changes else f"{flip} ({names})"
         yield f"| {shown} | {' | '.join(cells)} |"
@@ -62,7 +63,7 @@ def flip_rows(family: str) -> Iterator[str]:
 
 def fixed_rows(engine: str) -> Iterator[str]:
     """What an engine takes for granted, by family."""
-    for family in FLIPS:
+    for family in (one for one in FLIPS if engine in engines_of(one)):
         known = family_settings(engine, architectures()[family])
         rules = "; ".join(f"`{name}`: {rule}" for name, rule in sorted(known.fixed.items()))
         kinds = ", ".join(sorted(known.lines.rope))

@@ -35,7 +35,7 @@ COMMON = dict(
 )
 EXPERTS = 4
 MLA = dict(q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
-DEEPSEEK = dict(
+DEEPSEEK_SIZES = dict(
     num_key_value_heads=4,
     n_routed_experts=EXPERTS,
     n_shared_experts=1,
@@ -43,8 +43,8 @@ DEEPSEEK = dict(
     moe_intermediate_size=32,
     n_group=1,
     topk_group=1,
-    **MLA,
 )
+DEEPSEEK = DEEPSEEK_SIZES | MLA
 QWEN = dict(num_experts=EXPERTS, moe_intermediate_size=32)
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": dict(num_local_experts=EXPERTS),
@@ -54,6 +54,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": DEEPSEEK,
     "deepseek_v3": DEEPSEEK,
 }
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "glm4_moe": DEEPSEEK_SIZES | dict(head_dim=16, num_key_value_heads=2),
+    "granitemoe": dict(num_local_experts=EXPERTS),
+}
+"""Those that not every engine of files with experts is written for."""
 
 
 _STARTED = time.monotonic()
@@ -83,7 +88,7 @@ def random_model(family: str, **overrides: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **overrides})
+    config = AutoConfig.for_model(family, **{**COMMON, **(FAMILIES | MORE_FAMILIES)[family], **overrides})
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

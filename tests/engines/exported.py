@@ -17,6 +17,7 @@ from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.profile import Profile
 from alphaq.engines.profiles import profile
 from alphaq.engines.safetensors.modules import LINEAR
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.plan import Plan
@@ -32,15 +33,19 @@ def quantized_choices(engine: Profile) -> list[Choice]:
     return [choice for choice in engine.choices if choice.bits != 16]
 
 
-def cycled_plan(checkpoint: Checkpoint, engine: str, choices: Sequence[str], fixed: str) -> Plan:
-    """The engine's units take the choices in turn; matrices that are no experts take the fixed one."""
+def cycled_plan(checkpoint: Checkpoint, engine: str, choices: Sequence[str], fixed: str | None) -> Plan:
+    """The engine's units take the choices in turn; matrices that are no experts take the fixed one, or with None their
+    turn too, and the embedding and the head with them where the engine stores them."""
+    known, turns = profile(engine), cycle(choices)
     units: dict[str, str] = {}
-    turns = cycle(choices)
     made = {}
     for matrix in checkpoint.matrices:
-        if matrix.role in QUANTIZED_ROLES:
-            unit = profile(engine).unit_of(matrix)
-            made[matrix.name] = units.setdefault(unit, next(turns)) if matrix.role is Role.EXPERT else fixed
+        if matrix.role in (known.roles | {Role.EXPERT} if fixed is None else QUANTIZED_ROLES):
+            unit = known.unit_of(matrix)
+            free = fixed is None or matrix.role is Role.EXPERT
+            made[matrix.name] = units.setdefault(unit, next(turns)) if free else str(fixed)
+            if any(known.obstacle(parse_choice(one), matrix) for one in choices) or known.keeps(checkpoint, matrix):
+                made[matrix.name] = "16"
     return Plan(engine=engine, choices=made)
 
 

@@ -7,6 +7,7 @@ docs/engines/settings.md of the same flips.
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from alphaq import pipeline
 from alphaq.checkpoint.gguf.format import layout, read_gguf
 from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.engines.assumptions.tables import engine_table
 from alphaq.engines.output import Output
 from alphaq.engines.running import run_in_transformers
 from alphaq.engines.settings import require_settings
@@ -45,6 +47,8 @@ BASE: dict[str, dict[str, Any]] = {
         )
     ),
     "deepseek_v3": {},
+    "glm4_moe": {},
+    "granitemoe": {},
 }  # fmt: skip
 
 BASE_ROPE = dict(rope_type="default", rope_theta=1e4)
@@ -125,10 +129,33 @@ FLIPS: dict[str, dict[str, dict[str, Any]]] = {
     "deepseek_v3": USUAL
     | LATENT
     | {"norm_topk_prob": dict(norm_topk_prob=False), "rope_interleave": dict(rope_interleave=False)},
+    "glm4_moe": USUAL
+    | {
+        **{name: LATENT[name] for name in ("attention_bias", "routed_scaling_factor", "n_shared_experts")},
+        **{name: LATENT[name] for name in ("first_k_dense_replace", "n_group")},
+        "head_dim": dict(head_dim=32),
+        "norm_topk_prob": dict(norm_topk_prob=False),
+        "partial_rotary_factor": dict(rope_parameters=BASE_ROPE | dict(partial_rotary_factor=0.25)),
+        "use_qk_norm": dict(use_qk_norm=True),
+    },
+    "granitemoe": USUAL
+    | {
+        "attention_bias": dict(attention_bias=True),
+        "attention_multiplier": dict(attention_multiplier=0.5),
+        "embedding_multiplier": dict(embedding_multiplier=3.0),
+        "logits_scaling": dict(logits_scaling=2.0),
+        "residual_multiplier": dict(residual_multiplier=0.5),
+    },
 }
+del FLIPS["glm4_moe"]["rope longrope"]  # whose factors are for a whole head
 for _family in ("deepseek_v2", "deepseek_v3"):
     del FLIPS[_family]["num_key_value_heads"]  # of latent attention: as many as heads
 del FLIPS["deepseek_v2"]["n_group"]
+
+
+def engines_of(family: str) -> list[str]:
+    """The engines that a family is written for from its own folder."""
+    return [engine for engine in ENGINES if engine == "native" or family in engine_table(engine).families]
 
 
 @dataclass(frozen=True)
@@ -146,7 +173,7 @@ class Answers:
 
 def flipped_model(family: str, flip: str | None, **sizes: Any) -> Any:
     """A random model in which every part matters, float32."""
-    overrides = {**BASE[family], **sizes, **(FLIPS[family][flip] if flip else {})}
+    overrides = copy.deepcopy({**BASE[family], **sizes, **(FLIPS[family][flip] if flip else {})})  # classes add to them
     model = random_model(family, vocab_size=VOCAB, **overrides)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -29,11 +29,11 @@ from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines import gptqmodel
 from alphaq.engines.output import PLAN_NAME, read_manifest
-from alphaq.errors import PlanError, VerificationError
+from alphaq.errors import VerificationError
 from alphaq.formats.blocks import dequantize
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
-from alphaq.nouns.settings import Budget, Rule
+from alphaq.nouns.settings import Budget
 from alphaq.quantizers.debiased import quantize_debiased
 from conftest import FAMILIES, Ran, read_back
 
@@ -139,7 +139,7 @@ def test_every_family_is_read_back_as_quantized(
 ) -> None:
     source = save_family(family, fused)
     checkpoint = open_checkpoint(source)
-    plan = cycled_plan(checkpoint, "gptqmodel", CHOICES, "16" if family == "qwen3_moe" else "4g32")
+    plan = cycled_plan(checkpoint, "gptqmodel", CHOICES, None)
     out = quantize(source, plan, tmp_path / "out")
     plan = Plan.from_json((out / PLAN_NAME).read_bytes(), "plan")
     assert weight_bytes(out) == plan.size_bytes
@@ -166,7 +166,7 @@ def test_every_family_is_read_back_as_quantized(
 def test_rules_give_every_module_its_choice(save_family: Callable[..., Path], tmp_path: Path, family: str) -> None:
     source = save_family(family)
     checkpoint = open_checkpoint(source)
-    plan = cycled_plan(checkpoint, "gptqmodel", CHOICES, "16" if family == "qwen3_moe" else "8g64")
+    plan = cycled_plan(checkpoint, "gptqmodel", CHOICES, None)
     out = quantize(source, plan, tmp_path / "out")
     config = json.loads((out / "quantize_config.json").read_text())
     assert config == config_of(out)["quantization_config"]
@@ -187,14 +187,6 @@ def test_a_uniform_plan_needs_no_rule_but_for_what_is_kept(tiny: Path) -> None:
         "-:^lm_head$",
         r"-:^model\.layers\.(0|1|2|3)\.mlp\.(gate|shared_expert_gate)$",
     ]
-
-
-def test_dense_layers_that_gptqmodel_would_skip_are_refused(save_family: Callable[..., Path]) -> None:
-    source = save_family("qwen3_moe")
-    with pytest.raises(PlanError, match=r"does not quantize dense layers of qwen3_moe.*--pin 'dense_mlp=16'"):
-        plan_of(source, "gptqmodel", group_size=32)
-    pinned = plan_of(source, "gptqmodel", group_size=32, pins=(Rule(pattern="dense_mlp", value="16"),))
-    assert pinned.choices["model.layers.0.mlp.up_proj.weight"] == "16"
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from exported import config_of, cycled_plan
-from flips import BASE, ENGINES, FLIPS, INSTALLED, answers, named_setting, refusal, save_flipped
+from flips import BASE, ENGINES, FLIPS, INSTALLED, answers, engines_of, named_setting, refusal, save_flipped
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -48,7 +48,9 @@ OFTEN = {
 
 def cases() -> list[Any]:
     """Every flip of every family in every engine; few of them belong to the quick tests."""
-    every = ((family, flip, engine) for family in FLIPS for flip in (None, *FLIPS[family]) for engine in ENGINES)
+    every = (
+        (family, flip, engine) for family in FLIPS for flip in (None, *FLIPS[family]) for engine in engines_of(family)
+    )
     return [
         pytest.param(*case, id="-".join(map(str, case)), marks=() if case in OFTEN else pytest.mark.slow)
         for case in every
@@ -73,7 +75,7 @@ def test_a_setting_is_followed_or_refused_by_name(tmp_path: Path, family: str, f
 @pytest.mark.parametrize("family", FLIPS)
 def test_every_setting_of_the_class_is_flipped_or_known_to_be_neutral(family: str) -> None:
     """One that a newer transformers adds shows here."""
-    known = family_settings("vllm", architectures()[family])
+    known = family_settings("vllm" if "vllm" in engines_of(family) else "mlx", architectures()[family])
     flipped = {key for flip in FLIPS[family].values() for key in flip} | set(BASE[family])
     shapes = {"vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
               "shared_expert_intermediate_size", "num_attention_heads", "num_experts", "num_local_experts",

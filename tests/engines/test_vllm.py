@@ -41,7 +41,7 @@ from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
-from alphaq.nouns.settings import Budget, Rule
+from alphaq.nouns.settings import Budget
 from alphaq.quantizers.affine import quantize_symmetric16
 from conftest import FAMILIES, Ran, read_back
 
@@ -106,7 +106,7 @@ def test_every_family_is_read_back_as_quantized(
 ) -> None:
     source = save_family(family, fused)
     checkpoint = open_checkpoint(source)
-    out = quantize(source, cycled_plan(checkpoint, "vllm", CHOICES, "4g32s"), tmp_path / "out")
+    out = quantize(source, cycled_plan(checkpoint, "vllm", CHOICES, None), tmp_path / "out")
     plan = Plan.from_json((out / PLAN_NAME).read_bytes(), "plan")
     assert weight_bytes(out) == plan.size_bytes
     originals = {matrix.name: matrix for matrix in checkpoint.matrices}
@@ -187,11 +187,6 @@ def test_what_vllm_runs_as_one_must_agree(save_family: Callable[..., Path], tmp_
         ) as why:
             quantize(source, changed, tmp_path / "never")
         assert other in str(why.value)
-
-
-def test_a_pin_that_splits_a_merged_matrix_is_refused(tiny: Path) -> None:
-    with pytest.raises(PlanError, match=r"vLLM runs .*k_proj.* as one, .*--pin"):
-        plan_of(tiny, "vllm", pins=(Rule(pattern="*.k_proj", value="8"),))
 
 
 def test_family_without_known_names_is_refused(tiny: Path, tmp_path: Path) -> None:

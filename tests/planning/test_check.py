@@ -150,6 +150,21 @@ def test_large_model_is_judged_by_moves_of_the_stream(
     assert plan.check is not None and plan.check.taken == "uniform"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["native", "mlx"])
+def test_roles_that_share_the_bytes_share_those_of_uniform_bits(
+    checkpoint: Checkpoint, measured: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    monkeypatch.setattr(check, "MARGIN", 0.0)  # so that uniform bits are what is taken
+    size = Budget(size_bytes=6_000_000)
+    uniform = made(checkpoint, measured, engine=engine, budget=size, choices="2,3,4,6,8")
+    assert uniform.check is not None and uniform.check.taken == "uniform"
+    roles = {one.name: one.role for one in checkpoint.matrices}
+    assert {Role.EMBEDDING, Role.HEAD, Role.ATTENTION} <= {roles[name] for name in uniform.choices}
+    widths = sorted({choice.bits for choice in uniform.every_choice().values()})
+    assert widths in ([2, 3], [3, 4], [4, 6]) and 5_900_000 < (uniform.size_bytes or 0) <= 6_000_000
+
+
 def test_only_the_default_is_checked(checkpoint: Checkpoint, measured: Path) -> None:
     assert made(checkpoint, measured, method="router").check is None
 

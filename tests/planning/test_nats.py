@@ -68,6 +68,21 @@ def test_all_roles_of_a_native_plan_share_a_size(checkpoint: Checkpoint, kept: P
     assert outside <= shared.choices.keys() and not outside & fixed.choices.keys()
 
 
+def test_matrices_that_stand_for_others_are_of_their_role(
+    checkpoint: Checkpoint, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts that were not measured count as those that were do, whatever the embedding counts."""
+    monkeypatch.setattr("alphaq.planning.samples.SAMPLE_MEMBERS", 2)
+    settings = {"engine": "mlx", "choices": "2,4", "budget": Budget(size_bytes=6_000_000)}
+    _, found = measured(checkpoint, kept, settle=False, **settings)
+    fisher, energies = found.evidence.fisher, dict(zip(found.evidence.names, found.evidence.energies, strict=True))
+    assert fisher is not None
+    counted = np.array([found.harms[n] / (0.5 * fisher.matrices[n].mean * energy) for n, energy in energies.items()])
+    values, times = np.unique(counted.round(9), return_counts=True)
+    mean = values[times.argmax()]
+    assert times.max() == len(energies) - 2 * 12 and mean == pytest.approx(values[values != mean].mean(), rel=1e-6)
+
+
 def test_without_measured_errors_roles_are_weighed_and_nothing_is_foretold(checkpoint: Checkpoint, kept: Path) -> None:
     plan = made(checkpoint, kept, budget=Budget(size_bytes=7_500_000), noise="analytic")
     assert plan.prediction is None

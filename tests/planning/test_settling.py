@@ -129,6 +129,15 @@ def test_near_ties_alone_are_undecided() -> None:
     assert not undecided(problem(2, (0, 1, 2)), losses, np.zeros((2, 3)), 1.0).any()
 
 
+def test_a_unit_is_as_uncertain_as_the_worst_known_of_its_matrices() -> None:
+    apart = replace(problem(1, (0, 1, 2)), owner=np.array([0, 0]), costs=np.tile([0, 1, 2], (2, 1)))
+    apart = replace(apart, allowed=apart.costs >= 0)
+    losses, known, uncertain = np.array([[3.0, 2.5, 2.15]] * 2), np.zeros(3), np.full(3, 0.05)
+    for deviations in ([known, uncertain], [uncertain, known]):
+        assert undecided(apart, losses, np.array(deviations), 0.5).any()
+    assert not undecided(apart, losses, np.array([known, known]), 0.5).any()
+
+
 def test_what_a_bound_forbids_is_never_undecided() -> None:
     limited = problem(1, (0, 1, 2))
     limited = replace(limited, allowed=np.array([[True, True, False]]))

@@ -23,7 +23,7 @@ from alphaq.checkpoint.safetensors_format import TensorSpec
 from alphaq.engines.export import Rows, Run
 from alphaq.engines.safetensors.engine import SafetensorsEngine, ragged, words
 from alphaq.engines.safetensors.modules import KEPT, linear_choices, module_name, module_patterns
-from alphaq.errors import MissingEngineError, PlanError
+from alphaq.errors import MissingEngineError
 from alphaq.formats.blocks import dequantized_rows
 from alphaq.formats.native import GROUP_SIZES
 from alphaq.formats.packing import pack, unpack
@@ -36,6 +36,7 @@ from alphaq.work.untrusted import JsonObject
 DENSE_KEPT = ("qwen2_moe", "qwen3_moe")
 """Families of whose layers without experts GPTQModel knows nothing."""
 BITS = (2, 3, 4, 8)
+HEAD = "lm_head"
 PACKED_ROWS = 32  # 32 codes fill whole int32 words at every width
 
 
@@ -71,15 +72,13 @@ def module_path(matrix: MatrixRef) -> str:
     return module
 
 
-def refuse(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> None:
-    """Raise PlanError for layers that GPTQModel leaves as they are."""
-    if checkpoint.architecture.name in DENSE_KEPT:
-        for matrix in checkpoint.with_role(Role.DENSE_MLP):
-            if choices.get(matrix.name, KEPT) != KEPT:
-                raise PlanError(
-                    f"GPTQModel does not quantize dense layers of {checkpoint.architecture.name}, such as "
-                    f"{matrix.name}. Keep them with --pin 'dense_mlp=16'."
-                )
+def keeps(checkpoint: Checkpoint, matrix: MatrixRef) -> str | None:
+    """Why GPTQModel must have a matrix in 16 bits, or None."""
+    if checkpoint.architecture.name in DENSE_KEPT and matrix.role is Role.DENSE_MLP:
+        return f"it knows nothing of dense layers of {checkpoint.architecture.name}"
+    if matrix.role is Role.HEAD and module_path(matrix) != HEAD:
+        return f"it loads quantized heads by the name {HEAD} alone"
+    return None
 
 
 def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> JsonObject:
@@ -108,7 +107,7 @@ def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -
         **_settings(usual),
         "desc_act": False,
         "sym": False,
-        "lm_head": False,
+        "lm_head": known.get(HEAD, KEPT) != KEPT,
         "pack_dtype": "int32",
         "dynamic": dynamic,
         "meta": {"quantizer": [f"alphaq:{alphaq.__version__}"]},
@@ -176,7 +175,8 @@ ENGINE = SafetensorsEngine(
     unit="matrix",
     obstacle=obstacle,
     config_file="quantize_config.json",
-    refuse=refuse,
+    keeps=keeps,
+    on_request=frozenset({Role.HEAD}),
     renamed=lambda checkpoint, tensor: as_loaded(tensor),
     quantized=tuple(Choice(bits, group_size) for bits in BITS for group_size in GROUP_SIZES),
     group_size=128,  # GPTQModel's own

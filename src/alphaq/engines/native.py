@@ -83,7 +83,6 @@ PROFILE = Profile(
     obstacle=lambda choice, matrix: None,
     quantizer="debiased",
     searchable=True,
-    joint=True,
     on_request=frozenset({Role.EMBEDDING, Role.HEAD}),
     role_bits=ROLE_BITS | {Role.MIXER: 4},
     export=Export(

@@ -26,18 +26,18 @@ ROLE_BITS = {Role.ATTENTION: 4, Role.SHARED_EXPERT: 4, Role.DENSE_MLP: 4}
 class Profile:
     """One engine.
 
-    unit: what must share one choice. choices: every choice it can load for experts; defaults: those offered
-    when the user names none; fast: those offered instead with `--fast`, none where all are. with_bits: the choice
-    meant by a bare bit-width (`--attention-bits 4`), and for roles outside the budget. storage_bytes: exact bytes of
-    one matrix's tensors at a choice. file_bytes: what they add to
-    the files, header entries included. kept_bytes: what a matrix that is kept adds to them, where that depends on the
-    source; None if file_bytes says it. obstacle: why a matrix cannot be stored so, or None. quantizer: the one whose
-    codes the engine reads, by name. merged: projections of a dense MLP that the engine runs as one, and what that is
-    called. role_bits: usual width of each role that is quantized outside the budget. on_request: roles that are copied
-    unless a user names a width for them. joint: whether a budget for all files (`--size`) chooses for both of these
-    too. export: how files are written, None where they cannot be yet. library: what the Hugging Face hub
-    calls that which loads the files (`library_name` of a card). importance: (checkpoint, importance matrix) → what it
-    says of each matrix; None if the engine's quantizers take none.
+    unit: what must share one choice. choices: every choice it can load for experts; defaults: those offered when the
+    user names none; fast: those offered instead with `--fast`, none where all are. with_bits: the choice meant by a
+    bare bit-width (`--attention-bits 4`), and for roles outside the budget. storage_bytes: exact bytes of one matrix's
+    tensors at a choice. file_bytes: what they add to the files, header entries included. kept_bytes: what a matrix that
+    is kept adds to them, where that depends on the source; None if file_bytes says it. obstacle: why a matrix cannot be
+    stored so, or None. quantizer: the one whose codes the engine reads, by name. merged: what the engine runs a matrix
+    outside the experts as a part of, None if it is alone. keeps: why the engine must have a matrix of a checkpoint in
+    16 bits, None if it need not. role_bits: usual width of each role that is quantized outside the budget. on_request:
+    roles that are copied unless a user names a width for them. A budget for all files (`--size`) chooses for both of
+    these too. export: how files are written, None where they cannot be yet. library: what the Hugging Face hub calls
+    that which loads the files (`library_name` of a card). importance: (checkpoint, importance matrix) → what it says of
+    each matrix; None if the engine's quantizers take none.
     searchable: whether `--ear` can try budgets, since the files are run here.
     """
 
@@ -52,10 +52,10 @@ class Profile:
     obstacle: Callable[[Choice, MatrixRef], str | None]
     quantizer: str
     fast: tuple[Choice, ...] = ()
-    merged: Mapping[str, str] = field(default_factory=dict)
+    merged: Callable[[MatrixRef], str | None] = lambda matrix: None
+    keeps: Callable[[Checkpoint, MatrixRef], str | None] = lambda checkpoint, matrix: None
     role_bits: Mapping[Role, int] = field(default_factory=lambda: dict(ROLE_BITS))
     on_request: frozenset[Role] = frozenset()
-    joint: bool = False
     part_bytes: int = 0
     kept_bytes: Callable[[Checkpoint, MatrixRef], int] | None = None
     export: Export | None = None
@@ -88,9 +88,9 @@ class Profile:
 
     def unit_of(self, matrix: MatrixRef) -> str:
         """Name of the unit that a matrix belongs to; outside the experts each is its own, unless it is merged."""
-        if matrix.role is Role.DENSE_MLP and (together := self.merged.get(matrix.projection or "")):
-            return f"layers.{matrix.layer}.mlp.{together}"
-        if self.unit == "matrix" or matrix.role is not Role.EXPERT:
+        if matrix.role is not Role.EXPERT:
+            return self.merged(matrix) or matrix.name
+        if self.unit == "matrix":
             return matrix.name
         layer = f"layers.{matrix.layer}.experts"
         return layer if self.unit == "layer" else f"{layer}.{matrix.projection}"

@@ -34,11 +34,10 @@ from alphaq.engines.safetensors.modules import (
     module_of,
     module_patterns,
 )
-from alphaq.engines.safetensors.refusals import require_agreement
 from alphaq.errors import MissingExtraError, PlanError
 from alphaq.formats.native import GROUP_SIZES
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.matrix import MatrixRef, Role, Shape
+from alphaq.nouns.matrix import Shape
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.work.untrusted import JsonObject
@@ -64,16 +63,6 @@ def tensors(choice: Choice, shape: Shape, dtype: str) -> dict[str, TensorSpec]:
         "weight_scale": TensorSpec(dtype, (rows, choice.groups(columns))),
         "weight_shape": TensorSpec("I64", (2,)),
     }
-
-
-def require_mergeable(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> None:
-    """Raise PlanError if matrices that vLLM runs as one have several choices."""
-    require_agreement(checkpoint, choices, ENGINE.title, _unit)
-
-
-def _unit(matrix: MatrixRef) -> str | None:
-    """What vLLM runs a matrix with as one; None for what it does not quantize."""
-    return PROFILE.unit_of(matrix) if matrix.role is Role.EXPERT else _fused(module_of(matrix))
 
 
 def _fused(module: str) -> str | None:
@@ -199,8 +188,7 @@ ENGINE = SafetensorsEngine(
     config=config,
     usage="Serve it: vllm serve {out}",
     run=Run("transformers with compressed-tensors", logits, tolerance=0.02),
-    refuse=require_mergeable,
     damage=damage,
-    merged={"gate": "gate_up", "up": "gate_up"},
+    merged=lambda matrix: _fused(module_of(matrix)),
 )
 PROFILE = ENGINE.profile()

@@ -210,11 +210,13 @@ class PlanConfig(BaseModel):
     )
     embedding_bits: Annotated[
         int | None,
-        Option("Bits of the token embedding (llama.cpp: 4; native keeps it unless asked; others keep it).", CHOICES),
+        Option(
+            "Bits of the token embedding (llama.cpp: 4; native and mlx keep it unless asked; others keep it).", CHOICES
+        ),
     ] = None
     head_bits: Annotated[
         int | None,
-        Option("Bits of the output matrix (llama.cpp: 6; native keeps it unless asked; others keep it).", CHOICES),
+        Option("Bits of the output matrix (llama.cpp: 6; vllm keeps it; others keep it unless asked).", CHOICES),
     ] = None
     """Of each role outside the budget; None: the engine's usual ones."""
     roles: Annotated[

@@ -24,6 +24,7 @@ from alphaq.errors import BudgetError, StatsError
 from alphaq.formats.table import rate_of
 from alphaq.measuring.measurement import restored
 from alphaq.measuring.resources import Resources
+from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan, PlanCheck
 from alphaq.planning.measured import Measurements
 from alphaq.planning.plan import make_plan
@@ -83,10 +84,13 @@ def _uniform(checkpoint: Checkpoint, request: Request, measurements: Measurement
     """Uniform bits of the same choices and budget. Raises BudgetError where there is no such plan."""
     if request.config.per_layer:
         raise BudgetError("Uniform bits cannot have a budget for each layer.")
-    config = request.config.model_copy(update={"method": BASELINE})
+    config, own = request.config.model_copy(update={"method": BASELINE}), method(BASELINE)
+    # Roles that share the plan's bytes share those of uniform bits too. Where each has a usual width, down to the head,
+    # it keeps that: so are stock mixes made, and they are harder to beat.
+    alike = replace(own, joint=request.method.joint and Role.HEAD not in request.profile.role_bits)
     rates = [choice for choice in request.offered if rate_of(choice)]
     ladder = tuple(sorted(rates, key=rate_of)) if rates else request.ladder
-    return make_plan(checkpoint, replace(request, config=config, method=method(BASELINE), ladder=ladder), measurements)
+    return make_plan(checkpoint, replace(request, config=config, method=alike, ladder=ladder), measurements)
 
 
 def _verdict(by: Literal["kl", "moves"], values: Sequence[float], tokens: int | None) -> PlanCheck:

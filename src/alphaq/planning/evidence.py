@@ -24,7 +24,7 @@ from alphaq.planning.matrices import (
     measure_planned,
     planned_errors,
 )
-from alphaq.planning.measured import Measurements, PlanInputs
+from alphaq.planning.measured import AtChoice, Measurements, PlanInputs
 from alphaq.planning.passes import PassResults, PassRun, run_passes
 from alphaq.planning.request import Request
 from alphaq.planning.samples import Samples
@@ -111,12 +111,12 @@ class _Found:
     passes: PassResults
     rest_bytes: int
 
-    def _relative_of_fixed(self, name: str) -> float:
-        """Σ(w − ŵ)²/Σw² of a matrix outside the budget, at its choice; 0 where the source's bytes are copied."""
+    def _fixed(self, name: str) -> AtChoice:
+        """A matrix outside the budget; it has no error where the source's bytes are copied."""
         found, choice = self.fixed.errors[name], self.survey.scope.fixed[name]
         if self.survey.scope.stored_as(self.survey.fixed[name]) == choice:
-            return 0.0
-        return found.expected[choice] / (found.energy or 1.0)
+            return AtChoice(choice, 0.0)
+        return AtChoice(choice, found.expected[choice] / (found.energy or 1.0))
 
     def measurements(self) -> Measurements:
         """What plans can be made of."""
@@ -156,8 +156,7 @@ class _Found:
             plain=plain,
             joined_plain={name: one.plain for name, one in joined.items()},
             harms=of_all,
-            fixed={name: self._relative_of_fixed(name) for name in self.fixed.errors},
-            fixed_at={name: scope.fixed[name] for name in self.fixed.errors},
+            fixed={name: self._fixed(name) for name in self.fixed.errors},
             unpredicted=self.passes.unpredicted,
         )
 

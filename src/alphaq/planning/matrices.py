@@ -6,7 +6,7 @@ Errors are measured of some matrices and rows (`samples`), which stand for the r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,7 +19,7 @@ from alphaq.formats.table import storage_bytes
 from alphaq.measuring.measurement import Measured, Sampling, Wanted, measure
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.matrix import MatrixRef
+from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.spectrum import Spectrum
 from alphaq.planning.estimates import of_unit
 from alphaq.planning.formula import expected_error
@@ -284,23 +284,30 @@ def harms(survey: Survey, several: Sequence[Samples], energies: Mapping[str, flo
     """Nats per token and per unit of relative error of every matrix, by name; nothing where losses are not nats.
 
     several: what was measured. energies: Σw² where it is known of a matrix that was not; what such a one counts is
-    taken for the mean. A matrix that the pass was not shown, since the model's class computes with it in a way of its
-    own, is taken for the mean of its role, or of all.
+    taken for the mean of its role, or of all. So is a matrix that the pass was not shown, since the model's class
+    computes with it in a way of its own.
     """
     fisher = survey.fisher
     if fisher is None:
         return {}
     found = {name: one for samples in several for name, one in samples.errors.items()}
     matrices = [*survey.scope.matrices, *survey.fixed.values()]
-    measured = [one.counted for one in found.values() if one.expected]
-    usual = float(np.mean(measured)) if measured else 1.0
-    seen = [(matrix.role, fisher.matrices[matrix.name].mean) for matrix in matrices if matrix.name in fisher.matrices]
-    everything = [one.mean for one in fisher.matrices.values()]
+    counted = _by_role(matrices, {name: one.counted for name, one in found.items() if one.expected})
+    means = _by_role(matrices, {name: one.mean for name, one in fisher.matrices.items()})
     by_name = {}
     for matrix in matrices:
-        own, one = fisher.matrices.get(matrix.name), found.get(matrix.name)
-        alike = [mean for role, mean in seen if role is matrix.role] or everything
-        mean = own.mean if own is not None else sum(alike) / len(alike)
+        one = found.get(matrix.name)
         energy = energies.get(matrix.name) or (one.energy if one is not None else 0.0)
-        by_name[matrix.name] = 0.5 * mean * energy * (usual if one is None or not one.expected else one.counted)
+        by_name[matrix.name] = 0.5 * means(matrix) * energy * counted(matrix)
     return by_name
+
+
+def _by_role(matrices: Sequence[MatrixRef], known: Mapping[str, float]) -> Callable[[MatrixRef], float]:
+    """A figure of each matrix: its own if it is known by name, or the mean of its role, or of all; 1 without any."""
+    of_role: dict[Role, list[float]] = {}
+    for matrix in matrices:
+        if matrix.name in known:
+            of_role.setdefault(matrix.role, []).append(known[matrix.name])
+    means = {role: float(np.mean(values)) for role, values in of_role.items()}
+    of_all = float(np.mean(list(known.values()))) if known else 1.0
+    return lambda matrix: known.get(matrix.name, means.get(matrix.role, of_all))

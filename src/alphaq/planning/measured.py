@@ -32,6 +32,14 @@ class PlanInputs:
 
 
 @dataclass(frozen=True)
+class AtChoice:
+    """A matrix outside the budget: its one choice, and Σ(w − ŵ)²/Σw² at it."""
+
+    choice: Choice
+    error: float
+
+
+@dataclass(frozen=True)
 class Measurements:
     """What was measured of the matrices to plan: enough for the request that it was measured for, and, where all was
     measured in full (`settle=False`), for any number of budgets and methods that need no more.
@@ -58,10 +66,8 @@ class Measurements:
     """The same of matrices outside the experts, [choices]."""
     harms: Mapping[str, float] = field(default_factory=dict)
     """Nats per token and per unit of relative error, of every matrix; nothing where losses are not nats."""
-    fixed: Mapping[str, float] = field(default_factory=dict)
-    """Σ(w − ŵ)²/Σw² of those outside the budget, at their one choice; only where losses are nats."""
-    fixed_at: Mapping[str, Choice] = field(default_factory=dict)
-    """These choices."""
+    fixed: Mapping[str, AtChoice] = field(default_factory=dict)
+    """Those outside the budget that are quantized; only where losses are nats."""
     unpredicted: str | None = None
     """Why losses are no nats, though the method would have them so."""
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -79,7 +85,7 @@ class Measurements:
         assert self.plain is not None  # the caller has looked
         errors = self.plain * self.evidence.energies[:, None]
         evidence = replace(self.evidence, errors=errors, fisher=None, harms=None, plain=None)
-        return replace(self, evidence=evidence, joined=self.joined_plain, harms={}, fixed={}, fixed_at={}, plain=None)
+        return replace(self, evidence=evidence, joined=self.joined_plain, harms={}, fixed={}, plain=None)
 
     def of(self, request: Request) -> Measurements:
         """What a request would have measured by itself. Raises BudgetError if it offers what was not measured."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from alphaq.allocation.bound import rate_distortion
+from alphaq.allocation.problem import RANKED
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import BudgetError
 from alphaq.formats.gaussian import gaussian_errors
@@ -82,6 +83,9 @@ def _joined_errors(scope: Scope, measurements: Measurements) -> np.ndarray:
 
 def _joined_losses(scope: Scope, evidence: Evidence, relative: np.ndarray, harms: Mapping[str, float]) -> np.ndarray:
     """Losses [joined, choices] in the unit of the experts'. harms: nats per unit of relative error, where known."""
+    if scope.request.method.kind in RANKED:  # which are errors
+        weights = np.array([matrix.parameters for matrix in scope.joined])
+        return float(evidence.energies.sum() / evidence.weights.sum()) * weights[:, None] * relative
     measured = bool(harms) and scope.request.config.noise == "measured"
     if measured:
         return np.array([harms[matrix.name] for matrix in scope.joined])[:, None] * relative
@@ -105,11 +109,12 @@ def _prediction(scope: Scope, measurements: Measurements, answer: Answer) -> Pre
     fisher, fixed = measurements.evidence.fisher, measurements.fixed
     quantized = {name: choice for name, choice in scope.fixed.items() if not choice.kept}
     in_nats = scope.request.method.needs_fisher and scope.request.config.noise == "measured"
-    if fisher is None or not in_nats or measurements.fixed_at != quantized:
+    if fisher is None or not in_nats or {name: one.choice for name, one in fixed.items()} != quantized:
         return None
     losses = answer.losses[np.arange(len(answer.names)), answer.columns]
     known = dict(zip(answer.names, losses.tolist(), strict=True))
-    return nats.prediction(fisher, known | {name: measurements.harms[name] * error for name, error in fixed.items()})
+    outside = {name: measurements.harms[name] * one.error for name, one in fixed.items()}
+    return nats.prediction(fisher, known | outside)
 
 
 def _size_bytes(scope: Scope, evidence: Evidence, answer: Answer) -> int:

@@ -44,7 +44,7 @@ class Request:
         """
         config = self.config
         whole = config.budget.size_bytes is not None and not config.per_layer and config.codec is None
-        return whole and config.roles == "shared" and self.profile.joint and self.method.joint
+        return whole and config.roles == "shared" and self.method.joint
 
     @property
     def rungs(self) -> tuple[int, ...]:

@@ -73,13 +73,14 @@ class Scope:
             raise PlanError(f"{checkpoint.name} has no matrix of experts or of an MLP that could be quantized.")
         others = profile.roles - {checkpoint.planned_role}
         outside = [matrix for matrix in checkpoint.matrices if matrix.role in others]
-        by_role = _asked_by_role(checkpoint, request, outside)
         pins = _pins(request, planned, outside)
+        asked_of = _asked(checkpoint, request, outside, pins)
         fixed, joined = {}, []
         for matrix in outside:
-            asked = pins.get(matrix.name, by_role.get(matrix.role))
-            if asked is not None:
-                fixed[matrix.name] = _as_asked(profile, asked, matrix)
+            if (asked := asked_of.get(matrix.name)) is not None:
+                fixed[matrix.name] = _as_asked(profile, checkpoint, asked, matrix)
+            elif profile.keeps(checkpoint, matrix):
+                fixed[matrix.name] = KEPT
             elif request.joint and any(profile.obstacle(offered, matrix) is None for offered in request.offered):
                 joined.append(matrix)
             elif matrix.role not in profile.on_request:
@@ -149,6 +150,16 @@ def stored_as(profile: Profile, checkpoint: Checkpoint, matrix: MatrixRef) -> Ch
     return next((choice for choice in profile.choices if str(choice) == own), None)
 
 
+def _asked(
+    checkpoint: Checkpoint, request: Request, outside: Sequence[MatrixRef], pins: Mapping[str, Choice]
+) -> dict[str, Choice]:
+    """The choice that a user asked for, by the name of each matrix: for itself, or for what the engine runs with it."""
+    by_role, unit_of = _asked_by_role(checkpoint, request, outside), request.profile.unit_of
+    own = {one.name: asked for one in outside if (asked := pins.get(one.name, by_role.get(one.role))) is not None}
+    of_unit = {unit_of(one): own[one.name] for one in outside if one.name in own}
+    return {one.name: asked for one in outside if (asked := own.get(one.name, of_unit.get(unit_of(one)))) is not None}
+
+
 def _asked_by_role(checkpoint: Checkpoint, request: Request, outside: Sequence[MatrixRef]) -> dict[Role, Choice]:
     """The choices that a user named for whole roles outside the budget."""
     asked = request.config.widths()
@@ -169,9 +180,9 @@ def _pins(request: Request, planned: Sequence[MatrixRef], outside: Sequence[Matr
     return pins
 
 
-def _as_asked(profile: Profile, choice: Choice, matrix: MatrixRef) -> Choice:
+def _as_asked(profile: Profile, checkpoint: Checkpoint, choice: Choice, matrix: MatrixRef) -> Choice:
     """The choice. Raises BudgetError if the engine cannot store the matrix so."""
-    if why := profile.obstacle(choice, matrix):
+    if why := profile.obstacle(choice, matrix) or (None if choice.kept else profile.keeps(checkpoint, matrix)):
         raise BudgetError(
             f"{profile.name} cannot store {matrix.name} as {choice}: {why}. Keep it with "
             f"--pin '{matrix.name}=16', or drop the width asked for."

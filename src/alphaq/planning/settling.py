@@ -75,10 +75,11 @@ def undecided_choices(scope: Scope, measurements: Measurements, answer: Answer) 
 
 def undecided(problem: Problem, losses: np.ndarray, deviations: np.ndarray, price: float) -> np.ndarray:
     """bool [units, choices]: worth knowing better. losses: [matrices, choices]; deviations: relative standard errors of
-    the unit's sum, [matrices, choices], the same for all of a unit. price: loss per unit of cost."""
+    the sum over what was sampled together with a matrix, [matrices, choices], of which a unit's largest counts. price:
+    loss per unit of cost."""
     totals = problem.allowed_only(problem.per_unit(losses))
     of_unit = np.zeros(totals.shape)
-    of_unit[problem.owner] = deviations
+    np.maximum.at(of_unit, problem.owner, deviations)
     errors = totals * problem.allowed_only(of_unit)
     reduced = totals + price * problem.unit_costs
     units, best = np.arange(len(totals)), reduced.argmin(axis=1)

@@ -66,7 +66,8 @@ def solve(
         if per_layer:
             raise BudgetError(f"--per-layer needs losses, and {request.config.method} only has an order. Drop it.")
         scores = None if rule is None else rule(evidence)
-        return Answer(problem, names, RANKED[kind](problem, scores, evidence.errors), evidence.errors)
+        errors = evidence.errors if extra is None else np.vstack([evidence.errors, extra])
+        return Answer(problem, names, RANKED[kind](problem, scores, errors), errors)
     assert rule is not None  # losses come from a rule
     with np.errstate(over="ignore", invalid="ignore"):  # the solver refuses what is not finite, by name
         losses = rule(evidence)

@@ -69,10 +69,11 @@ class Lines:
 class EngineTable:
     """One ENGINE.toml.
 
-    everything: whether it computes with transformers' own class, which carries every setting. wrapped: whether it runs
-    language models that lie beside others. architecture_file: whether the `[gguf]` table of a family's own file says
-    more: `metadata` of what is carried, `config` of what is taken for granted. dense: families without experts that it
-    loads, by `model_type`, and what it takes for granted of each.
+    families: those with experts whose export has been run there. everything: whether it computes with transformers' own
+    class, which carries every setting. wrapped: whether it runs language models that lie beside others.
+    architecture_file: whether the `[gguf]` table of a family's own file says more: `metadata` of what is carried,
+    `config` of what is taken for granted. dense: families without experts that it loads, by `model_type`, and what it
+    takes for granted of each.
     """
 
     common: Lines

@@ -312,7 +312,6 @@ PROFILE = Profile(
     role_bits=ROLE_BITS,
     kept_bytes=kept_bytes,
     obstacle=obstacle,
-    joint=True,
     part_bytes=PART_BYTES,
     quantizer="ggml",
     library="gguf",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from alphaq.checkpoint.families.formulas import looked_up
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.assumptions.tables import ROPE, family_settings
 from alphaq.engines.effective import model_settings, settings_of
@@ -20,15 +21,18 @@ def told(checkpoint: Checkpoint) -> JsonObject:
     It says nothing of a rotary base or a type that it does not find. Raises ArchitectureError for what cannot be told.
     """
     found = _of_experts(checkpoint) if checkpoint.architecture.num_experts_keys else _of_dense(checkpoint)
-    return {key: value for key, value in found.items() if checkpoint.config.get(key) != value}
+    own = checkpoint.config
+    return {key: value for key, value in found.items() if key not in own or own[key] != value}
 
 
 def _of_experts(checkpoint: Checkpoint) -> JsonObject:
     """Settings that are carried, the number of experts by the name that mlx-lm looks for, and rotary ones."""
     known, config = family_settings(NAME, checkpoint.architecture), require_settings(checkpoint, NAME)
-    found = {key: config[key] for key in known.carried if config.get(key) is not None}
+    carried = {key.rpartition(".")[2]: looked_up(key, config) for key in known.carried}
+    found = {key: value for key, value in carried.items() if value is not None}
     found[checkpoint.architecture.num_experts_keys[0]] = checkpoint.architecture.experts_per_layer(checkpoint.config)
-    rope = {key: value for key, value in (config.get(ROPE) or {}).items() if value is not None and key != "type"}
+    rope = {key: value for key, value in (config.get(ROPE) or {}).items() if value is not None}
+    rope = {key: value for key, value in rope.items() if key != "type" and key not in carried}
     if rope:
         found["rope_theta"] = rope.pop("rope_theta", None)
         found["rope_scaling"] = _scaling(rope)

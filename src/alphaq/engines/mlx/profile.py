@@ -23,7 +23,6 @@ from alphaq.engines.export import Rows, Run
 from alphaq.engines.mlx.config import NAME, told
 from alphaq.engines.safetensors.engine import SafetensorsEngine, words
 from alphaq.engines.safetensors.modules import KEPT, module_of
-from alphaq.engines.safetensors.refusals import require_agreement
 from alphaq.errors import MissingEngineError, MissingExtraError, PlanError
 from alphaq.formats.native import GROUP_SIZES
 from alphaq.nouns.choice import Choice
@@ -33,6 +32,8 @@ from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.work.untrusted import JsonObject
 
 BITS = (2, 3, 4, 5, 6, 8)
+TIED_PLAINLY = ("seed_oss",)
+"""Families whose class in mlx-lm takes the embedding's tensor for the head, where they are one, and not its module."""
 
 
 def tensors(choice: Choice, shape: Shape, dtype: str) -> dict[str, TensorSpec]:
@@ -54,17 +55,14 @@ def module_path(matrix: MatrixRef) -> str:
     return module
 
 
-def refuse(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> None:
-    """Raise for settings that cannot be told, and for plans that mlx-lm could not load."""
-    told(checkpoint)
-    require_agreement(checkpoint, choices, ENGINE.title, PROFILE.unit_of)
-    if checkpoint.architecture.name == "deepseek_v3":
-        again = [name for name, choice in choices.items() if name.endswith("kv_b_proj.weight") and choice != KEPT]
-        if again:
-            raise PlanError(
-                f"mlx-lm splits {again[0]} by head and would quantize it a second time. Keep it, and those of the "
-                "other layers, with --pin '*.kv_b_proj=16'."
-            )
+def keeps(checkpoint: Checkpoint, matrix: MatrixRef) -> str | None:
+    """Why mlx-lm must have a matrix in 16 bits, or None."""
+    family = str(checkpoint.config.get("model_type"))
+    if checkpoint.architecture.name == "deepseek_v3" and matrix.name.endswith(".kv_b_proj.weight"):
+        return "mlx-lm splits it by head and would quantize it a second time"
+    if family in TIED_PLAINLY and matrix.role is Role.EMBEDDING and not checkpoint.with_role(Role.HEAD):
+        return f"it is the head too, and mlx-lm's {family} multiplies by its stored numbers"
+    return None
 
 
 def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> JsonObject:
@@ -154,6 +152,8 @@ ENGINE = SafetensorsEngine(
     run=Run("mlx-lm", logits, tolerance=0.01),
     module=module_path,
     stacked=True,
-    refuse=refuse,
+    refuse=told,
+    keeps=keeps,
+    on_request=frozenset({Role.EMBEDDING, Role.HEAD}),
 )
 PROFILE = ENGINE.profile()

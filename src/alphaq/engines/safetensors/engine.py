@@ -7,7 +7,7 @@ choice. The rest is the same for all: sizes, places, what is refused, and what a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,11 +20,11 @@ from alphaq.engines.profile import Profile, Unit
 from alphaq.engines.safetensors.folder import write_model_folder
 from alphaq.engines.safetensors.layout import added_bytes, kept_fault, kept_part, safetensors_layout, safetensors_stored
 from alphaq.engines.safetensors.modules import KEPT, as_published, module_of
-from alphaq.engines.safetensors.refusals import require_family
+from alphaq.engines.safetensors.refusals import require_agreement, require_family, require_quantizable
 from alphaq.engines.settings import require_settings
 from alphaq.errors import ChoiceError
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.matrix import MatrixRef, Shape
+from alphaq.nouns.matrix import MatrixRef, Role, Shape
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.work.untrusted import JsonObject
@@ -47,14 +47,14 @@ def words(count: int, bits: int) -> int:
 class SafetensorsEngine:
     """One engine.
 
-    title: its name as its makers write it. quantized: the choices of which plans are made; group_size: of those, what
-    a bare bit-width means. tensors: (choice, shape, dtype of scales) → what a quantized matrix fills, by the end of
-    its name. encode: their values, in that order. reader: see `Export`. shape: (choice, stored tensors) → rows and
-    columns. config: what config.json says of the quantization, empty for nothing. module: the engine's name of the
-    module that holds a matrix. stacked: whether one module holds a projection of all a layer's experts. renamed: what
-    the engine calls a tensor that is kept. refuse: raises PlanError for what it could not load beside what is asked of
-    every engine. damage: (choice, shape, the tensors' values) → what is wrong with them, or nothing. quantizer,
-    merged, obstacle, library: see `Profile`.
+    title: its name as its makers write it. quantized: the choices of which plans are made; group_size: of those, what a
+    bare bit-width means. tensors: (choice, shape, dtype of scales) → what a quantized matrix fills, by the end of its
+    name. encode: their values, in that order. reader: see `Export`. shape: (choice, stored tensors) → rows and columns.
+    config: what config.json says of the quantization, empty for nothing. module: the engine's name of the module that
+    holds a matrix. stacked: whether one module holds a projection of all a layer's experts. renamed: what the engine
+    calls a tensor that is kept. refuse: raises ArchitectureError for settings that it could not be told, beside what is
+    asked of every engine. damage: (choice, shape, the tensors' values) → what is wrong with them, or nothing.
+    quantizer, merged, keeps, on_request, obstacle, library: see `Profile`.
     """
 
     name: str
@@ -74,10 +74,12 @@ class SafetensorsEngine:
     module: Callable[[MatrixRef], str] = module_of
     stacked: bool = False
     renamed: Callable[[Checkpoint, str], str] = as_published
-    refuse: Callable[[Checkpoint, Mapping[str, Choice]], None] = lambda checkpoint, choices: None
+    refuse: Callable[[Checkpoint], object] = lambda checkpoint: None
     damage: Callable[[Choice, Shape, Sequence[torch.Tensor]], str] = lambda choice, shape, parts: ""
     obstacle: Callable[[Choice, MatrixRef], str | None] = ragged
-    merged: Mapping[str, str] = field(default_factory=dict)
+    merged: Callable[[MatrixRef], str | None] = lambda matrix: None
+    keeps: Callable[[Checkpoint, MatrixRef], str | None] = lambda checkpoint, matrix: None
+    on_request: frozenset[Role] = frozenset()
     config_file: str = ""
     """A file beside config.json that says the same of the quantization."""
 
@@ -110,7 +112,9 @@ class SafetensorsEngine:
         """
         require_family(checkpoint, self.name, self.title)
         require_settings(checkpoint, self.name)
-        self.refuse(checkpoint, choices)
+        require_agreement(checkpoint, choices, self.title, self.profile().unit_of)
+        require_quantizable(checkpoint, choices, self.title, self.keeps)
+        self.refuse(checkpoint)
         dropped = left_out(checkpoint, self.name)
         return safetensors_layout(
             checkpoint, choices, self.parts, lambda tensor: self.renamed(checkpoint, tensor), dropped
@@ -154,6 +158,8 @@ class SafetensorsEngine:
             obstacle=self.obstacle,
             quantizer=self.quantizer,
             merged=self.merged,
+            keeps=self.keeps,
+            on_request=self.on_request,
             file_bytes=lambda matrix, choice: added_bytes(self.parts(matrix, choice)),
             export=Export(
                 layout=self.layout,

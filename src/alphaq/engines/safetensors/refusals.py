@@ -12,39 +12,50 @@ from alphaq.errors import PlanError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
-"""Architectures whose exports for other safetensors engines have been run there."""
-
 
 def require_family(checkpoint: Checkpoint, engine: str, title: str) -> None:
     """Raise PlanError unless it is known what other engines call the tensors of this architecture.
 
     Raises ArchitectureError for a setting of a model without experts that the engine computes otherwise.
     """
-    if checkpoint.architecture.name in FAMILIES:
+    table = engine_table(engine)
+    if checkpoint.architecture.name in table.families:
         return
-    dense, family = engine_table(engine).dense, str(checkpoint.config.get("model_type"))
+    dense, family = table.dense, str(checkpoint.config.get("model_type"))
     if family in dense:
         require_assumptions(checkpoint, title, family, dense[family])
         return
     name = checkpoint.architecture.name if checkpoint.architecture.num_experts_keys else family
     raise PlanError(
         f"The {title} export does not know how {title} names the tensors of {name!r}. "
-        f"Available: {', '.join((*FAMILIES, *dense))}. Plan with --engine native."
+        f"Available: {', '.join((*table.families, *dense))}. Plan with --engine native."
     )
 
 
 def require_agreement(
-    checkpoint: Checkpoint, choices: Mapping[str, Choice], engine: str, together: Callable[[MatrixRef], str | None]
+    checkpoint: Checkpoint, choices: Mapping[str, Choice], engine: str, unit_of: Callable[[MatrixRef], str]
 ) -> None:
-    """Raise PlanError if two matrices that the engine holds `together`, under one name, have different choices."""
+    """Raise PlanError if two matrices that the engine holds as one unit have different choices."""
     first: dict[str, tuple[str, Choice]] = {}
     for matrix in checkpoint.matrices:
-        if (unit := together(matrix)) is not None:
-            choice = choices.get(matrix.name, KEPT)
-            other, before = first.setdefault(unit, (matrix.name, choice))
-            if before != choice:
-                raise PlanError(
-                    f"{engine} runs {other} and {matrix.name} as one, but the plan stores them as {before} and "
-                    f"{choice}. Give them one choice, for example with --pin '{matrix.name}={before}'."
-                )
+        choice = choices.get(matrix.name, KEPT)
+        other, before = first.setdefault(unit_of(matrix), (matrix.name, choice))
+        if before != choice:
+            raise PlanError(
+                f"{engine} runs {other} and {matrix.name} as one, but the plan stores them as {before} and "
+                f"{choice}. Give them one choice, for example with --pin '{matrix.name}={before}'."
+            )
+
+
+def require_quantizable(
+    checkpoint: Checkpoint,
+    choices: Mapping[str, Choice],
+    engine: str,
+    keeps: Callable[[Checkpoint, MatrixRef], str | None],
+) -> None:
+    """Raise PlanError for a matrix that is quantized and that the engine must have in 16 bits."""
+    for matrix in checkpoint.matrices:
+        if choices.get(matrix.name, KEPT) != KEPT and (why := keeps(checkpoint, matrix)):
+            raise PlanError(
+                f"{engine} cannot have {matrix.name} quantized: {why}. Keep it with --pin '{matrix.name}=16'."
+            )
