@@ -239,17 +239,12 @@ def _byte_planes(raw: np.ndarray, item: int) -> list[np.ndarray]:
     return [np.ascontiguousarray(raw[place::item]) for place in range(item)]
 
 
-def _symbol_bits(bits: int) -> int:
-    """Bits of a symbol that holds whole codes: 8 where they divide a byte."""
-    return 8 if 8 % bits == 0 else 6 if bits == 3 else bits
-
-
 def _block_planes(raw: np.ndarray) -> list[np.ndarray]:
     """Header, extra and padding together; codes; zero points or both bytes of means; both bytes of scales."""
     choice, shape = read_block_header(torch.from_numpy(raw), "block")
     header, codes, offsets, scales, *rest = split_block(raw, choice, shape)
-    if (width := _symbol_bits(choice.bits)) != 8:
-        row_bytes = choice.row_bytes(shape[1])
+    if (width := native_format(choice).symbol_bits(choice)) != 8:
+        row_bytes = native_format(choice).row_bytes(choice, shape[1])
         symbols = np.empty(shape[0] * -(-8 * row_bytes // width), np.uint8)
         split_rows(codes, row_bytes, width, symbols)
         codes = symbols
@@ -261,7 +256,8 @@ def _fill_block(planes: list[np.ndarray], raw: np.ndarray, name: str) -> None:
     """The inverse of `_block_planes`."""
     choice, shape = read_block_header(torch.from_numpy(planes[0].copy()), name, raw.size)
     header, codes, offsets, scales, *rest = split_block(raw, choice, shape)
-    width, row_bytes, items = _symbol_bits(choice.bits), choice.row_bytes(shape[1]), _offset_bytes(choice)
+    form, items = native_format(choice), _offset_bytes(choice)
+    width, row_bytes = form.symbol_bits(choice), form.row_bytes(choice, shape[1])
     expected = [
         HEADER_BYTES + sum(part.size for part in rest),
         shape[0] * -(-8 * row_bytes // width),

@@ -105,7 +105,16 @@ class NativeFormat(Format):
         """Bytes of codes, offsets, scales and the rest."""
         rows, groups = shape[0], choice.groups(shape[1])
         offsets = 0 if choice.symmetric else 2 * rows * groups if self.means else self.zero_point_bytes(choice, shape)
-        return Parts(rows * choice.row_bytes(shape[1]), offsets, 2 * rows * groups, self.extra_bytes(choice, shape))
+        codes = rows * self.row_bytes(choice, shape[1])
+        return Parts(codes, offsets, 2 * rows * groups, self.extra_bytes(choice, shape))
+
+    def row_bytes(self, choice: Choice, columns: int) -> int:
+        """Bytes of a row's packed codes: whole 32-bit words."""
+        return choice.row_bytes(columns)
+
+    def symbol_bits(self, choice: Choice) -> int:
+        """Bits of an entropy coder's symbol, which holds whole codes: 8 where they divide a byte."""
+        return 8 if 8 % choice.bits == 0 else 6 if choice.bits == 3 else choice.bits
 
     def zero_point_bytes(self, choice: Choice, shape: Shape) -> int:
         """Bytes of packed zero points."""

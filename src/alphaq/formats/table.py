@@ -11,7 +11,7 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Shape
 from alphaq.work.untrusted import shown
 
-FORMATS = ("integers", "binary", "kept", "slim", "salient", "nested", "coded", "ggml")
+FORMATS = ("integers", "binary", "kept", "slim", "salient", "nested", "coded", "trellis", "ggml")
 """Modules of `alphaq.formats`, each with a FORMAT. They load when the first choice is read: starting stays light."""
 USUAL_GROUP_SIZE = 128
 

@@ -23,6 +23,7 @@ from alphaq.formats.nested import Nested
 from alphaq.formats.salient import Salient, SalientWeights, most_of
 from alphaq.formats.slim import Slim
 from alphaq.formats.table import format_of
+from alphaq.formats.trellis import Trellis
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.debiased import BIAS_WEIGHT, quantize_debiased
@@ -30,6 +31,7 @@ from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.rated import quantize_rated
 from alphaq.quantizers.rows import over_groups
 from alphaq.quantizers.salience_kernels import quantize_salient
+from alphaq.quantizers.trellis import quantize_trellis
 from alphaq.simd.sums import in_threads, row_parts
 
 Rounding = Callable[..., QuantizedMatrix]
@@ -53,6 +55,8 @@ def mixing(base: Rounding, bias_weight: float = BIAS_WEIGHT) -> Rounding:
                 return quantize_pb(weight, choice, name, importance, bias_weight)
             case Slim():
                 return quantize_slim(weight, choice, name, base, importance)
+            case Trellis():
+                return quantize_trellis(weight, choice, name, importance, bias_weight)
         return base(weight, choice, name)
 
     return quantize

@@ -1,0 +1,154 @@
+"""The cheapest trellis codes of whole rows, and the scales that then fit best."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from alphaq.simd.codes import address_of
+from alphaq.simd.paths import step_1, step_2, step_3, step_4
+from alphaq.simd.vectors import LANES, as_half, fma, kernel, load, load_some, magnitude, maximum, splat, store
+
+UNREACHED = np.float32(1e30)
+REACH = np.float32(2.1)  # of the levels' root mean square; half of what lies beyond is lost
+
+
+@kernel
+def encode_rows(weights, columns, quarters, group_size, levels, worth, shares, granular, bias_weight, packed, scales):
+    """Fill streams and scales of whole rows; Σ(w − ŵ)².
+
+    weights: [rows · columns]. levels: float32 [states] in units of a scale, the newest bit of a state lowest. worth:
+    float32 [columns], what the square of an error counts. shares, granular: as of `_first_scales`, the former of the
+    levels' root mean square. bias_weight: how many times errors along the weights count in the scales' fit. packed:
+    uint8 zeros [rows · bytes per row]; scales: float32 [rows · groups], filled.
+    """
+    rows, groups = weights.size // columns, -(-columns // group_size)
+    row_bytes = packed.size // rows
+    spread = np.float32(np.sqrt(np.mean(np.square(levels))))
+    values = np.empty(columns + LANES, np.float32)
+    roots, targets = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    outcomes = np.empty(columns * (levels.size // 8), np.uint8)
+    costs, path = np.empty(2 * levels.size, np.float32), np.empty(columns, np.int32)
+    total = 0.0
+    for row in range(rows):
+        for at in range(0, columns, LANES):
+            place = row * columns + at
+            store(values, at, load(weights, place) if place + LANES <= weights.size else load_some(weights, place))
+        own = scales[row * groups : (row + 1) * groups]
+        if _first_scales(values, columns, group_size, worth, shares, granular, own):
+            own /= spread
+            _aim(values, columns, group_size, worth, spread, own, roots, targets)
+            last = cheapest(roots, targets, quarters, levels, outcomes, costs)
+            trace(last, quarters, levels.size, outcomes, path, packed[row * row_bytes : (row + 1) * row_bytes])
+        else:
+            path[:] = 0
+        total += _fit(values, columns, group_size, worth, levels, path, bias_weight, own)
+    return total
+
+
+@kernel
+def _first_scales(values, columns, group_size, worth, shares, granular, scales):
+    """Scales of the groups of a row before its codes are known; whether any is above 0.
+
+    Of the sixteen shares of a group's root mean square the one of the least granular · share² + Σ overshoot² / 2: what
+    levels that lie too far apart lose, and what weights lose that lie beyond most of them.
+    """
+    any_, sums = False, np.empty(LANES, np.float32)
+    none, half = splat(np.float32(0)), splat(np.float32(0.5))
+    for group in range(scales.size):
+        begin, end = group * group_size, min(columns, (group + 1) * group_size)
+        energy, count = 0.0, 0.0
+        for column in range(begin, end):
+            energy += worth[column] * (np.float64(values[column]) * values[column])
+            count += worth[column]
+        size = np.float32(np.sqrt(energy / count))
+        scales[group] = 0
+        if size > 0:
+            inverse = np.float32(1) / size
+            reach, lost = load(shares, 0) * splat(REACH), none
+            for column in range(begin, end):
+                beyond = maximum(magnitude(splat(values[column] * inverse)) - reach, none)
+                lost = fma(beyond * splat(worth[column]), beyond, lost)
+            apart = load(shares, 0) * load(shares, 0) * splat(np.float32(granular * count))
+            store(sums, 0, fma(lost, half, apart))
+            scales[group] = size * shares[np.argmin(sums)]
+        any_ |= scales[group] > 0
+    return any_
+
+
+@kernel
+def _aim(values, columns, group_size, worth, spread, scales, roots, targets):
+    """Of each column: what a level and a weight have to be multiplied with for squares of differences to be costs."""
+    unit = np.float32(1) / (spread * scales.max())
+    for column in range(columns):
+        root = np.sqrt(worth[column]) * unit
+        roots[column] = root * scales[column // group_size]
+        targets[column] = root * values[column]
+
+
+@kernel
+def cheapest(roots, targets, quarters, levels, outcomes, costs):
+    """Run through all columns; the last state of the cheapest path. outcomes: uint8 [columns · states / 8], filled."""
+    states = levels.size
+    now, then = address_of(costs, 0), address_of(costs, states)
+    table, contest = address_of(levels, 0), address_of(outcomes, 0)
+    costs[:states] = UNREACHED
+    costs[0] = 0
+    for column in range(roots.size):
+        bits = (column + 1) * quarters // 4 - column * quarters // 4
+        groups, root, target = states >> bits, roots[column], targets[column]
+        if bits == 1:
+            for group in range(0, groups, LANES):
+                step_1(now, then, table, contest, group, groups, root, target)
+        elif bits == 2:
+            for group in range(0, groups, LANES):
+                step_2(now, then, table, contest, group, groups, root, target)
+        elif bits == 3:
+            for group in range(0, groups, LANES):
+                step_3(now, then, table, contest, group, groups, root, target)
+        else:
+            for group in range(0, groups, LANES):
+                step_4(now, then, table, contest, group, groups, root, target)
+        now, then, contest = then, now, contest + states // 8
+    begin = roots.size % 2 * states
+    return np.argmin(costs[begin : begin + states])
+
+
+@kernel
+def trace(last, quarters, states, outcomes, path, stream):
+    """Follow the outcomes back from the last state: the state of each column, and the bits of the stream."""
+    state = last
+    for column in range(path.size - 1, -1, -1):
+        path[column] = state
+        begin, end = column * quarters // 4, (column + 1) * quarters // 4
+        for bit in range(begin, end):  # the newest bit is the stream's last and the state's lowest
+            stream[bit >> 3] |= np.uint8(((state >> (end - 1 - bit)) & 1) << (bit & 7))
+        bits = end - begin
+        groups, group = states >> bits, state >> bits
+        way, contests, first = 0, 1, (1 << bits) - 1
+        for _ in range(bits):
+            first -= contests
+            place = column * states + (first + way) * groups + group
+            way = 2 * way + ((outcomes[place >> 3] >> (place & 7)) & 1)
+            contests *= 2
+        state = group + way * groups
+
+
+@kernel
+def _fit(values, columns, group_size, worth, levels, path, bias_weight, scales):
+    """Fit a row's scales to its codes; Σ(w − ŵ)² with what float16 makes of them."""
+    total = 0.0
+    for group in range(scales.size):
+        begin, end = group * group_size, min(columns, (group + 1) * group_size)
+        along, square, energy = 0.0, 0.0, 0.0
+        for column in range(begin, end):
+            value, level, counts = np.float64(values[column]), np.float64(levels[path[column]]), worth[column]
+            along += counts * value * level
+            square += counts * level * level
+            energy += counts * value * value
+        whole = (bias_weight - 1) * along * along + square * energy
+        best = bias_weight * along * energy / whole if whole > 0 and along > 0 else 0.0
+        scales[group] = as_half(np.float32(best))
+        for column in range(begin, end):
+            miss = np.float64(values[column]) - np.float64(scales[group]) * levels[path[column]]
+            total += miss * miss
+    return total
