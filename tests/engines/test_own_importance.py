@@ -15,6 +15,7 @@ import pytest
 import torch
 from llama import Llama, in_float32
 
+from alphaq.calibration.fisher import Fisher
 from alphaq.calibration.inputs import Inputs, stream_inputs
 from alphaq.checkpoint.gguf.format import read_gguf
 from alphaq.checkpoint.gguf.imatrix import read_imatrix
@@ -22,14 +23,17 @@ from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.gguf import gathering
 from alphaq.engines.gguf.gathering import Sample, gather
+from alphaq.engines.gguf.importance import importance_of
 from alphaq.engines.gguf.library import Running
 from alphaq.engines.gguf.model import gguf_tensors
 from alphaq.engines.gguf.passes import Passing
 from alphaq.engines.gguf.watching import Node
-from alphaq.errors import AlphaQError
+from alphaq.errors import AlphaQError, PassError
 from alphaq.measuring.cache import Cache
 from alphaq.measuring.resources import Resources
+from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
+from alphaq.planning.passes import PassRun, fisher
 from alphaq.work.workers import silent
 from alphaq.writing import observing
 from alphaq.writing.observing import in_16_bits
@@ -249,10 +253,39 @@ def test_a_damaged_file_is_refused(alphaq: Callable[..., Ran], exact: Callable[[
         assert ran.code == 2 and "error: " in ran.err and not (tmp_path / "i.gguf").exists()
 
 
+def few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the backward pass."""
+    monkeypatch.setattr("alphaq.planning.passes.MOST_WINDOWS", 4)
+    monkeypatch.setattr("alphaq.planning.passes.FISHER_LENGTH", 32)
+
+
+def no_backward_pass(run: PassRun) -> Fisher:
+    raise PassError("The layers cannot be run backward.")
+
+
+def test_importance_is_what_the_errors_of_a_column_cost(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same pass as the plan, a row for each expert; nothing where it cannot be run."""
+    few_windows(monkeypatch)
+    checkpoint = open_checkpoint(models["qwen2_moe"])
+    with Cache(tmp_path / "cache", {"model": "one"}) as cache:
+        own = observing.importance_by_losses(checkpoint, Resources(cache=cache))
+        costs = fisher(PassRun(checkpoint, True, None, (), Resources(cache=cache))).matrices
+        assert len(list(cache.path.glob("fisher-*"))) == 1
+    assert own is not None and own.digest == observing.OWN_DIGEST
+    columns = importance_of(checkpoint, own).columns
+    assert columns.keys() >= {matrix.name for matrix in checkpoint.matrices if matrix.role is not Role.ROUTER}
+    for name, found in columns.items():
+        assert np.allclose(found, np.maximum(costs[name].columns, 1e-6), atol=1e-3), name
+    monkeypatch.setattr(observing, "fisher", no_backward_pass)
+    assert observing.importance_by_losses(checkpoint) is None
+
+
 def test_quantize_makes_and_uses_its_own_and_the_plan_makes_it_again(
     alphaq: Callable[..., Ran], models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(observing, "OWN_SAMPLE", SHORT)
+    few_windows(monkeypatch)
     model, plan = models["qwen2_moe"], tmp_path / "plan.json"
     asked = ("--engine", "llama.cpp", "--bits", "5", "--choices", "Q4_0,Q5_1,Q8_0", "--method", "distortion")
     ran = alphaq("plan", model, *asked, "--imatrix", "self", "-o", plan)
@@ -298,6 +331,7 @@ def test_the_whole_model_is_written_where_the_plan_would_be_and_its_size_said(
     asked = ("--engine", "llama.cpp", "--bits", "5", "--method", "distortion", "--imatrix", "self", "--no-cache")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(observing, "OWN_SAMPLE", SHORT)
+    monkeypatch.setattr(observing, "fisher", no_backward_pass)
     places: list[Path] = []
 
     def seen(checkpoint: Checkpoint, scratch: Path, *rest: Any) -> Path:

@@ -13,6 +13,7 @@ from llama import in_float32, plain_file
 from alphaq.checkpoint.gguf.format import layout, read_gguf
 from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.formats.ggml_library import restore_rows
 from alphaq.writing.observing import in_16_bits
 from conftest import Ran
 from runnable import save_runnable
@@ -61,7 +62,7 @@ def test_the_default_plan_is_quantized_scored_and_quantized_again(
     assert ran.code == 0, ran.err
     assert 0 < ran.json["mean_kl"] < 0.3 and ran.json["run_by"] == ["llama.cpp", "llama.cpp"]
     ran = alphaq("verify", tmp_path / "out", "--reference", plain)
-    assert ran.code == 0 and "(`alphaq eval` runs the file)" in words(ran)
+    assert ran.code == 0 and "(add --run)" in words(ran)
     asked = (*CHOICES, "--method", "alphaq", "--bpw", 9, "-o", tmp_path / "again")
     ran = alphaq("quantize", out, *asked)
     assert ran.code == 2 and "add --requantize, which plan, quantize and analyze take" in words(ran)
@@ -74,8 +75,6 @@ def test_remedies_can_be_followed(alphaq: Callable[..., Ran], plain: Path, text:
     said = "`alphaq eval` without --dtype and --device can"
     asked = ("quantize", plain, *CHOICES, "--method", "alphaq", "--bits", 6, "-o", tmp_path / "out")
     assert alphaq(*asked).code == 0
-    ran = alphaq("verify", tmp_path / "out", "--reference", plain, "--run")
-    assert ran.code == 2 and said in words(ran)
     ran = alphaq("eval", plain, "--text", text, "--window", 32, "--dtype", "float32")
     assert ran.code == 2 and said in words(ran)
     broken = tmp_path / "broken.gguf"
@@ -86,6 +85,26 @@ def test_remedies_can_be_followed(alphaq: Callable[..., Ran], plain: Path, text:
     (tmp_path / "out" / "model.gguf").rename(tmp_path / "folder" / "model.gguf")  # of quantized weights
     ran = alphaq("imatrix", tmp_path / "folder", "-o", tmp_path / "i.gguf", "--tokens", 64, "--window", 32)
     assert ran.code == 0, ran.err
+
+
+@pytest.mark.parametrize("with_source", [True, False], ids=["source", "alone"])
+def test_llama_cpp_runs_the_file_beside_its_weights_in_16_bits(
+    alphaq: Callable[..., Ran], plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_source: bool
+) -> None:
+    asked = ("quantize", plain, *CHOICES, "--method", "alphaq", "--bits", 6, "-o", tmp_path / "out")
+    assert alphaq(*asked).code == 0
+    command = ("verify", tmp_path / "out", *(("--reference", plain) if with_source else ()), "--run")
+    ran = alphaq(*command, "--json")
+    assert ran.code == 0, ran.err
+    assert 0 < ran.json["run"]["difference"] < 0.05 and ran.json["run"]["twice"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def wrong(codes: np.ndarray, type: str, columns: int) -> np.ndarray:
+        return restore_rows(codes, type, columns)[::-1].copy()
+
+    monkeypatch.setattr("alphaq.engines.gguf.restoring.restore_rows", wrong)
+    ran = alphaq(*command)
+    assert ran.code == 2 and "its kernels for these types are wrong" in words(ran)
 
 
 def in_parts(path: Path, folder: Path) -> list[Path]:

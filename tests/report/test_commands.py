@@ -146,7 +146,7 @@ def test_the_command_says_every_setting_of_the_plan(
 
     monkeypatch.setattr("alphaq.cli.plan.build_plan", stop)
     monkeypatch.setattr("alphaq.checkpoint.gguf.imatrix.read_imatrix", lambda path: Given)
-    monkeypatch.setattr("alphaq.writing.observing.own_importance", lambda *given: Given)
+    monkeypatch.setattr("alphaq.writing.observing.importance_by_losses", lambda *given: Given)
     words = shlex.split(dict(reproduce(plan))["Plan"])
     with pytest.raises(Parsed):
         cli.main([*words[1:], "--workers", "1"])

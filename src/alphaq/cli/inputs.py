@@ -65,12 +65,15 @@ class Inputs:
         """
         if not self.own_imatrix:
             return self
-        from alphaq.writing.observing import own_importance
+        from alphaq.writing.observing import importance_by_losses, own_importance
 
         if checkpoint is None:
             raise AlphaQError("--imatrix self runs the model. Give MODEL.")
-        note_whole_file(checkpoint, scratch, "unless an earlier run has looked at it")
-        return replace(self, imatrix=own_importance(checkpoint, scratch, resources), own_imatrix=False)
+        found = importance_by_losses(checkpoint, resources)
+        if found is None:
+            note_whole_file(checkpoint, scratch, "unless an earlier run has looked at it")
+            found = own_importance(checkpoint, scratch, resources)
+        return replace(self, imatrix=found, own_imatrix=False)
 
 
 def note_whole_file(checkpoint: Checkpoint, scratch: Path, condition: str = "") -> None:

@@ -40,5 +40,5 @@ def verify(
         {"ok": True, **result.model_dump(), "run": None if ran is None else asdict(ran)},
         f"{output}: all {result.tensors} tensors are as planned ({result.quantized} quantized, "
         f"mean relative error {result.mean_relative_error:.4g}{beside})",
-        run_line(ran, original is not None, original is not None and original.plain),
+        run_line(ran, original is not None),
     )

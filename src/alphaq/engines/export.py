@@ -122,12 +122,14 @@ class Run:
     called: the engine, in a sentence. logits: (folder, token ids) → logits after each of them, float32 [tokens,
     words], as one sequence; raises MissingEngineError where the engine is not installed. tolerance: how far they may
     be from those of the restored weights, in standard deviations of a token's logits, at the median of the tokens;
-    what the engine's own arithmetic takes.
+    what the engine's own arithmetic takes. restored: the same as `logits` with the restored weights in 16 bits, which
+    lie beside the folder meanwhile; for models that only the engine can run. Raises OutputError where there is no room.
     """
 
     called: str
     logits: Callable[[Path, Sequence[int]], torch.Tensor]
     tolerance: float
+    restored: Callable[[Path, Sequence[int]], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -26,17 +26,15 @@ def run_hint(engine: str, output: str, reference: str, plain: bool = False) -> s
     return f"See whether {run.called} computes what it should: {command}"
 
 
-def run_line(ran: EngineRun | None, with_reference: bool, plain: bool = False) -> str:
-    """What running it showed, or what was not checked. plain: whether the engine alone can run the model."""
+def run_line(ran: EngineRun | None, with_reference: bool) -> str:
+    """What running it showed, or what was not checked."""
     if ran is None:
         left = "" if with_reference else "the original values (add --reference MODEL), nor "
-        if plain:
-            return f"Not checked: {left}what the engine computes with them (`alphaq eval` runs the file)."
         return f"Not checked: {left}what the engine computes with them (add --run)."
+    agrees = f"to {ran.difference:.2g} standard deviations (correlation {ran.correlation:.4f})."
+    if ran.twice:
+        return f"{ran.engine}: logits of {ran.tokens} tokens are those of the restored weights in 16 bits, {agrees}"
     config = (
         "" if with_reference else " The config was the output's own; add --reference MODEL to go by the original's."
     )
-    return (
-        f"{ran.engine}: logits of {ran.tokens} tokens are those of the restored weights, to {ran.difference:.2g} "
-        f"standard deviations (correlation {ran.correlation:.4f}).{config}"
-    )
+    return f"{ran.engine}: logits of {ran.tokens} tokens are those of the restored weights, {agrees}{config}"

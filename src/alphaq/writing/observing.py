@@ -1,6 +1,9 @@
-"""An importance matrix of a checkpoint's own: what its weights see when llama.cpp runs it.
+"""An importance matrix of a checkpoint's own, from what it writes itself.
 
-A GGUF file is run as it is; a folder is first written as one, in 16 bits.
+The best tells what an error in a column costs in nats: it is the Fisher information that the default method plans by.
+Where the backward pass for it cannot be run, the importance is what llama.cpp's own tools make of it: how large the
+values are that each column is multiplied with, seen when llama.cpp runs the model. A GGUF file is run as it is; a
+folder is first written as one, in 16 bits.
 """
 
 from __future__ import annotations
@@ -10,27 +13,33 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix, read_imatrix
+import numpy as np
+
+from alphaq.calibration.fisher import FISHER_VERSION
+from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix, positive, read_imatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.gguf.converter import require_room
 from alphaq.engines.gguf.gathering import Gathered, Sample, gather_apart
 from alphaq.engines.gguf.importance_file import write_imatrix
+from alphaq.engines.gguf.model import gguf_tensors
 from alphaq.engines.gguf.profile import FILE_NAME, PROFILE
+from alphaq.errors import PassError
 from alphaq.measuring.resources import USUAL, Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
+from alphaq.planning.passes import PassRun, fisher
 from alphaq.work.workers import available_cores
 from alphaq.writing.quantizing import quantize
 from alphaq.writing.records import WriteOptions
 
 SELF = "self"
-VERSION = 2
+VERSION = 3
 """Raise it whenever the same model would be observed differently."""
 OWN_DATASET = "the model's own writing"
 
 
 OWN_SAMPLE = Sample()
-OWN_DIGEST = hashlib.sha256(f"{VERSION} {OWN_SAMPLE}".encode()).hexdigest()[:16]
+OWN_DIGEST = hashlib.sha256(f"{VERSION} {FISHER_VERSION} {OWN_SAMPLE}".encode()).hexdigest()[:16]
 """Of how it is made, which is known before, and with the model decides about all of it."""
 
 
@@ -39,9 +48,29 @@ def own_name() -> str:
     return f"{SELF} {OWN_DIGEST}"
 
 
+def importance_by_losses(checkpoint: Checkpoint, resources: Resources = USUAL) -> ImportanceMatrix | None:
+    """What an error in each column costs, relative to its matrix; None where no backward pass tells. Entries are there
+    for tensors all of whose matrices it was shown.
+
+    Raises as the pass does.
+    """
+    try:
+        found = fisher(PassRun(checkpoint, True, None, (), resources)).matrices
+    except PassError:
+        return None
+    tensors = {
+        recipe.name: positive(np.stack([found[matrix.name].columns for matrix in recipe.matrices]))
+        for recipe in gguf_tensors(checkpoint)
+        if recipe.matrices
+        and not recipe.transform.startswith("kv_b")
+        and found.keys() >= {m.name for m in recipe.matrices}
+    }
+    return ImportanceMatrix(SELF, OWN_DIGEST, tensors)
+
+
 def own_importance(checkpoint: Checkpoint, scratch: Path, resources: Resources = USUAL) -> ImportanceMatrix:
-    """Of the model's own writing, or what the cache keeps of the same model's. scratch: an existing folder, where the
-    model lies in 16 bits meanwhile.
+    """What llama.cpp sees of the model's own writing, or what the cache keeps of the same model's. scratch: an existing
+    folder, where the model lies in 16 bits meanwhile.
 
     Raises as `observe` does.
     """

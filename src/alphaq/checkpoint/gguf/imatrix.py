@@ -115,12 +115,18 @@ def _from_binary(path: Path, data: bytes) -> dict[str, np.ndarray]:
 def _means(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     if not (np.isfinite(sums).all() and (sums >= 0).all() and np.isfinite(counts).all() and (counts >= 0).all()):
         raise CheckpointError(f"{path}: {name} holds numbers that no mean square can be. Make it again.")
-    means = _shrunk(sums.astype(np.float64), counts.astype(np.float64))
+    return positive(_shrunk(sums.astype(np.float64), counts.astype(np.float64)))
+
+
+def positive(means: np.ndarray) -> np.ndarray:
+    """Importances [matrices, columns] of mean 1; all alike where nothing is known.
+
+    Only ratios count; the quantizers' sums must neither overflow nor vanish. A column that was always 0 still must not
+    be free to take any value.
+    """
     reached = (means > 0).any(axis=1, keepdims=True)
-    # Only ratios count; the quantizers' sums must neither overflow nor vanish. A column that was always 0 still must
-    # not be free to take any value.
-    means /= np.where(reached, means.mean(axis=1, keepdims=True), 1.0)
-    return np.where(reached, np.clip(means, 1e-6, 1e6), 1.0).astype(np.float32)
+    scaled = means / np.where(reached, means.mean(axis=1, keepdims=True), 1.0)
+    return np.where(reached, np.clip(scaled, 1e-6, 1e6), 1.0).astype(np.float32)
 
 
 def _shrunk(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from alphaq.engines.gguf.library import Llama
 from alphaq.engines.gguf.model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
 from alphaq.engines.gguf.observing import observed
 from alphaq.engines.gguf.package import package
+from alphaq.engines.gguf.restoring import write_restored
 from alphaq.engines.gguf.tokenizer import tokens_left_out
 from alphaq.engines.profile import Profile
 from alphaq.errors import CheckpointError, ChoiceError, PlanError
@@ -275,6 +277,13 @@ def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
         return torch.from_numpy(apart.ask(Llama.logits, list(ids)))
 
 
+def logits_restored(folder: Path, ids: Sequence[int]) -> torch.Tensor:
+    """The same of its weights in 16 bits."""
+    with TemporaryDirectory(prefix=".alphaq-restored-", dir=folder.absolute().parent) as scratch:
+        write_restored(_file(folder), Path(scratch) / FILE_NAME)
+        return logits(Path(scratch), ids)
+
+
 def kept(checkpoint: Checkpoint, serving: Serving) -> Kept:
     """What llama.cpp keeps in memory beside the weights."""
     counts = {name.rpartition(".")[2]: value.value for name, value in _metadata(checkpoint).items() if "expert" in name}
@@ -329,7 +338,7 @@ PROFILE = Profile(
         fault=fault,
         from_gguf=True,
         notes=notes,
-        run=Run("llama.cpp", logits, tolerance=0.15),
+        run=Run("llama.cpp", logits, tolerance=0.15, restored=logits_restored),
         type_file=type_file,
         takes_roundings=False,
         observed=observed,
