@@ -119,6 +119,26 @@ class PlanCheck(BaseModel):
     taken: Literal["plan", "uniform"]
 
 
+class Refinement(BaseModel):
+    """What `alphaq refine` did to a plan.
+
+    before, after: KL in nats per token of the given plan and of this one, on `tokens` of the model's own writing that
+    no exchange was chosen by. rounds: that gained something; gradients: taken in all. moved: units that have another
+    choice than in the given plan. hidden: units that could not be exchanged, nor measured.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    before: float
+    after: float
+    tokens: Count
+    rounds: Count
+    gradients: Count
+    moved: Count
+    seed: Count
+    hidden: Count = 0
+
+
 class Plan(BaseModel):
     """The decision: which choice each matrix gets, for which budget and engine, and why."""
 
@@ -168,6 +188,8 @@ class Plan(BaseModel):
     """How the default method's plan was compared with uniform bits; None of other methods, and without a check."""
     unchecked: str | None = None
     """Why the default method's plan was not compared with uniform bits, though it should have been."""
+    refined: Refinement | None = None
+    """How the plan was improved by measured KL; None of a plan as it was made."""
     table: PlanTable | None = None
 
     @field_validator("config", mode="before")
