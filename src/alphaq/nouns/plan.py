@@ -123,8 +123,8 @@ class Refinement(BaseModel):
     """What `alphaq refine` did to a plan.
 
     before, after: KL in nats per token of the given plan and of this one, on `tokens` of the model's own writing that
-    no exchange was chosen by. rounds: that gained something; gradients: taken in all. moved: units that have another
-    choice than in the given plan. hidden: units that could not be exchanged, nor measured.
+    no gradient was taken on. rounds: that gained something. moved: units that have another choice than in the given
+    plan. hidden: units that could not be exchanged, nor measured. seed, gradients, gradient_tokens, by: as asked for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -133,10 +133,12 @@ class Refinement(BaseModel):
     after: float
     tokens: Count
     rounds: Count
-    gradients: Count
     moved: Count
+    hidden: Count
     seed: Count
-    hidden: Count = 0
+    gradients: Count
+    gradient_tokens: Count | None
+    by: str
 
 
 class Plan(BaseModel):

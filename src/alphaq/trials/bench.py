@@ -31,14 +31,17 @@ from alphaq.trials.held import HeldModel
 
 BYTES_HELD, BYTES_EXCHANGED = 8, 10
 """Of each weight, in the model and its reference; and of what is planned, in a gradient and three choices."""
-WORKING_BYTES = 1 << 30  # activations and logits, about
+WORKING_BYTES = 1 << 30  # activations, about
+REMEMBERED_BYTES = 2 << 30  # of the reference's logits, at most
 
 
-def require_memory(checkpoint: Checkpoint, plan: Plan) -> None:
-    """Raise PlanError for a model that does not fit into memory with what is needed beside it."""
+def require_memory(checkpoint: Checkpoint, plan: Plan, tokens: int) -> None:
+    """Raise PlanError for a model that does not fit into memory with what is needed beside it, on so many tokens."""
     weights = sum(matrix.parameters for matrix in checkpoint.matrices)
     planned = sum(matrix.parameters for matrix in checkpoint.matrices if matrix.name in plan.assignment)
-    needed, there = BYTES_HELD * weights + BYTES_EXCHANGED * planned + WORKING_BYTES, memory_bytes()
+    logits = min(REMEMBERED_BYTES, 4 * tokens * int(checkpoint.text_config["vocab_size"]))
+    needed = BYTES_HELD * weights + BYTES_EXCHANGED * planned + logits + WORKING_BYTES
+    there = memory_bytes()
     if there and needed > there:
         raise PlanError(
             f"Refining holds {checkpoint.name} in memory twice in float32, and gradients: about "
@@ -85,7 +88,7 @@ class Bench:
         assert plan.table is not None  # checked before
         self.checkpoint, self.windows = checkpoint, windows
         self.model, reference = HeldModel(checkpoint), HeldModel(checkpoint)
-        self.reference = Remembered(reference)
+        self.reference = Remembered(reference, REMEMBERED_BYTES)
         self._matrices: Mapping[str, MatrixRef] = {matrix.name: matrix for matrix in checkpoint.matrices}
         self._rounding = partial(rounding, checkpoint)
         self.units = Units.of(plan.table)

@@ -116,7 +116,7 @@ class HeldModel:
         place = self._places[name]
         if place.weight.grad is None:  # no token reached the expert
             return torch.zeros_like(place.weight[place.first : place.last])
-        return place.weight.grad[place.first : place.last].clone()
+        return place.weight.grad[place.first : place.last]
 
     def _expert_forward(self, layer: int) -> Callable[..., Tensor]:
         def run(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

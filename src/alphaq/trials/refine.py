@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,11 +26,11 @@ from alphaq.calibration.tokens import model_prefix
 from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.profiles import profile
-from alphaq.errors import OutputError, PassError, PlanError
+from alphaq.errors import BudgetError, OutputError, PassError, PlanError
 from alphaq.measuring.measurement import restored
 from alphaq.measuring.resources import USUAL, Resources
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.plan import Plan, Refinement
+from alphaq.nouns.plan import Plan, PlanTable, Refinement
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.registry import lookup
 from alphaq.trials.bench import Bench, Windows, own_tokens, require_memory
@@ -90,7 +91,7 @@ def refine(checkpoint: Checkpoint, plan: Plan, refining: Refining, state: Path, 
     that does not fit into memory, OutputError if the file is of another run, and as `HeldModel` does.
     """
     require_refinable(checkpoint, plan, refining.imatrix)
-    require_memory(checkpoint, plan)
+    require_memory(checkpoint, plan, (TRAINING_WINDOWS + JUDGING_WINDOWS) * LENGTH)
     try:
         with Journal(state) as journal:
             memory = _Memory(journal, _job(checkpoint, plan, refining), state, refining.restart)
@@ -118,6 +119,15 @@ def require_refinable(checkpoint: Checkpoint, plan: Plan, imatrix: ImportanceMat
             "The plan has no table of what else its matrices could be, like one made by hand. Make one with "
             "`alphaq plan`."
         )
+    if not _agrees(plan, plan.table):
+        raise PlanError(
+            "The plan's choices are not those of its table, so what they cost is not known. Undo what was edited, or "
+            "make a new plan with --pin."
+        )
+    if plan.refined is not None and plan.refined.moved:
+        raise PlanError(
+            "The plan is refined already. Refine the one that it was made from, with another --seed for one."
+        )
     if plan.counts_codes:
         raise PlanError(
             "The plan counts bits without scales, so its bytes are not its budget. Plan with --size or --bits."
@@ -129,6 +139,16 @@ def require_refinable(checkpoint: Checkpoint, plan: Plan, imatrix: ImportanceMat
             "Refining counts bytes of fixed-length files, and the plan is for coded ones. Refine one without --codec, "
             "then code what comes of it with `alphaq recode`."
         )
+
+
+def _agrees(plan: Plan, table: PlanTable) -> bool:
+    """Whether each unit has one choice, and one that its table allows."""
+    for unit, losses in table.losses.items():
+        own = {plan.choices.get(name) for name in table.members.get(unit, (unit,))}
+        allowed = {choice for choice, loss in zip(table.choices, losses, strict=True) if loss is not None}
+        if len(own) != 1 or not own <= allowed:
+            return False
+    return True
 
 
 class _Memory:
@@ -182,7 +202,6 @@ class _Run:
     bench: Bench
     size: int
     by: Way
-    gradients: int = 0
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, plan: Plan, refining: Refining, resources: Resources, memory: _Memory) -> _Run:
@@ -214,10 +233,15 @@ class _Run:
         """The best columns found, and the KL of the given plan and after each round that gained something."""
         columns, slopes = self.first, Slopes()
         judged = [self.judge(columns)]
+        if not math.isfinite(judged[0]):
+            raise PlanError(
+                f"With this plan {self.checkpoint.name} computes NaN or infinity, so there is no KL to lower. Check "
+                "the model with `alphaq eval`, or plan with a larger budget."
+            )
         self.refining.told(f"KL of the given plan {judged[0]:.5g} on {self.bench.windows.judged:,} tokens")
         for number in range(MOST_ROUNDS):
             found, kl = self.improved(columns, self.moves(number, columns, slopes), judged[-1])
-            if kl >= judged[-1]:
+            if not kl < judged[-1]:
                 self.refining.told(f"round {number + 1}: nothing better found")
                 break
             moved = exchanged(self.bench.units, columns.tolist(), found.tolist())
@@ -277,7 +301,6 @@ class _Run:
 
             for unit, values in enumerate(self.memory.recall(f"gradient {number} {sample}", products)):
                 slopes.add(unit, int(states[sample, unit]), dict(zip(near[unit], values, strict=True)))
-            self.gradients += 1
 
     def improved(self, columns: np.ndarray, moves: Moves, kl: float) -> tuple[np.ndarray, float]:
         """The best of the solutions by what was measured, and its KL; the same columns if all are worse."""
@@ -294,7 +317,10 @@ class _Run:
         units = self.bench.units
         budget = units.cost(self.first)
         while True:
-            found = solve(budget)
+            try:
+                found = solve(budget)
+            except BudgetError:  # nothing that may be exchanged is that small
+                return columns
             over = size_of(self.checkpoint, self.plan, self.choices(found)) - self.size
             if over <= 0 or np.array_equal(found, columns):
                 return found
@@ -315,9 +341,11 @@ def _record(run: _Run, columns: np.ndarray, judged: list[float]) -> Refinement:
         before=float(f"{judged[0]:.4g}"),
         after=float(f"{judged[-1]:.4g}"),
         tokens=run.bench.windows.judged,
-        gradients=run.gradients,
         rounds=len(judged) - 1,
         moved=exchanged(run.bench.units, run.first.tolist(), columns.tolist()),
-        seed=run.refining.seed,
         hidden=len(run.bench.hidden),
+        seed=run.refining.seed,
+        gradients=run.refining.samples,
+        gradient_tokens=run.refining.tokens,
+        by=run.refining.by,
     )
