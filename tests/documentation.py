@@ -26,6 +26,7 @@ PARSED_ONLY = {
     r"compare .*--skip-tokens (16384|24000)": "needs longer texts than those bundled, and hours",
     r"--cluster ray|(s3|gs|hf)://": "needs a cluster or a store; test_cluster.py and tests/checkpoint run them",
     r"plot KIND RUN": "a synopsis",
+    r"alphaq refine MODEL|refined\.json": "minutes; tests/trials/test_refine.py runs it",
     r"^alphaq demo": "tests/cli/test_cli.py runs it",
     r"from gptqmodel import": "needs GPTQModel, which asks for another torch",
 }

@@ -36,6 +36,7 @@ from alphaq.cli.plot import plot
 from alphaq.cli.quantize import quantize
 from alphaq.cli.quantizers import quantizers
 from alphaq.cli.recode import recode
+from alphaq.cli.refine import refine
 from alphaq.cli.report import report
 from alphaq.cli.slice import slice_
 from alphaq.cli.verify import verify
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "analyze": analyze,
     "plan": plan,
+    "refine": refine,
     "quantize": quantize,
     "compare": compare,
     "engines": engines,

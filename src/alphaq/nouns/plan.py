@@ -120,6 +120,28 @@ class PlanCheck(BaseModel):
     taken: Literal["plan", "uniform"]
 
 
+class Refinement(BaseModel):
+    """What `alphaq refine` did to a plan.
+
+    before, after: KL in nats per token of the given plan and of this one, on `tokens` of the model's own writing that
+    no gradient was taken on. rounds: that gained something. moved: units that have another choice than in the given
+    plan. hidden: units that could not be exchanged, nor measured. seed, gradients, gradient_tokens, by: as asked for.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    before: float
+    after: float
+    tokens: Count
+    rounds: Count
+    moved: Count
+    hidden: Count
+    seed: Count
+    gradients: Count
+    gradient_tokens: Count | None
+    by: str
+
+
 class Plan(BaseModel):
     """The decision: which choice each matrix gets, for which budget and engine, and why."""
 
@@ -171,6 +193,8 @@ class Plan(BaseModel):
     """Why the default method's plan was not compared with uniform bits, though it should have been."""
     memory: Memory | None = None
     """What the budget was made of, where the memory to run in was stated."""
+    refined: Refinement | None = None
+    """How the plan was improved by measured KL; None of a plan as it was made."""
     table: PlanTable | None = None
 
     @field_validator("config", mode="before")

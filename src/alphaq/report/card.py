@@ -292,7 +292,7 @@ def _body(opened: Output, base: str | None, certificate: Certificate | None, lic
         certificate=certificate,
         figures=[] if certificate is None else _figures(certificate),
         verdicts=[] if certificate is None else verdict_lines(certificate),
-        planning=dict(reproduce(plan, opened.options, names)).get("Plan"),
+        planning=[command for step, command in reproduce(plan, opened.options, names) if step in ("Plan", "Refine")],
         remaking=[command for _, command in remake(plan, opened.options, names)],
         usage=opened.profile.writer.used(name, files).partition(": ")[2],
         licence=licence.sentence,

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from alphaq.engines.output import NO_OPTIONS, QuantizeOptions
 from alphaq.nouns.option import settings_of
-from alphaq.nouns.plan import Plan
+from alphaq.nouns.plan import Plan, Refinement
 from alphaq.nouns.settings import PlanConfig
 from alphaq.sensitivity.methods import METHODS
 
@@ -34,6 +34,8 @@ def reproduce(plan: Plan, options: QuantizeOptions = NO_OPTIONS, names: Names = 
     if (config := plan.settings) is None:
         return []
     steps = [("Plan", _plan_command(plan, config, options, names))]
+    if plan.refined is not None and plan.source is not None:
+        steps.append(("Refine", _refine_command(plan, plan.refined, names.reference or plan.source.name)))
     if plan.source is not None:
         reference = names.reference or plan.source.name
         report = ["alphaq", "report", names.out, "--reference", reference, "-o", "report.html"]
@@ -67,6 +69,14 @@ def _plan_command(plan: Plan, config: PlanConfig, options: QuantizeOptions, name
     words += plan_options(config, "measured" if plan.source else "analytic")
     if options.pre_tokenizer is not None:
         words += ["--pre-tokenizer", options.pre_tokenizer]
+    return shlex.join([*words, "-o", "plan.json"])
+
+
+def _refine_command(plan: Plan, refined: Refinement, reference: str) -> str:
+    words = ["alphaq", "refine", reference, "--plan", "plan.json", "--seed", str(refined.seed)]
+    words += [] if plan.imatrix is None else settings_of(PlanConfig)["imatrix"].words(plan.imatrix)
+    words += ["--gradients", str(refined.gradients), "--by", refined.by]
+    words += [] if refined.gradient_tokens is None else ["--tokens", str(refined.gradient_tokens)]
     return shlex.join([*words, "-o", "plan.json"])
 
 

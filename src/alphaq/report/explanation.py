@@ -17,7 +17,7 @@ from rich.table import Table
 from alphaq.errors import PlanError
 from alphaq.nouns.plan import Plan, PlanTable
 from alphaq.nouns.settings import Budget, names
-from alphaq.report.tables import check_words, kept_text, plain_table, predicted_words
+from alphaq.report.tables import check_words, kept_text, plain_table, predicted_words, refined_words
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Explanation:
     cost_unit: str
     kept: Mapping[str, float]
     check: str | None
+    refined: str | None
     predicted: str | None
     matched: int
     units: list[ExplainedUnit]
@@ -99,6 +100,7 @@ def explain_plan(plan: Plan, pattern: str | None, limit: int = 10) -> Explanatio
         cost_unit=plan.cost_unit,
         kept=plan.kept,
         check=None if plan.check is None else check_words(plan.check),
+        refined=None if plan.refined is None else refined_words(plan.refined),
         predicted=None if plan.prediction is None else predicted_words(plan.prediction),
         matched=len(units),
         units=units[:limit],
@@ -180,6 +182,8 @@ def explanation_tables(explained: Explanation) -> list[Any]:
         lines.append(f"predicted KL, nats per token: {explained.predicted}")
     if explained.check:
         lines.append(f"beside uniform bits in these bytes: {explained.check}")
+    if explained.refined:
+        lines.append(f"refined: {explained.refined}")
     if explained.kept:
         lines.append(f"in 16 bits, of all parameters: {kept_text(explained.kept)}")
     lines += [_unit_table(unit, price) for unit in explained.units]

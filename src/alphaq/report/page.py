@@ -105,6 +105,7 @@ class Facts:
     name: str
     plan: Plan
     check: str
+    refined: str
     predicted: str
     matrices: int
     size: str | None

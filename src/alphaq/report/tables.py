@@ -12,7 +12,7 @@ from rich.text import Text
 
 from alphaq.formats.table import parse_choice
 from alphaq.nouns.fidelity import Fidelity
-from alphaq.nouns.plan import MOST_PREDICTABLE, Plan, PlanCheck, Prediction
+from alphaq.nouns.plan import MOST_PREDICTABLE, Plan, PlanCheck, Prediction, Refinement
 from alphaq.nouns.serving import Memory
 
 if TYPE_CHECKING:  # else a table would load torch
@@ -104,6 +104,8 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("standard error of the errors (sampled)", f"at most {100 * plan.sampling_error:.2g} %")
     if plan.check is not None:
         table.add_row("beside uniform bits in these bytes", check_words(plan.check))
+    if plan.refined is not None:
+        table.add_row("refined", refined_words(plan.refined))
     if plan.budget_slack is not None:
         unused = f"{plan.budget_slack:,.0f}"
         table.add_row("left of the budget", unused if plan.source is None else f"{unused} {plan.cost_unit}")
@@ -134,6 +136,14 @@ def check_words(check: PlanCheck) -> str:
     what = "summed moves of the stream" if check.by == "moves" else f"KL on {check.tokens:,} tokens of its own writing"
     taken = "" if check.taken == "plan" else "; uniform taken"
     return f"{what}: {check.plan:.4g}, uniform {check.uniform:.4g}{taken}"
+
+
+def refined_words(refined: Refinement) -> str:
+    """What exchanging choices did to the measured KL."""
+    what = f"KL on {refined.tokens:,} tokens of its own writing"
+    if not refined.moved:
+        return f"{what}: {refined.before:.4g}; nothing better was found"
+    return f"{what}: {refined.before:.4g} → {refined.after:.4g}, {refined.moved:,} units changed"
 
 
 def kept_text(kept: Mapping[str, float], between: str = ", ") -> str:

@@ -1,0 +1,67 @@
+"""A refined plan put into words: what of the given one still holds, and what its new choices make of the rest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.engines.profiles import profile
+from alphaq.nouns.choice import Choice
+from alphaq.nouns.plan import Plan, Prediction, Refinement
+from alphaq.trials.bench import Bench
+
+
+def size_of(checkpoint: Checkpoint, plan: Plan, choices: Mapping[str, Choice]) -> int:
+    """Bytes of all weight files of a plan, headers included, at other choices."""
+    return profile(plan.engine).writer.laid_out(checkpoint, choices, plan.split_bytes).size_bytes
+
+
+def described(checkpoint: Checkpoint, plan: Plan, bench: Bench, columns: np.ndarray, refinement: Refinement) -> Plan:
+    """The given plan with the choices of these columns [units], and what came of it.
+
+    A bound and a check beside uniform bits were of the given plan; losses and the predicted KL go by its table.
+    """
+    if not refinement.moved:
+        return plan.model_copy(update={"refined": refinement})
+    units, rows = bench.units, np.arange(len(columns))
+    first = np.array([units.choices.index(plan.choices[members[0]]) for members in units.members])
+    added = float((units.losses[rows, columns] - units.losses[rows, first]).sum())
+    choices = plan.every_choice() | bench.choices(columns)
+    planned = {matrix.name: matrix for matrix in checkpoint.planned}
+    sizes = {name: matrix.parameters for name, matrix in planned.items()}
+    moved = {name for unit in np.flatnonzero(columns != first) for name in units.members[unit]}
+    stored = {name: profile(plan.engine).storage_bytes(choices[name], planned[name].shape) for name in sizes}
+    total = sum(sizes.values())
+    return plan.model_copy(
+        update={
+            "choices": {name: str(choice) for name, choice in choices.items()},
+            "assignment": {name: choices[name].bits for name in plan.assignment},
+            "histogram": dict(sorted(Counter(choices[name].bits for name in plan.assignment).items())),
+            "average_bits": sum(choices[name].bits * count for name, count in sizes.items()) / total,
+            "bits_per_weight": 8 * sum(stored.values()) / total,
+            "size_bytes": size_of(checkpoint, plan, choices),
+            "budget_slack": None
+            if plan.budget_slack is None
+            else plan.budget_slack + units.cost(first) - units.cost(columns),
+            "objective": None if plan.objective is None else plan.objective + added,
+            "lower_bound": None,
+            "rate_distortion": None,
+            "check": None,
+            "prediction": _prediction(plan.prediction, added),
+            "expected_error": plan.expected_error
+            | {name: bench.relative_error(name, choices[name]) for name in sorted(moved & plan.expected_error.keys())},
+            "refined": refinement,
+        }
+    )
+
+
+def _prediction(known: Prediction | None, added: float) -> Prediction | None:
+    """What losses foretell of the new choices, as uncertain as before."""
+    if known is None or not known.kl > 0:
+        return known
+    factor = (known.kl + added) / known.kl
+    kl, low, high = (float(f"{factor * one:.4g}") for one in (known.kl, known.low, known.high))
+    return known.model_copy(update={"kl": kl, "low": low, "high": high})

@@ -1,0 +1,228 @@
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.errors import OutputError, PassError, PlanError, UnknownNameError
+from alphaq.formats.versions import CODECS
+from alphaq.measuring.resources import Resources
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import Budget, PlanConfig, Rule
+from alphaq.planning import make_plan, measure_for_plan, resolve
+from alphaq.trials import bench as benches
+from alphaq.trials import refine as refining
+from alphaq.trials.bench import Bench
+from alphaq.trials.held import HeldModel
+from alphaq.trials.refine import Refining, refine, way
+from alphaq.writing.quantizing import quantize
+from conftest import Ran
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few and short windows: what is tested is not how well."""
+    monkeypatch.setattr(refining, "LENGTH", 24)
+    monkeypatch.setattr(refining, "TRAINING_WINDOWS", 8)
+    monkeypatch.setattr(refining, "JUDGING_WINDOWS", 4)
+
+
+@pytest.fixture
+def checkpoint(save_family: Callable[..., Path]) -> Checkpoint:
+    return open_checkpoint(save_family("qwen2_moe"))
+
+
+def planned(checkpoint: Checkpoint, **settings: Any) -> Plan:
+    budget = settings.pop("budget", Budget(bits=4))
+    usual = {"method": "random", "choices": "2g32,4g32,6g32"}  # much can be gained
+    config = PlanConfig(budget=budget, **{**usual, **settings})
+    request = resolve(config)
+    return make_plan(checkpoint, request, measure_for_plan(checkpoint, request))
+
+
+FEW = Refining(samples=8, tokens=96)
+
+
+def test_a_refined_plan_is_no_larger_and_no_worse_and_can_be_written(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plan = planned(checkpoint)
+    refined = refine(checkpoint, plan, FEW, tmp_path / "state")
+    record = refined.refined
+    assert record is not None and record.moved > 0 and record.rounds > 0
+    assert record.after < record.before and record.tokens == 4 * 23
+    assert refined.size_bytes is not None and plan.size_bytes is not None and refined.size_bytes <= plan.size_bytes
+    changed = {name for name, choice in refined.choices.items() if choice != plan.choices[name]}
+    assert len(changed) == record.moved and changed <= plan.assignment.keys()
+    assert refined.prediction is None and refined.lower_bound is None
+    assert refined.expected_error.keys() == plan.expected_error.keys()
+    assert all(refined.expected_error[name] != plan.expected_error[name] for name in changed)
+    assert Plan.from_json(refined.to_json(), "it") == refined
+    assert not (tmp_path / "state").exists()
+    quantize(checkpoint, refined, tmp_path / "out")  # refuses files that are not as large as promised
+
+
+def test_the_same_seed_gives_the_same_plan_and_another_tries_others(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plan = planned(checkpoint)
+    one, same = (refine(checkpoint, plan, FEW, tmp_path / "state") for _ in range(2))
+    assert one == same
+    other = refine(checkpoint, plan, replace(FEW, seed=1), tmp_path / "state")
+    assert other.refined is not None and one.refined is not None and other.refined.before != one.refined.before
+
+
+@dataclass
+class Killed:
+    """Stops a run after so many steps, and counts them."""
+
+    after: int
+    steps: int = 0
+
+    def __call__(self, items: Iterable[Any], total: int, label: str) -> Iterator[Any]:
+        for item in items:
+            if self.steps == self.after:
+                raise KeyboardInterrupt
+            self.steps += 1
+            yield item
+
+
+@pytest.mark.parametrize("after", [1, 6])
+def test_a_killed_run_goes_on_and_comes_to_the_same_plan(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    plan, taken = planned(checkpoint), []
+    gradients = HeldModel.gradients
+
+    def counted(self: HeldModel, *arguments: Any) -> Any:
+        taken.append(1)
+        return gradients(self, *arguments)
+
+    monkeypatch.setattr(HeldModel, "gradients", counted)
+    whole = refine(checkpoint, plan, FEW, tmp_path / "whole")
+    needed = len(taken)
+    taken.clear()
+    with pytest.raises(KeyboardInterrupt):
+        refine(checkpoint, plan, FEW, tmp_path / "state", Resources(wrap=Killed(after)))
+    before = len(taken)
+    assert before == after - 1
+    with (tmp_path / "state").open("a") as file:
+        file.write('{"key": "torn')
+    assert refine(checkpoint, plan, FEW, tmp_path / "state") == whole
+    assert len(taken) == needed  # none twice
+
+
+def test_an_unfinished_run_of_another_plan_is_refused_and_can_be_dropped(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    plan, other = planned(checkpoint), planned(checkpoint, budget=Budget(bits=4.5))
+    with pytest.raises(KeyboardInterrupt):
+        refine(checkpoint, plan, FEW, tmp_path / "state", Resources(wrap=Killed(2)))
+    with pytest.raises(OutputError, match=r"state holds an unfinished run of another plan, .*--restart"):
+        refine(checkpoint, other, FEW, tmp_path / "state")
+    assert refine(checkpoint, other, replace(FEW, restart=True), tmp_path / "state").refined is not None
+
+
+def test_a_plan_that_nothing_betters_is_handed_back(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, asked = planned(checkpoint), []
+
+    def worse_and_worse(self: Bench, columns: Any) -> float:
+        asked.append(columns)
+        return float(len(asked))
+
+    monkeypatch.setattr(Bench, "divergence", worse_and_worse)
+    told: list[str] = []
+    refined = refine(checkpoint, plan, replace(FEW, told=told.append), tmp_path / "state")
+    assert len(asked) > 1 and refined.refined is not None
+    assert refined.refined.moved == 0 and refined.refined.after == refined.refined.before == 1.0
+    assert refined.model_copy(update={"refined": None}) == plan
+    assert told[-1] == "round 1: nothing better found"
+
+
+def test_pinned_matrices_and_those_outside_the_budget_keep_their_choices(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    plan = planned(checkpoint, pins=(Rule(pattern="down", value="4g32"),))
+    refined = refine(checkpoint, plan, FEW, tmp_path / "state")
+    assert refined.refined is not None and refined.refined.moved > 0
+    for name, choice in plan.choices.items():
+        if "down_proj" in name or name not in plan.assignment:
+            assert refined.choices[name] == choice
+
+
+def test_what_an_engine_stores_alike_moves_together(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plan = planned(checkpoint, engine="mlx", choices="2g32,3g32,4g32,6g32,8g32")
+    assert plan.table is not None and plan.table.members
+    refined = refine(checkpoint, plan, FEW, tmp_path / "state")
+    for members in plan.table.members.values():
+        assert len({refined.choices[name] for name in members}) == 1
+    assert refined.size_bytes is not None and plan.size_bytes is not None and refined.size_bytes <= plan.size_bytes
+
+
+def test_without_gradients_exchanges_go_by_the_measured_divergence_of_groups(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, told = planned(checkpoint), []
+    by_groups = refine(checkpoint, plan, replace(FEW, by="groups"), tmp_path / "state")
+
+    def none(*arguments: Any) -> Any:
+        raise PassError("The class gives no gradient.")
+
+    monkeypatch.setattr(HeldModel, "gradients", none)
+    refined = refine(checkpoint, plan, replace(FEW, told=told.append), tmp_path / "state")
+    assert refined.choices == by_groups.choices
+    assert any("gives no gradient. Exchanges go by the measured KL of groups instead." in line for line in told)
+    assert by_groups.refined is not None and by_groups.refined.by == "groups"
+    assert by_groups.refined.after <= by_groups.refined.before
+
+
+def test_plans_that_cannot_be_refined_are_refused_with_the_way_out(
+    checkpoint: Checkpoint, tmp_path: Path, save_family: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, state = planned(checkpoint), tmp_path / "state"
+    cases = {
+        r"no table .* `alphaq plan`": plan.model_copy(update={"table": None}),
+        r"budget for each layer \(--per-layer\)": planned(checkpoint, per_layer=True, method="distortion"),
+        r"not those of its table.*--pin": plan.model_copy(
+            update={"choices": plan.choices | {checkpoint.planned[0].name: "5g32"}}
+        ),
+        r"counts bits without scales.*--size or --bits": planned(checkpoint, unweighted=True),
+        r"without --codec.*alphaq recode": plan.coded_by(CODECS[-1]),
+    }
+    for message, one in cases.items():
+        with pytest.raises(PlanError, match=message):
+            refine(checkpoint, one, FEW, state)
+    with pytest.raises(PlanError, match=r"made for .* with other weight files"):
+        refine(open_checkpoint(save_family("mixtral")), plan, FEW, state)
+    monkeypatch.setattr(benches, "memory_bytes", lambda: 1 << 30)
+    with pytest.raises(PlanError, match=r"about 1\.0 GiB, and this process may use 1\.0 GiB\. .*with more"):
+        refine(checkpoint, plan, FEW, state)
+    assert not state.exists()
+
+
+def test_ways_are_named() -> None:
+    assert way("groups") == "groups"
+    with pytest.raises(UnknownNameError, match="Did you mean 'groups'"):
+        way("group")
+
+
+def test_the_command_writes_a_plan_that_explain_and_quantize_take(
+    alphaq: Run, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    given, out = tmp_path / "plan.json", tmp_path / "refined.json"
+    given.write_text(planned(checkpoint).to_json())
+    ran = alphaq("refine", checkpoint.folder, "--plan", given, "-o", out, "--gradients", 8, "--json")
+    assert ran.code == 0, ran.err
+    assert "KL of the given plan" in ran.err and f"Plan written to {out}" in ran.err
+    record = ran.json["refined"]
+    assert record["after"] <= record["before"] and record["gradients"] == 8
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["plan.json", "refined.json"]
+    explained = alphaq("explain", out)
+    assert f"refined: KL on {record['tokens']} tokens of its own writing: {record['before']:.4g}" in explained.out
+    assert json.loads(out.read_text())["refined"] == record
+    assert alphaq("quantize", checkpoint.folder, "--plan", out, "-o", tmp_path / "model").code == 0
+    missing = alphaq("refine", checkpoint.folder, "--plan", tmp_path / "none.json", "-o", out)
+    assert missing.code == 2 and "Make one with `alphaq plan" in missing.err
