@@ -202,9 +202,12 @@ def _add_products(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor, in
     By pairs of tokens, which is cheaper than G itself with its m·k entries. independent: as if each token had its
     own G.
     """
-    alike_left, alike_right = left @ left.T, right @ right.T
     if independent:
-        alike_left, alike_right = (torch.diag(one.diagonal()) for one in (alike_left, alike_right))
+        of_left, of_right = left.square().sum(1), right.square().sum(1)
+        rows += of_right @ left.square()
+        columns += of_left @ right.square()
+        return float((of_left * of_right).sum(dtype=torch.float64))
+    alike_left, alike_right = left @ left.T, right @ right.T
     rows += (left * (alike_right @ left)).sum(0)
     columns += (right * (alike_left @ right)).sum(0)
     return float((alike_left * alike_right).sum(dtype=torch.float64))
