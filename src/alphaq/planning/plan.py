@@ -109,7 +109,8 @@ def _prediction(scope: Scope, measurements: Measurements, answer: Answer) -> Pre
         return None
     losses = answer.losses[np.arange(len(answer.names)), answer.columns]
     known = dict(zip(answer.names, losses.tolist(), strict=True))
-    return nats.prediction(fisher, known | {name: measurements.harms[name] * error for name, error in fixed.items()})
+    known |= {name: measurements.harms[name] * error for name, error in fixed.items()}
+    return nats.prediction(fisher, known, scope.checkpoint.matrices)
 
 
 def _size_bytes(scope: Scope, evidence: Evidence, answer: Answer) -> int:
