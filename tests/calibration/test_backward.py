@@ -12,7 +12,7 @@ from test_every_family import NOT_RUN, OFTEN
 
 from alphaq.calibration import text
 from alphaq.calibration.backward import Drawn, Seen, stream_scores
-from alphaq.calibration.fisher import Fisher, gather_fisher
+from alphaq.calibration.fisher import FISHER_VERSION, Fisher, gather_fisher
 from alphaq.calibration.prior import routing_prior
 from alphaq.calibration.stream import HollowModel, model_class
 from alphaq.calibration.text import own_text
@@ -144,7 +144,7 @@ def test_what_was_found_survives_a_file(save_family: Callable[..., Path]) -> Non
     assert again.to_json() == fisher.to_json() and again.tokens == fisher.tokens
     for name, one in fisher.matrices.items():
         np.testing.assert_allclose(again.matrices[name].rows, one.rows, rtol=1e-3, atol=1e-3)
-    for damaged in ("{}", "nonsense", fisher.to_json().replace('"version": 2', '"version": 99')):
+    for damaged in ("{}", "nonsense", fisher.to_json().replace(f'"version": {FISHER_VERSION}', '"version": 99')):
         with pytest.raises(StatsError, match="holds no Fisher information"):
             Fisher.from_json(damaged)
 

@@ -41,6 +41,20 @@ def test_logits_are_those_of_the_class(family: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = loaded.eval()(input_ids=IDS, use_cache=False).logits
     states = stream_forward(source, IDS, lambda traffic: None, hollow)
-    with Head(hollow) as head:
-        found = torch.cat([head(part) for part in states.split(5, dim=1)], dim=1)
-    assert float((found - expected).abs().max()) < 1e-4
+    for by_rows in (False, True):
+        with Head(hollow, by_rows) as head:
+            found = torch.cat([head(part) for part in states.split(5, dim=1)], dim=1)
+        assert float((found - expected).abs().max()) < 1e-4
+
+
+def test_by_rows_neither_embedding_nor_head_is_held(tmp_path: Path) -> None:
+    source = open_checkpoint(save_layout(random_family("qwen2_moe"), tmp_path, published=True))
+    hollow = HollowModel(source)
+    embedding = hollow.base.get_input_embeddings()
+    held = []
+    embedding.register_forward_hook(lambda module, args, output: held.append(module.weight.is_meta))
+    states = stream_forward(source, IDS, lambda traffic: None, hollow)
+    with Head(hollow, by_rows=True) as head:
+        assert head(states).shape == (*IDS.shape, embedding.num_embeddings)
+        held.append(head.module.weight.is_meta)
+    assert held == [True, True]

@@ -1,7 +1,8 @@
 """A backward pass through a model that need not fit into memory: layers are read once more, from last to first.
 
 The forward pass keeps what each decoder layer takes in, nothing else. For the gradient each layer is filled from disk
-again, run on its input with a graph, and emptied; its routed experts are run one at a time then, too.
+again, run on its input with a graph, and emptied; its routed experts are read one at a time then, and once more for
+the gradient at their inputs.
 Whoever looks on is shown, for every matrix, its inputs and the gradient at its outputs.
 """
 
@@ -19,7 +20,9 @@ from torch.autograd.function import once_differentiable
 from alphaq.calibration.head import Head
 from alphaq.calibration.inputs import linears, stored_matrices
 from alphaq.calibration.libraries import map_large_tensors
+from alphaq.calibration.products import Room, product
 from alphaq.calibration.stream import HollowModel, LayerTraffic, traffic_of
+from alphaq.calibration.tokens import draw
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import PassError
 from alphaq.nouns.matrix import MatrixRef
@@ -83,8 +86,8 @@ def stream_scores(checkpoint: Checkpoint, ids: Tensor, see: See, context: int = 
     ids: int64 [windows, length], whose first `context` tokens are given. A y is drawn at each position from the last
     given one on. Layers come from last to first, between what lies after them and what lies before.
 
-    Memory: as `stream_forward`, and what every layer takes in. Raises as it does, and PassError where gradients do not
-    pass through the model's class.
+    Memory: as `stream_forward`, what every layer takes in, and of one layer what its gradient needs. Raises as it does,
+    and PassError where gradients do not pass through the model's class.
     """
     map_large_tensors()
     hollow = HollowModel(checkpoint)
@@ -98,8 +101,7 @@ def stream_scores(checkpoint: Checkpoint, ids: Tensor, see: See, context: int = 
         if name in hollow.layers:
             _recompute(hollow, name, part)
         else:
-            part.register_forward_pre_hook(lambda module, args, name=name: hollow.fill(name))
-            part.register_forward_hook(lambda module, args, output, name=name: hollow.empty(name))
+            hollow.come_and_go(name)
     try:
         with torch.enable_grad():
             states = hollow.base(input_ids=ids, use_cache=False).last_hidden_state
@@ -121,10 +123,11 @@ def _watch_embedding(hollow: HollowModel, see: See) -> None:
 
     def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         leaf = output.detach().requires_grad_()
-        ids = args[0].flatten()
-        lengths = torch.nn.functional.embedding(ids, module.weight).detach().norm(dim=-1)
-        longest = int(lengths.argmax())  # padding may have none
-        scale = float(leaf.detach().flatten(0, -2)[longest].norm() / lengths[longest].clamp(min=1e-30))
+        ids, lengths = args[0].flatten(), leaf.detach().flatten(0, -2).norm(dim=-1)
+        longest, scale = int(lengths.argmax()), 1.0  # padding may have none
+        if len(matrices) == 1:
+            row = hollow.checkpoint.read_rows(matrices[0], slice(int(ids[longest]), int(ids[longest]) + 1))
+            scale = float(lengths[longest] / row.float().norm().clamp(min=1e-30))
 
         def show(gradient: Tensor) -> None:
             for matrix in matrices:
@@ -211,31 +214,24 @@ def _watch_experts(hollow: HollowModel, layer: int, see: See) -> None:
 
 
 def _run_experts(hollow: HollowModel, traffic: LayerTraffic, see: See) -> Tensor:
-    """As `run_experts`, each expert's gradient taken by running it again."""
-    output = torch.zeros_like(traffic.inputs)
+    """As `run_experts`, with a graph that reads the experts once more."""
+    form, room = traffic.form, Room(hollow.checkpoint)
+    reached, put_out = [], []
     for number, matrices in hollow.matrices[traffic.layer].items():
         token, slot = torch.where(traffic.experts == number)
         if not len(token):
             continue
+        run = partial(_watched_product, room=room, token=token, see=see)
+        inputs = traffic.inputs[token]
+        hidden = form.hidden([run(inputs, matrices[part]) for part in form.first], number)
+        reached.append(token)
+        put_out.append(form.output(run(hidden, matrices["down"]), number) * traffic.weights[token, slot, None])
+    return torch.zeros_like(traffic.inputs).index_add(0, torch.cat(reached), torch.cat(put_out))
 
-        def run(
-            graph: bool, inputs: Tensor, number: int = number, matrices: Any = matrices, token: Tensor = token
-        ) -> Tensor:
-            form = traffic.form
 
-            def product(part: str, values: Tensor) -> Tensor:
-                result = values @ hollow.checkpoint.read(matrices[part]).float().T
-                if graph:
-                    held = values.detach()
-                    result.register_hook(lambda gradient: see(Seen(matrices[part], held, gradient, token)))
-                return result
-
-            hidden = form.hidden([product(part, inputs) for part in form.first], number)
-            return form.output(product("down", hidden), number)
-
-        put_out = _Recomputed.apply(run, traffic.inputs[token])
-        output = output.index_add(0, token, put_out * traffic.weights[token, slot, None])
-    return output
+def _watched_product(inputs: Tensor, matrix: MatrixRef, room: Room, token: Tensor, see: See) -> Tensor:
+    """inputs @ matrix.T, shown as what those tokens bring."""
+    return product(inputs, lambda: [room.read(matrix)], lambda held, gradient: see(Seen(matrix, held, gradient, token)))
 
 
 def _score(hollow: HollowModel, states: Tensor, context: int, seed: int, see: See) -> tuple[Tensor, Drawn]:
@@ -243,7 +239,7 @@ def _score(hollow: HollowModel, states: Tensor, context: int, seed: int, see: Se
     gradient, entropy, tokens = torch.zeros_like(states), 0.0, []
     generator = torch.Generator().manual_seed(seed)
     step = max(1, HEAD_TOKENS // len(states))
-    with Head(hollow) as head:
+    with Head(hollow, by_rows=True) as head:
         matrices = stored_matrices(hollow, head.filled)
         places = torch.arange(states[..., 0].numel()).view(states.shape[:2])
         for start in range(context - 1, states.shape[1], step):
@@ -251,14 +247,28 @@ def _score(hollow: HollowModel, states: Tensor, context: int, seed: int, see: Se
             some = states[:, part].clone().requires_grad_()
             watch = head.module.register_forward_hook(partial(_show_head, matrices, places[:, part].flatten(), see))
             with torch.enable_grad():
-                log_p = head.with_graph(some).log_softmax(-1)
+                logits = head.with_graph(some)
             watch.remove()
-            p = log_p.detach().exp()
-            tokens.append(torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(p.shape[:2]))
-            entropy -= float((p * log_p.detach()).sum())
-            (gradient[:, part],) = torch.autograd.grad(log_p.gather(-1, tokens[-1][..., None]).sum(), some)
+            drawn, change, nats = _drawn(logits.detach(), generator)
+            tokens.append(drawn)
+            entropy += nats
+            (gradient[:, part],) = torch.autograd.grad(logits, some, change)
     drawn = torch.cat(tokens, dim=1)
     return gradient, Drawn(drawn, entropy / drawn.numel())
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """Of logits [windows, positions, words]: a token for each position, the gradient of their summed log chances, and
+    the chances' summed entropy. A few positions at a time, since float64 is wide."""
+    tokens = torch.empty(logits.shape[:2], dtype=torch.int64)
+    for position in range(logits.shape[1]):
+        numbers = torch.rand(len(logits), 1, 1, generator=generator, dtype=torch.float64)
+        tokens[:, position : position + 1] = draw(logits[:, position : position + 1], numbers)
+    chances = logits.softmax(-1)
+    surprise = logits.logsumexp(-1) - torch.linalg.vecdot(chances, logits)
+    change = chances.neg_()
+    change.scatter_add_(-1, tokens[..., None], torch.ones(*tokens.shape, 1))
+    return tokens, change, float(surprise.sum(dtype=torch.float64))
 
 
 def _show_head(

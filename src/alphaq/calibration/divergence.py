@@ -6,7 +6,7 @@ model together, layer by layer from disk (see stream.py). What counts is the mea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -55,7 +55,19 @@ def divergences(
     states = stream_forward(
         checkpoint, ids.repeat(len(groups), 1), lambda traffic: None, hollow, partial(_experts, groups=groups)
     )
-    return _distances(hollow, states[:, context - 1 : -1].chunk(len(groups)), groups, touched)
+    apart = states[:, context - 1 : -1].chunk(len(groups))
+    head = Head(hollow)
+    own = stored_matrices(hollow, head.filled)
+    if not any(matrix.name in touched for matrix in own):
+        return distances(hollow, apart)
+    with head:
+        weights = [nn.Parameter(torch.cat([restore(one) for one in own]), False) for restore in groups]
+
+        def log_chances(group: int, some: Tensor) -> Tensor:
+            head.module.weight = weights[group]
+            return head(some).log_softmax(-1)
+
+        return _distances(apart, log_chances)
 
 
 def _split(hollow: HollowModel, name: str, matrices: Sequence[MatrixRef], groups: Sequence[Restore]) -> None:
@@ -89,29 +101,20 @@ def _experts(hollow: HollowModel, traffic: LayerTraffic, groups: Sequence[Restor
     )
 
 
-def _distances(
-    hollow: HollowModel, states: Sequence[Tensor], groups: Sequence[Restore], touched: Container[str]
-) -> list[float]:
-    """Mean KL of each further group's final hidden states [windows, positions, hidden] to the first's.
+def distances(hollow: HollowModel, states: Sequence[Tensor]) -> list[float]:
+    """Mean KL of each further group's final hidden states [windows, positions, hidden] to the first's."""
+    with Head(hollow, by_rows=True) as head:
+        return _distances(states, lambda group, some: head(some).log_softmax(-1))
 
-    touched: names of the matrices that some group has otherwise.
-    """
-    sums = [0.0] * (len(groups) - 1)
+
+def _distances(states: Sequence[Tensor], log_chances: Callable[[int, Tensor], Tensor]) -> list[float]:
+    """The same by a group's number and some of its states, from which come log chances [windows, positions, words]."""
+    sums = [0.0] * (len(states) - 1)
     step = max(1, HEAD_TOKENS // len(states[0]))
-    with Head(hollow) as head:
-        own = stored_matrices(hollow, head.filled)
-        weights = [head.module.weight] * len(groups)
-        if any(matrix.name in touched for matrix in own):
-            weights = [nn.Parameter(torch.cat([restore(one) for one in own]), False) for restore in groups]
-
-        def log_chances(group: int, some: Tensor) -> Tensor:
-            head.module.weight = weights[group]
-            return head(some).log_softmax(-1)
-
-        for parts in zip(*(one.split(step, dim=1) for one in states), strict=True):
-            log_p = log_chances(0, parts[0])
-            for number, some in enumerate(parts[1:]):
-                log_q = log_chances(number + 1, some)
-                sums[number] += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+    for parts in zip(*(one.split(step, dim=1) for one in states), strict=True):
+        log_p = log_chances(0, parts[0])
+        for number, some in enumerate(parts[1:]):
+            log_q = log_chances(number + 1, some)
+            sums[number] += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
     positions = states[0].shape[0] * states[0].shape[1]
     return [total / positions for total in sums]

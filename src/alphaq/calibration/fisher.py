@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from alphaq.calibration.backward import Seen, stream_scores
+from alphaq.calibration.swaps import swap_costs
 from alphaq.calibration.traffic import Expert, ExpertUse
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import StatsError
 from alphaq.nouns.matrix import MatrixRef, Role
 
-FISHER_VERSION = 2  # raise it whenever the same windows would give other numbers
+FISHER_VERSION = 3  # raise it whenever the same windows would give other numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +52,14 @@ class MatrixFisher:
 class Fisher:
     """What one backward pass found, by the matrix' name.
 
-    entropy: of the model's chances, in nats per token. tokens: ids that went through the model, by window.
+    entropy: of the model's chances, in nats per token. tokens: ids that went through the model, by window. swaps: κ by
+    layer, what tokens that change their expert cost (calibration/swaps.py).
     """
 
     matrices: Mapping[str, MatrixFisher] = field(default_factory=dict)
     entropy: float = 0.0
     tokens: tuple[tuple[int, ...], ...] = ()
+    swaps: Mapping[int, float] = field(default_factory=dict)
 
     @cached_property
     def digest(self) -> str:
@@ -69,6 +72,7 @@ class Fisher:
             "version": FISHER_VERSION,
             "entropy": self.entropy,
             "tokens": self.tokens,
+            "swaps": list(self.swaps.items()),
             "matrices": {
                 name: [one.mean, *map(_packed, (one.rows, one.columns, one.windows))]
                 for name, one in self.matrices.items()
@@ -90,6 +94,7 @@ class Fisher:
                 },
                 float(data["entropy"]),
                 tuple(tuple(map(int, window)) for window in data["tokens"]),
+                {int(layer): float(cost) for layer, cost in data["swaps"]},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StatsError(f"{where} holds no Fisher information ({error!r}). Delete it and plan again.") from error
@@ -106,7 +111,8 @@ def _unpacked(text: str) -> np.ndarray:
 def gather_fisher(checkpoint: Checkpoint, ids: Tensor, prior: Mapping[Expert, ExpertUse], context: int = 1) -> Fisher:
     """Run token ids [windows, length], whose first `context` are given, through the model and back.
 
-    prior: how often a router uses its experts. Memory and errors as `stream_scores`; of each matrix two vectors.
+    prior: how often a router uses its experts. Memory and errors as `stream_scores` and `swap_costs`; of each matrix
+    two vectors.
     """
     layers: dict[int | None, list[MatrixRef]] = {}
     for matrix in checkpoint.planned:
@@ -129,7 +135,7 @@ def gather_fisher(checkpoint: Checkpoint, ids: Tensor, prior: Mapping[Expert, Ex
     drawn = stream_scores(checkpoint, ids, see, context)
     for one in (tallies, outside):
         found.update(one.close(prior, predicted))
-    return Fisher(found, drawn.entropy, tuple(map(tuple, ids.tolist())))
+    return Fisher(found, drawn.entropy, tuple(map(tuple, ids.tolist())), swap_costs(checkpoint, ids, context))
 
 
 @dataclass(eq=False)
@@ -202,9 +208,12 @@ def _add_products(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor, in
     By pairs of tokens, which is cheaper than G itself with its m·k entries. independent: as if each token had its
     own G.
     """
-    alike_left, alike_right = left @ left.T, right @ right.T
     if independent:
-        alike_left, alike_right = (torch.diag(one.diagonal()) for one in (alike_left, alike_right))
+        of_left, of_right = left.square().sum(1), right.square().sum(1)
+        rows += of_right @ left.square()
+        columns += of_left @ right.square()
+        return float((of_left * of_right).sum(dtype=torch.float64))
+    alike_left, alike_right = left @ left.T, right @ right.T
     rows += (left * (alike_right @ left)).sum(0)
     columns += (right * (alike_left @ right)).sum(0)
     return float((alike_left * alike_right).sum(dtype=torch.float64))

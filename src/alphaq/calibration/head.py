@@ -10,8 +10,9 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from alphaq.calibration.products import Room, product
 from alphaq.calibration.stream import HollowModel
 from alphaq.errors import PassError
 
@@ -32,10 +33,11 @@ class _Given:
 class Head:
     """A context in which hidden states become logits. Memory: the head's weights in float32.
 
-    Raises PassError if the class has no head for words, or cannot run it by itself.
+    by_rows: read them a few rows at a time, whenever the head runs, where the files hold them as they are; for many
+    positions at once. Raises PassError if the class has no head for words, or cannot run it by itself.
     """
 
-    def __init__(self, hollow: HollowModel) -> None:
+    def __init__(self, hollow: HollowModel, by_rows: bool = False) -> None:
         self.hollow = hollow
         self.module: Any = hollow.model.get_output_embeddings()
         if self.module is None:
@@ -44,8 +46,14 @@ class Head:
         self.name = names[self.module]
         self.tied = None if hollow.stores(self.name) else hollow.base.get_input_embeddings()
         self.filled = self.name if self.tied is None else names[self.tied]
+        plain = by_rows and type(self.module) is nn.Linear and self.module.bias is None
+        self.matrix = hollow.whole_matrix(self.filled) if plain else None
 
     def __enter__(self) -> Head:
+        if (matrix := self.matrix) is not None:
+            room = Room(self.hollow.checkpoint)
+            self.module.forward = lambda inputs: product(inputs, lambda: room.blocks(matrix))
+            return self
         self.hollow.fill(self.filled)
         if self.tied is not None:
             self.module.weight = self.tied.weight
@@ -54,6 +62,9 @@ class Head:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.matrix is not None:
+            del self.module.forward
+            return
         self.hollow.empty(self.name)
         self.hollow.empty(self.filled)
 

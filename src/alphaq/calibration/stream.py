@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from alphaq.calibration.experts import ExpertForm, form_of, is_expert_module
 from alphaq.calibration.libraries import map_large_tensors, no_progress_bars
 from alphaq.calibration.passage import Passage, Recorder
+from alphaq.calibration.products import Room, look_up_rows
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import AlphaQError, CheckpointError, PassError, first_line
 from alphaq.nouns.matrix import MatrixRef, Role
@@ -229,6 +230,30 @@ class HollowModel:
         """Whether files hold tensors of a module's own."""
         return any(target.startswith(f"{name}.") for target in self._sources)
 
+    def whole_matrix(self, module: str) -> MatrixRef | None:
+        """The stored matrix that is a module's weight as it is, if its rows can be read by themselves."""
+        weight: Any = self.model.get_submodule(module).weight
+        (source, *others) = self.sources(f"{module}.weight") or [""]
+        if self.checkpoint.store is not None or others or not source:
+            return None
+        if self.checkpoint.info(source).shape != tuple(weight.shape):
+            return None
+        return next((matrix for matrix in self.checkpoint.matrices if matrix.tensor == source), None)
+
+    def come_and_go(self, name: str, without: Container[Role] = ()) -> None:
+        """Have a module's tensors read before it runs and dropped after; of the embedding the rows that are looked up.
+
+        An embedding that is run in another way, or has more than a matrix, may need all of them.
+        """
+        module = self.model.get_submodule(name)
+        if isinstance(module, nn.Embedding) and "forward" not in vars(module) and {*module.state_dict()} == {"weight"}:
+            matrix = self.whole_matrix(name)
+            if matrix is not None:
+                look_up_rows(module, self.checkpoint, matrix)
+                return
+        module.register_forward_pre_hook(lambda module, args: self.fill(name, without))
+        module.register_forward_hook(lambda module, args, output: self.empty(name))
+
     def _stored(self, name: str) -> _StoredTensor:
         return _StoredTensor(self.checkpoint, name)
 
@@ -268,18 +293,10 @@ def stream_forward(
             "Give [windows, length] ids from this model's own tokenizer."
         )
 
-    def fill(name: str) -> Callable[..., None]:
-        return lambda module, arguments: hollow.fill(name, without=(hollow.planned_role,))
-
-    def empty(name: str) -> Callable[..., None]:
-        return lambda module, arguments, output: hollow.empty(name)
-
     for layer in hollow.experts:
         _Watched(hollow, layer, experts_of or run_experts, visit, with_passages)
     for name in hollow.parts:
-        part = hollow.model.get_submodule(name)
-        part.register_forward_pre_hook(fill(name))
-        part.register_forward_hook(empty(name))
+        hollow.come_and_go(name, (hollow.planned_role,))
     try:
         with torch.no_grad():  # not inference mode, whose tensors `visit` could not change in threads of its own
             return hollow.base(input_ids=ids, use_cache=False).last_hidden_state
@@ -351,17 +368,18 @@ def run_experts(
 ) -> Tensor:
     """Σ w·expert(x) over each token's experts, float32 [tokens, hidden], an expert at a time.
 
-    read: gives a matrix in float32; the stored one by default.
+    read: gives a matrix in float32, which is used before the next is asked for; the stored one by default.
     """
-    read = read or (lambda matrix: hollow.checkpoint.read(matrix).float())
+    read = read or Room(hollow.checkpoint).read
     output, form = torch.zeros_like(traffic.inputs), traffic.form
     for number, matrices in hollow.matrices[traffic.layer].items():
         token, slot = torch.where(traffic.experts == number)
         if not len(token):
             continue
-        *first, down = (read(matrices[part]) for part in form.parts)
-        hidden = form.hidden([traffic.inputs[token] @ matrix.T for matrix in first], number)
-        output.index_add_(0, token, form.output(hidden @ down.T, number) * traffic.weights[token, slot, None])
+        inputs = traffic.inputs[token]
+        hidden = form.hidden([inputs @ read(matrices[part]).T for part in form.first], number)
+        put_out = form.output(hidden @ read(matrices["down"]).T, number)
+        output.index_add_(0, token, put_out * traffic.weights[token, slot, None])
     return output
 
 

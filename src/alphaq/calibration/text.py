@@ -76,11 +76,16 @@ class Text:
         return own_writing(checkpoint, self.tokens // length, length, self.bos)
 
 
+def writes(checkpoint: Checkpoint) -> bool:
+    """Whether a model is small enough to be held while it writes token by token: no step must read it from disk."""
+    return sum(matrix.parameters for matrix in checkpoint.matrices) <= MOST_HELD and checkpoint.store is None
+
+
 def own_text(checkpoint: Checkpoint, windows: int, length: int, bos: bool = True) -> Tensor:
-    """What the model writes by itself, int64 [windows, length]: token by token where it is small enough, for which a
-    step must not read it from disk again; else random tokens that it rewrites, which are further from text."""
+    """What the model writes by itself, int64 [windows, length]: token by token where it can; else random tokens that it
+    rewrites, which are further from text."""
     prefix = model_prefix(checkpoint) if bos else ()
-    if sum(matrix.parameters for matrix in checkpoint.matrices) <= MOST_HELD and checkpoint.store is None:
+    if writes(checkpoint):
         try:
             return written(checkpoint, windows, length, prefix)
         except PassError:  # of a class that keeps nothing of earlier tokens

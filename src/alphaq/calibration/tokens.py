@@ -104,7 +104,7 @@ def rewritten(checkpoint: Checkpoint, ids: Tensor, seed: int = 0, keep: int = 1)
     text, but frequencies and neighbours closer to it. Memory: as `stream_forward`, and the head's weights.
     """
     hollow = HollowModel(checkpoint)
-    head = Head(hollow)
+    head = Head(hollow, by_rows=True)
     states = stream_forward(checkpoint, ids, lambda traffic: None, hollow)[:, keep - 1 : -1]
     draws = torch.rand(*states.shape[1::-1], 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     written = [ids[:, :keep]]
@@ -113,7 +113,7 @@ def rewritten(checkpoint: Checkpoint, ids: Tensor, seed: int = 0, keep: int = 1)
         step = max(1, HEAD_TOKENS // len(ids))
         for part, drawn in zip(states.split(step, dim=1), draws.transpose(0, 1).split(step, dim=1), strict=True):
             rows = zip(part.split(HEAD_TOKENS), drawn.split(HEAD_TOKENS), strict=True)
-            written.append(torch.cat([_drawn(head(some), numbers) for some, numbers in rows]))
+            written.append(torch.cat([draw(head(some), numbers) for some, numbers in rows]))
     return torch.cat(written, dim=1)
 
 
@@ -140,7 +140,7 @@ def written(checkpoint: Checkpoint, windows: int, length: int, prefix: Prefix = 
                 output = hollow.base(input_ids=new, use_cache=True, past_key_values=kept)
                 kept = output.past_key_values
                 numbers = torch.rand(windows, 1, 1, generator=generator, dtype=torch.float64)
-                new = _drawn(head(output.last_hidden_state[:, -1:]), numbers)
+                new = draw(head(output.last_hidden_state[:, -1:]), numbers)
                 ids = torch.cat([ids, new], dim=1)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError, ValueError) as error:
         raise PassError(
@@ -149,7 +149,7 @@ def written(checkpoint: Checkpoint, windows: int, length: int, prefix: Prefix = 
     return ids
 
 
-def _drawn(logits: Tensor, numbers: Tensor) -> Tensor:
+def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     """A token for each of logits [windows, positions, words], by float64 numbers [windows, positions, 1] below 1."""
     chances = logits.double().softmax(-1).cumsum(-1)
     drawn = torch.searchsorted(chances, (numbers * chances[..., -1:]).contiguous())

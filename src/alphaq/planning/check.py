@@ -34,7 +34,7 @@ from alphaq.sensitivity.methods import method
 
 CHECKED = "auto"
 BASELINE = "uniform"
-WINDOWS = 2  # of those that the signal was measured with
+TOKENS = 512  # of those that the losses were measured with
 MOST_WEIGHTS = 2 * 10**9  # of a model that is run; half a minute on two cores
 MARGIN = 1.25
 """How many times uniform bits' figure a plan's must be to be given up. Less may be chance: on Gemma 3 270M at 3.5 bits
@@ -118,7 +118,7 @@ def _by_divergence(
     """KL of both to the model itself."""
     passed = measurements.evidence.fisher or measurements.evidence.synthetic
     assert passed is not None  # the default method has asked for one of them
-    ids = torch.tensor(passed.tokens[:WINDOWS])
+    ids = torch.tensor(passed.tokens[: max(1, TOKENS // len(passed.tokens[0]))])
     context = max(1, len(model_prefix(checkpoint)) if request.config.bos else 0)
     quantizer = request.profile.quantizer
 

@@ -13,7 +13,7 @@ import torch
 
 from alphaq.calibration.fisher import FISHER_VERSION, Fisher, gather_fisher
 from alphaq.calibration.prior import routing_prior, seen_uses
-from alphaq.calibration.text import Text, own_text, own_writing
+from alphaq.calibration.text import Text, own_text, own_writing, writes
 from alphaq.calibration.tokens import model_prefix
 from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, Expert, ExpertUse, gather
 from alphaq.checkpoint.reader import Checkpoint
@@ -27,10 +27,12 @@ from alphaq.work.workers import Wrap
 
 T = TypeVar("T")
 SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH = 8, 256
-FISHER_LENGTH = 256
-FEWEST_WINDOWS, MOST_WINDOWS = 8, 64
-FISHER_WORK = 10**12
-"""Tokens × weights that a token meets, up to which there are more than the fewest windows: minutes on two cores."""
+FISHER_LENGTH = 128
+FEWEST_WINDOWS, MOST_WINDOWS = 8, 32
+REWRITTEN = 8, 64
+"""Windows and tokens of a model that is too large to write token by token."""
+FISHER_WORK = 5 * 10**11
+"""Tokens × weights that a token meets, up to which there are more than the fewest windows: a minute on two cores."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,25 @@ def fisher(run: PassRun) -> Fisher:
     if checkpoint.plain:
         raise PassError(f"{checkpoint.name} is known by its tensors' names alone, so only its engine can run it.")
     prefix = model_prefix(checkpoint) if run.bos else ()
-    windows = fisher_windows(checkpoint)
+    windows, length = fisher_shape(checkpoint)
 
     def make() -> str:
-        ids = own_text(checkpoint, windows, FISHER_LENGTH, run.bos)
+        ids = own_text(checkpoint, windows, length, run.bos)
         uses = routing_prior(checkpoint) if checkpoint.architecture.router_norm else {}
         return gather_fisher(checkpoint, ids, uses, max(1, len(prefix))).to_json()
 
-    depends_on = f"{windows}x{FISHER_LENGTH} after {prefix} {FISHER_VERSION} {checkpoint.settings_digest()}"
+    depends_on = f"{windows}x{length} after {prefix} {FISHER_VERSION} {checkpoint.settings_digest()}"
     return _recalled(run, "fisher", depends_on, make, "own writing", Fisher.from_json)
 
 
-def fisher_windows(checkpoint: Checkpoint) -> int:
-    """How many windows are taken: as many as the work allows, and no fewer than are needed."""
+def fisher_shape(checkpoint: Checkpoint) -> tuple[int, int]:
+    """How many windows are taken, and of how many tokens.
+
+    A model that writes token by token writes as much as the work allows. What one rewrites is further from text, of
+    which more changes nothing (docs/research/log.md).
+    """
+    if not writes(checkpoint):
+        return REWRITTEN
     experts = checkpoint.architecture.experts_per_layer(checkpoint.config)
     keys = (key for key in checkpoint.architecture.top_k_keys if isinstance(checkpoint.text_config.get(key), int))
     chosen = next((int(checkpoint.text_config[key]) for key in keys), experts)
@@ -94,9 +102,10 @@ def fisher_windows(checkpoint: Checkpoint) -> int:
     met = sum(
         matrix.parameters * (share if matrix.role is Role.EXPERT else 1.0)
         for matrix in checkpoint.matrices
-        if matrix.role is not Role.EMBEDDING
+        if matrix.role is not Role.EMBEDDING or not checkpoint.with_role(Role.HEAD)
     )
-    return int(min(MOST_WINDOWS, max(FEWEST_WINDOWS, FISHER_WORK // (FISHER_LENGTH * max(1.0, met)))))
+    windows = FISHER_WORK // (FISHER_LENGTH * max(1.0, met))
+    return int(min(MOST_WINDOWS, max(FEWEST_WINDOWS, windows))), FISHER_LENGTH
 
 
 def prior(run: PassRun) -> Mapping[Expert, ExpertUse]:

@@ -1,0 +1,92 @@
+"""Products with matrices that stay on disk: read when they are multiplied with, again for the gradient, never held.
+
+Float32 copies share one buffer for each shape: fresh memory costs more than converting to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.nouns.matrix import MatrixRef
+
+BLOCK_WEIGHTS = 1 << 22  # of a large matrix that are read at once: 16 MB in float32
+Blocks = Callable[[], Iterable[Tensor]]
+"""A matrix from its first row to its last, float32 [some rows, columns]; each block lasts until the next."""
+Show = Callable[[Tensor, Tensor], None]
+"""Takes inputs [..., columns] and the gradient at outputs [..., rows]."""
+
+
+class Room:
+    """Where matrices are put in float32. A copy lasts until the next one of its shape."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._buffers: dict[torch.Size, Tensor] = {}
+
+    def read(self, matrix: MatrixRef) -> Tensor:
+        """A whole matrix, float32 [rows, columns]."""
+        return self._copied(self.checkpoint.read(matrix))
+
+    def blocks(self, matrix: MatrixRef) -> Iterator[Tensor]:
+        """A matrix a few rows at a time."""
+        rows, columns = matrix.shape
+        step = max(1, BLOCK_WEIGHTS // columns)
+        for first in range(0, rows, step):
+            yield self._copied(self.checkpoint.read_rows(matrix, slice(first, min(first + step, rows))))
+
+    def _copied(self, values: Tensor) -> Tensor:
+        if values.shape not in self._buffers:
+            self._buffers[values.shape] = torch.empty(values.shape)
+        return self._buffers[values.shape].copy_(values)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, blocks: Blocks, show: Show | None) -> Tensor:
+        ctx.blocks, ctx.show = blocks, show
+        ctx.save_for_backward(inputs)
+        return torch.cat([inputs @ block.T for block in blocks()], dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inputs,) = ctx.saved_tensors
+        if ctx.show is not None:
+            ctx.show(inputs, gradient)
+        found, first = torch.zeros_like(inputs), 0
+        for block in ctx.blocks():
+            found += gradient[..., first : first + len(block)] @ block
+            first += len(block)
+        return found, None, None
+
+
+def product(inputs: Tensor, blocks: Blocks, show: Show | None = None) -> Tensor:
+    """inputs @ matrix.T, float32 [..., rows], of inputs [..., columns].
+
+    show: called when the gradient comes by, before it goes on.
+    """
+    result: Tensor = _Product.apply(inputs, blocks, show)
+    return result
+
+
+def look_up_rows(embedding: Any, checkpoint: Checkpoint, matrix: MatrixRef) -> None:
+    """Have an embedding read the rows that it is asked for, and no others, each time that it runs."""
+    forward = embedding.forward
+
+    def run(ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        numbers, places = ids.unique(return_inverse=True)
+        rows = [checkpoint.read_rows(matrix, slice(one, one + 1)) for one in numbers.tolist()]
+        weight, padding = embedding.weight, embedding.padding_idx
+        embedding.weight, embedding.padding_idx = nn.Parameter(torch.cat(rows).float(), False), None
+        try:
+            return forward(places, *args, **kwargs)
+        finally:
+            embedding.weight, embedding.padding_idx = weight, padding
+
+    embedding.forward = run
