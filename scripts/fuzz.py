@@ -49,7 +49,7 @@ from alphaq.engines.gguf.gathering import Runs
 from alphaq.engines.gguf.importance import importance_of
 from alphaq.engines.gguf.profile import file_layout
 from alphaq.errors import AlphaQError
-from alphaq.formats.blocks import decode, dequantized_rows, encode
+from alphaq.formats.blocks import decode, dequantized_rows, encode, native_format
 from alphaq.formats.coding import PREFIX_BYTES, block_header, decode_tensor, decoded_info, encode_tensor
 from alphaq.formats.ggml import GGML_TYPES
 from alphaq.formats.table import parse_choice, storage_bytes
@@ -648,8 +648,9 @@ def imatrix_target(folder: Path) -> Target:
 
 def packed_target(folder: Path) -> Target:
     def block(choice: Choice, rows: int, columns: int) -> list[Token]:
+        flags = int(choice.symmetric) | native_format(choice).kind_number(choice) << 1
         head = [Token("mark", b"AQ"), number_token("B", 1), number_token("B", choice.bits)]
-        head += [number_token("H", choice.group_size), number_token("H", int(choice.symmetric))]
+        head += [number_token("H", choice.group_size), number_token("H", flags)]
         head += [number_token("I", rows), number_token("I", columns)]
         return [*head, *(Token("B", b"\x3c") for _ in range(storage_bytes(choice, (rows, columns)) - 16))]
 
@@ -657,7 +658,7 @@ def packed_target(folder: Path) -> Target:
         matrix = decode(torch.from_numpy(np.frombuffer(raw, np.uint8).copy()))
         assert torch.isfinite(dequantized_rows(matrix, slice(0, matrix.shape[0]))).all()
 
-    choices = [parse_choice(text) for text in ("1g32", "2g32", "3g64", "4g128s", "8g32", "1g32s")]
+    choices = [parse_choice(text) for text in ("1g32", "2g32", "3g64", "4g128s", "8g32", "1g32s", "t1", "t2.25", "t4")]
     seeds = [block(choice, *shape) for choice in choices for shape in ((2, 3), (3, 33), (1, 65))]
     return Target(seeds, {width: number(width) for width in "BHI"}, plain, run)
 

@@ -1,4 +1,4 @@
-"""What each ggml type makes of Gaussian weights: the error to expect of a matrix that is not measured."""
+"""What ggml types and trellis codes make of Gaussian weights: the error to expect of a matrix that is not measured."""
 
 from __future__ import annotations
 
@@ -40,7 +40,25 @@ GAUSSIAN_ERROR: dict[str, float] = {
     "16": 0.0,
 }
 
+# The same of 64×2048 standard normal weights and our default quantizer.
+TRELLIS_ERROR: dict[str, float] = {
+    "t1": 0.328,
+    "t1.25": 0.226,
+    "t1.5": 0.158,
+    "t1.75": 0.111,
+    "t2": 0.0778,
+    "t2.25": 0.0554,
+    "t2.5": 0.0396,
+    "t2.75": 0.0283,
+    "t3": 0.0201,
+    "t3.25": 0.0146,
+    "t3.5": 0.0106,
+    "t3.75": 0.0077,
+    "t4": 0.0055,
+}
+
 
 def gaussian_errors(choices: Sequence[Choice]) -> np.ndarray:
     """Relative errors on Gaussian weights, float64 [choices]: of matrices that are not measured."""
-    return np.array([GAUSSIAN_ERROR.get(str(choice), 4.0**-choice.bits) for choice in choices])
+    known = GAUSSIAN_ERROR | TRELLIS_ERROR
+    return np.array([known.get(str(choice), 4.0**-choice.bits) for choice in choices])

@@ -97,6 +97,10 @@ class Trellis(NativeFormat):
         """Bytes of a row's stream: whole 32-bit words."""
         return 4 * -(-(columns * self.quarters(choice) // 4) // 32)
 
+    def slow(self, choice: Choice) -> bool:
+        """Fractions, whose errors follow from those of whole rates until they matter."""
+        return self.quarters(choice) % 4 != 0
+
     def symbol_bits(self, choice: Choice) -> int:
         """Bytes: every stream looks random."""
         return 8

@@ -188,7 +188,8 @@ class PlanConfig(BaseModel):
         str | None,
         Option(
             "Candidates: bits, bits and group size, mixes within a matrix, ggml types "
-            "(2,3g64,4g128s,2g128-slim,1g128-pb4,Q4_K); all the engine's usual ones by default.",
+            "(2,3g64,4g128s,2g128-slim,1g128-pb4,Q4_K), trellis codes (t2.25), trellis for all of these; all the "
+            "engine's usual ones by default.",
             CHOICES,
         ),
     ] = None

@@ -109,7 +109,7 @@ def _offered(config: PlanConfig, profile: Profile) -> list[Choice]:
     if config.choices is None:
         usual = profile.fast if config.fast else profile.defaults
         return [_storable(_styled(choice, config), profile) for choice in usual]
-    named = [parse_choice(text, profile, config) for text in config.choices.split(",") if text.strip()]
+    named = [one for text in config.choices.split(",") if text.strip() for one in _named(text.strip(), profile, config)]
     if not named:
         raise BudgetError("--choices is empty. Give at least one, for example 1,2,3,4.")
     return named
@@ -188,6 +188,12 @@ def parse_choice(text: str, profile: Profile, config: PlanConfig) -> Choice:
     else:
         choice = read_choice(text, config.group_size or 128, config.symmetric)
     return _storable(choice, profile)
+
+
+def _named(text: str, profile: Profile, config: PlanConfig) -> list[Choice]:
+    """What one of `--choices` names: a choice, or all of a format that the engine stores ('trellis')."""
+    own = [choice for choice in profile.choices if format_of(choice).name == text]
+    return own or [parse_choice(text, profile, config)]
 
 
 def _storable(choice: Choice, profile: Profile) -> Choice:

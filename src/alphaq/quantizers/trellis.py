@@ -19,8 +19,9 @@ from alphaq.quantizers.debiased import BIAS_WEIGHT
 from alphaq.quantizers.rows import FP16_MAX, over_rows, too_large
 from alphaq.quantizers.trellis_kernels import encode_rows
 from alphaq.simd.sums import squared_norm
+from alphaq.simd.vectors import LANES
 
-LEAST_WORTH = 0.01  # of the mean: columns that count for nothing would become noise
+LEAST_WORTH = 0.1  # of the mean: the path would give up columns that count for nothing, and make them noise
 
 
 def quantize_trellis(
@@ -45,9 +46,9 @@ def quantize_trellis(
     settings = (
         quarters,
         WHOLE_ROW,
-        _encoder_levels(),
+        encoder_levels(),
         _worth(importance, columns),
-        np.float32(_share(quarters / 4)),
+        *_first_scales(quarters / 4),
         bias_weight,
     )
     error = over_rows(encode_rows, settings, weight, (packed, scales))
@@ -57,9 +58,15 @@ def quantize_trellis(
     return QuantizedMatrix(choice, (rows, columns), torch.from_numpy(packed), stored, None, error)
 
 
-def _share(rate: float) -> float:
-    """Of a Gaussian's root mean square, what its best reproduction has: errors are at a right angle to that."""
-    return math.sqrt(1 - 1.15 * 4.0**-rate)
+def _first_scales(rate: float) -> tuple[np.ndarray, np.float32]:
+    """Shares of a row's root mean square that its levels may have, float32 [16], and what the square of one costs.
+
+    The best reproduction of a Gaussian is shorter than it by its error. Heavier tails want more. The costs are those of
+    Gaussian and Student weights whose errors were measured at ten scales (docs/research/log.md).
+    """
+    usual = math.sqrt(1 - 1.15 * 4.0**-rate)
+    granular = 2.0 ** np.interp(rate, (1, 2, 3, 4), np.log2((0.0352, 0.0170, 0.0050, 0.00123)))
+    return (1.05 * usual * 1.08 ** np.arange(LANES)).astype(np.float32), np.float32(granular / usual**2)
 
 
 def _worth(importance: np.ndarray | None, columns: int) -> np.ndarray:
@@ -68,7 +75,7 @@ def _worth(importance: np.ndarray | None, columns: int) -> np.ndarray:
     return np.maximum(importance / mean, LEAST_WORTH).astype(np.float32)
 
 
-def _encoder_levels() -> np.ndarray:
+def encoder_levels() -> np.ndarray:
     """The value of each state with a scale of 1, float32 [1024], the newest bit of the state lowest."""
     states = np.arange(1 << STATE_BITS)
     newest_high = sum((states >> bit & 1) << (STATE_BITS - 1 - bit) for bit in range(STATE_BITS))

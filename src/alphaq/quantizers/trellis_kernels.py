@@ -6,19 +6,20 @@ import numpy as np
 
 from alphaq.simd.codes import address_of
 from alphaq.simd.paths import step_1, step_2, step_3, step_4
-from alphaq.simd.vectors import LANES, as_half, kernel, load, load_some, store
+from alphaq.simd.vectors import LANES, as_half, fma, kernel, load, load_some, magnitude, maximum, splat, store
 
 UNREACHED = np.float32(1e30)
+REACH = np.float32(2.1)  # of the levels' root mean square; half of what lies beyond is lost
 
 
 @kernel
-def encode_rows(weights, columns, quarters, group_size, levels, worth, share, bias_weight, packed, scales):
+def encode_rows(weights, columns, quarters, group_size, levels, worth, shares, granular, bias_weight, packed, scales):
     """Fill streams and scales of whole rows; Σ(w − ŵ)².
 
     weights: [rows · columns]. levels: float32 [states] in units of a scale, the newest bit of a state lowest. worth:
-    float32 [columns], what the square of an error counts. share: of a row's root mean square that the levels' own has.
-    bias_weight: how many times errors along the weights count in the scales' fit. packed: uint8 zeros [rows · bytes per
-    row]; scales: float32 [rows · groups], filled.
+    float32 [columns], what the square of an error counts. shares, granular: as of `_first_scales`, the former of the
+    levels' root mean square. bias_weight: how many times errors along the weights count in the scales' fit. packed:
+    uint8 zeros [rows · bytes per row]; scales: float32 [rows · groups], filled.
     """
     rows, groups = weights.size // columns, -(-columns // group_size)
     row_bytes = packed.size // rows
@@ -33,10 +34,11 @@ def encode_rows(weights, columns, quarters, group_size, levels, worth, share, bi
             place = row * columns + at
             store(values, at, load(weights, place) if place + LANES <= weights.size else load_some(weights, place))
         own = scales[row * groups : (row + 1) * groups]
-        if _first_scales(values, columns, group_size, worth, share / spread, own):
+        if _first_scales(values, columns, group_size, worth, shares, granular, own):
+            own /= spread
             _aim(values, columns, group_size, worth, spread, own, roots, targets)
-            last = _cheapest(roots, targets, quarters, levels, outcomes, costs)
-            _trace(last, quarters, levels.size, outcomes, path, packed[row * row_bytes : (row + 1) * row_bytes])
+            last = cheapest(roots, targets, quarters, levels, outcomes, costs)
+            trace(last, quarters, levels.size, outcomes, path, packed[row * row_bytes : (row + 1) * row_bytes])
         else:
             path[:] = 0
         total += _fit(values, columns, group_size, worth, levels, path, bias_weight, own)
@@ -44,15 +46,31 @@ def encode_rows(weights, columns, quarters, group_size, levels, worth, share, bi
 
 
 @kernel
-def _first_scales(values, columns, group_size, worth, share, scales):
-    """Scales of the groups of a row before its codes are known; whether any is above 0."""
-    any_ = False
+def _first_scales(values, columns, group_size, worth, shares, granular, scales):
+    """Scales of the groups of a row before its codes are known; whether any is above 0.
+
+    Of the sixteen shares of a group's root mean square the one of the least granular · share² + Σ overshoot² / 2: what
+    levels that lie too far apart lose, and what weights lose that lie beyond most of them.
+    """
+    any_, sums = False, np.empty(LANES, np.float32)
+    none, half = splat(np.float32(0)), splat(np.float32(0.5))
     for group in range(scales.size):
+        begin, end = group * group_size, min(columns, (group + 1) * group_size)
         energy, count = 0.0, 0.0
-        for column in range(group * group_size, min(columns, (group + 1) * group_size)):
+        for column in range(begin, end):
             energy += worth[column] * (np.float64(values[column]) * values[column])
             count += worth[column]
-        scales[group] = np.float32(np.sqrt(energy / count)) * share
+        size = np.float32(np.sqrt(energy / count))
+        scales[group] = 0
+        if size > 0:
+            inverse = np.float32(1) / size
+            reach, lost = load(shares, 0) * splat(REACH), none
+            for column in range(begin, end):
+                beyond = maximum(magnitude(splat(values[column] * inverse)) - reach, none)
+                lost = fma(beyond * splat(worth[column]), beyond, lost)
+            apart = load(shares, 0) * load(shares, 0) * splat(np.float32(granular * count))
+            store(sums, 0, fma(lost, half, apart))
+            scales[group] = size * shares[np.argmin(sums)]
         any_ |= scales[group] > 0
     return any_
 
@@ -68,7 +86,7 @@ def _aim(values, columns, group_size, worth, spread, scales, roots, targets):
 
 
 @kernel
-def _cheapest(roots, targets, quarters, levels, outcomes, costs):
+def cheapest(roots, targets, quarters, levels, outcomes, costs):
     """Run through all columns; the last state of the cheapest path. outcomes: uint8 [columns · states / 8], filled."""
     states = levels.size
     now, then = address_of(costs, 0), address_of(costs, states)
@@ -96,7 +114,7 @@ def _cheapest(roots, targets, quarters, levels, outcomes, costs):
 
 
 @kernel
-def _trace(last, quarters, states, outcomes, path, stream):
+def trace(last, quarters, states, outcomes, path, stream):
     """Follow the outcomes back from the last state: the state of each column, and the bits of the stream."""
     state = last
     for column in range(path.size - 1, -1, -1):

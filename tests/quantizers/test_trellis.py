@@ -1,0 +1,131 @@
+"""Finding trellis codes: the best there are, the same everywhere, and as good as promised."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from alphaq.errors import QuantizationError
+from alphaq.formats.blocks import decode, dequantize, encode
+from alphaq.formats.table import parse_choice, storage_bytes
+from alphaq.formats.trellis import FORMAT
+from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.quantizers.base import QUANTIZERS, rounder_of
+from alphaq.quantizers.trellis import encoder_levels, quantize_trellis
+from alphaq.quantizers.trellis_kernels import cheapest, trace
+
+RATES = [str(choice) for choice in FORMAT.choices()]
+
+
+def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(weight: torch.Tensor, matrix: QuantizedMatrix) -> float:
+    return float((weight - dequantize(matrix)).square().sum() / weight.square().sum())
+
+
+@pytest.mark.parametrize(
+    ("text", "most_bits", "most"), [("t1", 1.06, 0.29), ("t2", 2.06, 0.077), ("t3", 3.06, 0.0205), ("t4", 4.06, 0.0059)]
+)
+def test_gaussian_weights_keep_what_was_promised(text: str, most_bits: float, most: float) -> None:
+    weight, choice = gaussian(64, 512), parse_choice(text)
+    assert 8 * storage_bytes(choice, (64, 512)) / weight.numel() < most_bits
+    assert relative_error(weight, quantize_trellis(weight, choice, bias_weight=1.0)) < most
+
+
+def test_a_quarter_of_a_bit_more_leaves_less() -> None:
+    weight = gaussian(16, 512)
+    errors = [relative_error(weight, quantize_trellis(weight, parse_choice(text))) for text in RATES]
+    assert all(more < 0.85 * less for less, more in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize(("text", "columns"), [("t1", 14), ("t1.25", 11), ("t2.5", 5), ("t3.75", 4), ("t4", 3)])
+def test_no_other_stream_costs_less(text: str, columns: int) -> None:
+    """Of all streams of a short row, by trying them."""
+    choice, drawn, levels = parse_choice(text), np.random.default_rng(0), encoder_levels()
+    quarters = FORMAT.quarters(choice)
+    roots, targets = drawn.uniform(0.5, 2, columns), drawn.normal(size=columns)
+    outcomes, costs = np.empty(columns * 128, np.uint8), np.empty(2048, np.float32)
+    stream, path = np.zeros(4, np.uint8), np.empty(columns, np.int32)
+    last = cheapest(roots.astype(np.float32), targets.astype(np.float32), quarters, levels, outcomes, costs)
+    trace(last, quarters, 1024, outcomes, path, stream)
+    streams = np.arange(2 ** (columns * quarters // 4), dtype="<u4").view(np.uint8).reshape(-1, 4)
+    shape = (len(streams), columns)
+    every = QuantizedMatrix(choice, shape, torch.from_numpy(streams), torch.ones(shape[0], 1).half(), None)
+    costs_of_all = np.square(targets - roots * dequantize(every).numpy()).sum(1)
+    assert np.array_equal(streams[costs_of_all.argmin()], stream)
+    assert np.allclose(np.square(targets - roots * levels[path]).sum(), costs_of_all.min())
+
+
+def test_important_columns_are_missed_less() -> None:
+    weight, choice = gaussian(32, 256), parse_choice("t2")
+    importance = np.where(np.arange(256) % 4 == 0, 8.0, 0.5).astype(np.float32)
+    plain, weighed = quantize_trellis(weight, choice), quantize_trellis(weight, choice, importance=importance)
+    misses = [(weight - dequantize(one)).square().mean(0)[::4].sum() for one in (plain, weighed)]
+    assert misses[1] < 0.6 * misses[0]
+
+
+def test_columns_that_count_for_nothing_are_not_made_noise() -> None:
+    weight, choice = gaussian(8, 256), parse_choice("t2")
+    importance = np.zeros(256, np.float32)
+    importance[::2] = 1.0
+    found = dequantize(quantize_trellis(weight, choice, importance=importance))
+    assert (weight - found)[:, 1::2].square().mean() < 0.8
+
+
+def test_heavy_tails_get_a_wider_scale() -> None:
+    weight = gaussian(16, 1024)
+    weight[:, ::50] *= 5
+    assert relative_error(weight, quantize_trellis(weight, parse_choice("t4"))) < 0.03
+
+
+def test_rows_do_not_see_one_another_and_threads_change_nothing() -> None:
+    weight, choice = gaussian(600, 512), parse_choice("t2.25")
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(quantize_trellis(weight, choice))
+    finally:
+        torch.set_num_threads(before)
+    alone = quantize_trellis(weight[100:117], choice)
+    assert torch.equal(found[0].codes, found[1].codes) and found[0].squared_error == found[1].squared_error
+    assert torch.equal(found[0].codes[100:117], alone.codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 129)])
+def test_error_is_that_of_what_is_stored(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight, choice = gaussian(*shape).to(dtype), parse_choice("t2.75")
+    found = quantize_trellis(weight, choice)
+    restored = dequantize(decode(encode(found)))
+    assert found.squared_error == pytest.approx(float((weight.double() - restored).square().sum()), rel=1e-5)
+
+
+def test_zeros_stay_zeros_and_tiny_and_large_weights_keep_their_precision() -> None:
+    choice = parse_choice("t3")
+    assert not dequantize(quantize_trellis(torch.zeros(3, 64), choice)).any()
+    mixed = torch.cat([torch.zeros(1, 256), gaussian(1, 256) * 1e-6, gaussian(1, 256) * 1e4])
+    found = dequantize(quantize_trellis(mixed, choice))
+    assert not found[0].any()
+    for row in (1, 2):
+        assert (mixed[row] - found[row]).square().sum() < 0.04 * mixed[row].square().sum()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
+def test_what_cannot_be_stored_is_refused_by_name(bad: float) -> None:
+    weight = gaussian(4, 256)
+    weight[3, 255] = bad
+    with pytest.raises(QuantizationError, match=r"layers\.9\.w"):
+        quantize_trellis(weight, parse_choice("t2"), "layers.9.w")
+
+
+def test_every_quantizer_of_plain_groups_fills_trellis_codes() -> None:
+    weight = gaussian(4, 128)
+    for name in (name for name, one in QUANTIZERS.items() if one.plain):
+        assert rounder_of(name)(weight, parse_choice("t2"), "w").choice == parse_choice("t2")
