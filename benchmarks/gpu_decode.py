@@ -25,14 +25,13 @@ from torch.nn.functional import linear, silu
 
 from alphaq.formats.blocks import native_format
 from alphaq.formats.native import HEADER_BYTES
-from alphaq.formats.table import storage_bytes
+from alphaq.formats.table import parse_choice, storage_bytes
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Shape
 from alphaq.runtime.packed import PackedWeights
 
 TITLE = "Decode on a GPU"
-GROUP_SIZE = 128
-WIDTHS = (2, 3, 4, 8)
+CHOICES = ("2", "t2", "3", "t3", "4", "t4", "8")
 BATCHES = (1, 4, 8)
 CALLS, REPLAYS = 16, 25
 COLD_BYTES = 400e6  # several times any GPU's last cache
@@ -65,7 +64,7 @@ class Row:
 
     layer: str
     tokens: int
-    bits: int
+    choice: str
     packed_s: float
     bfloat16_s: float
     ratio: float
@@ -76,8 +75,10 @@ class Row:
 
 def random_block(choice: Choice, shape: Shape) -> torch.Tensor:
     """A valid block with random codes and zero points, on the GPU."""
-    codes, offsets, scales, _ = native_format(choice).parts(choice, shape)
-    header = struct.pack("<2sBBHHII", b"AQ", 1, choice.bits, choice.group_size, int(choice.symmetric), *shape)
+    form = native_format(choice)
+    codes, offsets, scales, _ = form.parts(choice, shape)
+    flags = int(choice.symmetric) | form.kind_number(choice) << 1
+    header = struct.pack("<2sBBHHII", b"AQ", 1, choice.bits, choice.group_size, flags, *shape)
     block = torch.randint(256, (storage_bytes(choice, shape),), dtype=torch.uint8, device="cuda")
     block[:HEADER_BYTES] = torch.tensor(list(header), dtype=torch.uint8)
     start = HEADER_BYTES + codes + offsets
@@ -87,9 +88,9 @@ def random_block(choice: Choice, shape: Shape) -> torch.Tensor:
     return block
 
 
-def packed_layer(layer: Layer, bits: int) -> tuple[PackedWeights, PackedWeights]:
+def packed_layer(layer: Layer, choice: Choice) -> tuple[PackedWeights, PackedWeights]:
     """Gate and up, and down."""
-    choice, made = Choice(bits, GROUP_SIZE), []
+    made = []
     for projections, shape in zip((2, 1), layer.shapes, strict=True):
         weights = PackedWeights([[f"{p}.{e}" for e in range(layer.experts)] for p in range(projections)], shape)
         weights.fill([[random_block(choice, shape) for _ in range(layer.experts)] for _ in range(projections)])
@@ -172,7 +173,7 @@ def time_bfloat16(layer: Layer, both: torch.Tensor, down: torch.Tensor, tokens: 
     return time_s(call)
 
 
-def check(layer: Layer, weights: PackedWeights, bits: int) -> None:
+def check(layer: Layer, weights: PackedWeights, choice: Choice) -> None:
     """Exit unless the kernels multiply with a block's values."""
     from alphaq.runtime.triton_kernels import packed_linear
 
@@ -184,7 +185,7 @@ def check(layer: Layer, weights: PackedWeights, bits: int) -> None:
     expected = restored.double() @ inputs[0].double()
     error = ((found.double() - expected).norm() / expected.norm()).item()
     if not error < LARGEST_ERROR:
-        sys.exit(f"{layer.name} at {bits} bits: the kernels are wrong, relative error {error:.3g}.")
+        sys.exit(f"{layer.name} as {choice}: the kernels are wrong, relative error {error:.3g}.")
 
 
 def measure(layers: tuple[Layer, ...], copy_rate: float) -> list[Row]:
@@ -196,30 +197,30 @@ def measure(layers: tuple[Layer, ...], copy_rate: float) -> list[Row]:
         down = torch.randn(layer.experts, hidden, intermediate, dtype=torch.bfloat16, device="cuda")
         baseline = {tokens: time_bfloat16(layer, both, down, tokens) for tokens in BATCHES}
         del both, down
-        for bits in WIDTHS:
-            first = packed_layer(layer, bits)
+        for choice in map(parse_choice, CHOICES):
+            first = packed_layer(layer, choice)
             for weights in first:
-                check(layer, weights, bits)
+                check(layer, weights, choice)
             copies = int(COLD_BYTES // sum(weights.nbytes for weights in first))
-            several = [first, *(packed_layer(layer, bits) for _ in range(copies))]
+            several = [first, *(packed_layer(layer, choice) for _ in range(copies))]
             for tokens in BATCHES:
                 seconds, size = time_packed(layer, several, tokens)
                 share = size / seconds / copy_rate
                 ratio = baseline[tokens] / seconds
-                rows.append(Row(layer.name, tokens, bits, seconds, baseline[tokens], ratio, round(size), share))
+                rows.append(Row(layer.name, tokens, str(choice), seconds, baseline[tokens], ratio, round(size), share))
     return rows
 
 
 def table(rows: list[Row]) -> str:
     """As Markdown."""
-    header = ["layer", "tokens", "bits", "packed µs", "bfloat16 µs", "times faster", "share of copy bandwidth"]
+    header = ["layer", "tokens", "choice", "packed µs", "bfloat16 µs", "times faster", "share of copy bandwidth"]
     return markdown_table(
         header,
         [
             (
                 row.layer,
                 row.tokens,
-                row.bits,
+                row.choice,
                 f"{1e6 * row.packed_s:.1f}",
                 f"{1e6 * row.bfloat16_s:.1f}",
                 f"{row.ratio:.2f}",

@@ -1,6 +1,6 @@
 """Running models: ours packed in transformers, the same in 16 bits, and llama.cpp on our GGUF of the same size.
 
-    python benchmarks/runtime.py [MODEL ...] [--cases trained mixtral qwen] [--bits 2 3.5] [--rounds 3]
+    python benchmarks/runtime.py [MODEL ...] [--cases trained mixtral qwen] [--bits 2 t2 3.5] [--rounds 3]
 
 Every contestant is a process of its own (runtime_contestant.py) that has its model loaded and waits; they are asked
 in turn, so that a slow moment of the machine hits all of them alike. Ratios are medians over the rounds of the
@@ -35,7 +35,7 @@ CASES = {
     "qwen": "One layer of Qwen1.5-MoE-A2.7B's shape (60 experts, 4 chosen, of 2048 × 1408, and a shared one)",
 }
 TRAINED_BITS = ("2", "2.5", "3", "4")
-LAYER_BITS = ("2", "2.5", "3", "3.5", "4")
+LAYER_BITS = ("2", "t2", "2.5", "3", "t3", "3.5", "4")
 VOCABULARY = 4096
 PREFILL, PROMPT, SEQUENCES = 512, 16, 8
 LENGTH = 512  # of llama.cpp's sequences
@@ -47,6 +47,8 @@ PARTS = ("gate", "up", "down")
 TARGETS = (  # measure, bits, against, least quotient
     ("decode", "2", BASELINE, 1.7),
     ("decode", "3.5", BASELINE, 1.3),
+    ("decode", "t2", BASELINE, 2.0),
+    ("decode", "t2", "native 2", 0.6),
     *(("decode", bits, "llama.cpp", 0.7) for bits in LAYER_BITS),
 )
 MEASURES = {"decode": "decode, 1 sequence", "decode_many": f"decode, {SEQUENCES} sequences", "prefill": "prefill"}
@@ -59,8 +61,9 @@ bits, in both. Threads of each: {threads}. Decoding begins after 16 tokens; pref
 models decode greedily; layers of random weights get random tokens, as their own would repeat. bits/weight is what an
 expert's weight takes in the file, scales included; "×" is a quotient of speeds: more than 1 is faster.
 
-For the layers llama.cpp has its K types, which it runs fastest, and at 2 bits, where those are too large, IQ2_XXS and
-IQ2_XS, whose codes were drawn at random: they take minutes to find, and as long as any others to multiply with. Rows
+*native t2* are trellis codes, which llama.cpp has not; on layers they were drawn at random, as were those of IQ2_XXS
+and IQ2_XS: they take minutes to find, and as long as any others to multiply with. There llama.cpp has its K types,
+which it runs fastest, and at 2 bits, where those are too large, IQ2. Rows
 of Qwen's down projections (1408) are no multiples of 256; Q4_0 is the smallest type for them, so that its files are
 larger than ours.
 
@@ -196,10 +199,14 @@ def contestants(case: Case, work: Path) -> Iterator[Contestant]:
     yield Contestant("bf16", BASELINE, "16", case.source, 16.0, size)
     method = () if case.planned else ("--method", "uniform")
     for bits in case.bits:
-        ours = work / f"{case.name}-native-{bits}"
-        found = quantized(case.source, ours, "--bits", bits, *method)
+        ours, rate = work / f"{case.name}-native-{bits}", bits.removeprefix("t")
+        trellis = () if bits == rate else ("--choices", bits)
+        make = drawn if trellis and not case.trained else quantized
+        found = make(case.source, ours, "--bits", rate, *trellis, *method)
         bpw = found["bits_per_weight"]
         yield Contestant(f"native {bits}", "native", bits, ours, bpw, found["size_bytes"])
+        if trellis:  # llama.cpp has no such codes
+            continue
         theirs = work / f"{case.name}-llama.cpp-{bits}"
         engine = ("--engine", "llama.cpp", *LLAMA_KEPT, *method)
         if case.trained:
@@ -344,7 +351,7 @@ def targets(result: dict[str, Any]) -> str:
     """What was to be reached, and what was."""
     rows = []
     for measure, bits, against, least in TARGETS if result["case"] == "mixtral" else ():
-        other = BASELINE if against == BASELINE else f"llama.cpp {bits}"
+        other = f"{against} {bits}" if against == "llama.cpp" else against
         if (found := quotient(result, measure, f"native {bits}", other)) is not None:
             met = "yes" if found >= least else "**no**"
             rows.append([f"{MEASURES[measure]}, native {bits} by {other}", f"≥ {least}", f"{found:.2f}", met])
@@ -407,7 +414,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("models", nargs="*", type=Path, metavar="MODEL", help="trained ones beside the bundled one")
     arguments.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES), help="all by default")
-    arguments.add_argument("--bits", nargs="+", metavar="BITS", help="widths to run; all by default")
+    arguments.add_argument("--bits", nargs="+", metavar="BITS", help="widths to run, t2 for a trellis; all by default")
     arguments.add_argument("--rounds", type=int, help="5 by default")
     arguments.add_argument("--threads", type=int, default=os.cpu_count(), help="of every contestant; all cores")
     arguments.add_argument("--scratch", type=Path, default=SCRATCH, help="folder for checkpoints, about 12 GB")

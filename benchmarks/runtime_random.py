@@ -1,15 +1,15 @@
-"""One layer of random weights in the shapes of large models, and GGUF files whose codes are random, too.
+"""One layer of random weights in the shapes of large models, and checkpoints whose codes are random, too.
 
     python benchmarks/runtime_random.py {mixtral,qwen} OUT [--quick]
     python benchmarks/runtime_random.py SOURCE OUT --plan PLAN
 
-Searching the codes of llama.cpp's 2-bit types takes minutes for one layer of Mixtral's; multiplying with them takes
-as long as with any others.
+Searching the codes of llama.cpp's 2-bit types, or of a trellis, takes minutes for one layer of Mixtral's; multiplying
+with them takes as long as with any others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,19 @@ from synthetic import Dimensions, write_checkpoint
 from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.formats.ggml import GGML_BLOCKS
+from alphaq.formats.table import format_of
+from alphaq.formats.trellis import Trellis
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
-from alphaq.quantizers.base import QUANTIZERS
-from alphaq.quantizers.ggml import quantize_ggml
+from alphaq.quantizers.base import DEFAULT, QUANTIZERS
 from alphaq.work.workers import Workers
 
 VOCABULARY = 4096
 SHARD_BYTES = 1_000_000_000
 DRAWN = ("IQ2_XXS", "IQ2_XS")
 SCALE = np.float16(5e-4)  # of a block of IQ2 codes: weights near 0.02
+ROW_SCALE = 0.06  # of a row of trellis codes, likewise
 
 
 @dataclass(frozen=True)
@@ -95,20 +97,29 @@ SHAPES: dict[str, tuple[Dimensions, Dimensions]] = {  # real, quick
 }
 
 
-def draw(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
-    """What llama.cpp's quantizer gives, for types whose codes may be anything: the scale and then random bytes."""
-    if choice.name not in DRAWN:
-        return quantize_ggml(weight, choice, name)
-    rows, columns = weight.shape
-    _, block, nbytes = GGML_BLOCKS[choice.name]
-    codes = np.random.default_rng(len(name)).integers(256, size=(rows, columns // block, nbytes), dtype=np.uint8)
-    codes[:, :, :2] = np.frombuffer(SCALE.tobytes(), np.uint8)
-    return QuantizedMatrix(choice, (rows, columns), torch.from_numpy(codes.reshape(rows, -1)), None, None, 0.0)
+def drawing(own: Callable[..., QuantizedMatrix]) -> Callable[..., QuantizedMatrix]:
+    """A quantizer but for choices whose codes may be anything: those get scales and then random bytes."""
+
+    def draw(weight: torch.Tensor, choice: Choice, name: str = "matrix", **more: Any) -> QuantizedMatrix:
+        (rows, columns), generator = weight.shape, np.random.default_rng(len(name))
+        if isinstance(form := format_of(choice), Trellis):
+            codes = generator.integers(256, size=(rows, form.row_bytes(choice, columns)), dtype=np.uint8)
+            scales = torch.full((rows, choice.groups(columns)), ROW_SCALE, dtype=torch.float16)
+            return QuantizedMatrix(choice, (rows, columns), torch.from_numpy(codes), scales, None, 0.0)
+        if choice.name not in DRAWN:
+            return own(weight, choice, name, **more)
+        _, block, nbytes = GGML_BLOCKS[choice.name]
+        codes = generator.integers(256, size=(rows, columns // block, nbytes), dtype=np.uint8)
+        codes[:, :, :2] = np.frombuffer(SCALE.tobytes(), np.uint8)
+        return QuantizedMatrix(choice, (rows, columns), torch.from_numpy(codes.reshape(rows, -1)), None, None, 0.0)
+
+    return draw
 
 
 def write_drawn(source: Path, plan: Path, out: Path) -> None:
-    """`alphaq quantize SOURCE --plan PLAN -o OUT`, but for codes of the types in `DRAWN`."""
-    QUANTIZERS["ggml"] = replace(QUANTIZERS["ggml"], function=draw)
+    """`alphaq quantize SOURCE --plan PLAN -o OUT`, but for codes of the types in `DRAWN` and of a trellis."""
+    for name in ("ggml", DEFAULT):
+        QUANTIZERS[name] = replace(QUANTIZERS[name], function=drawing(QUANTIZERS[name].function))
     checkpoint = open_checkpoint(source)
     with Workers(1, checkpoint) as workers:  # in this process, where the quantizer was exchanged
         pipeline.quantize(
@@ -121,7 +132,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("source", help=f"{', '.join(SHAPES)}, or the folder of a checkpoint")
     arguments.add_argument("out", type=Path)
-    arguments.add_argument("--plan", type=Path, help="of the checkpoint's GGUF file")
+    arguments.add_argument("--plan", type=Path, help="of the checkpoint to write")
     given = arguments.parse_args()
     if given.plan:
         write_drawn(Path(given.source), given.plan, given.out)

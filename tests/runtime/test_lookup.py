@@ -8,7 +8,7 @@ import torch
 from alphaq.engines.native import PROFILE
 from alphaq.formats.blocks import decode, dequantize, encode
 from alphaq.formats.native import kind_of
-from alphaq.formats.table import parse_choice
+from alphaq.formats.table import format_of, parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.quantizers.base import rounder_of
 from alphaq.runtime.lookup import BlockForm, restored_rows
@@ -29,6 +29,13 @@ def test_rows_are_those_of_the_whole_matrix(bits: int, symmetric: bool, mix: str
         choice = parse_choice(f"{bits}g{group_size}{'s' * symmetric}{mix and '-' + mix}")
         block = block_of(choice, shape)
         assert torch.equal(restored_rows(block, BlockForm.of(choice, shape), rows), dequantize(decode(block))[rows])
+
+
+@pytest.mark.parametrize("choice", format_of(parse_choice("t2")).choices(), ids=str)
+@pytest.mark.parametrize("shape", [(32, 203), (40, 1)], ids=["ragged", "thin"])
+def test_rows_of_trellis_codes_are_told_without_those_before(choice: Choice, shape: tuple[int, int]) -> None:
+    rows, block = torch.tensor([shape[0] - 1, 0, 7, 7]), block_of(choice, shape)
+    assert torch.equal(restored_rows(block, BlockForm.of(choice, shape), rows), dequantize(decode(block))[rows])
 
 
 def test_no_rows_are_no_error() -> None:

@@ -13,8 +13,9 @@ import torch
 
 from alphaq.errors import AlphaQError, CheckpointError
 from alphaq.formats.blocks import encode
+from alphaq.formats.table import format_of, parse_choice
 from alphaq.nouns.choice import Choice
-from alphaq.quantizers.debiased import quantize_debiased
+from alphaq.quantizers.base import DEFAULT, rounder_of
 from alphaq.runtime import input_kernels, kernels
 from alphaq.runtime import multiply as module
 from alphaq.runtime.multiply import multiply, packed_linear
@@ -24,7 +25,8 @@ from alphaq.runtime.threads import parallel
 EVERY_CHOICE = [
     Choice(bits, group, symmetric) for bits in range(1, 9) for group in (32, 64, 128) for symmetric in (0, 1)
 ]
-EVERY_KIND = [*EVERY_CHOICE, torch.bfloat16, torch.float16]
+TRELLIS = format_of(parse_choice("t2")).choices()
+EVERY_KIND = [*EVERY_CHOICE, *TRELLIS, torch.bfloat16, torch.float16]
 SHAPES = [(64, 128), (65, 136), (7, 40), (130, 384), (3, 1000)]
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
@@ -40,7 +42,7 @@ def packed(
         row = []
         for kind in [*kinds[projection:], *kinds[:projection]]:
             weight = torch.randn(shape, generator=generator) * scale
-            row.append(weight.to(kind) if isinstance(kind, torch.dtype) else encode(quantize_debiased(weight, kind)))
+            row.append(weight.to(kind) if isinstance(kind, torch.dtype) else encode(rounder_of(DEFAULT)(weight, kind)))
         tensors.append(row)
     weights = PackedWeights(names, shape)
     weights.fill(tensors)
@@ -86,9 +88,10 @@ def test_products_are_those_of_the_dequantized_matrices(shape: tuple[int, int], 
 
 
 def test_many_tokens_give_what_few_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = packed((300, 200), [Choice(3, 32), Choice(8, 64, True), Choice(1, 128), torch.float16])
+    kinds = [Choice(3, 32), Choice(8, 64, True), Choice(1, 128), torch.float16, TRELLIS[5]]
+    weights = packed((300, 200), kinds)
     inputs = torch.randn(9, 200, generator=torch.Generator().manual_seed(2))
-    experts, tokens = torch.arange(4).repeat_interleave(9), torch.arange(9).repeat(4)
+    experts, tokens = torch.arange(5).repeat_interleave(9), torch.arange(9).repeat(5)
     few = multiply(inputs, weights, experts, tokens)
     monkeypatch.setattr(module, "FEW_TOKENS", 0)
     monkeypatch.setattr(module, "RESTORED_BYTES", 100_000)  # of 800 bytes a row: several parts
@@ -96,16 +99,16 @@ def test_many_tokens_give_what_few_give(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_threads_do_not_change_the_result() -> None:
-    weights = packed((512, 512), [Choice(2, 64), Choice(5, 128)])
+    weights = packed((512, 512), [Choice(2, 64), Choice(5, 128), TRELLIS[4]])
     inputs = torch.randn(7, 512, generator=torch.Generator().manual_seed(3))
-    experts, tokens = torch.arange(14) % 2, torch.arange(14) // 2
+    experts, tokens = torch.arange(21) % 3, torch.arange(21) // 3
     threads = torch.get_num_threads()
     results = []
     for count in (1, 2, 4):
         torch.set_num_threads(count)
         results.append(multiply(inputs, weights, experts, tokens))
     torch.set_num_threads(threads)
-    assert kernels.WORTH_THREADS <= 14 * 512 * 512
+    assert kernels.WORTH_THREADS <= 21 * 512 * 512
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
@@ -148,7 +151,7 @@ def test_nothing_beyond_a_block_is_read(shape: tuple[int, int], monkeypatch: pyt
     libc = ctypes.CDLL(None, use_errno=True)
     for kind in EVERY_KIND:
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(5))
-        tensor = weight.to(kind) if isinstance(kind, torch.dtype) else encode(quantize_debiased(weight, kind))
+        tensor = weight.to(kind) if isinstance(kind, torch.dtype) else encode(rounder_of(DEFAULT)(weight, kind))
         pages = -(-tensor.nbytes // mmap.PAGESIZE)
         memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
         start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -168,7 +171,7 @@ def test_nothing_beyond_a_block_is_read(shape: tuple[int, int], monkeypatch: pyt
 def test_blocks_of_another_shape_are_refused_by_name() -> None:
     weights = PackedWeights([["layer.weight"]], (64, 64))
     with pytest.raises(CheckpointError, match=r"layer\.weight has shape \[64, 32\], .* \[64, 64\]"):
-        weights.fill([[encode(quantize_debiased(torch.randn(64, 32), Choice(4, 32)))]])
+        weights.fill([[encode(rounder_of(DEFAULT)(torch.randn(64, 32), Choice(4, 32)))]])
     with pytest.raises(CheckpointError, match=r"layer\.weight has shape \[32, 64\]"):
         weights.fill([[torch.randn(32, 64).bfloat16()]])
 
@@ -202,7 +205,7 @@ def test_outliers_leave_their_neighbours_exact() -> None:
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(7))
     weight[:, 17] *= 1e-3
     weights = PackedWeights([["one"]], (64, 256))
-    weights.fill([[encode(quantize_debiased(weight, Choice(8, 32)))]])
+    weights.fill([[encode(rounder_of(DEFAULT)(weight, Choice(8, 32)))]])
     for dtype, bound in ((torch.bfloat16, 6e-3), (torch.float16, 1e-3), (torch.float32, 1e-4)):
         for size in (30.0, 300.0, 3000.0):
             inputs = torch.randn(1, 256, generator=torch.Generator().manual_seed(8)).to(dtype)
@@ -237,7 +240,7 @@ def test_copies_and_pickles_know_where_they_lie() -> None:
 
 
 def test_scales_that_are_no_numbers_are_refused_by_name() -> None:
-    block = encode(quantize_debiased(torch.randn(64, 64), Choice(4, 32)))
+    block = encode(rounder_of(DEFAULT)(torch.randn(64, 64), Choice(4, 32)))
     block[-256:].view(torch.float16)[3] = float("nan")
     with pytest.raises(CheckpointError, match="one has scales that are not finite"):
         PackedWeights([["one"]], (64, 64)).fill([[block]])

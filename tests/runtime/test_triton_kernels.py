@@ -15,7 +15,7 @@ from torch import Tensor
 from alphaq.errors import DeviceError
 from alphaq.formats.blocks import decode, dequantize, encode
 from alphaq.formats.native import CHOICE_BITS, GROUP_SIZES
-from alphaq.formats.table import parse_choice
+from alphaq.formats.table import format_of, parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.quantizers.base import rounder_of
 from alphaq.runtime.packed import PackedWeights
@@ -23,6 +23,7 @@ from alphaq.runtime.packed import PackedWeights
 triton = pytest.importorskip("triton")
 
 MODULE = "alphaq.runtime.triton_kernels"
+TRELLIS_MODULE = "alphaq.runtime.triton_trellis"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -45,12 +46,14 @@ def kernels() -> Iterator[ModuleType]:
     multiply = InterpreterBuilder.create_dot
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        patch.delitem(sys.modules, MODULE, raising=False)
+        for name in (MODULE, TRELLIS_MODULE):
+            patch.delitem(sys.modules, name, raising=False)
         for name in ("sum", "cdiv"):  # compiled ones, if something imported triton before
             patch.setattr(triton.language, name, triton.jit(getattr(standard, name).fn))
         patch.setattr(InterpreterBuilder, "create_dot", create_dot)
         yield importlib.import_module(MODULE)
         del sys.modules[MODULE], sys.modules["alphaq.runtime"].triton_kernels
+        del sys.modules[TRELLIS_MODULE], sys.modules["alphaq.runtime"].triton_trellis
 
 
 def packed(choices: Sequence[Sequence[Choice | torch.dtype]], shape: tuple[int, int]) -> PackedWeights:
@@ -136,12 +139,25 @@ def test_nested_codes_are_multiplied_among_others(kernels: ModuleType, columns: 
     check(kernels, packed([[*nested, *others]], (13, columns)), experts, torch.float32)
 
 
+@pytest.mark.parametrize("repeats", [1, 3], ids=["decode", "prefill"])
+@pytest.mark.parametrize("columns, step", [(33, 5), (136, 4), pytest.param(200, 1, marks=pytest.mark.slow)])
+def test_trellis_codes_are_multiplied_among_others(kernels: ModuleType, columns: int, step: int, repeats: int) -> None:
+    torch.manual_seed(columns)
+    trellis = format_of(parse_choice("t2")).choices()[::step]  # of every fraction
+    choices = [*trellis, Choice(4, 64, True), torch.bfloat16]
+    experts = [expert for expert in range(len(choices)) for _ in range(repeats)]
+    check(kernels, packed([choices], (9, columns)), experts, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("repeats", [1, 5], ids=["decode", "prefill"])
 def test_inputs_of_16_bits_give_results_of_their_type(kernels: ModuleType, dtype: torch.dtype, repeats: int) -> None:
     torch.manual_seed(0)
-    weights = packed([[Choice(2, 32), Choice(3, 128)], [Choice(4, 64, True), torch.bfloat16]], (9, 40))
-    check(kernels, weights, [1, 0] * repeats, dtype)
+    trellis = parse_choice("t2.5")
+    weights = packed(
+        [[Choice(2, 32), Choice(3, 128), trellis], [Choice(4, 64, True), torch.bfloat16, trellis]], (9, 40)
+    )
+    check(kernels, weights, [1, 0, 2] * repeats, dtype)
 
 
 @pytest.mark.parametrize("pairs", [4, 12], ids=["decode", "prefill"])
@@ -170,7 +186,8 @@ def test_a_block_at_an_odd_word_is_read_right(kernels: ModuleType) -> None:
 
 @pytest.mark.parametrize("repeats", [1, 5], ids=["decode", "prefill"])
 def test_the_smallest_matrices_are_multiplied(kernels: ModuleType, repeats: int) -> None:
-    check(kernels, packed([[Choice(3, 32), Choice(1, 64)]], (1, 1)), [0, 1] * repeats, torch.float32)
+    choices = [Choice(3, 32), Choice(1, 64), parse_choice("t1.25")]
+    check(kernels, packed([choices], (1, 1)), [0, 1, 2] * repeats, torch.float32)
 
 
 def test_no_pairs_give_no_rows(kernels: ModuleType) -> None:
@@ -182,8 +199,8 @@ def test_no_pairs_give_no_rows(kernels: ModuleType) -> None:
 
 def test_rows_longer_than_a_tile_of_columns_are_summed_whole(kernels: ModuleType) -> None:
     """More blocks of 32 columns, and more groups, than a program takes at once."""
-    weights = packed([[Choice(3, 32), Choice(1, 32), Choice(8, 128), torch.float16]], (3, 1320))
-    check(kernels, weights, range(4), torch.float32)
+    choices = [Choice(3, 32), Choice(1, 32), Choice(8, 128), torch.float16, parse_choice("t2"), parse_choice("t2.75")]
+    check(kernels, packed([choices], (3, 1320)), range(6), torch.float32)
 
 
 def test_tiles_give_every_pair_one_place(kernels: ModuleType) -> None:

@@ -53,8 +53,9 @@ class Levels:
     """What a code q of one group stands for: ŵ = stretch·scale·(q − zero) + mean.
 
     This is the one place where it is written (`levels_of_bits`). zero holds where no zero point is stored, and the mean
-    is 0 where none is. Kernels have it inline: `formats.kernels`, `quantizers.*kernels`, `runtime.kernels`,
-    `runtime.triton_kernels` and `runtime.lookup`; tests/formats/test_levels.py holds them against it.
+    is 0 where none is. Kernels have it inline: `formats.kernels`, `quantizers.*kernels`, `runtime.integer_kernels`,
+    `runtime.block_kernels`, `runtime.triton_kernels` and `runtime.lookup`; tests/formats/test_levels.py holds them
+    against it.
     """
 
     zero: float

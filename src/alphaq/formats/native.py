@@ -139,6 +139,10 @@ class NativeFormat(Format):
         kind = next((kind for kind, own in self.kinds.items() if own == number), None)
         return None if kind is None or bits not in self.widths else self.make(bits, group_size, symmetric, kind)
 
+    def quarters(self, choice: Choice) -> int:
+        """Quarters of a bit that a weight's code takes in a trellis; 0 of codes that stand for themselves."""
+        return 0
+
     # -- content ------------------------------------------------------------------------------------
 
     def packed_zero_points(self, matrix: QuantizedMatrix) -> np.ndarray:

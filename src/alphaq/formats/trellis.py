@@ -53,6 +53,8 @@ class Trellis(NativeFormat):
     widths = (1, 2, 3, 4)
     kinds: ClassVar[dict[str, int]] = {"": 7, ".25": 8, ".5": 9, ".75": 10}
     regroups = False
+    fused = True
+    looked_up = True
 
     def parse(self, written: Written) -> Choice | None:
         """A t and a rate of 1 to 4 bits in quarters."""

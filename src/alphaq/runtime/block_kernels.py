@@ -1,6 +1,8 @@
 """Read native blocks: scales, means and zero points of 64 rows, a row's last codes, and values restored.
 
-A block is a tuple: its address, bits, group size, flags (0, 1, or 3 where levels are odd halves), rows and columns.
+A block is a tuple: its address, bits, group size, flags, rows and columns. Flags are sums: `SYMMETRIC` where there are
+no offsets, `HALVES` where levels are odd halves of a step, `RESTORED` of what has no kernel, `TRELLIS` of trellis
+codes, whose bits are a rate in quarters.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from alphaq.simd.codes import (
 )
 from alphaq.simd.vectors import LANES, as_brain, kernel, load_bytes, splat, store
 
+SYMMETRIC, HALVES, RESTORED, TRELLIS = 1, 2, 4, 8
 TASK_ROWS = 64
 HEADER = 16
 
@@ -41,7 +44,7 @@ def last_codes(source, columns, bits, rest):
 
 
 @kernel
-def _scales(address, count, scales):
+def read_scales(address, count, scales):
     """float16 at an address to float32."""
     whole = count // LANES * LANES
     store(scales, whole, splat(np.float32(0)))  # whole lanes are read, of which nothing else may spoil the sums
@@ -91,10 +94,10 @@ def read_grids(block, first, count, scales, means, zeros):
     after = offsets
     if not symmetric:
         after += 2 * rows * groups if bits == 1 else 4 * groups * -(-rows * bits // 32)
-    _scales(after + 2 * first * groups, count * groups, scales)
+    read_scales(after + 2 * first * groups, count * groups, scales)
     if not symmetric:
         if bits == 1:
-            _scales(offsets + 2 * first * groups, count * groups, means)
+            read_scales(offsets + 2 * first * groups, count * groups, means)
         else:
             _zero_points(offsets, rows, bits, groups, first, count, zeros)
 

@@ -1,8 +1,9 @@
 """Rows of a packed matrix, restored one by one: what an embedding needs, whose table is never restored as a whole.
 
 A row's codes lie together, so that looking up a token reads one row of them, and of each group a scale and a zero
-point: ŵ = (q − z)·s, or mean ± s for 1 bit, to the bit what `formats.blocks.dequantize` gives. These are torch's
-own operations: they run on every device, and compilers see through them.
+point: ŵ = (q − z)·s, or mean ± s for 1 bit, to the bit what `formats.blocks.dequantize` gives. Of a trellis any weight
+is told by the bits before it. These are torch's own operations: they run on every device, and compilers see through
+them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from alphaq.formats.native import HEADER_BYTES
 from alphaq.formats.packing import MIDDLE, UNUSED
 from alphaq.formats.salient import most_of
 from alphaq.formats.slim import Slim
+from alphaq.formats.trellis import STATE_BITS, UNIT, state_levels
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Shape
 
@@ -26,7 +28,8 @@ class BlockForm:
     """Where things are in a block and what they stand for, so that compilers need to ask no format.
 
     sizes: bytes of header, codes, offsets, scales and the extra part. halves: whether levels are odd halves of a step.
-    differing: whether groups differ in their bits. salient: weights of a group that may have 8 bits.
+    differing: whether groups differ in their bits. salient: weights of a group that may have 8 bits. quarters: of a
+    bit that a trellis takes for a weight; 0 of other codes.
     """
 
     choice: Choice
@@ -36,13 +39,15 @@ class BlockForm:
     halves: bool
     differing: bool
     salient: int
+    quarters: int
 
     @classmethod
     def of(cls, choice: Choice, shape: Shape) -> BlockForm:
         """By the choice's format. Raises ChoiceError if it has no blocks."""
         form = native_format(choice)
         sizes = (HEADER_BYTES, *form.parts(choice, shape))
-        return cls(choice, shape, sizes, form.means, form.halves, isinstance(form, Slim), most_of(choice))
+        differing, salient = isinstance(form, Slim), most_of(choice)
+        return cls(choice, shape, sizes, form.means, form.halves, differing, salient, form.quarters(choice))
 
 
 def restored_rows(block: Tensor, form: BlockForm, rows: Tensor) -> Tensor:
@@ -52,6 +57,9 @@ def restored_rows(block: Tensor, form: BlockForm, rows: Tensor) -> Tensor:
     """
     choice, (count, columns) = form.choice, form.shape
     _, codes, offsets, scales, extra = block[: sum(form.sizes)].split(form.sizes)
+    if form.quarters:
+        step = _spread(_halves(_of(rows, scales, count)) * UNIT, choice, columns)
+        return _decoded(_of(rows, codes, count), form.quarters, columns) * step
     bits = torch.full((choice.groups(columns),), choice.bits, device=block.device)
     widths = extra.long() if form.differing else bits
     step = _halves(_of(rows, scales, count))
@@ -67,6 +75,17 @@ def restored_rows(block: Tensor, form: BlockForm, rows: Tensor) -> Tensor:
     found = _unpacked(_of(rows, codes, count), each)
     values = (found - _spread(zero, choice, columns)) * _spread(step, choice, columns) + _spread(start, choice, columns)
     return _with_salient(values, extra, form, rows) if form.salient else values
+
+
+def _decoded(packed: Tensor, quarters: int, columns: int) -> Tensor:
+    """Levels that packed rows of a trellis stand for: uint8 [n, bytes] → float32 [n, columns]."""
+    padded = torch.nn.functional.pad(packed, (-(-STATE_BITS // 8), 2)).int()  # nothing lies before a row
+    ends = torch.arange(1, columns + 1, device=packed.device) * quarters // 4
+    starts = ends + (-STATE_BITS % 8)
+    first = starts >> 3
+    found = sum(padded.index_select(1, first + byte) << 8 * byte for byte in range(3))
+    states = (found >> (starts & 7).int() & 2**STATE_BITS - 1).long()
+    return torch.tensor(state_levels().tolist(), dtype=torch.float32, device=packed.device)[states]
 
 
 def _of(rows: Tensor, part: Tensor, count: int) -> Tensor:

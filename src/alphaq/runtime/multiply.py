@@ -17,7 +17,7 @@ from alphaq.formats.blocks import block_bytes, decode, dequantize
 from alphaq.formats.native import HEADER_BYTES
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.runtime import kernels
-from alphaq.runtime.block_kernels import TASK_ROWS
+from alphaq.runtime.block_kernels import RESTORED, TASK_ROWS, TRELLIS
 from alphaq.runtime.packed import ADDRESS, BITS, FLAGS, PackedWeights
 from alphaq.runtime.threads import parallel
 from alphaq.simd.codes import FEATURES
@@ -90,7 +90,7 @@ def cpu_linear(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens
     )
     if left:
         experts_left = np.bincount(wanted[wanted >= 0], minlength=codings.shape[1])[: codings.shape[1]]
-        restored = (experts_left > FEW_TOKENS) | (codings[..., FLAGS] > kernels.MIXED)  # [projections, experts]
+        restored = (experts_left > FEW_TOKENS) | (codings[..., FLAGS] & RESTORED > 0)  # [projections, experts]
         for expert in np.flatnonzero((experts_left > 0) & restored.any(0)):
             mine = torch.from_numpy(np.flatnonzero(wanted == expert))
             _multiply_restored(inputs[tokens[mine]], codings[:, expert], restored[:, expert], rows, out, mine)
@@ -109,13 +109,13 @@ def _multiply_restored(
     scratch = torch.empty(min(step, rows), columns, dtype=kind)
     for projection in np.flatnonzero(chosen):
         coding = codings[projection]
-        mixed = _held(int(coding[ADDRESS])) if coding[FLAGS] > kernels.MIXED else None
+        mixed = _held(int(coding[ADDRESS])) if coding[FLAGS] & RESTORED else None
         for first in range(0, rows, step):
             count = min(step, rows - first)
             part = scratch[:count]
             if mixed is not None:
                 part = dequantize(mixed, kind, slice(first, first + count))
-            elif coding[BITS] == 16:
+            elif coding[BITS] == 16 and not coding[FLAGS] & TRELLIS:
                 part = _kept(coding, first, count, columns).to(kind)
             else:
                 kernels.restore(coding, rows, columns, first, count, brain, flat(part), *parallel())

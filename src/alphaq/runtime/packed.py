@@ -18,11 +18,11 @@ from alphaq.formats.kept import KEPT as SIXTEEN_BITS
 from alphaq.formats.native import HEADER_BYTES
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Shape
+from alphaq.runtime.block_kernels import HALVES, RESTORED, SYMMETRIC, TRELLIS
 from alphaq.runtime.lookup import BlockForm, restored_rows
 
-ADDRESS, BITS, GROUP_SIZE, FLAGS = range(4)  # columns of a table
+ADDRESS, BITS, GROUP_SIZE, FLAGS = range(4)  # columns of a table; bits of a trellis are quarters, see `block_kernels`
 FIELDS = 4
-SYMMETRIC, HALVES, RESTORED = 1, 2, 4  # flags: no offsets; levels at odd halves of a step; no kernel, rows are restored
 FLOAT16 = 1  # flag of matrices of 16 bits, which are bfloat16 otherwise
 RESTORING_DEVICES = ("cpu",)  # where matrices without a kernel can be multiplied
 KEPT = (torch.bfloat16, torch.float16)
@@ -95,12 +95,15 @@ class PackedWeights(nn.Module):
         begin = end - parts.scales - (parts.offsets if form.means else 0)
         if not bool(torch.isfinite(block[begin:end].clone().view(torch.float16)).all()):
             raise CheckpointError(f"{name} has scales that are not finite. Quantize the model again.")
-        if not form.fused:
+        whole_rows = not form.quarters(choice) or choice.groups(found[1]) == 1
+        if not (form.fused and whole_rows):
             if block.device.type not in RESTORING_DEVICES:
                 raise _without_kernel(name, choice, block.device)
             decode(block, name)  # refuses what nothing else looks at
-        flags = SYMMETRIC * choice.symmetric | HALVES * form.halves | RESTORED * (not form.fused)
-        return block.data_ptr(), choice.bits, choice.group_size, flags
+            return block.data_ptr(), choice.bits, choice.group_size, RESTORED
+        if quarters := form.quarters(choice):
+            return block.data_ptr(), quarters, choice.group_size, TRELLIS
+        return block.data_ptr(), choice.bits, choice.group_size, SYMMETRIC * choice.symmetric | HALVES * form.halves
 
     @property
     def device(self) -> torch.device:
@@ -163,13 +166,14 @@ class PackedWeights(nn.Module):
         size = f"{len(self.names)} × {len(self.names[0])} × {list(self.shape)}"
         if not hasattr(self, "table"):
             return size
-        return f"{size}, {self.table[..., BITS].double().mean():.2f} bits"
+        bits, flags = self.table[..., BITS].double(), self.table[..., FLAGS]
+        return f"{size}, {torch.where(flags & TRELLIS > 0, bits / 4, bits).mean():.2f} bits"
 
 
 def _without_kernel(name: str, choice: Choice, device: torch.device) -> CheckpointError:
     return CheckpointError(
-        f"{name} is stored as {choice}, and mixes of widths have no kernel for {device.type}. Run it on the CPU, or "
-        "quantize again with other --choices, such as 1,2,3,4."
+        f"{name} is stored as {choice}, for which there is no kernel for {device.type} (mixes of widths, and rows of "
+        "trellis codes over 65535 columns). Run it on the CPU, or quantize again with other --choices, such as 1,2,3,4."
     )
 
 

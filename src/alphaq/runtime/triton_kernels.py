@@ -13,6 +13,8 @@ with zeros: whatever a thread reads beyond a row's end does not count, so nothin
 
 Prefill has many tokens per expert: pairs are sorted by expert and cut into tiles on the device, without waiting for
 it, and a grouped matrix product restores one tile of weights at a time, in the inputs' type.
+
+Trellis codes have functions of their own for both, in `triton_trellis`.
 """
 
 from __future__ import annotations
@@ -30,9 +32,12 @@ except ImportError as error:
         f"The GPU kernels need triton, which cannot be imported ({error}). Install it: pip install triton."
     ) from None
 
+from alphaq.runtime.triton_trellis import levels_on, product_with_trellis, store_trellis_rows
+
 BLOCK = 32  # codes that are whole words at every bit-width
 FIELDS = tl.constexpr(4)  # of a table: address, bits, group size, flags
 HEADER_BYTES = tl.constexpr(16)
+TRELLIS = tl.constexpr(8)  # a flag of `block_kernels`: bits are a rate in quarters
 
 ROWS_PER_THREAD = 8
 ONE = 0x3F800000  # 1.0 in bits; an argument of the kernel, as some versions of ptxas take two steps to use a constant
@@ -68,7 +73,8 @@ def _decode(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens: T
     _arrange[(count, tiles)](inputs, arranged, sums, columns, BLOCK, tile_blocks)
     out = inputs.new_empty(pairs, projections * rows)
     _decode_kernel[(pairs * projections * -(-rows // tile_rows),)](
-        inputs, arranged, sums, table, experts, tokens, out, pairs, projections, available, rows, columns, ONE,
+        inputs, arranged, sums, table, levels_on(inputs.device), experts, tokens, out,
+        pairs, projections, available, rows, columns, ONE,
         WORD_PAIRS=columns % 64 == 0, RAGGED=columns % BLOCK != 0, BLOCK=BLOCK,
         TILE_ROWS=tile_rows, TILE_BLOCKS=tile_blocks, num_warps=warps,
     )  # fmt: skip
@@ -94,7 +100,7 @@ def _prefill(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens: 
     order, tile_expert, tile_start, tile_end = _tiles(experts, available, tile_pairs)
     out = inputs.new_zeros(pairs, projections * rows)
     _prefill_kernel[(len(tile_expert) * projections * -(-rows // tile_rows),)](
-        inputs, table, tokens, order, tile_expert, tile_start, tile_end, out,
+        inputs, table, levels_on(inputs.device), tokens, order, tile_expert, tile_start, tile_end, out,
         len(tile_expert), projections, available, rows, columns,
         RAGGED=columns % BLOCK != 0, BLOCK=BLOCK, TILE_PAIRS=tile_pairs, TILE_ROWS=tile_rows,
         num_warps=warps, num_stages=stages,
@@ -151,6 +157,7 @@ def _decode_kernel(
     arranged,
     sums,
     table,
+    levels,
     experts,
     tokens,
     out,
@@ -184,16 +191,23 @@ def _decode_kernel(
         padded = tl.cdiv(columns, BLOCK * TILE_BLOCKS) * TILE_BLOCKS
         x = arranged + token * padded * BLOCK
         x_sums = sums + token * padded
-        if bits == 16:
-            _store_matrix_rows(
-                address, inputs + token * columns, y, first_row, rows, columns, flag, TILE_ROWS, TILE_BLOCKS
-            )
-        for width in tl.static_range(1, 9):
-            if bits == width:
-                _store_block_rows(
-                    address, x, x_sums, y, first_row, rows, columns, group_size, flag, one,
-                    width, WORD_PAIRS, RAGGED, BLOCK, TILE_ROWS, TILE_BLOCKS,
-                )  # fmt: skip
+        if flag == TRELLIS:
+            for rate in tl.static_range(4, 17):
+                if bits == rate:
+                    store_trellis_rows(
+                        address, x, y, first_row, rows, columns, levels, rate, BLOCK, TILE_ROWS, TILE_BLOCKS
+                    )
+        else:
+            if bits == 16:
+                _store_matrix_rows(
+                    address, inputs + token * columns, y, first_row, rows, columns, flag, TILE_ROWS, TILE_BLOCKS
+                )
+            for width in tl.static_range(1, 9):
+                if bits == width:
+                    _store_block_rows(
+                        address, x, x_sums, y, first_row, rows, columns, group_size, flag, one,
+                        width, WORD_PAIRS, RAGGED, BLOCK, TILE_ROWS, TILE_BLOCKS,
+                    )  # fmt: skip
     else:
         row = first_row + tl.arange(0, TILE_ROWS)
         tl.store(y + row, tl.full([TILE_ROWS], 0.0, out.dtype.element_ty), mask=row < rows)
@@ -462,6 +476,7 @@ def _codes(start, place, words, BITS: tl.constexpr, ALONG_ROW: tl.constexpr):
 def _prefill_kernel(
     inputs,
     table,
+    levels,
     tokens,
     order,
     tile_expert,
@@ -497,7 +512,12 @@ def _prefill_kernel(
         flag = tl.load(entry + 3)
         inside = tl.minimum(row, rows - 1)
         result = tl.full([TILE_PAIRS, TILE_ROWS], 0.0, tl.float32)
-        if bits == 16:
+        if flag == TRELLIS:
+            rate = bits.to(tl.int32)
+            result = product_with_trellis(
+                x, filled, address, inside, rows, columns, rate, levels, BLOCK, TILE_PAIRS, TILE_ROWS
+            )
+        elif bits == 16:
             if flag == 1:
                 halves = address.to(tl.pointer_type(tl.float16))
                 result = _product_with_matrix(x, filled, halves, inside, columns, TILE_PAIRS, TILE_ROWS)
@@ -505,7 +525,7 @@ def _prefill_kernel(
                 brains = address.to(tl.pointer_type(tl.bfloat16))
                 result = _product_with_matrix(x, filled, brains, inside, columns, TILE_PAIRS, TILE_ROWS)
         for width in tl.static_range(1, 9):
-            if bits == width:
+            if (bits == width) & (flag != TRELLIS):
                 result = _product_with_block(
                     x, filled, address, inside, rows, columns, group_size, flag,
                     width, RAGGED, BLOCK, TILE_PAIRS, TILE_ROWS,

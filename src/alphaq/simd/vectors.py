@@ -58,12 +58,18 @@ def _state_of_kernels() -> str:
 _STATE = _state_of_kernels()
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function that releases the interpreter lock; kept on disk where there is a place for it.
+def stamped(function: Callable[..., Any]) -> Any:
+    """A function that will be compiled and kept: its name carries the state of all modules with kernels.
 
-    numba compiles anew when the function's own module has changed; its name carries the state of the others.
+    numba itself compiles anew only when the function's own module has changed.
     """
     function.__qualname__ += f"-{_STATE}"
+    return function
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile a function that releases the interpreter lock; kept on disk where there is a place for it."""
+    stamped(function)
     options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
     try:
         dispatcher = numba.njit(cache=True, **options)(function)
