@@ -226,3 +226,18 @@ def test_the_command_writes_a_plan_that_explain_and_quantize_take(
     assert alphaq("quantize", checkpoint.folder, "--plan", out, "-o", tmp_path / "model").code == 0
     missing = alphaq("refine", checkpoint.folder, "--plan", tmp_path / "none.json", "-o", out)
     assert missing.code == 2 and "Make one with `alphaq plan" in missing.err
+
+
+@pytest.mark.slow
+def test_all_roles_that_share_a_budget_are_exchanged(tiny: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    request = resolve(PlanConfig(budget=Budget(size_bytes=5_400_000), engine="llama.cpp", fast=True))
+    plan = make_plan(checkpoint, request, measure_for_plan(checkpoint, request))
+    told: list[str] = []
+    refined = refine(checkpoint, plan, replace(FEW, told=told.append), tmp_path / "state")
+    assert (
+        refined.refined is not None and refined.refined.hidden == 0 and refined.refined.after <= refined.refined.before
+    )
+    assert refined.size_bytes is not None and plan.size_bytes is not None and refined.size_bytes <= plan.size_bytes
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= plan.assignment.keys()
+    quantize(checkpoint, refined, tmp_path / "out")
