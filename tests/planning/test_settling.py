@@ -179,8 +179,16 @@ def test_what_is_chosen_has_been_measured(checkpoint: Checkpoint, measured: Coun
     assert made.sampling_error is not None and made.sampling_error < UNSEEN
 
 
-def test_the_same_plan_on_any_number_of_workers(checkpoint: Checkpoint) -> None:
-    request, plans = request_of(), []
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param({"engine": "native", "choices": None, "method": "auto", "check": False}, marks=pytest.mark.slow),
+    ],
+    ids=["llama.cpp", "default"],
+)
+def test_the_same_plan_on_any_number_of_workers(checkpoint: Checkpoint, settings: dict[str, object]) -> None:
+    request, plans = request_of(**settings), []
     for count in (1, 2):
         with Workers(count, checkpoint) as workers:
             found = measure_for_plan(checkpoint, request, resources=Resources(workers))

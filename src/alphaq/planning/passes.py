@@ -29,8 +29,10 @@ T = TypeVar("T")
 SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH = 8, 256
 FISHER_LENGTH = 128
 FEWEST_WINDOWS, MOST_WINDOWS = 8, 32
-REWRITTEN = 8, 64
-"""Windows and tokens of a model that is too large to write token by token."""
+REWRITTEN = 8, 32
+"""Windows and tokens of a model that is too large to write token by token; more where an expert would see fewer than
+`EXPERT_TOKENS` on average."""
+EXPERT_TOKENS = 16
 FISHER_WORK = 5 * 10**11
 """Tokens × weights that a token meets, up to which there are more than the fewest windows: a minute on two cores."""
 
@@ -93,19 +95,20 @@ def fisher_shape(checkpoint: Checkpoint) -> tuple[int, int]:
     A model that writes token by token writes as much as the work allows. What one rewrites is further from text, of
     which more changes nothing (docs/research/log.md).
     """
-    if not writes(checkpoint):
-        return REWRITTEN
     experts = checkpoint.architecture.experts_per_layer(checkpoint.config)
     keys = (key for key in checkpoint.architecture.top_k_keys if isinstance(checkpoint.text_config.get(key), int))
     chosen = next((int(checkpoint.text_config[key]) for key in keys), experts)
     share = chosen / experts if experts else 1.0
+    if not writes(checkpoint):
+        windows, length = REWRITTEN
+        return windows, length * max(1, math.ceil(EXPERT_TOKENS / (windows * length * share)))
     met = sum(
         matrix.parameters * (share if matrix.role is Role.EXPERT else 1.0)
         for matrix in checkpoint.matrices
         if matrix.role is not Role.EMBEDDING or not checkpoint.with_role(Role.HEAD)
     )
-    windows = FISHER_WORK // (FISHER_LENGTH * max(1.0, met))
-    return int(min(MOST_WINDOWS, max(FEWEST_WINDOWS, windows))), FISHER_LENGTH
+    affordable = FISHER_WORK // (FISHER_LENGTH * max(1.0, met))
+    return int(min(MOST_WINDOWS, max(FEWEST_WINDOWS, affordable))), FISHER_LENGTH
 
 
 def prior(run: PassRun) -> Mapping[Expert, ExpertUse]:

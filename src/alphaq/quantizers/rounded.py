@@ -28,6 +28,7 @@ from alphaq.simd.sums import in_threads, squared_distance, squared_norm
 
 SAMPLE_VALUES = 1 << 18
 SAMPLE_BATCHES = 8  # of fewer the standard error is itself too uncertain
+PART_VALUES = 1 << 18  # squared at once: a megabyte, which stays in the cache
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,15 @@ class ErrorWeights:
     rows: np.ndarray
     columns: np.ndarray
 
-    def by_row(self, values: torch.Tensor) -> np.ndarray:
-        """Σⱼ columns[j]·v² of each row of values [rows, columns], float64 [rows]."""
+    def by_row(self, values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Σⱼ columns[j]·v² and Σⱼ v² of each row of values [rows, columns], both float64 [rows]."""
         by_column = torch.from_numpy(self.columns.astype(np.float32))
-        return (values.float().square() @ by_column).double().numpy()
+        counted, plain = [], []
+        for part in values.split(max(1, PART_VALUES // values.shape[1])):
+            squares = part.float().square()
+            counted.append(squares @ by_column)
+            plain.append(squares.sum(1))
+        return torch.cat(counted).double().numpy(), torch.cat(plain).double().numpy()
 
 
 @dataclass(frozen=True)
@@ -252,7 +258,8 @@ def counted_errors(
     proportion to what their energy counts, half to their energy, so that both kinds of errors are known.
     """
     weight, name = source.weight, source.matrix.name
-    plain_rows, of_rows = _energy_by_row(weight), counting.rows * counting.by_row(weight)
+    of_rows, plain_rows = counting.by_row(weight)
+    of_rows = counting.rows * of_rows
     energy, total = float(plain_rows.sum()), float(of_rows.sum())
     if not math.isfinite(total + energy):
         raise QuantizationError(f"{name} holds NaN or infinite weights. The checkpoint is damaged.")
@@ -272,8 +279,8 @@ def counted_errors(
         """As they count, and plainly, [batches]."""
         found = source.at(choice) if whole else rounded(some, choice, name, source.rounder)
         restored = dequantize(found.values) if isinstance(found.values, QuantizedMatrix) else found.values
-        misses = some.float() - restored.float()
-        kinds = (counting.rows[distinct] * counting.by_row(misses), of_rows), (_energy_by_row(misses), plain_rows)
+        by_row, plainly = counting.by_row(some.float() - restored.float())
+        kinds = (counting.rows[distinct] * by_row, of_rows), (plainly, plain_rows)
         counted, plain = (
             np.array([_ratio(errors, of[distinct], chance[distinct], one) for one in batches]) for errors, of in kinds
         )
@@ -285,10 +292,6 @@ def counted_errors(
         if not whole:
             found.deviation[choice] = float(counted.std(ddof=1) / math.sqrt(len(counted)) * energy)
     return found
-
-
-def _energy_by_row(values: torch.Tensor) -> np.ndarray:
-    return values.float().square().sum(1).double().numpy()
 
 
 def _ratio(errors: np.ndarray, energies: np.ndarray, chances: np.ndarray, drawn: np.ndarray) -> float:
