@@ -252,12 +252,18 @@ def test_torch_s_threads_are_found() -> None:
 
 
 @pytest.mark.slow
-def test_processors_without_avx512_give_the_same() -> None:
+@pytest.mark.parametrize(
+    ("features", "tests"),
+    [
+        ("+avx2,+fma,+f16c,+avx,+sse4.2", ("test_products", "test_nothing", "test_many")),
+        ("+f16c,+avx,+sse4.2", ("test_nothing",)),
+    ],
+    ids=["avx2", "avx"],
+)
+def test_processors_without_avx512_give_the_same(features: str, tests: tuple[str, ...]) -> None:
     """The code for others, compiled here: the same file's tests under numba's own setting."""
-    environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+avx,+sse4.2"}
-    chosen = [
-        f"{__file__}::{name}" for name in globals() if name.startswith(("test_products", "test_nothing", "test_many"))
-    ]
+    environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features}
+    chosen = [f"{__file__}::{name}" for name in globals() if name.startswith(tests)]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *chosen], env=environment, capture_output=True, text=True
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alphaq.formats.blocks import decode, dequantize, encode
-from alphaq.nouns.choice import Choice
+from alphaq.formats.table import parse_choice
 from alphaq.quantizers.base import rounder_of
 
 
@@ -55,14 +55,15 @@ def embedding_class() -> Any:
 
 
 @pytest.mark.parametrize("arrives", ["made", "pickled"])
-def test_embeddings_take_blocks_as_the_matrices_that_they_are(plugin: Any, arrives: str) -> None:
+@pytest.mark.parametrize("choice", ["4g32", "t3.5"])
+def test_embeddings_take_blocks_as_the_matrices_that_they_are(plugin: Any, choice: str, arrives: str) -> None:
     config = plugin.AlphaQConfig.from_config({"format_version": 1})
     if arrives == "pickled":  # to a process that has not made one
         sent = pickle.dumps(config)
         embedding_class().weight_loader = Embedding.weight_loader
         assert pickle.loads(sent).packed_modules_mapping == {}
     weight = torch.randn(12, 64)
-    block = encode(rounder_of("debiased")(weight, Choice(4, 32), "table"))
+    block = encode(rounder_of("debiased")(weight, parse_choice(choice), "table"))
     parameter = torch.zeros(12, 64)
     embedding_class()().weight_loader(parameter, block)
     assert torch.equal(parameter, dequantize(decode(block)))

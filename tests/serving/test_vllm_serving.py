@@ -57,8 +57,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 OTHERWISE = {"deepseek_v2", "deepseek_v3"}
 """Families whose unquantized random models vLLM runs otherwise than transformers does."""
 
-EXPERT_CHOICES = ("2g32", "3g64", "16", "4g128", "1g32", "8g128s")
-OTHER_CHOICES = ("4g128", "16", "4g32", "8g64s")
+EXPERT_CHOICES = ("2g32", "3g64", "16", "t2.25", "4g128", "1g32", "t3", "8g128s")
+OTHER_CHOICES = ("4g128", "16", "t4", "4g32", "8g64s")
 PROMPTS = [list(range(3, 20)), [7, 9, 11, 100, 55, 20, 31]]
 COUNT = 12
 TEXTS = ["def main", "The history of", "import os\n", "class "]
