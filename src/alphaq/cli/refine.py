@@ -27,7 +27,7 @@ def refine(
     gradients: Annotated[int, typer.Option(min=8, help="Backward passes in each round.")] = 24,
     tokens: Annotated[
         int | None,
-        typer.Option(min=256, help="Tokens of each; by default 1,024 to 2,048, the fewer the larger the model."),
+        typer.Option(min=256, help="Tokens of each; by default 1,024 to 4,096, the fewer the larger the model."),
     ] = None,
     by: Annotated[
         str, typer.Option(metavar="[gradients|groups]", help="What tells what exchanges do; groups needs no gradient.")
