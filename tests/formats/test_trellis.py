@@ -8,7 +8,7 @@ import torch
 
 from alphaq.errors import ChoiceError
 from alphaq.formats.blocks import dequantize, encode
-from alphaq.formats.table import parse_choice, storage_bytes
+from alphaq.formats.table import code_bits, parse_choice, storage_bytes
 from alphaq.formats.trellis import FORMAT, LEVELS, LINEAR, SQUARE, state_levels
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
@@ -46,6 +46,7 @@ def test_each_value_is_told_by_the_ten_bits_before_its_end(text: str) -> None:
 def test_rates_are_quarters_from_1_to_4() -> None:
     assert RATES[:6] == ["t1", "t1.25", "t1.5", "t1.75", "t2", "t2.25"]
     assert (len(RATES), RATES[-1]) == (13, "t4")
+    assert [code_bits(choice) for choice in FORMAT.choices()] == [quarters / 4 for quarters in range(4, 17)]
     assert parse_choice("t2.50") == parse_choice("t2.5") == Choice(2, 65535, symmetric=True, name="t2.5")
 
 

@@ -110,6 +110,10 @@ class Format(ABC):
         """What the file calls it."""
         return choice
 
+    def code_bits(self, choice: Choice) -> float:
+        """Bits per weight of its codes, nominal where codes differ."""
+        return choice.bits
+
     def rate(self, choice: Choice) -> float:
         """Bits per weight that its codes are rounded for, to be entropy-coded; 0 if that does not matter."""
         return 0.0

@@ -63,6 +63,11 @@ def stored_choice(choice: Choice) -> Choice:
     return format_of(choice).stored(choice)
 
 
+def code_bits(choice: Choice) -> float:
+    """Bits per weight of a choice's codes: 2.25 of 't2.25'."""
+    return format_of(choice).code_bits(choice)
+
+
 def rate_of(choice: Choice) -> float:
     """Bits per weight that codes are rounded for, to be entropy-coded; 0 of choices that are not."""
     return format_of(choice).rate(choice)

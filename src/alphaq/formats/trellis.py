@@ -93,6 +93,10 @@ class Trellis(NativeFormat):
         """Quarters of a bit per weight, 4 to 16."""
         return round(4 * float(choice.name[1:]))
 
+    def code_bits(self, choice: Choice) -> float:
+        """Its rate."""
+        return self.quarters(choice) / 4
+
     def row_bytes(self, choice: Choice, columns: int) -> int:
         """Bytes of a row's stream: whole 32-bit words."""
         return 4 * -(-(columns * self.quarters(choice) // 4) // 32)

@@ -12,7 +12,7 @@ import numpy as np
 from alphaq.allocation.problem import Problem
 from alphaq.errors import BudgetError, ChoiceError
 from alphaq.formats.gaussian import gaussian_errors
-from alphaq.formats.table import format_of
+from alphaq.formats.table import code_bits, format_of
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.settings import PlanConfig, Rule
@@ -62,7 +62,7 @@ def allowed_choices(scope: Scope) -> np.ndarray:
     """
     config, choices, matrices = scope.request.config, scope.request.choices, scope.matrices
     allowed = np.tile([choice in scope.request.offered for choice in choices], (len(matrices), 1))
-    bits = np.array([choice.bits for choice in choices])
+    bits = np.array([code_bits(choice) for choice in choices])
     for rule in config.min_bits:
         allowed[_named(rule, "--min-bits", matrices)] &= bits >= rule.number("--min-bits")
     for rule in config.max_bits:

@@ -9,7 +9,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.profile import Profile
 from alphaq.engines.profiles import profile as engine_profile
 from alphaq.errors import BudgetError, ChoiceError
-from alphaq.formats.table import format_of, rate_of
+from alphaq.formats.table import code_bits, format_of, rate_of
 from alphaq.formats.table import parse_choice as read_choice
 from alphaq.formats.versions import CODECS
 from alphaq.nouns.choice import Choice
@@ -210,7 +210,7 @@ def _styled(choice: Choice, config: PlanConfig) -> Choice:
 
 def _named_in_width(usual: Choice, offered: Sequence[Choice]) -> Choice:
     """What stands for a width where none of its usual format was named: the largest named of that width, if any."""
-    named = [choice for choice in offered if choice.bits == usual.bits and not rate_of(choice)]
+    named = [choice for choice in offered if code_bits(choice) == usual.bits and not rate_of(choice)]
     if not named or any(format_of(choice) is format_of(usual) and format_of(usual).regroups for choice in named):
         return usual
     return (

@@ -13,6 +13,7 @@ import alphaq
 from alphaq.allocation.problem import RANKED, Problem, solve_experts, solve_losses
 from alphaq.allocation.solution import Solution
 from alphaq.errors import BudgetError
+from alphaq.formats.table import code_bits
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan, PlanTable
 from alphaq.planning.measured import Measurements
@@ -83,7 +84,7 @@ def draft(request: Request, measurements: Measurements, evidence: Evidence, answ
     config, solution, problem = request.config, answer.solution, answer.problem
     experts = answer.columns[: len(evidence.names)]
     picked = np.arange(len(experts)), experts
-    bits = [request.choices[column].bits for column in experts]
+    bits = [code_bits(request.choices[column]) for column in experts]
     resolved = config.model_copy(update={"gamma": resolved_gamma(evidence)} if config.method == "alphaq" else {})
     bounded = np.isfinite(solution.lower_bound)
     single = not config.per_layer and request.method.kind == "loss"  # one price for all: the budget is the only limit

@@ -9,6 +9,7 @@ from alphaq.simd.paths import step_1, step_2, step_3, step_4
 from alphaq.simd.vectors import LANES, as_half, fma, kernel, load, load_some, magnitude, maximum, splat, store
 
 UNREACHED = np.float32(1e30)
+SMALLEST = np.float32(2.0**-26)  # no smaller scale rounds to a float16 above 0
 REACH = np.float32(2.1)  # of the levels' root mean square; half of what lies beyond is lost
 
 
@@ -47,7 +48,7 @@ def encode_rows(weights, columns, quarters, group_size, levels, worth, shares, g
 
 @kernel
 def _first_scales(values, columns, group_size, worth, shares, granular, scales):
-    """Scales of the groups of a row before its codes are known; whether any is above 0.
+    """Scales of the groups of a row before its codes are known; whether any can be stored.
 
     Of the sixteen shares of a group's root mean square the one of the least granular · share² + Σ overshoot² / 2: what
     levels that lie too far apart lose, and what weights lose that lie beyond most of them.
@@ -71,7 +72,7 @@ def _first_scales(values, columns, group_size, worth, shares, granular, scales):
             apart = load(shares, 0) * load(shares, 0) * splat(np.float32(granular * count))
             store(sums, 0, fma(lost, half, apart))
             scales[group] = size * shares[np.argmin(sums)]
-        any_ |= scales[group] > 0
+        any_ |= scales[group] > SMALLEST
     return any_
 
 

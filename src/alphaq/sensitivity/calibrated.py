@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from alphaq.calibration.traffic import Calibration
+from alphaq.formats.table import code_bits
 from alphaq.sensitivity.base import Evidence
 
 WEIGHT_EXPONENT = 1.5
@@ -50,7 +51,7 @@ def baq(evidence: Evidence) -> np.ndarray:
     """c·2^(−2b), float64 [matrices, choices]."""
     of_text = _text_pass(evidence)
     constants = np.array([of_text.matrices[name].baq for name in evidence.names])
-    return constants[:, None] * np.array([0.0 if c.kept else 4.0**-c.bits for c in evidence.choices])
+    return constants[:, None] * np.array([0.0 if c.kept else 4.0 ** -code_bits(c) for c in evidence.choices])
 
 
 def hessian(evidence: Evidence) -> np.ndarray:
