@@ -32,11 +32,12 @@ CHOICES = ("t1.5", "t2", "3g32", "t3.25", "t4", "16")
 
 
 def trellis_model(source: Path, out: Path) -> Path:
-    """A native checkpoint whose matrices have several rates and other choices in turn; all of the vocabulary 4 bits."""
+    """A native checkpoint whose experts have several rates and other choices in turn, and its vocabulary 4 bits."""
     checkpoint = open_checkpoint(source)
     vocabulary = {Role.EMBEDDING: "t4", Role.HEAD: "t4"}
-    turns = zip(checkpoint.matrices, cycle(CHOICES), strict=False)
-    wanted = {one.name: vocabulary.get(one.role, choice) for one, choice in turns if one.role != Role.ROUTER}
+    planned = [one.name for one in checkpoint.matrices if one.role == checkpoint.planned_role]
+    wanted = dict(zip(planned, cycle(CHOICES), strict=False))
+    wanted |= {one.name: vocabulary[one.role] for one in checkpoint.matrices if one.role in vocabulary}
     pipeline.quantize(checkpoint, Plan(engine="native", choices=wanted), out)
     return out
 
