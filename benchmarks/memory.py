@@ -22,7 +22,7 @@ from alphaq.engines.gguf import library
 from alphaq.formats.ggml import GGML_TYPES
 
 TITLE = "Memory of llama.cpp"
-WAYS = ((512, 1, "f16"), (4096, 1, "f16"), (4096, 1, "q8_0"), (1024, 4, "f16"), (16384, 1, "q4_0"))
+WAYS = ((512, 1, "f16"), (4096, 1, "f16"), (4096, 1, "q8_0"), (1024, 4, "f16"), (8192, 1, "q4_0"))
 BATCH = 512
 MIB = 2**20
 

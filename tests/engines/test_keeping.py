@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -82,6 +83,7 @@ def test_the_budget_is_what_is_left(tiny: Path, checkpoint: Checkpoint, alphaq: 
         ((*ENGINE, "--memory", "56MiB", "--context", "64"), "Raise it"),
         ((*ENGINE, "--memory", "16GiB", "--kv-type", "q3"), "--kv-type"),
         ((*ENGINE, "--memory", "-1"), "is not a size"),
+        ((*ENGINE, "--memory", "16GiB", "--context", "1000000000", "--parallel", "5"), "more than 1073741824"),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -95,6 +97,15 @@ def test_a_build_that_does_not_say_is_refused(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setitem(library.REPACKING, "no_alloc", True)
     with pytest.raises(library.LlamaError, match="cannot lay out a model without reading it"):
         keeping._model_params(library.opened())
+
+
+def test_a_build_that_says_less_of_the_cache_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tiny: Path, alphaq: Callable[..., Ran], tmp_path: Path
+) -> None:
+    assert alphaq("quantize", tiny, *ENGINE, "--bits", "8", "-o", tmp_path / "out").code == 0
+    monkeypatch.setattr(keeping, "_CACHE", re.compile("never said"))
+    with pytest.raises(library.LlamaError, match="does not say what it keeps"):
+        keeping._simulated(tmp_path / "out" / "model.gguf", Serving(memory_bytes=2**30))
 
 
 def test_engines_that_cannot_tell_are_named(checkpoint: Checkpoint) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 
 from alphaq.nouns.option import Option
 from alphaq.nouns.settings import parse_size
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 CACHE_TYPES: tuple[str, ...] = get_args(CacheType)
+MOST_CELLS = 2**30  # engines count them in 32 bits
 MEMORY = "Memory to run in (with --memory)"
 
 
@@ -29,9 +30,15 @@ class Serving(BaseModel):
             parse=parse_size,
         ),
     ] = Field(gt=0)
-    context: Annotated[int, Option("Tokens of context of each sequence.", MEMORY)] = Field(default=4096, ge=1)
-    parallel: Annotated[int, Option("Sequences at the same time.", MEMORY)] = Field(default=1, ge=1)
+    context: Annotated[int, Option("Tokens of context of each sequence.", MEMORY)] = Field(default=4096, ge=1, le=MOST_CELLS)
+    parallel: Annotated[int, Option("Sequences at the same time.", MEMORY)] = Field(default=1, ge=1, le=1024)
     kv_type: Annotated[CacheType, Option("Type of the cache of keys and values: f16, q8_0, q4_0 ….", MEMORY)] = "f16"
+
+    @model_validator(mode="after")
+    def _countable(self) -> Serving:
+        if self.cells > MOST_CELLS:
+            raise ValueError(f"{self.parallel} sequences of {self.context} tokens are more than {MOST_CELLS}")
+        return self
 
     @property
     def cells(self) -> int:

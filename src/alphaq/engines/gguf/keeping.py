@@ -55,7 +55,8 @@ def kept_beside(layout: Layout, work_bytes: int, serving: Serving) -> Kept:
 def work_bytes(checkpoint: Checkpoint, experts_used: int, experts: int) -> int:
     """What activations are converted in before they meet quantized weights, for the widest matrix product."""
     widest = max(
-        matrix.shape[1] * (max(1, experts_used) if matrix.role is Role.EXPERT else 1) for matrix in checkpoint.matrices
+        (matrix.shape[1] * (max(1, experts_used) if matrix.role is Role.EXPERT else 1) for matrix in checkpoint.matrices),
+        default=0,
     )
     return UBATCH * (WORK_BYTES * widest + 8 * experts)  # and which token goes to which expert
 
@@ -94,10 +95,10 @@ def _simulated(path: Path, serving: Serving) -> Kept:
     llama.llama_log_set(library.listen, None)
     if not context:
         raise library.LlamaError("\n  ".join((f"llama.cpp cannot lay out {serving.cells:,} tokens:", *said[-5:])))
-    buffers = _sum(_BUFFER.search, said)
-    if not buffers:
+    cache, buffers = _sum(_CACHE.match, said), _sum(_BUFFER.search, said)
+    if not cache or not buffers:
         raise _unusual("does not say what it keeps")
-    return Kept(cache_bytes=_sum(_CACHE.match, said), buffer_bytes=buffers, engine_bytes=PROGRAM_BYTES + max(0, own))
+    return Kept(cache_bytes=cache, buffer_bytes=buffers, engine_bytes=PROGRAM_BYTES + max(0, own))
 
 
 def _model_params(llama: ctypes.CDLL) -> ctypes.Structure:
