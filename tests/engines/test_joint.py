@@ -118,8 +118,30 @@ def test_a_pin_reaches_all_that_is_merged(save_family: Callable[..., Path]) -> N
         pinned = {name.split(".", 3)[3] for name, choice in scope.fixed.items() if choice.bits == 8}
         assert pinned == {f"self_attn.{one}_proj.weight" for one in "qkv"}
         assert all("layers.1." in name for name, choice in scope.fixed.items() if choice.bits == 8)
-    with pytest.raises(PlanError, match=r"vLLM runs .*[kq]_proj.* and .*[kq]_proj.* as one, .*--pin"):
-        made(save_family("qwen2_moe"), request_of("vllm", 10**9, "q_proj=4", "k_proj=8"))
+
+
+def test_of_what_is_merged_a_pin_goes_before_a_width(save_family: Callable[..., Path]) -> None:
+    checkpoint = open_checkpoint(save_family("qwen2_moe"))
+    scope = Scope.of(checkpoint, request_of("vllm", 10**9, "layers.1.self_attn.k_proj=4g32s", attention_bits=8))
+    of_layer = {name.split(".", 3)[3]: str(choice) for name, choice in scope.fixed.items() if "layers.1.self" in name}
+    assert of_layer == {f"self_attn.{one}_proj.weight": "4g32s" for one in "qkv"} | {
+        "self_attn.o_proj.weight": of_layer["self_attn.o_proj.weight"]
+    }
+    assert of_layer["self_attn.o_proj.weight"].startswith("8")
+
+
+def test_pins_that_contradict_each_other_are_refused_before_anything_is_measured(
+    save_family: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_family("qwen2_moe")
+    monkeypatch.setattr("alphaq.planning.evidence.run_passes", lambda *_: pytest.fail("measured"))
+    for layers in ("", "layers.1.self_attn."):
+        pins = (f"{layers}q_proj=4", f"{layers}k_proj=8")
+        with pytest.raises(BudgetError, match=r"vllm runs .*[kq]_proj.* and .*[kq]_proj.* as one, .*--pin") as raised:
+            made(source, request_of("vllm", 10**9, *pins))
+        remedy = str(raised.value).partition("--pin '")[2].partition("'")[0]
+        fixed = Scope.of(open_checkpoint(source), request_of("vllm", 10**9, *pins, remedy)).fixed
+        assert all(("layers.1." in name) or not layers for name in fixed)
 
 
 def test_what_an_engine_cannot_have_quantized_is_kept_or_refused(save_family: Callable[..., Path]) -> None:

@@ -61,7 +61,8 @@ class Scope:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, request: Request) -> Scope:
-        """Raises BudgetError for a width that was asked for and cannot be stored, or a pin that names nothing."""
+        """Raises BudgetError for a width that was asked for and cannot be stored, a pin that names nothing, and pins or
+        widths that do not agree about what is run as one."""
         profile, planned = request.profile, checkpoint.planned
         if checkpoint.plain and not profile.writer.from_gguf:
             raise PlanError(
@@ -89,6 +90,7 @@ class Scope:
                 own = stored_as(profile, checkpoint, matrix)
                 narrow = own if own is not None and own.bits <= usual.bits else None
                 fixed[matrix.name] = narrow or next_storable(profile, usual, matrix)
+        _require_agreement(profile, outside, fixed)
         pinned = {matrix.name: pins[matrix.name] for matrix in planned if matrix.name in pins}
         return cls(checkpoint, request, planned, joined, fixed, pinned)
 
@@ -162,8 +164,8 @@ class _Asked:
 def _asked(
     checkpoint: Checkpoint, request: Request, outside: Sequence[MatrixRef], pins: Mapping[str, Choice]
 ) -> dict[str, _Asked]:
-    """What a user asked for, by the name of each matrix: for itself, or for what the engine runs with it. A
-    width of a role with many matrices is for those that can take it."""
+    """What a user asked for, by the name of each matrix: by a pin for itself or for what the engine runs with it, else
+    by a width for the role of either. A width of a role with many matrices is for those that can take it."""
     unit_of, firm = request.profile.unit_of, request.profile.on_request
     by_role = _asked_by_role(checkpoint, request, outside)
     unit_pins = {unit_of(one): pins[one.name] for one in outside if one.name in pins}
@@ -171,15 +173,27 @@ def _asked(
     asked: dict[str, _Asked] = {}
     for one in outside:
         unit = unit_of(one)
-        if (pin := pins.get(one.name)) is not None:
+        if (pin := pins.get(one.name, unit_pins.get(unit))) is not None:
             asked[one.name] = _Asked(pin, firm=True)
-        elif (width := by_role.get(one.role)) is not None:
-            asked[one.name] = _Asked(width, firm=one.role in firm)
-        elif (pin := unit_pins.get(unit)) is not None:
-            asked[one.name] = _Asked(pin, firm=True)
-        elif (width := unit_widths.get(unit)) is not None:
+        elif (width := by_role.get(one.role, unit_widths.get(unit))) is not None:
             asked[one.name] = _Asked(width, firm=one.role in firm)
     return asked
+
+
+def _require_agreement(profile: Profile, outside: Sequence[MatrixRef], fixed: Mapping[str, Choice]) -> None:
+    """Raise BudgetError if matrices that the engine runs as one are fixed at different choices."""
+    first: dict[str, str] = {}
+    present = [matrix for matrix in outside if matrix.name in fixed]
+    others = [first.setdefault(profile.unit_of(matrix), matrix.name) for matrix in present]
+    apart = [pair for pair in zip(others, present, strict=True) if fixed[pair[0]] != fixed[pair[1].name]]
+    if apart:
+        other, matrix = apart[0]
+        named = matrix.in_every_layer if len({one.layer for _, one in apart}) > 1 else matrix.name
+        raise BudgetError(
+            f"{profile.name} runs {other} and {matrix.name} as one, but they would be stored as {fixed[other]} and "
+            f"{fixed[matrix.name]}. Give them one choice, for example with --pin '{named}={fixed[other]}' after other "
+            "pins."
+        )
 
 
 def _asked_by_role(checkpoint: Checkpoint, request: Request, outside: Sequence[MatrixRef]) -> dict[Role, Choice]:
