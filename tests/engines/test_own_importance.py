@@ -21,6 +21,7 @@ from alphaq.checkpoint.gguf.format import read_gguf
 from alphaq.checkpoint.gguf.imatrix import read_imatrix
 from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.cli.inputs import Inputs as FileInputs
 from alphaq.engines.gguf import gathering
 from alphaq.engines.gguf.gathering import Sample, gather
 from alphaq.engines.gguf.importance import importance_of
@@ -28,7 +29,7 @@ from alphaq.engines.gguf.library import Running
 from alphaq.engines.gguf.model import gguf_tensors
 from alphaq.engines.gguf.passes import Passing
 from alphaq.engines.gguf.watching import Node
-from alphaq.errors import AlphaQError, PassError
+from alphaq.errors import AlphaQError, PassError, PlanError
 from alphaq.measuring.cache import Cache
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.matrix import Role
@@ -37,6 +38,7 @@ from alphaq.planning.passes import PassRun, fisher
 from alphaq.work.workers import silent
 from alphaq.writing import observing
 from alphaq.writing.observing import in_16_bits
+from alphaq.writing.planned import check_importance
 from conftest import DATA, Ran
 from runnable import VOCAB, save_runnable
 
@@ -295,6 +297,29 @@ def test_the_digest_of_an_own_importance_matrix_is_of_its_way_and_values() -> No
     assert len({own.digest, *(other.digest for other in others)}) == 4
 
 
+def test_where_the_backward_pass_gives_way_that_is_said_and_plans_by_it_are_refused(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"a": np.ones((1, 4), np.float32)}
+    monkeypatch.setattr(observing, "fisher", no_backward_pass)
+    monkeypatch.setattr(observing, "importance_by_inputs", lambda *given: observing.own_matrix("inputs", values))
+    asked = FileInputs(own_imatrix=True)
+    made = asked.made_for(open_checkpoint(models["qwen2_moe"]), Resources(), tmp_path)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "goes by the columns' inputs, not by what their errors cost: The layers cannot be run backward." in told
+    assert made.imatrix is not None and made.names["imatrix"] == f"self {made.imatrix.digest}"
+    own = observing.own_matrix("losses", values)
+    plan = Plan(engine="llama.cpp", choices={"a": "Q4_0"}, config={"imatrix": f"self {own.digest}"})
+    check_importance(plan, own)
+    with pytest.raises(
+        PlanError, match=r"matrix self losses-\w+, not with self inputs-\w+\. .*Make the plan again here"
+    ):
+        check_importance(plan, made.imatrix)
+    with pytest.raises(PlanError, match="Give --imatrix self"):
+        check_importance(plan, None)
+
+
+@pytest.mark.slow
 def test_a_plan_by_one_own_importance_matrix_is_not_quantized_by_another(
     alphaq: Callable[..., Ran], models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
