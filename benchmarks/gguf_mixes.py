@@ -32,7 +32,7 @@ from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import PlanInputs, make_plan, measure_for_plan, resolve
 from alphaq.work.workers import available_cores, silent
-from alphaq.writing.observing import importance_by_losses, in_16_bits, own_importance
+from alphaq.writing.observing import importance_by_losses, in_16_bits
 
 RECIPES = ("Q2_K", "IQ2_M", "IQ3_XXS", "Q3_K_M", "IQ4_XS", "Q4_K_M")
 IMATRIX_TOKENS = 16_384
@@ -191,7 +191,7 @@ def main() -> None:
             LlamaModel(folder / "whole.gguf", Scoring(texts=()).window) as whole,
         ):
             resources = Resources(cache=cache)
-            own = importance_by_losses(checkpoint, resources) or own_importance(checkpoint, folder, resources)
+            own = importance_by_losses(checkpoint, resources)
             judge = Judge(Remembered(whole), texts, tokens)
             bench = Bench(name, checkpoint, folder, judge, matrices | {"self": own}, resources)
             rows = []

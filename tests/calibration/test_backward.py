@@ -10,9 +10,10 @@ import pytest
 import torch
 from test_every_family import NOT_RUN, OFTEN
 
-from alphaq.calibration import text
+from alphaq.calibration import backward, text
 from alphaq.calibration.backward import Drawn, Seen, stream_scores
 from alphaq.calibration.fisher import FISHER_VERSION, Fisher, gather_fisher
+from alphaq.calibration.inputs import stored_matrices
 from alphaq.calibration.prior import routing_prior
 from alphaq.calibration.stream import HollowModel, model_class
 from alphaq.calibration.text import own_text
@@ -21,6 +22,7 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import CheckpointError, PassError, StatsError
 from conftest import COMMON
 from conftest import FAMILIES as COMMON_FAMILIES
+from dense_models import dense_model
 from families import FAMILIES, random_family, save_layout
 
 SEVERAL_STREAMS = {"gemma4", "gemma4_text", "inkling2", "inkling2_text"}
@@ -112,6 +114,26 @@ def test_gradient_passes_through_every_family_or_is_refused(family: str, tmp_pat
     expected, (gradient, *_) = kept[0].grad.flatten(0, -2), at_embedding
     scale = float(gradient.norm() / expected.norm())  # of an embedding that is scaled: its matrix' gradient is meant
     torch.testing.assert_close(gradient / scale, expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-3)
+
+
+def test_the_factor_of_an_embedding_is_measured_however_it_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no one matrix is its weight, so that all of it is read and no row alone."""
+    dense_model("gemma2").save_pretrained(tmp_path)
+    source = open_checkpoint(tmp_path)
+    found: list[torch.Tensor] = []
+
+    def see(seen: Seen) -> None:
+        if seen.inputs.ndim == 1:
+            found.append(seen.gradients)
+
+    stream_scores(source, IDS, see)
+    (whole,) = found
+    monkeypatch.setattr(backward, "stored_matrices", lambda *given: 2 * stored_matrices(*given))
+    monkeypatch.setattr(HollowModel, "whole_matrix", lambda *given: None)
+    stream_scores(source, IDS, see)
+    assert len(found) == 3 and all(torch.equal(whole, one) for one in found[1:])
 
 
 def test_fisher_information_of_a_window_is_that_of_its_gradient(save_family: Callable[..., Path]) -> None:

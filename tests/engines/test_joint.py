@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -117,16 +118,42 @@ def test_a_pin_reaches_all_that_is_merged(save_family: Callable[..., Path]) -> N
         pinned = {name.split(".", 3)[3] for name, choice in scope.fixed.items() if choice.bits == 8}
         assert pinned == {f"self_attn.{one}_proj.weight" for one in "qkv"}
         assert all("layers.1." in name for name, choice in scope.fixed.items() if choice.bits == 8)
-    with pytest.raises(PlanError, match=r"vLLM runs .*[kq]_proj.* and .*[kq]_proj.* as one, .*--pin"):
-        made(save_family("qwen2_moe"), request_of("vllm", 10**9, "q_proj=4", "k_proj=8"))
+
+
+def test_of_what_is_merged_a_pin_goes_before_a_width(save_family: Callable[..., Path]) -> None:
+    checkpoint = open_checkpoint(save_family("qwen2_moe"))
+    scope = Scope.of(checkpoint, request_of("vllm", 10**9, "layers.1.self_attn.k_proj=4g32s", attention_bits=8))
+    of_layer = {name.split(".", 3)[3]: str(choice) for name, choice in scope.fixed.items() if "layers.1.self" in name}
+    assert of_layer == {f"self_attn.{one}_proj.weight": "4g32s" for one in "qkv"} | {
+        "self_attn.o_proj.weight": of_layer["self_attn.o_proj.weight"]
+    }
+    assert of_layer["self_attn.o_proj.weight"].startswith("8")
+
+
+def test_pins_that_contradict_each_other_are_refused_before_anything_is_measured(
+    save_family: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_family("qwen2_moe")
+    monkeypatch.setattr("alphaq.planning.evidence.run_passes", lambda *_: pytest.fail("measured"))
+    for layers in ("", "layers.1.self_attn."):
+        pins = (f"{layers}q_proj=4", f"{layers}k_proj=8")
+        with pytest.raises(BudgetError, match=r"vllm runs .*[kq]_proj.* and .*[kq]_proj.* as one, .*--pin") as raised:
+            made(source, request_of("vllm", 10**9, *pins))
+        remedy = str(raised.value).partition("--pin '")[2].partition("'")[0]
+        fixed = Scope.of(open_checkpoint(source), request_of("vllm", 10**9, *pins, remedy)).fixed
+        assert all(("layers.1." in name) or not layers for name in fixed)
 
 
 def test_what_an_engine_cannot_have_quantized_is_kept_or_refused(save_family: Callable[..., Path]) -> None:
     latent, dense = save_family("deepseek_v3"), save_family("qwen3_moe")
     name = "model.layers.0.self_attn.kv_b_proj.weight"
     assert Scope.of(open_checkpoint(latent), request_of("mlx")).fixed[name] == Choice(16)
-    with pytest.raises(BudgetError, match=r"mlx cannot store .*kv_b_proj.* as 4g32: .* a second time"):
-        made(latent, request_of("mlx", 10**9, "*.kv_b_proj=4"))
+    for pin in ("*.kv_b_proj=4", "attention=4"):
+        with pytest.raises(BudgetError, match=r"mlx cannot store .*kv_b_proj.* as 4g32: .* a second time") as raised:
+            Scope.of(open_checkpoint(latent), request_of("mlx", 10**9, pin))
+        remedy = str(raised.value).partition("--pin '")[2].partition("'")[0]
+        fixed = Scope.of(open_checkpoint(latent), request_of("mlx", 10**9, pin, remedy)).fixed
+        assert {str(choice) for one, choice in fixed.items() if "kv_b_proj" in one} == {"16"}
     scope = Scope.of(open_checkpoint(dense), request_of("gptqmodel"))
     roles = open_checkpoint(dense).roles
     assert {roles[name] for name in scope.fixed} == {Role.DENSE_MLP} and set(scope.fixed.values()) == {Choice(16)}
@@ -136,11 +163,22 @@ def test_what_an_engine_cannot_have_quantized_is_kept_or_refused(save_family: Ca
         made(dense, request_of("gptqmodel", 10**9, "embedding=4"))
 
 
+def test_a_width_for_a_role_leaves_what_must_be_kept(save_family: Callable[..., Path]) -> None:
+    for settings in ({}, {"budget": Budget(bits=4)}):
+        checkpoint = open_checkpoint(save_family("deepseek_v3"))
+        fixed = Scope.of(checkpoint, request_of("mlx", attention_bits=8, **settings)).fixed
+        attention = {matrix.name: fixed[matrix.name].bits for matrix in checkpoint.with_role(Role.ATTENTION)}
+        assert {bits for name, bits in attention.items() if "kv_b_proj" in name} == {16}
+        assert {bits for name, bits in attention.items() if "kv_b_proj" not in name} == {8}
+
+
 def test_an_embedding_whose_numbers_are_the_head_is_kept(tmp_path: Path) -> None:
     dense_model("seed_oss", tie_word_embeddings=True).bfloat16().save_pretrained(tmp_path / "tied")
     dense_model("seed_oss", tie_word_embeddings=False).bfloat16().save_pretrained(tmp_path / "apart")
     tied, apart = (Scope.of(open_checkpoint(tmp_path / one), request_of("mlx")) for one in ("tied", "apart"))
     assert tied.fixed == {"model.embed_tokens.weight": Choice(16)}
+    with pytest.raises(BudgetError, match=r"mlx cannot store model.embed_tokens.weight as 4g32: it is the head too"):
+        Scope.of(open_checkpoint(tmp_path / "tied"), request_of("mlx", embedding_bits=4))
     assert not apart.fixed and {Role.EMBEDDING, Role.HEAD} <= {matrix.role for matrix in apart.joined}
 
 
@@ -211,7 +249,8 @@ def test_hand_made_plans_are_held_to_the_same(save_family: Callable[..., Path], 
     ):
         checkpoint = open_checkpoint(save_family(family))
         choices = {matrix.name: "4g32" for matrix in checkpoint.planned} | {name: "4g32"}
-        with pytest.raises(PlanError, match=rf"cannot have {name} quantized: .*--pin '{name}=16'"):
+        glob = re.escape(name.replace(".0.", ".*."))
+        with pytest.raises(PlanError, match=rf"cannot have {name} quantized: .*--pin '{glob}=16'"):
             profile(engine).writer.layout(
                 checkpoint, {name: Plan(engine=engine, choices=choices).choice(name) for name in choices}
             )

@@ -21,6 +21,7 @@ from alphaq.checkpoint.gguf.format import read_gguf
 from alphaq.checkpoint.gguf.imatrix import read_imatrix
 from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.cli.inputs import Inputs as FileInputs
 from alphaq.engines.gguf import gathering
 from alphaq.engines.gguf.gathering import Sample, gather
 from alphaq.engines.gguf.importance import importance_of
@@ -28,7 +29,7 @@ from alphaq.engines.gguf.library import Running
 from alphaq.engines.gguf.model import gguf_tensors
 from alphaq.engines.gguf.passes import Passing
 from alphaq.engines.gguf.watching import Node
-from alphaq.errors import AlphaQError, PassError
+from alphaq.errors import AlphaQError, PassError, PlanError
 from alphaq.measuring.cache import Cache
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.matrix import Role
@@ -37,6 +38,7 @@ from alphaq.planning.passes import PassRun, fisher
 from alphaq.work.workers import silent
 from alphaq.writing import observing
 from alphaq.writing.observing import in_16_bits
+from alphaq.writing.planned import check_importance
 from conftest import DATA, Ran
 from runnable import VOCAB, save_runnable
 
@@ -273,13 +275,72 @@ def test_importance_is_what_the_errors_of_a_column_cost(
         own = observing.importance_by_losses(checkpoint, Resources(cache=cache))
         costs = fisher(PassRun(checkpoint, True, None, (), Resources(cache=cache))).matrices
         assert len(list(cache.path.glob("fisher-*"))) == 1
-    assert own is not None and own.digest == observing.OWN_DIGEST
+    assert own.digest == observing.own_matrix(observing.LOSSES, own.tensors).digest
     columns = importance_of(checkpoint, own).columns
     assert columns.keys() >= {matrix.name for matrix in checkpoint.matrices if matrix.role is not Role.ROUTER}
     for name, found in columns.items():
-        assert np.allclose(found, np.maximum(costs[name].columns, 1e-6), atol=1e-3), name
+        assert np.allclose(found, np.maximum(costs[name].columns, 1e-6), rtol=1e-3, atol=1e-3), name
     monkeypatch.setattr(observing, "fisher", no_backward_pass)
-    assert observing.importance_by_losses(checkpoint) is None
+    with pytest.raises(PassError):
+        observing.importance_by_losses(checkpoint)
+
+
+def test_the_digest_of_an_own_importance_matrix_is_of_its_way_and_values() -> None:
+    values = {"a": np.ones((1, 4), np.float32), "b": np.ones((2, 2), np.float32)}
+    own = observing.own_matrix("losses", values)
+    assert own.digest == observing.own_matrix("losses", dict(reversed(values.items()))).digest
+    others = [
+        observing.own_matrix("inputs", values),
+        observing.own_matrix("losses", values | {"a": np.float32([[1, 1, 1, 1.0001]])}),
+        observing.own_matrix("losses", values | {"b": np.ones((1, 4), np.float32)}),
+    ]
+    assert len({own.digest, *(other.digest for other in others)}) == 4
+
+
+def test_where_the_backward_pass_gives_way_that_is_said_and_plans_by_it_are_refused(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"a": np.ones((1, 4), np.float32)}
+    monkeypatch.setattr(observing, "fisher", no_backward_pass)
+    monkeypatch.setattr(observing, "importance_by_inputs", lambda *given: observing.own_matrix("inputs", values))
+    asked = FileInputs(own_imatrix=True)
+    made = asked.made_for(open_checkpoint(models["qwen2_moe"]), Resources(), tmp_path)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "goes by the columns' inputs, not by what their errors cost: The layers cannot be run backward." in told
+    assert made.imatrix is not None and made.names["imatrix"] == f"self {made.imatrix.digest}"
+    own = observing.own_matrix("losses", values)
+    plan = Plan(engine="llama.cpp", choices={"a": "Q4_0"}, config={"imatrix": f"self {own.digest}"})
+    check_importance(plan, own)
+    with pytest.raises(
+        PlanError, match=r"matrix self losses-\w+, not with self inputs-\w+\. .*Make the plan again here"
+    ):
+        check_importance(plan, made.imatrix)
+    with pytest.raises(PlanError, match="Give --imatrix self"):
+        check_importance(plan, None)
+
+
+@pytest.mark.slow
+def test_a_plan_by_one_own_importance_matrix_is_not_quantized_by_another(
+    alphaq: Callable[..., Ran], models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the backward pass gives way, that is said with its reason, and the remedy works."""
+    few_windows(monkeypatch)
+    monkeypatch.setattr(observing, "OWN_SAMPLE", SHORT)
+    model, plan, out = models["qwen2_moe"], tmp_path / "plan.json", tmp_path / "out"
+    asked = ("--engine", "llama.cpp", "--bits", "5", "--choices", "Q4_0,Q8_0", "--method", "distortion")
+    making = ("plan", model, *asked, "--imatrix", "self", "-o", plan)
+    ran = alphaq(*making)
+    assert ran.code == 0 and "by the columns' inputs" not in ran.err, ran.err
+    monkeypatch.setattr(observing, "fisher", no_backward_pass)
+    ran = alphaq("quantize", model, "--plan", plan, "--imatrix", "self", "-o", out)
+    told = " ".join(ran.err.split())
+    assert ran.code == 2 and not out.exists()
+    assert "goes by the columns' inputs, not by what their errors cost: The layers cannot be run backward." in told
+    assert "importance matrix self losses-" in told and "not with self inputs-" in told
+    assert "Make the plan again here" in told
+    assert alphaq(*making).code == 0
+    ran = alphaq("quantize", model, "--plan", plan, "--imatrix", "self", "-o", out)
+    assert ran.code == 0, ran.err
 
 
 def test_quantize_makes_and_uses_its_own_and_the_plan_makes_it_again(
@@ -290,7 +351,7 @@ def test_quantize_makes_and_uses_its_own_and_the_plan_makes_it_again(
     asked = ("--engine", "llama.cpp", "--bits", "5", "--choices", "Q4_0,Q5_1,Q8_0", "--method", "distortion")
     ran = alphaq("plan", model, *asked, "--imatrix", "self", "-o", plan)
     assert ran.code == 0, ran.err
-    assert Plan.read(plan).imatrix == observing.own_name()
+    assert (Plan.read(plan).imatrix or "").startswith("self losses-")
     ran = alphaq("quantize", model, *asked, "--imatrix", "self", "-o", tmp_path / "one")
     assert ran.code == 0, ran.err
     assert alphaq("quantize", model, "--plan", plan, "--imatrix", "self", "-o", tmp_path / "two").code == 0
@@ -298,7 +359,7 @@ def test_quantize_makes_and_uses_its_own_and_the_plan_makes_it_again(
     first, second, ones = ((tmp_path / name / "model.gguf").read_bytes() for name in ("one", "two", "ones"))
     assert first == second != ones
     ran = alphaq("quantize", model, "--plan", plan, "-o", tmp_path / "three")
-    assert ran.code == 2 and "importance matrix self" in " ".join(ran.err.split())
+    assert ran.code == 2 and "Give --imatrix self" in " ".join(ran.err.split())
     ran = alphaq("plan", model, "--bits", "3", "--imatrix", "self")
     assert ran.code == 2 and "--imatrix is for llama.cpp" in " ".join(ran.err.split())
 
@@ -319,10 +380,8 @@ def test_a_model_s_own_is_made_once_and_again_where_the_cache_is_damaged(
         with Cache(tmp_path / "cache", {"model": "one"}) as cache:
             for path in cache.path.glob("imatrix-*") if damage else ():
                 path.write_bytes(damage or b"")
-            found.append(observing.own_importance(checkpoint, tmp_path, Resources(cache=cache)))
-    assert len(made) == 3 and all(one.digest == observing.OWN_DIGEST for one in found)
-    first, *others = (one.tensors["blk.0.attn_q.weight"] for one in found)
-    assert all(np.array_equal(first, other) for other in others)
+            found.append(observing.importance_by_inputs(checkpoint, tmp_path, Resources(cache=cache)))
+    assert len(made) == 3 and len({one.digest for one in found}) == 1
 
 
 def test_the_whole_model_is_written_where_the_plan_would_be_and_its_size_said(

@@ -8,12 +8,12 @@ import pytest
 
 from alphaq.calibration.text import Text
 from alphaq.cli import app as cli
+from alphaq.cli.inputs import Inputs
 from alphaq.engines.output import QuantizeOptions
 from alphaq.nouns.plan import Plan, SourceIdentity
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import resolve
 from alphaq.report.commands import Names, remake, reproduce
-from alphaq.writing.observing import own_name
 from alphaq.writing.rounding import Rounding
 from conftest import Ran
 
@@ -100,7 +100,7 @@ FLIPS: dict[str, list[Flip]] = {
     "seed": [Flip(7, {"method": "random"})],
     "stats": [Flip("numbers.csv")],
     "calibration": [Flip("self", {"method": "baq"}), Flip("notes.txt", {"method": "baq"})],
-    "imatrix": [Flip("importance.gguf 0123456789abcdef", LLAMA), Flip(own_name(), LLAMA)],
+    "imatrix": [Flip("importance.gguf 0123456789abcdef", LLAMA), Flip("self losses-0123", LLAMA)],
     "split_bytes": [Flip(2_000_000_001, LLAMA)],
     "codec": [Flip("zstd")],
     "bos": [Flip(False)],
@@ -137,16 +137,19 @@ def test_the_command_says_every_setting_of_the_plan(
     )
     seen: list[PlanConfig] = []
 
-    def stop(checkpoint: Any, config: PlanConfig, *rest: Any) -> Any:
-        seen.append(resolve(config).config)
+    def stop(checkpoint: Any, config: PlanConfig, inputs: Inputs, *rest: Any) -> Any:
+        seen.append(resolve(config.model_copy(update=inputs.names)).config)
         raise Parsed
 
     class Given:
         name, digest = "importance.gguf", "0123456789abcdef"
 
+    class Own:
+        name, digest = "self", "losses-0123"
+
     monkeypatch.setattr("alphaq.cli.plan.build_plan", stop)
     monkeypatch.setattr("alphaq.checkpoint.gguf.imatrix.read_imatrix", lambda path: Given)
-    monkeypatch.setattr("alphaq.writing.observing.importance_by_losses", lambda *given: Given)
+    monkeypatch.setattr("alphaq.writing.observing.importance_by_losses", lambda *given: Own)
     words = shlex.split(dict(reproduce(plan))["Plan"])
     with pytest.raises(Parsed):
         cli.main([*words[1:], "--workers", "1"])

@@ -124,10 +124,13 @@ def _watch_embedding(hollow: HollowModel, see: See) -> None:
     def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         leaf = output.detach().requires_grad_()
         ids, lengths = args[0].flatten(), leaf.detach().flatten(0, -2).norm(dim=-1)
-        longest, scale = int(lengths.argmax()), 1.0  # padding may have none
-        if len(matrices) == 1:
-            row = hollow.checkpoint.read_rows(matrices[0], slice(int(ids[longest]), int(ids[longest]) + 1))
-            scale = float(lengths[longest] / row.float().norm().clamp(min=1e-30))
+        longest = int(lengths.argmax())  # padding may have none
+        token = int(ids[longest])
+        if module.weight.is_meta:  # its rows were looked up, of the one matrix that is its weight
+            row = hollow.checkpoint.read_rows(matrices[0], slice(token, token + 1)).float()
+        else:
+            row = module.weight[token].detach()
+        scale = float(lengths[longest] / row.norm().clamp(min=1e-30))
 
         def show(gradient: Tensor) -> None:
             for matrix in matrices:

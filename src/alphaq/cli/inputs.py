@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alphaq.errors import AlphaQError
+from alphaq.errors import AlphaQError, PassError
 from alphaq.terminal import note
 
 if TYPE_CHECKING:
@@ -47,32 +47,34 @@ class Inputs:
 
     @property
     def names(self) -> dict[str, str | None]:
-        """What a plan keeps of them. Numbers that come from an output have no name."""
+        """What a plan keeps of them. Numbers that come from an output have no name; a model's own importance matrix has
+        no digest before it is made."""
         return {"stats": getattr(self.stats, "name", None), "imatrix": self._imatrix_name}
 
     @property
     def _imatrix_name(self) -> str | None:
         if self.own_imatrix:
-            from alphaq.writing.observing import own_name
-
-            return own_name()
+            return SELF
         return None if self.imatrix is None else f"{self.imatrix.name} {self.imatrix.digest}"
 
     def made_for(self, checkpoint: Checkpoint | None, resources: Resources, scratch: Path) -> Inputs:
-        """With the model's own importance matrix, if it was asked for. scratch: folder for the model in 16 bits.
+        """With the model's own importance matrix, if it was asked for; says on stderr where it is made of inputs, and
+        why. scratch: folder for the model in 16 bits.
 
         Raises AlphaQError without a model, and where llama.cpp cannot run it.
         """
         if not self.own_imatrix:
             return self
-        from alphaq.writing.observing import importance_by_losses, own_importance
+        from alphaq.writing.observing import importance_by_inputs, importance_by_losses
 
         if checkpoint is None:
             raise AlphaQError("--imatrix self runs the model. Give MODEL.")
-        found = importance_by_losses(checkpoint, resources)
-        if found is None:
+        try:
+            found = importance_by_losses(checkpoint, resources)
+        except PassError as error:
+            note(f"--imatrix self goes by the columns' inputs, not by what their errors cost: {error.reason}")
             note_whole_file(checkpoint, scratch, "unless an earlier run has looked at it")
-            found = own_importance(checkpoint, scratch, resources)
+            found = importance_by_inputs(checkpoint, scratch, resources)
         return replace(self, imatrix=found, own_imatrix=False)
 
 

@@ -108,7 +108,8 @@ def measurements(
     """
     from alphaq import planning
 
-    request = planning.resolve(config, checkpoint is not None).with_stored(checkpoint)
+    named = config.model_copy(update=inputs.names)  # an importance matrix has its digest only now
+    request = planning.resolve(named, checkpoint is not None).with_stored(checkpoint)
     method = request.config.method
     if config.gamma != "auto" and method not in ("alphaq", "paper"):
         raise BudgetError(f"--gamma applies only to methods alphaq and paper, not to {method}. Drop it.")

@@ -56,6 +56,11 @@ class MatrixRef:
         return layer, expert, self.projection or "", self.name
 
     @property
+    def in_every_layer(self) -> str:
+        """A glob on names: this matrix of all layers."""
+        return self.name if self.layer is None else self.name.replace(f".{self.layer}.", ".*.", 1)
+
+    @property
     def parameters(self) -> int:
         """Number of weights."""
         return self.shape[0] * self.shape[1]

@@ -61,7 +61,8 @@ class Scope:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, request: Request) -> Scope:
-        """Raises BudgetError for a width that was asked for and cannot be stored, or a pin that names nothing."""
+        """Raises BudgetError for a width that was asked for and cannot be stored, a pin that names nothing, and pins or
+        widths that do not agree about what is run as one."""
         profile, planned = request.profile, checkpoint.planned
         if checkpoint.plain and not profile.writer.from_gguf:
             raise PlanError(
@@ -77,9 +78,10 @@ class Scope:
         asked_of = _asked(checkpoint, request, outside, pins)
         fixed, joined = {}, []
         for matrix in outside:
-            if (asked := asked_of.get(matrix.name)) is not None:
-                fixed[matrix.name] = _as_asked(profile, checkpoint, asked, matrix)
-            elif profile.keeps(checkpoint, matrix):
+            asked, kept = asked_of.get(matrix.name), profile.keeps(checkpoint, matrix) is not None
+            if asked is not None and (asked.firm or not kept):
+                fixed[matrix.name] = _as_asked(profile, checkpoint, asked.choice, matrix)
+            elif kept:
                 fixed[matrix.name] = KEPT
             elif request.joint and any(profile.obstacle(offered, matrix) is None for offered in request.offered):
                 joined.append(matrix)
@@ -88,6 +90,7 @@ class Scope:
                 own = stored_as(profile, checkpoint, matrix)
                 narrow = own if own is not None and own.bits <= usual.bits else None
                 fixed[matrix.name] = narrow or next_storable(profile, usual, matrix)
+        _require_agreement(profile, outside, fixed)
         pinned = {matrix.name: pins[matrix.name] for matrix in planned if matrix.name in pins}
         return cls(checkpoint, request, planned, joined, fixed, pinned)
 
@@ -150,14 +153,47 @@ def stored_as(profile: Profile, checkpoint: Checkpoint, matrix: MatrixRef) -> Ch
     return next((choice for choice in profile.choices if str(choice) == own), None)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A choice that a user asked for. firm: whether what the engine must have in 16 bits is refused it, not kept."""
+
+    choice: Choice
+    firm: bool
+
+
 def _asked(
     checkpoint: Checkpoint, request: Request, outside: Sequence[MatrixRef], pins: Mapping[str, Choice]
-) -> dict[str, Choice]:
-    """The choice that a user asked for, by the name of each matrix: for itself, or for what the engine runs with it."""
-    by_role, unit_of = _asked_by_role(checkpoint, request, outside), request.profile.unit_of
-    own = {one.name: asked for one in outside if (asked := pins.get(one.name, by_role.get(one.role))) is not None}
-    of_unit = {unit_of(one): own[one.name] for one in outside if one.name in own}
-    return {one.name: asked for one in outside if (asked := own.get(one.name, of_unit.get(unit_of(one)))) is not None}
+) -> dict[str, _Asked]:
+    """What a user asked for, by the name of each matrix: by a pin for itself or for what the engine runs with it, else
+    by a width for the role of either. A width of a role with many matrices is for those that can take it."""
+    unit_of, firm = request.profile.unit_of, request.profile.on_request
+    by_role = _asked_by_role(checkpoint, request, outside)
+    unit_pins = {unit_of(one): pins[one.name] for one in outside if one.name in pins}
+    unit_widths = {unit_of(one): by_role[one.role] for one in outside if one.role in by_role}
+    asked: dict[str, _Asked] = {}
+    for one in outside:
+        unit = unit_of(one)
+        if (pin := pins.get(one.name, unit_pins.get(unit))) is not None:
+            asked[one.name] = _Asked(pin, firm=True)
+        elif (width := by_role.get(one.role, unit_widths.get(unit))) is not None:
+            asked[one.name] = _Asked(width, firm=one.role in firm)
+    return asked
+
+
+def _require_agreement(profile: Profile, outside: Sequence[MatrixRef], fixed: Mapping[str, Choice]) -> None:
+    """Raise BudgetError if matrices that the engine runs as one are fixed at different choices."""
+    first: dict[str, str] = {}
+    present = [matrix for matrix in outside if matrix.name in fixed]
+    others = [first.setdefault(profile.unit_of(matrix), matrix.name) for matrix in present]
+    apart = [pair for pair in zip(others, present, strict=True) if fixed[pair[0]] != fixed[pair[1].name]]
+    if apart:
+        other, matrix = apart[0]
+        named = matrix.in_every_layer if len({one.layer for _, one in apart}) > 1 else matrix.name
+        raise BudgetError(
+            f"{profile.name} runs {other} and {matrix.name} as one, but they would be stored as {fixed[other]} and "
+            f"{fixed[matrix.name]}. Give them one choice, for example with --pin '{named}={fixed[other]}' after other "
+            "pins."
+        )
 
 
 def _asked_by_role(checkpoint: Checkpoint, request: Request, outside: Sequence[MatrixRef]) -> dict[Role, Choice]:
@@ -185,7 +221,7 @@ def _as_asked(profile: Profile, checkpoint: Checkpoint, choice: Choice, matrix: 
     if why := profile.obstacle(choice, matrix) or (None if choice.kept else profile.keeps(checkpoint, matrix)):
         raise BudgetError(
             f"{profile.name} cannot store {matrix.name} as {choice}: {why}. Keep it with "
-            f"--pin '{matrix.name}=16', or drop the width asked for."
+            f"--pin '{matrix.in_every_layer}=16' after other pins, or drop the width asked for."
         )
     return choice
 

@@ -9,13 +9,11 @@ folder is first written as one, in 16 bits.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from alphaq.calibration.fisher import FISHER_VERSION
 from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix, positive, read_imatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.gguf.converter import require_room
@@ -23,41 +21,42 @@ from alphaq.engines.gguf.gathering import Gathered, Sample, gather_apart
 from alphaq.engines.gguf.importance_file import write_imatrix
 from alphaq.engines.gguf.model import gguf_tensors
 from alphaq.engines.gguf.profile import FILE_NAME, PROFILE
-from alphaq.errors import PassError
 from alphaq.measuring.resources import USUAL, Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.planning.passes import PassRun, fisher
 from alphaq.work.workers import available_cores
+from alphaq.writing.planned import OWN
 from alphaq.writing.quantizing import quantize
 from alphaq.writing.records import WriteOptions
 
-SELF = "self"
 VERSION = 3
 """Raise it whenever the same model would be observed differently."""
 OWN_DATASET = "the model's own writing"
 
 
 OWN_SAMPLE = Sample()
-OWN_DIGEST = hashlib.sha256(f"{VERSION} {FISHER_VERSION} {OWN_SAMPLE}".encode()).hexdigest()[:16]
-"""Of how it is made, which is known before, and with the model decides about all of it."""
+LOSSES, INPUTS = "losses", "inputs"
+"""The two ways of making one, with which their digests begin."""
 
 
-def own_name() -> str:
-    """Name and digest of a model's own importance matrix."""
-    return f"{SELF} {OWN_DIGEST}"
+def own_matrix(way: str, tensors: dict[str, np.ndarray]) -> ImportanceMatrix:
+    """A model's own importance matrix, told from others by its values: they depend on the way that could be taken, on
+    the sample, and a little on the machine."""
+    digest = hashlib.sha256()
+    for name, values in sorted(tensors.items()):
+        digest.update(f"{name} {values.shape}".encode())
+        digest.update(values.astype("<f4").tobytes())
+    return ImportanceMatrix(OWN, f"{way}-{digest.hexdigest()[:16]}", tensors)
 
 
-def importance_by_losses(checkpoint: Checkpoint, resources: Resources = USUAL) -> ImportanceMatrix | None:
-    """What an error in each column costs, relative to its matrix; None where no backward pass tells. Entries are there
-    for tensors all of whose matrices it was shown.
+def importance_by_losses(checkpoint: Checkpoint, resources: Resources = USUAL) -> ImportanceMatrix:
+    """What an error in each column costs, relative to its matrix. Entries are there for tensors all of whose matrices
+    the backward pass was shown.
 
-    Raises as the pass does.
+    Raises as the pass does: PassError where it cannot be run.
     """
-    try:
-        found = fisher(PassRun(checkpoint, True, None, (), resources)).matrices
-    except PassError:
-        return None
+    found = fisher(PassRun(checkpoint, True, None, (), resources)).matrices
     tensors = {
         recipe.name: positive(np.stack([found[matrix.name].columns for matrix in recipe.matrices]))
         for recipe in gguf_tensors(checkpoint)
@@ -65,10 +64,10 @@ def importance_by_losses(checkpoint: Checkpoint, resources: Resources = USUAL) -
         and not recipe.transform.startswith("kv_b")
         and found.keys() >= {m.name for m in recipe.matrices}
     }
-    return ImportanceMatrix(SELF, OWN_DIGEST, tensors)
+    return own_matrix(LOSSES, tensors)
 
 
-def own_importance(checkpoint: Checkpoint, scratch: Path, resources: Resources = USUAL) -> ImportanceMatrix:
+def importance_by_inputs(checkpoint: Checkpoint, scratch: Path, resources: Resources = USUAL) -> ImportanceMatrix:
     """What llama.cpp sees of the model's own writing, or what the cache keeps of the same model's. scratch: an existing
     folder, where the model lies in 16 bits meanwhile.
 
@@ -79,9 +78,10 @@ def own_importance(checkpoint: Checkpoint, scratch: Path, resources: Resources =
         with TemporaryDirectory(prefix=".alphaq-imatrix-", dir=scratch) as folder:
             write_imatrix(path, observe(checkpoint, Path(folder), resources, OWN_SAMPLE), (OWN_DATASET,))
 
-    settings = hashlib.sha256(checkpoint.settings_digest().encode()).hexdigest()[:16]
+    depends_on = f"{VERSION} {OWN_SAMPLE} {checkpoint.settings_digest()}"
     if resources.cache is not None:
-        return resources.cache.recall_file(f"imatrix-{OWN_DIGEST}-{settings}.gguf", write, _read)
+        key = f"imatrix-{hashlib.sha256(depends_on.encode()).hexdigest()[:24]}.gguf"
+        return resources.cache.recall_file(key, write, _read)
     with TemporaryDirectory(prefix=".alphaq-imatrix-", dir=scratch) as folder:
         path = Path(folder) / "imatrix.gguf"
         write(path)
@@ -89,7 +89,7 @@ def own_importance(checkpoint: Checkpoint, scratch: Path, resources: Resources =
 
 
 def _read(path: Path) -> ImportanceMatrix:
-    return replace(read_imatrix(path), name=SELF, digest=OWN_DIGEST)
+    return own_matrix(INPUTS, read_imatrix(path).tensors)
 
 
 def observe(checkpoint: Checkpoint, scratch: Path, resources: Resources, sample: Sample) -> Gathered:

@@ -9,6 +9,9 @@ from alphaq.errors import PlanError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 
+OWN = "self"
+"""Name of an importance matrix that a model's own writing made."""
+
 
 def plan_choices(plan: Plan, checkpoint: Checkpoint) -> dict[str, Choice]:
     """The plan's choices, checked against the checkpoint it is to be used on.
@@ -45,13 +48,25 @@ def check_source(checkpoint: Checkpoint, engine: str) -> None:
 
 def check_importance(plan: Plan, imatrix: ImportanceMatrix | None) -> None:
     """Raise PlanError unless this is the importance matrix that the plan was made with."""
-    planned = plan.imatrix or ""
+    planned, given = plan.imatrix or "", f"{imatrix.name} {imatrix.digest}" if imatrix else ""
     told = plan.config is not None or imatrix is not None
-    if told and planned.rpartition(" ")[2] != (imatrix.digest if imatrix else ""):
+    if told and planned.rpartition(" ")[2] != given.rpartition(" ")[2]:
         raise PlanError(
-            f"The plan was made with the importance matrix {planned or 'of ones'}, not with "
-            f"{imatrix.name if imatrix else 'one of ones'}. Give --imatrix the same file, or make the plan again."
+            f"The plan was made with the importance matrix {planned or 'of ones'}, not with {given or 'one of ones'}. "
+            f"{_remedy(planned.rpartition(' ')[0], given.rpartition(' ')[0])}"
         )
+
+
+def _remedy(planned: str, given: str) -> str:
+    """What a user may do. planned, given: names of importance matrices, empty for ones."""
+    if planned == given == OWN:
+        return (
+            "A model's own may come out otherwise on another machine or by another version. Make the plan again here, "
+            "or make plans that are to go elsewhere with a file of `alphaq imatrix`."
+        )
+    if planned == OWN:
+        return "Give --imatrix self, or make the plan again."
+    return f"{'Give --imatrix the same file' if planned else 'Drop --imatrix'}, or make the plan again."
 
 
 def check_size(plan: Plan, size_bytes: int) -> None:

@@ -57,5 +57,5 @@ def require_quantizable(
     for matrix in checkpoint.matrices:
         if choices.get(matrix.name, KEPT) != KEPT and (why := keeps(checkpoint, matrix)):
             raise PlanError(
-                f"{engine} cannot have {matrix.name} quantized: {why}. Keep it with --pin '{matrix.name}=16'."
+                f"{engine} cannot have {matrix.name} quantized: {why}. Keep it with --pin '{matrix.in_every_layer}=16'."
             )
