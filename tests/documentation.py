@@ -43,6 +43,7 @@ OTHER_OPTIONS = {
     "--pipeline-parallel-size": "vLLM",
     "--no-deps": "pip",
     "--layers": "benchmarks",
+    "--cases": "benchmarks",
     "--only": "benchmarks",
     "--scratch": "benchmarks",
     "--strict": "mkdocs",
@@ -170,7 +171,8 @@ def check_command(line: str) -> None:
         settings = settings_of(PlanConfig)
         asked = Asked(PlanConfig, {key: given.get(one.parameter, one.default) for key, one in settings.items()}, {})
         inputs = Inputs(calibration=given.get("calibration") and "self")  # a file would not be here
-        budget = None if given.get("ear") is None else Budget(bpw=4.0)
+        later = given.get("ear") or given.get("memory")  # a budget that only a model tells
+        budget = None if later is None else Budget(bpw=4.0)
         plan_config(asked, inputs, given.get("model", "") is not None, budget)
 
 

@@ -69,7 +69,7 @@ class Budget(BaseModel):
         stated = [name for name, value in (("--bits", bits), ("--bpw", bpw), ("--size", size)) if value is not None]
         if len(stated) != 1:
             got = " and ".join(stated) if stated else "none"
-            raise BudgetError(f"State the budget exactly once, as --bits, --bpw or --size; got {got}.")
+            raise BudgetError(f"State the budget exactly once, as --bits, --bpw, --size or --memory; got {got}.")
         for name, value in (("--bits", bits), ("--bpw", bpw)):
             if value is not None and not 0 < value <= 32:
                 raise BudgetError(f"{name} {value:g} is not between 0 and 32 bits. Try {name} 2.5.")
