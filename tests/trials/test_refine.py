@@ -13,6 +13,11 @@ from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import make_plan, measure_for_plan, resolve
+from alphaq.planning.kept import kept_shares
+from alphaq.report import runs
+from alphaq.report.content import Sources, content_of
+from alphaq.report.explanation import explain_plan, explanation_tables
+from alphaq.report.html import page_of
 from alphaq.trials import bench as benches
 from alphaq.trials import refine as refining
 from alphaq.trials.bench import Bench
@@ -63,6 +68,33 @@ def test_a_refined_plan_is_no_larger_and_no_worse_and_can_be_written(checkpoint:
     assert Plan.from_json(refined.to_json(), "it") == refined
     assert not (tmp_path / "state").exists()
     quantize(checkpoint, refined, tmp_path / "out")  # refuses files that are not as large as promised
+
+
+def better_and_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every plan that is judged has less KL than those before."""
+    left = iter(range(1000, 0, -1))
+    monkeypatch.setattr(Bench, "divergence", lambda self, columns: float(next(left)))
+
+
+def test_a_refined_plan_says_nothing_that_held_for_the_given_one_alone(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(checkpoint, method="distortion", choices="2g32,16", budget=Budget(bits=9))
+    assert plan.price is not None and plan.lower_bound is not None and plan.kept
+    better_and_better(monkeypatch)
+    refined = refine(checkpoint, plan, FEW, tmp_path / "state")
+    assert refined.refined is not None and refined.refined.changed and refined.price is None
+    choices = refined.every_choice()
+    assert {name for name, one in choices.items() if one.kept} != {
+        name for name, one in plan.every_choice().items() if one.kept
+    }
+    assert refined.kept == kept_shares(checkpoint, choices)
+    lines = [str(line) for line in explanation_tables(explain_plan(refined, None))]
+    assert "choices were exchanged by measured KL" in lines[0] and "order" not in lines[0]
+    assert all(unit.moves_up_at is unit.moves_down_at is None for unit in explain_plan(refined, None).units)
+    page = page_of(content_of(runs.Run("it", refined), Sources()))
+    assert "no bound: choices were exchanged by measured KL" in page and "follows an order" not in page
+    assert "the plan was refined by measured KL" in page and "a method's order or limits" not in page
 
 
 def test_the_same_seed_gives_the_same_plan_and_another_tries_others(checkpoint: Checkpoint, tmp_path: Path) -> None:
