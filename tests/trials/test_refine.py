@@ -23,8 +23,10 @@ from alphaq.trials import refine as refining
 from alphaq.trials.bench import Bench
 from alphaq.trials.held import HeldModel
 from alphaq.trials.refine import Refining, refine, way
+from alphaq.writing import observing
 from alphaq.writing.quantizing import quantize
 from conftest import Ran
+from runnable import save_runnable
 
 Run = Callable[..., Ran]
 
@@ -258,6 +260,28 @@ def test_the_command_writes_a_plan_that_explain_and_quantize_take(
     assert alphaq("quantize", checkpoint.folder, "--plan", out, "-o", tmp_path / "model").code == 0
     missing = alphaq("refine", checkpoint.folder, "--plan", tmp_path / "none.json", "-o", out)
     assert missing.code == 2 and "Make one with `alphaq plan" in missing.err
+
+
+def test_a_plan_by_the_models_own_importance_is_refined_by_the_same(
+    alphaq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_runnable(tmp_path / "model", "qwen2_moe")
+    given, out = tmp_path / "plan.json", tmp_path / "refined.json"
+    make, caches = observing.importance_by_losses, []
+
+    def made(checkpoint: Checkpoint, resources: Resources) -> Any:
+        caches.append(resources.cache)
+        return make(checkpoint, resources)
+
+    monkeypatch.setattr(observing, "importance_by_losses", made)
+    settings = ("--engine", "llama.cpp", "--bits", "4", "--method", "random", "--choices", "Q4_0,Q8_0")
+    assert alphaq("plan", folder, *settings, "--imatrix", "self", "-o", given).code == 0
+    without = alphaq("refine", folder, "--plan", given, "-o", out)
+    assert without.code == 2 and "Give --imatrix self" in without.err
+    ran = alphaq("refine", folder, "--plan", given, "--imatrix", "self", "-o", out, "--gradients", 8)
+    assert ran.code == 0, ran.err
+    assert len(caches) == 2 and None not in caches
+    assert Plan.read(out).imatrix == Plan.read(given).imatrix
 
 
 @pytest.mark.slow

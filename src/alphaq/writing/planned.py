@@ -48,9 +48,11 @@ def check_importance(plan: Plan, imatrix: ImportanceMatrix | None) -> None:
     planned = plan.imatrix or ""
     told = plan.config is not None or imatrix is not None
     if told and planned.rpartition(" ")[2] != (imatrix.digest if imatrix else ""):
+        name = planned.rpartition(" ")[0]
+        wanted = f"Give --imatrix {name}" if name else "Drop --imatrix"
         raise PlanError(
             f"The plan was made with the importance matrix {planned or 'of ones'}, not with "
-            f"{imatrix.name if imatrix else 'one of ones'}. Give --imatrix the same file, or make the plan again."
+            f"{imatrix.name if imatrix else 'one of ones'}. {wanted}, as it was then, or make the plan again."
         )
 
 
