@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from alphaq.checkpoint import writer
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import OutputError, PassError, PlanError, UnknownNameError
 from alphaq.formats.versions import CODECS
@@ -55,7 +56,9 @@ def planned(checkpoint: Checkpoint, **settings: Any) -> Plan:
 FEW = Refining(samples=8, tokens=96)
 
 
-def test_a_refined_plan_is_no_larger_and_no_worse_and_can_be_written(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_refined_plan_is_no_larger_and_no_worse_and_can_be_written(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = planned(checkpoint)
     refined = refine(checkpoint, plan, FEW, tmp_path / "state")
     record = refined.refined
@@ -68,7 +71,8 @@ def test_a_refined_plan_is_no_larger_and_no_worse_and_can_be_written(checkpoint:
     assert refined.expected_error.keys() == plan.expected_error.keys()
     assert all(refined.expected_error[name] != plan.expected_error[name] for name in changed)
     assert Plan.from_json(refined.to_json(), "it") == refined
-    assert not (tmp_path / "state").exists()
+    monkeypatch.setattr(HeldModel, "gradients", None)
+    assert refine(checkpoint, plan, FEW, tmp_path / "state") == refined  # of what is kept until the plan is written
     quantize(checkpoint, refined, tmp_path / "out")  # refuses files that are not as large as promised
 
 
@@ -101,9 +105,9 @@ def test_a_refined_plan_says_nothing_that_held_for_the_given_one_alone(
 
 def test_the_same_seed_gives_the_same_plan_and_another_tries_others(checkpoint: Checkpoint, tmp_path: Path) -> None:
     plan = planned(checkpoint)
-    one, same = (refine(checkpoint, plan, FEW, tmp_path / "state") for _ in range(2))
+    one, same = (refine(checkpoint, plan, FEW, tmp_path / name) for name in ("one", "same"))
     assert one == same
-    other = refine(checkpoint, plan, replace(FEW, seed=1), tmp_path / "state")
+    other = refine(checkpoint, plan, replace(FEW, seed=1), tmp_path / "other")
     assert other.refined is not None and one.refined is not None and other.refined.before != one.refined.before
 
 
@@ -206,7 +210,7 @@ def test_without_gradients_exchanges_go_by_the_measured_divergence_of_groups(
         raise PassError("The class gives no gradient.")
 
     monkeypatch.setattr(HeldModel, "gradients", none)
-    refined = refine(checkpoint, plan, replace(FEW, told=told.append), tmp_path / "state")
+    refined = refine(checkpoint, plan, replace(FEW, told=told.append), tmp_path / "other")
     assert refined.choices == by_groups.choices
     assert any("gives no gradient. Exchanges go by the measured KL of groups instead." in line for line in told)
     assert by_groups.refined is not None and by_groups.refined.by == "groups"
@@ -235,6 +239,43 @@ def test_plans_that_cannot_be_refined_are_refused_with_the_way_out(
     with pytest.raises(PlanError, match=r"about 1\.0 GiB, and this process may use 1\.0 GiB\. .*with more"):
         refine(checkpoint, plan, FEW, state)
     assert not state.exists()
+
+
+def test_a_run_that_cannot_end_leaves_nothing_behind(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, state = planned(checkpoint), tmp_path / "state"
+    monkeypatch.setattr(Bench, "divergence", lambda self, columns: float("nan"))
+    with pytest.raises(PlanError, match="computes NaN or infinity"):
+        refine(checkpoint, plan, FEW, state)
+    assert not state.exists()
+
+    def unable(*arguments: Any) -> Any:
+        raise PassError("The class cannot be run.")
+
+    monkeypatch.setattr(HeldModel, "__init__", unable)
+    with pytest.raises(PlanError, match="cannot be refined here"):
+        refine(checkpoint, plan, FEW, state)
+    assert not state.exists()
+
+
+def test_what_was_measured_outlives_a_plan_that_cannot_be_written(
+    alphaq: Run, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, out = tmp_path / "plan.json", tmp_path / "refined.json"
+    given.write_text(planned(checkpoint).to_json())
+    command = ("refine", checkpoint.folder, "--plan", given, "-o", out, "--gradients", 8)
+
+    def full(path: Path) -> Any:
+        raise OutputError("No space left on the device.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "atomic_file", full)
+        assert alphaq(*command).code == 2
+    assert not out.exists() and (tmp_path / "refined.json.state").exists()
+    monkeypatch.setattr(HeldModel, "gradients", None)
+    assert alphaq(*command).code == 0
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["plan.json", "refined.json"]
 
 
 def test_ways_are_named() -> None:

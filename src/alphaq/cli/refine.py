@@ -62,6 +62,7 @@ def refine(
     _note(refined)
     with atomic_file(output) as partial:
         partial.write_text(refined.to_json(), encoding="utf-8")
+    state.unlink()
     tell(f"Plan written to {output}")
     show(as_json, refined.model_dump(mode="json", exclude={"table"}), plan_table(refined))
 

@@ -87,8 +87,10 @@ def way(name: str) -> Way:
 def refine(checkpoint: Checkpoint, plan: Plan, refining: Refining, state: Path, resources: Resources = USUAL) -> Plan:
     """The plan with units' choices exchanged, at no more bytes and less KL; or the same if none is found.
 
-    state: file for what was measured, removed at the end. Raises PlanError for a plan that cannot be refined or a model
-    that does not fit into memory, OutputError if the file is of another run, and as `HeldModel` does.
+    state: file for what was measured; remove it once the plan is kept somewhere, until then the same call gives the
+    same plan at once. It is not left behind by a run that no other can bring to an end. Raises PlanError for a plan
+    that cannot be refined or a model that does not fit into memory, OutputError if the file is of another run, and as
+    `HeldModel` does.
     """
     require_refinable(checkpoint, plan, refining.imatrix)
     require_memory(checkpoint, plan, (TRAINING_WINDOWS + JUDGING_WINDOWS) * LENGTH)
@@ -97,11 +99,13 @@ def refine(checkpoint: Checkpoint, plan: Plan, refining: Refining, state: Path, 
             memory = _Memory(journal, _job(checkpoint, plan, refining), state, refining.restart)
             run = _Run.of(checkpoint, plan, refining, resources, memory)
             columns, judged = run.rounds()
-            refined = described(checkpoint, plan, run.bench, columns, _record(run, columns, judged))
+            return described(checkpoint, plan, run.bench, columns, _record(run, columns, judged))
+    except PlanError:
+        state.unlink(missing_ok=True)
+        raise
     except PassError as error:
+        state.unlink(missing_ok=True)
         raise PlanError(f"{error.reason} So its plan cannot be refined here; quantize with it as it is.") from error
-    state.unlink()
-    return refined
 
 
 def require_refinable(checkpoint: Checkpoint, plan: Plan, imatrix: ImportanceMatrix | None) -> None:
