@@ -37,7 +37,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few and short windows: what is tested is not how well."""
     monkeypatch.setattr(refining, "LENGTH", 24)
     monkeypatch.setattr(refining, "TRAINING_WINDOWS", 8)
-    monkeypatch.setattr(refining, "JUDGING_WINDOWS", 4)
+    monkeypatch.setattr(refining, "JUDGING_WINDOWS", 16)
 
 
 @pytest.fixture
@@ -46,14 +46,14 @@ def checkpoint(save_family: Callable[..., Path]) -> Checkpoint:
 
 
 def planned(checkpoint: Checkpoint, **settings: Any) -> Plan:
-    budget = settings.pop("budget", Budget(bits=4))
-    usual = {"method": "random", "choices": "2g32,4g32,6g32"}  # much can be gained
+    budget = settings.pop("budget", Budget(bits=5))
+    usual = {"method": "random", "choices": "2g32,8g32"}  # much can be gained
     config = PlanConfig(budget=budget, **{**usual, **settings})
     request = resolve(config)
     return make_plan(checkpoint, request, measure_for_plan(checkpoint, request))
 
 
-FEW = Refining(samples=8, tokens=96)
+FEW = Refining(samples=8, tokens=192)
 
 
 def test_a_refined_plan_is_no_larger_and_no_worse_and_can_be_written(
@@ -63,7 +63,7 @@ def test_a_refined_plan_is_no_larger_and_no_worse_and_can_be_written(
     refined = refine(checkpoint, plan, FEW, tmp_path / "state")
     record = refined.refined
     assert record is not None and record.moved > 0 and record.rounds > 0
-    assert record.after < record.before and record.tokens == 4 * 23
+    assert record.after < record.before and record.tokens == 16 * 23
     assert refined.size_bytes is not None and plan.size_bytes is not None and refined.size_bytes <= plan.size_bytes
     changed = {name for name, choice in refined.choices.items() if choice != plan.choices[name]}
     assert len(changed) == record.moved and changed <= plan.assignment.keys()
@@ -79,7 +79,7 @@ def test_a_refined_plan_is_no_larger_and_no_worse_and_can_be_written(
 def better_and_better(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every plan that is judged has less KL than those before."""
     left = iter(range(1000, 0, -1))
-    monkeypatch.setattr(Bench, "divergence", lambda self, columns: float(next(left)))
+    monkeypatch.setattr(Bench, "divergence", lambda self, columns: [float(next(left))] * 4)
 
 
 def test_a_refined_plan_says_nothing_that_held_for_the_given_one_alone(
@@ -167,9 +167,9 @@ def test_a_plan_that_nothing_betters_is_handed_back(
 ) -> None:
     plan, asked = planned(checkpoint), []
 
-    def worse_and_worse(self: Bench, columns: Any) -> float:
+    def worse_and_worse(self: Bench, columns: Any) -> list[float]:
         asked.append(columns)
-        return float(len(asked))
+        return [float(len(asked))] * 4
 
     monkeypatch.setattr(Bench, "divergence", worse_and_worse)
     told: list[str] = []
@@ -180,10 +180,22 @@ def test_a_plan_that_nothing_betters_is_handed_back(
     assert told[-1] == "round 1: nothing better found"
 
 
-def test_pinned_matrices_and_those_outside_the_budget_keep_their_choices(
-    checkpoint: Checkpoint, tmp_path: Path
+@pytest.mark.parametrize(("better", "taken"), [([0.9, 0.9, 0.9, 0.95], True), ([0.1, 0.2, 1.5, 1.5], False)])
+def test_a_gain_that_may_be_chance_is_not_taken(
+    better: list[float], taken: bool, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = planned(checkpoint, pins=(Rule(pattern="down", value="4g32"),))
+    judged = iter([[1.0] * 4])
+    monkeypatch.setattr(Bench, "divergence", lambda self, columns: next(judged, better))
+    refined = refine(checkpoint, planned(checkpoint), FEW, tmp_path / "state")
+    assert refined.refined is not None and refined.refined.changed is taken
+    assert refined.refined.after == (float(f"{sum(better) / 4:.4g}") if taken else 1.0)
+
+
+def test_pinned_matrices_and_those_outside_the_budget_keep_their_choices(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(checkpoint, pins=(Rule(pattern="down", value="8g32"),))
+    better_and_better(monkeypatch)
     refined = refine(checkpoint, plan, FEW, tmp_path / "state")
     assert refined.refined is not None and refined.refined.moved > 0
     for name, choice in plan.choices.items():
@@ -245,7 +257,7 @@ def test_a_run_that_cannot_end_leaves_nothing_behind(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, state = planned(checkpoint), tmp_path / "state"
-    monkeypatch.setattr(Bench, "divergence", lambda self, columns: float("nan"))
+    monkeypatch.setattr(Bench, "divergence", lambda self, columns: [1.0, float("nan"), 1.0, 1.0])
     with pytest.raises(PlanError, match="computes NaN or infinity"):
         refine(checkpoint, plan, FEW, state)
     assert not state.exists()

@@ -140,25 +140,28 @@ class Bench:
             for name in members
         }
 
-    def divergence(self, columns: np.ndarray) -> float:
-        """Mean KL in nats per token on the tokens that judge, with units at these columns."""
+    def divergence(self, columns: np.ndarray) -> list[float]:
+        """Mean KL in nats per token of each window that judges, with units at these columns."""
         self._put(columns)
         return self._divergence(self.windows.judging)
 
     def divergence_without(self, columns: np.ndarray, units: Sequence[int], part: slice) -> float:
-        """The same on some windows that do not judge, with some units as they are in the source."""
+        """Mean KL in nats per token on some windows that do not judge, with some units as they are in the source."""
         self._put(columns)
         for unit in units:
             for name in self.units.members[unit]:
                 self.model.put(name, self.checkpoint.read(self._matrices[name]).float())
         self._now[list(units)] = -1
-        return self._divergence(self.windows.training[part])
+        return float(np.mean(self._divergence(self.windows.training[part])))
 
-    def _divergence(self, windows: Tensor) -> float:
-        context, total = self.windows.context, 0.0
-        for ids in self.model.groups(windows):
-            total += sum(score.kl for score in score_windows(self.model, self.reference, ids, context))
-        return total / windows[:, context:].numel()
+    def _divergence(self, windows: Tensor) -> list[float]:
+        context = self.windows.context
+        scores = [
+            score
+            for ids in self.model.groups(windows)
+            for score in score_windows(self.model, self.reference, ids, context)
+        ]
+        return [score.kl / score.tokens for score in scores]
 
     def relative_error(self, name: str, choice: Choice) -> float:
         """Σ(w − ŵ)²/Σw² of one matrix at a choice."""

@@ -2,8 +2,9 @@
 
 In rounds. Plans near the best one so far are drawn, one backward pass through each tells what every single exchange of
 a unit's choice would do (exchange.py), and the budget is solved again for exchanges, exactly. What comes out is judged
-on tokens that no gradient was taken on, beside more cautious solutions, and the best is taken if its KL is lower. It
-ends when a round gains next to nothing. The plan that is handed out is never worse there than the given one.
+on tokens that no gradient was taken on, beside more cautious solutions, and the best is taken if its KL is lower by
+more than one standard error of the difference, window by window: the best of many tries on the same tokens is a little
+better there by chance alone. It ends when a round gains next to nothing.
 
 Everything that was measured is in a journal beside the output, so a killed run goes on and comes to the same plan.
 """
@@ -41,7 +42,7 @@ from alphaq.work.untrusted import JsonObject
 from alphaq.writing.planned import check_importance, check_source, plan_choices
 
 T = TypeVar("T")
-REFINE_VERSION = 1  # raise it whenever the same run would come to another plan
+REFINE_VERSION = 2  # raise it whenever the same run would come to another plan
 LENGTH = 256
 TRAINING_WINDOWS, JUDGING_WINDOWS = 64, 48
 SAMPLES = 24  # gradients of a round
@@ -233,26 +234,26 @@ class _Run:
         units = self.bench.units
         return np.array([units.choices.index(self.plan.choices[members[0]]) for members in units.members])
 
-    def rounds(self) -> tuple[np.ndarray, list[float]]:
-        """The best columns found, and the KL of the given plan and after each round that gained something."""
+    def rounds(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The best columns found, and KL [windows] of the given plan and after each round that gained something."""
         columns, slopes = self.first, Slopes()
         judged = [self.judge(columns)]
-        if not math.isfinite(judged[0]):
+        if not np.isfinite(judged[0]).all():
             raise PlanError(
                 f"With this plan {self.checkpoint.name} computes NaN or infinity, so there is no KL to lower. Check "
                 "the model with `alphaq eval`, or plan with a larger budget."
             )
-        self.refining.told(f"KL of the given plan {judged[0]:.5g} on {self.bench.windows.judged:,} tokens")
+        self.refining.told(f"KL of the given plan {judged[0].mean():.5g} on {self.bench.windows.judged:,} tokens")
         for number in range(MOST_ROUNDS):
             found, kl = self.improved(columns, self.moves(number, columns, slopes), judged[-1])
-            if not kl < judged[-1]:
+            if found is columns:
                 self.refining.told(f"round {number + 1}: nothing better found")
                 break
             moved = exchanged(self.bench.units, columns.tolist(), found.tolist())
-            self.refining.told(f"round {number + 1}: KL {kl:.5g}, {moved} units have another choice")
+            self.refining.told(f"round {number + 1}: KL {kl.mean():.5g}, {moved} units have another choice")
             columns = found
             judged.append(kl)
-            if kl > (1 - LEAST_GAIN) * judged[-2]:
+            if kl.mean() > (1 - LEAST_GAIN) * judged[-2].mean():
                 break
         return columns, judged
 
@@ -306,15 +307,16 @@ class _Run:
             for unit, values in enumerate(self.memory.recall(f"gradient {number} {sample}", products)):
                 slopes.add(unit, int(states[sample, unit]), dict(zip(near[unit], values, strict=True)))
 
-    def improved(self, columns: np.ndarray, moves: Moves, kl: float) -> tuple[np.ndarray, float]:
-        """The best of the solutions by what was measured, and its KL; the same columns if all are worse."""
+    def improved(self, columns: np.ndarray, moves: Moves, kl: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The best of the solutions by what was measured, and its KL [windows]; the same columns if none is better
+        beyond chance."""
         units, best = self.bench.units, (columns, kl)
         for caution in CAUTIONS:
             found = self.within_size(columns, partial(best_columns, units, columns, moves, caution))
             other = self.judge(found)
-            if other < best[1]:
+            if other.mean() < best[1].mean():
                 best = found, other
-        return best
+        return best if beyond_chance(kl - best[1]) else (columns, kl)
 
     def within_size(self, columns: np.ndarray, solve: Callable[[int], np.ndarray]) -> np.ndarray:
         """A solution whose files are no larger than the given plan's: their headers may differ by a few bytes."""
@@ -334,16 +336,21 @@ class _Run:
         """Choices of all quantized matrices with units at these columns."""
         return self.plan.every_choice() | self.bench.choices(columns)
 
-    def judge(self, columns: np.ndarray) -> float:
-        """KL on the tokens that judge."""
+    def judge(self, columns: np.ndarray) -> np.ndarray:
+        """KL on the tokens that judge, float64 [windows]."""
         digest = hashlib.sha256(json.dumps(columns.tolist()).encode()).hexdigest()[:32]
-        return self.memory.recall(f"judged {digest}", lambda: self.bench.divergence(columns))
+        return np.array(self.memory.recall(f"judged {digest}", lambda: self.bench.divergence(columns)))
 
 
-def _record(run: _Run, columns: np.ndarray, judged: list[float]) -> Refinement:
+def beyond_chance(gains: np.ndarray) -> bool:
+    """Whether gains [windows] are more than one standard error of their mean."""
+    return float(gains.mean()) > float(gains.std(ddof=1)) / math.sqrt(len(gains))
+
+
+def _record(run: _Run, columns: np.ndarray, judged: list[np.ndarray]) -> Refinement:
     return Refinement(
-        before=float(f"{judged[0]:.4g}"),
-        after=float(f"{judged[-1]:.4g}"),
+        before=float(f"{judged[0].mean():.4g}"),
+        after=float(f"{judged[-1].mean():.4g}"),
         tokens=run.bench.windows.judged,
         rounds=len(judged) - 1,
         moved=exchanged(run.bench.units, run.first.tolist(), columns.tolist()),
