@@ -402,3 +402,37 @@ def test_all_roles_that_share_a_budget_are_exchanged(tiny: Path, tmp_path: Path)
     assert refined.size_bytes is not None and plan.size_bytes is not None and refined.size_bytes <= plan.size_bytes
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= plan.assignment.keys()
     quantize(checkpoint, refined, tmp_path / "out")
+
+
+def test_a_state_file_of_something_else_and_of_other_tokens_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plan, state = planned(checkpoint), tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        refine(checkpoint, plan, FEW, state, Resources(wrap=Killed(1)))
+    with pytest.raises(OutputError, match=r"state holds an unfinished run"):
+        refine(checkpoint, plan, replace(FEW, tokens=200), state)
+    with state.open("a") as file:
+        file.write('{"name": 1}\n')
+    with pytest.raises(OutputError, match=r"state holds lines that no run .* wrote\. Add --restart"):
+        refine(checkpoint, plan, FEW, state)
+
+
+def test_too_few_gradients_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"4 gradients a round measure no exchange\. Take at least 8"):
+        Refining(samples=4)
+
+
+def test_no_more_is_held_by_groups_than_three_choices_of_each_matrix(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, judged = [], iter(range(1000, 0, -1))
+
+    def better(self: Bench, columns: Any) -> list[float]:
+        self._put(columns)
+        held.append(len(self._held))
+        return [float(next(judged))] * 4
+
+    monkeypatch.setattr(refining, "LEAST_GAIN", -1.0)  # all rounds
+    monkeypatch.setattr(Bench, "divergence", better)
+    plan = planned(checkpoint, choices="2g32,3g32,4g32,5g32,6g32,8g32")
+    refine(checkpoint, plan, replace(FEW, by="groups"), tmp_path / "state")
+    assert len(held) > 3 and max(held) <= 3 * len(plan.assignment)

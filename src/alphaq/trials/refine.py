@@ -45,7 +45,7 @@ T = TypeVar("T")
 REFINE_VERSION = 2  # raise it whenever the same run would come to another plan
 LENGTH = 256
 TRAINING_WINDOWS, JUDGING_WINDOWS = 64, 48
-SAMPLES = 24  # gradients of a round
+SAMPLES, FEWEST_SAMPLES = 24, 8  # gradients of a round
 WORK = 2**38  # tokens of a gradient × weights, up to which it sees more than the fewest
 FEWEST_TOKENS, MOST_TOKENS = 1024, 4096
 CAUTIONS = (0.0, 1.0, 2.0)  # standard errors by which exchanges must be better, tried in turn
@@ -72,6 +72,13 @@ class Refining:
     imatrix: ImportanceMatrix | None = None
     restart: bool = False
     told: Callable[[str], object] = lambda line: None
+
+    def __post_init__(self) -> None:
+        """Raise PlanError for too few gradients: an exchange is measured twice at each end, or not at all."""
+        if self.samples < FEWEST_SAMPLES:
+            raise PlanError(
+                f"{self.samples} gradients a round measure no exchange. Take at least {FEWEST_SAMPLES} (--gradients)."
+            )
 
     def windows(self, checkpoint: Checkpoint) -> int:
         """Of each gradient."""
@@ -169,8 +176,12 @@ class _Memory:
                 f"{where} holds an unfinished run of another plan, model or settings. Add --restart, or choose another "
                 "output."
             )
+        if not all(one.keys() == {"key", "value"} and isinstance(one["key"], str) for one in journal.entries[1:]):
+            raise OutputError(
+                f"{where} holds lines that no run of `alphaq refine` wrote. Add --restart, or choose another output."
+            )
         self._journal = journal
-        self._known: JsonObject = {str(one["key"]): one["value"] for one in journal.entries[1:]}
+        self._known: JsonObject = {one["key"]: one["value"] for one in journal.entries[1:]}
 
     def recall(self, key: str, make: Callable[[], T]) -> T:
         """A JSON value, measured now or before."""
@@ -189,7 +200,7 @@ def _job(checkpoint: Checkpoint, plan: Plan, refining: Refining) -> str:
         plan.to_json(),
         checkpoint.contents(),
         checkpoint.settings_digest(),
-        [refining.seed, refining.samples, refining.windows(checkpoint), refining.by],
+        [refining.seed, refining.samples, refining.tokens, refining.windows(checkpoint), refining.by],
         [quantizer, QUANTIZERS[quantizer].version],
     ]
     return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]
@@ -259,6 +270,7 @@ class _Run:
 
     def moves(self, number: int, columns: np.ndarray, slopes: Slopes) -> Moves:
         """What exchanges would do, by gradients where the model's class has them."""
+        self.bench.hold(columns)
         if self.by == "gradients":
             try:
                 self.measure(number, columns, slopes)
@@ -294,7 +306,6 @@ class _Run:
         ]
         states = drawn_states(bench.units, columns, refining.samples, (refining.seed, number))
         states = np.where(bench.open, states, columns)
-        bench.hold(columns)
         count = min(refining.windows(self.checkpoint), TRAINING_WINDOWS)
         parts = TRAINING_WINDOWS // count
         for sample in self.resources.wrap(range(refining.samples), refining.samples, f"round {number + 1}"):
