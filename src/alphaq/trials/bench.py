@@ -20,7 +20,6 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import PassError, PlanError
 from alphaq.evaluation.fidelity import Remembered, score_windows
 from alphaq.formats.table import parse_choice
-from alphaq.measuring.measurement import restored
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.plan import Plan
@@ -83,7 +82,7 @@ class Bench:
         checkpoint: Checkpoint,
         plan: Plan,
         windows: Windows,
-        rounding: Callable[..., Tensor] = restored,
+        rounding: Callable[[Checkpoint, MatrixRef, Choice], Tensor],
     ) -> None:
         assert plan.table is not None  # checked before
         self.checkpoint, self.windows = checkpoint, windows
