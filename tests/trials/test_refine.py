@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from alphaq.calibration.text import own_writing
 from alphaq.checkpoint import writer
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import OutputError, PassError, PlanError, UnknownNameError
@@ -436,3 +437,15 @@ def test_no_more_is_held_by_groups_than_three_choices_of_each_matrix(
     plan = planned(checkpoint, choices="2g32,3g32,4g32,5g32,6g32,8g32")
     refine(checkpoint, plan, replace(FEW, by="groups"), tmp_path / "state")
     assert len(held) > 3 and max(held) <= 3 * len(plan.assignment)
+
+
+def test_a_class_that_keeps_nothing_of_earlier_tokens_writes_by_the_seed_too(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unable(*given: Any) -> Any:
+        raise PassError("It keeps nothing.")
+
+    monkeypatch.setattr(benches, "written", unable)
+    one, same, other = (benches.own_tokens(checkpoint, 2, 8, False, seed) for seed in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert not torch.equal(one, own_writing(checkpoint, 2, 8, False))

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alphaq.calibration.text import own_writing
-from alphaq.calibration.tokens import model_prefix, written
+from alphaq.calibration.text import REWRITINGS
+from alphaq.calibration.tokens import model_prefix, random_windows, rewritten, written
 from alphaq.checkpoint.files import memory_bytes
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import PassError, PlanError
@@ -51,10 +51,14 @@ def require_memory(checkpoint: Checkpoint, plan: Plan, tokens: int) -> None:
 
 def own_tokens(checkpoint: Checkpoint, windows: int, length: int, bos: bool, seed: int) -> Tensor:
     """What the model writes, int64 [windows, length]; other text than plans are made with (calibration/text.py)."""
+    prefix = model_prefix(checkpoint) if bos else ()
     try:
-        return written(checkpoint, windows, length, model_prefix(checkpoint) if bos else (), seed + 1)
-    except PassError:  # of a class that keeps nothing of earlier tokens
-        return own_writing(checkpoint, windows, length, bos)
+        return written(checkpoint, windows, length, prefix, seed + 1)
+    except PassError:  # of a class that keeps nothing of earlier tokens: random ones, rewritten by it
+        ids = random_windows(int(checkpoint.text_config["vocab_size"]), windows, length, seed + 1, prefix)
+        for number in range(REWRITINGS):
+            ids = rewritten(checkpoint, ids, (seed + 1) * REWRITINGS + number, max(1, len(prefix)))
+        return ids
 
 
 @dataclass(frozen=True, eq=False)
