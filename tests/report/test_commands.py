@@ -1,4 +1,5 @@
 import shlex
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -10,10 +11,11 @@ from alphaq.calibration.text import Text
 from alphaq.cli import app as cli
 from alphaq.cli.inputs import Inputs
 from alphaq.engines.output import QuantizeOptions
-from alphaq.nouns.plan import Plan, SourceIdentity
+from alphaq.nouns.plan import Plan, Refinement, SourceIdentity
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import resolve
 from alphaq.report.commands import Names, remake, reproduce
+from alphaq.report.tables import refined_words
 from alphaq.writing.rounding import Rounding
 from conftest import Ran
 
@@ -206,6 +208,76 @@ def test_the_rule_that_cuts_words_is_repeated_in_both_steps() -> None:
     )
     steps = dict(reproduce(plan, QuantizeOptions(pre_tokenizer="llama-bpe")))
     assert "--pre-tokenizer llama-bpe" in steps["Plan"] and "--pre-tokenizer llama-bpe" in steps["Quantize"]
+
+
+REFINED = Refinement(
+    before=0.02,
+    after=0.01,
+    tokens=12_240,
+    rounds=2,
+    moved=1_234,
+    hidden=0,
+    seed=3,
+    gradients=16,
+    gradient_tokens=2048,
+    by="groups",
+)
+
+
+def test_a_refined_plan_is_made_in_two_steps_of_which_none_overwrites_what_it_reads() -> None:
+    plan = Plan(
+        engine="llama.cpp",
+        source=SourceIdentity(name="m", fingerprint="0"),
+        config=PlanConfig(budget=Budget(bits=3), engine="llama.cpp", imatrix="self losses-0123456789abcdef"),
+        choices={"a": "Q4_0"},
+        refined=REFINED,
+    )
+    steps = dict(reproduce(plan, QuantizeOptions(pre_tokenizer="llama-bpe")))
+    assert steps["Plan"].endswith("--pre-tokenizer llama-bpe -o unrefined.json")
+    assert steps["Refine"] == (
+        "alphaq refine m --plan unrefined.json --seed 3 --imatrix self --gradients 16 --by groups --tokens 2048 "
+        "--pre-tokenizer llama-bpe -o plan.json"
+    )
+    assert steps["Quantize"].startswith("alphaq quantize m --plan plan.json ")
+
+
+def test_the_refine_step_is_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = Plan(
+        source=SourceIdentity(name="m", fingerprint="0"),
+        config=PlanConfig(budget=Budget(bits=3)),
+        choices={"a": "2"},
+        refined=REFINED,
+    )
+    (tmp_path / "unrefined.json").write_text(plan.model_copy(update={"refined": None}).to_json())
+    seen: list[Any] = []
+
+    def stop(*given: Any) -> Any:
+        seen.append(given[2])
+        raise Parsed
+
+    monkeypatch.setattr("alphaq.cli.refine.opened", lambda *given: None)
+    monkeypatch.setattr("alphaq.trials.refine.refine", stop)
+    with pytest.raises(Parsed):
+        cli.main(shlex.split(dict(reproduce(plan))["Refine"])[1:])
+    assert [(one.seed, one.samples, one.tokens, one.by) for one in seen] == [(3, 16, 2048, "groups")]
+
+
+def test_what_refining_did_is_put_into_words() -> None:
+    assert refined_words(REFINED) == "KL on 12,240 tokens of its own writing: 0.02 → 0.01, 1,234 units changed"
+    as_it_was = REFINED.model_copy(update={"moved": 0, "after": 0.02})
+    assert refined_words(as_it_was) == "KL on 12,240 tokens of its own writing: 0.02; nothing better was found"
+
+
+def test_a_card_shows_both_steps_of_a_refined_plan(alphaq: Run, tiny_quantized: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(tiny_quantized, out)
+    plan = Plan.read(out / "plan.json").model_copy(update={"refined": REFINED})
+    (out / "plan.json").write_text(plan.to_json())
+    card = alphaq("card", out, "--base-model", "someone/tiny", "-o", "-").out
+    plan_line, refine_line = card.partition("The plan was made by\n\n")[2].splitlines()[:2]
+    assert plan_line.startswith("    alphaq plan someone/tiny ") and plan_line.endswith(" -o unrefined.json")
+    assert refine_line.startswith("    alphaq refine someone/tiny --plan unrefined.json --seed 3 ")
 
 
 def test_names_are_quoted_for_the_shell() -> None:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alphaq.cli.means import JsonOption, Means, ModelArgument, RestartOption, opened
-from alphaq.cli.options import Shown
+from alphaq.cli.inputs import Inputs
+from alphaq.cli.means import JsonOption, Means, ModelArgument, RestartOption, opened, resources_for
+from alphaq.cli.options import Asked, Shown
 from alphaq.errors import AlphaQError
-from alphaq.terminal import note, progress, show, tell, warn
+from alphaq.nouns.settings import PlanConfig
+from alphaq.terminal import note, show, tell, warn
 
 if TYPE_CHECKING:
     from alphaq.nouns.plan import Plan
@@ -18,12 +20,12 @@ if TYPE_CHECKING:
 
 def refine(
     model: ModelArgument,
-    means: Annotated[Means, Shown(only=("revision", "requantize", "pre_tokenizer"))],
+    asked: Annotated[Asked[PlanConfig], Shown(only=("imatrix",))],
+    means: Annotated[Means, Shown(only=("revision", "workers", "no_cache", "requantize", "pre_tokenizer"))],
     plan_file: Annotated[Path, typer.Option("--plan", help="Plan to improve, as `alphaq plan` writes it.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Plan file to write; an unfinished run for it is continued.")
     ],
-    imatrix: Annotated[Path | None, typer.Option(help="The importance matrix that the plan was made with.")] = None,
     gradients: Annotated[int, typer.Option(min=8, help="Backward passes in each round.")] = 24,
     tokens: Annotated[
         int | None,
@@ -37,9 +39,7 @@ def refine(
     as_json: JsonOption = False,
 ) -> None:
     """Improve a plan by the KL that is measured on the model's own writing, at the same bytes; holds the model."""
-    from alphaq.checkpoint.gguf.imatrix import read_imatrix
     from alphaq.checkpoint.writer import atomic_file, check_file
-    from alphaq.measuring.resources import Resources
     from alphaq.nouns.plan import Plan
     from alphaq.report.tables import plan_table
     from alphaq.trials.refine import Refining, way
@@ -51,13 +51,18 @@ def refine(
             f"No plan file {plan_file}. Make one with `alphaq plan MODEL --bits 2.5 -o {plan_file.name}`."
         )
     given = Plan.read(plan_file)
-    importance = None if imatrix is None else read_imatrix(imatrix)
+    inputs, by_way, state = Inputs.of(asked), way(by), output.with_name(f"{output.name}.state")
     checkpoint = opened(model, means)
-    refining = Refining(seed, gradients, tokens, way(by), importance, restart, tell)
-    refined = run(checkpoint, given, refining, output.with_name(f"{output.name}.state"), Resources(wrap=progress))
+    with resources_for(checkpoint, means) as resources:
+        importance = inputs.made_for(checkpoint, resources, output.absolute().parent).imatrix
+        if resources.cache is not None:
+            resources.cache.close()  # others may measure while this one runs the model
+        refining = Refining(seed, gradients, tokens, by_way, importance, restart, tell)
+        refined = run(checkpoint, given, refining, state, resources)
     _note(refined)
     with atomic_file(output) as partial:
         partial.write_text(refined.to_json(), encoding="utf-8")
+    state.unlink()
     tell(f"Plan written to {output}")
     show(as_json, refined.model_dump(mode="json", exclude={"table"}), plan_table(refined))
 

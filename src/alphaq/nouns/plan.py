@@ -141,6 +141,11 @@ class Refinement(BaseModel):
     gradient_tokens: Count | None
     by: str
 
+    @property
+    def changed(self) -> bool:
+        """Whether choices are no longer those that the predicted losses led to."""
+        return self.moved > 0
+
 
 class Plan(BaseModel):
     """The decision: which choice each matrix gets, for which budget and engine, and why."""
@@ -160,10 +165,11 @@ class Plan(BaseModel):
     budget_slack: float | None = None
     objective: float | None = None
     lower_bound: float | None = None
-    """Proven: no plan under these constraints has less loss. None for methods that follow an order."""
+    """Proven: no plan under these constraints has less loss. None for methods that follow an order, and of a
+    refined plan."""
     price: float | None = None
     """Loss that one more unit of the budget's cost would save (the Lagrange multiplier). None where an order
-    decides, or limits beside the budget do."""
+    decides, limits beside the budget do, or measured KL."""
     histogram: dict[int, int] = Field(default_factory=dict)
     assignment: dict[str, int] = Field(default_factory=dict)
     """Bits of each matrix that the budget decided on."""

@@ -30,7 +30,9 @@ class Serving(BaseModel):
             parse=parse_size,
         ),
     ] = Field(gt=0)
-    context: Annotated[int, Option("Tokens of context of each sequence.", MEMORY)] = Field(default=4096, ge=1, le=MOST_CELLS)
+    context: Annotated[int, Option("Tokens of context of each sequence.", MEMORY)] = Field(
+        default=4096, ge=1, le=MOST_CELLS
+    )
     parallel: Annotated[int, Option("Sequences at the same time.", MEMORY)] = Field(default=1, ge=1, le=1024)
     kv_type: Annotated[CacheType, Option("Type of the cache of keys and values: f16, q8_0, q4_0 ….", MEMORY)] = "f16"
 

@@ -16,6 +16,9 @@ from alphaq.nouns.plan import Plan, Refinement
 from alphaq.nouns.settings import PlanConfig
 from alphaq.sensitivity.methods import METHODS
 
+UNREFINED = "unrefined.json"
+"""The plan that a refined one, plan.json, was made from."""
+
 
 @dataclass(frozen=True)
 class Names:
@@ -35,7 +38,7 @@ def reproduce(plan: Plan, options: QuantizeOptions = NO_OPTIONS, names: Names = 
         return []
     steps = [("Plan", _plan_command(plan, config, options, names))]
     if plan.refined is not None and plan.source is not None:
-        steps.append(("Refine", _refine_command(plan, plan.refined, names.reference or plan.source.name)))
+        steps.append(("Refine", _refine_command(plan, plan.refined, options, names.reference or plan.source.name)))
     if plan.source is not None:
         reference = names.reference or plan.source.name
         report = ["alphaq", "report", names.out, "--reference", reference, "-o", "report.html"]
@@ -67,17 +70,19 @@ def _plan_command(plan: Plan, config: PlanConfig, options: QuantizeOptions, name
         config = config.model_copy(update={"stats": stats})
     words = ["alphaq", "plan", *([names.reference or plan.source.name] if plan.source else [])]
     words += plan_options(config, "measured" if plan.source else "analytic")
-    if options.pre_tokenizer is not None:
-        words += ["--pre-tokenizer", options.pre_tokenizer]
-    return shlex.join([*words, "-o", "plan.json"])
+    return shlex.join([*words, *_pre_tokenizer(options), "-o", "plan.json" if plan.refined is None else UNREFINED])
 
 
-def _refine_command(plan: Plan, refined: Refinement, reference: str) -> str:
-    words = ["alphaq", "refine", reference, "--plan", "plan.json", "--seed", str(refined.seed)]
+def _refine_command(plan: Plan, refined: Refinement, options: QuantizeOptions, reference: str) -> str:
+    words = ["alphaq", "refine", reference, "--plan", UNREFINED, "--seed", str(refined.seed)]
     words += [] if plan.imatrix is None else settings_of(PlanConfig)["imatrix"].words(plan.imatrix)
     words += ["--gradients", str(refined.gradients), "--by", refined.by]
     words += [] if refined.gradient_tokens is None else ["--tokens", str(refined.gradient_tokens)]
-    return shlex.join([*words, "-o", "plan.json"])
+    return shlex.join([*words, *_pre_tokenizer(options), "-o", "plan.json"])
+
+
+def _pre_tokenizer(options: QuantizeOptions) -> list[str]:
+    return [] if options.pre_tokenizer is None else ["--pre-tokenizer", options.pre_tokenizer]
 
 
 def plan_options(config: PlanConfig, usual_noise: str) -> list[str]:

@@ -55,7 +55,8 @@ class ExplainedUnit:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Of a plan, and of some of its units. matched: how many units were asked for."""
+    """Of a plan, and of some of its units. unpriced: why it has no price, if so. matched: how many units were asked
+    for."""
 
     engine: str
     method: str | None
@@ -67,6 +68,7 @@ class Explanation:
     kept: Mapping[str, float]
     check: str | None
     refined: str | None
+    unpriced: str | None
     predicted: str | None
     matched: int
     units: list[ExplainedUnit]
@@ -101,10 +103,20 @@ def explain_plan(plan: Plan, pattern: str | None, limit: int = 10) -> Explanatio
         kept=plan.kept,
         check=None if plan.check is None else check_words(plan.check),
         refined=None if plan.refined is None else refined_words(plan.refined),
+        unpriced=_unpriced(plan),
         predicted=None if plan.prediction is None else predicted_words(plan.prediction),
         matched=len(units),
         units=units[:limit],
     )
+
+
+def _unpriced(plan: Plan) -> str | None:
+    """Why no one price tells a plan's choices; None where one does."""
+    if plan.price is not None:
+        return None
+    if plan.refined is not None and plan.refined.changed:
+        return "its choices were exchanged by measured KL, so no price of these losses tells them"
+    return "it follows an order, or has limits beside the budget, so there is no single price"
 
 
 def _explained(
@@ -171,10 +183,9 @@ def explanation_tables(explained: Explanation) -> list[Any]:
     """What `alphaq explain` prints: the price, and for each unit its choices and its distance from moving."""
     price, unit = explained.price, explained.cost_unit.removesuffix("s")
     total = "" if explained.objective is None else f" of a loss of {explained.objective:.6g}"
-    order = "it follows an order, or has limits beside the budget, so there is no single price" if price is None else ""
     lines: list[Any] = [
         f"{explained.engine} plan by {explained.method}: "
-        + (order or f"one more {unit} would save {price:.4g}{total}"),
+        + (explained.unpriced or f"one more {unit} would save {price:.4g}{total}"),
         f"{explained.matched:,} unit{'s match' if explained.matched > 1 else ' matches'}; "
         f"showing {len(explained.units)}",
     ]

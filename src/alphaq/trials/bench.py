@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alphaq.calibration.text import own_writing
-from alphaq.calibration.tokens import model_prefix, written
+from alphaq.calibration.text import REWRITINGS
+from alphaq.calibration.tokens import model_prefix, random_windows, rewritten, written
 from alphaq.checkpoint.files import memory_bytes
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import PassError, PlanError
 from alphaq.evaluation.fidelity import Remembered, score_windows
 from alphaq.formats.table import parse_choice
-from alphaq.measuring.measurement import restored
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.plan import Plan
@@ -52,10 +51,14 @@ def require_memory(checkpoint: Checkpoint, plan: Plan, tokens: int) -> None:
 
 def own_tokens(checkpoint: Checkpoint, windows: int, length: int, bos: bool, seed: int) -> Tensor:
     """What the model writes, int64 [windows, length]; other text than plans are made with (calibration/text.py)."""
+    prefix = model_prefix(checkpoint) if bos else ()
     try:
-        return written(checkpoint, windows, length, model_prefix(checkpoint) if bos else (), seed + 1)
-    except PassError:  # of a class that keeps nothing of earlier tokens
-        return own_writing(checkpoint, windows, length, bos)
+        return written(checkpoint, windows, length, prefix, seed + 1)
+    except PassError:  # of a class that keeps nothing of earlier tokens: random ones, rewritten by it
+        ids = random_windows(int(checkpoint.text_config["vocab_size"]), windows, length, seed + 1, prefix)
+        for number in range(REWRITINGS):
+            ids = rewritten(checkpoint, ids, (seed + 1) * REWRITINGS + number, max(1, len(prefix)))
+        return ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +86,7 @@ class Bench:
         checkpoint: Checkpoint,
         plan: Plan,
         windows: Windows,
-        rounding: Callable[..., Tensor] = restored,
+        rounding: Callable[[Checkpoint, MatrixRef, Choice], Tensor],
     ) -> None:
         assert plan.table is not None  # checked before
         self.checkpoint, self.windows = checkpoint, windows
@@ -140,25 +143,28 @@ class Bench:
             for name in members
         }
 
-    def divergence(self, columns: np.ndarray) -> float:
-        """Mean KL in nats per token on the tokens that judge, with units at these columns."""
+    def divergence(self, columns: np.ndarray) -> list[float]:
+        """Mean KL in nats per token of each window that judges, with units at these columns."""
         self._put(columns)
         return self._divergence(self.windows.judging)
 
     def divergence_without(self, columns: np.ndarray, units: Sequence[int], part: slice) -> float:
-        """The same on some windows that do not judge, with some units as they are in the source."""
+        """Mean KL in nats per token on some windows that do not judge, with some units as they are in the source."""
         self._put(columns)
         for unit in units:
             for name in self.units.members[unit]:
                 self.model.put(name, self.checkpoint.read(self._matrices[name]).float())
         self._now[list(units)] = -1
-        return self._divergence(self.windows.training[part])
+        return float(np.mean(self._divergence(self.windows.training[part])))
 
-    def _divergence(self, windows: Tensor) -> float:
-        context, total = self.windows.context, 0.0
-        for ids in self.model.groups(windows):
-            total += sum(score.kl for score in score_windows(self.model, self.reference, ids, context))
-        return total / windows[:, context:].numel()
+    def _divergence(self, windows: Tensor) -> list[float]:
+        context = self.windows.context
+        scores = [
+            score
+            for ids in self.model.groups(windows)
+            for score in score_windows(self.model, self.reference, ids, context)
+        ]
+        return [score.kl / score.tokens for score in scores]
 
     def relative_error(self, name: str, choice: Choice) -> float:
         """Σ(w − ŵ)²/Σw² of one matrix at a choice."""

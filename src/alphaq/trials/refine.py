@@ -2,8 +2,9 @@
 
 In rounds. Plans near the best one so far are drawn, one backward pass through each tells what every single exchange of
 a unit's choice would do (exchange.py), and the budget is solved again for exchanges, exactly. What comes out is judged
-on tokens that no gradient was taken on, beside more cautious solutions, and the best is taken if its KL is lower. It
-ends when a round gains next to nothing. The plan that is handed out is never worse there than the given one.
+on tokens that no gradient was taken on, beside more cautious solutions, and the best is taken if its KL is lower by
+more than one standard error of the difference, window by window: the best of many tries on the same tokens is a little
+better there by chance alone. It ends when a round gains next to nothing.
 
 Everything that was measured is in a journal beside the output, so a killed run goes on and comes to the same plan.
 """
@@ -41,10 +42,10 @@ from alphaq.work.untrusted import JsonObject
 from alphaq.writing.planned import check_importance, check_source, plan_choices
 
 T = TypeVar("T")
-REFINE_VERSION = 1  # raise it whenever the same run would come to another plan
+REFINE_VERSION = 2  # raise it whenever the same run would come to another plan
 LENGTH = 256
 TRAINING_WINDOWS, JUDGING_WINDOWS = 64, 48
-SAMPLES = 24  # gradients of a round
+SAMPLES, FEWEST_SAMPLES = 24, 8  # gradients of a round
 WORK = 2**38  # tokens of a gradient × weights, up to which it sees more than the fewest
 FEWEST_TOKENS, MOST_TOKENS = 1024, 4096
 CAUTIONS = (0.0, 1.0, 2.0)  # standard errors by which exchanges must be better, tried in turn
@@ -72,6 +73,13 @@ class Refining:
     restart: bool = False
     told: Callable[[str], object] = lambda line: None
 
+    def __post_init__(self) -> None:
+        """Raise PlanError for too few gradients: an exchange is measured twice at each end, or not at all."""
+        if self.samples < FEWEST_SAMPLES:
+            raise PlanError(
+                f"{self.samples} gradients a round measure no exchange. Take at least {FEWEST_SAMPLES} (--gradients)."
+            )
+
     def windows(self, checkpoint: Checkpoint) -> int:
         """Of each gradient."""
         weights = sum(matrix.parameters for matrix in checkpoint.matrices)
@@ -87,8 +95,10 @@ def way(name: str) -> Way:
 def refine(checkpoint: Checkpoint, plan: Plan, refining: Refining, state: Path, resources: Resources = USUAL) -> Plan:
     """The plan with units' choices exchanged, at no more bytes and less KL; or the same if none is found.
 
-    state: file for what was measured, removed at the end. Raises PlanError for a plan that cannot be refined or a model
-    that does not fit into memory, OutputError if the file is of another run, and as `HeldModel` does.
+    state: file for what was measured; remove it once the plan is kept somewhere, until then the same call gives the
+    same plan at once. It is not left behind by a run that no other can bring to an end. Raises PlanError for a plan
+    that cannot be refined or a model that does not fit into memory, OutputError if the file is of another run, and as
+    `HeldModel` does.
     """
     require_refinable(checkpoint, plan, refining.imatrix)
     require_memory(checkpoint, plan, (TRAINING_WINDOWS + JUDGING_WINDOWS) * LENGTH)
@@ -97,11 +107,13 @@ def refine(checkpoint: Checkpoint, plan: Plan, refining: Refining, state: Path, 
             memory = _Memory(journal, _job(checkpoint, plan, refining), state, refining.restart)
             run = _Run.of(checkpoint, plan, refining, resources, memory)
             columns, judged = run.rounds()
-            refined = described(checkpoint, plan, run.bench, columns, _record(run, columns, judged))
+            return described(checkpoint, plan, run.bench, columns, _record(run, columns, judged))
+    except PlanError:
+        state.unlink(missing_ok=True)
+        raise
     except PassError as error:
+        state.unlink(missing_ok=True)
         raise PlanError(f"{error.reason} So its plan cannot be refined here; quantize with it as it is.") from error
-    state.unlink()
-    return refined
 
 
 def require_refinable(checkpoint: Checkpoint, plan: Plan, imatrix: ImportanceMatrix | None) -> None:
@@ -164,8 +176,12 @@ class _Memory:
                 f"{where} holds an unfinished run of another plan, model or settings. Add --restart, or choose another "
                 "output."
             )
+        if not all(one.keys() == {"key", "value"} and isinstance(one["key"], str) for one in journal.entries[1:]):
+            raise OutputError(
+                f"{where} holds lines that no run of `alphaq refine` wrote. Add --restart, or choose another output."
+            )
         self._journal = journal
-        self._known: JsonObject = {str(one["key"]): one["value"] for one in journal.entries[1:]}
+        self._known: JsonObject = {one["key"]: one["value"] for one in journal.entries[1:]}
 
     def recall(self, key: str, make: Callable[[], T]) -> T:
         """A JSON value, measured now or before."""
@@ -184,7 +200,7 @@ def _job(checkpoint: Checkpoint, plan: Plan, refining: Refining) -> str:
         plan.to_json(),
         checkpoint.contents(),
         checkpoint.settings_digest(),
-        [refining.seed, refining.samples, refining.windows(checkpoint), refining.by],
+        [refining.seed, refining.samples, refining.tokens, refining.windows(checkpoint), refining.by],
         [quantizer, QUANTIZERS[quantizer].version],
     ]
     return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]
@@ -229,31 +245,32 @@ class _Run:
         units = self.bench.units
         return np.array([units.choices.index(self.plan.choices[members[0]]) for members in units.members])
 
-    def rounds(self) -> tuple[np.ndarray, list[float]]:
-        """The best columns found, and the KL of the given plan and after each round that gained something."""
+    def rounds(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The best columns found, and KL [windows] of the given plan and after each round that gained something."""
         columns, slopes = self.first, Slopes()
         judged = [self.judge(columns)]
-        if not math.isfinite(judged[0]):
+        if not np.isfinite(judged[0]).all():
             raise PlanError(
                 f"With this plan {self.checkpoint.name} computes NaN or infinity, so there is no KL to lower. Check "
                 "the model with `alphaq eval`, or plan with a larger budget."
             )
-        self.refining.told(f"KL of the given plan {judged[0]:.5g} on {self.bench.windows.judged:,} tokens")
+        self.refining.told(f"KL of the given plan {judged[0].mean():.5g} on {self.bench.windows.judged:,} tokens")
         for number in range(MOST_ROUNDS):
             found, kl = self.improved(columns, self.moves(number, columns, slopes), judged[-1])
-            if not kl < judged[-1]:
+            if found is columns:
                 self.refining.told(f"round {number + 1}: nothing better found")
                 break
             moved = exchanged(self.bench.units, columns.tolist(), found.tolist())
-            self.refining.told(f"round {number + 1}: KL {kl:.5g}, {moved} units have another choice")
+            self.refining.told(f"round {number + 1}: KL {kl.mean():.5g}, {moved} units have another choice")
             columns = found
             judged.append(kl)
-            if kl > (1 - LEAST_GAIN) * judged[-2]:
+            if kl.mean() > (1 - LEAST_GAIN) * judged[-2].mean():
                 break
         return columns, judged
 
     def moves(self, number: int, columns: np.ndarray, slopes: Slopes) -> Moves:
         """What exchanges would do, by gradients where the model's class has them."""
+        self.bench.hold(columns)
         if self.by == "gradients":
             try:
                 self.measure(number, columns, slopes)
@@ -289,7 +306,6 @@ class _Run:
         ]
         states = drawn_states(bench.units, columns, refining.samples, (refining.seed, number))
         states = np.where(bench.open, states, columns)
-        bench.hold(columns)
         count = min(refining.windows(self.checkpoint), TRAINING_WINDOWS)
         parts = TRAINING_WINDOWS // count
         for sample in self.resources.wrap(range(refining.samples), refining.samples, f"round {number + 1}"):
@@ -302,15 +318,16 @@ class _Run:
             for unit, values in enumerate(self.memory.recall(f"gradient {number} {sample}", products)):
                 slopes.add(unit, int(states[sample, unit]), dict(zip(near[unit], values, strict=True)))
 
-    def improved(self, columns: np.ndarray, moves: Moves, kl: float) -> tuple[np.ndarray, float]:
-        """The best of the solutions by what was measured, and its KL; the same columns if all are worse."""
+    def improved(self, columns: np.ndarray, moves: Moves, kl: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The best of the solutions by what was measured, and its KL [windows]; the same columns if none is better
+        beyond chance."""
         units, best = self.bench.units, (columns, kl)
         for caution in CAUTIONS:
             found = self.within_size(columns, partial(best_columns, units, columns, moves, caution))
             other = self.judge(found)
-            if other < best[1]:
+            if other.mean() < best[1].mean():
                 best = found, other
-        return best
+        return best if beyond_chance(kl - best[1]) else (columns, kl)
 
     def within_size(self, columns: np.ndarray, solve: Callable[[int], np.ndarray]) -> np.ndarray:
         """A solution whose files are no larger than the given plan's: their headers may differ by a few bytes."""
@@ -330,16 +347,21 @@ class _Run:
         """Choices of all quantized matrices with units at these columns."""
         return self.plan.every_choice() | self.bench.choices(columns)
 
-    def judge(self, columns: np.ndarray) -> float:
-        """KL on the tokens that judge."""
+    def judge(self, columns: np.ndarray) -> np.ndarray:
+        """KL on the tokens that judge, float64 [windows]."""
         digest = hashlib.sha256(json.dumps(columns.tolist()).encode()).hexdigest()[:32]
-        return self.memory.recall(f"judged {digest}", lambda: self.bench.divergence(columns))
+        return np.array(self.memory.recall(f"judged {digest}", lambda: self.bench.divergence(columns)))
 
 
-def _record(run: _Run, columns: np.ndarray, judged: list[float]) -> Refinement:
+def beyond_chance(gains: np.ndarray) -> bool:
+    """Whether gains [windows] are more than one standard error of their mean."""
+    return float(gains.mean()) > float(gains.std(ddof=1)) / math.sqrt(len(gains))
+
+
+def _record(run: _Run, columns: np.ndarray, judged: list[np.ndarray]) -> Refinement:
     return Refinement(
-        before=float(f"{judged[0]:.4g}"),
-        after=float(f"{judged[-1]:.4g}"),
+        before=float(f"{judged[0].mean():.4g}"),
+        after=float(f"{judged[-1].mean():.4g}"),
         tokens=run.bench.windows.judged,
         rounds=len(judged) - 1,
         moved=exchanged(run.bench.units, run.first.tolist(), columns.tolist()),

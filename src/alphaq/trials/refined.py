@@ -11,6 +11,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.profiles import profile
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan, Prediction, Refinement
+from alphaq.planning.kept import kept_shares
 from alphaq.trials.bench import Bench
 
 
@@ -22,7 +23,7 @@ def size_of(checkpoint: Checkpoint, plan: Plan, choices: Mapping[str, Choice]) -
 def described(checkpoint: Checkpoint, plan: Plan, bench: Bench, columns: np.ndarray, refinement: Refinement) -> Plan:
     """The given plan with the choices of these columns [units], and what came of it.
 
-    A bound and a check beside uniform bits were of the given plan; losses and the predicted KL go by its table.
+    A bound, a price and a check beside uniform bits were of the given plan; losses and predicted KL go by its table.
     """
     if not refinement.moved:
         return plan.model_copy(update={"refined": refinement})
@@ -48,6 +49,8 @@ def described(checkpoint: Checkpoint, plan: Plan, bench: Bench, columns: np.ndar
             else plan.budget_slack + units.cost(first) - units.cost(columns),
             "objective": None if plan.objective is None else plan.objective + added,
             "lower_bound": None,
+            "price": None,
+            "kept": kept_shares(checkpoint, choices),
             "rate_distortion": None,
             "check": None,
             "prediction": _prediction(plan.prediction, added),

@@ -55,7 +55,10 @@ def kept_beside(layout: Layout, work_bytes: int, serving: Serving) -> Kept:
 def work_bytes(checkpoint: Checkpoint, experts_used: int, experts: int) -> int:
     """What activations are converted in before they meet quantized weights, for the widest matrix product."""
     widest = max(
-        (matrix.shape[1] * (max(1, experts_used) if matrix.role is Role.EXPERT else 1) for matrix in checkpoint.matrices),
+        (
+            matrix.shape[1] * (max(1, experts_used) if matrix.role is Role.EXPERT else 1)
+            for matrix in checkpoint.matrices
+        ),
         default=0,
     )
     return UBATCH * (WORK_BYTES * widest + 8 * experts)  # and which token goes to which expert
