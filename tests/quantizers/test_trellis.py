@@ -117,6 +117,17 @@ def test_zeros_stay_zeros_and_tiny_and_large_weights_keep_their_precision() -> N
         assert (mixed[row] - found[row]).square().sum() < 0.04 * mixed[row].square().sum()
 
 
+@pytest.mark.parametrize("text", ["t1", "t2", "t4"])
+@pytest.mark.parametrize("size", [20_000.0, 30_000.0, 65_504.0])
+def test_scales_of_large_weights_end_where_float16_does(text: str, size: float) -> None:
+    constant, signs = torch.full((2, 256), size), size * gaussian(2, 256).sign()
+    weight = torch.cat([constant, signs, (size * gaussian(2, 256)).clamp(-65504, 65504)])
+    found = quantize_trellis(weight, parse_choice(text))
+    assert found.scales.isfinite().all()
+    assert found.squared_error == pytest.approx(float((weight.double() - dequantize(found)).square().sum()), rel=1e-5)
+    assert relative_error(weight, found) < 0.5
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
 def test_what_cannot_be_stored_is_refused_by_name(bad: float) -> None:
     weight = gaussian(4, 256)
