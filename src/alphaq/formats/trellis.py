@@ -53,6 +53,7 @@ class Trellis(NativeFormat):
     widths = (1, 2, 3, 4)
     kinds: ClassVar[dict[str, int]] = {"": 7, ".25": 8, ".5": 9, ".75": 10}
     regroups = False
+    graded = True
     fused = True
     looked_up = True
 
