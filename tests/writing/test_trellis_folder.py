@@ -87,6 +87,17 @@ def test_limits_count_fractions(alphaq: Callable[..., Ran], tmp_path: Path) -> N
     assert ran.code == 0, ran.err
     plan = Plan.read(tmp_path / "plan.json")
     assert {plan.choices[name] for name in plan.assignment} <= {"t1.75", "t2", "t2.25", "t2.5"}
+    assert all(plan.choices[name] == f"t{bits:g}" for name, bits in plan.assignment.items())
+    assert sum(bits * count for bits, count in plan.histogram.items()) == sum(plan.assignment.values())
+    assert plan.average_bits == pytest.approx(sum(plan.assignment.values()) / len(plan.assignment), abs=0.25)
+    assert any(bits % 1 for bits in plan.histogram)
+
+
+def test_the_widest_rate_is_told_with_its_fraction(alphaq: Callable[..., Ran], tmp_path: Path) -> None:
+    asked = ("--choices", "t2,t2.75", "--noise", "analytic", "--method", "alphaq")
+    ran = alphaq("plan", MODEL, "--bits", 2.9, *asked, "-o", tmp_path / "plan.json")
+    assert ran.code == 0 and "no choice offered is wider than 2.75 bits" in ran.err
+    assert "wider" not in alphaq("plan", MODEL, "--bits", 2.5, *asked, "-o", tmp_path / "other.json").err
 
 
 def test_uniform_takes_whole_rates(alphaq: Callable[..., Ran], tmp_path: Path) -> None:

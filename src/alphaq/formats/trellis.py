@@ -95,8 +95,9 @@ class Trellis(NativeFormat):
         return round(4 * float(choice.name[1:]))
 
     def code_bits(self, choice: Choice) -> float:
-        """Its rate."""
-        return self.quarters(choice) / 4
+        """Its rate; whole ones are integers, as those of all formats."""
+        whole, more = divmod(self.quarters(choice), 4)
+        return whole + more / 4 if more else whole
 
     def row_bytes(self, choice: Choice, columns: int) -> int:
         """Bytes of a row's stream: whole 32-bit words."""
