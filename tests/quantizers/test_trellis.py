@@ -77,6 +77,14 @@ def test_columns_that_count_for_nothing_are_not_made_noise() -> None:
     assert (weight - found)[:, 1::2].square().mean() < 0.8
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_importance_that_says_nothing_is_refused_by_name(bad: float) -> None:
+    importance = np.ones(64, np.float32)
+    importance[7] = bad
+    with pytest.raises(QuantizationError, match=r"layers\.9\.w: .*damaged"):
+        quantize_trellis(gaussian(2, 64), parse_choice("t2"), "layers.9.w", importance)
+
+
 def test_heavy_tails_get_a_wider_scale() -> None:
     weight = gaussian(16, 1024)
     weight[:, ::50] *= 5
