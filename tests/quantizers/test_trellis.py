@@ -29,12 +29,22 @@ def relative_error(weight: torch.Tensor, matrix: QuantizedMatrix) -> float:
 
 
 @pytest.mark.parametrize(
-    ("text", "most_bits", "most"), [("t1", 1.06, 0.29), ("t2", 2.06, 0.077), ("t3", 3.06, 0.0205), ("t4", 4.06, 0.0059)]
+    ("text", "most_bits", "most", "least_squares"),
+    [
+        ("t1", 1.06, 0.335, 0.29),
+        ("t2", 2.06, 0.080, 0.077),
+        ("t3", 3.06, 0.0206, 0.0205),
+        ("t4", 4.06, 0.0059, 0.0059),
+    ],
 )
-def test_gaussian_weights_keep_what_was_promised(text: str, most_bits: float, most: float) -> None:
+def test_gaussian_weights_keep_what_was_promised(
+    text: str, most_bits: float, most: float, least_squares: float
+) -> None:
+    """By the default, and by `mse`."""
     weight, choice = gaussian(64, 512), parse_choice(text)
     assert 8 * storage_bytes(choice, (64, 512)) / weight.numel() < most_bits
-    assert relative_error(weight, quantize_trellis(weight, choice, bias_weight=1.0)) < most
+    for quantizer, limit in (("debiased", most), ("mse", least_squares)):
+        assert relative_error(weight, rounder_of(quantizer)(weight, choice, "w")) < limit
 
 
 def test_a_quarter_of_a_bit_more_leaves_less() -> None:
