@@ -14,6 +14,7 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
+from alphaq.writing import storing
 from conftest import DATA, Ran
 from families import plain_copy
 
@@ -69,6 +70,26 @@ def test_coding_it_wins_nothing_and_loses_nothing(written: Path, alphaq: Callabl
     assert alphaq("recode", tmp_path / "coded", "-o", tmp_path / "plain", "--codec", "none").code == 0
     for file in written.glob("*.safetensors"):
         assert (tmp_path / "plain" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    written: Path, alphaq: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("quantize", MODEL, "--plan", written / "plan.json", "-o", tmp_path / "out", "--workers", 1)
+    real, earlier = storing.store, []
+
+    def store(checkpoint: Any, task: Any) -> Any:
+        earlier.append(task.earlier)
+        if len(earlier) == 20:
+            raise OSError("no space")
+        return real(checkpoint, task)
+
+    monkeypatch.setattr(storing, "store", store)
+    assert alphaq(*command).code == 2
+    assert alphaq(*command).code == 0
+    assert sum(one is not None for one in earlier[20:]) == 19  # which are not searched again
+    for file in written.glob("*.safetensors"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.slow
