@@ -202,6 +202,17 @@ def test_what_stands_in_is_as_far_away_as_the_quantizer_says(checkpoint: Checkpo
     assert squared_distance(weight, found) == pytest.approx(error, rel=0.01)
 
 
+def test_trellis_codes_are_held_against_uniform_rates(checkpoint: Checkpoint, measured: Path) -> None:
+    plan = made(checkpoint, measured, budget=Budget(bpw=2.2), choices="t1.5,t2,2,4,8")
+    assert plan.unchecked is None and plan.check is not None and 0 < plan.check.plan < plan.check.uniform
+
+
+def test_ruinous_plan_of_trellis_codes_is_given_up(checkpoint: Checkpoint, measured: Path, ruinous: None) -> None:
+    plan = made(checkpoint, measured, choices="t1,t2,t2.25,t3")
+    assert plan.check is not None and plan.check.taken == "uniform"
+    assert {plan.choices[name] for name in plan.assignment} == {"t2.25", "t3"}  # of 2.5 bits
+
+
 def test_plan_that_nothing_stands_beside_says_why(checkpoint: Checkpoint, measured: Path) -> None:
     plan = made(checkpoint, measured, choices="3g64,2g128-slim")
     assert plan.check is None and plan.unchecked is not None and "no uniform bits" in plan.unchecked

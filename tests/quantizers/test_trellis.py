@@ -29,12 +29,22 @@ def relative_error(weight: torch.Tensor, matrix: QuantizedMatrix) -> float:
 
 
 @pytest.mark.parametrize(
-    ("text", "most_bits", "most"), [("t1", 1.06, 0.29), ("t2", 2.06, 0.077), ("t3", 3.06, 0.0205), ("t4", 4.06, 0.0059)]
+    ("text", "most_bits", "most", "least_squares"),
+    [
+        ("t1", 1.06, 0.335, 0.29),
+        ("t2", 2.06, 0.080, 0.077),
+        ("t3", 3.06, 0.0206, 0.0205),
+        ("t4", 4.06, 0.0059, 0.0059),
+    ],
 )
-def test_gaussian_weights_keep_what_was_promised(text: str, most_bits: float, most: float) -> None:
+def test_gaussian_weights_keep_what_was_promised(
+    text: str, most_bits: float, most: float, least_squares: float
+) -> None:
+    """By the default, and by `mse`."""
     weight, choice = gaussian(64, 512), parse_choice(text)
     assert 8 * storage_bytes(choice, (64, 512)) / weight.numel() < most_bits
-    assert relative_error(weight, quantize_trellis(weight, choice, bias_weight=1.0)) < most
+    for quantizer, limit in (("debiased", most), ("mse", least_squares)):
+        assert relative_error(weight, rounder_of(quantizer)(weight, choice, "w")) < limit
 
 
 def test_a_quarter_of_a_bit_more_leaves_less() -> None:
@@ -77,6 +87,14 @@ def test_columns_that_count_for_nothing_are_not_made_noise() -> None:
     assert (weight - found)[:, 1::2].square().mean() < 0.8
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_importance_that_says_nothing_is_refused_by_name(bad: float) -> None:
+    importance = np.ones(64, np.float32)
+    importance[7] = bad
+    with pytest.raises(QuantizationError, match=r"layers\.9\.w: .*damaged"):
+        quantize_trellis(gaussian(2, 64), parse_choice("t2"), "layers.9.w", importance)
+
+
 def test_heavy_tails_get_a_wider_scale() -> None:
     weight = gaussian(16, 1024)
     weight[:, ::50] *= 5
@@ -115,6 +133,17 @@ def test_zeros_stay_zeros_and_tiny_and_large_weights_keep_their_precision() -> N
     assert not found[0].any()
     for row in (1, 2):
         assert (mixed[row] - found[row]).square().sum() < 0.04 * mixed[row].square().sum()
+
+
+@pytest.mark.parametrize("text", ["t1", "t2", "t4"])
+@pytest.mark.parametrize("size", [20_000.0, 30_000.0, 65_504.0])
+def test_scales_of_large_weights_end_where_float16_does(text: str, size: float) -> None:
+    constant, signs = torch.full((2, 256), size), size * gaussian(2, 256).sign()
+    weight = torch.cat([constant, signs, (size * gaussian(2, 256)).clamp(-65504, 65504)])
+    found = quantize_trellis(weight, parse_choice(text))
+    assert found.scales.isfinite().all()
+    assert found.squared_error == pytest.approx(float((weight.double() - dequantize(found)).square().sum()), rel=1e-5)
+    assert relative_error(weight, found) < 0.5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])

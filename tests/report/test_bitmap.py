@@ -73,6 +73,13 @@ def test_pooled_cells_are_means_of_what_they_stand_for() -> None:
     assert row == "2" * (len(row) // 2) + "4" * (len(row) // 2)
 
 
+def test_a_rate_with_a_fraction_is_drawn_as_the_bits_next_to_it() -> None:
+    choices = {f"layers.0.experts.{number}.up.weight": f"t{rate}" for number, rate in enumerate((1, 1.75, 2.25, 3.75))}
+    plan = Plan(assignment={name: float(text[1:]) for name, text in choices.items()}, choices=choices)
+    assert bit_map(plan, console()).plain.splitlines()[2].split()[1] == "1224"
+    assert len(colours(bit_map(plan, console(terminal=True, color_system="truecolor")))) == 3
+
+
 def dense_plan(layers: int) -> Plan:
     parts = ("mlp.up_proj", "mlp.gate_proj", "mlp.down_proj", "self_attn.q_proj")
     bits = {

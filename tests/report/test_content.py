@@ -190,6 +190,13 @@ def test_a_plan_that_follows_an_order_says_what_the_path_would_save() -> None:
     assert 0 < facts.above < 1
 
 
+def test_fractions_of_rates_count_in_means_of_roles() -> None:
+    choices = dict.fromkeys(small_plan().assignment, "t2.75")
+    plan = small_plan(choices=choices, assignment=dict.fromkeys(choices, 2.75), table=None)
+    (row,) = content_of(Run("run", plan), Sources()).facts.roles.rows
+    assert (row.average, row.total) == (2.75, len(choices))
+
+
 def test_names_cannot_end_the_script_or_become_markup() -> None:
     evil = "model.layers.0.mlp.experts.0.</script><img src=x onerror=alert(1)>.weight"
     plan = small_plan(

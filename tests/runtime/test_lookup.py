@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alphaq.engines.native import PROFILE
 from alphaq.formats.blocks import decode, dequantize, encode
@@ -36,6 +39,25 @@ def test_rows_are_those_of_the_whole_matrix(bits: int, symmetric: bool, mix: str
 def test_rows_of_trellis_codes_are_told_without_those_before(choice: Choice, shape: tuple[int, int]) -> None:
     rows, block = torch.tensor([shape[0] - 1, 0, 7, 7]), block_of(choice, shape)
     assert torch.equal(restored_rows(block, BlockForm.of(choice, shape), rows), dequantize(decode(block))[rows])
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that was made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.most = max(self.most, made.numel() if isinstance(made, torch.Tensor) else 0)
+        return made
+
+
+def test_nothing_made_is_larger_than_what_is_looked_up_however_wide_groups_are() -> None:
+    choice, shape, rows = parse_choice("t2"), (32, 64), torch.arange(32).repeat(4)
+    block = block_of(choice, shape)
+    with Largest() as largest:
+        restored_rows(block, BlockForm.of(choice, shape), rows)
+    assert largest.most == len(rows) * shape[1]
 
 
 def test_no_rows_are_no_error() -> None:

@@ -86,6 +86,20 @@ def test_logits_are_those_of_the_dequantized_model_also_saved_again(tmp_path: Pa
     assert float((logits(model.dequantize()) - wanted).abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize("choices", [("16", "t2", "t2"), ("t2", "16", "t2")], ids=["gate", "up"])
+def test_what_is_kept_beside_packed_matrices_is_saved_by_itself(tmp_path: Path, choices: tuple[str, ...]) -> None:
+    """Of this family transformers makes one tensor of both, and has but one of them."""
+    source = save_layout(random_family("inkling_mm_model"), tmp_path / "source", True)
+    checkpoint = open_checkpoint(source)
+    planned = [one.name for one in checkpoint.matrices if one.role == checkpoint.planned_role]
+    shared = [one.name for one in checkpoint.matrices if one.role is Role.SHARED_EXPERT]
+    wanted = dict.fromkeys(planned, "3g32") | dict(zip(shared, cycle(choices), strict=False))
+    pipeline.quantize(checkpoint, Plan(engine="native", choices=wanted), tmp_path / "out")
+    model = load(tmp_path / "out")
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+
+
 def test_a_table_says_the_rate_and_prints_the_mean() -> None:
     weights = PackedWeights([["a", "b"]], (4, 64))
     weights.fill([[encode(random_matrix("t2.25", (4, 64))), encode(random_matrix("t3.25", (4, 64)))]])

@@ -16,6 +16,7 @@ from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
 from alphaq.quantizers.ggml import quantize_ggml
+from alphaq.quantizers.trellis import quantize_trellis
 from alphaq.work.workers import Workers
 from alphaq.writing import pace
 from alphaq.writing.pace import Pace, in_words, pace_of, seconds_per_weight
@@ -44,6 +45,27 @@ def test_an_engine_without_slow_types_has_nothing_to_say(tiny: Path) -> None:
     assert pace_of(checkpoint, plan, Workers(1, checkpoint)) is None
 
 
+def test_trellis_codes_take_long_enough_to_be_told(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(tiny)
+    first, second, *_ = checkpoint.planned
+    plan = Plan(engine="native", choices={first.name: "t2.25", second.name: "4g128"})
+    monkeypatch.setattr(pace, "seconds_per_weight", lambda choice, rounder: 60 / first.parameters)
+    found = pace_of(checkpoint, plan, Workers(2, checkpoint))
+    assert found is not None and found.seconds[parse_choice("t2.25")] == pytest.approx(30)
+    assert found.note == "quantizing takes about 60 s on 2 cores"  # native has no --fast
+
+
+def test_no_more_weights_are_tried_than_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def rounder(weight: torch.Tensor, choice: Choice, name: str = "matrix") -> QuantizedMatrix:
+        tried.append(weight.numel())
+        return quantize_trellis(weight[:, :256], choice, name)
+
+    assert seconds_per_weight(parse_choice("t2"), rounder) > 0
+    assert set(tried) == {pace.TRIED_WEIGHTS}
+
+
 def test_a_search_is_slower_than_rounding() -> None:
     slow, quick = (seconds_per_weight(parse_choice(name), quantize_ggml) for name in ("IQ4_XS", "Q8_0"))
     assert slow > 3 * quick > 0
@@ -64,11 +86,11 @@ def test_tables_are_built_before_the_clock_runs(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_note_names_what_takes_long_and_the_way_out() -> None:
     seconds = {parse_choice("IQ2_S"): 600.0, parse_choice("IQ3_S"): 60.0, parse_choice("Q4_K"): 60.0}
-    assert Pace(seconds, 2).note == (
+    assert Pace(seconds, 2, True).note == (
         "quantizing takes about 12 min on 2 cores, 11 min of it for IQ2_S, IQ3_S; --fast leaves such types out"
     )
-    assert Pace({parse_choice("Q4_K"): 30.0}, 1).note == "quantizing takes about 30 s on 1 core"
-    assert Pace({parse_choice("IQ2_S"): 5.0}, 1).note is None
+    assert Pace({parse_choice("Q4_K"): 30.0}, 1, True).note == "quantizing takes about 30 s on 1 core"
+    assert Pace({parse_choice("IQ2_S"): 5.0}, 1, True).note is None
     assert in_words(3 * 3600) == "3.0 h"
 
 

@@ -14,6 +14,7 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
+from alphaq.writing import storing
 from conftest import DATA, Ran
 from families import plain_copy
 
@@ -71,6 +72,26 @@ def test_coding_it_wins_nothing_and_loses_nothing(written: Path, alphaq: Callabl
         assert (tmp_path / "plain" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    written: Path, alphaq: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("quantize", MODEL, "--plan", written / "plan.json", "-o", tmp_path / "out", "--workers", 1)
+    real, earlier = storing.store, []
+
+    def store(checkpoint: Any, task: Any) -> Any:
+        earlier.append(task.earlier)
+        if len(earlier) == 20:
+            raise OSError("no space")
+        return real(checkpoint, task)
+
+    monkeypatch.setattr(storing, "store", store)
+    assert alphaq(*command).code == 2
+    assert alphaq(*command).code == 0
+    assert sum(one is not None for one in earlier[20:]) == 19  # which are not searched again
+    for file in written.glob("*.safetensors"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
 @pytest.mark.slow
 def test_a_slice_is_planned_anew_from_its_values(written: Path, alphaq: Callable[..., Ran], tmp_path: Path) -> None:
     ran = alphaq("slice", written, "-o", tmp_path / "less", "--bpw", 1.6, *ALL, "--method", "distortion", "--json")
@@ -87,6 +108,17 @@ def test_limits_count_fractions(alphaq: Callable[..., Ran], tmp_path: Path) -> N
     assert ran.code == 0, ran.err
     plan = Plan.read(tmp_path / "plan.json")
     assert {plan.choices[name] for name in plan.assignment} <= {"t1.75", "t2", "t2.25", "t2.5"}
+    assert all(plan.choices[name] == f"t{bits:g}" for name, bits in plan.assignment.items())
+    assert sum(bits * count for bits, count in plan.histogram.items()) == sum(plan.assignment.values())
+    assert plan.average_bits == pytest.approx(sum(plan.assignment.values()) / len(plan.assignment), abs=0.25)
+    assert any(bits % 1 for bits in plan.histogram)
+
+
+def test_the_widest_rate_is_told_with_its_fraction(alphaq: Callable[..., Ran], tmp_path: Path) -> None:
+    asked = ("--choices", "t2,t2.75", "--noise", "analytic", "--method", "alphaq")
+    ran = alphaq("plan", MODEL, "--bits", 2.9, *asked, "-o", tmp_path / "plan.json")
+    assert ran.code == 0 and "no choice offered is wider than 2.75 bits" in ran.err
+    assert "wider" not in alphaq("plan", MODEL, "--bits", 2.5, *asked, "-o", tmp_path / "other.json").err
 
 
 def test_uniform_takes_whole_rates(alphaq: Callable[..., Ran], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from alphaq.cli.inputs import Inputs, note_source, text_of
 from alphaq.cli.options import Asked
 from alphaq.errors import AlphaQError, BudgetError, MissingExtraError
+from alphaq.formats.table import code_bits
 from alphaq.nouns.option import settings_of
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
@@ -88,9 +89,9 @@ def build_plan(
     request, measured = measurements(checkpoint, config, inputs, resources, quantizer)
     plan = planning.checked_plan(checkpoint, request, measured, resources)
     note_plan(plan)
-    widest = max(request.offered).bits
+    widest = max(map(code_bits, request.offered))
     if config.budget.bits is not None and config.budget.bits > widest:
-        note(f"no choice offered is wider than {widest} bits, so the budget is not used up")
+        note(f"no choice offered is wider than {widest:g} bits, so the budget is not used up")
     return plan
 
 

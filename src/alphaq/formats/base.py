@@ -71,14 +71,16 @@ class Format(ABC):
     """A way to store matrices. Add one as a module with a `FORMAT` and a line in `formats.table.FORMATS`.
 
     name: of the module. examples: choices of it as they are written. foreign: whether another program finds and reads
-    its codes. regroups: whether group size and symmetry are the user's to choose. one_grid: whether all codes of a
-    group lie on one grid, so that rounding can go by inputs. learnable: whether such grids can be learned too.
+    its codes. regroups: whether group size and symmetry are the user's to choose. graded: whether its choices differ
+    in nothing but their rates. one_grid: whether all codes of a group lie on one grid, so that rounding can go by
+    inputs. learnable: whether such grids can be learned too.
     """
 
     name: ClassVar[str]
     examples: ClassVar[tuple[str, ...]]
     foreign: ClassVar[bool] = False
     regroups: ClassVar[bool] = False
+    graded: ClassVar[bool] = False
     one_grid: ClassVar[bool] = False
     learnable: ClassVar[bool] = False
 

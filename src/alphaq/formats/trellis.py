@@ -53,6 +53,7 @@ class Trellis(NativeFormat):
     widths = (1, 2, 3, 4)
     kinds: ClassVar[dict[str, int]] = {"": 7, ".25": 8, ".5": 9, ".75": 10}
     regroups = False
+    graded = True
     fused = True
     looked_up = True
 
@@ -94,8 +95,9 @@ class Trellis(NativeFormat):
         return round(4 * float(choice.name[1:]))
 
     def code_bits(self, choice: Choice) -> float:
-        """Its rate."""
-        return self.quarters(choice) / 4
+        """Its rate; whole ones are integers, as those of all formats."""
+        whole, more = divmod(self.quarters(choice), 4)
+        return whole + more / 4 if more else whole
 
     def row_bytes(self, choice: Choice, columns: int) -> int:
         """Bytes of a row's stream: whole 32-bit words."""

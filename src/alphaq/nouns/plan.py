@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from alphaq.errors import ChoiceError, PlanError
-from alphaq.formats.table import parse_choice
+from alphaq.formats.table import code_bits, parse_choice
 from alphaq.formats.versions import CODECS
 from alphaq.nouns.choice import (
     Choice,
@@ -170,8 +170,8 @@ class Plan(BaseModel):
     price: float | None = None
     """Loss that one more unit of the budget's cost would save (the Lagrange multiplier). None where an order
     decides, limits beside the budget do, or measured KL."""
-    histogram: dict[int, int] = Field(default_factory=dict)
-    assignment: dict[str, int] = Field(default_factory=dict)
+    histogram: dict[int | float, int] = Field(default_factory=dict)
+    assignment: dict[str, int | float] = Field(default_factory=dict)
     """Bits of each matrix that the budget decided on."""
     choices: dict[str, str] = Field(min_length=1)
     """Choice of every matrix that is quantized, fixed roles (attention, shared experts) included."""
@@ -223,7 +223,8 @@ class Plan(BaseModel):
         if self.format_version != PLAN_FORMAT_VERSION:
             raise ValueError(f"format_version {self.format_version} is not {PLAN_FORMAT_VERSION}")
         for name, bits in self.assignment.items():
-            if name not in self.choices or self.choice(name).bits != bits:
+            # A rate with a fraction may be stated in whole bits, as choices are.
+            if name not in self.choices or bits not in (code_bits(self.choice(name)), self.choice(name).bits):
                 raise ValueError(f"assignment and choices disagree on {shown(name)}: edit both, or drop assignment")
         for name in self.choices:
             self.choice(name)

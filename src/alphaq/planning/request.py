@@ -48,8 +48,14 @@ class Request:
 
     @property
     def rungs(self) -> tuple[int, ...]:
-        """Columns of the ladder's choices that are offered, from narrow to wide."""
-        return tuple(self.choices.index(choice) for choice in self.ladder if choice in self.offered)
+        """Columns of the ladder's choices that are offered, from narrow to wide.
+
+        Where a finer ladder is offered, its rates come first: they cost less than plain choices of as many bits.
+        """
+        finer = sorted((choice for choice in self.offered if format_of(choice).graded), key=code_bits)
+        widest = code_bits(finer[-1]) if finer else 0
+        wider = [choice for choice in self.ladder if choice in self.offered and code_bits(choice) > widest]
+        return tuple(self.choices.index(choice) for choice in (*finer, *wider))
 
     def with_stored(self, checkpoint: Checkpoint | None) -> Request:
         """The same with the types that a GGUF file has already on offer, where a user has named none and methods may

@@ -12,6 +12,7 @@ import math
 import numpy as np
 import torch
 
+from alphaq.errors import QuantizationError
 from alphaq.formats.trellis import FORMAT, STATE_BITS, UNIT, WHOLE_ROW, state_levels
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
@@ -34,7 +35,7 @@ def quantize_trellis(
     """Quantize a [rows, columns] matrix. importance: float32 [columns], by which squared errors count. bias_weight: as
     in `quantize_debiased`, of the scales' last fit.
 
-    Raises QuantizationError naming the matrix if it cannot be stored.
+    Raises QuantizationError naming the matrix if it cannot be stored, or if importance is negative or not finite.
     """
     rows, columns = weight.shape
     energy = squared_norm(weight)
@@ -47,7 +48,7 @@ def quantize_trellis(
         quarters,
         WHOLE_ROW,
         encoder_levels(),
-        _worth(importance, columns),
+        _worth(importance, columns, name),
         *_first_scales(quarters / 4),
         bias_weight,
     )
@@ -69,8 +70,17 @@ def _first_scales(rate: float) -> tuple[np.ndarray, np.float32]:
     return (1.05 * usual * 1.08 ** np.arange(LANES)).astype(np.float32), np.float32(granular / usual**2)
 
 
-def _worth(importance: np.ndarray | None, columns: int) -> np.ndarray:
-    if importance is None or not (mean := float(importance.mean())) > 0:
+def _worth(importance: np.ndarray | None, columns: int, name: str) -> np.ndarray:
+    """What the square of an error counts in each column, float32 [columns]; alike where nothing tells."""
+    if importance is None:
+        return np.ones(columns, np.float32)
+    mean = float(importance.mean(dtype=np.float64))
+    if not math.isfinite(mean) or importance.min() < 0:
+        raise QuantizationError(
+            f"{name}: what its columns weigh is negative, infinite or NaN, so no codes are nearest. Its inputs "
+            "overflowed, or the importance matrix is damaged: use other inputs, or --quantizer debiased."
+        )
+    if mean == 0:
         return np.ones(columns, np.float32)
     return np.maximum(importance / mean, LEAST_WORTH).astype(np.float32)
 

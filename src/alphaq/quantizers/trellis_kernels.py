@@ -10,6 +10,7 @@ from alphaq.simd.vectors import LANES, as_half, fma, kernel, load, load_some, ma
 
 UNREACHED = np.float32(1e30)
 SMALLEST = np.float32(2.0**-26)  # no smaller scale rounds to a float16 above 0
+LARGEST = np.float32(65504)  # that float16 holds; a scale is thrice a row's root mean square
 REACH = np.float32(2.1)  # of the levels' root mean square; half of what lies beyond is lost
 
 
@@ -36,7 +37,7 @@ def encode_rows(weights, columns, quarters, group_size, levels, worth, shares, g
             store(values, at, load(weights, place) if place + LANES <= weights.size else load_some(weights, place))
         own = scales[row * groups : (row + 1) * groups]
         if _first_scales(values, columns, group_size, worth, shares, granular, own):
-            own /= spread
+            own[:] = np.minimum(own / spread, LARGEST)
             _aim(values, columns, group_size, worth, spread, own, roots, targets)
             last = cheapest(roots, targets, quarters, levels, outcomes, costs)
             trace(last, quarters, levels.size, outcomes, path, packed[row * row_bytes : (row + 1) * row_bytes])
@@ -148,7 +149,7 @@ def _fit(values, columns, group_size, worth, levels, path, bias_weight, scales):
             energy += counts * value * value
         whole = (bias_weight - 1) * along * along + square * energy
         best = bias_weight * along * energy / whole if whole > 0 and along > 0 else 0.0
-        scales[group] = as_half(np.float32(best))
+        scales[group] = as_half(np.float32(min(best, np.float64(LARGEST))))
         for column in range(begin, end):
             miss = np.float64(values[column]) - np.float64(scales[group]) * levels[path[column]]
             total += miss * miss

@@ -70,7 +70,7 @@ def bit_map(plan: Plan, console: Console, places: Mapping[str, Place] | None = N
     found.append(f"{'':{label}}")
     notes = []
     if symbols == BLOCKS:
-        for bits in sorted(set(plan.assignment.values())):
+        for bits in sorted({max(1, round(bits)) for bits in plan.assignment.values()}):
             found.append(*_cell(bits, symbols))
             found.append(f" {bits} bit{'s' if bits > 1 else ''}  ")
     else:

@@ -22,7 +22,7 @@ from alphaq.checkpoint.families.architecture import architecture_of
 from alphaq.engines.output import Output
 from alphaq.errors import AlphaQError, CheckpointError, OutputError, first_line
 from alphaq.evaluation.certificate import Certificate, Figures
-from alphaq.formats.table import parse_choice
+from alphaq.formats.table import code_bits, parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.fidelity import CERTIFICATE_NAME
 from alphaq.nouns.plan import Plan
@@ -269,7 +269,7 @@ def _metadata(
 
 def _width(plan: Plan) -> float:
     """The width that people would call the model by."""
-    bits = [plan.choice(name).bits for name in plan.assignment or plan.choices]
+    bits = [code_bits(plan.choice(name)) for name in plan.assignment or plan.choices]
     return round(plan.average_bits if plan.average_bits is not None else sum(bits) / len(bits))
 
 

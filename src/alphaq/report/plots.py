@@ -155,14 +155,14 @@ def alpha_figure(alphas: Mapping[str, float], places: Mapping[str, Place]) -> Fi
     return figure
 
 
-def bits_figure(bits: Mapping[str, int], places: Mapping[str, Place]) -> Figure:
+def bits_figure(bits: Mapping[str, float], places: Mapping[str, Place]) -> Figure:
     """Chosen bits by layer and expert, a map for each projection (the paper's figure 11)."""
     from matplotlib import colormaps
     from matplotlib.colors import BoundaryNorm
 
     grids = _grids({name: float(value) for name, value in bits.items()}, places)
     used = sorted(set(bits.values()))
-    steps = list(range(used[0], min(used[-1], 8) + 1)) + ([16] if used[-1] == 16 else [])
+    steps = list(range(math.floor(used[0]), math.ceil(min(used[-1], 8)) + 1)) + ([16] if used[-1] == 16 else [])
     with _style():
         norm = BoundaryNorm([*(step - 0.5 for step in steps), steps[-1] + 0.5], 256)
         figure, panels = _figure(2.6 * len(grids) + 0.8, 3.0, len(grids))
@@ -172,7 +172,7 @@ def bits_figure(bits: Mapping[str, int], places: Mapping[str, Place]) -> Figure:
                 for row, column in np.argwhere(~np.isnan(grid)):
                     position = float(norm(grid[row, column])) / 256
                     ink = "black" if position > 0.6 else "white"
-                    axes.text(column, row, f"{grid[row, column]:.0f}", ha="center", va="center", size=6, color=ink)
+                    axes.text(column, row, f"{grid[row, column]:g}", ha="center", va="center", size=6, color=ink)
         panels[0].set_ylabel("layer")
         bar = figure.colorbar(image, ax=panels, label="bits", ticks=steps, shrink=0.9)
         bar.minorticks_off()

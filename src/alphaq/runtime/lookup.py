@@ -100,7 +100,8 @@ def _halves(raw: Tensor) -> Tensor:
 
 def _spread(by_group: Tensor, choice: Choice, columns: int) -> Tensor:
     """[…, groups] → […, columns]."""
-    return by_group.repeat_interleave(choice.group_size, dim=-1)[..., :columns]
+    # A group may be wider than the matrix: 65,535 columns of a trellis.
+    return by_group.repeat_interleave(min(choice.group_size, columns), dim=-1)[..., :columns]
 
 
 def _unpacked(packed: Tensor, widths: Tensor) -> Tensor:

@@ -26,65 +26,22 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.utils import logging
 
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.safetensors_format import ITEM_BYTES, TORCH_DTYPES, read_header
 from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import CheckpointError
-from alphaq.formats.blocks import decode, dequantize, read_block_header
+from alphaq.formats.blocks import read_block_header
 from alphaq.formats.coding import PREFIX_BYTES, check_claims, decode_tensor, decoded_info, is_coded
 from alphaq.nouns.matrix import Shape
+from alphaq.runtime.conversions import DequantizeBlocks, Refold
 from alphaq.runtime.modules import PackedExperts, RestoredParameter, packed_class
 from alphaq.runtime.packed import KEPT, PackedWeights
 from alphaq.runtime.ties import Tied, packable
 from alphaq.simd.sums import in_threads
 
-logger = logging.get_logger(__name__)
 EXPERTS_CALL = ("hidden_states", "top_k_index", "top_k_weights")
 CPU = torch.device("cpu")
-ByPattern = dict[str, Tensor | list[Tensor]]
-"""What a step of transformers' conversions takes: a tensor, or one to each expert, by the pattern of its name."""
-
-
-class DequantizeBlocks(ConversionOps):
-    """Blocks (uint8, one-dimensional) become matrices in the parameter's dtype; the rest is only cast."""
-
-    def __init__(self, hf_quantizer: Any) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def convert(  # type: ignore[override]
-        self, input_dict: ByPattern, full_layer_name: str = "", model: Any = None, **_: Any
-    ) -> ByPattern:
-        """The same with blocks dequantized."""
-        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
-
-        def restore(tensor: Tensor) -> Tensor:
-            if is_coded(tensor):
-                tensor = decode_tensor(tensor.cpu(), full_layer_name).to(tensor.device)
-            if tensor.dtype == torch.uint8 and tensor.ndim == 1:
-                logger.warning_once(
-                    f"{full_layer_name} and others do not stay packed: transformers' class or a `key_mapping` has no "
-                    "place for blocks. They take the memory of 16-bit weights."
-                )
-                return dequantize(decode(tensor.cpu(), full_layer_name), dtype).to(tensor.device)
-            return tensor.to(dtype)
-
-        return {
-            pattern: [restore(tensor) for tensor in value] if isinstance(value, list) else restore(value)
-            for pattern, value in input_dict.items()
-        }
-
-
-class Refold(ConversionOps):
-    """[experts, rows, columns] takes the parameter's own shape, which may be [experts · rows, columns]."""
-
-    def convert(  # type: ignore[override]
-        self, input_dict: dict[str, Tensor], full_layer_name: str = "", model: Any = None, **_: Any
-    ) -> dict[str, Tensor]:
-        """{target: fused tensor} → the same, reshaped."""
-        shape = model.get_parameter_or_buffer(full_layer_name).shape
-        return {target: tensor.reshape(shape) for target, tensor in input_dict.items()}
 
 
 @dataclass
@@ -120,6 +77,12 @@ class Target:
         """What makes the parameter of restored matrices, but for its shape."""
         every = self.converter.operations if self.converter else []
         return [one for one in every if not isinstance(one, (DequantizeBlocks, Refold))]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is nothing but its stored matrices, one after the other."""
+        plain = all(isinstance(one, MergeModulelist) and one.dim == 0 for one in self.operations)
+        return bool(self.operations) and plain and len(self.names) == 1 and len(self.parameter) == len(self.names[0])
 
     @property
     def names(self) -> list[list[str]]:
@@ -193,12 +156,14 @@ class Placing:
 class Packer:
     """Exchanges modules of a model that has no weights yet, and fills them when it has the others.
 
-    names: the stored name of each parameter that is stored as it is.
+    names: the stored name of each parameter that is stored as it is. slices: those of a stack's matrices, where other
+    parameters of its module are packed: transformers would make one tensor of both, and has but one.
     """
 
     def __init__(self, stored: Mapping[str, tuple[Path, TensorInfo]]) -> None:
         self.stored = stored
         self.names: dict[str, str] = {}
+        self.slices: dict[str, list[str]] = {}
         self._packed: list[Target] = []
         self._tied: dict[str, Tied] = {}
         self._files: dict[Path, Tensor] = {}
@@ -235,6 +200,7 @@ class Packer:
             else:
                 coded = [target for target in coded if self._pack_restored(around, module, target)]
             self._packed += coded
+            self.slices |= {one.name: one.names[0] for one in own if one not in coded and one.stacked}
         packed = [name for target in self._packed for row in target.names for name in row]
         left = Placing(model, conversions)
         return {left.place(name)[0] for name in packed}

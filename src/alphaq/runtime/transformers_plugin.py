@@ -29,8 +29,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from alphaq.checkpoint.families.architecture import architecture_of
 from alphaq.errors import ArchitectureError, CheckpointError
 from alphaq.formats.versions import NATIVE_FORMAT_VERSION, check_native_format
+from alphaq.runtime.conversions import DequantizeBlocks, Refold
 from alphaq.runtime.packed import PackedWeights
-from alphaq.runtime.replace import DequantizeBlocks, Packer, Refold, stored_tensors
+from alphaq.runtime.replace import Packer, stored_tensors
 
 
 @register_quantization_config("alphaq")
@@ -126,11 +127,15 @@ class AlphaQQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """What `save_pretrained` writes: a native checkpoint again, under the names that it had."""
         assert self.packer is not None
-        names, state = self.packer.names, model.state_dict()
+        names, slices, state = self.packer.names, self.packer.slices, model.state_dict()
         model._weight_conversions = None
-        saved = revert_weight_conversion(model, {name: one for name, one in state.items() if name not in names})
+        saved = revert_weight_conversion(
+            model, {name: one for name, one in state.items() if name not in names.keys() | slices.keys()}
+        )
         model._weight_conversions = []
         saved |= {names[name]: one for name, one in state.items() if name in names}
+        for name, own in slices.items():
+            saved |= dict(zip(own, map(torch.clone, state[name]), strict=True))  # files want no shared memory
         for module in model.modules():
             if isinstance(module, PackedWeights):
                 saved |= module.tensors()

@@ -24,10 +24,12 @@ WORTH_TELLING_S = 20
 
 @dataclass(frozen=True)
 class Pace:
-    """seconds: by choice, of finding codes on all cores together. cores: how many these are."""
+    """seconds: by choice, of finding codes on all cores together. cores: how many these are. avoidable: whether the
+    engine has usual choices without those that take long."""
 
     seconds: Mapping[Choice, float]
     cores: int
+    avoidable: bool
 
     @property
     def note(self) -> str | None:
@@ -37,7 +39,7 @@ class Pace:
             return None
         slow = {choice: taken for choice, taken in self.seconds.items() if format_of(choice).slow(choice)}
         told = f"quantizing takes about {in_words(total)} on {self.cores} core{'s' * (self.cores > 1)}"
-        if not slow:
+        if not slow or not self.avoidable:
             return told
         named = ", ".join(map(str, sorted(slow, key=lambda choice: -slow[choice])))
         return f"{told}, {in_words(sum(slow.values()))} of it for {named}; --fast leaves such types out"
@@ -51,11 +53,10 @@ def in_words(seconds: float) -> str:
 
 
 def pace_of(checkpoint: Checkpoint, plan: Plan, workers: Workers) -> Pace | None:
-    """How long the plan's types take; None for an engine where none takes long."""
-    engine = profile(plan.engine)
-    if not engine.fast:
+    """How long the plan's types take; None where none takes long: nothing is searched on plain grids."""
+    engine, chosen = profile(plan.engine), plan.every_choice()
+    if not engine.fast and all(choice.kept or format_of(choice).one_grid for choice in chosen.values()):
         return None
-    chosen = plan.every_choice()
     weights: Counter[Choice] = Counter()
     for matrix in checkpoint.matrices:
         choice = chosen.get(matrix.name)
@@ -63,7 +64,11 @@ def pace_of(checkpoint: Checkpoint, plan: Plan, workers: Workers) -> Pace | None
             weights[choice] += matrix.parameters
     cores = workers.count if workers.count > 1 else torch.get_num_threads()
     rounder = rounder_of(engine.quantizer)
-    return Pace({one: count * seconds_per_weight(one, rounder) / cores for one, count in weights.items()}, cores)
+    return Pace(
+        {one: count * seconds_per_weight(one, rounder) / cores for one, count in weights.items()},
+        cores,
+        bool(engine.fast),
+    )
 
 
 def _copied(checkpoint: Checkpoint, tensor: str, choice: Choice) -> bool:
@@ -74,7 +79,7 @@ def _copied(checkpoint: Checkpoint, tensor: str, choice: Choice) -> bool:
 def seconds_per_weight(choice: Choice, rounder: Rounder) -> float:
     """Of finding the codes of Gaussian weights on one core, the least of several tries; some types build tables first,
     which does not count."""
-    columns = 8 * choice.group_size
+    columns = min(8 * choice.group_size, TRIED_WEIGHTS)
     rows = max(1, TRIED_WEIGHTS // columns)
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     rounder(weight[:1], choice)
