@@ -18,7 +18,7 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.gguf import forward
 from alphaq.engines.gguf.forward import LlamaModel
 from alphaq.engines.gguf.gathering import Sample, gather
-from alphaq.engines.gguf.library import Llama, _library, _listen
+from alphaq.engines.gguf.library import Llama, listen, opened
 from alphaq.errors import AlphaQError
 from alphaq.evaluation import loading
 from alphaq.nouns.matrix import Role
@@ -132,9 +132,9 @@ def said() -> Iterator[list[str]]:
     def log(level: int, text: bytes, _: int | None) -> None:
         lines.append(text.decode(errors="replace"))
 
-    _library().llama_log_set(log, None)
+    opened().llama_log_set(log, None)
     yield lines
-    _library().llama_log_set(_listen, None)
+    opened().llama_log_set(listen, None)
 
 
 def test_quantized_weights_are_run_where_they_lie_in_the_file(
