@@ -423,21 +423,23 @@ def test_too_few_gradients_are_refused() -> None:
         Refining(samples=4)
 
 
-def test_no_more_is_held_by_groups_than_three_choices_of_each_matrix(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("by", ["gradients", "groups"])
+def test_in_every_round_no_more_is_held_than_plans_near_its_own_need(
+    by: Any, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held, judged = [], iter(range(1000, 0, -1))
+    held: list[int] = []
+    hold = Bench.hold
 
-    def better(self: Bench, columns: Any) -> list[float]:
-        self._put(columns)
+    def counted(self: Bench, columns: Any) -> None:
+        hold(self, columns)
         held.append(len(self._held))
-        return [float(next(judged))] * 4
 
-    monkeypatch.setattr(refining, "LEAST_GAIN", -1.0)  # all rounds
-    monkeypatch.setattr(Bench, "divergence", better)
-    plan = planned(checkpoint, choices="2g32,3g32,4g32,5g32,6g32,8g32")
-    refine(checkpoint, plan, replace(FEW, by="groups"), tmp_path / "state")
-    assert len(held) > 3 and max(held) <= 3 * len(plan.assignment)
+    monkeypatch.setattr(Bench, "hold", counted)
+    better_and_better(monkeypatch)
+    plan = planned(checkpoint)
+    record = refine(checkpoint, plan, replace(FEW, by=by), tmp_path / "state").refined
+    assert record is not None and record.rounds and len(held) >= record.rounds
+    assert max(held) <= 3 * len(plan.assignment)
 
 
 def test_a_class_that_keeps_nothing_of_earlier_tokens_writes_by_the_seed_too(
