@@ -48,6 +48,15 @@ def test_an_order_of_places_with_errors_from_a_formula_reads_headers_only(
     assert all(0 < error < 1 for error in plan.expected_error.values())
 
 
+def test_a_count_of_whole_bits_takes_no_fractions(tiny: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    config = PlanConfig(
+        budget=Budget(bits=2), method="distortion", choices="t2,t2.75", unweighted=True, noise="analytic"
+    )
+    with pytest.raises(BudgetError, match=r"t2\.75 has a fraction"):
+        make_plan(checkpoint, request := resolve(config), measure_for_plan(checkpoint, request))
+
+
 def test_what_was_not_read_serves_no_method_that_needs_it(tiny: Path) -> None:
     checkpoint = open_checkpoint(tiny)
     by_places, by_errors = (

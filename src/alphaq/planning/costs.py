@@ -15,6 +15,7 @@ from alphaq.checkpoint.safetensors_format import TensorSpec, entry_bytes
 from alphaq.engines.export import Layout, kept_dtype
 from alphaq.engines.profile import Profile
 from alphaq.errors import BudgetError
+from alphaq.formats.table import code_bits
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.planning.request import Request
@@ -49,7 +50,15 @@ def costs_of(scope: Scope, evidence: Evidence | None) -> Costs:
 
 
 def by_count(choices: Sequence[Choice], counts: np.ndarray, bits: float) -> Costs:
-    """Code bits of matrices that count so often each, int64 [matrices]."""
+    """Code bits of matrices that count so often each, int64 [matrices].
+
+    Raises BudgetError for choices of no whole number of bits.
+    """
+    if broken := [choice for choice in choices if code_bits(choice) != choice.bits]:
+        raise BudgetError(
+            f"This budget counts whole bits of codes, and {broken[0]} has a fraction. Leave it out of --choices, or plan "
+            "by bytes: with MODEL and without --unweighted."
+        )
     table = counts[:, None] * np.array([choice.bits for choice in choices], dtype=np.int64)
     total = int(counts.sum())
     return Costs(table, math.floor(bits * total + 1e-9), lambda spent: f"--bits {rounded_up(spent / total)}")

@@ -9,6 +9,7 @@ import numpy as np
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.profiles import profile
+from alphaq.formats.table import code_bits
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan, Prediction, Refinement
 from alphaq.planning.kept import kept_shares
@@ -36,12 +37,13 @@ def described(checkpoint: Checkpoint, plan: Plan, bench: Bench, columns: np.ndar
     moved = {name for unit in np.flatnonzero(columns != first) for name in units.members[unit]}
     stored = {name: profile(plan.engine).storage_bytes(choices[name], planned[name].shape) for name in sizes}
     total = sum(sizes.values())
+    bits = {name: code_bits(choice) for name, choice in choices.items()}
     return plan.model_copy(
         update={
             "choices": {name: str(choice) for name, choice in choices.items()},
-            "assignment": {name: choices[name].bits for name in plan.assignment},
-            "histogram": dict(sorted(Counter(choices[name].bits for name in plan.assignment).items())),
-            "average_bits": sum(choices[name].bits * count for name, count in sizes.items()) / total,
+            "assignment": {name: bits[name] for name in plan.assignment},
+            "histogram": dict(sorted(Counter(bits[name] for name in plan.assignment).items())),
+            "average_bits": sum(bits[name] * count for name, count in sizes.items()) / total,
             "bits_per_weight": 8 * sum(stored.values()) / total,
             "size_bytes": size_of(checkpoint, plan, choices),
             "budget_slack": None
