@@ -56,8 +56,8 @@ def by_count(choices: Sequence[Choice], counts: np.ndarray, bits: float) -> Cost
     """
     if broken := [choice for choice in choices if code_bits(choice) != choice.bits]:
         raise BudgetError(
-            f"This budget counts whole bits of codes, and {broken[0]} has a fraction. Leave it out of --choices, or plan "
-            "by bytes: with MODEL and without --unweighted."
+            f"This budget counts whole bits of codes, and {broken[0]} has a fraction. Leave it out of --choices, or "
+            "plan by bytes: with MODEL and without --unweighted."
         )
     table = counts[:, None] * np.array([choice.bits for choice in choices], dtype=np.int64)
     total = int(counts.sum())
