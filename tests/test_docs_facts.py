@@ -274,7 +274,7 @@ TEXT_FREE = [
     "verify",
     "cache",
 ]
-WITH_TEXT = ["card", "certify", "eval", "generate", "report", "plot", "compare", "demo", "imatrix"]
+WITH_TEXT = ["card", "certify", "refine", "eval", "generate", "report", "plot", "compare", "demo", "imatrix"]
 
 
 def promised(command: str) -> set[str]:
@@ -350,6 +350,7 @@ def test_json_of_commands_that_run_the_model_has_the_documented_keys(
     text = tmp_path / "text.txt"
     text.write_text("def main():\n    return 1\n\n" * 60)
     scored = ("--text", text, "--max-tokens", 128, "--window", 64)
+    few = ("--gradients", 8, "--tokens", 256)
     calls: dict[str, tuple[object, ...]] = {
         "card": ("card", out),
         "certify": ("certify", out, "--reference", tiny, *scored, "-o", tmp_path / "certificate.json"),
@@ -359,6 +360,7 @@ def test_json_of_commands_that_run_the_model_has_the_documented_keys(
         "plot": ("plot", "bits", out, "-o", tmp_path / "bits.svg"),
         "compare": ("compare", tiny, *scored, "--methods", "uniform", "--bits", "2", "-o", tmp_path / "compared"),
         "demo": ("demo", "-o", tmp_path / "demo"),
+        "refine": ("refine", tiny, "--plan", tiny_quantized / "plan.json", *few, "-o", tmp_path / "refined.json"),
         "imatrix": ("imatrix", tiny, "--tokens", 64, "--window", 32, "-o", tmp_path / "imatrix.gguf"),
     }
     found = printed(alphaq, *calls[command])
