@@ -229,6 +229,7 @@ def test_plan_of_all_roles_is_not_judged_by_what_the_signal_knows_of_experts(
     assert plan.check is None and plan.unchecked is not None and "too large" in plan.unchecked
 
 
+@pytest.mark.slow
 def test_damaged_verdict_in_the_cache_is_made_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
     plan = made(checkpoint, tmp_path)
     (kept,) = tmp_path.glob("*/check-*.json")
@@ -237,6 +238,7 @@ def test_damaged_verdict_in_the_cache_is_made_again(checkpoint: Checkpoint, tmp_
         assert made(checkpoint, tmp_path) == plan
 
 
+@pytest.mark.slow
 def test_tokenizer_that_its_library_cannot_take_does_not_stop_planning(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny, folder)

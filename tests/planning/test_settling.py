@@ -148,7 +148,10 @@ def test_what_a_bound_forbids_is_never_undecided() -> None:
 # -- plans ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{"budget": Budget(bits=4.0)}, {"budget": Budget(size_bytes=6_000_000)}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"budget": Budget(bits=4.0)}, pytest.param({"budget": Budget(size_bytes=6_000_000)}, marks=pytest.mark.slow)],
+)
 def test_a_plan_loses_no_more_than_a_thousandth_by_what_was_not_measured(
     checkpoint: Checkpoint, measured: Counter[str], monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
 ) -> None:

@@ -167,9 +167,7 @@ def test_plans_do_not_depend_on_order_or_company_and_are_those_of_plan(
     assert [plan.config.method for plan in seen] == [*["uniform"] * ("uniform" not in order), *order]
 
 
-@pytest.mark.parametrize(
-    "engine", [name if name in ("native", "vllm") else pytest.param(name, marks=slow) for name in ENGINES]
-)
+@pytest.mark.parametrize("engine", [name if name == "native" else pytest.param(name, marks=slow) for name in ENGINES])
 def test_measuring_for_all_methods_together_gives_each_what_it_measures_alone(
     engine: str, save_family: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -204,6 +202,7 @@ def test_measuring_for_all_methods_together_gives_each_what_it_measures_alone(
                     assert make_plan(checkpoint, request, one).to_json() == made.to_json()
 
 
+@slow
 def test_choices_that_were_not_measured_cannot_be_planned_with(tiny: Path) -> None:
     checkpoint = open_checkpoint(tiny)
     narrow = resolve(PlanConfig(budget=Budget(bits=2.5), choices="2,3"))
