@@ -179,3 +179,17 @@ def test_damage_is_told_before_anything_is_run(outputs: Callable[[str], Path], t
     path.write_bytes(data)
     with pytest.raises(VerificationError, match="checksum"):
         pipeline.verify(damaged)
+
+
+def test_rows_of_a_quantized_embedding_are_restored_too(tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
+    out = tmp_path / "out"
+    plan = ("--method", "distortion", "--noise", "analytic", "--bits", "4", "--embedding-bits", "2")
+    assert alphaq("quantize", tiny, *plan, "-o", out).code == 0
+    checkpoint = restored_from(Output(out), open_checkpoint(tiny))
+    (embedding,) = checkpoint.with_role(Role.EMBEDDING)
+    whole = checkpoint.read(embedding)
+    assert not torch.equal(whole.float(), open_checkpoint(tiny).read(embedding).float())
+    for part in (slice(0, 1), slice(7, 40)):
+        assert torch.equal(checkpoint.read_rows(embedding, part), whole[part])
+    ran = alphaq("verify", out, "--reference", tiny, "--run")
+    assert ran.code == 0, ran.err

@@ -51,6 +51,19 @@ class RestoredCheckpoint(Checkpoint):
         form = self.forms.get(matrix.name, AS_IT_IS)
         return self._put_back(values, replace(form, dtype="")) if form.transform else values
 
+    def read_rows(self, matrix: MatrixRef, part: slice) -> torch.Tensor:
+        """Some rows of a matrix, restored. All of it is, and kept until another is asked for: one asks for many."""
+        if not self._has(matrix.name):
+            return super().read_rows(matrix, part)
+        if matrix.name not in self._last:
+            self._last.clear()
+            self._last[matrix.name] = self.read(matrix)
+        return self._last[matrix.name][part]
+
+    @cached_property
+    def _last(self) -> dict[str, torch.Tensor]:
+        return {}
+
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor with its matrices restored."""
         held = self._quantized.get(name, [])
