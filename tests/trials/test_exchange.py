@@ -103,6 +103,17 @@ def test_what_is_known_poorly_is_drawn_to_what_losses_say() -> None:
     assert drawn[0] > 0 > drawn[3]
 
 
+@pytest.mark.filterwarnings("error")
+def test_changes_next_to_nothing_stay_numbers() -> None:
+    units, columns = units_of(3), np.full(3, 1)
+    slopes = Slopes()
+    for unit in range(3):
+        for at in (0, 1, 1, 0, 3, 3):
+            slopes.add(unit, at, {0: 3e-170, 1: 0.0, 3: -1e-170})
+    moves = moves_from(units, columns, slopes)
+    assert np.isfinite(moves.changes).all() and np.isfinite(moves.errors).all()
+
+
 def test_solutions_are_the_best_within_the_budget() -> None:
     units, columns = units_of(5), np.array([1, 1, 3, 3, 4])
     generator = np.random.default_rng(1)

@@ -161,6 +161,7 @@ def _shrunk(measured: np.ndarray, errors: np.ndarray, predicted: np.ndarray) -> 
         return measured, errors
     usual = abs(float(np.median(measured / predicted)))
     weights = 1.0 / np.maximum(errors**2 + (usual * predicted) ** 2, 1e-300)
+    weights /= weights.max()  # their ratios decide, and squares of what is known for certain would be infinite
     factor = max(float((weights * measured * predicted).sum() / (weights * predicted**2).sum()), 0.0)
     if factor == 0.0:  # losses that say the contrary of what is measured say nothing
         return measured, errors
