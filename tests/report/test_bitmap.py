@@ -76,8 +76,11 @@ def test_pooled_cells_are_means_of_what_they_stand_for() -> None:
 def test_a_rate_with_a_fraction_is_drawn_as_the_bits_next_to_it() -> None:
     choices = {f"layers.0.experts.{number}.up.weight": f"t{rate}" for number, rate in enumerate((1, 1.75, 2.25, 3.75))}
     plan = Plan(assignment={name: float(text[1:]) for name, text in choices.items()}, choices=choices)
-    assert bit_map(plan, console()).plain.splitlines()[2].split()[1] == "1224"
-    assert len(colours(bit_map(plan, console(terminal=True, color_system="truecolor")))) == 3
+    digits = bit_map(plan, console()).plain.splitlines()
+    assert digits[2].split()[1] == "1224" and digits[3].strip() == "a digit is bits to the nearest whole"
+    blocks = bit_map(plan, console(terminal=True, color_system="truecolor"))
+    assert len(colours(blocks)) == 3
+    assert "1 bit" in blocks.plain and "1.75 to 2.25 bits" in blocks.plain and "3.75 bits" in blocks.plain
 
 
 def dense_plan(layers: int) -> Plan:

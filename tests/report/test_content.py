@@ -190,11 +190,23 @@ def test_a_plan_that_follows_an_order_says_what_the_path_would_save() -> None:
     assert 0 < facts.above < 1
 
 
-def test_fractions_of_rates_count_in_means_of_roles() -> None:
-    choices = dict.fromkeys(small_plan().assignment, "t2.75")
-    plan = small_plan(choices=choices, assignment=dict.fromkeys(choices, 2.75), table=None)
-    (row,) = content_of(Run("run", plan), Sources()).facts.roles.rows
-    assert (row.average, row.total) == (2.75, len(choices))
+def test_fractions_of_rates_are_shown_as_they_are() -> None:
+    """In a colour between those of the whole bits."""
+    names = list(small_plan().assignment)
+    choices = dict.fromkeys(names, "t2.75") | {names[0]: "t1.5"}
+    plan = small_plan(choices=choices, assignment={name: float(text[1:]) for name, text in choices.items()}, table=None)
+    content = content_of(Run("run", plan), Sources())
+    (row,) = content.facts.roles.rows
+    assert (row.average, row.total) == ((1.5 + 5 * 2.75) / 6, 6)
+    assert content.facts.histogram == [(1.5, 1, 1 / 6), (2.75, 5, 5 / 6)] == row.parts
+    assert [(one.name, one.bits) for one in content.data.choices] == [("t1.5", 1.5), ("t2.75", 2.75)]
+    page = page_of(content)
+    mixed = "background:color-mix(in srgb, var(--b2) 25%, var(--b3))"
+    assert f'<span class="chip b3" style="{mixed}">2.75 bits</span>' in page
+    assert (
+        f'<span class="b3" style="flex-grow:0.833333;{mixed}" title="2.75 bits: 5 matrices, 83.3 %">2.75</span>' in page
+    )
+    assert '<span class="chip b3">3 bits</span>' in page_of(content_of(Run("run", small_plan()), Sources()))
 
 
 def test_names_cannot_end_the_script_or_become_markup() -> None:

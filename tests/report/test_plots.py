@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from alphaq.report.plots import gamma_of
+from alphaq.report.places import place_by_name
+from alphaq.report.plots import bits_figure, gamma_of
 from conftest import Ran
 
 pytest.importorskip("matplotlib", reason="the extra plot is not installed")
@@ -82,6 +83,13 @@ def test_maps_show_a_plan_and_its_alpha(alphaq: Run, tiny_quantized: Path, tmp_p
         assert ran.json["matrices"] == 96
         text = words(tmp_path / f"{kind}.svg")
         assert all(part in text for part in ("gate", "up", "down", "layer", "expert", kind if kind == "bits" else "α"))
+
+
+def test_fractions_of_bits_have_colours_of_their_own() -> None:
+    drawn = {f"layers.0.mlp.experts.{number}.up.weight": bits for number, bits in enumerate((2, 2.25, 2.5, 4))}
+    axes = bits_figure(drawn, {name: place_by_name(name) for name in drawn}).axes[0]
+    assert len({axes.images[0].norm(bits) for bits in drawn.values()}) == 4
+    assert {one.get_text() for one in axes.texts} == {"2", "2.25", "2.5", "4"}
 
 
 def test_a_stats_file_gives_the_same_alpha_figure(alphaq: Run, tiny: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ ASCII, a digit says it. What does not fit is pooled: a cell then stands for the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,11 +70,12 @@ def bit_map(plan: Plan, console: Console, places: Mapping[str, Place] | None = N
     found.append(f"{'':{label}}")
     notes = []
     if symbols == BLOCKS:
-        for bits in sorted({max(1, round(bits)) for bits in plan.assignment.values()}):
+        for bits, words in _legend(plan.assignment.values()).items():
             found.append(*_cell(bits, symbols))
-            found.append(f" {bits} bit{'s' if bits > 1 else ''}  ")
+            found.append(f" {words}  ")
     else:
-        notes.append("a digit is bits, F is 16" if 16 in plan.assignment.values() else "a digit is bits")
+        rounded = " to the nearest whole" if any(bits % 1 for bits in plan.assignment.values()) else ""
+        notes.append(f"a digit is bits{rounded}{', F is 16' if 16 in plan.assignment.values() else ''}")
     if pooled > 1:
         notes.append(f"a cell is the mean of up to {pooled} {maps.cell}")
     if len(rows) < len(maps.labels):
@@ -82,6 +83,18 @@ def bit_map(plan: Plan, console: Console, places: Mapping[str, Place] | None = N
     found.append("; ".join(notes))
     found.rstrip()
     return found
+
+
+def _legend(used: Iterable[float]) -> dict[int, str]:
+    """Which bits each cell of a plan stands for."""
+    of_cell: dict[int, set[float]] = {}
+    for bits in used:
+        of_cell.setdefault(max(1, round(bits)), set()).add(bits)
+    words = {}
+    for cell, members in sorted(of_cell.items()):
+        low, high = min(members), max(members)
+        words[cell] = f"{low:g} to {high:g} bits" if low < high else f"{low:g} bit{'s' if low > 1 else ''}"
+    return words
 
 
 def _maps(plan: Plan, places: Mapping[str, Place]) -> _Maps:

@@ -18,7 +18,6 @@ from scipy.stats import spearmanr
 from alphaq.errors import PlanError
 from alphaq.formats.table import code_bits, parse_choice
 from alphaq.measuring.density import Density
-from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.report.arrays import packed, packed_counts, packed_names
 from alphaq.report.commands import Names, reproduce
@@ -113,7 +112,7 @@ def _data(
     maps, cells = _maps([places[name] for name in names])
     weights = [places[name].weights for name in names]
     return PageData(
-        choices=[NamedChoice(choice, parse_choice(choice).bits) for choice in column_of],
+        choices=[NamedChoice(choice, code_bits(parse_choice(choice))) for choice in column_of],
         names=packed_names(names),
         maps=maps,
         map=packed_counts(cells[0]),
@@ -193,9 +192,9 @@ def _mean(values: np.ndarray) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
-def _histogram(plan: Plan, names: Sequence[str]) -> list[tuple[int, int, float]]:
-    """Whole bits, which the page has colours for, matrices with them, and their share."""
-    counts = Counter(plan.choice(name).bits for name in names)
+def _histogram(plan: Plan, names: Sequence[str]) -> list[tuple[float, int, float]]:
+    """Bits, matrices with them, and their share."""
+    counts = Counter(code_bits(plan.choice(name)) for name in names)
     return [(bits, count, count / len(names)) for bits, count in sorted(counts.items())]
 
 
@@ -287,27 +286,19 @@ def _correlation(alphas: np.ndarray, errors: np.ndarray) -> float | None:
     return float(spearmanr(alphas[known], errors[known]).statistic)
 
 
-def _whole(counts: Counter[Choice]) -> Counter[int]:
-    """Amounts by whole bits, which the page has colours for."""
-    found: Counter[int] = Counter()
-    for choice, amount in counts.items():
-        found[choice.bits] += amount
-    return found
-
-
 def _roles(plan: Plan, places: Mapping[str, Place]) -> Roles:
     """Bits by role: weights at each width where sizes are known, else matrices. Largest role first."""
     sized = all(places[name].weights for name in plan.choices)
-    totals: dict[str, Counter[Choice]] = {}
+    totals: dict[str, Counter[float]] = {}
     for name in plan.choices:
         amount = (places[name].weights or 0) if sized else 1
-        totals.setdefault(places[name].role.value, Counter())[plan.choice(name)] += amount
+        totals.setdefault(places[name].role.value, Counter())[code_bits(plan.choice(name))] += amount
     rows = [
         RoleBits(
             role.replace("_", " "),
             total=sum(counts.values()),
-            average=sum(code_bits(choice) * amount for choice, amount in counts.items()) / sum(counts.values()),
-            parts=[(bits, amount, amount / sum(counts.values())) for bits, amount in sorted(_whole(counts).items())],
+            average=sum(bits * amount for bits, amount in counts.items()) / sum(counts.values()),
+            parts=[(bits, amount, amount / sum(counts.values())) for bits, amount in sorted(counts.items())],
         )
         for role, counts in sorted(totals.items(), key=lambda item: -sum(item[1].values()))
     ]

@@ -43,11 +43,11 @@ class DensityData:
 class NamedChoice:
     """A choice as the page names it.
 
-    bits: of its codes.
+    bits: per weight of its codes, 2.25 of t2.25.
     """
 
     name: str
-    bits: int
+    bits: float
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class RoleBits:
     role: str
     total: int
     average: float
-    parts: list[tuple[int, int, float]]
+    parts: list[tuple[float, int, float]]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Facts:
     measured: float | None
     beside: float | None
     outcome: ComparedRow | None
-    histogram: list[tuple[int, int, float]]
+    histogram: list[tuple[float, int, float]]
     correlation: float | None
     path: PathFacts | None
     roles: Roles

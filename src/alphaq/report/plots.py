@@ -162,9 +162,11 @@ def bits_figure(bits: Mapping[str, float], places: Mapping[str, Place]) -> Figur
 
     grids = _grids({name: float(value) for name, value in bits.items()}, places)
     used = sorted(set(bits.values()))
-    steps = list(range(math.floor(used[0]), math.ceil(min(used[-1], 8)) + 1)) + ([16] if used[-1] == 16 else [])
+    whole = list(range(math.floor(used[0]), math.ceil(min(used[-1], 8)) + 1)) + ([16] if used[-1] == 16 else [])
+    parts = 4 if any(bits % 1 for bits in used) else 1  # fractions are quarters
+    steps = [step + part / parts for step in whole for part in range(parts)]
     with _style():
-        norm = BoundaryNorm([*(step - 0.5 for step in steps), steps[-1] + 0.5], 256)
+        norm = BoundaryNorm([*(step - 0.5 / parts for step in steps), steps[-1] + 0.5 / parts], 256)
         figure, panels = _figure(2.6 * len(grids) + 0.8, 3.0, len(grids))
         for axes, (title, (grid, layers)) in zip(panels, grids.items(), strict=True):
             image = _map(axes, grid, layers, title, cmap=colormaps["viridis"], norm=norm)
@@ -174,7 +176,7 @@ def bits_figure(bits: Mapping[str, float], places: Mapping[str, Place]) -> Figur
                     ink = "black" if position > 0.6 else "white"
                     axes.text(column, row, f"{grid[row, column]:g}", ha="center", va="center", size=6, color=ink)
         panels[0].set_ylabel("layer")
-        bar = figure.colorbar(image, ax=panels, label="bits", ticks=steps, shrink=0.9)
+        bar = figure.colorbar(image, ax=panels, label="bits", ticks=whole, shrink=0.9)
         bar.minorticks_off()
     return figure
 

@@ -16,6 +16,7 @@
   const alpha = unpack(data.alpha), error = unpack(data.error), measured = unpack(data.measured);
   const planChoice = unpack(data.choice), weights = unpack(data.weights);
   const COUNT = mapOf.length, choices = data.choices, bitsOfChoice = choices.map((one) => one.bits);
+  const offered = [...new Set(bitsOfChoice)].sort((a, b) => a - b);
   const which = unpack(data.names.which), numbers = unpack(data.names.numbers), firstNumber = new Uint32Array(COUNT);
   for (let i = 0, at = 0; i < COUNT; i++) {
     firstNumber[i] = at;
@@ -120,7 +121,10 @@
   function readTheme() {
     const style = getComputedStyle(document.documentElement), css = (name) => style.getPropertyValue(name).trim();
     theme = { ink: css("--ink"), soft: css("--soft"), line: css("--line"), card: css("--card"), accent: css("--accent"), mark: css("--mark"), none: css("--none"), bits: {} };
-    for (const bits of [1, 2, 3, 4, 5, 6, 7, 8, 16]) theme.bits[bits] = css(`--b${bits}`);
+    for (const bits of offered) {  // fractions lie between the colours of whole bits
+      const [low, high] = [Math.floor(bits), Math.ceil(bits)].map((whole) => rgb(css(`--b${whole}`)));
+      theme.bits[bits] = `#${low.map((value, k) => Math.round(value + (high[k] - value) * (bits % 1)).toString(16).padStart(2, "0")).join("")}`;
+    }
     theme.methods = isDark() ? ["#56b4e9", "#e69f00", "#2bb58c", "#f0e442", "#d98cc0", "#ef7d3c", "#b9c0c8", "#8aa2ff"] : ["#0072b2", "#b87500", "#00805c", "#8a7d00", "#b0578d", "#c4500a", "#4a525b", "#4a5bd0"];
   }
   const isDark = () => (document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
@@ -245,7 +249,7 @@
     for (let i = 0; i < COUNT; i++) if (mapOf[i] === number) cells[rowOf[i] * map.columns.length + columnOf[i]] = i;
     return { ...map, cells, views: [] };
   });
-  const CELL_TEXT = 11;
+  const cellText = offered.some((bits) => bits % 1) ? 27 : 11;  // the narrowest cell that its bits can be read in
   function buildMaps() {
     const place = byId("maps");
     for (const map of maps) {
@@ -288,7 +292,7 @@
     const wide = map.experts ? 52 : 90;
     view.w = Math.max(2, Math.min(wide, (space - view.left - 2) / map.columns.length));
     view.h = Math.max(5, Math.min(26, Math.max(view.w * 0.8, Math.floor(420 / map.rows.length))));
-    if (view.w >= CELL_TEXT) view.h = Math.max(view.h, 18);
+    if (view.w >= cellText) view.h = Math.max(view.h, 18);
     const width = Math.ceil(view.left + view.w * map.columns.length + 2), height = Math.ceil(view.h * map.rows.length + view.bottom), ratio = devicePixelRatio || 1;
     canvas.style.width = `${width}px`;
     canvas.style.height = `${height}px`;
@@ -327,7 +331,7 @@
     const family = getComputedStyle(document.body).fontFamily;
     context.textAlign = "center";
     context.textBaseline = "middle";
-    if (view.w >= (kind === "bits" ? CELL_TEXT : 27)) {
+    if (view.w >= (kind === "bits" ? cellText : 27)) {
       context.font = `600 ${Math.min(12, view.w * 0.8)}px ${family}`;
       for (let at = 0; at < map.cells.length; at++) {
         const i = map.cells[at];
@@ -392,9 +396,8 @@
     const bits = byId("bits-legend");
     bits.replaceChildren();
     make(bits, "span", "", "bits");
-    for (const one of offered()) make(bits, "span", `chip b${one}`, String(one));
+    for (const one of offered) make(bits, "span", `chip b${Math.round(one)}`, String(one)).style.background = theme.bits[one];
   }
-  const offered = () => [...new Set(bitsOfChoice)].sort((a, b) => a - b);
 
   // ---- the panel of one matrix --------------------------------------------------------------------------------
   const densities = data.densities && (() => {
@@ -530,10 +533,11 @@
   function bars(counts, plan) {
     const place = byId("bars"), most = Math.max(...Object.values(counts), ...Object.values(plan));
     place.replaceChildren();
-    for (const bits of offered()) {
+    for (const bits of offered) {
       const line = make(place, "div", "barline");
       make(line, "span", "", plural(bits));
-      const track = make(line, "i"), fill = make(track, "b", `b${bits}`), outline = make(track, "u");
+      const track = make(line, "i"), fill = make(track, "b"), outline = make(track, "u");
+      fill.style.background = theme.bits[bits];
       fill.style.width = `${(100 * (counts[bits] || 0)) / most}%`;
       outline.style.width = `${(100 * (plan[bits] || 0)) / most}%`;
       outline.hidden = !plan[bits];
@@ -630,7 +634,7 @@
       used.add(bits);
       context.fillStyle = theme.bits[bits];
       if (many) { context.fillRect(x - radius, y - radius, 2 * radius, 2 * radius); continue; }
-      const mark = new Path2D(shape(offered().indexOf(bits), x, y, radius));
+      const mark = new Path2D(shape(offered.indexOf(bits), x, y, radius));
       context.fill(mark);
       context.stroke(mark);
     }
@@ -639,7 +643,7 @@
     legend.replaceChildren();
     for (const bits of [...used].sort((a, b) => a - b)) {
       const key = make(legend, "span"), svg = draw(key, "svg", { width: 14, height: 14, "aria-hidden": "true" });
-      draw(svg, "path", { d: shape(many ? 1 : offered().indexOf(bits), 7, 7, 5), fill: theme.bits[bits], stroke: theme.soft, "stroke-width": 0.7 });
+      draw(svg, "path", { d: shape(many ? 1 : offered.indexOf(bits), 7, 7, 5), fill: theme.bits[bits], stroke: theme.soft, "stroke-width": 0.7 });
       key.append(plural(bits));
     }
     place.onclick = (event) => {
