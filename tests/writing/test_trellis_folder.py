@@ -1,4 +1,4 @@
-"""A model in trellis codes, by the command line: planned, written, verified, run, coded, sliced, saved."""
+"""A model in trellis codes, by the command line: planned, written, verified, run, coded, saved, not sliced."""
 
 from __future__ import annotations
 
@@ -92,14 +92,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.slow
-def test_a_slice_is_planned_anew_from_its_values(written: Path, alphaq: Callable[..., Ran], tmp_path: Path) -> None:
-    ran = alphaq("slice", written, "-o", tmp_path / "less", "--bpw", 1.6, *ALL, "--method", "distortion", "--json")
-    assert ran.code == 0, ran.err
-    sizes = [
-        sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in (written, tmp_path / "less")
-    ]
-    assert sizes[1] < sizes[0]
+def test_a_slice_is_refused_with_what_to_do_instead(written: Path, alphaq: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = alphaq("slice", written, "-o", tmp_path / "less", "--bpw", 1.6)
+    assert ran.code == 2 and not (tmp_path / "less").exists()
+    assert "in trellis codes" in ran.err and "alphaq quantize" in ran.err
 
 
 def test_limits_count_fractions(alphaq: Callable[..., Ran], tmp_path: Path) -> None:

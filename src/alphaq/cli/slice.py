@@ -34,11 +34,12 @@ def slice_(
     from alphaq import pipeline
     from alphaq.checkpoint.writer import check_absent
     from alphaq.engines.profiles import profile
-    from alphaq.writing.artifact import known_alphas, open_artifact
+    from alphaq.writing.artifact import check_cuttable, known_alphas, open_artifact
 
     check_absent(output)
     checkpoint, whole = open_artifact(folder)
     if config.engine == whole.engine:
+        check_cuttable(folder, whole)
         if config.codec is None and whole.codec is not None:
             note("the slice is not coded; `alphaq recode` codes it")
         config = _as_it_is(config, checkpoint, whole)

@@ -73,7 +73,8 @@ class Format(ABC):
     name: of the module. examples: choices of it as they are written. foreign: whether another program finds and reads
     its codes. regroups: whether group size and symmetry are the user's to choose. graded: whether its choices differ
     in nothing but their rates. one_grid: whether all codes of a group lie on one grid, so that rounding can go by
-    inputs. learnable: whether such grids can be learned too.
+    inputs. learnable: whether such grids can be learned too. streams: whether a row is one stream, which rounding can
+    take through errors of earlier columns.
     """
 
     name: ClassVar[str]
@@ -83,6 +84,7 @@ class Format(ABC):
     graded: ClassVar[bool] = False
     one_grid: ClassVar[bool] = False
     learnable: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
 
     @abstractmethod
     def parse(self, written: Written) -> Choice | None:

@@ -54,6 +54,7 @@ class Trellis(NativeFormat):
     kinds: ClassVar[dict[str, int]] = {"": 7, ".25": 8, ".5": 9, ".75": 10}
     regroups = False
     graded = True
+    streams = True
     fused = True
     looked_up = True
 

@@ -65,6 +65,20 @@ def _values(stored: torch.Tensor, name: str) -> torch.Tensor:
     return dequantize(decode(decode_tensor(stored, name), name))
 
 
+def check_cuttable(folder: Path, plan: Plan) -> None:
+    """PlanError if an artifact holds codes of which nothing can be cut off."""
+    streams = {name: choice for name, choice in plan.every_choice().items() if format_of(choice).streams}
+    if not streams:
+        return
+    name, choice = min(streams.items())
+    source = plan.source.name if plan.source is not None else "MODEL"
+    raise PlanError(
+        f"{folder} cannot be sliced: {len(streams)} of its matrices are in trellis codes ({name} in {choice}), which "
+        "have no top bits to take: fewer bits mean a new search, whose error comes on top of theirs. Plan again from "
+        f"the original: alphaq quantize {source} --choices trellis, with the smaller --size or --bits."
+    )
+
+
 def nested_choices(checkpoint: Checkpoint, plan: Plan) -> str | None:
     """What planned matrices can be cut down to, as `--choices` wants it; None if none of their codes nest."""
     choices = plan.every_choice()
