@@ -11,7 +11,7 @@ from alphaq.formats.levels import grid_of
 from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
-from alphaq.quantizers import gptq
+from alphaq.quantizers import factoring, gptq
 from alphaq.quantizers.base import rounder_of
 from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.gptq import quantize_gptq
@@ -42,7 +42,7 @@ def plain_gptq(weight: torch.Tensor, hessian: torch.Tensor, matrix: QuantizedMat
     grid, top, columns = grid_of(matrix), 2**matrix.choice.bits - 1, weight.shape[1]
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     damped = hessian.double()[order][:, order]
-    damped += gptq.DAMPING * damped.diagonal().mean() * torch.eye(columns)
+    damped += factoring.DAMPING * damped.diagonal().mean() * torch.eye(columns)
     factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     left, restored = weight.double()[:, order], torch.zeros(weight.shape, dtype=torch.float64)
     for place, column in enumerate(order.tolist()):
@@ -96,7 +96,7 @@ def test_moments_that_need_more_damping_get_it(monkeypatch: pytest.MonkeyPatch) 
     hessian -= 0.05 * hessian.diagonal().mean() * torch.outer(worst, worst)
     weight, choice = seeded(8, 64), Choice(3, 32)
     quantize_gptq(weight, choice, "matrix", hessian)
-    monkeypatch.setattr(gptq, "RETRIES", 1)
+    monkeypatch.setattr(factoring, "RETRIES", 1)
     with pytest.raises(QuantizationError, match=r"layers\.0\.up: .*not positive definite.*Calibrate"):
         quantize_gptq(weight, choice, "layers.0.up", hessian)
 
@@ -168,8 +168,8 @@ def test_the_rate_term_is_worth_its_bits(rate: str, monkeypatch: pytest.MonkeyPa
 def test_what_is_best_with_a_rate_is_that_of_its_equation() -> None:
     weight, hessian, mu = seeded(7, 50), moments(50), 0.3
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    found = gptq._shrunk(weight, gptq._factor(hessian, order, "matrix", mu), mu, order)
-    damped = hessian.double() + gptq.DAMPING * hessian.double().diagonal().mean() * torch.eye(50)
+    found = gptq._shrunk(weight, factoring.factor_of(hessian, order, "matrix", mu), mu, order)
+    damped = hessian.double() + factoring.DAMPING * hessian.double().diagonal().mean() * torch.eye(50)
     expected = weight.double() @ damped @ torch.linalg.inv(damped + mu * torch.eye(50))
     assert torch.allclose(found.double(), expected, atol=1e-4)
 

@@ -15,7 +15,7 @@ from alphaq.formats.trellis import FORMAT
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.base import QUANTIZERS, rounder_of
 from alphaq.quantizers.trellis import encoder_levels, quantize_trellis
-from alphaq.quantizers.trellis_kernels import cheapest, trace
+from alphaq.quantizers.trellis_kernels import cheapest, trace, write
 
 RATES = [str(choice) for choice in FORMAT.choices()]
 
@@ -61,8 +61,9 @@ def test_no_other_stream_costs_less(text: str, columns: int) -> None:
     roots, targets = drawn.uniform(0.5, 2, columns), drawn.normal(size=columns)
     outcomes, costs = np.empty(columns * 128, np.uint8), np.empty(2048, np.float32)
     stream, path = np.zeros(4, np.uint8), np.empty(columns, np.int32)
-    last = cheapest(roots.astype(np.float32), targets.astype(np.float32), quarters, levels, outcomes, costs)
-    trace(last, quarters, 1024, outcomes, path, stream)
+    last = cheapest(roots.astype(np.float32), targets.astype(np.float32), 0, 0, quarters, levels, outcomes, costs)
+    trace(last, 0, quarters, 1024, outcomes, path)
+    write(path, 0, quarters, stream)
     streams = np.arange(2 ** (columns * quarters // 4), dtype="<u4").view(np.uint8).reshape(-1, 4)
     shape = (len(streams), columns)
     every = QuantizedMatrix(choice, shape, torch.from_numpy(streams), torch.ones(shape[0], 1).half(), None)

@@ -150,13 +150,15 @@ def rounded_by_inputs(
     plain: the quantizer that it improves on. moments: as of `InputRounder`. coded: whether codes will be entropy-coded,
     in no more bytes than those of `plain`.
     """
-    if not format_of(choice).one_grid:  # what inputs say is which groups and weights are salient
+    form = format_of(choice)
+    if not (form.one_grid or (form.streams and moments.ndim == 2)):  # all that inputs say is what is salient
         importance = moments if moments.ndim == 1 else moments.diagonal()
         return rounder_of(plain, None if coded else importance.numpy())(weight, choice, name)
     function = QUANTIZERS[quantizer].function
     if coded:
         return function(weight, choice, name, moments, rounder_of(plain)(weight, choice, name), coded=True)
-    levels = LEVELS if QUANTIZERS[plain].plain and choice.bits > 1 and not rate_of(choice) else plain
+    own_levels = form.one_grid and choice.bits > 1 and not rate_of(choice)
+    levels = LEVELS if QUANTIZERS[plain].plain and own_levels else plain
     return function(weight, choice, name, moments, rounder_of(levels)(weight, choice, name))
 
 

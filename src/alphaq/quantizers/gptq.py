@@ -28,8 +28,11 @@ from alphaq.formats.table import format_of, rate_of
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.debiased import quantize_debiased
+from alphaq.quantizers.factoring import factor_of, mixing_of
 from alphaq.quantizers.moments import check_moments
 from alphaq.quantizers.rated import quantize_rated
+from alphaq.quantizers.trellis import quantize_trellis
+from alphaq.quantizers.trellis_feedback import feed_back
 from alphaq.simd.sums import in_threads, slices, squared_norm
 from alphaq.simd.vectors import (
     LANES,
@@ -45,8 +48,6 @@ from alphaq.simd.vectors import (
     where_less,
 )
 
-DAMPING = 0.01  # of the mean diagonal
-RETRIES = 4  # with ten times the damping each
 BLOCK = 128  # columns whose errors reach the later ones together
 TASK_LANES = 8  # rows of a task, in vectors
 RATE_TRIES, RATE_SLACK = 6, 0.004  # for coded bytes within so much of what they may be
@@ -70,24 +71,34 @@ def quantize_gptq(
     """
     if format_of(choice).foreign:
         raise QuantizationError(f"{name}: {choice} is rounded by llama.cpp's own code. Give it an --imatrix instead.")
-    if not format_of(choice).one_grid:
+    if not (format_of(choice).one_grid or format_of(choice).streams):
         raise QuantizationError(
             f"{name}: the codes of {choice} do not lie on one grid. Use --quantizer debiased for it."
         )
-    found = found or (quantize_rated if rate_of(choice) else quantize_debiased)(weight, choice, name)
+    found = found or _nearest(weight, choice, name)
     if hessian is None or hessian.ndim == 1:
         return found
     check_moments(hessian, weight.shape[1], name)
     if not hessian.diagonal().any():
         return found
+    if format_of(choice).streams:
+        fed = feed_back(weight, found, hessian, name)
+        return found if coded and _coded_bytes(fed) > _coded_bytes(found) else fed
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor = _factor(hessian, order, name)
+    factor = factor_of(hessian, order, name)
     if coded or rate_of(choice):
         return _rounded_within_bytes(weight, name, hessian, found, factor, order)
     grid = grid_of(found)
     codes = _round_in_order(weight, grid.step, grid.start, choice, factor, order)
     matrix = replace(found, codes=torch.from_numpy(pack(codes, choice.bits)), squared_error=None)
     return replace(matrix, squared_error=restored_error(matrix, weight))
+
+
+def _nearest(weight: torch.Tensor, choice: Choice, name: str) -> QuantizedMatrix:
+    """What is improved on where nothing is given."""
+    if format_of(choice).streams:
+        return quantize_trellis(weight, choice, name)
+    return (quantize_rated if rate_of(choice) else quantize_debiased)(weight, choice, name)
 
 
 def _rounded_within_bytes(
@@ -120,7 +131,7 @@ def _rounded_within_bytes(
     best, most, wider, more = found, 0, 1.0, 1.0
     for _ in range(RATE_TRIES):
         mu = natural * wider * wider * more
-        tilted = _factor(hessian, order, name, mu)
+        tilted = factor_of(hessian, order, name, mu)
         codes = _round_in_order(_shrunk(weight, tilted, mu, order), wider * steps, wider * start, choice, tilted, order)
         matrix = replace(found, codes=torch.from_numpy(pack(codes, choice.bits)), squared_error=None)
         nbytes = _coded_bytes(matrix)
@@ -161,31 +172,6 @@ def _fitted(matrix: QuantizedMatrix, weight: torch.Tensor, codes: np.ndarray, he
     return replace(matrix, scales=scales) if step > 0 and torch.isfinite(scales[0, 0]) else matrix
 
 
-def _factor(hessian: torch.Tensor, order: torch.Tensor, name: str, more: float = 0.0) -> np.ndarray:
-    """Lower triangular L with L·Lᵀ = H + damping, for columns in reversed order; float32 [columns, columns].
-
-    more: damping beyond the usual. What lies above the diagonal is not to be read. Raises QuantizationError if no
-    damping makes H positive definite.
-    """
-    from scipy.linalg import lapack
-
-    backwards = order.flip(0)
-    diagonal = hessian.diagonal()[backwards]
-    damping = DAMPING * float(diagonal.double().mean()) + more
-    for _ in range(RETRIES):
-        reordered = hessian[backwards[:, None], backwards]
-        reordered.diagonal().add_(damping)
-        # A symmetric matrix is its own transpose, which LAPACK can overwrite.
-        factor, failed = lapack.spotrf(reordered.numpy().T, lower=0, clean=0, overwrite_a=1)
-        if not failed:
-            return np.asarray(factor.T)
-        damping *= 10
-    raise QuantizationError(
-        f"{name}: the second moments of its inputs are not positive definite, even with {damping / 10:.3g} on the "
-        "diagonal. Calibrate with another or a longer text, or use --quantizer hqq, which needs none."
-    )
-
-
 def _round_in_order(
     weight: torch.Tensor,
     step: torch.Tensor,
@@ -207,7 +193,7 @@ def _round_in_order(
     carried = torch.zeros_like(wanted)
     for block in slices(columns, BLOCK):
         count = block.stop - block.start
-        mixing = _mixing(factor, block)
+        mixing = mixing_of(factor, block)
         own = np.ascontiguousarray(mixing[:, :count])
 
         def work(part: slice, block: slice = block, own: np.ndarray = own) -> None:
@@ -232,14 +218,6 @@ def _round_in_order(
     restored = np.empty((rows, columns), np.uint8)
     restored[:, order.numpy()] = codes[:, :rows].T
     return restored
-
-
-def _mixing(factor: np.ndarray, block: slice) -> np.ndarray:
-    """R of a block's columns and all later ones, float32 [block, columns from the block on]."""
-    last = len(factor) - 1
-    begin, end = last - block.start, last - block.stop  # of the block's rows in the reversed factor, downwards
-    rows = factor[begin : (end if end >= 0 else None) : -1]
-    return rows[:, begin::-1] / factor.diagonal()[begin::-1]
 
 
 @kernel

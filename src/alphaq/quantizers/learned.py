@@ -65,6 +65,8 @@ def quantize_learned(
     seeds the noise. progress: is shown the parts of the matrix. Raises QuantizationError naming the matrix if it cannot
     be stored, or if the moments are not those of its inputs.
     """
+    if format_of(choice).streams:  # the states are no grid: GPTQ's codes are the best there are
+        return quantize_gptq(weight, choice, name, hessian, start)
     _check(weight, choice, name, hessian)
     start = start or quantize_debiased(weight, choice, name)
     if (start.choice, start.shape) != (choice, tuple(weight.shape)):

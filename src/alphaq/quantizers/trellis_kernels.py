@@ -39,8 +39,9 @@ def encode_rows(weights, columns, quarters, group_size, levels, worth, shares, g
         if _first_scales(values, columns, group_size, worth, shares, granular, own):
             own[:] = np.minimum(own / spread, LARGEST)
             _aim(values, columns, group_size, worth, spread, own, roots, targets)
-            last = cheapest(roots, targets, quarters, levels, outcomes, costs)
-            trace(last, quarters, levels.size, outcomes, path, packed[row * row_bytes : (row + 1) * row_bytes])
+            last = cheapest(roots, targets, 0, 0, quarters, levels, outcomes, costs)
+            trace(last, 0, quarters, levels.size, outcomes, path)
+            write(path, 0, quarters, packed[row * row_bytes : (row + 1) * row_bytes])
         else:
             path[:] = 0
         total += _fit(values, columns, group_size, worth, levels, path, bias_weight, own)
@@ -88,15 +89,16 @@ def _aim(values, columns, group_size, worth, spread, scales, roots, targets):
 
 
 @kernel
-def cheapest(roots, targets, quarters, levels, outcomes, costs):
-    """Run through all columns; the last state of the cheapest path. outcomes: uint8 [columns · states / 8], filled."""
+def cheapest(roots, targets, first, start, quarters, levels, outcomes, costs):
+    """Run through some columns of a row, the first of which follows the state start; the last state of the cheapest
+    path. first: the column's number. outcomes: uint8 [columns · states / 8], filled."""
     states = levels.size
     now, then = address_of(costs, 0), address_of(costs, states)
     table, contest = address_of(levels, 0), address_of(outcomes, 0)
     costs[:states] = UNREACHED
-    costs[0] = 0
+    costs[start] = 0
     for column in range(roots.size):
-        bits = (column + 1) * quarters // 4 - column * quarters // 4
+        bits = new_bits(first + column, quarters)
         groups, root, target = states >> bits, roots[column], targets[column]
         if bits == 1:
             for group in range(0, groups, LANES):
@@ -116,23 +118,35 @@ def cheapest(roots, targets, quarters, levels, outcomes, costs):
 
 
 @kernel
-def trace(last, quarters, states, outcomes, path, stream):
-    """Follow the outcomes back from the last state: the state of each column, and the bits of the stream."""
+def new_bits(column, quarters):
+    """Bits that a column adds to its row's stream."""
+    return (column + 1) * quarters // 4 - column * quarters // 4
+
+
+@kernel
+def trace(last, first, quarters, states, outcomes, path):
+    """Follow the outcomes of `cheapest` back from the last state: the state of each of its columns."""
     state = last
     for column in range(path.size - 1, -1, -1):
         path[column] = state
-        begin, end = column * quarters // 4, (column + 1) * quarters // 4
-        for bit in range(begin, end):  # the newest bit is the stream's last and the state's lowest
-            stream[bit >> 3] |= np.uint8(((state >> (end - 1 - bit)) & 1) << (bit & 7))
-        bits = end - begin
+        bits = new_bits(first + column, quarters)
         groups, group = states >> bits, state >> bits
-        way, contests, first = 0, 1, (1 << bits) - 1
+        way, contests, contest = 0, 1, (1 << bits) - 1
         for _ in range(bits):
-            first -= contests
-            place = column * states + (first + way) * groups + group
+            contest -= contests
+            place = column * states + (contest + way) * groups + group
             way = 2 * way + ((outcomes[place >> 3] >> (place & 7)) & 1)
             contests *= 2
         state = group + way * groups
+
+
+@kernel
+def write(path, first, quarters, stream):
+    """Put the new bits of each column's state into its row's stream."""
+    for column in range(first, first + path.size):
+        begin, end = column * quarters // 4, (column + 1) * quarters // 4
+        for bit in range(begin, end):  # the newest bit is the stream's last and the state's lowest
+            stream[bit >> 3] |= np.uint8(((path[column - first] >> (end - 1 - bit)) & 1) << (bit & 7))
 
 
 @kernel
