@@ -50,9 +50,18 @@ def outputs(folder: Path, ids: torch.Tensor) -> torch.Tensor:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits.log_softmax(-1)
 
 
-@pytest.mark.parametrize("text", [pytest.param(str(CODE), marks=pytest.mark.slow, id="file"), "self"])
-def test_the_model_stays_closer_to_itself_on_that_text(alphaq: Run, tiny: Path, tmp_path: Path, text: str) -> None:
-    common = ("quantize", tiny, "--bits", "2", "--method", "uniform", "--choices", "2,3", "--json")
+@pytest.mark.parametrize(
+    ("text", "choices"),
+    [
+        pytest.param(str(CODE), "2,3", marks=pytest.mark.slow, id="file"),
+        pytest.param("self", "2,3", id="self"),
+        pytest.param("self", "t2,t3", marks=pytest.mark.slow, id="trellis"),
+    ],
+)
+def test_the_model_stays_closer_to_itself_on_that_text(
+    alphaq: Run, tiny: Path, tmp_path: Path, text: str, choices: str
+) -> None:
+    common = ("quantize", tiny, "--bits", "2", "--method", "uniform", "--choices", choices, "--json")
     plain = alphaq(*common, "-o", tmp_path / "debiased")
     found = alphaq(
         *common, "-o", tmp_path / "gptq", "--quantizer", "gptq", "--calibration", text, "--calibration-tokens", 4096

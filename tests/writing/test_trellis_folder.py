@@ -92,6 +92,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
+def test_workers_change_no_byte(written: Path, alphaq: Callable[..., Ran], tmp_path: Path) -> None:
+    plan = ("--plan", written / "plan.json")
+    assert alphaq("quantize", MODEL, *plan, "-o", tmp_path / "out", "--workers", 2).code == 0
+    for file in written.glob("*.safetensors"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
 def test_a_slice_is_refused_with_what_to_do_instead(written: Path, alphaq: Callable[..., Ran], tmp_path: Path) -> None:
     ran = alphaq("slice", written, "-o", tmp_path / "less", "--bpw", 1.6)
     assert ran.code == 2 and not (tmp_path / "less").exists()
