@@ -5,7 +5,8 @@ w[k] + Σ over j before the step of (w[j] − ŵ[j])·R[j, k]. Within a step not
 error then costs Σ over m of R[k, m]²·D[m], over its step. A row's stream goes on in the state that the last step left,
 and as the bits of a column decide on those of the next ones too, each step's path is sought through some columns
 behind it, of which the next step decides anew. At last each row's scales are multiplied by what makes
-(w − ŵ)·H·(w − ŵ)ᵀ least. Source: BlockLDLQ of QuIP# (arXiv 2402.04396), as QTIP uses it (arXiv 2406.11235).
+(w − ŵ)·H·(w − ŵ)ᵀ least, with errors along the outputs counting more. Source: BlockLDLQ of QuIP# (arXiv 2402.04396), as
+QTIP uses it (arXiv 2406.11235).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from alphaq.formats.blocks import dequantize, restored_error
 from alphaq.formats.trellis import FORMAT, WHOLE_ROW
 from alphaq.nouns.quantized import QuantizedMatrix
+from alphaq.quantizers.debiased import BIAS_WEIGHT
 from alphaq.quantizers.factoring import factor_of, mixing_of
 from alphaq.quantizers.rows import FP16_MAX
 from alphaq.quantizers.trellis import encoder_levels
@@ -78,11 +80,17 @@ def _worth(mixing: np.ndarray, factor: np.ndarray, block: slice) -> np.ndarray:
 
 
 def _fitted(matrix: QuantizedMatrix, weight: torch.Tensor, hessian: torch.Tensor) -> QuantizedMatrix:
-    """The same streams with scales of the least (w − ŵ)·H·(w − ŵ)ᵀ, all of a row moved alike."""
-    restored = dequantize(matrix)
+    """The same streams with scales of the least (w − ŵ)·H·(w − ŵ)ᵀ, all of a row moved alike.
+
+    Errors along the outputs count as in `debiased`: shorter outputs add up over the layers.
+    """
+    restored, original = dequantize(matrix), weight.float()
     weighed = restored @ hessian
-    square = (weighed * restored).sum(1, dtype=torch.float64)
-    along = (weighed * weight.float()).sum(1, dtype=torch.float64)
-    longer = torch.where((square > 0) & (along > 0), along / square, 1.0).float()
+    square, along, energy = (
+        (one * other).sum(1, dtype=torch.float64)
+        for one, other in ((weighed, restored), (weighed, original), (original @ hessian, original))
+    )
+    whole = (BIAS_WEIGHT - 1) * along.square() + square * energy
+    longer = torch.where((whole > 0) & (along > 0), BIAS_WEIGHT * along * energy / whole, 1.0).float()
     scales = (matrix.scales.float() * longer[:, None]).clamp(max=FP16_MAX)
     return replace(matrix, scales=scales.half())
