@@ -79,7 +79,8 @@ class Judge:
 
 @dataclass(frozen=True)
 class Bench:
-    """One model in a scratch folder. given: importance matrices by the name of ours that goes by them."""
+    """One model in a scratch folder. given: importance matrices by the name of ours that goes by them. choices: types
+    that ours may have, by names with commas; None for all."""
 
     name: str
     checkpoint: Checkpoint
@@ -87,6 +88,7 @@ class Bench:
     judge: Judge
     given: dict[str, ImportanceMatrix | None]
     resources: Resources
+    choices: str | None = None
 
     def row(self, recipe: str, column: str, size: int = 0) -> Row | None:
         """Make and score one file; None where llama.cpp refuses."""
@@ -112,7 +114,8 @@ class Bench:
     def _ours(self, column: str, size: int) -> Path:
         given = self.given[column]
         named = None if given is None else f"{given.name} {given.digest}"
-        request = resolve(PlanConfig(budget=Budget(size_bytes=size), engine="llama.cpp", imatrix=named))
+        config = PlanConfig(budget=Budget(size_bytes=size), engine="llama.cpp", imatrix=named, choices=self.choices)
+        request = resolve(config)
         measured = measure_for_plan(self.checkpoint, request, PlanInputs(imatrix=given), self.resources)
         plan = make_plan(self.checkpoint, request, measured)
         options = pipeline.WriteOptions(imatrix=given, check=False)
@@ -125,8 +128,9 @@ class Bench:
         score = f"alphaq eval out.gguf --reference whole.gguf {texts} --max-tokens {self.judge.tokens}"
         if column in OURS:
             imatrix = "text.gguf" if column == "text" else column
-            make = f"alphaq quantize MODEL --engine llama.cpp --size {size} --imatrix {imatrix} --no-check -o out"
-            return make, score.replace("out.gguf", "out/model.gguf")
+            choices = "" if self.choices is None else f" --choices {self.choices}"
+            options = f"--engine llama.cpp --size {size} --imatrix {imatrix}{choices} --no-check"
+            return f"alphaq quantize MODEL {options} -o out", score.replace("out.gguf", "out/model.gguf")
         by_text = " --imatrix text.gguf" if column == STOCK_TEXT else ""
         return f"python benchmarks/llama_quantize.py whole.gguf out.gguf {recipe}{by_text}", score
 
@@ -185,6 +189,7 @@ def main() -> None:
     arguments.add_argument("--text", nargs="+", type=Path, default=sorted((bundled / "texts").glob("[ct]*.txt")))
     arguments.add_argument("--imatrix-text", type=Path, default=bundled / "texts" / "dict.txt")
     arguments.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    arguments.add_argument("--choices", help="types that ours may have; all by default")
     arguments.add_argument("--tokens", type=int, default=MAX_TOKENS, help="of each text that are scored")
     given = arguments.parse_args()
     tokens, recipes = (512, given.recipes[:1]) if given.quick else (given.tokens, given.recipes)
@@ -200,7 +205,7 @@ def main() -> None:
             resources = Resources(cache=cache)
             own = importance_by_losses(checkpoint, resources)
             judge = Judge(Remembered(whole), texts, tokens)
-            bench = Bench(name, checkpoint, folder, judge, matrices | {"self": own}, resources)
+            bench = Bench(name, checkpoint, folder, judge, matrices | {"self": own}, resources, given.choices)
             rows: list[Row] = []
             for row in (row for recipe in recipes for row in bench.rows(recipe)):
                 rows.append(row)  # saved at once: a large model takes hours, and what is done counts

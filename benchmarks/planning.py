@@ -23,6 +23,10 @@ from synthetic import SHAPES, write_checkpoint
 TITLE = "Planning for llama.cpp"
 OWN = Path(__file__).parents[1] / "src"
 BITS = 3.0
+ABOUT = """\
+Layers of Qwen3-30B-A3B's shape (128 experts of 768, 0.6 billion weights a layer) with heavy-tailed random weights. CPU
+seconds, user and system, of `alphaq plan MODEL --engine llama.cpp` in one process, nothing kept from earlier runs; some
+12 of them are imports and llama.cpp's tables, whatever the model. The method is the default one unless named."""
 OF_BITS = "--bits", f"{BITS:g}"
 PLANS = {
     "default": OF_BITS,
@@ -93,7 +97,8 @@ def main() -> None:
             rows.append(Row(layers, " ".join(options), version, cpu_seconds(source, model, options)))
             cells = [(row.layers, row.plan, row.version, f"{row.cpu_s:.1f}") for row in rows]
             table = markdown_table(("layers", "plan", "version", "CPU seconds"), cells)
-            save("planning", TITLE, list(map(asdict, rows)), table, given.quick)  # at once: the other may take long
+            markdown = f"{ABOUT}\n\n{table}"
+            save("planning", TITLE, list(map(asdict, rows)), markdown, given.quick)  # at once: the other may take long
 
 
 if __name__ == "__main__":
