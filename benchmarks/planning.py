@@ -27,7 +27,7 @@ ABOUT = """\
 Layers of Qwen3-30B-A3B's shape (128 experts of 768, 0.6 billion weights a layer) with heavy-tailed random weights. CPU
 seconds, user and system, of `alphaq plan MODEL --engine llama.cpp` in one process, nothing kept from earlier runs; some
 12 of them are imports and llama.cpp's tables, whatever the model. The method is the default one unless named.
-*The other* is an earlier version (`--repeat`), here the last that measured all errors in full (29 November 2026)."""
+*The other* is an earlier version, here the last that measured all errors in full (29 November 2026)."""
 OF_BITS = "--bits", f"{BITS:g}"
 PLANS = {
     "default": OF_BITS,
