@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -45,7 +45,7 @@ ABOUT = """\
 KL in nats per token against the 16-bit file, by llama.cpp itself, the mean over the texts. *stock*: what
 `llama-quantize` writes, without an importance matrix and with one of a text that is not scored; the rest: `alphaq
 quantize --engine llama.cpp --no-check` in the bytes of *stock, text*, header and tokenizer included, by `--imatrix`.
-–: llama.cpp refuses the mix without an importance matrix. In brackets: how much larger the file is."""
+–: llama.cpp refuses the mix without an importance matrix, or not run. In brackets: how much larger the file is."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class Judge:
 
 @dataclass(frozen=True)
 class Bench:
-    """One model in a scratch folder. given: importance matrices by the name of ours that goes by them."""
+    """One model in a scratch folder. given: importance matrices by the name of ours that goes by them. choices: types
+    that ours may have, by names with commas; None for all."""
 
     name: str
     checkpoint: Checkpoint
@@ -87,6 +88,7 @@ class Bench:
     judge: Judge
     given: dict[str, ImportanceMatrix | None]
     resources: Resources
+    choices: str | None = None
 
     def row(self, recipe: str, column: str, size: int = 0) -> Row | None:
         """Make and score one file; None where llama.cpp refuses."""
@@ -112,7 +114,8 @@ class Bench:
     def _ours(self, column: str, size: int) -> Path:
         given = self.given[column]
         named = None if given is None else f"{given.name} {given.digest}"
-        request = resolve(PlanConfig(budget=Budget(size_bytes=size), engine="llama.cpp", imatrix=named))
+        config = PlanConfig(budget=Budget(size_bytes=size), engine="llama.cpp", imatrix=named, choices=self.choices)
+        request = resolve(config)
         measured = measure_for_plan(self.checkpoint, request, PlanInputs(imatrix=given), self.resources)
         plan = make_plan(self.checkpoint, request, measured)
         options = pipeline.WriteOptions(imatrix=given, check=False)
@@ -125,17 +128,21 @@ class Bench:
         score = f"alphaq eval out.gguf --reference whole.gguf {texts} --max-tokens {self.judge.tokens}"
         if column in OURS:
             imatrix = "text.gguf" if column == "text" else column
-            make = f"alphaq quantize MODEL --engine llama.cpp --size {size} --imatrix {imatrix} --no-check -o out"
-            return make, score.replace("out.gguf", "out/model.gguf")
+            choices = "" if self.choices is None else f" --choices {self.choices}"
+            options = f"--engine llama.cpp --size {size} --imatrix {imatrix}{choices} --no-check"
+            return f"alphaq quantize MODEL {options} -o out", score.replace("out.gguf", "out/model.gguf")
         by_text = " --imatrix text.gguf" if column == STOCK_TEXT else ""
         return f"python benchmarks/llama_quantize.py whole.gguf out.gguf {recipe}{by_text}", score
 
-    def rows(self, recipe: str) -> list[Row]:
-        """All columns of a recipe, the one first that says how large ours may be."""
+    def rows(self, recipe: str) -> Iterator[Row]:
+        """All columns of a recipe, the one first that says how large ours may be, then what is compared most."""
         stock = self.row(recipe, STOCK_TEXT)
         assert stock is not None  # llama.cpp refuses only without an importance matrix
-        others = [self.row(recipe, column, stock.size_bytes) for column in (STOCK, *OURS)]
-        return [row for row in (stock, *others) if row is not None]
+        yield stock
+        for column in ("self", "none", "text", STOCK):
+            row = self.row(recipe, column, stock.size_bytes)
+            if row is not None:
+                yield row
 
 
 def prepared(folder: Path, model: Path, imatrix_text: Path) -> tuple[Checkpoint, dict[str, ImportanceMatrix | None]]:
@@ -156,11 +163,15 @@ def rendered(rows: Sequence[Row]) -> str:
         by_place.setdefault((row.model, row.recipe), {})[row.column] = row
     lines = []
     for (model, recipe), found in by_place.items():
-        base, own = found[STOCK_TEXT], found["self"]
+        base, own = found[STOCK_TEXT], found.get("self")
         cells = [_cell(found.get(column), base) for column in (STOCK, STOCK_TEXT, *OURS)]
-        ratios = [f"{own.kl / found['none'].kl:.2f}", f"**{own.kl / base.kl:.2f}**"]
+        ratios = [_ratio(own, found.get("none")), f"**{_ratio(own, base)}**"]
         lines.append((f"{model}, {recipe}", f"{base.size_bytes / 2**20:.2f}", *cells, *ratios))
     return ABOUT + "\n\n" + markdown_table(header, lines)
+
+
+def _ratio(own: Row | None, other: Row | None) -> str:
+    return "–" if own is None or other is None else f"{own.kl / other.kl:.2f}"
 
 
 def _cell(row: Row | None, base: Row) -> str:
@@ -178,6 +189,7 @@ def main() -> None:
     arguments.add_argument("--text", nargs="+", type=Path, default=sorted((bundled / "texts").glob("[ct]*.txt")))
     arguments.add_argument("--imatrix-text", type=Path, default=bundled / "texts" / "dict.txt")
     arguments.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    arguments.add_argument("--choices", help="types that ours may have; all by default")
     arguments.add_argument("--tokens", type=int, default=MAX_TOKENS, help="of each text that are scored")
     given = arguments.parse_args()
     tokens, recipes = (512, given.recipes[:1]) if given.quick else (given.tokens, given.recipes)
@@ -193,17 +205,12 @@ def main() -> None:
             resources = Resources(cache=cache)
             own = importance_by_losses(checkpoint, resources)
             judge = Judge(Remembered(whole), texts, tokens)
-            bench = Bench(name, checkpoint, folder, judge, matrices | {"self": own}, resources)
-            rows = []
-            for recipe in recipes:
-                rows += bench.rows(recipe)
-                save(
-                    f"gguf_mixes_{name}",
-                    f"{name}: GGUF at equal size",
-                    list(map(asdict, rows)),
-                    rendered(rows),
-                    given.quick,
-                )
+            bench = Bench(name, checkpoint, folder, judge, matrices | {"self": own}, resources, given.choices)
+            rows: list[Row] = []
+            for row in (row for recipe in recipes for row in bench.rows(recipe)):
+                rows.append(row)  # saved at once: a large model takes hours, and what is done counts
+                title = f"{name}: GGUF at equal size"
+                save(f"gguf_mixes_{name}", title, list(map(asdict, rows)), rendered(rows), given.quick)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 from common import HERE, parser, results_folder
 
-NAMES = ("spectra", "allocation", "quantize", "coding", "slicing", "gptq", "end_to_end", "runtime")
+NAMES = ("spectra", "allocation", "quantize", "coding", "slicing", "gptq", "planning", "end_to_end", "runtime")
 DOCUMENT = HERE.parent / "docs" / "research" / "benchmarks.md"
 HEADING = """\
 # Benchmarks

@@ -15,11 +15,13 @@ from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
+from alphaq.planning.scope import Scope
 from alphaq.quantizers.ggml import quantize_ggml
 from alphaq.quantizers.trellis import quantize_trellis
 from alphaq.work.workers import Workers
 from alphaq.writing import pace
 from alphaq.writing.pace import Pace, in_words, pace_of, seconds_per_weight
+from conftest import random_model
 
 
 def config_of(**settings: object) -> PlanConfig:
@@ -99,6 +101,25 @@ def test_fast_offers_types_that_are_rounded_quickly() -> None:
     assert {str(choice) for choice in offered} >= {"Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0", "Q4_0"}
     assert not any(format_of(choice).slow(choice) for choice in offered)
     assert any(format_of(choice).slow(choice) for choice in resolve(config_of()).offered)
+
+
+def test_fast_keeps_slow_types_from_roles_of_their_own_width_too(tmp_path: Path) -> None:
+    random_model("mixtral").save_pretrained(tmp_path)  # rows that are no whole Q4_K blocks
+    checkpoint = open_checkpoint(tmp_path)
+    usual, fast = (set(Scope.of(checkpoint, resolve(config_of(fast=one))).fixed.values()) for one in (False, True))
+    assert any(format_of(choice).slow(choice) for choice in usual)
+    assert fast and not any(format_of(choice).slow(choice) for choice in fast)
+
+
+@pytest.mark.parametrize("settings", [{"fast": True}, {"choices": "IQ4_XS"}])
+def test_fast_is_no_way_out_where_it_changes_nothing(
+    tiny: Path, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(tiny)
+    monkeypatch.setattr(pace, "seconds_per_weight", lambda choice, rounder: 1.0)
+    plan = Plan(engine="llama.cpp", choices={checkpoint.planned[0].name: "IQ4_XS"}, config=config_of(**settings))
+    found = pace_of(checkpoint, plan, Workers(1, checkpoint))
+    assert found is not None and found.note is not None and "--fast" not in found.note
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ class Scope:
                 usual = request.choice(str(profile.role_bits[matrix.role]))
                 own = stored_as(profile, checkpoint, matrix)
                 narrow = own if own is not None and own.bits <= usual.bits else None
-                fixed[matrix.name] = narrow or next_storable(profile, usual, matrix)
+                fixed[matrix.name] = narrow or next_storable(profile, usual, matrix, request.config.fast)
         _require_agreement(profile, outside, fixed)
         pinned = {matrix.name: pins[matrix.name] for matrix in planned if matrix.name in pins}
         return cls(checkpoint, request, planned, joined, fixed, pinned)
@@ -226,11 +226,13 @@ def _as_asked(profile: Profile, checkpoint: Checkpoint, choice: Choice, matrix: 
     return choice
 
 
-def next_storable(profile: Profile, choice: Choice, matrix: MatrixRef) -> Choice:
-    """The choice itself, or the smallest of at least its bits that the engine can store the matrix in."""
+def next_storable(profile: Profile, choice: Choice, matrix: MatrixRef, fast: bool = False) -> Choice:
+    """The choice itself, or the smallest of at least its bits that the engine can store the matrix in. fast: without
+    those that take long to quantize to."""
     if profile.obstacle(choice, matrix) is None:
         return choice
-    usual = [*profile.defaults, KEPT]  # some types are only good for weights that were trained in them
+    # Of usual ones alone: some types are only good for weights that were trained in them.
+    usual = [*(profile.fast if fast else profile.defaults), KEPT]
     wider = [other for other in usual if other.bits >= choice.bits and not profile.obstacle(other, matrix)]
     return min(wider, key=lambda other: profile.storage_bytes(other, matrix.shape))
 

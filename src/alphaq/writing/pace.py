@@ -24,8 +24,8 @@ WORTH_TELLING_S = 20
 
 @dataclass(frozen=True)
 class Pace:
-    """seconds: by choice, of finding codes on all cores together. cores: how many these are. avoidable: whether the
-    engine has usual choices without those that take long."""
+    """seconds: by choice, of finding codes on all cores together. cores: how many these are. avoidable: whether --fast
+    would leave out those that take long."""
 
     seconds: Mapping[Choice, float]
     cores: int
@@ -67,7 +67,7 @@ def pace_of(checkpoint: Checkpoint, plan: Plan, workers: Workers) -> Pace | None
     return Pace(
         {one: count * seconds_per_weight(one, rounder) / cores for one, count in weights.items()},
         cores,
-        bool(engine.fast),
+        bool(engine.fast) and (plan.config is None or not (plan.config.fast or plan.config.choices)),
     )
 
 
