@@ -278,8 +278,8 @@ def _drawn(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, 
     """Of logits [windows, positions, words]: a token for each position, the gradient of their summed log chances, and
     the chances' summed entropy."""
     numbers = torch.rand(*logits.shape[1::-1], 1, generator=generator, dtype=torch.float64).transpose(0, 1)
-    tokens = draw(logits, numbers)
     chances = logits.softmax(-1)
+    tokens = draw(chances, numbers)
     surprise = logits.logsumexp(-1) - torch.linalg.vecdot(chances, logits)
     change = chances.neg_()
     change.scatter_add_(-1, tokens[..., None], torch.ones(*tokens.shape, 1))

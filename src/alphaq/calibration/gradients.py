@@ -92,7 +92,8 @@ class _Expert:
         """Of its tokens: the gradient at their inputs [n, hidden], and at their weights [n], given as [n, 1]."""
         form, down = self.traffic.form, self.matrices["down"]
         # Kept as they are stored, because reading costs more than putting them in float32 once more.
-        first = [(self.matrices[part], self.room.checkpoint.read(self.matrices[part])) for part in form.first]
+        parts = [self.matrices[part] for part in form.first]
+        first = [(matrix, self.room.stored(matrix, place)) for place, matrix in enumerate(parts, start=1)]
         products = [(inputs @ self.room.copied(stored).T).requires_grad_() for _, stored in first]
         with torch.enable_grad():
             hidden = form.hidden(products, self.number)

@@ -1,10 +1,11 @@
 """Products with matrices that stay on disk: read when they are multiplied with, again for the gradient, never held.
 
-Float32 copies share one buffer for each shape: fresh memory costs more than converting to it.
+What is read shares memory, and so do float32 copies of one shape: fresh memory costs four times what reading costs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,22 +22,35 @@ Blocks = Callable[[], Iterable[Tensor]]
 
 
 class Room:
-    """Where matrices are put in float32. A copy lasts until the next one of its shape."""
+    """Where matrices are read to and put in float32. A copy lasts until the next one of its shape."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._buffers: dict[torch.Size, Tensor] = {}
+        self._memory: dict[int, Tensor] = {}
 
     def read(self, matrix: MatrixRef) -> Tensor:
         """A whole matrix, float32 [rows, columns]."""
-        return self.copied(self.checkpoint.read(matrix))
+        return self.copied(self.stored(matrix))
+
+    def stored(self, matrix: MatrixRef, place: int = 0) -> Tensor:
+        """A whole matrix in its own dtype. It lasts until the next that is read to the same place."""
+        return self.checkpoint.read(matrix, self._memory_at(place, matrix, 1.0))
+
+    def _memory_at(self, place: int, matrix: MatrixRef, share: float) -> Tensor:
+        """Memory for a matrix, or for a share of it."""
+        nbytes = math.ceil(self.checkpoint.place(matrix)[1] * share)
+        if place not in self._memory or len(self._memory[place]) < nbytes:
+            self._memory[place] = torch.empty(nbytes, dtype=torch.uint8)
+        return self._memory[place]
 
     def blocks(self, matrix: MatrixRef) -> Iterator[Tensor]:
         """A matrix a few rows at a time."""
         rows, columns = matrix.shape
         step = max(1, BLOCK_WEIGHTS // columns)
+        memory = self._memory_at(0, matrix, min(1.0, step / rows))
         for first in range(0, rows, step):
-            yield self.copied(self.checkpoint.read_rows(matrix, slice(first, min(first + step, rows))))
+            yield self.copied(self.checkpoint.read_rows(matrix, slice(first, min(first + step, rows)), memory))
 
     def copied(self, values: Tensor) -> Tensor:
         """What was read, in float32."""
