@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from alphaq.calibration.gradients import See, Seen, known_output
+from alphaq.calibration.gradients import Kept, See, Seen, known_output
 from alphaq.calibration.head import Head
 from alphaq.calibration.inputs import linears, stored_matrices
 from alphaq.calibration.libraries import map_large_tensors
@@ -230,14 +230,14 @@ def _watch_experts(flow: _Flow, layer: int) -> None:
     """Run a layer's experts when tokens go forward, and keep what they put out until gradients come by."""
     hollow = flow.hollow
     experts: Any = hollow.model.get_submodule(hollow.experts[layer])
-    kept: list[Tensor] = []
+    kept: list[Kept] = []
 
     def run(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         traffic = traffic_of(hollow, layer, (states, *args), kwargs)
         if torch.is_grad_enabled():
             return known_output(hollow, traffic, kept.pop(), flow.see).view_as(states)
         output = run_experts(hollow, traffic if flow.meter is None else flow.meter.routed(traffic))
-        kept.append(flow.first(output).bfloat16())
+        kept.append(Kept.of(flow.first(output)))
         return output.view_as(states)
 
     experts.forward = run
