@@ -11,8 +11,9 @@ import torch
 from test_every_family import NOT_RUN, OFTEN
 
 from alphaq.calibration import backward, text
-from alphaq.calibration.backward import Drawn, Seen, stream_scores
+from alphaq.calibration.backward import Drawn, stream_scores
 from alphaq.calibration.fisher import FISHER_VERSION, Fisher, gather_fisher
+from alphaq.calibration.gradients import Seen
 from alphaq.calibration.inputs import stored_matrices
 from alphaq.calibration.prior import routing_prior
 from alphaq.calibration.stream import HollowModel, model_class

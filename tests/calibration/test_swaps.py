@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from alphaq.calibration import swaps
+from alphaq.calibration.backward import stream_scores
 from alphaq.calibration.fisher import Fisher, MatrixFisher
-from alphaq.calibration.swaps import swap_costs
 from alphaq.calibration.tokens import random_windows
-from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.sensitivity.nats import prediction
 from conftest import COMMON, random_model
 from dense_models import save_dense
 
 IDS = random_windows(COMMON["vocab_size"], 8, 32)
+
+
+def swap_costs(checkpoint: Checkpoint, ids: torch.Tensor) -> Mapping[int, float]:
+    return stream_scores(checkpoint, ids, lambda seen: None).swaps
 
 
 def test_every_routed_layer_has_a_cost_and_noise_does_not_change_it(

@@ -137,10 +137,11 @@ def test_without_a_gradient_the_signal_stands_in_and_the_plan_says_so(
 def test_large_model_is_judged_by_moves_of_the_stream(
     checkpoint: Checkpoint, measured: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    monkeypatch.setattr(check, "MOST_WEIGHTS", 1)
+    monkeypatch.setattr(check, "MOST_PREDICTED", 1)
     monkeypatch.setattr(check, "divergences", lambda *_, **__: pytest.fail("run"))
     plan = made(checkpoint, measured)
     assert plan.check is None and "predicted KL" in plan.unchecked
+    monkeypatch.setattr(check, "MOST_WEIGHTS", 1)
     without_gradient(monkeypatch)
     measured = measured / "signal"
     plan = made(checkpoint, measured)
@@ -224,7 +225,7 @@ def test_plan_that_nothing_stands_beside_says_why(checkpoint: Checkpoint, measur
 def test_plan_of_all_roles_is_not_judged_by_what_the_signal_knows_of_experts(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "MOST_WEIGHTS", 1)
+    monkeypatch.setattr(check, "MOST_PREDICTED", 1)
     plan = made(checkpoint, tmp_path, engine="llama.cpp", budget=Budget(size_bytes=7_500_000), choices="Q3_K,Q4_K,Q6_K")
     assert plan.check is None and plan.unchecked is not None and "too large" in plan.unchecked
 

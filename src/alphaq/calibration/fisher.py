@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alphaq.calibration.backward import Seen, stream_scores
-from alphaq.calibration.swaps import swap_costs
+from alphaq.calibration.backward import stream_scores
+from alphaq.calibration.gradients import Seen
 from alphaq.calibration.traffic import Expert, ExpertUse
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import StatsError
 from alphaq.nouns.matrix import MatrixRef, Role
 
-FISHER_VERSION = 3  # raise it whenever the same windows would give other numbers
+FISHER_VERSION = 4  # raise it whenever the same windows would give other numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +111,7 @@ def _unpacked(text: str) -> np.ndarray:
 def gather_fisher(checkpoint: Checkpoint, ids: Tensor, prior: Mapping[Expert, ExpertUse], context: int = 1) -> Fisher:
     """Run token ids [windows, length], whose first `context` are given, through the model and back.
 
-    prior: how often a router uses its experts. Memory and errors as `stream_scores` and `swap_costs`; of each matrix
-    two vectors.
+    prior: how often a router uses its experts. Memory and errors as `stream_scores`; of each matrix two vectors.
     """
     layers: dict[int | None, list[MatrixRef]] = {}
     for matrix in checkpoint.planned:
@@ -135,7 +134,7 @@ def gather_fisher(checkpoint: Checkpoint, ids: Tensor, prior: Mapping[Expert, Ex
     drawn = stream_scores(checkpoint, ids, see, context)
     for one in (tallies, outside):
         found.update(one.close(prior, predicted))
-    return Fisher(found, drawn.entropy, tuple(map(tuple, ids.tolist())), swap_costs(checkpoint, ids, context))
+    return Fisher(found, drawn.entropy, tuple(map(tuple, ids.tolist())), drawn.swaps)
 
 
 @dataclass(eq=False)

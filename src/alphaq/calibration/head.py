@@ -52,7 +52,7 @@ class Head:
     def __enter__(self) -> Head:
         if (matrix := self.matrix) is not None:
             room = Room(self.hollow.checkpoint)
-            self.module.forward = lambda inputs: product(inputs, lambda: room.blocks(matrix))
+            self.module.forward = lambda inputs: product(inputs, matrix.shape[0], lambda: room.blocks(matrix))
             return self
         self.hollow.fill(self.filled)
         if self.tied is not None:

@@ -25,6 +25,7 @@ from alphaq.errors import CheckpointError
 from alphaq.nouns.matrix import Role
 
 SAMPLES = 16_384
+FEW_SAMPLES = 4_096  # where the prior only stands in for experts that few tokens reach
 
 
 class _Routed(Exception):
@@ -34,8 +35,8 @@ class _Routed(Exception):
         self.traffic = traffic
 
 
-def routing_prior(checkpoint: Checkpoint) -> dict[Expert, ExpertUse]:
-    """Uses of every routed expert by (layer, expert), over 16 384 samples whose seed is the layer's name.
+def routing_prior(checkpoint: Checkpoint, samples: int = SAMPLES) -> dict[Expert, ExpertUse]:
+    """Uses of every routed expert by (layer, expert), over samples whose seed is the layer's name.
 
     Empty for a dense model, which has no router. Raises CheckpointError if the norm before the experts cannot be
     found, and as `HollowModel` does.
@@ -46,7 +47,7 @@ def routing_prior(checkpoint: Checkpoint) -> dict[Expert, ExpertUse]:
     count = checkpoint.architecture.experts_per_layer(checkpoint.config)
     uses: dict[Expert, ExpertUse] = {}
     for layer, experts in hollow.experts.items():
-        traffic = _route(hollow, layer, experts)
+        traffic = _route(hollow, layer, experts, samples)
         for number, use in enumerate(expert_uses(traffic.experts, traffic.weights, count)):
             uses[layer, number] = use
     return uses
@@ -64,7 +65,7 @@ def seen_uses(calibration: Calibration) -> dict[Expert, ExpertUse]:
 
 
 @torch.no_grad()
-def _route(hollow: HollowModel, layer: int, experts: str) -> LayerTraffic:
+def _route(hollow: HollowModel, layer: int, experts: str, count: int) -> LayerTraffic:
     """What the router makes of one layer's samples."""
     block_name = experts.rpartition(".")[0]
     block: Any = hollow.model.get_submodule(block_name)
@@ -81,7 +82,7 @@ def _route(hollow: HollowModel, layer: int, experts: str) -> LayerTraffic:
     hollow.model.get_submodule(experts).register_forward_pre_hook(stop, with_kwargs=True)
     seed = int.from_bytes(hashlib.sha256(block_name.encode()).digest()[:8], "little")
     random = np.random.Generator(np.random.PCG64(seed))
-    samples = torch.from_numpy(random.standard_normal((SAMPLES, hollow.base.config.hidden_size), np.float32))
+    samples = torch.from_numpy(random.standard_normal((count, hollow.base.config.hidden_size), np.float32))
     hollow.fill(norm_name)
     samples = stretched(norm, samples)
     hollow.empty(norm_name)

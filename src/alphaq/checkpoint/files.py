@@ -115,9 +115,15 @@ class SourceFile:
 
     chunk_bytes = CHUNK_BYTES
 
-    def read(self, begin: int, nbytes: int) -> torch.Tensor:
-        """Bytes [begin, begin + nbytes) as uint8. Raises CheckpointError if the file is shorter, or has changed."""
-        data = torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # whatever device a caller makes the default
+    def read(self, begin: int, nbytes: int, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """Bytes [begin, begin + nbytes) as uint8, in `memory` where it is large enough, else in memory of their own.
+
+        Raises CheckpointError if the file is shorter, or has changed.
+        """
+        if memory is not None and len(memory) >= nbytes:
+            data = memory[:nbytes]
+        else:
+            data = torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # whatever device a caller makes the default
         self.read_into(begin, data.numpy().data)
         return data
 

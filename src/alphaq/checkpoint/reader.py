@@ -164,10 +164,13 @@ class Checkpoint:
     def _reader(self) -> TensorReader:
         return TensorReader(self.file)
 
-    def read(self, matrix: MatrixRef) -> torch.Tensor:
-        """One matrix, contiguous [rows, columns], in its own dtype; of a fused tensor only its slice is read."""
+    def read(self, matrix: MatrixRef, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """One matrix, contiguous [rows, columns], in its own dtype; of a fused tensor only its slice is read.
+
+        memory: uint8, used again for what lies on disk as it is: fresh memory takes longer than reading.
+        """
         shard, info = self.shard_of[matrix.tensor], self.info(matrix.tensor)
-        values = self._reader.rows(shard, info, matrix.index or 0, *stored_rows(info, matrix))
+        values = TensorReader(self.file, memory).rows(shard, info, matrix.index or 0, *stored_rows(info, matrix))
         if rows_as_stored(info, matrix):
             return values[:: matrix.row_step].contiguous()
         return values.T[matrix.row_start :: matrix.row_step][: matrix.shape[0]].contiguous()
@@ -179,13 +182,15 @@ class Checkpoint:
             return None
         return self.file(shard).read(info.begin, info.nbytes)
 
-    def read_rows(self, matrix: MatrixRef, part: slice) -> torch.Tensor:
-        """Some rows of a matrix; all of it is read if disk has its columns."""
+    def read_rows(self, matrix: MatrixRef, part: slice, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """Some rows of a matrix; all of it is read if disk has its columns. memory: as of `read`."""
         shard, info = self.shard_of[matrix.tensor], self.info(matrix.tensor)
         if not rows_as_stored(info, matrix) or matrix.row_step > 1:
-            return self.read(matrix)[part]
+            return self.read(matrix, memory)[part]
         first = matrix.row_start
-        return self._reader.rows(shard, info, matrix.index or 0, first + part.start, first + part.stop)
+        return TensorReader(self.file, memory).rows(
+            shard, info, matrix.index or 0, first + part.start, first + part.stop
+        )
 
     def place(self, matrix: MatrixRef) -> tuple[int, int]:
         """First byte in its shard and number of bytes to read for a matrix, scales not counted."""

@@ -43,18 +43,18 @@ class RestoredCheckpoint(Checkpoint):
         assert self.output is not None  # who makes one gives it
         return self.matrices_by_tensor(self.output.plan.choices)
 
-    def read(self, matrix: MatrixRef) -> torch.Tensor:
+    def read(self, matrix: MatrixRef, memory: torch.Tensor | None = None) -> torch.Tensor:
         """One matrix, restored, [rows, columns]."""
         if not self._has(matrix.name):
-            return super().read(matrix)
+            return super().read(matrix, memory)
         values = self._values(matrix.name, matrix.shape)
         form = self.forms.get(matrix.name, AS_IT_IS)
         return self._put_back(values, replace(form, dtype="")) if form.transform else values
 
-    def read_rows(self, matrix: MatrixRef, part: slice) -> torch.Tensor:
+    def read_rows(self, matrix: MatrixRef, part: slice, memory: torch.Tensor | None = None) -> torch.Tensor:
         """Some rows of a matrix, restored. All of it is, and kept until another is asked for: one asks for many."""
         if not self._has(matrix.name):
-            return super().read_rows(matrix, part)
+            return super().read_rows(matrix, part, memory)
         if matrix.name not in self._last:
             self._last.clear()
             self._last[matrix.name] = self.read(matrix)

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 from alphaq.calibration.divergence import divergences
+from alphaq.calibration.text import MOST_HELD
 from alphaq.calibration.tokens import model_prefix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import BudgetError, StatsError
@@ -36,6 +37,9 @@ CHECKED = "auto"
 BASELINE = "uniform"
 TOKENS = 512  # of those that the losses were measured with
 MOST_WEIGHTS = 2 * 10**9  # of a model that is run; half a minute on two cores
+MOST_PREDICTED = MOST_HELD
+"""The same where the plan's KL is predicted: every matrix is rounded twice for the check, which above this takes longer
+than all else that the plan needs, and in no case so far did it take uniform bits then (docs/research/log.md)."""
 MARGIN = 1.25
 """How many times uniform bits' figure a plan's must be to be given up. Less may be chance: on Gemma 3 270M at 3.5 bits
 a plan that is a sixth better on texts is a twelfth worse on 510 tokens of the model's own writing
@@ -64,7 +68,8 @@ def checked_plan(
         return plan
     weights = sum(matrix.parameters for matrix in checkpoint.matrices)
     # Those of a store would be read three times over a network, and those of a plain file only its engine can run.
-    affordable = weights <= MOST_WEIGHTS and checkpoint.store is None and not checkpoint.plain
+    most = MOST_WEIGHTS if plan.prediction is None else MOST_PREDICTED
+    affordable = weights <= most and checkpoint.store is None and not checkpoint.plain
     if not affordable and plan.prediction is not None:
         return plan.model_copy(update={"unchecked": "the model is too large to be run for it; see its predicted KL"})
     if not affordable and request.joint:  # whose other roles the signal does not know

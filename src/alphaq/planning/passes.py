@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from alphaq.calibration.fisher import FISHER_VERSION, Fisher, gather_fisher
-from alphaq.calibration.prior import routing_prior, seen_uses
+from alphaq.calibration.prior import FEW_SAMPLES, routing_prior, seen_uses
 from alphaq.calibration.text import Text, own_text, own_writing, writes
 from alphaq.calibration.tokens import model_prefix
 from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, Expert, ExpertUse, gather
@@ -82,7 +82,7 @@ def fisher(run: PassRun) -> Fisher:
 
     def make() -> str:
         ids = own_text(checkpoint, windows, length, run.bos)
-        uses = routing_prior(checkpoint) if checkpoint.architecture.router_norm else {}
+        uses = routing_prior(checkpoint, FEW_SAMPLES) if checkpoint.architecture.router_norm else {}
         return gather_fisher(checkpoint, ids, uses, max(1, len(prefix))).to_json()
 
     depends_on = f"{windows}x{length} after {prefix} {FISHER_VERSION} {checkpoint.settings_digest()}"

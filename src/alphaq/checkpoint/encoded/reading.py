@@ -17,9 +17,13 @@ from alphaq.nouns.matrix import MatrixRef
 
 @dataclass(frozen=True)
 class TensorReader:
-    """Reads what lies in weight files. file: opens one by its name."""
+    """Reads what lies in weight files.
+
+    file: opens one by its name. memory: uint8, where rows that lie on disk as they are come to lie, if it holds them.
+    """
 
     file: Callable[[str], SourceFile]
+    memory: Tensor | None = None
 
     def whole(self, shard: str, info: TensorInfo) -> Tensor:
         """A whole tensor in the dtype and shape that its info names."""
@@ -43,7 +47,8 @@ class TensorReader:
             return self._by_decoder(shard, info, encoding.decoder)[start:stop]
         if encoding is not None and encoding.head_rows:
             return self._rows_of_heads(shard, info, encoding, start, stop)
-        data = self.file(shard).read(*rows_place(info, index, start, stop)).view(stop - start, -1)
+        memory = self.memory if encoding is None else None  # scales come one after the other
+        data = self.file(shard).read(*rows_place(info, index, start, stop), memory).view(stop - start, -1)
         if encoding is None or encoding.scheme == "plain":
             return data.view(TORCH_DTYPES[info.dtype])
         parts = {
