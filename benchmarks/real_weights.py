@@ -124,33 +124,42 @@ def harm(model: Path, given: Any) -> dict[str, Any]:
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
-    """Tables of KL by method and budget, and of rank correlations."""
+    """Tables of KL by method and budget, one of each model and choice of tokens, and of rank correlations."""
     parts = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == model]
-        kept = [row for row in own if "method" in row and row["method"] != "reference"]
+    for model, tokens, skipped in dict.fromkeys(map(_conditions, rows)):
+        own = [row for row in rows if _conditions(row) == (model, tokens, skipped)]
+        if "spearman" in own[0]:
+            parts += map(_harm_line, own)
+            continue
+        kept = [row for row in own if row["method"] != "reference"]
         widths = sorted({row["bits"] for row in kept})
         cells = {(row["method"], row["bits"]): row for row in kept}
         table = [
             [f"`{name}`", *(_cell(cells.get((name, width))) for width in widths)]
             for name in dict.fromkeys(row["method"] for row in kept)
         ]
+        when = max(row["date"] for row in own)
         parts.append(
-            f"`{model}`, KL to the original:\n\n" + markdown_table(["", *(f"{w:g} bits" for w in widths)], table)
+            f"`{model}`, KL to the original on {tokens:,} tokens, {skipped:,} of each text left out before, {when}:\n\n"
+            + markdown_table(["", *(f"{w:g} bits" for w in widths)], table)
         )
-        for row in own:
-            if "spearman" in row:
-                values = list(row["matrices"].values())
-                worst = max(row["matrices"], key=row["matrices"].__getitem__)
-                ranked = sorted(row["spearman"].items(), key=lambda pair: -pair[1])
-                parts.append(
-                    f"Harm of single matrices at `{row['probe']}` ({len(values)} of them, {row['tokens']} tokens): "
-                    f"median {statistics.median(values):.4f}, sum {sum(values):.3f}, largest {max(values):.3f} "
-                    f"(`{worst}`). Rank correlation with each loss: "
-                    + ", ".join(f"`{name}` {value:.2f}" for name, value in ranked)
-                    + "."
-                )
     return "\n\n".join(parts)
+
+
+def _conditions(row: dict[str, Any]) -> tuple[str, int, int | None]:
+    """What rows of one table have in common; harm is measured on tokens of its own."""
+    return row["model"], row["tokens"], row.get("skipped")
+
+
+def _harm_line(row: dict[str, Any]) -> str:
+    values = list(row["matrices"].values())
+    worst = max(row["matrices"], key=row["matrices"].__getitem__)
+    ranked = sorted(row["spearman"].items(), key=lambda pair: -pair[1])
+    return (
+        f"`{row['model']}`, harm of single matrices at `{row['probe']}` ({len(values)}, on {row['tokens']} tokens): "
+        f"median {statistics.median(values):.4f}, sum {sum(values):.3f}, largest {max(values):.3f} (`{worst}`). "
+        "Rank correlation with each loss: " + ", ".join(f"`{name}` {value:.2f}" for name, value in ranked) + "."
+    )
 
 
 def _cell(row: dict[str, Any] | None) -> str:
@@ -158,10 +167,13 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def joined(kept: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows kept before and new ones, which replace those of the same model, method and budget."""
-    names = ("model", "method", "bits")
-    replaced = {tuple(row.get(name) for name in names) for row in new}
-    return [row for row in kept if tuple(row.get(name) for name in names) not in replaced] + list(new)
+    """Rows kept before and new ones, which replace those of the same model, method, budget and tokens."""
+
+    def key(row: dict[str, Any]) -> tuple[object, ...]:
+        return (*_conditions(row), row.get("method"), row.get("bits"))
+
+    replaced = {key(row) for row in new}
+    return [row for row in kept if key(row) not in replaced] + list(new)
 
 
 def main() -> None:
