@@ -125,7 +125,7 @@ def harm(model: Path, given: Any) -> dict[str, Any]:
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
     """Tables of KL by method and budget, one of each model and choice of tokens, and of rank correlations."""
-    parts = []
+    parts: list[str] = []
     for model, tokens, skipped in dict.fromkeys(map(_conditions, rows)):
         own = [row for row in rows if _conditions(row) == (model, tokens, skipped)]
         if "spearman" in own[0]:
