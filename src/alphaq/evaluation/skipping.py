@@ -58,7 +58,7 @@ class Switched:
             for hook in hooks:
                 hook.remove()
 
-    def _count(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _count(self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         call = dict(zip(CALL, args, strict=False)) | kwargs
         index: Tensor = call["top_k_index"]
         self.routed += index.numel()

@@ -32,7 +32,9 @@ class Skipping:
     share: float
     renormalise: bool
 
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    def __call__(
+        self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> tuple[tuple[()], dict[str, Tensor]]:
         """What the experts get instead."""
         call = dict(zip(CALL, args, strict=False)) | kwargs
         index, weights = call["top_k_index"], call["top_k_weights"]
