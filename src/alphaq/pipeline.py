@@ -3,6 +3,7 @@
 from alphaq.evaluation.certify import certify
 from alphaq.evaluation.engine_run import run_in_engine as verify_run
 from alphaq.evaluation.evaluate import evaluate
+from alphaq.evaluation.skipping import skip_curve
 from alphaq.measuring.analyze import analyze
 from alphaq.measuring.resources import Resources
 from alphaq.planning import checked_plan, make_plan, measure_for_plan
@@ -33,6 +34,7 @@ __all__ = [
     "quantize",
     "quantize_to_store",
     "recode",
+    "skip_curve",
     "verify",
     "verify_run",
 ]

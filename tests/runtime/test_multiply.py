@@ -16,7 +16,7 @@ from alphaq.formats.blocks import encode
 from alphaq.formats.table import format_of, parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.quantizers.base import DEFAULT, rounder_of
-from alphaq.runtime import input_kernels, kernels
+from alphaq.runtime import input_kernels, kernels, restored_kernels
 from alphaq.runtime import multiply as module
 from alphaq.runtime.multiply import multiply, packed_linear
 from alphaq.runtime.packed import PackedWeights
@@ -98,6 +98,28 @@ def test_many_tokens_give_what_few_give(monkeypatch: pytest.MonkeyPatch) -> None
     check(multiply(inputs, weights, experts, tokens), few.double(), 5e-6)
 
 
+def test_rows_restored_in_the_cache_are_those_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FAST_BRAINS", True)  # also where it would be slow, and is not chosen
+    monkeypatch.setattr(module, "FEW_BRAINS", 4)
+    shape = (70, restored_kernels.DEPTH + 224)
+    weights = packed(shape, EVERY_KIND, projections=2)
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(9, shape[1], generator=generator).bfloat16()
+    experts = torch.arange(len(EVERY_KIND)).repeat_interleave(9)
+    experts = torch.cat([experts[torch.randperm(len(experts), generator=generator)], torch.tensor([-1, 10**6])])
+    tokens = torch.randint(0, 9, (len(experts),), generator=generator)
+    found, wanted = multiply(inputs, weights, experts, tokens), expected(inputs, weights, experts, tokens)
+    for expert in range(len(EVERY_KIND)):
+        check(found[experts == expert], wanted[experts == expert], 4e-3)  # weights and results have 8 bits each
+    assert not found[-2:].any()
+    once = torch.full((5,), 3), torch.arange(5)
+    many = multiply(inputs, weights, *once)
+    monkeypatch.setattr(module, "FEW_BRAINS", 5)
+    few = multiply(inputs, weights, *once)
+    assert not torch.equal(many, few)  # each in its own way
+    check(many, few.double(), 5e-3)
+
+
 def test_threads_do_not_change_the_result() -> None:
     weights = packed((512, 512), [Choice(2, 64), Choice(5, 128), TRELLIS[4]])
     inputs = torch.randn(7, 512, generator=torch.Generator().manual_seed(3))
@@ -145,7 +167,7 @@ def test_what_is_no_number_stays_none(bad: float) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
-@pytest.mark.parametrize("shape", [(1, 3), (7, 40), (65, 136), (64, 64), (2, 1000)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3), (7, 40), (65, 136), (64, 64), (18, 96), (2, 1000)], ids=str)
 def test_nothing_beyond_a_block_is_read(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A block that ends where readable memory ends: reading on would be a segmentation fault."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -160,11 +182,13 @@ def test_nothing_beyond_a_block_is_read(shape: tuple[int, int], monkeypatch: pyt
         held.copy_(tensor.reshape(-1).view(torch.uint8))
         weights = PackedWeights([["one"]], shape)
         weights.fill([[held.view(kind).view(shape) if isinstance(kind, torch.dtype) else held]])
-        for few in (32, 0):
+        for few, dtype in ((32, torch.float32), (0, torch.float32), (0, torch.bfloat16)):
             monkeypatch.setattr(module, "FEW_TOKENS", few)
-            inputs = torch.randn(5, shape[1])
+            monkeypatch.setattr(module, "FEW_BRAINS", few)
+            inputs = torch.randn(5, shape[1]).to(dtype)
             zeros, tokens = torch.zeros(5, dtype=torch.int64), torch.arange(5)
-            check(multiply(inputs, weights, zeros, tokens), expected(inputs, weights, zeros, tokens), 5e-6)
+            found, wanted = multiply(inputs, weights, zeros, tokens), expected(inputs, weights, zeros, tokens)
+            check(found, wanted, TOLERANCE[dtype])
         libc.mprotect(ctypes.c_void_p(start + pages * mmap.PAGESIZE), mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
@@ -255,7 +279,7 @@ def test_torch_s_threads_are_found() -> None:
 @pytest.mark.parametrize(
     ("features", "tests"),
     [
-        ("+avx2,+fma,+f16c,+avx,+sse4.2", ("test_products", "test_nothing", "test_many")),
+        ("+avx2,+fma,+f16c,+avx,+sse4.2", ("test_products", "test_nothing", "test_many", "test_rows")),
         ("+f16c,+avx,+sse4.2", ("test_nothing",)),
     ],
     ids=["avx2", "avx"],

@@ -5,20 +5,29 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+import alphaq  # noqa: F401 - registers the plug-in
+from alphaq import pipeline
+from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import DeviceError
 from alphaq.formats.blocks import decode, dequantize, encode
 from alphaq.formats.native import CHOICE_BITS, GROUP_SIZES
 from alphaq.formats.table import format_of, parse_choice
 from alphaq.nouns.choice import Choice
+from alphaq.nouns.plan import Plan
 from alphaq.quantizers.base import rounder_of
+from alphaq.runtime import multiply
 from alphaq.runtime.packed import PackedWeights
+from alphaq.runtime.skipping import skip_experts
+from families import random_family, save_layout
 
 triton = pytest.importorskip("triton")
 
@@ -236,3 +245,20 @@ def test_every_width_group_and_ragged_length(
     torch.manual_seed(columns + group)
     experts = torch.arange(10).repeat_interleave(repeats)[torch.randperm(10 * repeats)].tolist()
     check(kernels, packed([every_width(group, symmetric)], (33, columns)), experts, dtype)
+
+
+def test_experts_that_a_model_leaves_out_give_what_the_cpu_gives(
+    kernels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_checkpoint(save_layout(random_family("mixtral"), tmp_path / "source", True))
+    wanted = {one.name: "4g32" for one in source.matrices if one.role == source.planned_role}
+    pipeline.quantize(source, Plan(engine="native", choices=wanted), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(3, 19)[None]
+    with torch.inference_mode():
+        whole = model(ids).logits
+        skip_experts(model, 0.9)
+        expected = model(ids).logits
+        monkeypatch.setattr(multiply, "cpu_linear", kernels.packed_linear)
+        found = model.to(DEVICE)(ids.to(DEVICE)).logits.cpu()
+    assert float((found - expected).abs().max()) < 1e-4 < float((expected - whole).abs().max())

@@ -38,6 +38,7 @@ from alphaq.cli.quantizers import quantizers
 from alphaq.cli.recode import recode
 from alphaq.cli.refine import refine
 from alphaq.cli.report import report
+from alphaq.cli.skip import skip
 from alphaq.cli.slice import slice_
 from alphaq.cli.verify import verify
 from alphaq.errors import AlphaQError
@@ -57,6 +58,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify,
     "eval": evaluate,
     "generate": generate,
+    "skip": skip,
     "demo": demo,
     "recode": recode,
     "slice": slice_,

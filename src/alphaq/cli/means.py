@@ -25,6 +25,14 @@ ModelArgument = Annotated[
 ]
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `alphaq quantize` wrote.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+SkipOption = Annotated[
+    float,
+    typer.Option(
+        "--skip-experts",
+        metavar="SHARE",
+        help="Leave out experts whose routing weight is below this share (0 to 1) of the token's largest; native only.",
+    ),
+]
 RestartOption = Annotated[bool, typer.Option("--restart", help="Discard an unfinished run instead of resuming it.")]
 
 

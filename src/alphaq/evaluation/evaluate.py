@@ -11,17 +11,26 @@ from alphaq.nouns.scoring import Scoring
 from alphaq.work.workers import Wrap, silent
 
 
-def evaluate(model: str | Path, scoring: Scoring, reference: str | Path | None = None, wrap: Wrap = silent) -> Fidelity:
+def evaluate(
+    model: str | Path,
+    scoring: Scoring,
+    reference: str | Path | None = None,
+    wrap: Wrap = silent,
+    skipped_share: float = 0,
+) -> Fidelity:
     """Perplexity per text, and distance from a reference model if one is given.
 
-    A GGUF file is run by llama.cpp if that is installed and `scoring` names neither dtype (`auto`) nor device. Raises
-    AlphaQError for models that put out NaN.
+    A GGUF file is run by llama.cpp if that is installed and `scoring` names neither dtype (`auto`) nor device.
+    skipped_share: see `runtime.skipping.skip_experts`; the reference runs all of its experts. Raises AlphaQError for
+    models that put out NaN, or of which no experts can be left out.
     """
     from alphaq.evaluation.fidelity import evaluate_texts, read_texts, window_beginning
     from alphaq.evaluation.loading import opened_models
+    from alphaq.runtime.skipping import skip_experts
 
     contents = read_texts(scoring.texts)
     with opened_models(model, reference, scoring, contents) as (own, against):
+        skip_experts(own.model, skipped_share)
         other = None if against is None else against.model
         by_text = dict(evaluate_texts(own.model, own.tokenizer, contents, scoring, other, wrap))
         for name, text in by_text.items():

@@ -14,6 +14,7 @@ from alphaq.formats.table import parse_choice
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.plan import MOST_PREDICTABLE, Plan, PlanCheck, Prediction, Refinement
 from alphaq.nouns.serving import Memory
+from alphaq.nouns.skipping import SkipCurve
 
 if TYPE_CHECKING:  # else a table would load torch
     from alphaq.checkpoint.summary import Summary
@@ -171,6 +172,26 @@ def fidelity_table(fidelity: Fidelity) -> Table:
     table.add_section()
     kl = "–" if fidelity.mean_kl is None else f"{fidelity.mean_kl:.4f}"
     table.add_row("mean", "", f"{fidelity.geomean_perplexity:.3f}", "", kl, "", "", "", "")
+    return table
+
+
+def skip_table(curve: SkipCurve) -> Table:
+    """One row for each threshold."""
+    table = plain_table(
+        f"Leaving out experts; KL over {curve.tokens:,} tokens against {curve.against}",
+        *("--skip-experts", "left out", "KL", "top-1", "perplexity", "tokens/s", "CPU ms/token", "speed"),
+    )
+    for point in curve.points:
+        table.add_row(
+            f"{point.share:g}",
+            f"{100 * point.left_out:.1f} %",
+            f"{point.kl:.5f}",
+            f"{100 * point.top1:.1f} %",
+            f"{point.perplexity:.3f}",
+            f"{point.tokens_per_s:,.1f}",
+            f"{point.cpu_ms:,.2f}",
+            f"{point.speedup:.2f} ×",
+        )
     return table
 
 

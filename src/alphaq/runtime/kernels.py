@@ -19,6 +19,7 @@ from alphaq.runtime.block_kernels import RESTORED, TASK_ROWS, TRELLIS, restore_b
 from alphaq.runtime.input_kernels import LIMITS, prepare, widen
 from alphaq.runtime.integer_kernels import multiply_block
 from alphaq.runtime.kept_kernels import multiply_kept
+from alphaq.runtime.restored_kernels import multiply_many, tile_of
 from alphaq.runtime.trellis_kernels import multiply_trellis, restore_trellis
 from alphaq.simd.codes import pointer, run_threads, take
 from alphaq.simd.vectors import kernel, stamped
@@ -27,8 +28,8 @@ WORTH_THREADS = 1 << 20  # products, some tens of microseconds
 
 # Places in a request, an array of int64.
 (COUNTER, TASKS, JOBS, PAIRS, PAIR_COUNT, TOKENS, ROWS, COLUMNS) = range(8)
-(WIDTH, PLANES, DIGITS, STEPS, SUMS, VALUES, OUT, RESTORING, MOST) = range(8, 17)
-REQUEST = 17
+(WIDTH, PLANES, DIGITS, STEPS, SUMS, VALUES, OUT, RESTORING, MOST, INPUTS, FEW) = range(8, 19)
+REQUEST = 19
 # Columns of a job: where the block is, how it is coded, where its products go, which pairs want it.
 (JOB_ADDRESS, JOB_BITS, JOB_GROUP, JOB_FLAGS, JOB_COLUMN, JOB_FIRST, JOB_COUNT) = range(7)
 JOB = 7
@@ -66,7 +67,7 @@ def _work(request):
         return
     rows, columns, width, planes = request[ROWS], request[COLUMNS], request[WIDTH], request[PLANES]
     blocks = -(-rows // TASK_ROWS)
-    tokens = request[TOKENS]
+    tokens = request[TOKENS] if request[MOST] else 0
     padded = -(-columns // 512) * 512
     jobs = carray(pointer(request[JOBS]), (request[TASKS] // blocks, JOB), np.int64)
     pairs = carray(pointer(request[PAIRS]), (2, request[PAIR_COUNT]), np.int64)
@@ -76,6 +77,7 @@ def _work(request):
     values = carray(pointer(request[VALUES]), (tokens, padded), np.float32)
     out = carray(pointer(request[OUT]), (request[PAIR_COUNT], width), np.float32)
     room = room_of(columns, request[MOST])
+    tile = tile_of(columns if request[INPUTS] else 0)
     while True:
         task = take(request)
         if task >= request[TASKS]:
@@ -85,7 +87,9 @@ def _work(request):
         begin, end = job[JOB_FIRST], job[JOB_FIRST] + job[JOB_COUNT]
         mine, targets = pairs[0, begin:end], pairs[1, begin:end]
         block = _block(job, rows, columns)
-        if job[JOB_FLAGS] & TRELLIS:
+        if job[JOB_COUNT] > request[FEW]:
+            multiply_many(block, first, mine, request[INPUTS], out, job[JOB_COLUMN], targets, tile, room)
+        elif job[JOB_FLAGS] & TRELLIS:
             multiply_trellis(block, first, mine, planes, digits, steps, sums, out, job[JOB_COLUMN], targets, room)
         elif job[JOB_BITS] == 16:
             multiply_kept(
@@ -96,10 +100,11 @@ def _work(request):
 
 
 @kernel
-def _jobs(codings, rows, counts, few, pairs):
-    """The jobs of matrices that few pairs want, their number, their pairs, the pairs that are left, the most of a job.
+def _jobs(codings, rows, counts, few, pairs, brain):
+    """The jobs of matrices, their number, their pairs, the pairs that are left, the most of a job that is for few.
 
-    counts: int64 [experts + 1], of each expert's pairs after a 0; becomes where each one's begin.
+    Matrices that more than `few` pairs want are left unless `brain`. counts: int64 [experts + 1], of each expert's
+    pairs after a 0; becomes where each one's begin.
     """
     projections, known = codings.shape[0], codings.shape[1]
     jobs = np.empty((projections * min(known, pairs), JOB), np.int64)
@@ -107,11 +112,12 @@ def _jobs(codings, rows, counts, few, pairs):
     for expert in range(known):
         count = counts[expert + 1]
         counts[expert + 1] += counts[expert]
-        if count > few:
+        if count > few and not brain:
             left += count
         elif count:
             total += count
-            most = max(most, count)
+            if count <= few:
+                most = max(most, count)
             for projection in range(projections):
                 if codings[projection, expert, JOB_FLAGS] & RESTORED:
                     left += count
@@ -139,10 +145,11 @@ def _by_expert(experts, tokens, begins):
 
 
 @kernel
-def multiply(inputs, columns, codings, rows, experts, tokens, few, exact, out, parallel, function, threads):
-    """Products of experts that at most `few` pairs want; returns the number of pairs that are left.
+def multiply(inputs, columns, codings, rows, experts, tokens, few, brain, exact, out, parallel, function, threads):
+    """Products of experts that at most `few` pairs want, with `brain` of all; returns how many pairs are left.
 
-    Left are also those of matrices that have no kernel here, a mix of widths.
+    Left are also those of matrices that have no kernel here, a mix of widths. brain: whether inputs are bfloat16, rows
+    of them multiples of 32, and many of them to be multiplied with restored rows as such.
     inputs: flat [tokens · columns], float32 or bits. codings: int64 [projections, experts, fields]. experts, tokens:
     int64 [pairs]. exact: whether inputs have more than 16 bits. out: float32 [pairs, projections · rows], zeros where
     there is no such expert. parallel, function, threads: see `run_threads`; small work is done on one thread.
@@ -155,11 +162,11 @@ def multiply(inputs, columns, codings, rows, experts, tokens, few, exact, out, p
             counts[expert + 1] += 1
         else:
             out[pair] = 0
-    jobs, number, total, left, most = _jobs(codings, rows, counts, few, experts.size)
+    jobs, number, total, left, most = _jobs(codings, rows, counts, few, experts.size, brain)
     if number == 0:
         return left
     pairs = _by_expert(experts, tokens, counts)
-    count = inputs.size // columns
+    count = inputs.size // columns if most else 0
     padded = -(-columns // 512) * 512
     values = np.zeros((count, padded), np.float32)
     coarse = widen(inputs, count, columns, values)
@@ -171,6 +178,7 @@ def multiply(inputs, columns, codings, rows, experts, tokens, few, exact, out, p
     request = np.zeros(REQUEST, np.int64)
     request[TASKS] = number * -(-rows // TASK_ROWS)
     request[JOBS], request[PAIRS], request[PAIR_COUNT] = jobs.ctypes.data, pairs.ctypes.data, experts.size
+    request[INPUTS], request[FEW] = inputs.ctypes.data if brain else 0, few
     request[TOKENS], request[ROWS], request[COLUMNS], request[WIDTH] = count, rows, columns, projections * rows
     request[MOST] = most
     request[PLANES], request[DIGITS], request[STEPS] = planes, digits.ctypes.data, steps.ctypes.data
@@ -178,7 +186,17 @@ def multiply(inputs, columns, codings, rows, experts, tokens, few, exact, out, p
     small = threads < 2 or total * projections * rows * columns < WORTH_THREADS
     run_threads(0 if small else parallel, function, request.ctypes.data, threads)
     # Threads know arrays by address alone: numba would free each after its last use before.
-    used = request.size + jobs.size + pairs.size + digits.size + steps.size + sums.size + values.size + out.size
+    used = (
+        request.size
+        + jobs.size
+        + pairs.size
+        + digits.size
+        + steps.size
+        + sums.size
+        + values.size
+        + out.size
+        + inputs.size
+    )
     return left if used else 0
 
 

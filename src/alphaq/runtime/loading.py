@@ -20,6 +20,7 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.checkpoint.weights import read_weights
 from alphaq.errors import AlphaQError, CheckpointError, first_line
 from alphaq.nouns.sampling import GREEDY, Sampling
+from alphaq.runtime.skipping import skip_experts
 
 
 def load_model(model: str | Path, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
@@ -118,9 +119,11 @@ def generate_text(
     max_new_tokens: int,
     device: str | None = None,
     sampling: Sampling = GREEDY,
+    skipped_share: float = 0,
 ) -> str:
-    """Continuation of a prompt, without the prompt."""
+    """Continuation of a prompt, without the prompt. skipped_share: see `runtime.skipping.skip_experts`."""
     loaded, tokenizer = load_model(model, device=device)
+    skip_experts(loaded, skipped_share)
     if tokenizer is None:
         raise CheckpointError(f"transformers cannot make the tokenizer of {model}. Run the file with llama.cpp.")
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)

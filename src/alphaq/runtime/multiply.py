@@ -20,10 +20,12 @@ from alphaq.runtime import kernels
 from alphaq.runtime.block_kernels import RESTORED, TASK_ROWS, TRELLIS
 from alphaq.runtime.packed import ADDRESS, BITS, FLAGS, PackedWeights
 from alphaq.runtime.threads import parallel
+from alphaq.simd.brains import BRAINS, FAST_BRAINS
 from alphaq.simd.codes import FEATURES
 from alphaq.simd.vectors import flat
 
 FEW_TOKENS = 32  # of one expert; more are multiplied with its restored matrix
+FEW_BRAINS = 10  # the same, where restored rows stay in the processor's cache
 RESTORED_BYTES = 16 << 20  # of a matrix at a time
 
 
@@ -76,6 +78,7 @@ def cpu_linear(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens
     inputs, codings = inputs.detach().contiguous(), table.numpy()
     out = torch.empty(len(experts), len(codings) * rows)
     wanted, chosen = experts.long().contiguous().numpy(), tokens.contiguous().numpy()
+    brain = FAST_BRAINS and inputs.dtype == torch.bfloat16 and inputs.shape[1] % BRAINS == 0
     left = kernels.multiply(
         flat(inputs),
         inputs.shape[1],
@@ -83,14 +86,16 @@ def cpu_linear(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens
         rows,
         wanted,
         chosen,
-        FEW_TOKENS,
+        FEW_BRAINS if brain else FEW_TOKENS,
+        brain,
         inputs.dtype.itemsize > 2,
         out.numpy(),
         *parallel(),
     )
     if left:
         experts_left = np.bincount(wanted[wanted >= 0], minlength=codings.shape[1])[: codings.shape[1]]
-        restored = (experts_left > FEW_TOKENS) | (codings[..., FLAGS] & RESTORED > 0)  # [projections, experts]
+        many = (experts_left > FEW_TOKENS) & (not brain)
+        restored = many | (codings[..., FLAGS] & RESTORED > 0)  # [projections, experts]
         for expert in np.flatnonzero((experts_left > 0) & restored.any(0)):
             mine = torch.from_numpy(np.flatnonzero(wanted == expert))
             _multiply_restored(inputs[tokens[mine]], codings[:, expert], restored[:, expert], rows, out, mine)

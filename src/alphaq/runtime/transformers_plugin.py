@@ -32,6 +32,7 @@ from alphaq.formats.versions import NATIVE_FORMAT_VERSION, check_native_format
 from alphaq.runtime.conversions import DequantizeBlocks, Refold
 from alphaq.runtime.packed import PackedWeights
 from alphaq.runtime.replace import Packer, stored_tensors
+from alphaq.runtime.skipping import skip_experts
 
 
 @register_quantization_config("alphaq")
@@ -143,6 +144,7 @@ class AlphaQQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         assert self.packer is not None
+        skip_experts(model, 0)  # an ordinary model runs all of its experts
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype  # a saved config has names
         if dtype != model.dtype:
             model.to(dtype)

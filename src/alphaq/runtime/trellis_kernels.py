@@ -21,18 +21,18 @@ from alphaq.simd.vectors import LANES, as_brain, fma, kernel, lane_sum, load, lo
 
 
 @kernel
-def _end_of_row(source, columns, rate, rest):
+def end_of_row(source, columns, rate, rest):
     """Where the last weights of a row can be read as if there were 64 of them."""
     if columns % CODES == 0:
         return source - BEFORE
-    begin, end = 2 * rate * (columns // CODES) - BEFORE, _row_bytes(columns, rate)
+    begin, end = 2 * rate * (columns // CODES) - BEFORE, row_bytes_of(columns, rate)
     for at in range(begin, end):
         rest[at - begin] = byte_at(source + at) if at >= 0 else 0
     return rest.ctypes.data
 
 
 @kernel
-def _row_bytes(columns, rate):
+def row_bytes_of(columns, rate):
     return 4 * -(-(columns * rate // 4) // 32)
 
 
@@ -41,7 +41,7 @@ def multiply_trellis(block, first, mine, planes, digits, steps, sums, out, colum
     """`integer_kernels.multiply_block` for trellis codes, whose bits are a rate in quarters."""
     address, rate, _, _, rows, columns = block
     scales, totals, rest, tokens = room[0], room[3], room[5], mine.size
-    count, row_bytes = min(TASK_ROWS, rows - first), _row_bytes(columns, rate)
+    count, row_bytes = min(TASK_ROWS, rows - first), row_bytes_of(columns, rate)
     read_scales(address + HEADER + rows * row_bytes + 2 * first, count, scales)
     begins = np.zeros(tokens, np.float32)
     for token in range(tokens):
@@ -51,7 +51,7 @@ def multiply_trellis(block, first, mine, planes, digits, steps, sums, out, colum
         begins[token] = -MIDDLE * known
     for row in range(count):
         source = address + HEADER + (first + row) * row_bytes
-        last = _end_of_row(source, columns, rate, rest)
+        last = end_of_row(source, columns, rate, rest)
         for token in range(tokens):
             store(totals, LANES * token, splat(np.float32(0)))
         begin = 0
@@ -102,7 +102,7 @@ def restore_trellis(block, first, brain, out, room):
     """`block_kernels.restore_block` for trellis codes."""
     address, rate, _, _, rows, columns = block
     scales, rest = room[0], room[5]
-    count, row_bytes = min(TASK_ROWS, rows - first), _row_bytes(columns, rate)
+    count, row_bytes = min(TASK_ROWS, rows - first), row_bytes_of(columns, rate)
     read_scales(address + HEADER + rows * row_bytes + 2 * first, count, scales)
     codes, middle, whole = rest[CODES:], splat(np.float32(MIDDLE)), columns // CODES
     width = 2 if brain else 4
@@ -110,7 +110,7 @@ def restore_trellis(block, first, brain, out, room):
     raw = values.view(np.uint8)
     for row in range(count):
         source = address + HEADER + (first + row) * row_bytes
-        last = _end_of_row(source, columns, rate, rest)
+        last = end_of_row(source, columns, rate, rest)
         scale = splat(scales[row] * np.float32(UNIT))
         for begin in range(0, columns, LANES):
             if begin % CODES == 0:

@@ -71,6 +71,8 @@ class Architecture:
     """With fewer the class builds a dense layer."""
     top_k_keys: tuple[str, ...]
     """Config keys of the experts that each token goes to."""
+    renormalises: str | bool
+    """Whether the routing weights of a token's experts are divided by their sum, or a config key that says."""
     idle_experts: str | int
     """How many more a router may know: those without weights, or shared ones. A number, or a config key that says."""
     expert_name: str
@@ -114,6 +116,7 @@ class Architecture:
             tuple(data["num_experts"]),
             data.get("fewest_experts", 1),
             tuple(data.get("top_k", ())),
+            data.get("renormalises", True),
             data.get("idle_experts", 0),
             data["expert_name"],
             projections,

@@ -33,6 +33,19 @@ def check_routing(architecture: Architecture, config: Mapping[str, Any], per_exp
             _check_top_k(key, chosen, most, text)
 
 
+def experts_per_token(architecture: Architecture, config: Mapping[str, Any]) -> int:
+    """The most experts that a layer sends a token to, by a config; 0 if it does not say."""
+    text = architecture.text_config(config)
+    return max((one for key in architecture.top_k_keys for one in _numbers(look_up(text, key))), default=0)
+
+
+def renormalises(architecture: Architecture, config: Mapping[str, Any]) -> bool:
+    """Whether the weights of the experts that a token goes to are divided by their sum, up to a factor for all."""
+    says = architecture.renormalises
+    value = look_up(architecture.text_config(config), says) if isinstance(says, str) else says
+    return value is None or bool(value)
+
+
 def _check_rows(tensor: TensorInfo, experts: int, most: int) -> None:
     sides = [side for side in tensor.shape if side != 1] or [1]
     if sides[0] not in (experts, most):
