@@ -79,6 +79,8 @@ class Checkpoint:
     """Where the weights are, if on an object store; `folder` has the small files then."""
     notes: tuple[str, ...] = ()
     """What a user should know of the files that were read."""
+    dropped: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """Experts that the files hold and this checkpoint does without, by layer (`pruned.without_experts`)."""
     _files: dict[str, SourceFile] = field(default_factory=dict, repr=False, compare=False)
 
     @property

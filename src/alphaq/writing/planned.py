@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
+from alphaq.checkpoint.pruned import without_experts
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.profiles import profile
 from alphaq.errors import PlanError
@@ -11,6 +12,13 @@ from alphaq.nouns.plan import Plan
 
 OWN = "self"
 """Name of an importance matrix that a model's own writing made."""
+
+
+def as_planned(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
+    """The checkpoint without the experts that the plan does without. Raises PlanError if it lacks one of them."""
+    if plan.dropped is None or checkpoint.dropped:
+        return checkpoint
+    return without_experts(checkpoint, plan.dropped.experts)
 
 
 def plan_choices(plan: Plan, checkpoint: Checkpoint) -> dict[str, Choice]:

@@ -73,6 +73,8 @@ class Architecture:
     """Config keys of the experts that each token goes to."""
     idle_experts: str | int
     """How many more a router may know: those without weights, or shared ones. A number, or a config key that says."""
+    not_prunable: str
+    """Why experts cannot be taken out; "" where they can."""
     expert_name: str
     projections: dict[str, str]
     router_norm: str
@@ -115,6 +117,7 @@ class Architecture:
             data.get("fewest_experts", 1),
             tuple(data.get("top_k", ())),
             data.get("idle_experts", 0),
+            data.get("not_prunable", ""),
             data["expert_name"],
             projections,
             data.get("router_norm", "post_attention_layernorm"),
