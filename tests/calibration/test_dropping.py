@@ -7,29 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import random_family, save_layout
 
 from alphaq.calibration.dropping import DROPS_VERSION, Drops, gather_drops
 from alphaq.calibration.rerouting import Banning
 from alphaq.calibration.tokens import random_windows
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import StatsError
+from families import ALIKE, DEAD, random_family, save_layout, with_useless_experts
 
 IDS = random_windows(340, 8, 32)
-DEAD, ALIKE = 4, (1, 5)
 
 
 @pytest.fixture(scope="module")
 def drops(tmp_path_factory: pytest.TempPathFactory) -> Drops:
     """Of a model with an expert that no token goes to, and two that are the same."""
-    model = random_family("qwen3_moe", num_experts_per_tok=1, norm_topk_prob=True)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            router, experts = layer.mlp.gate.weight, layer.mlp.experts
-            for values in (router, experts.gate_up_proj, experts.down_proj):
-                values[ALIKE[1]] = values[ALIKE[0]]
-            router[DEAD] = router[[0, 1, 2, 3]].mean(0)  # never the largest
-    folder = save_layout(model, tmp_path_factory.mktemp("drops"), published=True)
+    folder = save_layout(with_useless_experts(), tmp_path_factory.mktemp("drops"), published=True)
     return gather_drops(open_checkpoint(folder), IDS)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from runnable import save_runnable
 
 from alphaq import pipeline
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
@@ -18,6 +17,7 @@ from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Dropping, Plan
 from alphaq.work.workers import Workers
 from alphaq.writing.planned import as_planned
+from runnable import save_runnable
 
 LIBRARIES = {"llama.cpp": "xllamacpp", "mlx": "mlx_lm", "native": "torch"}
 IDS = list(range(3, 27))

@@ -26,6 +26,11 @@ def plan_choices(plan: Plan, checkpoint: Checkpoint) -> dict[str, Choice]:
 
     Raises PlanError if it was made for other weights, names a matrix that is not there, or leaves one out.
     """
+    if plan.dropped is not None and plan.dropped.experts and not checkpoint.dropped:
+        raise PlanError(
+            f"The plan does without {plan.dropped.count} experts of {checkpoint.name}, which cannot be done here. Plan "
+            "without --drop, or start from a model that `alphaq prune` wrote."
+        )
     if plan.source is not None and plan.source.fingerprint != checkpoint.fingerprint:
         raise PlanError(
             f"The plan was made for {plan.source.name!r} with other weight files than {checkpoint.name!r}. "

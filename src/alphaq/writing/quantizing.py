@@ -119,7 +119,7 @@ def quantize(
     with resumable_folder(out, job.depends_on(options.hash_contents), options.restart) as (folder, journal):
         sink = job.sink(folder)
         notes = _Notes(journal)
-        tasks = job.tasks(sink, notes.earlier(), options.shared)
+        tasks = job.tasks(sink, notes.earlier(), None if checkpoint.dropped else options.shared)
         tasks, unseen = _refined(job, tasks, notes, resources)
         written = _stored(job, tasks, notes, resources)
         layout = sink.finish(written)
