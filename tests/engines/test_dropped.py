@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -63,6 +64,15 @@ def test_engine_runs_what_is_left(engine: str, family: str, choice: str, tmp_pat
     with pytest.raises((PlanError, VerificationError)):
         other = plan.model_copy(update={"dropped": Dropping(experts=dict.fromkeys(left.dropped, (3,)))})
         pipeline.quantize(source, other.model_copy(update={"source": left.identity}), tmp_path / "other")
+
+
+@pytest.mark.parametrize(("engine", "choice"), [("vllm", "4g32s"), ("gptqmodel", "2g32")])
+def test_files_of_engines_that_are_not_run_here_hold_what_is_left(engine: str, choice: str, tmp_path: Path) -> None:
+    source = open_checkpoint(save_runnable(tmp_path / "model", "qwen2_moe"))
+    pipeline.quantize(source, plan_without(source, engine, choice), tmp_path / "out")
+    assert pipeline.verify(tmp_path / "out", source).against_source
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert source.architecture.experts_per_layer(config) == 3
 
 
 def test_workers_that_share_the_whole_model_see_what_is_left(tmp_path: Path) -> None:

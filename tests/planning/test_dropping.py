@@ -58,8 +58,8 @@ def test_dead_and_duplicated_experts_go_and_their_bytes_buy_bits(useless: Checkp
     assert "6 (2 in each layer)" in (explain_plan(plan, None).dropped or "")
 
 
-def test_size_is_kept_and_the_files_are_what_the_plan_says(
-    useless: Checkpoint, measured: Measurements, tmp_path: Path
+def test_size_is_kept_and_the_files_can_be_verified_and_cut(
+    useless: Checkpoint, measured: Measurements, tmp_path: Path, alphaq: Callable[..., Ran]
 ) -> None:
     _, whole = planned(useless, measured)
     assert whole.size_bytes is not None
@@ -70,7 +70,11 @@ def test_size_is_kept_and_the_files_are_what_the_plan_says(
     assert written.size_bytes == plan.size_bytes <= whole.size_bytes
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert useless.architecture.experts_per_layer(config) == 4
-    assert pipeline.verify(tmp_path / "out", useless).against_source
+    assert alphaq("verify", tmp_path / "out", "--reference", useless.folder).code == 0
+    settings = ("--bits", "1.5", "--method", "distortion", "--group-size", "32")
+    ran = alphaq("slice", tmp_path / "out", *settings, "-o", tmp_path / "slice", "--json")
+    assert ran.json["size_bytes"] < written.size_bytes
+    assert len(ran.json["assignment"]) == len(plan.assignment)
 
 
 def test_nothing_goes_beyond_the_limits(useless: Checkpoint, measured: Measurements) -> None:
@@ -97,6 +101,16 @@ def test_what_does_not_go_with_dropping_is_said(
 ) -> None:
     with pytest.raises(BudgetError, match=match):
         planned(useless, measured, **settings)
+
+
+@pytest.mark.slow
+def test_balanced_model_loses_none(tiny: Path) -> None:
+    checkpoint, settings = open_checkpoint(tiny), SETTINGS | {"group_size": 128, "max_drop": 0.5}
+    request = resolve(PlanConfig(**settings))
+    plan = plan_with_drops(checkpoint, request, measure_for_plan(checkpoint, request))
+    assert plan.dropped is not None
+    assert plan.dropped.experts == {}
+    assert len(plan.dropped.totals) == 5
 
 
 def test_commands_prune_and_refuse(useless: Checkpoint, tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
