@@ -160,16 +160,12 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor, decoded, in the dtype and shape that its `info` names."""
-        return self._reader.whole(self.shard_of[name], self.info(name))
-
-    @property
-    def _reader(self) -> TensorReader:
-        return TensorReader(self.file)
+        return TensorReader(self.file).whole(self.shard_of[name], self.info(name))
 
     def read(self, matrix: MatrixRef) -> torch.Tensor:
         """One matrix, contiguous [rows, columns], in its own dtype; of a fused tensor only its slice is read."""
         shard, info = self.shard_of[matrix.tensor], self.info(matrix.tensor)
-        values = self._reader.rows(shard, info, matrix.index or 0, *stored_rows(info, matrix))
+        values = TensorReader(self.file).rows(shard, info, matrix.index or 0, *stored_rows(info, matrix))
         if rows_as_stored(info, matrix):
             return values[:: matrix.row_step].contiguous()
         return values.T[matrix.row_start :: matrix.row_step][: matrix.shape[0]].contiguous()
@@ -187,7 +183,7 @@ class Checkpoint:
         if not rows_as_stored(info, matrix) or matrix.row_step > 1:
             return self.read(matrix)[part]
         first = matrix.row_start
-        return self._reader.rows(shard, info, matrix.index or 0, first + part.start, first + part.stop)
+        return TensorReader(self.file).rows(shard, info, matrix.index or 0, first + part.start, first + part.stop)
 
     def place(self, matrix: MatrixRef) -> tuple[int, int]:
         """First byte in its shard and number of bytes to read for a matrix, scales not counted."""
