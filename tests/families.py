@@ -236,6 +236,22 @@ def random_family(family: str, sizes: Mapping[str, Any] = SMALL, **overrides: An
     return model
 
 
+DEAD, ALIKE = 4, (1, 5)
+"""Experts of `with_useless_experts`."""
+
+
+def with_useless_experts() -> Any:
+    """A random model in whose layers no token goes to one expert, and two are the same."""
+    model = random_family("qwen3_moe", num_experts_per_tok=1, norm_topk_prob=True)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            router, experts = layer.mlp.gate.weight, layer.mlp.experts
+            for values in (router, experts.gate_up_proj, experts.down_proj):
+                values[ALIKE[1]] = values[ALIKE[0]]
+            router[DEAD] = router[[0, 1, 2, 3]].mean(0)  # never the largest
+    return model
+
+
 def planned_weights(model: Any) -> int:
     """Weights of a model's routed experts, counted in its own modules; of its MLPs if it has none."""
     modules = {module: path for path, module in model.named_modules() if "shared" not in path}

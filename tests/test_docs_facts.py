@@ -274,7 +274,20 @@ TEXT_FREE = [
     "verify",
     "cache",
 ]
-WITH_TEXT = ["card", "certify", "refine", "eval", "generate", "skip", "report", "plot", "compare", "demo", "imatrix"]
+WITH_TEXT = [
+    "card",
+    "certify",
+    "refine",
+    "eval",
+    "generate",
+    "skip",
+    "report",
+    "plot",
+    "compare",
+    "demo",
+    "imatrix",
+    "prune",
+]
 
 
 def promised(command: str) -> set[str]:
@@ -357,6 +370,7 @@ def test_json_of_commands_that_run_the_model_has_the_documented_keys(
         "eval": ("eval", out, "--reference", tiny, *scored),
         "generate": ("generate", out, "def"),
         "skip": ("skip", out, *scored, "--shares", "0.5", "--prompt", 4, "--steps", 2, "--rounds", 1),
+        "prune": ("prune", tiny, "--experts", 7, "-o", tmp_path / "pruned"),
         "report": ("report", out, "-o", tmp_path / "report.html"),
         "plot": ("plot", "bits", out, "-o", tmp_path / "bits.svg"),
         "compare": ("compare", tiny, *scored, "--methods", "uniform", "--bits", "2", "-o", tmp_path / "compared"),

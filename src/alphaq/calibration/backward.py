@@ -66,11 +66,19 @@ class Drawn:
     swaps: Mapping[int, float]
 
 
-def stream_scores(checkpoint: Checkpoint, ids: Tensor, see: See, context: int = 1, seed: int = 0) -> Drawn:
+def stream_scores(
+    checkpoint: Checkpoint,
+    ids: Tensor,
+    see: See,
+    context: int = 1,
+    seed: int = 0,
+    watch: Callable[[HollowModel], None] = lambda hollow: None,
+) -> Drawn:
     """Show every matrix's inputs and the gradients of log p(y | what came before) at its outputs, y drawn by the model.
 
     ids: int64 [windows, length], whose first `context` tokens are given. A y is drawn at each position from the last
     given one on. Layers come from last to first, between what lies after them and what lies before.
+    watch: may look at more of the model's modules; called before it runs.
 
     Memory: as `stream_forward`, what every layer takes in and its experts put out, and of one layer what its gradient
     needs. Raises as it does, and PassError where gradients do not pass through the model's class.
@@ -80,6 +88,7 @@ def stream_scores(checkpoint: Checkpoint, ids: Tensor, see: See, context: int = 
     flow = _Flow(hollow, see, len(ids), SwapMeter.of(hollow, ids))
     for layer in hollow.experts:
         _watch_experts(flow, layer)
+    watch(hollow)
     for name, matrices in linears(hollow).items():
         _watch_linear(hollow.model.get_submodule(name), matrices, see)
     _watch_embedding(flow)  # before it is emptied

@@ -85,7 +85,7 @@ def _without_weights(checkpoint: Checkpoint) -> Any:
     try:
         config = (
             AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-            if checkpoint.gguf is None
+            if checkpoint.gguf is None and not checkpoint.dropped
             else AutoConfig.for_model(**checkpoint.config)
         )
         with torch.device("meta"):

@@ -79,6 +79,8 @@ class Checkpoint:
     """Where the weights are, if on an object store; `folder` has the small files then."""
     notes: tuple[str, ...] = ()
     """What a user should know of the files that were read."""
+    dropped: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """Experts that the files hold and this checkpoint does without, by layer (`pruned.without_experts`)."""
     _files: dict[str, SourceFile] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -158,11 +160,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor, decoded, in the dtype and shape that its `info` names."""
-        return self._reader.whole(self.shard_of[name], self.info(name))
-
-    @property
-    def _reader(self) -> TensorReader:
-        return TensorReader(self.file)
+        return TensorReader(self.file).whole(self.shard_of[name], self.info(name))
 
     def read(self, matrix: MatrixRef, memory: torch.Tensor | None = None) -> torch.Tensor:
         """One matrix, contiguous [rows, columns], in its own dtype; of a fused tensor only its slice is read.
@@ -187,10 +185,8 @@ class Checkpoint:
         shard, info = self.shard_of[matrix.tensor], self.info(matrix.tensor)
         if not rows_as_stored(info, matrix) or matrix.row_step > 1:
             return self.read(matrix, memory)[part]
-        first = matrix.row_start
-        return TensorReader(self.file, memory).rows(
-            shard, info, matrix.index or 0, first + part.start, first + part.stop
-        )
+        first, last = matrix.row_start + part.start, matrix.row_start + part.stop
+        return TensorReader(self.file, memory).rows(shard, info, matrix.index or 0, first, last)
 
     def place(self, matrix: MatrixRef) -> tuple[int, int]:
         """First byte in its shard and number of bytes to read for a matrix, scales not counted."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -77,6 +77,8 @@ class Encoding:
     """Whether disk holds rows and columns in the other order than the decoded tensor."""
     label: str = ""
     """What users call it, where that is not the scheme's name."""
+    kept: tuple[int, ...] = ()
+    """Of a tensor [slices, rows, columns] the numbers, on disk, of those that it has; all where empty."""
 
     @property
     def parts(self) -> Iterator[tuple[str, Part]]:
@@ -97,8 +99,32 @@ def stored_grid(info: TensorInfo) -> tuple[int, int, int]:
 def rows_place(info: TensorInfo, index: int, start: int, stop: int) -> tuple[int, int]:
     """First byte in its file, and number of bytes, of rows [start, stop) of one slice as they lie on disk."""
     slices, rows, _ = stored_grid(info)
+    index = info.encoding.kept[index] if info.encoding is not None and info.encoding.kept else index
     row_bytes = info.nbytes // (slices * rows)
     return info.begin + (index * rows + start) * row_bytes, (stop - start) * row_bytes
+
+
+def with_slices(info: TensorInfo, kept: tuple[int, ...]) -> TensorInfo:
+    """A tensor [slices, …] that has only some of its slices, in this order. Its bytes count those alone."""
+    nbytes = info.nbytes // info.shape[0] * len(kept)
+    cut = replace(info, shape=(len(kept), *info.shape[1:]), end=info.begin + nbytes)
+    encoding = info.encoding or Encoding("plain", (1, 1))
+
+    def of_part(part: Part | None) -> Part | None:
+        alone = part is None or stored_grid(part.info)[0] == 1
+        return part if alone or part is None else replace(part, info=with_slices(part.info, kept))
+
+    return replace(
+        cut,
+        encoding=replace(
+            encoding,
+            kept=kept,
+            scales=of_part(encoding.scales),
+            factor=of_part(encoding.factor),
+            divisor=of_part(encoding.divisor),
+            zero_points=of_part(encoding.zero_points),
+        ),
+    )
 
 
 def stored_dtype(info: TensorInfo) -> str:

@@ -33,6 +33,7 @@ from alphaq.cli.methods import methods
 from alphaq.cli.options import as_command
 from alphaq.cli.plan import plan
 from alphaq.cli.plot import plot
+from alphaq.cli.prune import prune
 from alphaq.cli.quantize import quantize
 from alphaq.cli.quantizers import quantizers
 from alphaq.cli.recode import recode
@@ -62,6 +63,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "recode": recode,
     "slice": slice_,
+    "prune": prune,
     "imatrix": imatrix,
     "certify": certify,
     "card": card,

@@ -95,10 +95,11 @@ def _require_model(
 
 def _write_types(path: Path, checkpoint: Checkpoint, made: Plan) -> None:
     from alphaq.engines.profiles import profile
+    from alphaq.writing.planned import as_planned
 
     type_file = profile(made.engine).writer.type_file
     assert type_file is not None  # checked before
-    _write(path, type_file(checkpoint, made.every_choice()))
+    _write(path, type_file(as_planned(checkpoint, made), made.every_choice()))
     tell(f"Types written to {path}")
 
 
@@ -125,7 +126,8 @@ def _show_plan(made: Plan, checkpoint: Checkpoint | None, as_json: bool) -> None
     from alphaq.report.bitmap import bit_map
     from alphaq.report.places import places_of_matrices
     from alphaq.report.tables import plan_table
+    from alphaq.writing.planned import as_planned
 
-    places = None if checkpoint is None else places_of_matrices(checkpoint.matrices)
+    places = None if checkpoint is None else places_of_matrices(as_planned(checkpoint, made).matrices)
     told = made.model_dump(mode="json", exclude={"table"})
     show(as_json, told, plan_table(made), lambda console: bit_map(made, console, places))

@@ -43,6 +43,7 @@ def report(
     from alphaq.report.places import places_of_matrices, read_places
     from alphaq.report.runs import read_comparison, read_run
     from alphaq.report.tables import human_bytes
+    from alphaq.writing.planned import as_planned
 
     check_file(output)
     if reference is None and (spectra is not None or means.revision is not None):
@@ -59,10 +60,10 @@ def report(
     if reference is not None:
         checkpoint = open_checkpoint(reference, means.revision, quantized=True)
         names.append(checkpoint.name)
-        places |= places_of_matrices(checkpoint.matrices)
+        places |= places_of_matrices(as_planned(checkpoint, reported.plan).matrices)
         with resources_for(checkpoint, means.model_copy(update={"no_cache": True})) as resources:
             limit = MAX_DENSITIES if spectra is None else spectra
-            densities = dict(measure_densities(checkpoint, reported.plan, limit, resources))
+            densities = dict(measure_densities(as_planned(checkpoint, reported.plan), reported.plan, limit, resources))
     sources = Sources(places, " and ".join(names), alphas, densities, compared, None if stats is None else stats.name)
     with atomic_file(output) as unfinished:
         summary = write_report(unfinished, reported, sources)

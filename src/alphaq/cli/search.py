@@ -94,6 +94,8 @@ def search_plan(
     from alphaq.writing.planned import check_source
 
     check_source(checkpoint, config.engine)
+    if config.drop:
+        raise BudgetError("--drop weighs experts under a budget, and --ear searches for one. Drop one of them.")
     if checkpoint.store is not None:
         raise BudgetError(
             f"--ear runs the model, and {checkpoint.store.url} is not on this machine. Download it first."

@@ -23,6 +23,7 @@ from alphaq.engines.output import Output
 from alphaq.errors import CheckpointError, PlanError, VerificationError
 from alphaq.evaluation.restored import restored_alone, restored_from
 from alphaq.nouns.matrix import Role
+from alphaq.writing.planned import as_planned
 
 TOKENS = 48
 
@@ -50,6 +51,7 @@ def run_in_engine(folder: Path, source: Checkpoint | None = None, tokens: int = 
     no room for the weights in 16 bits that only the engine can run.
     """
     output = Output(folder)
+    source = None if source is None else as_planned(source, output.plan)
     run = output.profile.writer.run
     if run is None:
         raise PlanError(f"AlphaQ cannot run what is written for {output.plan.engine}. Drop --run.")

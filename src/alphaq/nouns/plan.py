@@ -147,6 +147,28 @@ class Refinement(BaseModel):
         return self.moved > 0
 
 
+class Dropping(BaseModel):
+    """Experts that a plan does without, by the numbers that its source has for them; those that stay are numbered anew.
+
+    experts: by layer; none where none paid. loss, bound: nats per token that they cost by measurement on the model's
+    own writing, and what that is below with 95 %. totals: what a plan with so many fewer experts in every layer is
+    expected to lose in all, by their number; the least was taken. refused: numbers at which `bound` is above the limit.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    experts: dict[int, tuple[Count, ...]] = Field(default_factory=dict)
+    loss: float = 0.0
+    bound: float = 0.0
+    totals: dict[int, float] = Field(default_factory=dict)
+    refused: tuple[Count, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many are gone in all."""
+        return sum(map(len, self.experts.values()))
+
+
 class Plan(BaseModel):
     """The decision: which choice each matrix gets, for which budget and engine, and why."""
 
@@ -199,6 +221,8 @@ class Plan(BaseModel):
     """Why the default method's plan was not compared with uniform bits, though it should have been."""
     memory: Memory | None = None
     """What the budget was made of, where the memory to run in was stated."""
+    dropped: Dropping | None = None
+    """Experts that it does without; None where none were to be dropped."""
     refined: Refinement | None = None
     """How the plan was improved by measured KL; None of a plan as it was made."""
     table: PlanTable | None = None

@@ -250,6 +250,16 @@ class PlanConfig(BaseModel):
             varies=True,
         ),
     ] = Field(default=None, allow_inf_nan=False)
+    drop: Annotated[
+        bool,
+        Option("Drop whole experts, as many in every layer, where measured losses say that it pays.", LIMITS),
+    ] = False
+    max_drop: Annotated[
+        float, Option("With --drop: most of a layer's experts that may go, e.g. 0.25, at most 0.5.", LIMITS)
+    ] = Field(default=0.25, gt=0, le=0.5)
+    max_drop_loss: Annotated[
+        float, Option("With --drop: most that dropped experts may cost, in nats per token, with 95 %.", LIMITS)
+    ] = Field(default=0.01, gt=0, allow_inf_nan=False)
     per_layer: Annotated[bool, Option("One budget for each layer.", LIMITS, varies=True)] = False
     """In proportion to its weights, instead of one for the model."""
     unweighted: Annotated[

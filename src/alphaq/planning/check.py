@@ -27,6 +27,7 @@ from alphaq.measuring.measurement import restored
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan, PlanCheck
+from alphaq.planning.dropping import plan_with_drops
 from alphaq.planning.measured import Measurements
 from alphaq.planning.plan import make_plan
 from alphaq.planning.request import Request
@@ -57,7 +58,12 @@ def checked_plan(
 
     Raises what `make_plan` and `stream_forward` do.
     """
-    plan = make_plan(checkpoint, request, measurements)
+    if request.config.drop and checkpoint is not None:
+        plan = plan_with_drops(checkpoint, request, measurements)
+        if plan.dropped is not None and plan.dropped.experts:
+            return plan.model_copy(update={"unchecked": "it has fewer experts than the model"})
+    else:
+        plan = make_plan(checkpoint, request, measurements)
     if checkpoint is None or request.config.method != CHECKED or not request.config.check:
         return plan
     try:

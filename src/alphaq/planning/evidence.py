@@ -51,7 +51,7 @@ def measure_for_plan(
     where plans of several budgets or methods are to be made, as without `check_budget`. Raises StatsError if the stats
     lack a matrix of the checkpoint, or the method needs weights or a text that were not given.
     """
-    wanted = request.method.needs if needs is None else needs
+    wanted = {*(request.method.needs if needs is None else needs), *({"drops"} if request.config.drop else ())}
     stats = inputs.read_stats()
     if checkpoint is None:
         return measured_by_stats(request, wanted, stats)
@@ -68,7 +68,7 @@ def measure_for_plan(
         _check_stats(checkpoint, inputs, stats)
     if "text" in wanted and inputs.text is None:
         raise StatsError(f"--method {request.config.method} needs a text. Give one with --calibration FILE.")
-    staged = settle and check_budget and needs is None and stageable(scope)
+    staged = settle and check_budget and needs is None and not request.config.drop and stageable(scope)
     outputs = request.choices if "outputs" in wanted else ()
     observed = request.profile.writer.observed
     run = PassRun(checkpoint, request.config.bos, inputs.text, outputs, resources, observed)
@@ -158,6 +158,7 @@ class _Found:
             harms=of_all,
             fixed={name: self._fixed(name) for name in self.fixed.errors},
             unpredicted=self.passes.unpredicted,
+            drops=results.get("drops"),
         )
 
 

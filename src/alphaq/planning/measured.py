@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from alphaq.calibration.dropping import Drops
 from alphaq.calibration.text import Text
 from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
 from alphaq.errors import BudgetError
@@ -72,6 +73,10 @@ class Measurements:
     """Why losses are no nats, though the method would have them so."""
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Of the columns of a matrix, by its name, where an importance matrix tells."""
+    dropped: Mapping[int, float] = field(default_factory=dict)
+    """Nats per token that experts cost which are gone, by layer."""
+    drops: Drops | None = None
+    """What layers lose without some of their experts, where some may be dropped."""
     by_shapes: bool = False
     """Whether no weight was read; enough for methods that go by places alone."""
 

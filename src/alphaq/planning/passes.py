@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from alphaq.calibration.dropping import DROPS_VERSION, Drops, gather_drops
 from alphaq.calibration.fisher import FISHER_VERSION, Fisher, gather_fisher
 from alphaq.calibration.prior import FEW_SAMPLES, routing_prior, seen_uses
 from alphaq.calibration.text import Text, own_text, own_writing, writes
 from alphaq.calibration.tokens import model_prefix
 from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, Expert, ExpertUse, gather
+from alphaq.checkpoint.pruned import require_prunable
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import CheckpointError, PassError, QuantizationError
 from alphaq.measuring.resources import Resources
@@ -89,6 +91,22 @@ def fisher(run: PassRun) -> Fisher:
     return _recalled(run, "fisher", depends_on, make, "own writing", Fisher.from_json)
 
 
+def drops(run: PassRun) -> Drops:
+    """What layers lose without some of their experts, on the same tokens."""
+    checkpoint = run.checkpoint
+    require_prunable(checkpoint)
+    prefix = model_prefix(checkpoint) if run.bos else ()
+    windows, length = fisher_shape(checkpoint)
+
+    def make() -> str:
+        known = run.results.get("fisher")
+        ids = own_text(checkpoint, windows, length, run.bos) if known is None else torch.tensor(known.tokens)
+        return gather_drops(checkpoint, ids, max(1, len(prefix))).to_json()
+
+    depends_on = f"{windows}x{length} after {prefix} {DROPS_VERSION} {checkpoint.settings_digest()}"
+    return _recalled(run, "drops", depends_on, make, "experts left out", Drops.from_json)
+
+
 def fisher_shape(checkpoint: Checkpoint) -> tuple[int, int]:
     """How many windows are taken, and of how many tokens.
 
@@ -132,6 +150,7 @@ def text(run: PassRun) -> Calibration:
 
 PASSES: dict[Need, Callable[[PassRun], Any]] = {
     "fisher": fisher,
+    "drops": drops,
     "synthetic": synthetic,
     "prior": prior,
     "text": text,

@@ -114,7 +114,7 @@ def _prediction(scope: Scope, measurements: Measurements, answer: Answer) -> Pre
     losses = answer.losses[np.arange(len(answer.names)), answer.columns]
     known = dict(zip(answer.names, losses.tolist(), strict=True))
     outside = {name: measurements.harms[name] * one.error for name, one in fixed.items()}
-    return nats.prediction(fisher, known | outside, scope.checkpoint.matrices)
+    return nats.prediction(fisher, known | outside, scope.checkpoint.matrices, measurements.dropped)
 
 
 def _size_bytes(scope: Scope, evidence: Evidence, answer: Answer) -> int:

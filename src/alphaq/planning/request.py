@@ -153,6 +153,8 @@ def _check_options(config: PlanConfig, profile: Profile) -> None:
     for option, rules in (("--min-bits", config.min_bits), ("--max-bits", config.max_bits)):
         for rule in rules:
             rule.number(option)
+    if config.drop and config.per_layer:
+        raise BudgetError("--drop needs one budget for all layers. Drop --per-layer.")
     if config.imatrix is not None and profile.importance is None:
         raise BudgetError(f"--imatrix is for llama.cpp's quantizers; {profile.name} has none. Drop it.")
     if config.split_bytes is not None and (profile.export is None or profile.export.split is None):

@@ -25,7 +25,7 @@ from alphaq.report.page import Content, DensityData, Facts, HeatMap, NamedChoice
 from alphaq.report.places import Place, place_by_name
 from alphaq.report.runs import ComparedRow, Run
 from alphaq.report.slider import PathFacts, SliderData, slider_of
-from alphaq.report.tables import check_words, human_bytes, predicted_words, refined_words
+from alphaq.report.tables import check_words, dropped_words, human_bytes, predicted_words, refined_words
 
 MAX_DENSITIES = 2000
 """Matrices whose spectra are kept at most, of those sampled: 2000 take 0.3 MB, and an eigenvalue solver minutes."""
@@ -137,6 +137,7 @@ def _facts(run: Run, sources: Sources, figures: _Figures, places: Mapping[str, P
         plan=plan,
         check=check_words(plan.check) if plan.check else "",
         refined=refined_words(plan.refined) if plan.refined else "",
+        dropped=dropped_words(plan.dropped) if plan.dropped else "",
         predicted=predicted_words(plan.prediction) if plan.prediction else "",
         matrices=len(figures.names),
         size=None if plan.size_bytes is None else human_bytes(plan.size_bytes),

@@ -17,7 +17,7 @@ from rich.table import Table
 from alphaq.errors import PlanError
 from alphaq.nouns.plan import Plan, PlanTable
 from alphaq.nouns.settings import Budget, names
-from alphaq.report.tables import check_words, kept_text, plain_table, predicted_words, refined_words
+from alphaq.report.tables import check_words, dropped_words, kept_text, plain_table, predicted_words, refined_words
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Explanation:
     kept: Mapping[str, float]
     check: str | None
     refined: str | None
+    dropped: str | None
     unpriced: str | None
     predicted: str | None
     matched: int
@@ -103,6 +104,7 @@ def explain_plan(plan: Plan, pattern: str | None, limit: int = 10) -> Explanatio
         kept=plan.kept,
         check=None if plan.check is None else check_words(plan.check),
         refined=None if plan.refined is None else refined_words(plan.refined),
+        dropped=None if plan.dropped is None else dropped_words(plan.dropped),
         unpriced=_unpriced(plan),
         predicted=None if plan.prediction is None else predicted_words(plan.prediction),
         matched=len(units),
@@ -193,6 +195,8 @@ def explanation_tables(explained: Explanation) -> list[Any]:
         lines.append(f"predicted KL, nats per token: {explained.predicted}")
     if explained.check:
         lines.append(f"beside uniform bits in these bytes: {explained.check}")
+    if explained.dropped:
+        lines.append(f"experts dropped: {explained.dropped}")
     if explained.refined:
         lines.append(f"refined: {explained.refined}")
     if explained.kept:

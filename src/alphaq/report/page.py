@@ -106,6 +106,7 @@ class Facts:
     plan: Plan
     check: str
     refined: str
+    dropped: str
     predicted: str
     matrices: int
     size: str | None

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from alphaq.formats.table import parse_choice
 from alphaq.nouns.fidelity import Fidelity
-from alphaq.nouns.plan import MOST_PREDICTABLE, Plan, PlanCheck, Prediction, Refinement
+from alphaq.nouns.plan import MOST_PREDICTABLE, Dropping, Plan, PlanCheck, Prediction, Refinement
 from alphaq.nouns.serving import Memory
 from alphaq.nouns.skipping import SkipCurve
 
@@ -105,6 +105,8 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("standard error of the errors (sampled)", f"at most {100 * plan.sampling_error:.2g} %")
     if plan.check is not None:
         table.add_row("beside uniform bits in these bytes", check_words(plan.check))
+    if plan.dropped is not None:
+        table.add_row("experts dropped", dropped_words(plan.dropped))
     if plan.refined is not None:
         table.add_row("refined", refined_words(plan.refined))
     if plan.budget_slack is not None:
@@ -130,6 +132,20 @@ def predicted_words(prediction: Prediction) -> str:
     if prediction.beyond:
         return f"above {MOST_PREDICTABLE:g}, where losses no longer add up: expect a damaged model"
     return f"{prediction.kl:.4g} ({prediction.low:.3g} to {prediction.high:.3g})"
+
+
+def dropped_words(dropped: Dropping) -> str:
+    """How many experts are gone, what they cost, and why."""
+    kept = dropped.totals.get(0)
+    if not dropped.experts or kept is None:
+        refused = ", as their losses are above the limit" if dropped.refused and len(dropped.totals) == 1 else ""
+        return f"none{refused or ', as none paid for its bytes' if dropped.totals else ''}"
+    layers = {len(experts) for experts in dropped.experts.values()}
+    each = f"{min(layers)}" if len(layers) == 1 else f"{min(layers)} to {max(layers)}"
+    return (
+        f"{dropped.count} ({each} in each layer), at {dropped.loss:.3g} (at most {dropped.bound:.3g}) nats; expected "
+        f"loss {min(dropped.totals.values()):.4g} in all instead of {kept:.4g}"
+    )
 
 
 def check_words(check: PlanCheck) -> str:

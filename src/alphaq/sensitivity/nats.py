@@ -34,20 +34,25 @@ def losses_or_signal(evidence: Evidence) -> np.ndarray:
     return signal.losses(evidence) if evidence.fisher is None else losses(evidence)
 
 
-def prediction(fisher: Fisher, losses: Mapping[str, float], matrices: Sequence[MatrixRef]) -> Prediction:
-    """What matrices' losses, in nats per token by name, come to. matrices: all of the model."""
-    total = sum(losses.values())
+def prediction(
+    fisher: Fisher, losses: Mapping[str, float], matrices: Sequence[MatrixRef], dropped: Mapping[int, float] = {}
+) -> Prediction:
+    """What matrices' losses, in nats per token by name, come to. matrices: all of the model. dropped: what experts that
+    are gone cost, by layer."""
+    total = sum(losses.values()) + sum(dropped.values())
     windows = sum(loss * one.windows for name, loss in losses.items() if (one := fisher.matrices.get(name)) is not None)
     spread = float(np.std(windows, ddof=1) / math.sqrt(np.size(windows))) / total if total > 0 else 0.0
     factor = math.exp(1.96 * math.hypot(spread, MODEL_ERROR))
-    whole = total + swapped(fisher, losses, matrices)
+    whole = total + swapped(fisher, losses, matrices, dropped)
     kl, low, high = (float(f"{one:.4g}") for one in (whole, whole / factor, whole * factor))
     return Prediction(kl=kl, low=low, high=high, entropy=float(f"{fisher.entropy:.4g}"))
 
 
-def swapped(fisher: Fisher, losses: Mapping[str, float], matrices: Sequence[MatrixRef]) -> float:
+def swapped(
+    fisher: Fisher, losses: Mapping[str, float], matrices: Sequence[MatrixRef], dropped: Mapping[int, float] = {}
+) -> float:
     """Nats per token by tokens that change their expert: Σ κ·√Q over the routers, Q of what comes before each."""
-    before, within = defaultdict[int, float](float), defaultdict[int, float](float)
+    before, within = defaultdict[int, float](float), defaultdict[int, float](float, dropped)
     for matrix in matrices:
         if matrix.role is Role.EMBEDDING:
             within[-1] += losses.get(matrix.name, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
+from alphaq.checkpoint.pruned import without_experts
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.profiles import profile
 from alphaq.errors import PlanError
@@ -13,11 +14,23 @@ OWN = "self"
 """Name of an importance matrix that a model's own writing made."""
 
 
+def as_planned(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
+    """The checkpoint without the experts that the plan does without. Raises PlanError if it lacks one of them."""
+    if plan.dropped is None or checkpoint.dropped:
+        return checkpoint
+    return without_experts(checkpoint, plan.dropped.experts)
+
+
 def plan_choices(plan: Plan, checkpoint: Checkpoint) -> dict[str, Choice]:
     """The plan's choices, checked against the checkpoint it is to be used on.
 
     Raises PlanError if it was made for other weights, names a matrix that is not there, or leaves one out.
     """
+    if plan.dropped is not None and plan.dropped.experts and not checkpoint.dropped:
+        raise PlanError(
+            f"The plan does without {plan.dropped.count} experts of {checkpoint.name}, which cannot be done here. Plan "
+            "without --drop, or start from a model that `alphaq prune` wrote."
+        )
     if plan.source is not None and plan.source.fingerprint != checkpoint.fingerprint:
         raise PlanError(
             f"The plan was made for {plan.source.name!r} with other weight files than {checkpoint.name!r}. "

@@ -24,7 +24,7 @@ from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.plan import Plan
 from alphaq.work.journal import Journal
 from alphaq.writing.coded import laid_out, spec_at
-from alphaq.writing.planned import check_importance, check_size, check_source, plan_choices
+from alphaq.writing.planned import as_planned, check_importance, check_size, check_source, plan_choices
 from alphaq.writing.records import AS_USUAL, QuantizeResult, WriteOptions
 from alphaq.writing.refining import store_by_inputs
 from alphaq.writing.rounding import Rounding, check_codable
@@ -114,11 +114,12 @@ def quantize(
     checkpoint and plan. Raises OutputError if they differ, unless told to restart; PlanError if plan, checkpoint and
     engine do not fit together; VerificationError if what was written is not what it should be.
     """
+    checkpoint = as_planned(checkpoint, plan)
     job = _Job.of(checkpoint, plan, options)
     with resumable_folder(out, job.depends_on(options.hash_contents), options.restart) as (folder, journal):
         sink = job.sink(folder)
         notes = _Notes(journal)
-        tasks = job.tasks(sink, notes.earlier(), options.shared)
+        tasks = job.tasks(sink, notes.earlier(), None if checkpoint.dropped else options.shared)
         tasks, unseen = _refined(job, tasks, notes, resources)
         written = _stored(job, tasks, notes, resources)
         layout = sink.finish(written)

@@ -15,6 +15,7 @@ import torch
 from alphaq.checkpoint.files import CHUNK_BYTES, PlainFile
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
+from alphaq.checkpoint.tensors import rows_place
 from alphaq.checkpoint.writer import Place, checksum, pieces_at, write_at
 from alphaq.engines.export import Entry, Export, Form, squared_error_of
 from alphaq.engines.output import Record
@@ -144,6 +145,10 @@ def kept_pieces(checkpoint: Checkpoint, engine: str, tensor: str, form: Form) ->
     """The bytes to store for a tensor that is kept: its own, unless they are encoded or the engine wants others."""
     shard = checkpoint.shard_of[tensor]
     info = checkpoint.shards[shard][tensor]
+    slices = () if info.encoding is None or info.encoding.scheme != "plain" else info.encoding.kept
+    if slices and not form.changes:
+        places = (rows_place(info, index, 0, info.shape[1]) for index in range(len(slices)))
+        return (piece for place in places for piece in checkpoint.file(shard).chunks(*place))
     if not form.raw and (form.changes or info.encoding is not None):
         return iter([bytes_of(profile(engine).writer.convert(checkpoint.tensor(tensor), form, checkpoint))])
     return checkpoint.file(shard).chunks(info.begin, info.nbytes)

@@ -14,7 +14,7 @@ from alphaq.measuring.measurement import leaving
 from alphaq.measuring.resources import USUAL, Resources
 from alphaq.work.workers import Workers
 from alphaq.writing.checking import CheckTask, checked
-from alphaq.writing.planned import plan_choices
+from alphaq.writing.planned import as_planned, plan_choices
 from alphaq.writing.records import VerifyResult
 from alphaq.writing.storing import source_tensor
 
@@ -26,9 +26,11 @@ def verify(folder: Path, source: Checkpoint | None = None, resources: Resources 
     """
     output = Output(folder)
     raise_faults(folder, output.faults())
+    source = None if source is None else as_planned(source, output.plan)
     entries = {} if source is None else _entries(output, source)
     tasks = [_task(output, name, entries.get(name)) for name in entries or output.manifest]
-    faults: Iterable[str | None] = checked(resources.workers or Workers(1, source), tasks)
+    workers = resources.workers or Workers(1, None) if source is None else resources.pool(source)
+    faults: Iterable[str | None] = checked(workers, tasks)
     if source is not None:
         shards = (source.shard_of[source_tensor(entries[task.name])] for task in tasks)
         faults = leaving(zip(shards, faults, strict=True), source.forget)

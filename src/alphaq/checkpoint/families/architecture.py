@@ -75,6 +75,8 @@ class Architecture:
     """Whether the routing weights of a token's experts are divided by their sum, or a config key that says."""
     idle_experts: str | int
     """How many more a router may know: those without weights, or shared ones. A number, or a config key that says."""
+    not_prunable: str
+    """Why experts cannot be taken out; "" where they can."""
     expert_name: str
     projections: dict[str, str]
     router_norm: str
@@ -118,6 +120,7 @@ class Architecture:
             tuple(data.get("top_k", ())),
             data.get("renormalises", True),
             data.get("idle_experts", 0),
+            data.get("not_prunable", ""),
             data["expert_name"],
             projections,
             data.get("router_norm", "post_attention_layernorm"),

@@ -55,13 +55,23 @@ def _check_rows(tensor: TensorInfo, experts: int, most: int) -> None:
         )
 
 
+def expert_groups(architecture: Architecture, config: Mapping[str, Any]) -> int:
+    """Groups of experts that a router chooses among before it chooses experts; 1 where it knows none."""
+    return _groups(architecture.text_config(config))
+
+
+def _groups(text: Mapping[str, Any]) -> int:
+    groups = next((count for name in _GROUPS for count in _numbers(look_up(text, name))), 1)
+    return 1 if groups <= 1 or look_up(text, "topk_method") == "greedy" else groups  # greedy knows no groups
+
+
 def _check_top_k(key: str, chosen: int, experts: int, text: Mapping[str, Any]) -> None:
     if not 0 < chosen <= experts:
         raise ArchitectureError(
             f"config.json: {key} is {chosen}, but a layer has {experts} experts. Correct it to at most {experts}."
         )
-    groups = next((count for name in _GROUPS for count in _numbers(look_up(text, name))), 1)
-    if groups <= 1 or look_up(text, "topk_method") == "greedy":  # which knows no groups
+    groups = _groups(text)
+    if groups == 1:
         return
     allowed = next(iter(_numbers(look_up(text, _CHOSEN_GROUPS))), groups)
     if experts % groups or not 0 < allowed <= groups or chosen > allowed * (experts // groups):

@@ -1,0 +1,202 @@
+"""A checkpoint without some of its experts, as if its files had never held them.
+
+Experts that stay are numbered anew, routers lose the rows of those that go, and config.json counts what is left, so
+that whoever reads, plans or writes such a checkpoint need not know of it. A token whose expert is gone goes to the next
+best: a router without a row computes what one with −∞ in it would.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alphaq.checkpoint.families.architecture import NUMBERED_LAYER, look_up
+from alphaq.checkpoint.families.routing import check_routing, expert_groups
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
+from alphaq.checkpoint.tensors import Encoding, TensorInfo, with_slices
+from alphaq.errors import PlanError
+from alphaq.nouns.matrix import MatrixRef, Role
+from alphaq.work.untrusted import JsonObject
+
+Dropped = Mapping[int, Collection[int]]
+"""Numbers of experts that go, by layer."""
+_NUMBERED_EXPERT = re.compile(r"(.*\bexperts\.(?:mlp\.)?)([0-9]+)(\..*)")
+
+
+def without_experts(checkpoint: Checkpoint, dropped: Dropped) -> Checkpoint:
+    """The checkpoint without experts `dropped`; itself if there are none.
+
+    Every layer must lose as many, and every group of experts that a router chooses among. Raises PlanError for anything
+    else, and for a model whose experts cannot be taken out.
+    """
+    if not any(map(len, dropped.values())):
+        return checkpoint
+    require_prunable(checkpoint)
+    kept = _kept(checkpoint, dropped)
+    config = _with_count(checkpoint, len(next(iter(kept.values()))))
+    cut = _Cut(checkpoint, kept)
+    shards = {
+        shard: {one.name: one for info in tensors.values() if (one := cut.tensor(info)) is not None}
+        for shard, tensors in checkpoint.shards.items()
+    }
+    named = ",".join(f"{layer}:{sorted(experts)}" for layer, experts in sorted(dropped.items()))
+    pruned = replace(
+        checkpoint,
+        config=config,
+        shards={shard: tensors for shard, tensors in shards.items() if tensors},
+        matrices=tuple(left for matrix in checkpoint.matrices if (left := cut.matrix(matrix)) is not None),
+        roles={name: role for old, role in checkpoint.roles.items() if (name := cut.name(old)) is not None},
+        fingerprint=hashlib.sha256(f"{checkpoint.fingerprint} without {named}".encode()).hexdigest(),
+        dropped={layer: tuple(sorted(experts)) for layer, experts in sorted(dropped.items())},
+    )
+    check_routing(pruned.architecture, config, cut.per_expert)
+    return pruned
+
+
+def require_prunable(checkpoint: Checkpoint) -> None:
+    """Raise PlanError for a model whose experts cannot be taken out."""
+    architecture = checkpoint.architecture
+    why = architecture.not_prunable
+    if checkpoint.planned_role is not Role.EXPERT:
+        why = "it has no routed experts"
+    elif checkpoint.gguf is not None:
+        why = "it is a GGUF file; start from the Hugging Face folder"
+    elif not why and any(_is_table(checkpoint, name) for name in checkpoint.roles):
+        why = "a table says which experts a token goes to"
+    if why:
+        raise PlanError(f"Experts of {checkpoint.name} cannot be dropped: {why}.")
+
+
+def _is_table(checkpoint: Checkpoint, name: str) -> bool:
+    if checkpoint.roles[name] is not Role.ROUTER:
+        return False
+    return checkpoint.info(name).dtype not in ("F64", "F32", "F16", "BF16")
+
+
+def _kept(checkpoint: Checkpoint, dropped: Dropped) -> dict[int, tuple[int, ...]]:
+    """The experts of each layer that stay, in their order. Raises PlanError where layers or groups would differ."""
+    count = checkpoint.architecture.experts_per_layer(checkpoint.config)
+    layers = checkpoint.architecture.moe_layers(checkpoint.config)
+    if unknown := sorted(set(dropped) - set(layers)):
+        raise PlanError(f"Layer {unknown[0]} of {checkpoint.name} has no routed experts to drop.")
+    kept = {layer: tuple(expert for expert in range(count) if expert not in dropped.get(layer, ())) for layer in layers}
+    for layer, experts in kept.items():
+        if len(experts) != len(kept[layers[0]]) or len(experts) + len(set(dropped.get(layer, ()))) != count:
+            raise PlanError(
+                f"Layer {layer} of {checkpoint.name} would keep {len(experts)} of {count} experts, layer {layers[0]} "
+                f"{len(kept[layers[0]])}. Drop as many in every layer."
+            )
+        groups = expert_groups(checkpoint.architecture, checkpoint.config)
+        sizes = {sum(expert * groups // count == group for expert in experts) for group in range(groups)}
+        if len(sizes) > 1:
+            raise PlanError(
+                f"Layer {layer} of {checkpoint.name} chooses among {groups} groups of experts, which would differ in "
+                "size. Drop as many of each."
+            )
+    return kept
+
+
+def _with_count(checkpoint: Checkpoint, count: int) -> JsonObject:
+    """config.json with another number of experts wherever it states it."""
+    config = copy.deepcopy(checkpoint.config)
+    architecture = checkpoint.architecture
+    text: Any = architecture.text_config(config)
+    before = architecture.experts_per_layer(config)
+    for path in architecture.num_experts_keys:
+        *outer, key = path.split(".")
+        part = look_up(text, ".".join(outer)) if outer else text
+        if isinstance(part, dict) and part.get(key) == before:
+            part[key] = count
+    return config
+
+
+@dataclass(frozen=True)
+class _KeptRows:
+    """Reads some rows of a tensor that is stored whole. axis: the one that counts experts."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    axis: int
+    rows: tuple[int, ...]
+
+    def __call__(self, stored: Tensor, name: str) -> Tensor:
+        values = stored.view(TORCH_DTYPES[self.dtype]).view(self.shape)
+        return values.index_select(self.axis, torch.tensor(self.rows))
+
+
+class _Cut:
+    """What becomes of names, tensors and matrices. kept: experts that stay, by layer."""
+
+    def __init__(self, checkpoint: Checkpoint, kept: Mapping[int, tuple[int, ...]]) -> None:
+        self.checkpoint, self.kept = checkpoint, kept
+        architecture, config = checkpoint.architecture, checkpoint.config
+        self.count, self.layers = architecture.experts_per_layer(config), architecture.layers(config)
+        prefixes = "|".join(map(re.escape, architecture.models))
+        self.decoder = re.compile(rf"(?:{prefixes})\.(?:layers|blocks)\..*")
+        self.of_experts = {matrix.tensor for matrix in checkpoint.matrices if matrix.role is Role.EXPERT}
+        self.per_expert: list[TensorInfo] = []
+
+    def name(self, name: str) -> str | None:
+        """A tensor's or an expert's matrix' name; None if it goes."""
+        layer = _layer_of(name)
+        if layer is not None and layer >= self.layers and self.decoder.fullmatch(name):
+            return None  # guesses further words with as many experts as before
+        numbered = _NUMBERED_EXPERT.fullmatch(name)
+        if layer is None or layer not in self.kept or numbered is None or "shared_experts." in numbered[1]:
+            return name
+        expert = int(numbered[2])
+        return f"{numbered[1]}{self.kept[layer].index(expert)}{numbered[3]}" if expert in self.kept[layer] else None
+
+    def matrix(self, matrix: MatrixRef) -> MatrixRef | None:
+        """A matrix under its new name and number; None if it goes."""
+        if matrix.role is Role.EXPERT and matrix.expert is not None:
+            kept = self.kept.get(matrix.layer or 0, ())
+            if matrix.expert not in kept:
+                return None
+            number = kept.index(matrix.expert)
+            name, tensor = self.name(matrix.name), self.name(matrix.tensor)
+            assert name is not None and tensor is not None  # since its number is kept
+            index = None if matrix.index is None else number
+            return replace(matrix, name=name, expert=number, tensor=tensor, index=index)
+        if not self._counts_experts(matrix.tensor):
+            return None if self.name(matrix.name) is None else matrix
+        info = self.tensor(self.checkpoint.info(matrix.tensor))
+        assert info is not None and len(info.shape) == 2  # a matrix
+        return replace(matrix, shape=info.shape[::-1] if matrix.transposed else info.shape)
+
+    def tensor(self, info: TensorInfo) -> TensorInfo | None:
+        """A stored tensor under its new name, without the rows of experts that go; None if it goes."""
+        name, layer = self.name(info.name), _layer_of(info.name)
+        if name is None:
+            return None
+        stacked = len(info.shape) > 2 and info.name in self.of_experts
+        if layer is None or layer not in self.kept or not (stacked or self._counts_experts(info.name)):
+            return replace(info, name=name)
+        if stacked:
+            return with_slices(info, self.kept[layer])
+        if info.encoding is not None:
+            raise PlanError(f"{info.name} is stored in codes, so rows cannot be taken out. Convert the model to bf16.")
+        axis = next((number for number, side in enumerate(info.shape) if side != 1), 0)
+        rows = (*self.kept[layer], *range(self.count, info.shape[axis]))  # what has no weights of its own stays
+        shape = (*info.shape[:axis], len(rows), *info.shape[axis + 1 :])
+        reads = _KeptRows(info.dtype, info.shape, axis, rows)
+        cut = replace(info, name=name, shape=shape, encoding=Encoding("plain", (1, 1), decoder=reads))
+        self.per_expert.append(cut)
+        return cut
+
+    def _counts_experts(self, tensor: str) -> bool:
+        rule, _ = self.checkpoint.architecture.first_match(tensor)
+        return rule is not None and rule.per_expert and _layer_of(tensor) in self.kept
+
+
+def _layer_of(name: str) -> int | None:
+    numbered = NUMBERED_LAYER.fullmatch(name)
+    return None if numbered is None else int(numbered[1])

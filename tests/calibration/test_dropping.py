@@ -1,0 +1,65 @@
+"""What layers lose without some of their experts: held against models in which they are dead, alike, or dear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from alphaq.calibration.dropping import DROPS_VERSION, Drops, gather_drops
+from alphaq.calibration.rerouting import Banning
+from alphaq.calibration.tokens import random_windows
+from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.errors import StatsError
+from families import ALIKE, DEAD, random_family, save_layout, with_useless_experts
+
+IDS = random_windows(340, 8, 32)
+
+
+@pytest.fixture(scope="module")
+def drops(tmp_path_factory: pytest.TempPathFactory) -> Drops:
+    """Of a model with an expert that no token goes to, and two that are the same."""
+    folder = save_layout(with_useless_experts(), tmp_path_factory.mktemp("drops"), published=True)
+    return gather_drops(open_checkpoint(folder), IDS)
+
+
+def test_the_dead_and_one_of_two_alike_go_first_and_cost_nothing(drops: Drops) -> None:
+    for layer in drops.layers.values():
+        assert DEAD in layer.order[:2]
+        assert len({*ALIKE} & {*layer.order[:2]}) == 1
+        assert layer.losses[1] < 1e-4 * layer.losses[2]
+        assert dict(zip(layer.order, layer.tokens, strict=True))[DEAD] == 0
+
+
+def test_bounds_hold_what_few_tokens_leave_open(drops: Drops) -> None:
+    for layer in drops.layers.values():
+        assert all(loss <= bound for loss, bound in zip(layer.losses, layer.bounds, strict=True))
+        assert layer.bounds[0] > 0  # even where no token was seen
+        assert list(layer.bounds) == sorted(layer.bounds)
+
+
+def test_json_brings_back_what_was_found_and_names_what_it_is_not(drops: Drops) -> None:
+    assert Drops.from_json(drops.to_json()) == drops
+    with pytest.raises(StatsError, match="holds no losses of experts"):
+        Drops.from_json(drops.to_json().replace(f'"version": {DROPS_VERSION}', '"version": 0'))
+
+
+def test_losses_foretell_the_measured_kl(save_family: Callable[..., Path], tmp_path: Path) -> None:
+    """Of one expert in the last layer, where what is lost is next to nothing but what the pass sees."""
+    from transformers import AutoModelForCausalLM
+
+    folder = save_layout(random_family("qwen2_moe"), tmp_path, published=True)
+    ids = random_windows(340, 16, 64)
+    found = gather_drops(open_checkpoint(folder), ids)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    layer, one = max(found.layers.items())
+    banned = torch.zeros(ids.numel(), 6, dtype=torch.bool)
+    banned[:, one.order[0]] = True
+    with torch.no_grad():
+        before = model(ids).logits.log_softmax(-1)
+        with Banning([model.model.layers[layer].mlp.gate.weight], banned):
+            after = model(ids).logits.log_softmax(-1)
+    measured = float((before.exp() * (before - after)).sum(-1).mean())
+    assert 0.5 * measured < one.losses[0] < 2 * measured

@@ -1,0 +1,134 @@
+"""Experts are dropped where measured losses say that it pays, within limits, and plans say what and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alphaq import pipeline
+from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.errors import BudgetError, PlanError
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.settings import Budget, PlanConfig, Rule
+from alphaq.planning import Measurements, make_plan, measure_for_plan, resolve
+from alphaq.planning.dropping import plan_with_drops
+from alphaq.report.explanation import explain_plan
+from conftest import Ran
+from families import ALIKE, DEAD, save_layout, with_useless_experts
+
+SETTINGS: dict[str, Any] = {
+    "budget": Budget(bits=2), "group_size": 32, "choices": "1,2,3,4,8", "drop": True, "max_drop": 0.34,
+    "max_drop_loss": 1.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def useless(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_checkpoint(save_layout(with_useless_experts(), tmp_path_factory.mktemp("useless"), published=True))
+
+
+@pytest.fixture(scope="module")
+def measured(useless: Checkpoint) -> Measurements:
+    return measure_for_plan(useless, resolve(PlanConfig(**SETTINGS)))
+
+
+def planned(useless: Checkpoint, measured: Measurements, **settings: Any) -> tuple[Plan, Plan]:
+    """With dropping and without."""
+    request = resolve(PlanConfig(**{**SETTINGS, **settings}))
+    return plan_with_drops(useless, request, measured), make_plan(useless, request, measured)
+
+
+def test_dead_and_duplicated_experts_go_and_their_bytes_buy_bits(useless: Checkpoint, measured: Measurements) -> None:
+    plan, whole = planned(useless, measured)
+    assert plan.dropped is not None
+    assert set(plan.dropped.experts) == {0, 1, 2}
+    for experts in plan.dropped.experts.values():
+        assert DEAD in experts
+        assert len({*experts} & {*ALIKE}) == len(experts) - 1 == 1
+    assert plan.objective + plan.dropped.bound < whole.objective
+    assert plan.size_bytes <= whole.size_bytes
+    assert plan.lower_bound == pytest.approx(plan.objective)
+    assert len(plan.assignment) == len(whole.assignment) * 4 // 6
+    assert plan.config == whole.config
+    assert Plan.from_json(plan.to_json(), "plan") == plan
+    assert "6 (2 in each layer)" in (explain_plan(plan, None).dropped or "")
+
+
+def test_size_is_kept_and_the_files_can_be_verified_and_cut(
+    useless: Checkpoint, measured: Measurements, tmp_path: Path, alphaq: Callable[..., Ran]
+) -> None:
+    _, whole = planned(useless, measured)
+    assert whole.size_bytes is not None
+    plan, _ = planned(useless, measured, budget=Budget(size_bytes=whole.size_bytes), roles="fixed")
+    assert plan.dropped is not None
+    assert plan.dropped.experts
+    written = pipeline.quantize(useless, plan, tmp_path / "out")
+    assert written.size_bytes == plan.size_bytes <= whole.size_bytes
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert useless.architecture.experts_per_layer(config) == 4
+    assert alphaq("verify", tmp_path / "out", "--reference", useless.folder).code == 0
+    settings = ("--bits", "1.5", "--method", "distortion", "--group-size", "32")
+    ran = alphaq("slice", tmp_path / "out", *settings, "-o", tmp_path / "slice", "--json")
+    assert ran.json["size_bytes"] < written.size_bytes
+    assert len(ran.json["assignment"]) == len(plan.assignment)
+
+
+def test_nothing_goes_beyond_the_limits(useless: Checkpoint, measured: Measurements) -> None:
+    plan, whole = planned(useless, measured, max_drop_loss=1e-12)
+    assert plan.dropped is not None
+    assert plan.dropped.experts == {}
+    assert plan.dropped.refused == (1, 2)
+    assert plan.choices == whole.choices
+    plan, _ = planned(useless, measured, max_drop=0.2)
+    assert plan.dropped is not None
+    assert plan.dropped.count == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"method": "distortion"}, "--drop weighs experts against bits in nats"),
+        ({"per_layer": True}, r"--drop needs one budget for all layers\. Drop --per-layer"),
+        ({"min_bits": (Rule(pattern="*.experts.3.*", value="2"),)}, "numbers experts anew"),
+    ],
+)
+def test_what_does_not_go_with_dropping_is_said(
+    useless: Checkpoint, measured: Measurements, settings: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(BudgetError, match=match):
+        planned(useless, measured, **settings)
+
+
+@pytest.mark.slow
+def test_balanced_model_loses_none(tiny: Path) -> None:
+    checkpoint, settings = open_checkpoint(tiny), SETTINGS | {"group_size": 128, "max_drop": 0.5}
+    request = resolve(PlanConfig(**settings))
+    plan = plan_with_drops(checkpoint, request, measure_for_plan(checkpoint, request))
+    assert plan.dropped is not None
+    assert plan.dropped.experts == {}
+    assert len(plan.dropped.totals) == 5
+
+
+def test_commands_prune_and_refuse(useless: Checkpoint, tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
+    ran = alphaq("prune", str(useless.folder), "--experts", "4", "-o", str(tmp_path / "out"), "--json")
+    dropped = ran.json["dropped"]
+    assert all(DEAD in experts and len(experts) == 2 for experts in dropped.values())
+    left = open_checkpoint(tmp_path / "out")
+    assert left.architecture.experts_per_layer(left.config) == 4
+    ran = alphaq("prune", str(useless.folder), "--experts", "1", "-o", str(tmp_path / "other"))
+    assert ran.code == 2
+    assert "6 experts, of which 3 to 5 can be kept" in ran.err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_plan_without_experts_needs_the_model_that_has_them(
+    useless: Checkpoint, measured: Measurements, tmp_path: Path
+) -> None:
+    plan, _ = planned(useless, measured)
+    other = open_checkpoint(save_layout(with_useless_experts(), tmp_path / "fused", published=False))
+    with pytest.raises(PlanError, match="other weight files"):
+        pipeline.quantize(other, plan, tmp_path / "out")

@@ -1,0 +1,95 @@
+"""A model without some experts computes what the whole one does with a router that may not choose them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from alphaq.calibration.rerouting import Banning, counting
+from alphaq.calibration.stream import HollowModel, model_class
+from alphaq.checkpoint.pruned import without_experts
+from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.errors import PlanError
+from alphaq.writing.pruning import PRUNED_NAME, prune
+from conftest import EXPERTS as FEW
+from families import EXPERTS, FAMILIES, logits, random_family, save_layout
+
+DENSE = {"gemma2", "glm4", "llama", "qwen3"}
+REFUSED = {
+    "dbrx": "its files hold a layer's experts as one matrix",
+    "deepseek_v4": "a table says",
+    "jetmoe": "its attention has as many experts",
+    **dict.fromkeys(DENSE, "it has no routed experts"),
+}
+NOT_RUN = {"llama4", "llama4_text", "muse_spark", "zaya"}
+"""Families whose layers the passes cannot run; their experts can be taken out, not ranked."""
+OFTEN = {"qwen2_moe", "deepseek_v3", "gpt_oss", "jetmoe", "longcat_flash", "mixtral"}
+
+
+def some_experts(source: Checkpoint) -> dict[int, tuple[int, ...]]:
+    """Two of each layer, others in each."""
+    layers = source.architecture.moe_layers(source.config)
+    return {layer: (layer % EXPERTS, (layer + 2) % EXPERTS) for layer in layers}
+
+
+def masked_logits(source: Checkpoint, dropped: dict[int, tuple[int, ...]]) -> torch.Tensor:
+    """Of the whole model, whose routers do not choose these experts."""
+    hollow = HollowModel(source)
+    cls = model_class(AutoConfig.from_pretrained(source.folder))
+    model = cls.from_pretrained(source.folder, dtype=torch.float32, experts_implementation="eager").eval()
+    state = model.state_dict(keep_vars=True)
+    ids = torch.arange(3, 19)[None]
+    with ExitStack() as stack, torch.no_grad():
+        for layer, experts in dropped.items():
+            banned = torch.zeros(ids.numel(), EXPERTS, dtype=torch.bool)
+            banned[:, list(experts)] = True
+            stack.enter_context(Banning([state[name] for name in counting(hollow, layer)], banned))
+        torch.manual_seed(0)
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(one, marks=() if one in OFTEN else pytest.mark.slow) for one in FAMILIES]
+)
+def test_pruned_model_is_the_one_with_masked_routers(family: str, tmp_path: Path) -> None:
+    model = random_family(family)
+    source = open_checkpoint(save_layout(model, tmp_path / "source", published=True))
+    dropped = some_experts(source)
+    if family in REFUSED:
+        with pytest.raises(PlanError, match=REFUSED[family]):
+            prune(source, dropped or {0: (0,)}, tmp_path / "out")
+        return
+    prune(source, dropped, tmp_path / "out")
+    told = json.loads((tmp_path / "out" / PRUNED_NAME).read_text())
+    assert told["experts"] == EXPERTS - 2
+    found = logits(tmp_path / "out")
+    if family in NOT_RUN:
+        return
+    expected, before = masked_logits(source, dropped), logits(source.folder)
+    assert float((expected - before).abs().max()) > 1e-4
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_layers_and_groups_lose_as_many(save_family: Callable[..., Path]) -> None:
+    source = open_checkpoint(save_family("qwen2_moe"))
+    with pytest.raises(PlanError, match=rf"would keep 3 of {FEW} experts, layer 0 2\. Drop as many in every layer"):
+        without_experts(source, {0: (0, 1), 1: (1,), 2: (0, 3)})
+    with pytest.raises(PlanError, match=r"Layer 7 of .* has no routed experts"):
+        without_experts(source, {7: (0,)})
+    assert without_experts(source, {0: ()}) is source
+
+
+def test_views_of_the_same_files_are_told_apart(save_family: Callable[..., Path]) -> None:
+    source = open_checkpoint(save_family("qwen2_moe", fused=True))
+    one, other = (without_experts(source, dict.fromkeys(range(3), (gone,))) for gone in (0, 1))
+    assert len({source.fingerprint, one.fingerprint, other.fingerprint}) == 3
+    (first,) = (each for each in one.planned if (each.layer, each.expert, each.projection) == (1, 0, "down"))
+    (second,) = (each for each in source.planned if (each.layer, each.expert, each.projection) == (1, 1, "down"))
+    assert torch.equal(one.read(first), source.read(second))
+    assert torch.equal(one.tensor(first.tensor), source.tensor(second.tensor)[1:])
