@@ -29,7 +29,7 @@ MIB = 2**20
 INFO = 2
 UBATCH = 512  # tokens that llama.cpp computes at a time, its default
 WORK_BYTES = 2  # of a converted activation: at most those of half precision; quantized ones take less
-_CACHE = re.compile(r"^\w+: size = +([\d.]+) MiB")  # of keys and values, of states
+_CACHE = re.compile(r"^llama_\w+: (?:.*, )?size = +([\d.]+) MiB")  # of keys and values, of states
 _BUFFER = re.compile(r" (?:compute|output) buffer size = +([\d.]+) MiB")
 PROGRAM_BYTES = 46 * MIB  # code, threads and what they begin with; measured by benchmarks/memory.py
 READ_NOTHING = 0  # llama.cpp's way to load (`load_mode`) that does not map the file
@@ -115,8 +115,11 @@ def _model_params(llama: ctypes.CDLL) -> ctypes.Structure:
 
 def _context_params(llama: ctypes.CDLL, serving: Serving) -> ctypes.Structure:
     params: ctypes.Structure = llama.llama_context_default_params()
+    if found := library.changed(params, library.WINDOWED):
+        raise _unusual(f"cannot be told what of a window it is to keep ({found})")
     number = GGML_TYPES[serving.kv_type.upper()].number
-    for name, value in dict(n_ctx=serving.cells, n_seq_max=serving.parallel, type_k=number, type_v=number).items():
+    wanted = dict(n_ctx=serving.cells, n_seq_max=serving.parallel, type_k=number, type_v=number, swa_full=False)
+    for name, value in wanted.items():
         setattr(params, name, value)
     return params
 
