@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py MODEL [MODEL ...] [--only CHOICE] [--scratch DIR]
 
-Each model is quantized for llama.cpp (`--method distortion --noise analytic --bits 3`; `--only Q4_0` for what is quick to
-write). For every way to run it, what
-`--memory` counts is laid out as `alphaq plan` does, added to the file's bytes, and set beside the largest resident
-memory of a process that loads the file with the same options and fills the whole context of every sequence.
+Each model is quantized for llama.cpp (`--method distortion --noise analytic --bits 3`; `--only Q4_0` for what is quick
+to write). For every way to run it, what `--memory` counts is laid out as `alphaq plan` does, added to the file's bytes,
+and set beside the largest resident memory of a process that loads the file with the same options and fills the whole
+context of every sequence.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def main() -> None:
         file, context, parallel, kind = arguments.run
         sys.stdout.write(f"{filled(Path(file), int(context), int(parallel), kind)}\n")
         return
-    rows: list[dict[str, Any]] = [row for model in arguments.models for row in compared(model, arguments.scratch, arguments.only)]
+    rows: list[dict[str, Any]] = [
+        row for model in arguments.models for row in compared(model, arguments.scratch, arguments.only)
+    ]
     table = markdown_table(list(rows[0]), [list(row.values()) for row in rows])
     save("memory", TITLE, rows, table, arguments.quick)
 
