@@ -10,8 +10,8 @@ For prices a, b of the two rooms every unit chooses alone, and the dual
 piece, so its maximum is found by cuts: a linear program in a, b and L of the pieces seen so far (Kelley, 1960). As with
 one budget (exact.py), any plan is worse than L by what its choices are worse than their unit's best at these prices, so
 a plan within `width` of L uses only choices that are within it. All plans of these are gone through, unit by unit, but
-those that what is left of both rooms rules out; `width` grows until there is one. Where they are too many, as of a few
-units with large steps, HiGHS looks for the best.
+those that what is left of both rooms rules out; `width` grows until there is one. Where they are too many, as with a
+few units of large steps, HiGHS looks for the best, among all units if they are few; of many a proven gap may stay.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ CUTS = 300
 CONVERGED = 1e-12  # of the loss
 FAR = 1e5  # times what the dual may still rise: planes and prices that need not be looked at
 FIRST_OPEN = 16  # units that are open at first
-WIDER = 2.0
-STATES = 2_000_000  # that are gone through at most; tables of real models need some 100,000
+WIDER = 1.25
+STATES = 500_000  # that are gone through at most
+HIGHS_UNITS = 400  # that HiGHS is given at most; it takes minutes for more
 DENSE = 20_000  # states from which on equal ones are looked for
-TIME_LIMIT_S = 120.0
+TIME_LIMIT_S = 60.0
+HIGHEST_RISE = 1e12  # of prices, to find a plan that fits
+BISECTIONS, FILLED = 60, 400
 
 
 class _TooManyError(Exception):
@@ -57,17 +60,28 @@ class _Pair:
         """float64 [2, units, choices]: steps in shares of their room."""
         return self.steps / np.maximum(self.rooms, 1)[:, None, None]
 
-    def taken(self, columns: np.ndarray) -> np.ndarray:
-        """int64 [2]: what a plan takes of each room."""
-        units = np.arange(len(columns))
-        taken: np.ndarray = self.steps[:, units, columns].sum(axis=1)
-        return taken
-
     def fits(self, columns: np.ndarray) -> bool:
-        return bool((self.taken(columns) <= self.rooms).all())
+        """Whether a plan keeps both budgets."""
+        return bool((self.steps[:, np.arange(len(columns)), columns].sum(axis=1) <= self.rooms).all())
 
     def loss(self, columns: np.ndarray) -> float:
         return float(self.losses[np.arange(len(columns)), columns].sum())
+
+
+@dataclass(frozen=True)
+class _View:
+    """The problem at the best prices [2]. reduced: float64 [units, choices], by how much a choice is worse than its
+    unit's best. relaxed: the dual. widest: no plan is further from it."""
+
+    pair: _Pair
+    reduced: np.ndarray
+    prices: np.ndarray
+    relaxed: float
+    widest: float
+
+    def wider(self, width: float) -> float:
+        """The next width to look within."""
+        return min(max(width * WIDER, self.widest * 1e-12), self.widest)
 
 
 def solve_pair(losses: np.ndarray, costs: np.ndarray, budget: int, reads: np.ndarray, read_limit: int) -> Solution:
@@ -136,35 +150,85 @@ def _closed(pair: _Pair, prices: np.ndarray, relaxed: float) -> tuple[np.ndarray
     reduced = pair.losses + (prices[:, None, None] * pair.shares).sum(axis=0)
     reduced -= reduced.min(axis=1, keepdims=True)
     second = np.partition(reduced, 1, axis=1)[:, 1] if reduced.shape[1] > 1 else np.zeros(len(reduced))
-    widest = float(reduced.sum(axis=1).max(initial=0.0)) + float(prices.sum())
-    width = float(np.sort(second)[min(FIRST_OPEN, len(second)) - 1])
-    search = _gone_through
+    view = _View(pair, reduced, prices, relaxed, float(reduced.sum(axis=1).max(initial=0.0)) + float(prices.sum()))
+    width, proven = float(np.sort(second)[min(FIRST_OPEN, len(second)) - 1]), 0.0
     while True:
         try:
-            found = search(pair, reduced, prices, width)
+            found = _gone_through(view, width)
         except _TooManyError:
-            search = _by_highs
-            continue
+            return _bracketed(view, proven)
         if found is not None:
-            gap = pair.loss(found[0]) - relaxed
-            if gap <= width * (1 + 1e-9) or search is _gone_through or width >= widest:
-                return found[0], min(found[1], relaxed + width if gap > width else found[1])
-        elif width >= widest:
+            return found, pair.loss(found)
+        if width >= view.widest:
             raise NoPairError("No plan keeps both budgets, though each can be kept alone.")
-        width = min(max(width * WIDER, widest * 1e-12), widest)
+        proven, width = width, view.wider(width)
 
 
-def _gone_through(
-    pair: _Pair, reduced: np.ndarray, prices: np.ndarray, width: float
-) -> tuple[np.ndarray, float] | None:
-    """The best plan within `width` of the dual, and its loss; None without one. Raises _TooManyError."""
+def _bracketed(view: _View, proven: float) -> tuple[np.ndarray, float]:
+    """A good plan where there are too many to go through, and what is proven: no plan is within `proven` of the dual.
+
+    HiGHS gets the units that a better plan may change, or the likeliest of them. Raises NoPairError if there is none.
+    """
+    best = _fitting(view)
+    gap = math.inf if best is None else view.pair.loss(best) - view.relaxed
+    second = np.sort(np.partition(view.reduced, 1, axis=1)[:, 1])
+    width = min(gap, view.widest)
+    if best is not None and len(second) > HIGHS_UNITS:
+        width = min(width, float(second[HIGHS_UNITS]))
+    try:
+        answer = _by_highs(view, width)
+    except BudgetError:
+        if best is None:
+            raise
+        answer = None
+    if best is None and answer is None:
+        raise NoPairError("No plan keeps both budgets, though each can be kept alone.")
+    bound = view.relaxed + proven
+    if answer is None:
+        assert best is not None  # else there was an error
+        return best, bound
+    if best is None or view.pair.loss(answer[0]) < view.pair.loss(best):
+        best = answer[0]
+    return best, max(bound, min(answer[1], view.relaxed + width))
+
+
+def _fitting(view: _View) -> np.ndarray | None:
+    """A plan that fits: every unit's own at prices that are just high enough, and what is left spent by the best loss
+    saved for it; None where no common rise of both prices fits."""
+    pair = view.pair
+    units, priced = np.arange(len(pair.losses)), (view.prices[:, None, None] * pair.shares).sum(axis=0)
+    low, high = 1.0, 2.0
+    while not pair.fits((pair.losses + high * priced).argmin(axis=1)):
+        low, high = high, high * 4
+        if high > HIGHEST_RISE:
+            return None
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if pair.fits((pair.losses + middle * priced).argmin(axis=1)) else (middle, high)
+    columns = (pair.losses + high * priced).argmin(axis=1)
+    for _ in range(FILLED):
+        left = np.array(pair.rooms) - pair.steps[:, units, columns].sum(axis=1)
+        saved = pair.losses[units, columns][:, None] - pair.losses
+        extra = pair.steps - pair.steps[:, units, columns][:, :, None]
+        able = (saved > 0) & (extra <= left[:, None, None]).all(axis=0)
+        if not able.any():
+            break
+        spent = np.maximum(priced - priced[units, columns][:, None], 1e-300)
+        unit, column = np.unravel_index(np.where(able, saved / spent, -1.0).argmax(), able.shape)
+        columns[unit] = column
+    return columns
+
+
+def _gone_through(view: _View, width: float) -> np.ndarray | None:
+    """The best plan within `width` of the dual; None without one. Raises _TooManyError."""
+    pair, reduced, prices = view.pair, view.reduced, view.prices
     allowed = reduced <= width * (1 + 1e-9)
     settled = reduced.argmin(axis=1)
     core = np.flatnonzero(allowed.sum(axis=1) > 1)
+    per_step = prices / np.maximum(pair.rooms, 1)
     # Those that cost most to move come first: few of their moves go together.
     core = core[np.argsort(-np.where(allowed[core], reduced[core], 0.0).max(axis=1), kind="stable")]
     fixed = np.setdiff1d(np.arange(len(reduced)), core, assume_unique=True)
-    per_step = prices / np.maximum(pair.rooms, 1)
     room = np.array(pair.rooms)[:, None]
     low, high = _rests(pair.steps[:, core], allowed[core])
     taken, excess = pair.steps[:, fixed, settled[fixed]].sum(axis=1)[:, None], np.zeros(1)
@@ -189,7 +253,7 @@ def _gone_through(
     for unit, (parent, option) in zip(core[::-1], history[::-1], strict=True):
         columns[unit] = option[state]
         state = int(parent[state])
-    return columns, pair.loss(columns)
+    return columns
 
 
 def _rests(steps: np.ndarray, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -208,8 +272,10 @@ def _distinct(taken: np.ndarray, excess: np.ndarray) -> np.ndarray:
     return kept
 
 
-def _by_highs(pair: _Pair, reduced: np.ndarray, prices: np.ndarray, width: float) -> tuple[np.ndarray, float] | None:
-    """The best plan of choices within `width` of their unit's best, and the bound of such plans; None without one."""
+def _by_highs(view: _View, width: float) -> tuple[np.ndarray, float] | None:
+    """The best plan of choices within `width` of their unit's best, and the bound of such plans; None if there is
+    none. Raises BudgetError if HiGHS finds none in time."""
+    pair, reduced = view.pair, view.reduced
     settled = reduced.argmin(axis=1)
     open_choices = reduced <= width
     core = np.flatnonzero(open_choices.sum(axis=1) > 1)

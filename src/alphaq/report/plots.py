@@ -273,15 +273,15 @@ def curve_figure(curve: Curve) -> Figure:
         axes.set_yscale("log")
         axes.set_xlabel(f"weight files ({name})")
         axes.set_ylabel(curve.unit)
-        axes.set_title(curve.model, loc="left")
+        axes.set_title(curve.model, loc="left", pad=16 if curve.drawn_marks else 6)
         ticks = _ticks(sizes[0], sizes[-1])
         axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axes.minorticks_off()
         for mark in curve.drawn_marks:
             axes.axvline(mark.weights_bytes / unit, color="#8a8f94", linewidth=0.8, linestyle=":")
             axes.annotate(
-                f"{mark.gib:g} GB", (mark.weights_bytes / unit, 1.0), xycoords=("data", "axes fraction"), rotation=90,
-                ha="right", va="top", fontsize=7, color="#4a525b",
+                f"{mark.gib:g} GB", (mark.weights_bytes / unit, 1.01), xycoords=("data", "axes fraction"),
+                ha="center", va="bottom", fontsize=7, color="#4a525b",
             )  # fmt: skip
     return figure
 
