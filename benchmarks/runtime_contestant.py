@@ -132,7 +132,7 @@ class LlamaCpp:
     def __init__(self, folder: Path, threads: int, length: int = 512, **_: Any) -> None:
         from alphaq.engines.gguf import library as llama  # the C functions, typed
 
-        self.llama, self.library = llama, llama._library()
+        self.llama, self.library = llama, llama.opened()
         self.threads, self.length = threads, length
         self.contexts: dict[int, Any] = {}
         [path] = folder.glob("*.gguf")
@@ -192,13 +192,13 @@ class LlamaCpp:
         pointers = numbers.ctypes.data + numbers.itemsize * np.arange(flat.size, dtype=np.int64)
         wanted = np.zeros((sequences, tokens), np.int8)
         wanted[:, -1] = 1
-        batch = self.llama._Batch(
+        batch = self.llama.Batch(
             n_tokens=flat.size,
-            token=flat.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            token=flat.ctypes.data,
             pos=positions.ctypes.data,
             n_seq_id=counts.ctypes.data,
             seq_id=pointers.ctypes.data,
-            logits=wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+            logits=wanted.ctypes.data,
         )
         context = self.contexts[sequences]
         if code := self.library.llama_decode(context, batch):
