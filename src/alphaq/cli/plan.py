@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,7 +67,10 @@ def plan(
         with resources_for(checkpoint, means) as resources:
             inputs = inputs.made_for(checkpoint, resources, scratch or Path())
             if search is None or checkpoint is None:
-                build = partial(build_plan, checkpoint, inputs=inputs, resources=resources)
+
+                def build(config: PlanConfig, inputs: Inputs = inputs) -> Plan:
+                    return build_plan(checkpoint, config, inputs, resources)
+
                 made = build(config) if checkpoint is None else plan_within(checkpoint, config, host, build)
             else:
                 made = search_plan(checkpoint, config, inputs, search, resources, scratch=scratch)
