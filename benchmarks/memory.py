@@ -1,10 +1,11 @@
 """The memory that llama.cpp takes against what `--memory` counts.
 
-    python benchmarks/memory.py MODEL [MODEL ...] [--scratch DIR]
+    python benchmarks/memory.py MODEL [MODEL ...] [--only CHOICE] [--scratch DIR]
 
-Each model is quantized for llama.cpp (`--method distortion --noise analytic --bits 3`). For every way to run it, what
-`--memory` counts is laid out as `alphaq plan` does, added to the file's bytes, and set beside the largest resident
-memory of a process that loads the file with the same options and fills the whole context of every sequence.
+Each model is quantized for llama.cpp (`--method distortion --noise analytic --bits 3`; `--only Q4_0` for what is quick
+to write). For every way to run it, what `--memory` counts is laid out as `alphaq plan` does, added to the file's bytes,
+and set beside the largest resident memory of a process that loads the file with the same options and fills the whole
+context of every sequence.
 """
 
 from __future__ import annotations
@@ -32,25 +33,29 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("models", nargs="*", type=Path)
     options.add_argument("--scratch", type=Path, default=SCRATCH)
+    options.add_argument("--only", metavar="CHOICE", help="quantize everything so, instead of a mix of 3 bits")
     options.add_argument("--run", nargs=4, metavar=("FILE", "CONTEXT", "PARALLEL", "TYPE"), help="measure in this one")
     arguments = options.parse_args()
     if arguments.run:
         file, context, parallel, kind = arguments.run
         sys.stdout.write(f"{filled(Path(file), int(context), int(parallel), kind)}\n")
         return
-    rows: list[dict[str, Any]] = [row for model in arguments.models for row in compared(model, arguments.scratch)]
+    rows: list[dict[str, Any]] = [
+        row for model in arguments.models for row in compared(model, arguments.scratch, arguments.only)
+    ]
     table = markdown_table(list(rows[0]), [list(row.values()) for row in rows])
     save("memory", TITLE, rows, table, arguments.quick)
 
 
-def compared(model: Path, scratch: Path) -> Iterator[dict[str, Any]]:
+def compared(model: Path, scratch: Path, only: str | None) -> Iterator[dict[str, Any]]:
     """Counted and resident bytes of every way to run one model."""
     from alphaq.checkpoint.reader import open_checkpoint  # torch, which a process that is measured must not load
     from alphaq.nouns.serving import Serving
     from alphaq.planning.memory import memory_of
 
     out = scratch / f"memory-{model.name}"
-    command = ["-m", "alphaq", "quantize", str(model), "--engine", "llama.cpp", "--method", "distortion", "--bits", "3"]
+    command = ["-m", "alphaq", "quantize", str(model), "--engine", "llama.cpp", "--method", "distortion"]
+    command += ["--bits", "3"] if only is None else ["--bpw", "16", "--choices", only]
     if not out.exists():
         subprocess.run([sys.executable, *command, "--noise", "analytic", "-o", str(out)], check=True)
     file, checkpoint = out / "model.gguf", open_checkpoint(model)
@@ -75,7 +80,7 @@ def filled(file: Path, context: int, parallel: int, kind: str) -> int:
     llama = library.opened()
     model_params, params = llama.llama_model_default_params(), llama.llama_context_default_params()
     model_params.n_gpu_layers, model_params.use_extra_bufts = 0, False
-    params.n_ctx, params.n_seq_max = context * parallel, parallel
+    params.n_ctx, params.n_seq_max, params.swa_full = context * parallel, parallel, False
     params.type_k = params.type_v = GGML_TYPES[kind.upper()].number
     model = llama.llama_model_load_from_file(str(file).encode(), model_params)
     held = llama.llama_init_from_model(model, params)

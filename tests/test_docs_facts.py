@@ -272,6 +272,7 @@ TEXT_FREE = [
     "recode",
     "slice",
     "verify",
+    "bench",
     "cache",
 ]
 WITH_TEXT = [
@@ -287,6 +288,7 @@ WITH_TEXT = [
     "demo",
     "imatrix",
     "prune",
+    "fit",
 ]
 
 
@@ -331,6 +333,7 @@ def keys_of(alphaq: Callable[..., Ran], command: str, made: Mapping[str, Path], 
         "engines": ("engines",),
         "methods": ("methods",),
         "quantizers": ("quantizers",),
+        "bench": ("bench",),
         "cache": ("cache",),
         "explain": ("explain", out / "plan.json"),
         "quantize": ("quantize", model, *fast, "-o", scratch / "again"),
@@ -377,6 +380,7 @@ def test_json_of_commands_that_run_the_model_has_the_documented_keys(
         "demo": ("demo", "-o", tmp_path / "demo"),
         "refine": ("refine", tiny, "--plan", tiny_quantized / "plan.json", *few, "-o", tmp_path / "refined.json"),
         "imatrix": ("imatrix", tiny, "--tokens", 64, "--window", 32, "-o", tmp_path / "imatrix.gguf"),
+        "fit": ("fit", tiny, "--method", "distortion", "--choices", "Q4_0,Q8_0", "--memory", "1GiB"),
     }
     found = printed(alphaq, *calls[command])
     if command == "plot":

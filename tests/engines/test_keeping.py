@@ -15,7 +15,7 @@ from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.engines.gguf import keeping, library
 from alphaq.engines.gguf.profile import PROFILE
 from alphaq.errors import BudgetError, PlanError
-from alphaq.nouns.serving import CACHE_TYPES, Kept, Serving
+from alphaq.nouns.serving import CACHE_TYPES, CARD_BYTES, Kept, Memory, Serving
 from alphaq.planning.memory import memory_of
 from conftest import ROOT, Ran
 
@@ -73,6 +73,21 @@ def test_the_budget_is_what_is_left(tiny: Path, checkpoint: Checkpoint, alphaq: 
     assert "256 tokens of cache (f16)" in said.err
 
 
+def test_a_card_gets_what_every_token_reads_and_the_last_layers_experts(
+    tiny: Path, checkpoint: Checkpoint, alphaq: Callable[..., Ran]
+) -> None:
+    asked = kept(checkpoint, context=256)
+    card = CARD_BYTES + asked.cache_bytes + asked.buffer_bytes + 5 * MIB
+    budget = ("--memory", f"{asked.total + 5 * MIB}", "--vram", str(card), "--context", "256")
+    told = alphaq("plan", tiny, *ENGINE, "--choices", "Q2_K,Q4_0,Q8_0", *budget, "--json").json
+    memory = Memory.model_validate(told["memory"])
+    placement, layers = memory.placement, checkpoint.config["num_hidden_layers"]
+    assert placement is not None and 0 < placement.host_layers < layers
+    assert placement.card_bytes <= 5 * MIB and placement.host_bytes <= memory.host
+    assert placement.card_bytes + placement.host_bytes >= told["size_bytes"] > 6 * MIB
+    assert f"-ngl 999 --n-cpu-moe {placement.host_layers} --no-repack" in keeping.flags(memory)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -82,6 +97,8 @@ def test_the_budget_is_what_is_left(tiny: Path, checkpoint: Checkpoint, alphaq: 
         ((*ENGINE, "--memory", "1MiB"), "leave nothing for weights"),
         ((*ENGINE, "--memory", "56MiB", "--context", "64"), "Raise it"),
         ((*ENGINE, "--memory", "16GiB", "--kv-type", "q3"), "--kv-type"),
+        ((*ENGINE, "--memory", "16GiB", "--vram", "400MiB"), "what every token reads takes"),
+        ((*ENGINE, "--bits", "3", "--vram", "8GiB"), "--vram is part of --memory"),
         ((*ENGINE, "--memory", "-1"), "is not a size"),
         ((*ENGINE, "--memory", "16GiB", "--context", "1000000000", "--parallel", "5"), "more than 1073741824"),
     ],

@@ -97,6 +97,8 @@ FLIPS: dict[str, list[Flip]] = {
     "min_bits": [Flip((Rule(pattern="*", value="2"), Rule(pattern="down", value="3")))],
     "max_bits": [Flip((Rule(pattern="expert", value="5"),))],
     "min_sqnr_db": [Flip(9.5)],
+    "min_speed": [Flip(12.5, {"bandwidth": 80_000_000_001})],
+    "bandwidth": [Flip(80_000_000_001)],
     "per_layer": [Flip(True)],
     "unweighted": [Flip(True)],
     "seed": [Flip(7, {"method": "random"})],

@@ -296,6 +296,9 @@ def test_plans_that_cannot_be_refined_are_refused_with_the_way_out(
             update={"choices": plan.choices | {checkpoint.planned[0].name: "5g32"}}
         ),
         r"counts bits without scales.*--size or --bits": planned(checkpoint, unweighted=True),
+        r"without --min-speed and --vram": plan.model_copy(
+            update={"config": plan.config.model_copy(update={"min_speed": 1.0, "bandwidth": 10**12})}
+        ),
         r"without --codec.*alphaq recode": plan.coded_by(CODECS[-1]),
     }
     for message, one in cases.items():

@@ -35,6 +35,10 @@ LARGEST_COEFFICIENT = 1e6  # of a row, so that the row's tolerance of 1e-6 is be
 ROUNDING = 1e-9  # how far a constraint of fractional coefficients may be missed, relative to its terms
 
 
+class InfeasibleError(BudgetError):
+    """No plan meets all that is asked for."""
+
+
 @dataclass(frozen=True)
 class SideConstraint:
     """lower ≤ Σ coefficients[row, xᵢ] ≤ upper over the chosen columns x of the units i = units[row].
@@ -68,9 +72,9 @@ def solve_milp(
     """Optimal columns for losses [units, choices] (float64), costs [units, choices] (int64) and side constraints.
 
     `lower_bound` is HiGHS' own; after `time_limit_s` seconds the best plan so far comes back with the bound so far.
-    `price` is that of the relaxation without side constraints. Raises BudgetError if no plan fits (naming the
-    constraint that alone cannot be met within the budget, if there is one), if a constraint is malformed, if a loss
-    is not finite, or if the time ran out before any plan was found.
+    `price` is that of the relaxation without side constraints. Raises InfeasibleError if no plan fits (naming the
+    constraint that alone cannot be met within the budget, if there is one), BudgetError if a constraint is malformed,
+    if a loss is not finite, or if the time ran out before any plan was found.
     """
     price = relaxation_price(losses, costs, budget)
     for constraint in constraints:
@@ -82,7 +86,7 @@ def solve_milp(
     scale = _loss_scale(float((losses - least[:, None]).max(initial=0.0)), abs(float(relaxed)))
     answer = _highs((losses - least[:, None]) * scale, costs, budget, constraints, time_limit_s)
     if answer.status == 2:
-        raise BudgetError(_blame(costs, budget, constraints, deadline))
+        raise InfeasibleError(_blame(costs, budget, constraints, deadline))
     if answer.x is None:
         if answer.status == 1:
             raise BudgetError(f"No plan was found within {time_limit_s:g} s. Allow more time, or relax a constraint.")

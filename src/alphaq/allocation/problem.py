@@ -17,9 +17,22 @@ import numpy as np
 from alphaq.allocation.baselines import solve_ratio, solve_uniform_mix
 from alphaq.allocation.exact import solve_exact
 from alphaq.allocation.milp import SideConstraint, solve_milp
+from alphaq.allocation.pair import NoPairError, solve_pair
 from alphaq.allocation.solution import Solution
 from alphaq.errors import BudgetError
 from alphaq.nouns.choice import Choice
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a token reads of each matrix at each choice, int64 [matrices, choices]; the most of all together, in bytes.
+
+    rest: bytes that it reads beside them, which the limit is without.
+    """
+
+    table: np.ndarray
+    limit: int
+    rest: int
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,8 @@ class Problem:
 
     owner: int [matrices], the unit of each matrix. costs: int64 [matrices, choices], in the budget's unit. allowed:
     bool [matrices, choices]. limit: in the costs' unit. layers: int [units], −1 outside layers. ladder: columns of
-    the plain choices from narrow to wide, for allocators that follow an order.
+    the plain choices from narrow to wide, for allocators that follow an order. reads: a second budget, of what a token
+    reads.
     """
 
     units: tuple[str, ...]
@@ -39,6 +53,7 @@ class Problem:
     limit: int
     layers: np.ndarray
     ladder: tuple[int, ...]
+    reads: Reads | None = None
 
     def per_unit(self, values: np.ndarray) -> np.ndarray:
         """Sums over each unit's matrices, [units, …] of [matrices, …]."""
@@ -82,6 +97,12 @@ class Problem:
         """int64 [units, choices], only what is allowed."""
         return self.allowed_only(self.per_unit(self.costs))
 
+    @cached_property
+    def unit_reads(self) -> np.ndarray:
+        """int64 [units, choices], only what is allowed; of a problem with reads."""
+        assert self.reads is not None  # the caller knows
+        return self.allowed_only(self.per_unit(self.reads.table))
+
     def chosen(self, columns: np.ndarray) -> np.ndarray:
         """int [matrices]: the column of each matrix for columns of units as a solver gives them."""
         return self.source[np.arange(len(self.units)), columns][self.owner]
@@ -106,9 +127,21 @@ def solve_losses(problem: Problem, losses: np.ndarray, per_layer: bool = False) 
             f"The loss of {problem.units[bad[0]]!r} is NaN or infinite. Check its alpha and variance, or lower --gamma."
         )
     table = problem.allowed_only(totals)
+    if problem.reads is not None:
+        return _solve_both(problem, table, problem.reads, per_layer)
     if not per_layer:
         return solve_exact(table, problem.unit_costs, problem.limit)
     return solve_milp(table, problem.unit_costs, problem.limit, layer_budgets(problem))
+
+
+def _solve_both(problem: Problem, table: np.ndarray, reads: Reads, per_layer: bool) -> Solution:
+    """Least loss under both budgets. Raises BudgetError."""
+    if per_layer:
+        raise BudgetError("--per-layer and --min-speed are not solved together. Drop one of them.")
+    try:
+        return solve_pair(table, problem.unit_costs, problem.limit, problem.unit_reads, reads.limit)
+    except NoPairError as error:
+        raise BudgetError(f"{error} Lower --min-speed, raise the budget, or allow narrower --choices.") from None
 
 
 def layer_budgets(problem: Problem) -> list[SideConstraint]:

@@ -18,6 +18,7 @@ import typer
 
 from alphaq import __version__
 from alphaq.cli.analyze import analyze
+from alphaq.cli.bench import bench
 from alphaq.cli.cache import cache
 from alphaq.cli.card import card
 from alphaq.cli.certify import certify
@@ -26,6 +27,7 @@ from alphaq.cli.demo import demo
 from alphaq.cli.engines import engines
 from alphaq.cli.eval import evaluate
 from alphaq.cli.explain import explain
+from alphaq.cli.fit import fit
 from alphaq.cli.generate import generate
 from alphaq.cli.imatrix import imatrix
 from alphaq.cli.inspect import inspect
@@ -48,6 +50,7 @@ from alphaq.terminal import complain
 COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "analyze": analyze,
+    "fit": fit,
     "plan": plan,
     "refine": refine,
     "quantize": quantize,
@@ -69,6 +72,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "card": card,
     "report": report,
     "plot": plot,
+    "bench": bench,
     "cache": cache,
 }
 RENAMED = {

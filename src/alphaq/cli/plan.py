@@ -11,7 +11,7 @@ import typer
 from alphaq.cli.converting import opened_for
 from alphaq.cli.inputs import Inputs
 from alphaq.cli.means import JsonOption, Means, opened, resources_for
-from alphaq.cli.memory import ServingOptions, fitted, serving_of
+from alphaq.cli.memory import ServingOptions, fitted, plan_within, serving_of
 from alphaq.cli.options import Asked
 from alphaq.cli.planning import build_plan, note_pace, plan_config
 from alphaq.cli.search import ANY_BUDGET, ScoringOptions, Search, WantedOptions, search_plan
@@ -67,8 +67,11 @@ def plan(
         with resources_for(checkpoint, means) as resources:
             inputs = inputs.made_for(checkpoint, resources, scratch or Path())
             if search is None or checkpoint is None:
-                config, memory = (config, None) if checkpoint is None else fitted(checkpoint, config, host)
-                made = build_plan(checkpoint, config, inputs, resources).model_copy(update={"memory": memory})
+
+                def build(config: PlanConfig, inputs: Inputs = inputs) -> Plan:
+                    return build_plan(checkpoint, config, inputs, resources)
+
+                made = build(config) if checkpoint is None else plan_within(checkpoint, config, host, build)
             else:
                 made = search_plan(checkpoint, config, inputs, search, resources, scratch=scratch)
             if checkpoint is not None:

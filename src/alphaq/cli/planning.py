@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alphaq.cli.inputs import Inputs, note_source, text_of
+from alphaq.cli.means import cache_folder
 from alphaq.cli.options import Asked
 from alphaq.errors import AlphaQError, BudgetError, MissingExtraError
 from alphaq.formats.table import code_bits
@@ -33,10 +34,21 @@ def plan_config(
     from alphaq.planning import resolve
 
     config = asked.build(budget=budget or _budget(asked), calibration=None, **inputs.names)
+    if config.min_speed is not None and config.bandwidth is None:
+        config = config.model_copy(update={"bandwidth": _bandwidth_here()})
     if inputs.stats is not None and (config.spectrum, config.tail) != ("farms", "hill"):
         raise AlphaQError("--stats already holds α, so --spectrum and --tail decide nothing. Drop one or the other.")
     text = text_of(inputs.calibration) if resolve(config, with_model).method.needs_text else None
     return config if text is None else config.model_copy(update={"calibration": text.name})
+
+
+def _bandwidth_here() -> int:
+    """Bytes per second of this machine's memory, measured where that was not done before."""
+    from alphaq.measuring.bandwidth import bandwidth_here
+
+    found = bandwidth_here(cache_folder())
+    note(f"this machine reads {found.bytes_per_second / 1e9:.1f} GB/s; --bandwidth states another's")
+    return found.bytes_per_second
 
 
 def _budget(asked: Asked[PlanConfig]) -> Budget:

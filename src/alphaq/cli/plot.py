@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from alphaq.measuring.density import Density
     from alphaq.measuring.resources import Resources
     from alphaq.nouns.matrix import MatrixRef
+    from alphaq.report.curve import Curve
     from alphaq.report.places import Place
 
 KINDS = {
     "spectrum": "eigenvalue density with its fitted tail of two matrices; RUN is the model",
     "alpha": "α by layer, expert and projection; RUN is a stats CSV, a plan or a quantized folder",
     "bits": "bits by layer, expert and projection; RUN is a plan or a quantized folder",
+    "curve": "size against what is lost; RUN is what `alphaq fit -o` wrote, a plan or a quantized folder",
     "methods": "KL or perplexity against bits for methods; RUN is a folder of `alphaq compare`, may be repeated",
     "gamma": "KL or perplexity against γ; RUN is a comparison of alphaq:gamma=0,alphaq:gamma=1,…; may be repeated",
 }
@@ -60,7 +62,7 @@ def plot(
     dpi: Annotated[int, typer.Option(min=30, max=1200, help="Dots per inch of a PNG.")] = 200,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw a figure: spectrum, alpha, bits, methods or gamma (extra `plot`)."""
+    """Draw a figure: spectrum, alpha, bits, curve, methods or gamma (extra `plot`)."""
     from alphaq.checkpoint.writer import atomic_file, check_file
     from alphaq.report import plots
 
@@ -95,9 +97,28 @@ def _drawn(drawing: Drawing) -> tuple[Any, dict[str, object]]:
     if kind == "bits":
         bits = read_run(Path(first)).plan.assignment
         return plots.bits_figure(bits, _places(bits)), {"matrices": len(bits)}
+    if kind == "curve":
+        curve = _curve(Path(first))
+        return plots.curve_figure(curve), {
+            "points": len(curve.points),
+            "machines": [one.gib for one in curve.drawn_marks],
+        }
     compared = [(Path(run).resolve().name, read_comparison(Path(run))) for run in drawing.runs]
     draw = plots.methods_figure if kind == "methods" else plots.gamma_figure
     return draw(compared, drawing.metric), {"runs": [name for name, _ in compared]}
+
+
+def _curve(path: Path) -> Curve:
+    """Of a fit as JSON, or of a plan; machines are marked by what the plan's memory keeps."""
+    from alphaq.planning.fitting import MACHINES_GIB, of_machine
+    from alphaq.report.curve import Mark, curve_of_plan, read_curve
+    from alphaq.report.runs import read_run
+
+    if path.is_file() and b'"curve"' in path.read_bytes():
+        return read_curve(path)
+    plan = read_run(path).plan
+    kept = 0 if plan.memory is None else plan.memory.kept.total
+    return curve_of_plan(plan, [Mark(gib=gib, weights_bytes=of_machine(gib) - kept) for gib in MACHINES_GIB])
 
 
 def _places(names: Iterable[str]) -> dict[str, Place]:

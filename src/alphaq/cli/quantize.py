@@ -12,7 +12,7 @@ import typer
 from alphaq.cli.converting import opened_for
 from alphaq.cli.inputs import Inputs, Sight, note_source, rounding_of
 from alphaq.cli.means import JsonOption, Means, ModelArgument, RestartOption, output_target, resources_for
-from alphaq.cli.memory import ServingOptions, fitted, serving_of
+from alphaq.cli.memory import ServingOptions, plan_within, serving_of
 from alphaq.cli.options import Asked
 from alphaq.cli.planning import build_plan, note_pace, plan_config, read_plan
 from alphaq.cli.search import ANY_BUDGET, ScoringOptions, Search, Wanted, WantedOptions, search_plan
@@ -96,9 +96,12 @@ class Job:
             return order.plan
         assert order.config is not None  # then there is something to make one of
         if order.search is None:
-            config, memory = fitted(checkpoint, order.config, order.serving)
-            plan = build_plan(checkpoint, config, inputs, resources, order.quantizer)
-            return plan.model_copy(update={"memory": memory})
+            return plan_within(
+                checkpoint,
+                order.config,
+                order.serving,
+                lambda config: build_plan(checkpoint, config, inputs, resources, order.quantizer),
+            )
         return search_plan(checkpoint, order.config, inputs, order.search, resources, self.rounding, self.beside)
 
     @property

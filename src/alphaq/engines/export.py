@@ -24,7 +24,7 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Shape
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
-from alphaq.nouns.serving import Kept, Memory, Serving
+from alphaq.nouns.serving import Kept, Memory, Placement, Serving
 from alphaq.simd.sums import in_threads, row_parts, squared_distance
 from alphaq.work.workers import Wrap
 
@@ -136,11 +136,13 @@ class Run:
 class Hosting:
     """What an engine keeps in memory beside the weights, and the options under which it keeps no more.
 
-    kept: raises AlphaQError where that cannot be found out.
+    kept: raises AlphaQError where that cannot be found out. placed: what of the files goes to the card of a memory that
+    has one; raises BudgetError where even what every token reads does not fit there.
     """
 
     kept: Callable[[Checkpoint, Serving], Kept]
-    flags: Callable[[Serving], str]
+    flags: Callable[[Memory], str]
+    placed: Callable[[Checkpoint, Layout, Memory], Placement]
 
 
 def _as_it_is(values: torch.Tensor, form: Form, checkpoint: Checkpoint) -> torch.Tensor:
@@ -196,7 +198,7 @@ class Export:
     def used(self, out: str, files: Sequence[str], memory: Memory | None = None) -> str:
         """What to do with a folder of these weight files, in their order, made for so much memory."""
         usage = self.usage.format(out=out, first=Path(files[0]).name)
-        return usage if memory is None or self.hosting is None else f"{usage} {self.hosting.flags(memory.serving)}"
+        return usage if memory is None or self.hosting is None else f"{usage} {self.hosting.flags(memory)}"
 
     def laid_out(self, checkpoint: Checkpoint, choices: Mapping[str, Choice], split_bytes: int | None) -> Layout:
         """Every file; split, where that is asked for. Raises PlanError if the engine reads no parts."""

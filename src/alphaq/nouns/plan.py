@@ -219,6 +219,8 @@ class Plan(BaseModel):
     """How the default method's plan was compared with uniform bits; None of other methods, and without a check."""
     unchecked: str | None = None
     """Why the default method's plan was not compared with uniform bits, though it should have been."""
+    read_bytes: Count | None = None
+    """Bytes of weights that a token reads: all but the experts that its router leaves out, and the embedding."""
     memory: Memory | None = None
     """What the budget was made of, where the memory to run in was stated."""
     dropped: Dropping | None = None

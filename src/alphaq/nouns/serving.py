@@ -12,6 +12,7 @@ from alphaq.nouns.settings import parse_size
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 CACHE_TYPES: tuple[str, ...] = get_args(CacheType)
 MOST_CELLS = 2**30  # engines count them in 32 bits
+CARD_BYTES = 2**29  # what a card's driver and libraries take for a program; an allowance, not measured
 MEMORY = "Memory to run in (with --memory)"
 
 
@@ -30,6 +31,16 @@ class Serving(BaseModel):
             parse=parse_size,
         ),
     ] = Field(gt=0)
+    vram_bytes: Annotated[
+        int | None,
+        Option(
+            "Memory of a card beside it, e.g. 8GiB: for what every token reads, and as many layers' experts as fit.",
+            MEMORY,
+            name="vram",
+            typed=str,
+            parse=parse_size,
+        ),
+    ] = Field(default=None, gt=0)
     context: Annotated[int, Option("Tokens of context of each sequence.", MEMORY)] = Field(
         default=4096, ge=1, le=MOST_CELLS
     )
@@ -63,15 +74,43 @@ class Kept(BaseModel):
         return self.cache_bytes + self.buffer_bytes + self.engine_bytes
 
 
+class Placement(BaseModel):
+    """Where weights lie that a card shares with the machine. host_layers: of so many layers, from the first, the
+    experts stay in the machine's memory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    card_bytes: NonNegativeInt
+    host_bytes: NonNegativeInt
+    host_layers: NonNegativeInt
+
+
 class Memory(BaseModel):
-    """What a budget was made of: the memory asked for, and what is kept in it beside the weights."""
+    """What a budget was made of: the memory asked for, and what is kept in it beside the weights.
+
+    With a card, cache and buffers lie there, and buffers for what the processor computes in the machine's memory too.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     serving: Serving
     kept: Kept
+    placement: Placement | None = None
+
+    @property
+    def host(self) -> int:
+        """Bytes of the machine's memory that are left for weights; negative where there are none."""
+        kept = self.kept.total - (0 if self.serving.vram_bytes is None else self.kept.cache_bytes)
+        return self.serving.memory_bytes - kept
+
+    @property
+    def card(self) -> int:
+        """Bytes of the card that are left for weights; negative where there are none, 0 without a card."""
+        if self.serving.vram_bytes is None:
+            return 0
+        return self.serving.vram_bytes - self.kept.cache_bytes - self.kept.buffer_bytes - CARD_BYTES
 
     @property
     def weights(self) -> int:
         """Bytes that are left for weight files; negative where there are none."""
-        return self.serving.memory_bytes - self.kept.total
+        return self.host + self.card

@@ -103,6 +103,17 @@ def _split_size(text: str) -> int:
     return size
 
 
+def _bandwidth(text: str) -> int:
+    number, slash, second = text.partition("/")
+    try:
+        rate = parse_size(number)
+    except BudgetError:
+        rate = 0
+    if rate < 1 or (slash and second.strip() != "s"):
+        raise BudgetError(f"--bandwidth {text!r} is no rate of memory. Write for example --bandwidth 80GB/s.")
+    return rate
+
+
 def _decibels(text: str) -> float:
     match = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,6})?)\s*(?:dB)?\s*", text, re.IGNORECASE)
     if match is None:
@@ -260,6 +271,20 @@ class PlanConfig(BaseModel):
     max_drop_loss: Annotated[
         float, Option("With --drop: most that dropped experts may cost, in nats per token, with 95 %.", LIMITS)
     ] = Field(default=0.01, gt=0, allow_inf_nan=False)
+    min_speed: Annotated[
+        float | None,
+        Option("Tokens per second to reach at least, by --bandwidth and the bytes that a token reads.", LIMITS),
+    ] = Field(default=None, gt=0, allow_inf_nan=False)
+    bandwidth: Annotated[
+        int | None,
+        Option(
+            "Bytes per second that memory gives, e.g. 80GB/s; measured by default (`alphaq bench`).",
+            LIMITS,
+            typed=str,
+            parse=_bandwidth,
+            show="{}B/s".format,
+        ),
+    ] = Field(default=None, gt=0)
     per_layer: Annotated[bool, Option("One budget for each layer.", LIMITS, varies=True)] = False
     """In proportion to its weights, instead of one for the model."""
     unweighted: Annotated[
@@ -324,6 +349,13 @@ class PlanConfig(BaseModel):
         if isinstance(gamma, float) and not math.isfinite(gamma):
             raise ValueError("gamma must be a finite number or auto")
         return gamma
+
+    @property
+    def read_limit(self) -> int | None:
+        """Bytes of weights that a token may read. None without a speed, or before the bandwidth is known."""
+        if self.min_speed is None or self.bandwidth is None:
+            return None
+        return math.floor(self.bandwidth / self.min_speed)
 
     def widths(self) -> dict[Role, int]:
         """Bit-widths that were asked for, of roles that are quantized outside the budget."""

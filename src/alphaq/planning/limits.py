@@ -17,6 +17,7 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.settings import PlanConfig, Rule
 from alphaq.planning.costs import costs_of
+from alphaq.planning.reading import reads_of, too_slow
 from alphaq.planning.request import Request
 from alphaq.planning.scope import Scope, names_nothing
 from alphaq.sensitivity.base import Evidence
@@ -37,10 +38,13 @@ def problem_of(scope: Scope, evidence: Evidence | None = None) -> Problem:
     if evidence is not None:
         allowed &= _clear(scope, evidence)
     costs = costs_of(scope, evidence)
+    reads = reads_of(scope, evidence)
     problem = Problem(
-        units.names, units.owner, request.choices, costs.table, allowed, costs.limit, units.layers, request.rungs
+        units.names, units.owner, request.choices, costs.table, allowed, costs.limit, units.layers, request.rungs, reads
     )
     check_feasible(problem, request, costs.stated, scope.matrices)
+    if reads is not None and (least := int(problem.unit_reads.min(axis=1).sum())) > reads.limit:
+        raise too_slow(reads, least, request.config.bandwidth or 0)
     return problem
 
 

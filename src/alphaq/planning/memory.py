@@ -15,6 +15,8 @@ def memory_of(checkpoint: Checkpoint, engine: str, serving: Serving) -> Memory:
     if hosting is None:
         raise PlanError(f"What {engine} keeps beside the weights is not known. State the size of the weight files.")
     memory = Memory(serving=serving, kept=hosting.kept(checkpoint, serving))
+    if serving.vram_bytes is not None and memory.host > 0:
+        return memory  # whether the card has room for its share is known of a layout
     if memory.weights <= 0:
         raise BudgetError(
             f"{serving.memory_bytes:,} bytes of memory leave nothing for weights: {engine} keeps "

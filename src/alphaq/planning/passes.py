@@ -23,6 +23,7 @@ from alphaq.errors import CheckpointError, PassError, QuantizationError
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Role
+from alphaq.planning.reading import chosen_experts
 from alphaq.sensitivity.base import Need
 from alphaq.simd.sums import squared_norm
 from alphaq.work.workers import Wrap
@@ -114,9 +115,7 @@ def fisher_shape(checkpoint: Checkpoint) -> tuple[int, int]:
     which more changes nothing (docs/research/log.md).
     """
     experts = checkpoint.architecture.experts_per_layer(checkpoint.config)
-    keys = (key for key in checkpoint.architecture.top_k_keys if isinstance(checkpoint.text_config.get(key), int))
-    chosen = next((int(checkpoint.text_config[key]) for key in keys), experts)
-    share = chosen / experts if experts else 1.0
+    share = chosen_experts(checkpoint) / experts if experts else 1.0
     if not writes(checkpoint):
         windows, length = REWRITTEN
         return windows, length * max(1, math.ceil(EXPERT_TOKENS / (windows * length * share)))

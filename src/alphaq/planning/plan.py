@@ -18,6 +18,7 @@ from alphaq.planning.costs import coded_table, data_table
 from alphaq.planning.kept import kept_shares
 from alphaq.planning.limits import problem_of
 from alphaq.planning.measured import Measurements
+from alphaq.planning.reading import Reading
 from alphaq.planning.request import Request
 from alphaq.planning.scope import Scope
 from alphaq.planning.solving import Answer, accounted, draft, named_errors, solve
@@ -48,7 +49,7 @@ def make_plan(checkpoint: Checkpoint | None, request: Request, measurements: Mea
         update={
             "source": checkpoint.identity,
             "bits_per_weight": 8 * spent / int(weights.sum()),
-            "size_bytes": _size_bytes(scope, evidence, answer),
+            **_bytes(scope, evidence, answer),
             "choices": {name: str(choice) for name, choice in chosen.items()},
             "kept": kept_shares(checkpoint, chosen),
             "expected_error": plan.expected_error | _joined_expected(scope, measurements, answer),
@@ -117,11 +118,15 @@ def _prediction(scope: Scope, measurements: Measurements, answer: Answer) -> Pre
     return nats.prediction(fisher, known | outside, scope.checkpoint.matrices, measurements.dropped)
 
 
-def _size_bytes(scope: Scope, evidence: Evidence, answer: Answer) -> int:
-    """Bytes of all weight files."""
-    if evidence.coded is None:
-        return scope.size_bytes(answer.choices)
-    return evidence.rest_bytes + int(coded_table(evidence)[_picked(scope, answer)].sum())
+def _bytes(scope: Scope, evidence: Evidence, answer: Answer) -> dict[str, int]:
+    """Bytes of all weight files, and those that a token reads where they are not coded."""
+    if evidence.coded is not None:
+        return {"size_bytes": evidence.rest_bytes + int(coded_table(evidence)[_picked(scope, answer)].sum())}
+    layout = scope.layout(answer.choices)
+    return {
+        "size_bytes": layout.size_bytes,
+        "read_bytes": Reading.of(scope.checkpoint, evidence.prior).total(layout),
+    }
 
 
 def _against_bound(

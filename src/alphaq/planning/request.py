@@ -88,6 +88,7 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
         )
     preset = {key: value for key, value in chosen.preset.items() if _is_unset(getattr(config, key))}
     config = config.model_copy(update=preset)
+    _check_speed(config)
     if config.codec is not None:
         _check_codec(config, profile, with_model)
     offered = _offered(config, profile)
@@ -167,6 +168,14 @@ def _check_options(config: PlanConfig, profile: Profile) -> None:
             )
     if config.unweighted and config.budget.bpw is not None:
         raise BudgetError("--unweighted counts matrices, so stored bits per weight mean nothing. Use --bits or --size.")
+
+
+def _check_speed(config: PlanConfig) -> None:
+    """BudgetError for a speed of unknown memory, or of files whose codes are taken apart when they are loaded."""
+    if config.min_speed is not None and config.codec is not None:
+        raise BudgetError("--min-speed counts the bytes that a token reads, which codes do not change. Drop --codec.")
+    if config.min_speed is not None and config.bandwidth is None:
+        raise BudgetError("--min-speed needs the bandwidth of the memory. Add --bandwidth 80GB/s.")
 
 
 def _check_codec(config: PlanConfig, profile: Profile, with_model: bool) -> None:

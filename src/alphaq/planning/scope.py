@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from alphaq.checkpoint.reader import Checkpoint
+from alphaq.engines.export import Layout
 from alphaq.engines.profile import Profile
 from alphaq.errors import BudgetError, PlanError
 from alphaq.nouns.choice import Choice
@@ -131,10 +132,14 @@ class Scope:
             self._open[kind] = storable & (self.request.offered if pin is None else {pin})
         return self._open[kind]
 
+    def layout(self, choices: Mapping[str, Choice]) -> Layout:
+        """All weight files, with matrices at these choices."""
+        writer, split_bytes = self.request.profile.writer, self.request.config.split_bytes
+        return writer.laid_out(self.checkpoint, {**self.fixed, **choices}, split_bytes)
+
     def size_bytes(self, choices: Mapping[str, Choice]) -> int:
         """Bytes of all weight files, headers included, with matrices at these choices."""
-        writer, split_bytes = self.request.profile.writer, self.request.config.split_bytes
-        return writer.laid_out(self.checkpoint, {**self.fixed, **choices}, split_bytes).size_bytes
+        return self.layout(choices).size_bytes
 
     @cached_property
     def _storable(self) -> dict[tuple[object, ...], frozenset[Choice]]:

@@ -36,7 +36,7 @@ def stageable(scope: Scope) -> bool:
     Those of a store would be fetched twice. Coded bytes are measured of whole matrices, with their errors.
     """
     config = scope.request.config
-    decides = scope.request.method.kind in ("loss", "order") and not config.per_layer
+    decides = scope.request.method.kind in ("loss", "order") and not config.per_layer and config.min_speed is None
     return decides and config.noise == "measured" and config.codec is None and scope.checkpoint.store is None
 
 

@@ -63,6 +63,8 @@ def solve(
     """The best choices by the request's method. extra: losses [joined, choices] of matrices beside the planned ones."""
     kind, rule, per_layer = request.method.kind, request.method.rule, request.config.per_layer
     names = (*evidence.names, *joined)
+    if problem.reads is not None and kind != "loss":
+        raise BudgetError(f"--min-speed needs losses, and {request.config.method} has none for each choice. Drop it.")
     if kind in RANKED:
         if per_layer:
             raise BudgetError(f"--per-layer needs losses, and {request.config.method} only has an order. Drop it.")
@@ -88,7 +90,9 @@ def draft(request: Request, measurements: Measurements, evidence: Evidence, answ
     bits = [code_bits(request.choices[column]) for column in experts]
     resolved = config.model_copy(update={"gamma": resolved_gamma(evidence)} if config.method == "alphaq" else {})
     bounded = np.isfinite(solution.lower_bound)
-    single = not config.per_layer and request.method.kind == "loss"  # one price for all: the budget is the only limit
+    single = (
+        not config.per_layer and problem.reads is None and request.method.kind == "loss"
+    )  # one price for all: the budget is the only limit
     deviations, spectra, weights = measurements.deviations, measurements.spectra, measurements.evidence.weights
     known = measurements.evidence.relative_errors if measurements.plain is None else measurements.plain
     relative = known[picked].tolist()

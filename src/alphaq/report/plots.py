@@ -15,6 +15,7 @@ import numpy as np
 from alphaq.errors import AlphaQError, MissingExtraError
 from alphaq.measuring.density import Density
 from alphaq.registry import unknown
+from alphaq.report.curve import Curve
 from alphaq.report.places import Place
 from alphaq.report.runs import ComparedRow
 
@@ -261,3 +262,35 @@ def _reference(axes: Any, rows: Sequence[ComparedRow], metric: str) -> None:
     value = next((_metric(row, metric) for row in rows if row.method == "reference"), None)
     if value:  # the reference's KL to itself is 0, which no log scale has
         axes.axhline(value, color="0.5", lw=0.8, ls="--", label="unquantized")
+
+
+def curve_figure(curve: Curve) -> Figure:
+    """Size of the weight files against what is lost, with the machines that leave room for a point."""
+    with _style():
+        figure, (axes,) = _figure(5.2, 3.4)
+        unit, name = (2**30, "GiB") if curve.points[-1].size_bytes >= 2**30 else (2**20, "MiB")
+        sizes = [one.size_bytes / unit for one in curve.points]
+        axes.plot(sizes, [one.lost for one in curve.points], "-", marker="o" if len(sizes) < 40 else "", markersize=3.5)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(f"weight files ({name})")
+        axes.set_ylabel(curve.unit)
+        axes.set_title(curve.model, loc="left", pad=16 if curve.drawn_marks else 6)
+        ticks = _ticks(sizes[0], sizes[-1])
+        axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        axes.minorticks_off()
+        for mark in curve.drawn_marks:
+            axes.axvline(mark.weights_bytes / unit, color="#8a8f94", linewidth=0.8, linestyle=":")
+            axes.annotate(
+                f"{mark.gib:g} GB", (mark.weights_bytes / unit, 1.01), xycoords=("data", "axes fraction"),
+                ha="center", va="bottom", fontsize=7, color="#4a525b",
+            )  # fmt: skip
+    return figure
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers on a logarithmic axis, or its ends."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    several = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 20 * low else (1.0, 2.0, 5.0)
+    ticks = [part * 10.0**power for power in decades for part in several if low <= part * 10.0**power <= high]
+    return ticks if len(ticks) > 1 else [low, high]

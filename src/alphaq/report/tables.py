@@ -13,7 +13,7 @@ from rich.text import Text
 from alphaq.formats.table import parse_choice
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.plan import MOST_PREDICTABLE, Dropping, Plan, PlanCheck, Prediction, Refinement
-from alphaq.nouns.serving import Memory
+from alphaq.nouns.serving import Memory, Placement
 from alphaq.nouns.skipping import SkipCurve
 
 if TYPE_CHECKING:  # else a table would load torch
@@ -69,12 +69,32 @@ def outline_table(outline: Outline) -> Table:
 
 def memory_words(memory: Memory) -> str:
     """What memory to run in is for."""
-    serving, kept = memory.serving, memory.kept
+    serving, kept, card = memory.serving, memory.kept, memory.placement
+    beside = "" if serving.vram_bytes is None else f" and {human_bytes(serving.vram_bytes)} of a card"
+    placed = "" if card is None else _placed_words(card)
     at_once = f"{serving.parallel} × " if serving.parallel > 1 else ""
     return (
-        f"memory {human_bytes(serving.memory_bytes)}: {human_bytes(kept.cache_bytes)} for {at_once}{serving.context:,} "
-        f"tokens of cache ({serving.kv_type}), {human_bytes(kept.buffer_bytes)} to compute in, "
-        f"{human_bytes(kept.engine_bytes)} of the engine's own; {human_bytes(memory.weights)} for weight files"
+        f"memory {human_bytes(serving.memory_bytes)}{beside}: {human_bytes(kept.cache_bytes)} for {at_once}"
+        f"{serving.context:,} tokens of cache ({serving.kv_type}), {human_bytes(kept.buffer_bytes)} to compute in, "
+        f"{human_bytes(kept.engine_bytes)} of the engine's own; {human_bytes(memory.weights)} for weight files{placed}"
+    )
+
+
+def _placed_words(card: Placement) -> str:
+    return (
+        f"; {human_bytes(card.card_bytes)} on the card, {human_bytes(card.host_bytes)} in memory, with the experts of "
+        f"the first {card.host_layers} layers"
+    )
+
+
+def speed_words(plan: Plan) -> str:
+    """What a token reads, and how fast that is where the memory's rate is known."""
+    read_bytes, bandwidth = plan.read_bytes or 0, None if plan.config is None else plan.config.bandwidth
+    if bandwidth is None:
+        return f"{human_bytes(read_bytes)} of weights"
+    return (
+        f"{human_bytes(read_bytes)} of weights: {bandwidth / max(read_bytes, 1):.3g} tokens per second at "
+        f"{bandwidth / 1e9:.4g} GB/s"
     )
 
 
@@ -88,6 +108,8 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("weight files", f"{human_bytes(plan.size_bytes)} ({plan.size_bytes:,} bytes)")
     if plan.memory is not None:
         table.add_row("made for", memory_words(plan.memory))
+    if plan.read_bytes is not None:
+        table.add_row("a token reads", speed_words(plan))
     table.add_row("expected loss (objective)", f"{plan.objective:.6g}")
     if plan.prediction is not None:
         table.add_row("predicted KL, nats per token", predicted_words(plan.prediction))

@@ -146,6 +146,11 @@ def require_refinable(checkpoint: Checkpoint, plan: Plan, imatrix: ImportanceMat
         )
     if config.per_layer:
         raise PlanError("The plan has a budget for each layer (--per-layer), and refining moves bytes between them.")
+    if config.min_speed is not None or (plan.memory is not None and plan.memory.placement is not None):
+        raise PlanError(
+            "The plan keeps a speed or parts its weights between card and memory, and refining moves bytes without "
+            "looking at either. Refine one without --min-speed and --vram."
+        )
     if plan.codec is not None:
         raise PlanError(
             "Refining counts bytes of fixed-length files, and the plan is for coded ones. Refine one without --codec, "

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,16 +21,16 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.export import Layout
 from alphaq.engines.gguf import library
 from alphaq.engines.gguf.apart import Apart
-from alphaq.errors import AlphaQError
+from alphaq.errors import AlphaQError, BudgetError
 from alphaq.formats.ggml import GGML_TYPES
 from alphaq.nouns.matrix import Role
-from alphaq.nouns.serving import Kept, Serving
+from alphaq.nouns.serving import Kept, Memory, Placement, Serving
 
 MIB = 2**20
 INFO = 2
 UBATCH = 512  # tokens that llama.cpp computes at a time, its default
 WORK_BYTES = 2  # of a converted activation: at most those of half precision; quantized ones take less
-_CACHE = re.compile(r"^\w+: size = +([\d.]+) MiB")  # of keys and values, of states
+_CACHE = re.compile(r"^llama_\w+: (?:.*, )?size = +([\d.]+) MiB")  # of keys and values, of states
 _BUFFER = re.compile(r" (?:compute|output) buffer size = +([\d.]+) MiB")
 PROGRAM_BYTES = 46 * MIB  # code, threads and what they begin with; measured by benchmarks/memory.py
 READ_NOTHING = 0  # llama.cpp's way to load (`load_mode`) that does not map the file
@@ -64,14 +65,56 @@ def work_bytes(checkpoint: Checkpoint, experts_used: int, experts: int) -> int:
     return UBATCH * (WORK_BYTES * widest + 8 * experts)  # and which token goes to which expert
 
 
-def flags(serving: Serving) -> str:
+def flags(memory: Memory) -> str:
     """Options of llama-server under which it keeps that much, and no more.
 
     Weights that are laid out anew for speed, prompts of earlier requests and snapshots of states take memory of
     their own, so they are switched off.
     """
+    serving, card = memory.serving, memory.placement
     types = "" if serving.kv_type == "f16" else f" -ctk {serving.kv_type} -ctv {serving.kv_type}"
-    return f"-c {serving.cells} -np {serving.parallel}{types} --no-repack --cache-ram 0 --ctx-checkpoints 0"
+    split = "" if card is None else f" -ngl 999 --n-cpu-moe {card.host_layers}"
+    return f"-c {serving.cells} -np {serving.parallel}{types}{split} --no-repack --cache-ram 0 --ctx-checkpoints 0"
+
+
+def placed(checkpoint: Checkpoint, layout: Layout, memory: Memory) -> Placement:
+    """What goes to the card under `-ngl 999 --n-cpu-moe N`, with the least N that the card has room for.
+
+    llama.cpp reads the embedding on the processor; a head that is tied to it lies on the card once more. Experts stay
+    in the machine's memory layer by layer, from the first. Raises BudgetError where there are no experts, or all else
+    does not fit on the card.
+    """
+    experts, embedding, rest = _shares(checkpoint, layout)
+    if not experts:
+        raise BudgetError(f"--vram parts experts from all else, and {checkpoint.name} has none. State --memory alone.")
+    tied = 0 if checkpoint.with_role(Role.HEAD) else embedding
+    if rest + tied > memory.card:
+        raise BudgetError(
+            f"{memory.serving.vram_bytes:,} bytes of --vram leave {max(0, memory.card):,} beside cache, buffers and "
+            f"the driver, and what every token reads takes {rest + tied:,}. State more --vram, less --context, fewer "
+            "--attention-bits, or drop --vram."
+        )
+    layers = sorted(experts)
+    on_card = [rest + tied + sum(experts[layer] for layer in layers[stay:]) for stay in range(len(layers) + 1)]
+    stay = next(number for number, nbytes in enumerate(on_card) if nbytes <= memory.card)
+    host = embedding + sum(experts[layer] for layer in layers[:stay])
+    return Placement(card_bytes=on_card[stay], host_bytes=host, host_layers=layers[stay - 1] + 1 if stay else 0)
+
+
+def _shares(checkpoint: Checkpoint, layout: Layout) -> tuple[dict[int, int], int, int]:
+    """Bytes of the experts by layer, of the embedding, and of all else."""
+    of_tensor = {matrix.tensor: matrix for matrix in checkpoint.matrices}
+    experts, embedding, rest = Counter[int](), 0, 0
+    for entry in layout.entries:
+        matrix = of_tensor.get(entry.source) if isinstance(entry.source, str) else entry.source
+        nbytes = sum(place.nbytes for place in entry.places)
+        if matrix is not None and matrix.role is Role.EXPERT:
+            experts[matrix.layer or 0] += nbytes
+        elif matrix is not None and matrix.role is Role.EMBEDDING:
+            embedding += nbytes
+        else:
+            rest += nbytes
+    return dict(experts), embedding, rest
 
 
 # -- in the process of its own ----------------------------------------------------------------------
@@ -115,8 +158,11 @@ def _model_params(llama: ctypes.CDLL) -> ctypes.Structure:
 
 def _context_params(llama: ctypes.CDLL, serving: Serving) -> ctypes.Structure:
     params: ctypes.Structure = llama.llama_context_default_params()
+    if found := library.changed(params, library.WINDOWED):
+        raise _unusual(f"cannot be told what of a window it is to keep ({found})")
     number = GGML_TYPES[serving.kv_type.upper()].number
-    for name, value in dict(n_ctx=serving.cells, n_seq_max=serving.parallel, type_k=number, type_v=number).items():
+    wanted = dict(n_ctx=serving.cells, n_seq_max=serving.parallel, type_k=number, type_v=number, swa_full=False)
+    for name, value in wanted.items():
         setattr(params, name, value)
     return params
 

@@ -62,6 +62,8 @@ class _ContextParams(ctypes.Structure):
         ("cb_eval", EVAL),
         ("cb_eval_user_data", ctypes.c_void_p),
         *_fields(ctypes.c_int32, "type_k", "type_v"),
+        *_fields(ctypes.c_void_p, "abort_callback", "abort_callback_data", "_other"),
+        *_fields(ctypes.c_bool, "embeddings", "offload_kqv", "no_perf", "op_offload", "swa_full", "kv_unified"),
         _REST,
     )
 
@@ -79,6 +81,9 @@ MODEL_DEFAULTS = {"devices": None, "tensor_buft_overrides": None, "n_gpu_layers"
 REPACKING = {"split_mode": 1, "lazy_mode": 1, "main_gpu": 0, "vocab_only": False, "check_tensors": False}
 REPACKING |= {"use_extra_bufts": True, "no_host": False, "no_alloc": False, "load_mtp": False}
 """Defaults where llama.cpp can be told to leave weights as they are in the file; other builds decide for themselves."""
+WINDOWED = {"embeddings": False, "offload_kqv": True, "no_perf": True, "op_offload": True, "swa_full": True}
+WINDOWED |= {"kv_unified": False}
+"""Defaults where llama.cpp can be told to keep no more of a window than is looked at, as llama-server does."""
 CONTEXT_DEFAULTS = {
     "n_ctx": 512,
     "n_batch": 2048,

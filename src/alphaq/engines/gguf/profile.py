@@ -26,7 +26,7 @@ from alphaq.engines.effective import settings_of
 from alphaq.engines.export import AS_IT_IS, RAW, Entry, Export, Form, Hosting, Layout, Rows, Run, Stored
 from alphaq.engines.gguf.apart import Apart
 from alphaq.engines.gguf.importance import importance_of
-from alphaq.engines.gguf.keeping import flags, kept_beside, work_bytes
+from alphaq.engines.gguf.keeping import flags, kept_beside, placed, work_bytes
 from alphaq.engines.gguf.library import Llama
 from alphaq.engines.gguf.model import TensorRecipe, gguf_metadata, gguf_tensors, transformed
 from alphaq.engines.gguf.observing import observed
@@ -342,6 +342,6 @@ PROFILE = Profile(
         type_file=type_file,
         takes_roundings=False,
         observed=observed,
-        hosting=Hosting(kept, flags),
+        hosting=Hosting(kept, flags, placed),
     ),
 )

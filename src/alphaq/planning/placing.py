@@ -1,0 +1,49 @@
+"""A plan for a machine with a card: the budget is lowered until both memories hold their share.
+
+Experts lie on the card layer by layer, so up to a layer of it stays empty, and which is known of a plan alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.engines.profiles import profile
+from alphaq.errors import BudgetError
+from alphaq.nouns.plan import Plan
+from alphaq.nouns.serving import Memory
+from alphaq.nouns.settings import Budget, PlanConfig
+
+TRIES = 8
+
+
+def placed_plan(
+    checkpoint: Checkpoint, config: PlanConfig, memory: Memory, plan_of: Callable[[PlanConfig], Plan]
+) -> Plan:
+    """The plan of a memory, with where its weights go if there is a card. plan_of: makes a plan of a config.
+
+    Raises BudgetError where no budget that was tried leaves both memories room.
+    """
+    hosting = profile(config.engine).writer.hosting
+    assert hosting is not None  # else nobody knows the memory
+    budget = memory.weights
+    for _ in range(TRIES):
+        plan = plan_of(config.model_copy(update={"budget": Budget(size_bytes=budget)}))
+        if memory.serving.vram_bytes is None:
+            return plan.model_copy(update={"memory": memory})
+        layout = profile(config.engine).writer.laid_out(checkpoint, plan.every_choice(), config.split_bytes)
+        placement = hosting.placed(checkpoint, layout, memory)
+        # Headers and the tokenizer are read by the processor.
+        host = (
+            placement.host_bytes
+            + layout.size_bytes
+            - sum(place.nbytes for entry in layout.entries for place in entry.places)
+        )
+        if host <= memory.host:
+            known = placement.model_copy(update={"host_bytes": host})
+            return plan.model_copy(update={"memory": memory.model_copy(update={"placement": known})})
+        budget = layout.size_bytes - (host - memory.host)
+    raise BudgetError(
+        f"No plan was found that parts its experts between {memory.host:,} bytes of memory and {memory.card:,} of the "
+        "card: layers are too large for what is left of either. State more --memory or --vram."
+    )
