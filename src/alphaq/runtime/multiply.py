@@ -26,6 +26,9 @@ from alphaq.simd.vectors import flat
 
 FEW_TOKENS = 32  # of one expert; more are multiplied with its restored matrix
 FEW_BRAINS = 10  # the same, where restored rows stay in the processor's cache
+MANY_BRAINS = (
+    128  # tokens of an expert, on average: with more, a library's products make up for what it restores slowly
+)
 RESTORED_BYTES = 16 << 20  # of a matrix at a time
 
 
@@ -78,7 +81,8 @@ def cpu_linear(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens
     inputs, codings = inputs.detach().contiguous(), table.numpy()
     out = torch.empty(len(experts), len(codings) * rows)
     wanted, chosen = experts.long().contiguous().numpy(), tokens.contiguous().numpy()
-    brain = FAST_BRAINS and inputs.dtype == torch.bfloat16 and inputs.shape[1] % BRAINS == 0
+    sparse = len(experts) <= MANY_BRAINS * codings.shape[1]
+    brain = FAST_BRAINS and sparse and inputs.dtype == torch.bfloat16 and inputs.shape[1] % BRAINS == 0
     left = kernels.multiply(
         flat(inputs),
         inputs.shape[1],
