@@ -11,6 +11,7 @@ import torch
 from alphaq.calibration.dropping import DROPS_VERSION, Drops, gather_drops
 from alphaq.calibration.rerouting import Banning
 from alphaq.calibration.tokens import random_windows
+from alphaq.checkpoint.pruned import without_experts
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import StatsError
 from families import ALIKE, DEAD, random_family, save_layout, with_useless_experts
@@ -38,6 +39,15 @@ def test_bounds_hold_what_few_tokens_leave_open(drops: Drops) -> None:
         assert all(loss <= bound for loss, bound in zip(layer.losses, layer.bounds, strict=True))
         assert layer.bounds[0] > 0  # even where no token was seen
         assert list(layer.bounds) == sorted(layer.bounds)
+
+
+def test_no_more_go_than_the_groups_that_are_chosen_from_can_spare(tmp_path: Path) -> None:
+    settings = dict(n_routed_experts=12, n_group=3, topk_group=1, num_experts_per_tok=3, num_hidden_layers=2)
+    folder = save_layout(random_family("deepseek_v3", **settings), tmp_path, published=True)
+    checkpoint = open_checkpoint(folder)
+    found = gather_drops(checkpoint, IDS[:2])
+    assert found.most == 3  # of four in each group: one must hold the three of a token
+    assert without_experts(checkpoint, found.first(found.most)).dropped
 
 
 def test_json_brings_back_what_was_found_and_names_what_it_is_not(drops: Drops) -> None:

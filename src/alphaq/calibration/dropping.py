@@ -33,7 +33,7 @@ from alphaq.calibration.backward import stream_scores
 from alphaq.calibration.products import Room
 from alphaq.calibration.rerouting import Router
 from alphaq.calibration.stream import HollowModel, LayerTraffic, traffic_of
-from alphaq.checkpoint.families.routing import expert_groups
+from alphaq.checkpoint.families.routing import expert_groups, fewest_experts
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import StatsError
 
@@ -117,8 +117,12 @@ def gather_drops(checkpoint: Checkpoint, ids: Tensor, context: int = 1, share: f
     predicted = windows * (length - context + 1)
     groups = expert_groups(checkpoint.architecture, checkpoint.config)
 
+    fewest = fewest_experts(checkpoint.architecture, checkpoint.config)
+
     def keep(layer: int, routed: _Routed) -> None:
-        found[layer] = _eliminated(routed, predicted, groups, share)
+        found[layer] = _eliminated(
+            routed, predicted, groups, max(fewest, math.ceil(routed.values.shape[1] * (1 - share)))
+        )
 
     def watch(hollow: HollowModel) -> None:
         for layer in hollow.experts:
@@ -175,10 +179,9 @@ def _values(hollow: HollowModel, traffic: LayerTraffic, gradient: Tensor) -> Ten
     return values
 
 
-def _eliminated(routed: _Routed, predicted: int, groups: int, share: float) -> LayerDrops:
-    """A layer's experts one after the other, as long as a token has its choice of as many as it goes to."""
-    count, top_k = routed.values.shape[1], routed.experts.shape[1]
-    least = max(top_k + 1, 2 * groups, math.ceil(count * (1 - share)))
+def _eliminated(routed: _Routed, predicted: int, groups: int, fewest: int) -> LayerDrops:
+    """A layer's experts one after the other, as long as so many stay, and more than a token goes to."""
+    count, least = routed.values.shape[1], max(fewest, routed.experts.shape[1] + 1)
     state = _State(routed, predicted)
     order: list[int] = []
     losses: list[float] = []
