@@ -17,7 +17,7 @@ from alphaq.calibration.stream import HollowModel, model_class
 from alphaq.checkpoint.pruned import without_experts
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import PlanError
-from alphaq.writing.pruning import PRUNED_NAME, prune
+from alphaq.writing.pruning import PRUNED_NAME, Pruning, prune
 from conftest import EXPERTS as FEW
 from families import EXPERTS, FAMILIES, logits, random_family, save_layout
 
@@ -64,9 +64,9 @@ def test_pruned_model_is_the_one_with_masked_routers(family: str, tmp_path: Path
     dropped = some_experts(source)
     if family in REFUSED:
         with pytest.raises(PlanError, match=REFUSED[family]):
-            prune(source, dropped or {0: (0,)}, tmp_path / "out")
+            prune(source, Pruning(dropped or {0: (0,)}), tmp_path / "out")
         return
-    prune(source, dropped, tmp_path / "out")
+    prune(source, Pruning(dropped), tmp_path / "out")
     told = json.loads((tmp_path / "out" / PRUNED_NAME).read_text())
     assert told["experts"] == EXPERTS - 2
     found = logits(tmp_path / "out")

@@ -156,6 +156,9 @@ def _check_options(config: PlanConfig, profile: Profile) -> None:
             rule.number(option)
     if config.drop and config.per_layer:
         raise BudgetError("--drop needs one budget for all layers. Drop --per-layer.")
+    for name in () if config.drop else ("max_drop", "max_drop_loss"):
+        if getattr(config, name) != PlanConfig.model_fields[name].default:
+            raise BudgetError(f"--{name.replace('_', '-')} limits what --drop may do. Add --drop, or drop it.")
     if config.imatrix is not None and profile.importance is None:
         raise BudgetError(f"--imatrix is for llama.cpp's quantizers; {profile.name} has none. Drop it.")
     if config.split_bytes is not None and (profile.export is None or profile.export.split is None):
