@@ -57,6 +57,7 @@ def test_dead_and_duplicated_experts_go_and_their_bytes_buy_bits(useless: Checkp
     assert plan.lower_bound == pytest.approx(plan.objective)
     assert len(plan.assignment) == len(whole.assignment) * 4 // 6
     assert plan.config == whole.config
+    assert plan.original == whole.original == useless.fingerprint
     assert Plan.from_json(plan.to_json(), "plan") == plan
     assert "6 (2 in each layer)" in (explain_plan(plan, None).dropped or "")
 

@@ -86,6 +86,13 @@ def test_layers_and_groups_lose_as_many(save_family: Callable[..., Path]) -> Non
     assert without_experts(source, {0: ()}) is source
 
 
+def test_what_is_left_is_run_by_a_config_with_infinities(tmp_path: Path) -> None:
+    source = open_checkpoint(save_layout(random_family("nemotron_h"), tmp_path, published=True))
+    left = without_experts(source, some_experts(source))
+    assert "Infinity" in json.dumps(left.config)
+    assert left.architecture.experts_per_layer(HollowModel(left).model.config.to_dict()) == EXPERTS - 2
+
+
 def test_experts_of_other_models_stay_and_layers_that_guess_words_go(tmp_path: Path) -> None:
     """The first have a config of their own; the second would count experts by one that no longer does."""
     text = dict(num_hidden_layers=1, num_experts=FEW, num_experts_per_tok=2, num_nextn_predict_layers=2)

@@ -1,11 +1,17 @@
-"""What the libraries under a pass are told: how the C library keeps large tensors, and to show no bars."""
+"""What the libraries under a pass are told: how the C library keeps large tensors, to show no bars, which config."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from alphaq.checkpoint.reader import Checkpoint
 
 MMAP_THRESHOLD, LARGE_BYTES = -3, 1 << 22  # glibc's name of the setting; tensors of 4 MiB
 
@@ -33,3 +39,16 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def config_of(checkpoint: Checkpoint) -> Any:
+    """The config of a checkpoint in its family's class. Raises what transformers raises."""
+    from transformers import AutoConfig
+
+    if checkpoint.gguf is not None:
+        return AutoConfig.for_model(**checkpoint.config)
+    if not checkpoint.dropped:
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    with TemporaryDirectory() as folder:  # only what is read from a file has its infinities decoded
+        (Path(folder) / "config.json").write_text(json.dumps(checkpoint.config), encoding="utf-8")
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)

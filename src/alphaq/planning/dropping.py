@@ -79,6 +79,7 @@ def plan_with_drops(checkpoint: Checkpoint, request: Request, measurements: Meas
         bound=drops.bound(chosen),
         totals={number: float(f"{total:.6g}") for number, total in totals.items()},
         refused=tuple(sorted(set(counts) - set(within))),
+        source=checkpoint.fingerprint,
     )
     return best.model_copy(update={"dropped": dropping})
 
