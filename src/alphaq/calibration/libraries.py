@@ -7,11 +7,10 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from alphaq.checkpoint.reader import Checkpoint
+from alphaq.work.untrusted import JsonObject
 
 MMAP_THRESHOLD, LARGE_BYTES = -3, 1 << 22  # glibc's name of the setting; tensors of 4 MiB
 
@@ -45,10 +44,11 @@ def config_of(checkpoint: Checkpoint) -> Any:
     """The config of a checkpoint in its family's class. Raises what transformers raises."""
     from transformers import AutoConfig
 
-    if checkpoint.gguf is not None:
-        return AutoConfig.for_model(**checkpoint.config)
-    if not checkpoint.dropped:
+    if checkpoint.gguf is None and not checkpoint.dropped:
         return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    with TemporaryDirectory() as folder:  # only what is read from a file has its infinities decoded
-        (Path(folder) / "config.json").write_text(json.dumps(checkpoint.config), encoding="utf-8")
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return AutoConfig.for_model(**json.loads(json.dumps(checkpoint.config), object_hook=_number))
+
+
+def _number(part: JsonObject) -> JsonObject | float:
+    """An infinity, as transformers writes it to a config.json; any other part as it is."""
+    return float(part["__float__"]) if part.keys() == {"__float__"} else part
