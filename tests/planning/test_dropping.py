@@ -98,7 +98,7 @@ def test_nothing_goes_beyond_the_limits(useless: Checkpoint, measured: Measureme
         ({"method": "distortion"}, "--drop weighs experts against bits in nats"),
         ({"drop": False, "max_drop": 0.5}, "--max-drop limits what --drop may do"),
         ({"drop": False, "max_drop": 0.25}, "--max-drop-loss limits what --drop may do"),
-        ({"per_layer": True}, r"--drop needs one budget for all layers\. Drop --per-layer"),
+        ({"per_layer": True}, r"--drop needs one budget for all experts, of plain bytes\. Drop --per-layer"),
         ({"min_bits": (Rule(pattern="*.experts.3.*", value="2"),)}, "numbers experts anew"),
     ],
 )
