@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from alphaq.calibration.dropping import DROPS_VERSION, Drops, gather_drops
-from alphaq.calibration.rerouting import Banning
+from alphaq.calibration.rerouting import Banning, Router
 from alphaq.calibration.tokens import random_windows
+from alphaq.checkpoint.pruned import without_experts
 from alphaq.checkpoint.reader import open_checkpoint
-from alphaq.errors import StatsError
+from alphaq.errors import PlanError, StatsError
+from alphaq.measuring.resources import Resources
+from alphaq.planning.dropping import measured_drops
 from families import ALIKE, DEAD, random_family, save_layout, with_useless_experts
 
 IDS = random_windows(340, 8, 32)
@@ -38,6 +41,42 @@ def test_bounds_hold_what_few_tokens_leave_open(drops: Drops) -> None:
         assert all(loss <= bound for loss, bound in zip(layer.losses, layer.bounds, strict=True))
         assert layer.bounds[0] > 0  # even where no token was seen
         assert list(layer.bounds) == sorted(layer.bounds)
+
+
+def test_no_more_go_than_the_groups_that_are_chosen_from_can_spare(tmp_path: Path) -> None:
+    settings = dict(n_routed_experts=12, n_group=3, topk_group=1, num_experts_per_tok=3, num_hidden_layers=2)
+    folder = save_layout(random_family("deepseek_v3", **settings), tmp_path, published=True)
+    checkpoint = open_checkpoint(folder)
+    found = gather_drops(checkpoint, IDS[:2])
+    assert found.most == 3  # of four in each group: one must hold the three of a token
+    assert without_experts(checkpoint, found.first(found.most)).dropped
+
+
+def test_no_input_of_a_layer_outlives_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them together are as much again as the pass keeps."""
+    routers: list[Router] = []
+    held: list[int] = []
+    made, ask = Router.__init__, Router.ask
+
+    def make(router: Router, *args: object) -> None:
+        made(router, *args)
+        routers.append(router)
+
+    def count(router: Router, *args: object) -> object:
+        held.append(sum(one.inputs is not None for one in routers))
+        return ask(router, *args)
+
+    monkeypatch.setattr(Router, "__init__", make)
+    monkeypatch.setattr(Router, "ask", count)
+    gather_drops(open_checkpoint(save_layout(random_family("qwen3_moe"), tmp_path, published=True)), IDS[:2])
+    assert set(held) == {1}
+    assert all(one.inputs is None for one in routers)
+
+
+def test_families_whose_losses_are_not_foretold_are_refused_before_any_work(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save_layout(random_family("axk1"), tmp_path, published=True))
+    with pytest.raises(PlanError, match="a norm follows its experts"):
+        measured_drops(checkpoint, True, Resources())
 
 
 def test_json_brings_back_what_was_found_and_names_what_it_is_not(drops: Drops) -> None:

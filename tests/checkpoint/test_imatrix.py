@@ -10,6 +10,7 @@ import pytest
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.gguf import imatrix
 from alphaq.checkpoint.gguf.imatrix import PRIOR_TOKENS, read_imatrix
+from alphaq.checkpoint.pruned import without_experts
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.gguf.importance import importance_of
 from alphaq.errors import CheckpointError
@@ -91,6 +92,21 @@ def test_both_formats_mean_the_same_matrices(tmp_path: Path, tiny: Path, sums: n
     assert np.allclose(first[one], sums[3] / sums[3].mean())
     # The older format has one count for all experts, and one mean.
     assert np.allclose(second[one], first[one])
+
+
+def test_one_of_the_whole_model_serves_what_is_left_of_it(tmp_path: Path, tiny: Path, sums: np.ndarray) -> None:
+    checkpoint, stacks = open_checkpoint(tiny), every_stack(sums)
+    left = without_experts(checkpoint, {layer: (layer, 5) for layer in range(4)})
+    new = read_imatrix(write_gguf(tmp_path / "i.gguf", {name: (values, np.ones(8)) for name, values in stacks.items()}))
+    old = read_imatrix(write_binary(tmp_path / "i.dat", {name: (1, values) for name, values in stacks.items()}))
+    for given in (new, old):
+        whole, cut = (importance_of(one, given).columns for one in (checkpoint, left))
+        assert len(cut) == 4 * 6 * 3
+        for before, after in ((2, 1), (4, 3), (7, 5)):  # of layer 1, without 1 and 5
+            name = "model.layers.1.mlp.experts.{}.down_proj.weight"
+            assert np.array_equal(cut[name.format(after)], whole[name.format(before)])
+    own = {name: (values[:6], np.ones(6)) for name, values in stacks.items()}
+    assert importance_of(left, read_imatrix(write_gguf(tmp_path / "o.gguf", own))).columns.keys() == cut.keys()
 
 
 def test_tensors_never_reached_count_as_ones_and_dead_columns_a_little(tmp_path: Path, sums: np.ndarray) -> None:

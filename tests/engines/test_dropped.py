@@ -16,6 +16,9 @@ from alphaq.evaluation.engine_run import restored_logits
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Dropping, Plan
+from alphaq.nouns.serving import Kept, Memory, Serving
+from alphaq.nouns.settings import Budget, PlanConfig
+from alphaq.planning.placing import placed_plan
 from alphaq.work.workers import Workers
 from alphaq.writing.planned import as_planned
 from runnable import save_runnable
@@ -30,6 +33,10 @@ def plan_without(source: Checkpoint, engine: str, choice: str) -> Plan:
     dropped = Dropping(experts={layer: (layer % 4,) for layer in layers})
     left = as_planned(source, Plan(choices={"x": "16"}, dropped=dropped))
     return Plan(engine=engine, choices={one.name: choice for one in left.with_role(Role.EXPERT)}, dropped=dropped)
+
+
+def every_expert(source: Checkpoint, choice: str) -> dict[str, str]:
+    return dict.fromkeys((one.name for one in source.with_role(Role.EXPERT)), choice)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +80,21 @@ def test_files_of_engines_that_are_not_run_here_hold_what_is_left(engine: str, c
     assert pipeline.verify(tmp_path / "out", source).against_source
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert source.architecture.experts_per_layer(config) == 3
+
+
+def test_a_card_gets_of_what_is_left(tmp_path: Path) -> None:
+    source = open_checkpoint(save_runnable(tmp_path / "model", "qwen2_moe"))
+    made = plan_without(source, "llama.cpp", "Q8_0")
+    serving = Serving(memory_bytes=2**30, vram_bytes=2**30)
+    memory = Memory(serving=serving, kept=Kept(cache_bytes=0, buffer_bytes=0, engine_bytes=0))
+    config = PlanConfig(budget=Budget(bits=8), engine="llama.cpp")
+    placement, whole = (
+        placed_plan(source, config, memory, lambda config, one=one: one).memory.placement
+        for one in (made, made.model_copy(update={"choices": every_expert(source, "Q8_0"), "dropped": None}))
+    )
+    assert placement.host_layers == 0
+    gone = sum(matrix.parameters for matrix in source.with_role(Role.EXPERT)) // 4
+    assert whole.card_bytes - placement.card_bytes >= gone * 34 // 32  # and rows of routers
 
 
 def test_workers_that_share_the_whole_model_see_what_is_left(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from alphaq import pipeline
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.checkpoint.writer import resumable_folder
+from alphaq.cli import means
 from alphaq.errors import BudgetError, PlanError
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
@@ -54,6 +57,7 @@ def test_dead_and_duplicated_experts_go_and_their_bytes_buy_bits(useless: Checkp
     assert plan.lower_bound == pytest.approx(plan.objective)
     assert len(plan.assignment) == len(whole.assignment) * 4 // 6
     assert plan.config == whole.config
+    assert plan.original == whole.original == useless.fingerprint
     assert Plan.from_json(plan.to_json(), "plan") == plan
     assert "6 (2 in each layer)" in (explain_plan(plan, None).dropped or "")
 
@@ -92,7 +96,9 @@ def test_nothing_goes_beyond_the_limits(useless: Checkpoint, measured: Measureme
     ("settings", "match"),
     [
         ({"method": "distortion"}, "--drop weighs experts against bits in nats"),
-        ({"per_layer": True}, r"--drop needs one budget for all layers\. Drop --per-layer"),
+        ({"drop": False, "max_drop": 0.5}, "--max-drop limits what --drop may do"),
+        ({"drop": False, "max_drop": 0.25}, "--max-drop-loss limits what --drop may do"),
+        ({"per_layer": True}, r"--drop needs one budget for all experts, of plain bytes\. Drop --per-layer"),
         ({"min_bits": (Rule(pattern="*.experts.3.*", value="2"),)}, "numbers experts anew"),
     ],
 )
@@ -113,8 +119,15 @@ def test_balanced_model_loses_none(tiny: Path) -> None:
     assert len(plan.dropped.totals) == 5
 
 
-def test_commands_prune_and_refuse(useless: Checkpoint, tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
-    ran = alphaq("prune", str(useless.folder), "--experts", "4", "-o", str(tmp_path / "out"), "--json")
+def test_commands_prune_and_refuse(
+    useless: Checkpoint, tmp_path: Path, alphaq: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(means, "progress", lambda items, total, what: shown.append(what) or items)
+    with suppress(KeyboardInterrupt), resumable_folder(tmp_path / "out", {"checkpoint": "another"}):
+        raise KeyboardInterrupt
+    ran = alphaq("prune", str(useless.folder), "--experts", "4", "-o", str(tmp_path / "out"), "--json", "--restart")
+    assert "prune" in shown  # the writing too
     dropped = ran.json["dropped"]
     assert all(DEAD in experts and len(experts) == 2 for experts in dropped.values())
     left = open_checkpoint(tmp_path / "out")

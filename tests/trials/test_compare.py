@@ -235,6 +235,15 @@ def test_method_that_needs_text_is_refused_before_any_work(tiny: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+def test_only_methods_in_nats_drop_experts() -> None:
+    base = PlanConfig(budget=Budget(bits=2), drop=True, max_drop=0.5)
+    requests = comparison._requests(base, ["auto", "uniform"], None)
+    assert {name: (one.config.drop, one.config.max_drop) for name, one in requests.items()} == {
+        "auto": (True, 0.5),
+        "uniform": (False, 0.25),
+    }
+
+
 def test_method_with_settings_of_its_own() -> None:
     config = variant_of(CONFIG, "alphaq:gamma=2.5:tail=ks")
     assert (config.method, config.gamma, config.tail) == ("alphaq", 2.5, "ks")

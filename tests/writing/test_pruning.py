@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from alphaq.calibration.rerouting import Banning, counting
@@ -16,7 +17,7 @@ from alphaq.calibration.stream import HollowModel, model_class
 from alphaq.checkpoint.pruned import without_experts
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import PlanError
-from alphaq.writing.pruning import PRUNED_NAME, prune
+from alphaq.writing.pruning import PRUNED_NAME, Pruning, prune
 from conftest import EXPERTS as FEW
 from families import EXPERTS, FAMILIES, logits, random_family, save_layout
 
@@ -59,13 +60,17 @@ def masked_logits(source: Checkpoint, dropped: dict[int, tuple[int, ...]]) -> to
 )
 def test_pruned_model_is_the_one_with_masked_routers(family: str, tmp_path: Path) -> None:
     model = random_family(family)
+    with torch.no_grad():  # biases of routers are zeros in a new model, whichever of them is cut
+        for one in model.state_dict().values():
+            if one.numel() == EXPERTS and one.is_floating_point():
+                one.copy_(torch.linspace(-0.1, 0.1, EXPERTS).flip(0).view_as(one))
     source = open_checkpoint(save_layout(model, tmp_path / "source", published=True))
     dropped = some_experts(source)
     if family in REFUSED:
         with pytest.raises(PlanError, match=REFUSED[family]):
-            prune(source, dropped or {0: (0,)}, tmp_path / "out")
+            prune(source, Pruning(dropped or {0: (0,)}), tmp_path / "out")
         return
-    prune(source, dropped, tmp_path / "out")
+    prune(source, Pruning(dropped), tmp_path / "out")
     told = json.loads((tmp_path / "out" / PRUNED_NAME).read_text())
     assert told["experts"] == EXPERTS - 2
     found = logits(tmp_path / "out")
@@ -83,6 +88,48 @@ def test_layers_and_groups_lose_as_many(save_family: Callable[..., Path]) -> Non
     with pytest.raises(PlanError, match=r"Layer 7 of .* has no routed experts"):
         without_experts(source, {7: (0,)})
     assert without_experts(source, {0: ()}) is source
+
+
+def test_what_is_left_is_run_by_a_config_with_infinities(tmp_path: Path) -> None:
+    source = open_checkpoint(save_layout(random_family("nemotron_h"), tmp_path, published=True))
+    left = without_experts(source, some_experts(source))
+    assert "Infinity" in json.dumps(left.config)
+    assert left.architecture.experts_per_layer(HollowModel(left).model.config.to_dict()) == EXPERTS - 2
+
+
+def test_experts_of_other_models_stay_and_layers_that_guess_words_go(tmp_path: Path) -> None:
+    """The first have a config of their own; the second would count experts by one that no longer does."""
+    text = dict(num_hidden_layers=1, num_experts=FEW, num_experts_per_tok=2, num_nextn_predict_layers=2)
+    config = {"model_type": "qwen3_omni_moe", "thinker_config": {"text_config": text}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    own, talker = "thinker.model.layers.0", "talker.model.layers.0"
+    shapes = {
+        f"{layer}.mlp.experts.{one}.{part}_proj.weight": (64, 32) if part == "down" else (32, 64)
+        for layer in (own, talker, "mtp.layers.0", "thinker.model.layers.1")
+        for one in range(FEW)
+        for part in ("gate", "up", "down")
+    }
+    shapes |= {f"{layer}.mlp.gate.weight": (FEW, 64) for layer in (own, talker, "mtp.layers.0")}
+    tensors = {name: torch.full(shape, float(number)) for number, (name, shape) in enumerate(shapes.items())}
+    save_file(tensors | {"mtp.norm.weight": torch.ones(64)}, tmp_path / "model.safetensors")
+    left = without_experts(open_checkpoint(tmp_path), {0: (0,)})
+    last = f".mlp.experts.{FEW - 1}."
+    assert set(left.shard_of) == {n for n in shapes if n.startswith((own, talker)) and not n.startswith(own + last)}
+    assert all(torch.equal(left.tensor(name), tensors[name]) for name in left.shard_of if name.startswith(talker))
+    renamed = f"{own}.mlp.experts.0.up_proj.weight", f"{own}.mlp.experts.1.up_proj.weight"
+    assert torch.equal(left.tensor(renamed[0]), tensors[renamed[1]])
+    settings = left.architecture.text_config(left.config)
+    assert (settings["num_nextn_predict_layers"], settings["num_experts"]) == (0, FEW - 1)
+
+
+@pytest.mark.parametrize(("family", "gone", "fewest"), [("qwen2_moe", FEW, 2), ("deepseek_v3", FEW - 1, 2)])
+def test_too_few_for_a_router_are_refused(
+    save_family: Callable[..., Path], family: str, gone: int, fewest: int
+) -> None:
+    source = open_checkpoint(save_family(family))
+    layers = source.architecture.moe_layers(source.config)
+    with pytest.raises(PlanError, match=f"too few for its router to choose from. Keep at least {fewest}"):
+        without_experts(source, dict.fromkeys(layers, range(gone)))
 
 
 def test_views_of_the_same_files_are_told_apart(save_family: Callable[..., Path]) -> None:

@@ -38,7 +38,8 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, run: Callable[[bool, Tensor], Tensor], first: int, inputs: Tensor) -> Tensor:
         """run: called with whether a gradient is about to be taken, and with the inputs, or the first of them then."""
         ctx.run = run
-        ctx.save_for_backward(inputs[:first])
+        # A part of a tensor would keep the whole.
+        ctx.save_for_backward(inputs if first == len(inputs) else inputs[:first].clone())
         with torch.no_grad():
             return run(False, inputs)
 
@@ -73,19 +74,20 @@ def stream_scores(
     context: int = 1,
     seed: int = 0,
     watch: Callable[[HollowModel], None] = lambda hollow: None,
+    swaps: bool = True,
 ) -> Drawn:
     """Show every matrix's inputs and the gradients of log p(y | what came before) at its outputs, y drawn by the model.
 
     ids: int64 [windows, length], whose first `context` tokens are given. A y is drawn at each position from the last
     given one on. Layers come from last to first, between what lies after them and what lies before.
-    watch: may look at more of the model's modules; called before it runs.
+    watch: may look at more of the model's modules; called before it runs. swaps: whether to measure what swaps cost.
 
     Memory: as `stream_forward`, what every layer takes in and its experts put out, and of one layer what its gradient
     needs. Raises as it does, and PassError where gradients do not pass through the model's class.
     """
     map_large_tensors()
     hollow = HollowModel(checkpoint)
-    flow = _Flow(hollow, see, len(ids), SwapMeter.of(hollow, ids))
+    flow = _Flow(hollow, see, len(ids), SwapMeter.of(hollow, ids) if swaps else None)
     for layer in hollow.experts:
         _watch_experts(flow, layer)
     watch(hollow)
@@ -244,7 +246,7 @@ def _watch_experts(flow: _Flow, layer: int) -> None:
     def run(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         traffic = traffic_of(hollow, layer, (states, *args), kwargs)
         if torch.is_grad_enabled():
-            return known_output(hollow, traffic, kept.pop(), flow.see).view_as(states)
+            return known_output(hollow, traffic, kept.pop(0), flow.see).view_as(states)
         output = run_experts(hollow, traffic if flow.meter is None else flow.meter.routed(traffic))
         kept.append(Kept.of(flow.first(output)))
         return output.view_as(states)

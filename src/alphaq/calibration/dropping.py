@@ -33,11 +33,12 @@ from alphaq.calibration.backward import stream_scores
 from alphaq.calibration.products import Room
 from alphaq.calibration.rerouting import Router
 from alphaq.calibration.stream import HollowModel, LayerTraffic, traffic_of
-from alphaq.checkpoint.families.routing import expert_groups
+from alphaq.checkpoint.families.routing import expert_groups, fewest_experts
+from alphaq.checkpoint.pruned import require_prunable
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.errors import StatsError
+from alphaq.errors import PlanError, StatsError
 
-DROPS_VERSION = 1  # raise it whenever the same windows would give other numbers
+DROPS_VERSION = 2  # raise it whenever the same windows would give other numbers
 STANDARD_ERRORS = 2.0
 UNSEEN_TOKENS = 3.0
 MOST_SHARE = 0.5
@@ -105,6 +106,15 @@ class Drops:
             raise StatsError(f"{where} holds no losses of experts ({error!r}). Delete it and plan again.") from error
 
 
+def require_rankable(checkpoint: Checkpoint) -> None:
+    """Raise PlanError for a model whose experts cannot be taken out, or their losses not be foretold."""
+    require_prunable(checkpoint)
+    if why := checkpoint.architecture.not_ranked:
+        raise PlanError(
+            f"What {checkpoint.name} would lose without some of its experts is not known: {why}. Plan without --drop."
+        )
+
+
 def gather_drops(checkpoint: Checkpoint, ids: Tensor, context: int = 1, share: float = MOST_SHARE) -> Drops:
     """Run token ids [windows, length], whose first `context` are given, through the model and back.
 
@@ -117,14 +127,18 @@ def gather_drops(checkpoint: Checkpoint, ids: Tensor, context: int = 1, share: f
     predicted = windows * (length - context + 1)
     groups = expert_groups(checkpoint.architecture, checkpoint.config)
 
+    fewest = fewest_experts(checkpoint.architecture, checkpoint.config)
+
     def keep(layer: int, routed: _Routed) -> None:
-        found[layer] = _eliminated(routed, predicted, groups, share)
+        found[layer] = _eliminated(
+            routed, predicted, groups, max(fewest, math.ceil(routed.values.shape[1] * (1 - share)))
+        )
 
     def watch(hollow: HollowModel) -> None:
         for layer in hollow.experts:
             _watch(hollow, layer, keep)
 
-    stream_scores(checkpoint, ids, lambda seen: None, context, watch=watch)
+    stream_scores(checkpoint, ids, lambda seen: None, context, watch=watch, swaps=False)
     return Drops(dict(sorted(found.items())), groups)
 
 
@@ -160,6 +174,7 @@ def _watch(hollow: HollowModel, layer: int, found: Callable[[int, _Routed], None
     def tell(traffic: LayerTraffic, gradient: Tensor) -> None:
         values = _values(hollow, traffic, gradient.float().flatten(0, -2))
         found(layer, _Routed(values, traffic.experts, traffic.weights.detach(), router.ask))
+        router.forget()
 
     module.forward = run
 
@@ -175,10 +190,9 @@ def _values(hollow: HollowModel, traffic: LayerTraffic, gradient: Tensor) -> Ten
     return values
 
 
-def _eliminated(routed: _Routed, predicted: int, groups: int, share: float) -> LayerDrops:
-    """A layer's experts one after the other, as long as a token has its choice of as many as it goes to."""
-    count, top_k = routed.values.shape[1], routed.experts.shape[1]
-    least = max(top_k + 1, 2 * groups, math.ceil(count * (1 - share)))
+def _eliminated(routed: _Routed, predicted: int, groups: int, fewest: int) -> LayerDrops:
+    """A layer's experts one after the other, as long as so many stay, and more than a token goes to."""
+    count, least = routed.values.shape[1], max(fewest, routed.experts.shape[1] + 1)
     state = _State(routed, predicted)
     order: list[int] = []
     losses: list[float] = []

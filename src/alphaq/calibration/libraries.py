@@ -1,11 +1,16 @@
-"""What the libraries under a pass are told: how the C library keeps large tensors, and to show no bars."""
+"""What the libraries under a pass are told: how the C library keeps large tensors, to show no bars, which config."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from typing import Any
+
+from alphaq.checkpoint.reader import Checkpoint
+from alphaq.work.untrusted import JsonObject
 
 MMAP_THRESHOLD, LARGE_BYTES = -3, 1 << 22  # glibc's name of the setting; tensors of 4 MiB
 
@@ -33,3 +38,17 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def config_of(checkpoint: Checkpoint) -> Any:
+    """The config of a checkpoint in its family's class. Raises what transformers raises."""
+    from transformers import AutoConfig
+
+    if checkpoint.gguf is None and not checkpoint.dropped:
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    return AutoConfig.for_model(**json.loads(json.dumps(checkpoint.config), object_hook=_number))
+
+
+def _number(part: JsonObject) -> JsonObject | float:
+    """An infinity, as transformers writes it to a config.json; any other part as it is."""
+    return float(part["__float__"]) if part.keys() == {"__float__"} else part

@@ -85,12 +85,16 @@ class Router:
         hollow.model.get_submodule(name).register_forward_pre_hook(self._stop, with_kwargs=True)
 
     def _see(self, module: Any, args: tuple[Any, ...], kwargs: Keywords) -> None:
-        if not self._asking:
+        if not self._asking and torch.is_grad_enabled():  # the layer is run again, to be asked once its gradient comes
             self.inputs = (*args, *kwargs.values())[0].detach().flatten(0, -2)
 
     def _stop(self, module: Any, args: tuple[Any, ...], kwargs: Keywords) -> None:
         if self._asking:
             raise _Asked(traffic_of(self.hollow, self.layer, args, kwargs))
+
+    def forget(self) -> None:
+        """Drop what the layer took in: as much as all that the pass keeps of it."""
+        self.inputs = None
 
     @torch.no_grad()
     def ask(self, tokens: Tensor, banned: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaq.calibration.experts import ExpertForm, form_of, is_expert_module
-from alphaq.calibration.libraries import map_large_tensors, no_progress_bars
+from alphaq.calibration.libraries import config_of, map_large_tensors, no_progress_bars
 from alphaq.calibration.passage import Passage, Recorder
 from alphaq.calibration.products import Room, look_up_rows
 from alphaq.checkpoint.reader import Checkpoint
@@ -74,8 +74,6 @@ def model_class(config: Any) -> Any:
 
 def _without_weights(checkpoint: Checkpoint) -> Any:
     """The model's own class on the meta device. Raises CheckpointError if transformers cannot build it."""
-    from transformers import AutoConfig
-
     if checkpoint.plain:
         raise CheckpointError(
             f"{checkpoint.name} is a GGUF file whose tensors are known by their names alone, so transformers cannot "
@@ -83,11 +81,7 @@ def _without_weights(checkpoint: Checkpoint) -> Any:
             "anything else start from the Hugging Face folder."
         )
     try:
-        config = (
-            AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-            if checkpoint.gguf is None and not checkpoint.dropped
-            else AutoConfig.for_model(**checkpoint.config)
-        )
+        config = config_of(checkpoint)
         with torch.device("meta"):
             # Attention is left to transformers: sdpa where the class has it, which skips the mask of windows
             # without padding. "eager" goes expert by expert; the others copy every token once per expert.

@@ -34,7 +34,7 @@ from alphaq.quantizers.base import DEFAULT, rounder_of, sixteen_bits
 from alphaq.simd.sums import squared_distance, squared_norm
 
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 PROBE = Choice(2, 128)
 """The rounding at which `signal` is measured; being relative, it hardly depends on it."""
 SIGNAL_EXPERTS = 16

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from alphaq.checkpoint.families.architecture import NUMBERED_LAYER, look_up
-from alphaq.checkpoint.families.routing import check_routing, expert_groups
+from alphaq.checkpoint.families.routing import check_routing, expert_groups, fewest_experts
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
 from alphaq.checkpoint.tensors import Encoding, TensorInfo, with_slices
@@ -29,6 +29,14 @@ from alphaq.work.untrusted import JsonObject
 Dropped = Mapping[int, Collection[int]]
 """Numbers of experts that go, by layer."""
 _NUMBERED_EXPERT = re.compile(r"(.*\bexperts\.(?:mlp\.)?)([0-9]+)(\..*)")
+_PREDICTION_COUNTS = (
+    "num_nextn_predict_layers",
+    "num_mtp_layers",
+    "mtp_num_hidden_layers",
+    "mtp_num_layers",
+    "num_mtp_modules",
+)
+"""Config keys of the layers that guess further words."""
 
 
 def without_experts(checkpoint: Checkpoint, dropped: Dropped) -> Checkpoint:
@@ -43,6 +51,9 @@ def without_experts(checkpoint: Checkpoint, dropped: Dropped) -> Checkpoint:
     kept = _kept(checkpoint, dropped)
     config = _with_count(checkpoint, len(next(iter(kept.values()))))
     cut = _Cut(checkpoint, kept)
+    if any(map(cut.predicts, checkpoint.shard_of)):
+        _without_prediction(config)
+        _without_prediction(checkpoint.architecture.text_config(config))
     shards = {
         shard: {one.name: one for info in tensors.values() if (one := cut.tensor(info)) is not None}
         for shard, tensors in checkpoint.shards.items()
@@ -87,12 +98,18 @@ def _kept(checkpoint: Checkpoint, dropped: Dropped) -> dict[int, tuple[int, ...]
     layers = checkpoint.architecture.moe_layers(checkpoint.config)
     if unknown := sorted(set(dropped) - set(layers)):
         raise PlanError(f"Layer {unknown[0]} of {checkpoint.name} has no routed experts to drop.")
+    fewest = fewest_experts(checkpoint.architecture, checkpoint.config)
     kept = {layer: tuple(expert for expert in range(count) if expert not in dropped.get(layer, ())) for layer in layers}
     for layer, experts in kept.items():
         if len(experts) != len(kept[layers[0]]) or len(experts) + len(set(dropped.get(layer, ()))) != count:
             raise PlanError(
                 f"Layer {layer} of {checkpoint.name} would keep {len(experts)} of {count} experts, layer {layers[0]} "
                 f"{len(kept[layers[0]])}. Drop as many in every layer."
+            )
+        if len(experts) < fewest:
+            raise PlanError(
+                f"Layer {layer} of {checkpoint.name} would keep {len(experts)} of {count} experts, too few for its "
+                f"router to choose from. Keep at least {fewest}."
             )
         groups = expert_groups(checkpoint.architecture, checkpoint.config)
         sizes = {sum(expert * groups // count == group for expert in experts) for group in range(groups)}
@@ -118,6 +135,13 @@ def _with_count(checkpoint: Checkpoint, count: int) -> JsonObject:
     return config
 
 
+def _without_prediction(part: Any) -> None:
+    """Have a part of config.json promise no layers that guess further words: engines would look for their tensors."""
+    for key in _PREDICTION_COUNTS:
+        if part.get(key):
+            part[key] = 0
+
+
 @dataclass(frozen=True)
 class _KeptRows:
     """Reads some rows of a tensor that is stored whole. axis: the one that counts experts."""
@@ -139,19 +163,29 @@ class _Cut:
         self.checkpoint, self.kept = checkpoint, kept
         architecture, config = checkpoint.architecture, checkpoint.config
         self.count, self.layers = architecture.experts_per_layer(config), architecture.layers(config)
-        prefixes = "|".join(map(re.escape, architecture.models))
-        self.decoder = re.compile(rf"(?:{prefixes})\.(?:layers|blocks)\..*")
+        outer = {model.rpartition(".")[0] for model in architecture.models} - {""}
+        prefixes, wider = (
+            "|".join(map(re.escape, some)) for some in (architecture.models, {*architecture.models, *outer})
+        )
+        self.decoder = re.compile(rf"(?:(?:{prefixes})\.)?(?:layers|blocks)\..*")
+        self.prediction = re.compile(rf"(?:(?:{wider})\.)?mtp(?:_\w+)?\..*")
         self.of_experts = {matrix.tensor for matrix in checkpoint.matrices if matrix.role is Role.EXPERT}
         self.per_expert: list[TensorInfo] = []
 
+    def predicts(self, name: str) -> bool:
+        """Whether a tensor is of layers that guess further words: they have as many experts as before, so they go."""
+        after = (_layer_of(name) or 0) >= self.layers and self.decoder.fullmatch(name) is not None
+        return after or self.prediction.fullmatch(name) is not None
+
     def name(self, name: str) -> str | None:
         """A tensor's or an expert's matrix' name; None if it goes."""
-        layer = _layer_of(name)
-        if layer is not None and layer >= self.layers and self.decoder.fullmatch(name):
-            return None  # guesses further words with as many experts as before
-        numbered = _NUMBERED_EXPERT.fullmatch(name)
+        if self.predicts(name):
+            return None
+        layer, numbered = _layer_of(name), _NUMBERED_EXPERT.fullmatch(name)
         if layer is None or layer not in self.kept or numbered is None or "shared_experts." in numbered[1]:
             return name
+        if not (self.decoder.fullmatch(name) or self._is_expert(name)):
+            return name  # of another model
         expert = int(numbered[2])
         return f"{numbered[1]}{self.kept[layer].index(expert)}{numbered[3]}" if expert in self.kept[layer] else None
 
@@ -191,6 +225,10 @@ class _Cut:
         cut = replace(info, name=name, shape=shape, encoding=Encoding("plain", (1, 1), decoder=reads))
         self.per_expert.append(cut)
         return cut
+
+    def _is_expert(self, name: str) -> bool:
+        rule, _ = self.checkpoint.architecture.first_match(name)
+        return rule is not None and rule.role is Role.EXPERT
 
     def _counts_experts(self, tensor: str) -> bool:
         rule, _ = self.checkpoint.architecture.first_match(tensor)

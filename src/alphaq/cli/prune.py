@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alphaq.cli.means import JsonOption, Means, ModelArgument, opened, resources_for
+from alphaq.cli.means import JsonOption, Means, ModelArgument, RestartOption, opened, resources_for
 from alphaq.cli.options import Shown
 from alphaq.terminal import show, warn
 
@@ -20,12 +20,14 @@ def prune(
     experts: Annotated[int, typer.Option(min=1, help="How many experts each layer is to keep.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
     means: Annotated[Means, Shown(only=("revision", "workers", "no_cache", "hash_contents"))],
+    restart: RestartOption = False,
     bos: Annotated[bool, typer.Option(help="Begin each window with what the tokenizer puts before a text.")] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Drop the experts of each layer that the model misses least, by its own writing; nothing is quantized."""
     from alphaq.checkpoint.writer import check_absent
     from alphaq.planning.dropping import measured_drops, to_drop
+    from alphaq.writing.pruning import Pruning
     from alphaq.writing.pruning import prune as write
 
     check_absent(output)
@@ -33,10 +35,10 @@ def prune(
     with resources_for(checkpoint, means) as resources:
         drops = measured_drops(checkpoint, bos, resources)
         count = to_drop(checkpoint, drops, experts)
-        bound = drops.bound(count)
         if resources.cache is not None:
             resources.cache.close()
-    result = write(checkpoint, drops.first(count), output, bound)
+        wanted = Pruning(drops.first(count), drops.bound(count), restart)
+        result = write(checkpoint, wanted, output, resources)
     _show(result, as_json)
 
 

@@ -297,7 +297,7 @@ def identity_of(model: str | Path, hashed: bool = True) -> ModelIdentity:
         fingerprint=fingerprint,
         contents=digest.hexdigest() if hashed else "",
         manifest=hashlib.sha256(read_bounded(manifest_path)).hexdigest() if ours else None,
-        source=None if plan is None or plan.source is None else plan.source.fingerprint,
+        source=None if plan is None else plan.original,
         size_bytes=sum((folder / file).stat().st_size for file in files),
     )
 

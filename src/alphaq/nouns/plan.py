@@ -153,6 +153,7 @@ class Dropping(BaseModel):
     experts: by layer; none where none paid. loss, bound: nats per token that they cost by measurement on the model's
     own writing, and what that is below with 95 %. totals: what a plan with so many fewer experts in every layer is
     expected to lose in all, by their number; the least was taken. refused: numbers at which `bound` is above the limit.
+    source: fingerprint of the checkpoint with all its experts; the plan's own source is what is left of it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -162,6 +163,7 @@ class Dropping(BaseModel):
     bound: float = 0.0
     totals: dict[int, float] = Field(default_factory=dict)
     refused: tuple[Count, ...] = ()
+    source: str = ""
 
     @property
     def count(self) -> int:
@@ -255,6 +257,12 @@ class Plan(BaseModel):
         for name in self.choices:
             self.choice(name)
         return self
+
+    @property
+    def original(self) -> str | None:
+        """Fingerprint of the checkpoint that it was made for, with all its experts."""
+        whole = None if self.dropped is None else self.dropped.source
+        return whole or (None if self.source is None else self.source.fingerprint)
 
     @property
     def settings(self) -> PlanConfig | None:

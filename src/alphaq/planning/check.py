@@ -88,7 +88,7 @@ def checked_plan(
     )
     if check.taken == "plan":
         return plan.model_copy(update={"check": check})
-    return uniform.model_copy(update={"config": plan.config, "check": check})
+    return uniform.model_copy(update={"config": plan.config, "check": check, "dropped": plan.dropped})
 
 
 def _uniform(checkpoint: Checkpoint, request: Request, measurements: Measurements) -> Plan:

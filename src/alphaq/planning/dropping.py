@@ -53,7 +53,7 @@ def to_drop(checkpoint: Checkpoint, drops: Drops, experts: int) -> int:
 
 def plan_with_drops(checkpoint: Checkpoint, request: Request, measurements: Measurements) -> Plan:
     """The best of the plans with fewer and fewer experts, what was tried on record. Raises what `make_plan` does."""
-    drops = _checked(checkpoint, request, measurements)
+    drops = _checked(measurements)
     count = checkpoint.architecture.experts_per_layer(checkpoint.config)
     most = min(int(count * request.config.max_drop + 1e-9), drops.most)
     counts = [*range(drops.groups, most + 1, drops.groups * max(1, -(-most // (MOST_TRIED * drops.groups))))]
@@ -79,6 +79,7 @@ def plan_with_drops(checkpoint: Checkpoint, request: Request, measurements: Meas
         bound=drops.bound(chosen),
         totals={number: float(f"{total:.6g}") for number, total in totals.items()},
         refused=tuple(sorted(set(counts) - set(within))),
+        source=checkpoint.fingerprint,
     )
     return best.model_copy(update={"dropped": dropping})
 
@@ -91,21 +92,13 @@ def _in_as_many_bytes(request: Request, limit: int, pruned: Checkpoint) -> Reque
     return replace(request, config=request.config.model_copy(update={"budget": Budget(bpw=bpw)}))
 
 
-def _checked(checkpoint: Checkpoint, request: Request, measurements: Measurements) -> Drops:
+def _checked(measurements: Measurements) -> Drops:
     """The measured losses of experts. Raises BudgetError where they cannot be held against those of bits."""
-    config, nats = request.config, request.method.needs_fisher and measurements.evidence.fisher is not None
-    if measurements.drops is None or not nats or config.noise != "measured":
+    if measurements.drops is None or measurements.evidence.fisher is None:
         raise BudgetError(
-            "--drop weighs experts against bits in nats, which are not known here"
-            f"{'' if measurements.unpredicted is None else f' ({measurements.unpredicted})'}. Use --method auto with "
-            "measured noise, or drop --drop."
+            "--drop weighs experts against bits in nats, which are not known of this model"
+            f"{'' if measurements.unpredicted is None else f' ({measurements.unpredicted})'}. Drop --drop."
         )
-    if config.per_layer or config.codec is not None or config.unweighted:
-        raise BudgetError("--drop needs one budget for all experts, of plain bytes. Drop --per-layer or --codec.")
-    if named := next(
-        (rule for rule in (*config.pins, *config.min_bits, *config.max_bits) if "experts." in str(rule)), ""
-    ):
-        raise BudgetError(f"--drop numbers experts anew, so {str(named)!r} cannot name one. Drop one or the other.")
     return measurements.drops
 
 

@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from alphaq.calibration.dropping import DROPS_VERSION, Drops, gather_drops
+from alphaq.calibration.dropping import DROPS_VERSION, Drops, gather_drops, require_rankable
 from alphaq.calibration.fisher import FISHER_VERSION, Fisher, gather_fisher
 from alphaq.calibration.prior import FEW_SAMPLES, routing_prior, seen_uses
 from alphaq.calibration.text import Text, own_text, own_writing, writes
 from alphaq.calibration.tokens import model_prefix
 from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, Expert, ExpertUse, gather
-from alphaq.checkpoint.pruned import require_prunable
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import CheckpointError, PassError, QuantizationError
 from alphaq.measuring.resources import Resources
@@ -95,7 +94,7 @@ def fisher(run: PassRun) -> Fisher:
 def drops(run: PassRun) -> Drops:
     """What layers lose without some of their experts, on the same tokens."""
     checkpoint = run.checkpoint
-    require_prunable(checkpoint)
+    require_rankable(checkpoint)
     prefix = model_prefix(checkpoint) if run.bos else ()
     windows, length = fisher_shape(checkpoint)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from alphaq.checkpoint.pruned import without_experts
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.profiles import profile
 from alphaq.errors import BudgetError
@@ -31,8 +32,9 @@ def placed_plan(
         plan = plan_of(config.model_copy(update={"budget": Budget(size_bytes=budget)}))
         if memory.serving.vram_bytes is None:
             return plan.model_copy(update={"memory": memory})
-        layout = profile(config.engine).writer.laid_out(checkpoint, plan.every_choice(), config.split_bytes)
-        placement = hosting.placed(checkpoint, layout, memory)
+        left = checkpoint if plan.dropped is None else without_experts(checkpoint, plan.dropped.experts)
+        layout = profile(config.engine).writer.laid_out(left, plan.every_choice(), config.split_bytes)
+        placement = hosting.placed(left, layout, memory)
         # Headers and the tokenizer are read by the processor.
         host = (
             placement.host_bytes

@@ -103,6 +103,8 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
     if config.noise is None:
         config = config.model_copy(update={"noise": "measured" if with_model else "analytic"})
     _check_options(config, profile)
+    if config.drop:
+        _check_drop(config, chosen)
     return Request(config, profile, chosen, choices, frozenset(offered), ladder)
 
 
@@ -154,8 +156,9 @@ def _check_options(config: PlanConfig, profile: Profile) -> None:
     for option, rules in (("--min-bits", config.min_bits), ("--max-bits", config.max_bits)):
         for rule in rules:
             rule.number(option)
-    if config.drop and config.per_layer:
-        raise BudgetError("--drop needs one budget for all layers. Drop --per-layer.")
+    for name in () if config.drop else ("max_drop", "max_drop_loss"):
+        if getattr(config, name) != PlanConfig.model_fields[name].default:
+            raise BudgetError(f"--{name.replace('_', '-')} limits what --drop may do. Add --drop, or drop it.")
     if config.imatrix is not None and profile.importance is None:
         raise BudgetError(f"--imatrix is for llama.cpp's quantizers; {profile.name} has none. Drop it.")
     if config.split_bytes is not None and (profile.export is None or profile.export.split is None):
@@ -168,6 +171,23 @@ def _check_options(config: PlanConfig, profile: Profile) -> None:
             )
     if config.unweighted and config.budget.bpw is not None:
         raise BudgetError("--unweighted counts matrices, so stored bits per weight mean nothing. Use --bits or --size.")
+
+
+def _check_drop(config: PlanConfig, chosen: Method) -> None:
+    """BudgetError for what does not go with dropping experts."""
+    if not chosen.needs_fisher or config.noise != "measured":
+        raise BudgetError(
+            "--drop weighs experts against bits in nats, which are not known here. Use --method auto with measured "
+            "noise, or drop --drop."
+        )
+    if config.per_layer or config.codec is not None or config.unweighted:
+        raise BudgetError(
+            "--drop needs one budget for all experts, of plain bytes. Drop --per-layer, --codec or --unweighted."
+        )
+    if named := next(
+        (rule for rule in (*config.pins, *config.min_bits, *config.max_bits) if "experts." in str(rule)), ""
+    ):
+        raise BudgetError(f"--drop numbers experts anew, so {str(named)!r} cannot name one. Drop one or the other.")
 
 
 def _check_speed(config: PlanConfig) -> None:

@@ -208,7 +208,7 @@ def _is_id(name: str) -> bool:
 
 def _known_id(plan: Plan, certificate: Certificate | None) -> str | None:
     """The original's hub id, where the certificate's reference was given as one and is what the plan was made for."""
-    if certificate is None or plan.source is None or certificate.reference.fingerprint != plan.source.fingerprint:
+    if certificate is None or plan.original is None or certificate.reference.fingerprint != plan.original:
         return None
     return certificate.reference.name if _is_id(certificate.reference.name) else None
 

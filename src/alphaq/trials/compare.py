@@ -35,6 +35,7 @@ from alphaq.writing.rounding import Rounding
 
 JOURNAL_NAME = "results.jsonl"
 SCRATCH_NAME = ".alphaq-scratch"
+DROPPING = ("drop", "max_drop", "max_drop_loss")
 VARIABLE = {name: setting for name, setting in settings_of(PlanConfig).items() if setting.option.varies}
 """Settings that a method may have for itself, in `alphaq:gamma=2`."""
 
@@ -111,7 +112,7 @@ class _Race:
         base = comparison.config or PlanConfig(budget=Budget(bits=bits[0]))
         scoring = scoring.model_copy(update={"bos": base.bos})
         contents = read_texts(scoring.texts)
-        plain = resolve(base.model_copy(update={"method": BASELINE}))
+        plain = resolve(_as_it_can(base.model_copy(update={"method": BASELINE})))
         sizes = {width: plain_size(checkpoint, plain, width) for width in bits}
         base = base.model_copy(update={"budget": Budget(size_bytes=sizes[bits[0]])})
         pairs = [(name, one) for name in methods for one in roundings if name in asked_for or one == first]
@@ -235,14 +236,21 @@ def _claim(out: Path) -> None:
         raise OutputError(f"Cannot write {out}: {error.strerror}. Choose another output.") from error
 
 
+def _as_it_can(config: PlanConfig) -> PlanConfig:
+    """The settings without what their method has no losses for: budgets of layers to share out, experts to drop."""
+    own = METHODS.get(config.method, METHODS[BASELINE])
+    if own.kind in ("order", "ratio"):
+        config = config.model_copy(update={"per_layer": False})
+    if own.needs_fisher:
+        return config
+    return config.model_copy(update={name: PlanConfig.model_fields[name].default for name in DROPPING})
+
+
 def _requests(base: PlanConfig, methods: Sequence[str], calibration: Text | None) -> dict[str, Request]:
     """Every method's request. Raises AlphaQError before any work."""
     requests = {}
     for name in methods:
-        config = variant_of(base, name)
-        if METHODS.get(config.method, METHODS[BASELINE]).kind in ("order", "ratio"):
-            config = config.model_copy(update={"per_layer": False})  # they have no losses to share out
-        requests[name] = resolve(config)
+        requests[name] = resolve(_as_it_can(variant_of(base, name)))
         if requests[name].method.needs_text and calibration is None:
             raise StatsError(f"Method {name} needs a text. Give one with --calibration FILE, or leave it out.")
     return requests

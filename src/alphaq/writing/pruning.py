@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -24,6 +25,16 @@ PRUNED_NAME = "alphaq_pruned.json"
 """Says what was dropped, beside config.json."""
 
 
+@dataclass(frozen=True)
+class Pruning:
+    """What is to go. dropped: numbers of experts, by layer. bound: nats per token that they cost together, with 95 %;
+    None where that was not measured. restart: whether to discard what an unfinished run left."""
+
+    dropped: Dropped
+    bound: float | None = None
+    restart: bool = False
+
+
 class PruneResult(BaseModel):
     """What was written. dropped: numbers of the experts that are gone, by layer. bound: what they cost together in nats
     per token, with 95 %, by the model's own writing; None where they were named by the user."""
@@ -38,19 +49,17 @@ class PruneResult(BaseModel):
     source_bytes: int
 
 
-def prune(
-    checkpoint: Checkpoint, dropped: Dropped, out: Path, bound: float | None = None, resources: Resources = USUAL
-) -> PruneResult:
+def prune(checkpoint: Checkpoint, wanted: Pruning, out: Path, resources: Resources = USUAL) -> PruneResult:
     """Write the checkpoint without these experts, re-read it, then publish it.
 
     `out` appears complete or not at all. Raises PlanError for experts that cannot be dropped, OutputError,
     VerificationError.
     """
-    pruned = without_experts(checkpoint, dropped)
+    pruned = without_experts(checkpoint, wanted.dropped)
     planned = mirrored(pruned, {})
     facts = {"checkpoint": f"{pruned.fingerprint} {pruned.contents()}", "alphaq version": alphaq.__version__}
     workers = resources.pool(pruned)
-    with resumable_folder(out, facts) as (folder, _):
+    with resumable_folder(out, facts, wanted.restart) as (folder, _):
         sink = InPlace.open(folder, planned)
         tasks = [sink.task(StoreTask(entry, "native", Path(), "rtn")) for entry in planned.entries]
         shards = (pruned.shard_of[task.tensor] for task in tasks)
@@ -60,7 +69,7 @@ def prune(
                 raise VerificationError(f"{task.entry.name} cannot be read back as written. Check the disk.")
         write_model_folder(folder, pruned, planned.entries, {})
         experts = pruned.architecture.experts_per_layer(pruned.config)
-        told = {"source": checkpoint.name, "experts": experts, "bound": bound, "dropped": dict(pruned.dropped)}
+        told = {"source": checkpoint.name, "experts": experts, "bound": wanted.bound, "dropped": dict(pruned.dropped)}
         write_json(folder / PRUNED_NAME, told)
         open_checkpoint(folder)  # which counts experts, rows and what config.json promises
         checkpoint.require_unchanged()
@@ -68,7 +77,7 @@ def prune(
         out=str(out),
         experts=experts,
         dropped=pruned.dropped,
-        bound=bound,
+        bound=wanted.bound,
         size_bytes=planned.size_bytes,
         source_bytes=checkpoint.nbytes,
     )

@@ -77,6 +77,8 @@ class Architecture:
     """How many more a router may know: those without weights, or shared ones. A number, or a config key that says."""
     not_prunable: str
     """Why experts cannot be taken out; "" where they can."""
+    not_ranked: str
+    """Why losses of experts that are taken out cannot be foretold; "" where they can."""
     expert_name: str
     projections: dict[str, str]
     router_norm: str
@@ -121,6 +123,7 @@ class Architecture:
             data.get("renormalises", True),
             data.get("idle_experts", 0),
             data.get("not_prunable", ""),
+            data.get("not_ranked", ""),
             data["expert_name"],
             projections,
             data.get("router_norm", "post_attention_layernorm"),

@@ -60,6 +60,18 @@ def expert_groups(architecture: Architecture, config: Mapping[str, Any]) -> int:
     return _groups(architecture.text_config(config))
 
 
+def fewest_experts(architecture: Architecture, config: Mapping[str, Any]) -> int:
+    """How many experts a layer needs at least, so that a router finds as many as a token goes to among the groups that
+    it chooses, and two in each: it may rate groups by their best two."""
+    text, chosen, groups = (
+        architecture.text_config(config),
+        experts_per_token(architecture, config),
+        expert_groups(architecture, config),
+    )
+    allowed = next(iter(_numbers(look_up(text, _CHOSEN_GROUPS))), groups) if groups > 1 else 1
+    return groups * max(2, -(-chosen // allowed))
+
+
 def _groups(text: Mapping[str, Any]) -> int:
     groups = next((count for name in _GROUPS for count in _numbers(look_up(text, name))), 1)
     return 1 if groups <= 1 or look_up(text, "topk_method") == "greedy" else groups  # greedy knows no groups

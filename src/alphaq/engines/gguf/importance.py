@@ -46,7 +46,7 @@ def importance_of(checkpoint: Checkpoint, given: ImportanceMatrix) -> Importance
             continue
         entry = next((name for name in _entries(recipe.name) if name in given.tensors), None)
         if entry is not None:
-            columns = _columns(recipe, entry, given)
+            columns = _columns(recipe, entry, given, _gone(checkpoint, recipe))
             found.update(zip((matrix.name for matrix in recipe.matrices), columns, strict=True))
         elif recipe.type != "F32" and recipe.matrices[0].role not in _SELDOM_THERE:
             missing[recipe.name] = recipe.matrices[0].role
@@ -68,15 +68,23 @@ def _entries(name: str) -> Iterator[str]:
             yield from (f"{layer}{dot}{other}.weight" for other in kinds if other != kind)
 
 
-def _columns(recipe: TensorRecipe, entry: str, given: ImportanceMatrix) -> np.ndarray:
-    """Importance [matrices, columns] of a tensor's matrices."""
-    rows, count = given.tensors[entry], len(recipe.matrices)
-    # The older format has all experts' columns in one row.
-    columns = rows.reshape(count, -1) if rows.size % count == 0 else rows
-    if columns.shape != (count, recipe.shape[-1]):
+def _gone(checkpoint: Checkpoint, recipe: TensorRecipe) -> tuple[int, ...]:
+    """Numbers, in the whole model, of the experts that a stack does without."""
+    first = recipe.matrices[0]
+    return checkpoint.dropped.get(first.layer or 0, ()) if first.role is Role.EXPERT else ()
+
+
+def _columns(recipe: TensorRecipe, entry: str, given: ImportanceMatrix, gone: tuple[int, ...]) -> np.ndarray:
+    """Importance [matrices, columns] of a tensor's matrices. gone: rows to be left out where the entry has them, being
+    of the whole model."""
+    rows, count, width = given.tensors[entry], len(recipe.matrices), recipe.shape[-1]
+    if rows.size not in (count * width, (count + len(gone)) * width):
         raise CheckpointError(
-            f"{given.name}: {entry} has {rows.size} values, not {recipe.shape[-1]} for each of {count} matrices. "
+            f"{given.name}: {entry} has {rows.size} values, not {width} for each of {count + len(gone)} matrices. "
             "Use the importance matrix of this model."
         )
+    # The older format has all experts' columns in one row.
+    columns = rows.reshape(-1, width)
     # Of experts in one row the mean is 1 over all of them, and one that was never hit is at the floor.
-    return columns if columns.shape == rows.shape else columns / columns.mean(axis=1, keepdims=True)
+    columns = columns if columns.shape == rows.shape else columns / columns.mean(axis=1, keepdims=True)
+    return columns if len(columns) == count else np.delete(columns, gone, axis=0)
