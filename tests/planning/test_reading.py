@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from alphaq import planning
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.formats.table import format_of, parse_choice
 from alphaq.nouns.matrix import Role
@@ -86,6 +87,14 @@ def test_a_speed_is_a_second_budget(tiny: Path, alphaq: Callable[..., Ran]) -> N
     assert fast["config"]["bandwidth"] == 1000 * limit  # type: ignore[index]
 
 
+def test_a_speed_means_nothing_without_the_matrices(tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
+    (tmp_path / "stats.csv").write_text("name,alpha,variance\na,2,1\nb,3,1\n")
+    from_stats = ("plan", "--stats", tmp_path / "stats.csv", *QUICK[:4], "--bits", "3")
+    assert alphaq(*from_stats).code == 0
+    failed = alphaq(*from_stats, "--min-speed", "1e12", "--bandwidth", "1GB/s")
+    assert failed.code and "need to know the matrices" in " ".join(failed.err.split())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -99,7 +108,9 @@ def test_a_speed_is_a_second_budget(tiny: Path, alphaq: Callable[..., Ran]) -> N
     ],
 )
 def test_speeds_that_cannot_be_are_refused(
-    tiny: Path, alphaq: Callable[..., Ran], options: tuple[str, ...], words: str
+    tiny: Path, alphaq: Callable[..., Ran], options: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if "narrowest" not in words:
+        monkeypatch.setattr(planning, "measure_for_plan", lambda *_, **__: pytest.fail("something was measured"))
     failed = alphaq("plan", tiny, *QUICK, "--size", "7500KB", *options)
     assert failed.code and words in " ".join(failed.err.split())
