@@ -44,6 +44,20 @@ def test_two_budgets_are_solved_as_highs_solves_them(seeds: range) -> None:
     assert binding > len(seeds) / 3  # of both budgets together, not of one
 
 
+@pytest.mark.parametrize(
+    ("losses", "costs", "budget", "reads", "limit"),
+    [
+        ([[4, 3, 8], [3, 5, 3]], [[4, 8, 2], [6, 4, 6]], 7, [[7, 3, 6], [6, 4, 1]], 4),
+        ([[0, 2], [3, 7], [4, 0]], [[3, 5], [7, 6], [8, 2]], 11, [[8, 1], [5, 3], [2, 6]], 7),
+    ],
+)
+def test_prices_that_rise_without_end_prove_that_budgets_exclude_each_other(
+    losses: list[list[int]], costs: list[list[int]], budget: int, reads: list[list[int]], limit: int
+) -> None:
+    with pytest.raises(NoPairError, match="kept alone"):
+        solve_pair(np.array(losses, float), np.array(costs), budget, np.array(reads), limit)
+
+
 def test_budgets_that_exclude_each_other_are_told_from_ones_too_small() -> None:
     losses, costs, reads = np.zeros((1, 2)), np.array([[1, 5]]), np.array([[5, 1]])
     assert solve_pair(losses, costs, 5, reads, 1).columns.tolist() == [1]

@@ -33,6 +33,12 @@ def test_what_is_told_is_what_the_command_makes(tiny: Path, tmp_path: Path, alph
     assert (out / "model.gguf").stat().st_size == asked["size_bytes"]
 
 
+def test_where_nothing_is_lost_there_is_no_curve(tiny: Path, alphaq: Callable[..., Ran]) -> None:
+    ran = alphaq("fit", tiny, *QUICK[:4], "--choices", "16", *QUICK[-2:], "--memory", "160MiB", "--context", "256")
+    assert ran.code == 0, ran.err
+    assert "there is no curve" in ran.out and "Make it: alphaq quantize" in ran.out
+
+
 def test_it_is_carried_out_when_told_to(tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
     out = tmp_path / "out"
     ran = alphaq("fit", tiny, *QUICK, "--choices", "Q4_0", "--memory", "1GiB", "--write", str(out))

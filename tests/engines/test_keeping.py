@@ -86,6 +86,8 @@ def test_a_card_gets_what_every_token_reads_and_the_last_layers_experts(
     assert placement.card_bytes <= 5 * MIB and placement.host_bytes <= memory.host
     assert placement.card_bytes + placement.host_bytes >= told["size_bytes"] > 6 * MIB
     assert f"-ngl 999 --n-cpu-moe {placement.host_layers} --no-repack" in keeping.flags(memory)
+    budget = ("--memory", "72MiB", "--vram", str(card - 5 * MIB + 1), "--context", "256")
+    assert "what every token reads takes" in alphaq("plan", tiny, *ENGINE, *budget).err
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def test_a_card_gets_what_every_token_reads_and_the_last_layers_experts(
         ((*ENGINE, "--memory", "1MiB"), "leave nothing for weights"),
         ((*ENGINE, "--memory", "56MiB", "--context", "64"), "Raise it"),
         ((*ENGINE, "--memory", "16GiB", "--kv-type", "q3"), "--kv-type"),
-        ((*ENGINE, "--memory", "16GiB", "--vram", "400MiB"), "what every token reads takes"),
+        ((*ENGINE, "--memory", "16GiB", "--vram", "400MiB"), "of --vram leave nothing for weights"),
         ((*ENGINE, "--bits", "3", "--vram", "8GiB"), "--vram is part of --memory"),
         ((*ENGINE, "--memory", "-1"), "is not a size"),
         ((*ENGINE, "--memory", "16GiB", "--context", "1000000000", "--parallel", "5"), "more than 1073741824"),

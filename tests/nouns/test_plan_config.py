@@ -37,6 +37,8 @@ def test_a_plan_by_hand_may_name_a_codec_without_a_budget() -> None:
     assert plan.codec == "zstd" and plan.imatrix == "i m.gguf 0123"
     assert plan.config is not None and not plan.config.budget.stated and reproduce(plan) == []
     assert plan.coded_by("none").codec is None and plan.coded_by("zstd") == plan
+    read_before = Plan(choices={"a": "2"}, read_bytes=5)
+    assert read_before.coded_by("zstd").read_bytes is None and read_before.coded_by(None).read_bytes == 5
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,11 @@ from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.checkpoint.writer import resumable_folder
 from alphaq.cli import means
 from alphaq.errors import BudgetError, PlanError
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
+from alphaq.nouns.serving import Kept, Memory, Serving
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
-from alphaq.planning import Measurements, make_plan, measure_for_plan, resolve
+from alphaq.planning import Measurements, checked_plan, fitting, make_plan, measure_for_plan, resolve
 from alphaq.planning.dropping import plan_with_drops
 from alphaq.report.explanation import explain_plan
 from conftest import Ran
@@ -60,6 +62,22 @@ def test_dead_and_duplicated_experts_go_and_their_bytes_buy_bits(useless: Checkp
     assert plan.original == whole.original == useless.fingerprint
     assert Plan.from_json(plan.to_json(), "plan") == plan
     assert "6 (2 in each layer)" in (explain_plan(plan, None).dropped or "")
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_what_fits_is_the_plan_that_quantize_makes(
+    useless: Checkpoint, measured: Measurements, drop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With experts dropped, or beside uniform bits, which plans for other machines are not tried with."""
+    monkeypatch.setattr(fitting, "placed_plan", lambda checkpoint, config, memory, plan_of: plan_of(config))
+    request = resolve(PlanConfig(**SETTINGS | {"drop": drop}))
+    kept = Kept(cache_bytes=0, buffer_bytes=0, engine_bytes=0)
+    memories = [Memory(serving=Serving(memory_bytes=10**6), kept=kept)] * 2
+    first, machine = fitting.fits(useless, request, measured, memories, Resources())
+    made = checked_plan(useless, request, measured)
+    assert first.plan == made and machine.plan is not None and machine.plan.check is None
+    assert machine.plan.dropped == made.dropped
+    assert made.check is not None if made.dropped is None else made.dropped.experts
 
 
 def test_size_is_kept_and_the_files_can_be_verified_and_cut(

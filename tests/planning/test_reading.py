@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from alphaq import planning
+from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.formats.table import format_of, parse_choice
+from alphaq.nouns.matrix import Role
+from alphaq.planning.reading import Reading
 from conftest import Ran
+from families import EXPERTS, random_family, save_layout
+
+SaveFamily: TypeAlias = Callable[..., Path]
 
 QUICK = ("--method", "distortion", "--noise", "analytic", "--engine", "native")
 
@@ -25,10 +37,6 @@ def test_a_token_reads_the_experts_it_goes_to_and_all_else_but_the_embedding(
 ) -> None:
     plan = planned(alphaq, tiny, "--size", "14MB", "--choices", "4", "--attention-bits", "16", "--shared-bits", "16")
     config = json.loads((tiny / "config.json").read_text())
-    from alphaq.checkpoint.reader import open_checkpoint
-    from alphaq.formats.table import format_of, parse_choice
-    from alphaq.nouns.matrix import Role
-
     checkpoint, expected = open_checkpoint(tiny), 0.0
     share = config["num_experts_per_tok"] / config["num_experts"]
     choices: dict[str, str] = plan["choices"]  # type: ignore[assignment]
@@ -41,6 +49,33 @@ def test_a_token_reads_the_experts_it_goes_to_and_all_else_but_the_embedding(
     assert expected <= plan["read_bytes"] < expected * 1.02  # type: ignore[operator]  # norms and the like
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"), [("dbrx", {}), ("hunyuan_v1_moe", {"moe_topk": [2, 2, 2]}), ("qwen3_vl_moe", {})]
+)
+def test_experts_that_a_token_goes_to_are_found_where_families_say_so(
+    tmp_path: Path, family: str, settings: dict[str, object]
+) -> None:
+    checkpoint = open_checkpoint(save_layout(random_family(family, **settings), tmp_path / "model", published=False))
+    reading = Reading.of(checkpoint)
+    shares = {matrix.role: reading.share(matrix) for matrix in checkpoint.matrices}
+    assert shares[Role.EXPERT] == 2 / EXPERTS and shares[Role.ATTENTION] == 1.0
+    of_images = {name for name in checkpoint.shard_of if "visual" in name}
+    unread = {name for name, role in checkpoint.roles.items() if role is Role.OTHER and reading.share(name) == 0.0}
+    assert unread == of_images and bool(of_images) == (family == "qwen3_vl_moe")
+
+
+def test_rows_of_a_table_and_layers_beyond_the_last_are_not_read(tmp_path: Path, save_family: SaveFamily) -> None:
+    folder = Path(shutil.copytree(save_family("qwen3_moe"), tmp_path / "model"))
+    unread = ["model.embed_tokens_per_layer.weight", "model.layers.3.self_attn.q_proj.weight", "mtp.fc.weight"]
+    read = "model.per_layer_model_projection.weight"
+    save_file({name: torch.zeros(8, 8) for name in (*unread, read)}, folder / "more.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys((*unread, read), "more.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    reading = Reading.of(open_checkpoint(folder))
+    assert [reading.share(name) for name in (*unread, read)] == [0.0, 0.0, 0.0, 1.0]
+
+
 def test_a_speed_is_a_second_budget(tiny: Path, alphaq: Callable[..., Ran]) -> None:
     free = planned(alphaq, tiny, "--size", "7500KB")
     limit = int(0.9 * free["read_bytes"])  # type: ignore[call-overload]
@@ -50,6 +85,14 @@ def test_a_speed_is_a_second_budget(tiny: Path, alphaq: Callable[..., Ran]) -> N
     gap = fast["objective"] - fast["lower_bound"]  # type: ignore[operator]
     assert gap <= 1e-9 * fast["objective"]  # type: ignore[operator]
     assert fast["config"]["bandwidth"] == 1000 * limit  # type: ignore[index]
+
+
+def test_a_speed_means_nothing_without_the_matrices(tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
+    (tmp_path / "stats.csv").write_text("name,alpha,variance\na,2,1\nb,3,1\n")
+    from_stats = ("plan", "--stats", tmp_path / "stats.csv", *QUICK[:4], "--bits", "3")
+    assert alphaq(*from_stats).code == 0
+    failed = alphaq(*from_stats, "--min-speed", "1e12", "--bandwidth", "1GB/s")
+    assert failed.code and "need to know the matrices" in " ".join(failed.err.split())
 
 
 @pytest.mark.parametrize(
@@ -65,7 +108,9 @@ def test_a_speed_is_a_second_budget(tiny: Path, alphaq: Callable[..., Ran]) -> N
     ],
 )
 def test_speeds_that_cannot_be_are_refused(
-    tiny: Path, alphaq: Callable[..., Ran], options: tuple[str, ...], words: str
+    tiny: Path, alphaq: Callable[..., Ran], options: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if "narrowest" not in words:
+        monkeypatch.setattr(planning, "measure_for_plan", lambda *_, **__: pytest.fail("something was measured"))
     failed = alphaq("plan", tiny, *QUICK, "--size", "7500KB", *options)
     assert failed.code and words in " ".join(failed.err.split())

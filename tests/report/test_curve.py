@@ -40,7 +40,9 @@ def test_in_characters_it_falls_to_the_right_with_machines_below() -> None:
     assert sum("┊" in line for line in lines) > 10
 
 
-def test_a_fit_is_drawn_and_a_damaged_one_refused(tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
+def test_a_fit_is_drawn_and_a_damaged_one_refused(
+    tiny_quantized: Path, tmp_path: Path, alphaq: Callable[..., Ran]
+) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / "fit.json"
     file.write_text(json.dumps({"curve": CURVE.model_dump(mode="json")}))
@@ -49,6 +51,8 @@ def test_a_fit_is_drawn_and_a_damaged_one_refused(tmp_path: Path, alphaq: Callab
     drawn = (tmp_path / "f.svg").read_text(encoding="utf-8")
     assert "16 GB" in drawn and "weight files (GiB)" in drawn and ">2 GB" not in drawn
     assert read_curve(file) == CURVE
+    file.write_text((tiny_quantized / "plan.json").read_text().replace('"tiny"', '"curve"'))
+    assert alphaq("plot", "curve", file, "-o", tmp_path / "of-plan.svg", "--json").json["points"] > 2
     file.write_text('{"curve": {"points": []}}')
     failed = alphaq("plot", "curve", file, "-o", tmp_path / "g.svg")
     assert failed.code and "holds no curve" in failed.err

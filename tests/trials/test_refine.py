@@ -17,6 +17,7 @@ from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.planning.kept import kept_shares
+from alphaq.planning.reading import Reading
 from alphaq.report import runs
 from alphaq.report.content import Sources, content_of
 from alphaq.report.explanation import explain_plan, explanation_tables
@@ -406,6 +407,9 @@ def test_all_roles_that_share_a_budget_are_exchanged(tiny: Path, tmp_path: Path)
     assert refined.refined is not None and refined.refined.hidden == 0
     assert refined.size_bytes is not None and plan.size_bytes is not None and refined.size_bytes <= plan.size_bytes
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= plan.assignment.keys()
+    reading, writer = Reading.of(checkpoint), request.profile.writer
+    before, after = (reading.total(writer.layout(checkpoint, one.every_choice())) for one in (plan, refined))
+    assert plan.read_bytes is not None and refined.read_bytes == plan.read_bytes + after - before != plan.read_bytes
     quantize(checkpoint, refined, tmp_path / "out")
 
 

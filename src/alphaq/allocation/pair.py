@@ -35,8 +35,12 @@ STATES = 500_000  # that are gone through at most
 HIGHS_UNITS = 400  # that HiGHS is given at most; it takes minutes for more
 DENSE = 20_000  # states from which on equal ones are looked for
 TIME_LIMIT_S = 60.0
+NOTHING = 1e-290  # of losses, whose shares cannot be told apart
+LEAST_RISE = 1e-18  # of what losses can differ by
+ROUNDING = 1e-9  # of sums of losses
 HIGHEST_RISE = 1e12  # of prices, to find a plan that fits
 BISECTIONS, FILLED = 60, 400
+EXCLUDED = "No plan keeps both budgets, though each can be kept alone."
 
 
 class _TooManyError(Exception):
@@ -110,9 +114,15 @@ def solve_pair(losses: np.ndarray, costs: np.ndarray, budget: int, reads: np.nda
 
 
 def _best_prices(pair: _Pair) -> tuple[np.ndarray, float]:
-    """Prices [2] of whole rooms that make the dual largest, and its value."""
+    """Prices [2] of whole rooms that make the dual largest, and its value.
+
+    Raises NoPairError where the dual exceeds the loss of every plan, so that none keeps both budgets.
+    """
     shares, units = pair.shares, np.arange(len(pair.losses))
-    spread = max(float(np.ptp(pair.losses, axis=1).sum()), 1e-300)  # the most that the dual may still rise
+    spread = widest = float(np.ptp(pair.losses, axis=1).sum())  # the most that the dual may still rise
+    most = float(pair.losses.max(axis=1).sum())
+    if widest <= NOTHING:  # all plans lose as much
+        return np.zeros(2), most
     losses, overs = np.empty(0), np.empty((0, 2))
     best, at, asked = -math.inf, np.zeros(2), np.zeros(2)
     for _ in range(CUTS):
@@ -120,10 +130,12 @@ def _best_prices(pair: _Pair) -> tuple[np.ndarray, float]:
         losses = np.append(losses, pair.loss(columns))
         overs = np.vstack([overs, shares[:, units, columns].sum(axis=1) - 1.0])
         value = float(losses[-1] + asked @ overs[-1])
+        if value > most + ROUNDING * (abs(most) + widest):
+            raise NoPairError(EXCLUDED)
         if value > best:
             best, at = value, asked
         rise, asked = _highest(losses + overs @ at - best, overs, at, spread)
-        if rise <= CONVERGED * abs(best):
+        if rise <= max(CONVERGED * abs(best), LEAST_RISE * widest):
             break
         spread = rise
     return at, best
@@ -136,12 +148,13 @@ def _highest(above: np.ndarray, overs: np.ndarray, at: np.ndarray, spread: float
     """
     from scipy.optimize import linprog
 
+    above = above - above.min()  # which is 0, but for rounding
     near = above <= FAR * spread
     rows = np.column_stack([np.ones(near.sum()), -overs[near]])
     bounds = [(None, None), *((max(-one / spread, -FAR), FAR) for one in at.tolist())]
     answer = linprog([-1.0, 0.0, 0.0], rows, above[near] / spread, bounds=bounds)
-    if answer.x is None:
-        raise BudgetError(f"HiGHS gave no prices: {answer.message}")
+    if answer.x is None:  # any prices give a bound, if not the best one
+        return 0.0, at
     return spread * float(answer.x[0]), np.maximum(at + spread * answer.x[1:], 0.0)
 
 
@@ -160,7 +173,7 @@ def _closed(pair: _Pair, prices: np.ndarray, relaxed: float) -> tuple[np.ndarray
         if found is not None:
             return found, pair.loss(found)
         if width >= view.widest:
-            raise NoPairError("No plan keeps both budgets, though each can be kept alone.")
+            raise NoPairError(EXCLUDED)
         proven, width = width, view.wider(width)
 
 
@@ -182,7 +195,7 @@ def _bracketed(view: _View, proven: float) -> tuple[np.ndarray, float]:
             raise
         answer = None
     if best is None and answer is None:
-        raise NoPairError("No plan keeps both budgets, though each can be kept alone.")
+        raise NoPairError(EXCLUDED)
     bound = view.relaxed + proven
     if answer is None:
         assert best is not None  # else there was an error

@@ -136,8 +136,7 @@ def solve_losses(problem: Problem, losses: np.ndarray, per_layer: bool = False) 
 
 def _solve_both(problem: Problem, table: np.ndarray, reads: Reads, per_layer: bool) -> Solution:
     """Least loss under both budgets. Raises BudgetError."""
-    if per_layer:
-        raise BudgetError("--per-layer and --min-speed are not solved together. Drop one of them.")
+    assert not per_layer  # which `resolve` refuses
     try:
         return solve_pair(table, problem.unit_costs, problem.limit, problem.unit_reads, reads.limit)
     except NoPairError as error:

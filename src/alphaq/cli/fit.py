@@ -17,7 +17,7 @@ from alphaq.cli.inputs import Inputs
 from alphaq.cli.means import JsonOption, Means, ModelArgument, cache_folder, resources_for
 from alphaq.cli.memory import hosting_of
 from alphaq.cli.options import Asked, Shown
-from alphaq.cli.planning import measurements, plan_config
+from alphaq.cli.planning import measurements, note_plan, plan_config
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.nouns.option import settings_of
 from alphaq.nouns.serving import Memory, Serving
@@ -72,17 +72,19 @@ def fit(
         found, curve = _fits(checkpoint, config, inputs, means, host, beside)
     chosen = found[0]
     assert chosen.plan is not None  # else there is an error
-    command = _command(model, asked, chosen.memory.serving, means, write)
+    note_plan(chosen.plan)
+    command = _command(model, asked, chosen, means, write)
     told: dict[str, object] = {
         "bandwidth": bandwidth,
         "command": command,
         "fits": [_told(one, bandwidth) for one in found],
     }
-    told["curve"] = curve.model_dump(mode="json")
+    told["curve"] = None if curve is None else curve.model_dump(mode="json")
     if output is not None:
         with atomic_file(output) as unfinished:
             unfinished.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    show(as_json, told, fits_table(found, bandwidth), curve_lines(curve), f"\nMake it: {command}")
+    drawn = "Nothing is lost at any size, so there is no curve." if curve is None else curve_lines(curve)
+    show(as_json, told, fits_table(found, bandwidth), drawn, f"\nMake it: {command}")
     if write is not None:
         _written(command)
 
@@ -108,8 +110,8 @@ def _host(checkpoint: Checkpoint, serving: Asked[Serving]) -> Serving:
 
 def _fits(
     checkpoint: Checkpoint, config: PlanConfig, inputs: Inputs, means: Means, host: Serving, beside: Path
-) -> tuple[Sequence[Fit], Curve]:
-    """What fits into the memory asked for, first, and into usual machines; and the curve of all sizes.
+) -> tuple[Sequence[Fit], Curve | None]:
+    """What fits into the memory asked for, first, and into usual machines; and the curve of all sizes, if any.
 
     Raises BudgetError if nothing does.
     """
@@ -132,15 +134,16 @@ def _fits(
         inputs = inputs.made_for(checkpoint, resources, beside)
         config = config.model_copy(update={"budget": Budget(size_bytes=memory.weights)})
         request, measured = measurements(checkpoint, config, inputs, resources, settle=False)
-        found = list(fits(checkpoint, request, measured, memories))
+        found = list(fits(checkpoint, request, measured, memories, resources))
         plans = curve_plans(checkpoint, request, measured, least - memory.kept.total) if found[0].plan else []
     if found[0].plan is None:
         raise BudgetError(found[0].why)
     return found, _curve(checkpoint.name, plans, memories[1:])
 
 
-def _curve(model: str, plans: Sequence[Plan], memories: Sequence[Memory]) -> Curve:
-    """What is lost in plans of growing size, in nats where all of them say so. memories: of usual machines."""
+def _curve(model: str, plans: Sequence[Plan], memories: Sequence[Memory]) -> Curve | None:
+    """What is lost in plans of growing size, in nats where all of them say so; None where nothing is. memories: of
+    usual machines."""
     from alphaq.planning.fitting import MACHINES_GIB
     from alphaq.report.curve import Curve, CurvePoint, Mark
 
@@ -150,6 +153,8 @@ def _curve(model: str, plans: Sequence[Plan], memories: Sequence[Memory]) -> Cur
         for plan in plans
     }
     points = tuple(CurvePoint(size_bytes=size, lost=value) for size, value in sorted(lost.items()) if value > 0)
+    if not points:
+        return None
     marks = [Mark(gib=gib, weights_bytes=one.weights) for gib, one in zip(MACHINES_GIB, memories, strict=True)]
     unit = "predicted KL, nats per token" if nats else "expected loss"
     return Curve(model=model, unit=unit, points=points, marks=tuple(marks))
@@ -171,8 +176,10 @@ def _told(one: Fit, bandwidth: int) -> dict[str, object]:
     }
 
 
-def _command(model: str, asked: Asked[PlanConfig], host: Serving, means: Means, write: Path | None) -> str:
-    """The command that makes what was found, with everything that was typed for it."""
+def _command(model: str, asked: Asked[PlanConfig], chosen: Fit, means: Means, write: Path | None) -> str:
+    """The command that makes what was found, with everything that was typed for it, and measured here for a speed."""
+    assert chosen.plan is not None  # the caller knows
+    host, made = chosen.memory.serving, chosen.plan.settings
     words = ["alphaq", "quantize", model, "--engine", asked.values["engine"]]
     for name, setting in settings_of(Serving).items():
         value = getattr(host, name)
@@ -182,6 +189,8 @@ def _command(model: str, asked: Asked[PlanConfig], host: Serving, means: Means, 
         if name != "engine":
             setting = settings_of(PlanConfig)[name]
             words += setting.words(asked.parsed(name))
+    if made is not None and made.min_speed is not None and "bandwidth" not in asked.typed:
+        words += settings_of(PlanConfig)["bandwidth"].words(made.bandwidth)
     for name, setting in settings_of(Means).items():
         value = getattr(means, name)
         if value != setting.default:

@@ -38,7 +38,9 @@ def plan_config(
         config = config.model_copy(update={"bandwidth": _bandwidth_here()})
     if inputs.stats is not None and (config.spectrum, config.tail) != ("farms", "hill"):
         raise AlphaQError("--stats already holds α, so --spectrum and --tail decide nothing. Drop one or the other.")
-    text = text_of(inputs.calibration) if resolve(config, with_model).method.needs_text else None
+    request = resolve(config, with_model)
+    request.check_speed()
+    text = text_of(inputs.calibration) if request.method.needs_text else None
     return config if text is None else config.model_copy(update={"calibration": text.name})
 
 

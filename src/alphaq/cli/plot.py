@@ -114,11 +114,22 @@ def _curve(path: Path) -> Curve:
     from alphaq.report.curve import Mark, curve_of_plan, read_curve
     from alphaq.report.runs import read_run
 
-    if path.is_file() and b'"curve"' in path.read_bytes():
+    if path.is_file() and _is_fit(path):
         return read_curve(path)
     plan = read_run(path).plan
     kept = 0 if plan.memory is None else plan.memory.kept.total
     return curve_of_plan(plan, [Mark(gib=gib, weights_bytes=of_machine(gib) - kept) for gib in MACHINES_GIB])
+
+
+def _is_fit(path: Path) -> bool:
+    """Whether a file is one of `alphaq fit -o`; what is no JSON is not."""
+    from alphaq.work.untrusted import parse_json, read_bounded
+
+    try:
+        told = parse_json(read_bounded(path).decode("utf-8"), strict=True)
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and "curve" in told
 
 
 def _places(names: Iterable[str]) -> dict[str, Place]:

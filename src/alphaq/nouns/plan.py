@@ -312,7 +312,8 @@ class Plan(BaseModel):
         if codec == self.codec:
             return self
         config = self.config or PlanConfig(budget=Budget())
-        return self.model_copy(update={"config": config.model_copy(update={"codec": codec})})
+        read = self.read_bytes if codec is None else None
+        return self.model_copy(update={"config": config.model_copy(update={"codec": codec}), "read_bytes": read})
 
     def choice(self, name: str) -> Choice:
         """The choice of one quantized matrix."""

@@ -95,6 +95,8 @@ def _uniform(checkpoint: Checkpoint, request: Request, measurements: Measurement
     """Uniform bits of the same choices and budget. Raises BudgetError where there is no such plan."""
     if request.config.per_layer:
         raise BudgetError("Uniform bits cannot have a budget for each layer.")
+    if request.config.min_speed is not None:
+        raise BudgetError("Uniform bits cannot be made for a speed.")
     config, own = request.config.model_copy(update={"method": BASELINE}), method(BASELINE)
     # Roles that share the plan's bytes share those of uniform bits too. Where each has a usual width, down to the head,
     # it keeps that: so are stock mixes made, and they are harder to beat.

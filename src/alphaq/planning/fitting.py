@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import BudgetError
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.serving import Memory
 from alphaq.nouns.settings import Budget, PlanConfig
+from alphaq.planning.check import checked_plan
 from alphaq.planning.limits import problem_of
 from alphaq.planning.measured import Measurements
 from alphaq.planning.placing import placed_plan
@@ -56,7 +58,7 @@ def sizes_between(least: int, most: int, count: int = STEPS) -> list[int]:
 
 
 def curve_plans(checkpoint: Checkpoint, request: Request, measured: Measurements, least: int) -> list[Plan]:
-    """Plans from the narrowest choices to the widest. least: bytes of the narrowest."""
+    """Plans from the narrowest choices to the widest, of all experts. least: bytes of the narrowest."""
 
     def of_size(size: int) -> Plan:
         changes = {"budget": Budget(size_bytes=size), "min_speed": None}
@@ -66,14 +68,21 @@ def curve_plans(checkpoint: Checkpoint, request: Request, measured: Measurements
     return [*(of_size(size) for size in sizes_between(least, widest.size_bytes or least)[:-1]), widest]
 
 
-def fits(checkpoint: Checkpoint, request: Request, measured: Measurements, memories: Iterable[Memory]) -> Iterator[Fit]:
-    """A plan for each memory, of errors that were measured for any budget."""
+def fits(
+    checkpoint: Checkpoint, request: Request, measured: Measurements, memories: Iterable[Memory], resources: Resources
+) -> Iterator[Fit]:
+    """A plan for each memory, of errors that were measured for any budget.
+
+    The first is what `alphaq quantize` makes. Those of further memories are not tried beside uniform bits, for which
+    the model is run each time.
+    """
 
     def plan_of(config: PlanConfig) -> Plan:
-        return make_plan(checkpoint, replace(request, config=config), measured)
+        return checked_plan(checkpoint, replace(request, config=config), measured, resources)
 
-    for memory in memories:
+    for number, memory in enumerate(memories):
+        config = request.config if number == 0 else request.config.model_copy(update={"check": False})
         try:
-            yield Fit(memory, placed_plan(checkpoint, request.config, memory, plan_of))
+            yield Fit(memory, placed_plan(checkpoint, config, memory, plan_of))
         except BudgetError as error:
             yield Fit(memory, None, str(error))

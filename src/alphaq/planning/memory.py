@@ -5,7 +5,7 @@ from __future__ import annotations
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.profiles import profile
 from alphaq.errors import BudgetError, PlanError
-from alphaq.nouns.serving import Memory, Serving
+from alphaq.nouns.serving import CARD_BYTES, Memory, Serving
 
 
 def memory_of(checkpoint: Checkpoint, engine: str, serving: Serving) -> Memory:
@@ -15,6 +15,13 @@ def memory_of(checkpoint: Checkpoint, engine: str, serving: Serving) -> Memory:
     if hosting is None:
         raise PlanError(f"What {engine} keeps beside the weights is not known. State the size of the weight files.")
     memory = Memory(serving=serving, kept=hosting.kept(checkpoint, serving))
+    if serving.vram_bytes is not None and memory.card <= 0:
+        raise BudgetError(
+            f"{serving.vram_bytes:,} bytes of --vram leave nothing for weights: the card holds "
+            f"{memory.kept.cache_bytes:,} for {serving.cells:,} tokens of cache in {serving.kv_type}, "
+            f"{memory.kept.buffer_bytes:,} to compute in and {CARD_BYTES:,} for its driver. State more --vram or none, "
+            "ask for less --context, fewer --parallel or a smaller --kv-type such as q8_0."
+        )
     if serving.vram_bytes is not None and memory.host > 0:
         return memory  # whether the card has room for its share is known of a layout
     if memory.weights <= 0:

@@ -17,12 +17,12 @@ from alphaq.calibration.prior import FEW_SAMPLES, routing_prior, seen_uses
 from alphaq.calibration.text import Text, own_text, own_writing, writes
 from alphaq.calibration.tokens import model_prefix
 from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, Expert, ExpertUse, gather
+from alphaq.checkpoint.families.routing import experts_per_token
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import CheckpointError, PassError, QuantizationError
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Role
-from alphaq.planning.reading import chosen_experts
 from alphaq.sensitivity.base import Need
 from alphaq.simd.sums import squared_norm
 from alphaq.work.workers import Wrap
@@ -114,7 +114,7 @@ def fisher_shape(checkpoint: Checkpoint) -> tuple[int, int]:
     which more changes nothing (docs/research/log.md).
     """
     experts = checkpoint.architecture.experts_per_layer(checkpoint.config)
-    share = chosen_experts(checkpoint) / experts if experts else 1.0
+    share = experts_per_token(checkpoint.architecture, checkpoint.config) / experts if experts else 1.0
     if not writes(checkpoint):
         windows, length = REWRITTEN
         return windows, length * max(1, math.ceil(EXPERT_TOKENS / (windows * length * share)))

@@ -1,7 +1,8 @@
 """Bytes of weights that a token reads: what decides how fast a model writes where memory is slower than arithmetic.
 
 A token reads every weight of attention, shared experts, routers and the head, those experts that its router chooses,
-and one row of the embedding, which counts as nothing unless the head is tied to it:
+and one row of the embedding, which counts as nothing unless the head is tied to it. Nothing of what images and sound go
+through is read for text:
 
     tokens per second = bandwidth ÷ Σ share·bytes,   share = chosen ÷ experts, or what the routing prior expects.
 """
@@ -9,13 +10,18 @@ and one row of the embedding, which counts as nothing unless the head is tied to
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from alphaq.allocation.problem import Reads
 from alphaq.calibration.traffic import Expert, ExpertUse
+from alphaq.checkpoint.families.architecture import NUMBERED_LAYER
+from alphaq.checkpoint.families.prefixes import language_prefix
+from alphaq.checkpoint.families.routing import experts_per_token
+from alphaq.checkpoint.families.wrappers import OTHER_PARTS
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.export import Layout
 from alphaq.errors import BudgetError
@@ -25,12 +31,8 @@ from alphaq.planning.costs import data_table
 from alphaq.planning.scope import Scope
 from alphaq.sensitivity.base import Evidence
 
-
-def chosen_experts(checkpoint: Checkpoint) -> int:
-    """How many of a layer's experts a token goes to; all where the config does not say, 0 without experts."""
-    counts = (checkpoint.text_config.get(key) for key in checkpoint.architecture.top_k_keys)
-    experts = checkpoint.architecture.experts_per_layer(checkpoint.config)
-    return next((count for count in counts if isinstance(count, int)), experts)
+_LOOKED_UP = re.compile(r"(?:.*\.)?(?:embed_tokens_per_layer|per_layer_token_embd|nextn\.embed_tokens)\.weight")
+"""Tables of which a token reads a row, and that no head is tied to."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,14 @@ class Reading:
     @classmethod
     def of(cls, checkpoint: Checkpoint, prior: Mapping[Expert, ExpertUse] | None = None) -> Reading:
         """prior: how often each expert is used, where that is known."""
-        chosen, experts = chosen_experts(checkpoint), checkpoint.architecture.experts_per_layer(checkpoint.config)
+        chosen = experts_per_token(checkpoint.architecture, checkpoint.config)
+        experts = checkpoint.architecture.experts_per_layer(checkpoint.config)
         usual = chosen / experts if experts else 1.0
         tied = not checkpoint.with_role(Role.HEAD)
 
         def share(matrix: MatrixRef) -> float:
             if matrix.role is Role.EMBEDDING:
-                return 1.0 if tied else 0.0
+                return 1.0 if tied and not _LOOKED_UP.fullmatch(matrix.name) else 0.0
             if matrix.role is not Role.EXPERT:
                 return 1.0
             known = None if prior is None else prior.get((matrix.layer or 0, matrix.expert or 0))
@@ -60,7 +63,7 @@ class Reading:
             matrix.tensor: usual if matrix.index is not None else matrices[matrix.name]
             for matrix in checkpoint.matrices
         }
-        return cls(matrices, tensors)
+        return cls(matrices, dict.fromkeys(_unread(checkpoint), 0.0) | tensors)
 
     def share(self, source: MatrixRef | str) -> float:
         """Of what an entry of a layout holds."""
@@ -75,6 +78,21 @@ class Reading:
                 nbytes = sum(place.nbytes for place in entry.places)
                 read[entry.source] = max(read.get(entry.source, 0.0), nbytes * self.share(entry.source))
         return math.ceil(math.fsum(read.values()))
+
+
+def _unread(checkpoint: Checkpoint) -> Iterator[str]:
+    """Stored tensors that no token of text reads: of images and sound, of layers that foretell further tokens, and
+    tables that rows are looked up in."""
+    architecture = checkpoint.architecture
+    prefix, layers = language_prefix(architecture, checkpoint.shard_of), architecture.layers(checkpoint.config)
+    for name, role in checkpoint.roles.items():
+        if role is not Role.OTHER:
+            continue
+        numbered = NUMBERED_LAYER.fullmatch(name)
+        beyond = numbered is not None and int(numbered[1]) >= layers
+        part = name.removeprefix(prefix).split(".")[0].lower()
+        if not name.startswith(prefix) or beyond or OTHER_PARTS.search(part) or _LOOKED_UP.fullmatch(name):
+            yield name
 
 
 def reads_of(scope: Scope, evidence: Evidence | None) -> Reads | None:

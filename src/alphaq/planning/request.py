@@ -68,6 +68,11 @@ class Request:
         own = {choice for choice in self.profile.choices if str(choice) in held}
         return replace(self, choices=tuple(sorted({*self.choices, *own})), offered=self.offered | own)
 
+    def check_speed(self) -> None:
+        """BudgetError for a speed where there are no losses to weigh against it."""
+        if self.config.min_speed is not None and self.method.kind != "loss":
+            raise BudgetError(f"--min-speed needs losses, and {self.config.method} has none for each choice. Drop it.")
+
     def choice(self, text: str) -> Choice:
         """A choice as a user writes it, for this engine. Raises ChoiceError if it cannot be stored."""
         return parse_choice(text, self.profile, self.config)
@@ -191,9 +196,12 @@ def _check_drop(config: PlanConfig, chosen: Method) -> None:
 
 
 def _check_speed(config: PlanConfig) -> None:
-    """BudgetError for a speed of unknown memory, or of files whose codes are taken apart when they are loaded."""
+    """BudgetError for a speed of unknown memory, of files whose codes are taken apart when they are loaded,
+    or beside budgets for each layer."""
     if config.min_speed is not None and config.codec is not None:
         raise BudgetError("--min-speed counts the bytes that a token reads, which codes do not change. Drop --codec.")
+    if config.min_speed is not None and config.per_layer:
+        raise BudgetError("--per-layer and --min-speed are not solved together. Drop one of them.")
     if config.min_speed is not None and config.bandwidth is None:
         raise BudgetError("--min-speed needs the bandwidth of the memory. Add --bandwidth 80GB/s.")
 

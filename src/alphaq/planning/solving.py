@@ -63,8 +63,7 @@ def solve(
     """The best choices by the request's method. extra: losses [joined, choices] of matrices beside the planned ones."""
     kind, rule, per_layer = request.method.kind, request.method.rule, request.config.per_layer
     names = (*evidence.names, *joined)
-    if problem.reads is not None and kind != "loss":
-        raise BudgetError(f"--min-speed needs losses, and {request.config.method} has none for each choice. Drop it.")
+    request.check_speed()
     if kind in RANKED:
         if per_layer:
             raise BudgetError(f"--per-layer needs losses, and {request.config.method} only has an order. Drop it.")

@@ -22,7 +22,7 @@ from alphaq.planning.solving import accounted, draft, solve
 from alphaq.sensitivity.base import Evidence, Need
 from alphaq.spectra.measure import Stats
 
-OF_MATRICES = ("engine", "pins", "min_bits", "max_bits", "per_layer")
+OF_MATRICES = ("engine", "pins", "min_bits", "max_bits", "per_layer", "min_speed")
 """Settings that mean nothing where only names, α and variances are known."""
 
 
@@ -81,7 +81,7 @@ def _problem(request: Request, evidence: Evidence) -> Problem:
             "Stats alone do not say how many bytes matrices take. State the budget as --bits, or give MODEL."
         )
     if any(getattr(config, name) != PlanConfig.model_fields[name].default for name in OF_MATRICES):
-        raise BudgetError("--engine, pins, bounds and --per-layer need to know the matrices. Give MODEL.")
+        raise BudgetError("--engine, pins, bounds, --per-layer and --min-speed need to know the matrices. Give MODEL.")
     counts = np.ones(len(names), np.int64) if config.unweighted else evidence.weights
     costs = by_count(choices, counts, config.budget.bits)
     clear = evidence.relative_errors <= most_noise(config)

@@ -13,6 +13,7 @@ from alphaq.formats.table import code_bits
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan, Prediction, Refinement
 from alphaq.planning.kept import kept_shares
+from alphaq.planning.reading import Reading
 from alphaq.trials.bench import Bench
 
 
@@ -46,6 +47,7 @@ def described(checkpoint: Checkpoint, plan: Plan, bench: Bench, columns: np.ndar
             "average_bits": sum(bits[name] * count for name, count in sizes.items()) / total,
             "bits_per_weight": 8 * sum(stored.values()) / total,
             "size_bytes": size_of(checkpoint, plan, choices),
+            "read_bytes": _read_bytes(checkpoint, plan, choices),
             "budget_slack": None
             if plan.budget_slack is None
             else plan.budget_slack + units.cost(first) - units.cost(columns),
@@ -61,6 +63,17 @@ def described(checkpoint: Checkpoint, plan: Plan, bench: Bench, columns: np.ndar
             "refined": refinement,
         }
     )
+
+
+def _read_bytes(checkpoint: Checkpoint, plan: Plan, choices: Mapping[str, Choice]) -> int | None:
+    """Bytes of weights that a token reads at other choices: those of the given plan, and what the change comes to."""
+    if plan.read_bytes is None:
+        return None
+    writer, reading = profile(plan.engine).writer, Reading.of(checkpoint)
+    before, after = (
+        reading.total(writer.laid_out(checkpoint, one, plan.split_bytes)) for one in (plan.every_choice(), choices)
+    )
+    return plan.read_bytes + after - before
 
 
 def _prediction(known: Prediction | None, added: float) -> Prediction | None:

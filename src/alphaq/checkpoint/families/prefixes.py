@@ -33,6 +33,16 @@ def fitted(architecture: Architecture, config: Mapping[str, Any], shards: Shards
     return (wrapped(architecture, architecture.settings, (prefix,)) if prefix else architecture), shards
 
 
+def language_prefix(architecture: Architecture, names: Iterable[str]) -> str:
+    """What stands before the language model's own tensors, with its dot; "" where its layers have no such prefix."""
+    for name in names:
+        if _is_anchor(architecture, name):
+            match = architecture.first_match(name)[1]
+            model = match.groupdict().get("model") if match is not None else None
+            return f"{model}." if model else ""
+    return ""
+
+
 def _is_anchor(architecture: Architecture, name: str) -> bool:
     """Whether a name is one of the language model's layers."""
     rule, match = architecture.first_match(name)

@@ -34,9 +34,10 @@ def check_routing(architecture: Architecture, config: Mapping[str, Any], per_exp
 
 
 def experts_per_token(architecture: Architecture, config: Mapping[str, Any]) -> int:
-    """The most experts that a layer sends a token to, by a config; 0 if it does not say."""
-    text = architecture.text_config(config)
-    return max((one for key in architecture.top_k_keys for one in _numbers(look_up(text, key))), default=0)
+    """The most experts that a layer sends a token to; all of them where a config does not say, 0 without experts."""
+    text, experts = architecture.text_config(config), architecture.experts_per_layer(config)
+    said = (one for key in architecture.top_k_keys for one in _numbers(look_up(text, key)))
+    return min(max(said, default=experts), experts)  # some of those chosen may have no weights
 
 
 def renormalises(architecture: Architecture, config: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 MOST_NESTED = 4
-_OTHER_PARTS = re.compile(
+OTHER_PARTS = re.compile(
     "vision|visual|image|video|audio|speech|sound|voice|talker|predictor|vocoder|token2wav|draft|mtp|encoder|projector"
     "|quantization"
 )
@@ -44,7 +44,7 @@ def _parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]
             (f"{path}.{key}".lstrip("."), value)
             for path, part in level
             for key, value in part.items()
-            if isinstance(value, dict) and "." not in key and not _OTHER_PARTS.search(key.lower())
+            if isinstance(value, dict) and "." not in key and not OTHER_PARTS.search(key.lower())
         ]
         yield from level
 
