@@ -65,10 +65,10 @@ def plan(
     scratch = None if beside is None else beside.absolute().parent
     with nullcontext() if model is None else opened_for(config.engine, model, means, scratch or Path()) as checkpoint:
         with resources_for(checkpoint, means) as resources:
-            inputs = inputs.made_for(checkpoint, resources, scratch or Path())
+            inputs = inputs.made_for(checkpoint, resources, scratch or Path(), config.bos)
             if search is None or checkpoint is None:
                 config, memory = (config, None) if checkpoint is None else fitted(checkpoint, config, host)
-                made = build_plan(checkpoint, config, inputs, resources).model_copy(update={"memory": memory})
+                made = build_plan(checkpoint, config, inputs, resources).plan.model_copy(update={"memory": memory})
             else:
                 made = search_plan(checkpoint, config, inputs, search, resources, scratch=scratch)
             if checkpoint is not None:

@@ -46,7 +46,7 @@ def importance_of(checkpoint: Checkpoint, given: ImportanceMatrix) -> Importance
             continue
         entry = next((name for name in _entries(recipe.name) if name in given.tensors), None)
         if entry is not None:
-            columns = _columns(recipe, entry, given)
+            columns = _columns(recipe, entry, given, checkpoint)
             found.update(zip((matrix.name for matrix in recipe.matrices), columns, strict=True))
         elif recipe.type != "F32" and recipe.matrices[0].role not in _SELDOM_THERE:
             missing[recipe.name] = recipe.matrices[0].role
@@ -68,9 +68,12 @@ def _entries(name: str) -> Iterator[str]:
             yield from (f"{layer}{dot}{other}.weight" for other in kinds if other != kind)
 
 
-def _columns(recipe: TensorRecipe, entry: str, given: ImportanceMatrix) -> np.ndarray:
+def _columns(recipe: TensorRecipe, entry: str, given: ImportanceMatrix, checkpoint: Checkpoint) -> np.ndarray:
     """Importance [matrices, columns] of a tensor's matrices."""
     rows, count = given.tensors[entry], len(recipe.matrices)
+    gone = checkpoint.dropped.get(recipe.matrices[0].layer or 0, ()) if recipe.is_stack else ()
+    if gone and rows.size == (count + len(gone)) * recipe.shape[-1]:  # it is of the model with all experts
+        rows = np.delete(rows.reshape(count + len(gone), -1), gone, axis=0)
     # The older format has all experts' columns in one row.
     columns = rows.reshape(count, -1) if rows.size % count == 0 else rows
     if columns.shape != (count, recipe.shape[-1]):
