@@ -15,13 +15,15 @@ import pytest
 import torch
 from llama import Llama, in_float32
 
-from alphaq.calibration.fisher import Fisher
+from alphaq.calibration.fisher import Fisher, gather_fisher
 from alphaq.calibration.inputs import Inputs, stream_inputs
 from alphaq.checkpoint.gguf.format import read_gguf
 from alphaq.checkpoint.gguf.imatrix import read_imatrix
 from alphaq.checkpoint.gguf.values import GgufValue
+from alphaq.checkpoint.pruned import without_experts
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.cli.inputs import Inputs as FileInputs
+from alphaq.cli.inputs import Own
 from alphaq.engines.gguf import gathering
 from alphaq.engines.gguf.gathering import Sample, gather
 from alphaq.engines.gguf.importance import importance_of
@@ -34,7 +36,7 @@ from alphaq.measuring.cache import Cache
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
-from alphaq.planning.passes import PassRun, fisher
+from alphaq.planning.passes import PASSES, PassRun, fisher
 from alphaq.work.workers import silent
 from alphaq.writing import observing
 from alphaq.writing.observing import in_16_bits
@@ -303,7 +305,7 @@ def test_where_the_backward_pass_gives_way_that_is_said_and_plans_by_it_are_refu
     values = {"a": np.ones((1, 4), np.float32)}
     monkeypatch.setattr(observing, "fisher", no_backward_pass)
     monkeypatch.setattr(observing, "importance_by_inputs", lambda *given: observing.own_matrix("inputs", values))
-    asked = FileInputs(own_imatrix=True)
+    asked = FileInputs(own=Own.ASKED)
     made = asked.made_for(open_checkpoint(models["qwen2_moe"]), Resources(), tmp_path)
     told = " ".join(capsys.readouterr().err.split())
     assert "goes by the columns' inputs, not by what their errors cost: The layers cannot be run backward." in told
@@ -317,6 +319,11 @@ def test_where_the_backward_pass_gives_way_that_is_said_and_plans_by_it_are_refu
         check_importance(plan, made.imatrix)
     with pytest.raises(PlanError, match="Give --imatrix self"):
         check_importance(plan, None)
+    again = FileInputs(own=Own.USUAL).of_plan(plan)
+    with pytest.raises(PlanError, match=r"cannot be had here: The layers cannot be run backward\. Make the plan again"):
+        again.made_for(open_checkpoint(models["qwen2_moe"]), Resources(), tmp_path)
+    by_inputs = Plan(engine="llama.cpp", choices={"a": "Q4_0"}, config={"imatrix": "self inputs-0"})
+    assert FileInputs(own=Own.USUAL).of_plan(by_inputs).own is None
 
 
 @pytest.mark.slow
@@ -356,12 +363,78 @@ def test_quantize_makes_and_uses_its_own_and_the_plan_makes_it_again(
     assert ran.code == 0, ran.err
     assert alphaq("quantize", model, "--plan", plan, "--imatrix", "self", "-o", tmp_path / "two").code == 0
     assert alphaq("quantize", model, *asked, "--imatrix", "none", "-o", tmp_path / "ones").code == 0
-    first, second, ones = ((tmp_path / name / "model.gguf").read_bytes() for name in ("one", "two", "ones"))
-    assert first == second != ones
+    assert alphaq("quantize", model, *asked, "-o", tmp_path / "usual").code == 0
     ran = alphaq("quantize", model, "--plan", plan, "-o", tmp_path / "three")
+    assert ran.code == 0, ran.err
+    names = ("one", "two", "three", "ones", "usual")
+    first, second, third, ones, usual = ((tmp_path / name / "model.gguf").read_bytes() for name in names)
+    assert first == second == third != ones == usual
+    ran = alphaq("quantize", model, "--plan", plan, "--imatrix", "none", "-o", tmp_path / "four")
     assert ran.code == 2 and "Give --imatrix self" in " ".join(ran.err.split())
     ran = alphaq("plan", model, "--bits", "3", "--imatrix", "self")
     assert ran.code == 2 and "--imatrix is for llama.cpp" in " ".join(ran.err.split())
+
+
+@pytest.mark.parametrize("source", ["folder", pytest.param("gguf", marks=pytest.mark.slow)])
+def test_the_default_method_uses_what_its_own_pass_tells(
+    alphaq: Callable[..., Ran],
+    models: dict[str, Path],
+    exact: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+) -> None:
+    """Without a pass more, even with nothing kept; and the plan makes it again."""
+    few_windows(monkeypatch)
+    passes: list[object] = []
+
+    def counted(*given: Any) -> Fisher:
+        passes.append(given)
+        return gather_fisher(*given)
+
+    monkeypatch.setattr("alphaq.planning.passes.gather_fisher", counted)
+    model, plan = models["qwen2_moe"] if source == "folder" else exact("qwen2_moe"), tmp_path / "plan.json"
+    asked = ("--engine", "llama.cpp", "--bits", "5", "--choices", "Q4_0,Q5_1,Q8_0", "--no-bos")
+    ran = alphaq("quantize", model, *asked, "--no-cache", "-o", tmp_path / "usual")
+    assert ran.code == 0 and len(passes) == 1, ran.err
+    assert "self losses-" in ran.out
+    assert alphaq("plan", model, *asked, "-o", plan).code == 0
+    assert (Plan.read(plan).imatrix or "").startswith("self losses-")
+    assert alphaq("quantize", model, "--plan", plan, "--workers", "2", "-o", tmp_path / "planned").code == 0
+    assert len(passes) == 2  # the cache has it
+    ran = alphaq("quantize", model, *asked, "--imatrix", "none", "-o", tmp_path / "ones")
+    assert ran.code == 0 and "none: all columns count alike" in ran.out
+    usual, planned, ones = ((tmp_path / name / "model.gguf").read_bytes() for name in ("usual", "planned", "ones"))
+    assert usual == planned != ones
+
+
+def test_without_a_backward_pass_the_default_is_no_importance_matrix(
+    alphaq: Callable[..., Ran], models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no file of the whole model is written for one that nobody asked for."""
+    monkeypatch.setitem(PASSES, "fisher", no_backward_pass)
+    monkeypatch.setattr(observing, "in_16_bits", None)
+    asked = ("--engine", "llama.cpp", "--bits", "5", "--choices", "Q4_0,Q8_0")
+    ran = alphaq("plan", models["qwen2_moe"], *asked, "-o", tmp_path / "plan.json")
+    told = " ".join(ran.err.split())
+    assert ran.code == 0 and "no importance matrix is used" in told and "--imatrix self makes one" in told, ran.err
+    assert Plan.read(tmp_path / "plan.json").imatrix is None
+    ran = alphaq("quantize", models["qwen2_moe"], "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
+    assert ran.code == 0, ran.err
+
+
+def test_a_model_s_own_serves_plans_without_some_experts(models: dict[str, Path]) -> None:
+    whole = open_checkpoint(models["qwen2_moe"])
+    layers = whole.architecture.moe_layers(whole.config)
+    left = without_experts(whole, dict.fromkeys(layers, (1,)))
+    rows = {
+        recipe.name: np.arange(1, 1 + len(recipe.matrices), dtype=np.float32)[:, None].repeat(recipe.shape[-1], 1)
+        for recipe in gguf_tensors(whole)
+        if recipe.is_stack
+    }
+    found = importance_of(left, observing.own_matrix("losses", rows)).columns
+    experts = [(matrix.expert, found[matrix.name][0]) for matrix in left.with_role(Role.EXPERT)]
+    assert {(number, float(value)) for number, value in experts} == {(0, 1.0), (1, 3.0), (2, 4.0)}
 
 
 def test_a_model_s_own_is_made_once_and_again_where_the_cache_is_damaged(

@@ -67,6 +67,18 @@ def test_a_plan_from_stats_names_the_file_it_came_from() -> None:
     assert "Quantize" not in steps
 
 
+def test_a_plan_without_an_importance_matrix_says_so_where_the_command_would_make_one() -> None:
+    source = SourceIdentity(name="m", fingerprint="0")
+
+    def words(**settings: str) -> str:
+        config = PlanConfig(budget=Budget(bits=3), **settings)  # type: ignore[arg-type]
+        return reproduce(Plan(engine=config.engine, source=source, config=config, choices={"a": "Q4_0"}))[0][1]
+
+    assert " --imatrix none " in words(engine="llama.cpp")
+    assert " --imatrix self " in words(engine="llama.cpp", imatrix="self losses-0")
+    assert "--imatrix" not in words(engine="llama.cpp", method="alphaq") + words()
+
+
 class Flip(NamedTuple):
     """A value that a setting does not have by itself, and what else it takes for it to be one."""
 
@@ -106,6 +118,9 @@ FLIPS: dict[str, list[Flip]] = {
     "calibration": [Flip("self", {"method": "baq"}), Flip("notes.txt", {"method": "baq"})],
     "imatrix": [Flip("importance.gguf 0123456789abcdef", LLAMA), Flip("self losses-0123", LLAMA)],
     "split_bytes": [Flip(2_000_000_001, LLAMA)],
+    "drop": [Flip(True)],
+    "max_drop": [Flip(0.125)],
+    "max_drop_loss": [Flip(0.02)],
     "codec": [Flip("zstd")],
     "bos": [Flip(False)],
     "check": [Flip(False)],

@@ -382,16 +382,16 @@ def test_a_plan_by_the_models_own_importance_is_refined_by_the_same(
     given, out = tmp_path / "plan.json", tmp_path / "refined.json"
     make, caches = observing.importance_by_losses, []
 
-    def made(checkpoint: Checkpoint, resources: Resources) -> Any:
+    def made(checkpoint: Checkpoint, bos: bool, resources: Resources) -> Any:
         caches.append(resources.cache)
-        return make(checkpoint, resources)
+        return make(checkpoint, bos, resources)
 
     monkeypatch.setattr(observing, "importance_by_losses", made)
     settings = ("--engine", "llama.cpp", "--bits", "4", "--method", "random", "--choices", "Q4_0,Q8_0")
     assert alphaq("plan", folder, *settings, "--imatrix", "self", "-o", given).code == 0
-    without = alphaq("refine", folder, "--plan", given, "-o", out)
+    without = alphaq("refine", folder, "--plan", given, "--imatrix", "none", "-o", out)
     assert without.code == 2 and "Give --imatrix self" in without.err
-    ran = alphaq("refine", folder, "--plan", given, "--imatrix", "self", "-o", out, "--gradients", 8)
+    ran = alphaq("refine", folder, "--plan", given, "-o", out, "--gradients", 8)
     assert ran.code == 0, ran.err
     assert len(caches) == 2 and None not in caches
     assert Plan.read(out).imatrix == Plan.read(given).imatrix

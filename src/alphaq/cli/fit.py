@@ -131,7 +131,7 @@ def _fits(
     sizes = [host.memory_bytes, *(of_machine(gib) for gib in MACHINES_GIB)]
     memories = [Memory(serving=host.model_copy(update={"memory_bytes": size}), kept=memory.kept) for size in sizes]
     with resources_for(checkpoint, means) as resources:
-        inputs = inputs.made_for(checkpoint, resources, beside)
+        inputs = inputs.made_for(checkpoint, resources, beside, config.bos)
         config = config.model_copy(update={"budget": Budget(size_bytes=memory.weights)})
         request, measured = measurements(checkpoint, config, inputs, resources, settle=False)
         found = list(fits(checkpoint, request, measured, memories, resources))

@@ -65,11 +65,11 @@ def plan(
     scratch = None if beside is None else beside.absolute().parent
     with nullcontext() if model is None else opened_for(config.engine, model, means, scratch or Path()) as checkpoint:
         with resources_for(checkpoint, means) as resources:
-            inputs = inputs.made_for(checkpoint, resources, scratch or Path())
+            inputs = inputs.made_for(checkpoint, resources, scratch or Path(), config.bos)
             if search is None or checkpoint is None:
 
                 def build(config: PlanConfig, inputs: Inputs = inputs) -> Plan:
-                    return build_plan(checkpoint, config, inputs, resources)
+                    return build_plan(checkpoint, config, inputs, resources).plan
 
                 made = build(config) if checkpoint is None else plan_within(checkpoint, config, host, build)
             else:

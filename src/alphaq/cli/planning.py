@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alphaq.cli.inputs import Inputs, note_source, text_of
+from alphaq.cli.inputs import Inputs, Own, note_importance, note_source, text_of
 from alphaq.cli.means import cache_folder
 from alphaq.cli.options import Asked
 from alphaq.errors import AlphaQError, BudgetError, MissingExtraError
@@ -17,11 +18,21 @@ from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.terminal import complain, note, warn
 
 if TYPE_CHECKING:
+    from alphaq.calibration.fisher import Fisher
+    from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
     from alphaq.checkpoint.reader import Checkpoint
     from alphaq.measuring.resources import Resources
     from alphaq.planning import Measurements, Request
 
 NAMED_ONLY = ("calibration", "imatrix")  # a plan holds the names of these files, not the files
+
+
+@dataclass(frozen=True)
+class Made:
+    """A plan, and the importance matrix that it was made with."""
+
+    plan: Plan
+    imatrix: ImportanceMatrix | None
 
 
 def plan_config(
@@ -96,7 +107,7 @@ def build_plan(
     inputs: Inputs,
     resources: Resources,
     quantizer: str | None = None,
-) -> Plan:
+) -> Made:
     """Measure and plan; says on stderr what a user would not expect. quantizer: that was asked for, if any."""
     from alphaq import planning
 
@@ -106,7 +117,7 @@ def build_plan(
     widest = max(map(code_bits, request.offered))
     if config.budget.bits is not None and config.budget.bits > widest:
         note(f"no choice offered is wider than {widest:g} bits, so the budget is not used up")
-    return plan
+    return Made(plan, measured.own_imatrix or inputs.imatrix)
 
 
 def measurements(
@@ -135,9 +146,11 @@ def measurements(
         note_source(checkpoint, config.engine, inputs.imatrix)
         if config.bos and {"fisher", "synthetic"} & {*request.method.needs}:
             _note_tokenizer(checkpoint)
-    measured = planning.measure_for_plan(
-        checkpoint, request, planning.PlanInputs(inputs.stats, text, inputs.imatrix), resources, settle=settle
-    )
+    own = inputs.own is Own.USUAL and request.profile.importance is not None and request.method.needs_fisher
+    given = planning.PlanInputs(inputs.stats, text, inputs.imatrix, _own_importance if own else None)
+    measured = planning.measure_for_plan(checkpoint, request, given, resources, settle=settle)
+    if own and checkpoint is not None:
+        request = _with_own(request, checkpoint, measured.own_imatrix)
     if measured.evidence.synthetic is not None:
         note(*measured.evidence.synthetic.notes)
     if zeros := measured.zeros:
@@ -146,6 +159,24 @@ def measurements(
             f"{zeros[0]} for one, so any bits will do for them. Check that the checkpoint was written to its end."
         )
     return request, measured
+
+
+def _own_importance(checkpoint: Checkpoint, passed: Fisher) -> ImportanceMatrix:
+    from alphaq.writing.observing import importance_of_losses
+
+    return importance_of_losses(checkpoint, passed)
+
+
+def _with_own(request: Request, checkpoint: Checkpoint, own: ImportanceMatrix | None) -> Request:
+    """The request, with the name of the importance matrix that its pass gave; says on stderr where it gave none."""
+    if own is None:
+        note(
+            "no importance matrix is used, as the model cannot be run backward here; --imatrix self makes one of what "
+            "llama.cpp sees"
+        )
+        return request
+    note_importance(checkpoint, own)
+    return replace(request, config=request.config.model_copy(update={"imatrix": f"{own.name} {own.digest}"}))
 
 
 def _note_tokenizer(checkpoint: Checkpoint) -> None:

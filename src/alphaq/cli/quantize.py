@@ -14,7 +14,7 @@ from alphaq.cli.inputs import Inputs, Sight, note_source, rounding_of
 from alphaq.cli.means import JsonOption, Means, ModelArgument, RestartOption, output_target, resources_for
 from alphaq.cli.memory import ServingOptions, plan_within, serving_of
 from alphaq.cli.options import Asked
-from alphaq.cli.planning import build_plan, note_pace, plan_config, read_plan
+from alphaq.cli.planning import Made, build_plan, note_pace, plan_config, read_plan
 from alphaq.cli.search import ANY_BUDGET, ScoringOptions, Search, Wanted, WantedOptions, search_plan
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.scoring import Scoring
@@ -60,8 +60,9 @@ class Order:
 
     @property
     def bos(self) -> bool:
-        """Whether a plan that was read wants windows to begin with BOS."""
-        return self.plan is None or self.plan.config is None or self.plan.config.bos
+        """Whether the plan has windows begin with BOS."""
+        config = self.config if self.plan is None else self.plan.config
+        return config is None or config.bos
 
 
 @dataclass(frozen=True)
@@ -80,41 +81,46 @@ class Job:
     def run(self) -> tuple[Plan, QuantizeResult]:
         """Plan and quantize."""
         with resources_for(self.checkpoint, self.means) as resources:
-            job = replace(self, inputs=self.inputs.made_for(self.checkpoint, resources, self.beside))
+            inputs = self.inputs.made_for(self.checkpoint, resources, self.beside, self.order.bos)
+            job = replace(self, inputs=inputs)
             if job.order.plan is not None:
                 note_source(job.checkpoint, job.order.plan.engine, job.inputs.imatrix)
-            plan = job.plan(resources)
+            made = job.plan(resources)
             if resources.cache is not None:
                 resources.cache.close()  # others may measure while this one writes
-            note_pace(self.checkpoint, plan, resources)
-            return plan, job.write(plan, resources)
+            note_pace(self.checkpoint, made.plan, resources)
+            return made.plan, job.write(made, resources)
 
-    def plan(self, resources: Resources) -> Plan:
+    def plan(self, resources: Resources) -> Made:
         """The plan that was read, or a new one."""
         order, checkpoint, inputs = self.order, self.checkpoint, self.inputs
         if order.plan is not None:
-            return order.plan
+            return Made(order.plan, inputs.imatrix)
         assert order.config is not None  # then there is something to make one of
         if order.search is None:
-            return plan_within(
-                checkpoint,
-                order.config,
-                order.serving,
-                lambda config: build_plan(checkpoint, config, inputs, resources, order.quantizer),
-            )
-        return search_plan(checkpoint, order.config, inputs, order.search, resources, self.rounding, self.beside)
+            made: list[Made] = []
+
+            def build(config: PlanConfig) -> Plan:
+                made.append(build_plan(checkpoint, config, inputs, resources, order.quantizer))
+                return made[-1].plan
+
+            plan = plan_within(checkpoint, order.config, order.serving, build)
+            return Made(plan, made[-1].imatrix)  # which no budget changes
+        found = search_plan(checkpoint, order.config, inputs, order.search, resources, self.rounding, self.beside)
+        return Made(found, inputs.imatrix)
 
     @property
     def beside(self) -> Path:
         """Folder for what is not kept."""
         return self.place.absolute().parent if isinstance(self.place, Path) else self.scratch or Path()
 
-    def write(self, plan: Plan, resources: Resources) -> QuantizeResult:
+    def write(self, made: Made, resources: Resources) -> QuantizeResult:
         """Quantize by the plan."""
         from alphaq import pipeline
 
+        plan = made.plan
         options = pipeline.WriteOptions(
-            self.rounding, self.inputs.imatrix, self.restart, hash_contents=self.means.hash_contents
+            self.rounding, made.imatrix, self.restart, hash_contents=self.means.hash_contents
         )
         if isinstance(self.place, Path):
             return pipeline.quantize(self.checkpoint, plan, self.place, options, resources)
@@ -154,8 +160,10 @@ def quantize(
         check_absent(place)
     if plan_file is not None:
         others = (*_deciding(wanted, scoring, means), *serving.typed.values())
-        order = Order(read_plan(plan_file, asked, others), None, None, quantizer)
-        inputs, means = Inputs.of(asked), means.model_copy(update={"no_cache": True})
+        read = read_plan(plan_file, asked, others)
+        order, inputs = Order(read, None, None, quantizer), Inputs.of(asked).of_plan(read)
+        if inputs.own is None:  # there is nothing to measure
+            means = means.model_copy(update={"no_cache": True})
     else:
         search, inputs = Search.of(wanted, scoring, asked, means), Inputs.of(asked)
         host = serving_of(serving, asked, search is not None)

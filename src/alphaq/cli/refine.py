@@ -51,10 +51,11 @@ def refine(
             f"No plan file {plan_file}. Make one with `alphaq plan MODEL --bits 2.5 -o {plan_file.name}`."
         )
     given = Plan.read(plan_file)
-    inputs, by_way, state = Inputs.of(asked), way(by), output.with_name(f"{output.name}.state")
+    inputs, by_way, state = Inputs.of(asked).of_plan(given), way(by), output.with_name(f"{output.name}.state")
     checkpoint = opened(model, means)
     with resources_for(checkpoint, means) as resources:
-        importance = inputs.made_for(checkpoint, resources, output.absolute().parent).imatrix
+        bos = given.config is None or given.config.bos
+        importance = inputs.made_for(checkpoint, resources, output.absolute().parent, bos).imatrix
         if resources.cache is not None:
             resources.cache.close()  # others may measure while this one runs the model
         refining = Refining(seed, gradients, tokens, by_way, importance, restart, tell)

@@ -45,7 +45,7 @@ def slice_(
         config = _as_it_is(config, checkpoint, whole)
         inputs = Inputs(stats=known_alphas(checkpoint, whole, config))
     with resources_for(checkpoint, means) as resources:
-        plan = build_plan(checkpoint, config, inputs, resources)
+        plan = build_plan(checkpoint, config, inputs, resources).plan
         if resources.cache is not None:
             resources.cache.close()  # others may measure while this one writes
         options = pipeline.WriteOptions(restart=restart, hash_contents=means.hash_contents)

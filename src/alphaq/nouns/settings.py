@@ -308,13 +308,14 @@ class PlanConfig(BaseModel):
     imatrix: Annotated[
         str | None,
         Option(
-            "Importance matrix for llama.cpp's quantizers: a file; self, of the model's own writing; none, ones.",
+            "Importance matrix for llama.cpp's quantizers: a file; self, of the model's own writing; none, ones. By "
+            "default self where the method runs the pass for it anyway, as auto does.",
             SCORES,
             metavar="FILE|self|none",
             show=lambda recorded: str(recorded).rpartition(" ")[0],  # a digest follows the name
         ),
     ] = None
-    """Name and digest of the importance matrix that llama.cpp's quantizers are to use; None for ones."""
+    """Name and digest of the importance matrix that llama.cpp's quantizers use; None for ones. Commands fill it in."""
     bos: Annotated[bool, Option("Begin each window with what the model's tokenizer puts before a text.")] = True
     check: Annotated[
         bool,

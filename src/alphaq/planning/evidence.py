@@ -74,8 +74,11 @@ def measure_for_plan(
     run = PassRun(checkpoint, request.config.bos, inputs.text, outputs, resources, observed)
     passes = run_passes(run, wanted, request.method.otherwise)
     fisher = passes.found.get("fisher") if request.method.needs_fisher else None
-    survey = Survey.of(scope, stats, tuple(sorted(set(wanted) & PROBES.keys())), inputs.imatrix)
-    return _measured(replace(survey, staged=staged, fisher=fisher), passes, resources)
+    own = None
+    if fisher is not None and inputs.imatrix is None and inputs.own_imatrix is not None:
+        own = inputs.own_imatrix(checkpoint, fisher)
+    survey = Survey.of(scope, stats, tuple(sorted(set(wanted) & PROBES.keys())), own or inputs.imatrix)
+    return replace(_measured(replace(survey, staged=staged, fisher=fisher), passes, resources), own_imatrix=own)
 
 
 def _measured(survey: Survey, passes: PassResults, resources: Resources) -> Measurements:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from alphaq.calibration.dropping import Drops
+from alphaq.calibration.fisher import Fisher
 from alphaq.calibration.text import Text
 from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
+from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import BudgetError
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.spectrum import Spectrum
@@ -21,11 +23,16 @@ from alphaq.spectra.measure import Stats, read_stats
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """What a user gave beside the weights. stats: spectra, as a file or read. text: what calibrated methods look at."""
+    """What a user gave beside the weights. stats: spectra, as a file or read. text: what calibrated methods look at.
+
+    own_imatrix: (checkpoint, Fisher information) → the importance matrix of a plan whose method runs that pass anyway,
+    where none is given.
+    """
 
     stats: Path | Stats | None = None
     text: Text | None = None
     imatrix: ImportanceMatrix | None = None
+    own_imatrix: Callable[[Checkpoint, Fisher], ImportanceMatrix] | None = None
 
     def read_stats(self) -> Stats | None:
         """The spectra, if any were given. Raises StatsError."""
@@ -73,6 +80,8 @@ class Measurements:
     """Why losses are no nats, though the method would have them so."""
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Of the columns of a matrix, by its name, where an importance matrix tells."""
+    own_imatrix: ImportanceMatrix | None = None
+    """The importance matrix that tells, where it was made of a pass of this plan."""
     dropped: Mapping[int, float] = field(default_factory=dict)
     """Nats per token that experts cost which are gone, by layer."""
     drops: Drops | None = None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from alphaq.engines.output import NO_OPTIONS, QuantizeOptions
+from alphaq.engines.profiles import ENGINES
 from alphaq.nouns.option import settings_of
 from alphaq.nouns.plan import Plan, Refinement
 from alphaq.nouns.settings import PlanConfig
@@ -70,7 +71,15 @@ def _plan_command(plan: Plan, config: PlanConfig, options: QuantizeOptions, name
         config = config.model_copy(update={"stats": stats})
     words = ["alphaq", "plan", *([names.reference or plan.source.name] if plan.source else [])]
     words += plan_options(config, "measured" if plan.source else "analytic")
+    words += ["--imatrix", "none"] if plan.source is not None and _own_is_usual(config) else []
     return shlex.join([*words, *_pre_tokenizer(options), "-o", "plan.json" if plan.refined is None else UNREFINED])
+
+
+def _own_is_usual(config: PlanConfig) -> bool:
+    """Whether the command would make the model's own importance matrix, which the plan was made without."""
+    method = METHODS.get(config.method)
+    llama = config.engine in ENGINES and ENGINES[config.engine].importance is not None
+    return llama and config.imatrix is None and method is not None and method.needs_fisher
 
 
 def _refine_command(plan: Plan, refined: Refinement, options: QuantizeOptions, reference: str) -> str:

@@ -100,6 +100,8 @@ def speed_words(plan: Plan) -> str:
 
 def plan_table(plan: Plan) -> Table:
     """A plan in all three units, and its histogram."""
+    from alphaq.engines.profiles import profile
+
     table = plain_table(f"Plan for {plan.engine}: {len(plan.assignment):,} matrices", "", "")
     table.add_row("average bits per weight (codes)", f"{plan.average_bits:.4f}")
     if plan.bits_per_weight is not None:
@@ -115,6 +117,8 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("predicted KL, nats per token", predicted_words(plan.prediction))
     if plan.unpredicted is not None:
         table.add_row("predicted KL", f"none, losses are those of the signal: {plan.unpredicted}")
+    if plan.config is not None and profile(plan.engine).importance is not None:
+        table.add_row("importance matrix", plan.imatrix or "none: all columns count alike")
     if plan.lower_bound is not None:
         table.add_row("proven gap to the best plan", "0" if plan.gap < 1e-9 else f"{100 * plan.gap:.2g} %")
     if (against := plan.rate_distortion) is not None and against.times_bound is not None:

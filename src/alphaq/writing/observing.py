@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from alphaq.calibration.fisher import Fisher
 from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix, positive, read_imatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.gguf.converter import require_room
@@ -26,7 +27,7 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.planning.passes import PassRun, fisher
 from alphaq.work.workers import available_cores
-from alphaq.writing.planned import OWN
+from alphaq.writing.planned import INPUTS, LOSSES, OWN
 from alphaq.writing.quantizing import quantize
 from alphaq.writing.records import WriteOptions
 
@@ -36,8 +37,6 @@ OWN_DATASET = "the model's own writing"
 
 
 OWN_SAMPLE = Sample()
-LOSSES, INPUTS = "losses", "inputs"
-"""The two ways of making one, with which their digests begin."""
 
 
 def own_matrix(way: str, tensors: dict[str, np.ndarray]) -> ImportanceMatrix:
@@ -50,13 +49,18 @@ def own_matrix(way: str, tensors: dict[str, np.ndarray]) -> ImportanceMatrix:
     return ImportanceMatrix(OWN, f"{way}-{digest.hexdigest()[:16]}", tensors)
 
 
-def importance_by_losses(checkpoint: Checkpoint, resources: Resources = USUAL) -> ImportanceMatrix:
-    """What an error in each column costs, relative to its matrix. Entries are there for tensors all of whose matrices
-    the backward pass was shown.
+def importance_by_losses(checkpoint: Checkpoint, bos: bool = True, resources: Resources = USUAL) -> ImportanceMatrix:
+    """What an error in each column costs. bos: as in the plan that the matrix is for.
 
     Raises as the pass does: PassError where it cannot be run.
     """
-    found = fisher(PassRun(checkpoint, True, None, (), resources)).matrices
+    return importance_of_losses(checkpoint, fisher(PassRun(checkpoint, bos, None, (), resources)))
+
+
+def importance_of_losses(checkpoint: Checkpoint, passed: Fisher) -> ImportanceMatrix:
+    """What an error in each column costs, relative to its matrix, of a pass that has been run. Entries are there for
+    tensors all of whose matrices the pass was shown."""
+    found = passed.matrices
     tensors = {
         recipe.name: positive(np.stack([found[matrix.name].columns for matrix in recipe.matrices]))
         for recipe in gguf_tensors(checkpoint)

@@ -12,6 +12,8 @@ from alphaq.nouns.plan import Plan
 
 OWN = "self"
 """Name of an importance matrix that a model's own writing made."""
+LOSSES, INPUTS = "losses", "inputs"
+"""The two ways of making one, with which their digests begin."""
 
 
 def as_planned(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
