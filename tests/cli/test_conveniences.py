@@ -105,3 +105,9 @@ def test_the_original_model_s_earlier_names_are_told_the_new_one(
 ) -> None:
     ran = alphaq(*words)
     assert ran.code == 2 and said in ran.err
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nowhere"])
+def test_generate_refuses_a_device_that_is_not_there(alphaq: Run, tiny: Path, device: str) -> None:
+    ran = alphaq("generate", tiny, "def main", "--device", device)
+    assert ran.code == 2 and f"--device {device} cannot be used" in ran.err and "Traceback" not in ran.err

@@ -118,6 +118,12 @@ def test_rows_restored_in_the_cache_are_those_of_every_kind(monkeypatch: pytest.
     few = multiply(inputs, weights, *once)
     assert not torch.equal(many, few)  # each in its own way
     check(many, few.double(), 5e-3)
+    monkeypatch.setattr(module, "MANY_BRAINS", 4)  # of this expert: the others have no tokens
+    monkeypatch.setattr(module, "FEW_BRAINS", 4)
+    asked = []
+    monkeypatch.setattr(module, "_multiply_restored", lambda *given: asked.append(len(given[0])))
+    multiply(inputs, weights, *once)
+    assert asked == [5]
 
 
 def test_threads_do_not_change_the_result() -> None:

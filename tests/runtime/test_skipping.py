@@ -22,9 +22,10 @@ from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.skipping import Decoding
 from alphaq.runtime import modules
 from alphaq.runtime.modules import PackedExperts
-from alphaq.runtime.skipping import CALL, skip_experts
+from alphaq.runtime.skipping import CALL, NOBODY, Skipping, skip_experts
 from families import FAMILIES, SMALL, random_family, save_layout
 
+UNCALLED = ("jetmoe", "llama4", "llama4_text", "gemma2", "glm4", "llama", "qwen3")  # nothing to hook: see CALL
 THREE = dict(num_experts_per_tok=3, num_experts_per_token=3, moe_topk=3, moe_k=3, top_k_experts=3)
 
 
@@ -81,6 +82,40 @@ def test_the_rest_weighs_what_the_family_makes_of_it(family: str, tmp_path: Path
     assert float((logits(model) - before).abs().max()) > 1e-4
 
 
+def test_a_scale_of_each_expert_changes_neither_the_choice_nor_the_sum(tmp_path: Path) -> None:
+    """Gemma 4's: with the favourite alone a model is what its own router makes of it when it chooses one expert."""
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
+
+    folder, found = native("gemma4_text", tmp_path, **THREE), []
+    for share, chosen in ((0.0, 3), (1.0, 3), (0.0, 1)):
+        model = load(folder)
+        for router in (one for one in model.modules() if isinstance(one, Gemma4TextRouter)):
+            router.per_expert_scale.data.uniform_(-1, 3, generator=torch.Generator().manual_seed(0))
+            router.config.top_k_experts = chosen
+        skip_experts(model, share)
+        found.append(logits(model))
+    whole, favourite, wanted = found
+    assert float((favourite - wanted).abs().max()) < 1e-5
+    assert float((favourite - whole).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("weights", "share", "wanted"),
+    [
+        ([0.0, 0.0, 0.0], 0.5, [0.0, 0.0, 0.0]),
+        ([-0.2, -0.1, -0.7], 0.5, [0.0, -1.0, 0.0]),
+        ([0.5, 0.375, 0.125], 0.5, [4 / 7, 3 / 7, 0.0]),
+    ],
+)
+def test_weights_that_are_all_0_or_below_keep_an_expert(
+    weights: list[float], share: float, wanted: list[float]
+) -> None:
+    call = dict(top_k_index=torch.arange(3)[None], top_k_weights=torch.tensor([weights]))
+    _, made = Skipping(share, True)(torch.nn.Module(), (torch.zeros(1, 4),), call)
+    assert torch.allclose(made["top_k_weights"], torch.tensor([wanted]))
+    assert int((made["top_k_index"] != NOBODY).sum()) >= 1
+
+
 def test_threshold_0_and_undoing_it_change_no_bit(mixtral: Path) -> None:
     model = load(mixtral, torch.bfloat16)
     before = logits(model)
@@ -126,12 +161,17 @@ def test_copies_leave_out_the_same_and_an_ordinary_model_none(mixtral: Path) -> 
     [
         ("llama", {}, "no experts that a router chooses"),
         ("mixtral", dict(num_experts_per_tok=1), "sends each token to one expert"),
-        ("dbrx", {}, "multiplies with them itself"),
     ],
 )
 def test_models_whose_routing_cannot_be_changed_are_refused(family: str, settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(AlphaQError, match=reason):
         skip_experts(random_family(family, SMALL | settings), 0.5)
+
+
+def test_classes_that_multiply_with_experts_themselves_are_refused(tmp_path: Path) -> None:
+    model = load(native("dbrx", tmp_path))
+    with pytest.raises(AlphaQError, match=r"multiplies with them itself \(dbrx\)"):
+        skip_experts(model, 0.5)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
@@ -161,8 +201,9 @@ def test_the_family_s_file_says_whether_weights_are_divided_by_their_sum(family:
             module.register_forward_pre_hook(note, with_kwargs=True)
     with torch.inference_mode():
         model(input_ids=torch.arange(3, 19)[None])
-    if not sums or family == "zaya":  # experts that no router weighs, or one for each token
-        return
+    assert bool(sums) != (family in UNCALLED)
+    if not sums or family == "zaya":
+        pytest.skip("no router weighs its experts, or one for each token")
     config = model.config.to_dict()
     same = all(float(one.max() - one.min()) < 1e-3 * float(one.max()) for one in sums)
     assert same == renormalises(architecture_of(config), config)
@@ -179,5 +220,7 @@ def test_the_curve_starts_at_the_reference_and_counts_what_is_left_out(tiny_quan
     assert 0 < half.left_out < all_but_one.left_out and 0 < half.kl < all_but_one.kl
     scored = pipeline.evaluate(tiny_quantized, scoring, tiny_quantized, skipped_share=0.5)
     assert scored.mean_kl == pytest.approx(half.kl, rel=1e-4)
+    with pytest.raises(AlphaQError, match="no share above 0"):
+        pipeline.skip_curve(tiny_quantized, scoring, [0.0])
     with pytest.raises(AlphaQError, match="fewer --steps"):
         pipeline.skip_curve(tiny_quantized, scoring, [0.5], decoding=Decoding(steps=10**4))

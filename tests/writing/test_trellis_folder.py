@@ -103,7 +103,7 @@ def test_workers_change_no_byte(written: Path, alphaq: Callable[..., Ran], tmp_p
 def test_a_slice_is_refused_with_what_to_do_instead(written: Path, alphaq: Callable[..., Ran], tmp_path: Path) -> None:
     ran = alphaq("slice", written, "-o", tmp_path / "less", "--bpw", 1.6)
     assert ran.code == 2 and not (tmp_path / "less").exists()
-    assert "in trellis codes" in ran.err and "alphaq quantize" in ran.err
+    assert "in trellis codes" in ran.err and "--choices t1.5,t2,t2.25,t3,4g128s -o OUT" in ran.err
 
 
 def test_limits_count_fractions(alphaq: Callable[..., Ran], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.skipping import Decoding, SkipCurve, SkipPoint
 from alphaq.runtime.loading import load_pair
-from alphaq.runtime.skipping import CALL, check_share, packed_experts, skip_experts, too_light
+from alphaq.runtime.skipping import CALL, NOBODY, check_share, check_skippable, packed_experts, skip_experts
 from alphaq.work.workers import Wrap, silent
 
 
@@ -49,8 +49,8 @@ class Switched:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         skip_experts(self.model, self.share)
         hooks = [
-            module.register_forward_pre_hook(self._count, prepend=True, with_kwargs=True)
-            for module in packed_experts(self.model)
+            module.register_forward_pre_hook(self._count, with_kwargs=True)  # sees what the other hook makes
+            for _, module in packed_experts(self.model)
         ]
         try:
             return self.model(*args, **kwargs)
@@ -59,10 +59,9 @@ class Switched:
                 hook.remove()
 
     def _count(self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        call = dict(zip(CALL, args, strict=False)) | kwargs
-        index: Tensor = call["top_k_index"]
+        index = (dict(zip(CALL, args, strict=False)) | kwargs)["top_k_index"]
         self.routed += index.numel()
-        self.left_out += int(too_light(module, index, call["top_k_weights"], self.share).sum())
+        self.left_out += int((index == NOBODY).sum())
 
 
 def skip_curve(
@@ -79,9 +78,11 @@ def skip_curve(
     """
     decoding = decoding or Decoding()
     wanted = sorted({0.0, *map(check_share, shares)})
+    if not wanted[-1]:
+        raise AlphaQError("--shares has no share above 0, so nothing is compared. Try --shares 0.2,0.4.")
     texts = read_texts(scoring.texts)
     loaded, against, tokenizer = load_pair(model, reference, scoring.dtype, scoring.device)
-    skip_experts(loaded, wanted[-1])  # refuses before anything is measured
+    check_skippable(loaded)
     cut = windows(tokenizer, next(iter(texts.values())), scoring.window, None, scoring.skip_tokens, scoring.bos)
     ids = _sequence(cut.parts, decoding)
     truth = Remembered(Switched(loaded, 0) if against is None else against)

@@ -122,10 +122,11 @@ def plan_table(plan: Plan) -> Table:
     if plan.lower_bound is not None:
         table.add_row("proven gap to the best plan", "0" if plan.gap < 1e-9 else f"{100 * plan.gap:.2g} %")
     if (against := plan.rate_distortion) is not None and against.times_bound is not None:
-        rounding = against.times_bound / against.whole_widths
+        steps = against.whole_widths
+        rounding = against.times_bound / steps
         table.add_row(
             "loss against the Gaussian bound at these bytes",
-            f"{against.times_bound:.2f} × ({rounding:.2f} × by rounding, {against.whole_widths:.3f} × by whole widths)",
+            f"{against.times_bound:.2f} × ({rounding:.2f} × by rounding, {steps:.3f} × by steps between widths)",
         )
     if plan.sampling_error:
         table.add_row("standard error of the errors (sampled)", f"at most {100 * plan.sampling_error:.2g} %")

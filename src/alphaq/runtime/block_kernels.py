@@ -103,6 +103,21 @@ def read_grids(block, first, count, scales, means, zeros):
 
 
 @kernel
+def grid_of(group, row, groups, bits, symmetric, scales, means, zeros):
+    """Scale, zero point and start of a group: a weight is (code − zero)·scale + start."""
+    scale = scales[row * groups + group]
+    zero, start = np.float32(0), np.float32(0)
+    if bits == 1:
+        start = (means[row * groups + group] if not symmetric else np.float32(0)) - scale
+        scale = np.float32(2) * scale
+    elif symmetric:
+        zero = np.float32(2 ** (bits - 1)) - (np.float32(0.5) if symmetric > 1 else np.float32(0))
+    else:
+        zero = np.float32(zeros[group // LANES * LANES * CODES + LANES * row + group % LANES])
+    return scale, zero, start
+
+
+@kernel
 def restore_block(block, first, brain, out, room):
     """Values of up to 64 rows from `first` on to an address, as bfloat16 (`brain`) or float32. room: see `room_of`."""
     address, bits, group_size, symmetric, rows, columns = block
@@ -123,16 +138,7 @@ def restore_block(block, first, brain, out, room):
             place = source + 8 * bits * chunk if (chunk + 1) * CODES <= columns else last
             put_codes(codes.ctypes.data, unpack(place, bits))
             for begin in range(chunk * CODES, min((chunk + 1) * CODES, columns), 32):  # of one group
-                group = begin // group_size
-                scale = scales[row * groups + group]
-                zero, start = np.float32(0), np.float32(0)
-                if bits == 1:
-                    start = (means[row * groups + group] if not symmetric else np.float32(0)) - scale
-                    scale = np.float32(2) * scale
-                elif symmetric:
-                    zero = np.float32(2 ** (bits - 1)) - (np.float32(0.5) if symmetric > 1 else np.float32(0))
-                else:
-                    zero = np.float32(zeros[group // LANES * LANES * CODES + LANES * row + group % LANES])
+                scale, zero, start = grid_of(begin // group_size, row, groups, bits, symmetric, scales, means, zeros)
                 low = (load_bytes(codes, begin % CODES) - splat(zero)) * splat(scale) + splat(start)
                 high = (load_bytes(codes, begin % CODES + LANES) - splat(zero)) * splat(scale) + splat(start)
                 if brain:

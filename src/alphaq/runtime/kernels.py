@@ -100,10 +100,10 @@ def _work(request):
 
 
 @kernel
-def _jobs(codings, rows, counts, few, pairs, brain):
+def _jobs(codings, rows, counts, few, many, pairs):
     """The jobs of matrices, their number, their pairs, the pairs that are left, the most of a job that is for few.
 
-    Matrices that more than `few` pairs want are left unless `brain`. counts: int64 [experts + 1], of each expert's
+    Matrices that more than `many` pairs want are left. counts: int64 [experts + 1], of each expert's
     pairs after a 0; becomes where each one's begin.
     """
     projections, known = codings.shape[0], codings.shape[1]
@@ -112,7 +112,7 @@ def _jobs(codings, rows, counts, few, pairs, brain):
     for expert in range(known):
         count = counts[expert + 1]
         counts[expert + 1] += counts[expert]
-        if count > few and not brain:
+        if count > many:
             left += count
         elif count:
             total += count
@@ -145,11 +145,11 @@ def _by_expert(experts, tokens, begins):
 
 
 @kernel
-def multiply(inputs, columns, codings, rows, experts, tokens, few, brain, exact, out, parallel, function, threads):
-    """Products of experts that at most `few` pairs want, with `brain` of all; returns how many pairs are left.
+def multiply(inputs, columns, codings, rows, experts, tokens, few, many, exact, out, parallel, function, threads):
+    """Products of experts that at most `many` pairs want; returns how many pairs are left.
 
-    Left are also those of matrices that have no kernel here, a mix of widths. brain: whether inputs are bfloat16, rows
-    of them multiples of 32, and many of them to be multiplied with restored rows as such.
+    Left are also those of matrices that have no kernel here, a mix of widths. Experts that more than `few` pairs want
+    are multiplied as restored rows of bfloat16: many may be above few only if inputs are, their rows multiples of 32.
     inputs: flat [tokens · columns], float32 or bits. codings: int64 [projections, experts, fields]. experts, tokens:
     int64 [pairs]. exact: whether inputs have more than 16 bits. out: float32 [pairs, projections · rows], zeros where
     there is no such expert. parallel, function, threads: see `run_threads`; small work is done on one thread.
@@ -162,7 +162,7 @@ def multiply(inputs, columns, codings, rows, experts, tokens, few, brain, exact,
             counts[expert + 1] += 1
         else:
             out[pair] = 0
-    jobs, number, total, left, most = _jobs(codings, rows, counts, few, experts.size, brain)
+    jobs, number, total, left, most = _jobs(codings, rows, counts, few, many, experts.size)
     if number == 0:
         return left
     pairs = _by_expert(experts, tokens, counts)
@@ -178,7 +178,7 @@ def multiply(inputs, columns, codings, rows, experts, tokens, few, brain, exact,
     request = np.zeros(REQUEST, np.int64)
     request[TASKS] = number * -(-rows // TASK_ROWS)
     request[JOBS], request[PAIRS], request[PAIR_COUNT] = jobs.ctypes.data, pairs.ctypes.data, experts.size
-    request[INPUTS], request[FEW] = inputs.ctypes.data if brain else 0, few
+    request[INPUTS], request[FEW] = inputs.ctypes.data if many > few else 0, few
     request[TOKENS], request[ROWS], request[COLUMNS], request[WIDTH] = count, rows, columns, projections * rows
     request[MOST] = most
     request[PLANES], request[DIGITS], request[STEPS] = planes, digits.ctypes.data, steps.ctypes.data

@@ -21,18 +21,20 @@ from alphaq.checkpoint.weights import read_weights
 from alphaq.errors import AlphaQError, CheckpointError, first_line
 from alphaq.nouns.sampling import GREEDY, Sampling
 from alphaq.runtime.skipping import skip_experts
+from alphaq.spectra.device import unusable
 
 
 def load_model(model: str | Path, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
     """Model in eval mode and tokenizer, from a folder, a GGUF file or a hub id. Never runs code from the checkpoint.
 
     A GGUF file's tokenizer is None if transformers cannot make it. Raises CheckpointError in one line if transformers
-    cannot load the model.
+    cannot load the model, DeviceError if torch cannot use the device.
     """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(target)
     if (path := find_gguf(Path(model).expanduser())) is not None:
         loaded, tokenizer = _load_gguf(path, dtype)
         return loaded.to(target), tokenizer
@@ -57,6 +59,14 @@ def load_model(model: str | Path, dtype: str = "auto", device: str | None = None
             "Complete the download, or check it with `alphaq verify` or `alphaq inspect`."
         )
     return loaded.to(target).eval(), tokenizer
+
+
+def _check_device(device: str) -> None:
+    """Raise DeviceError for a device that cannot hold a model, before one is read."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise unusable(device, error) from None
 
 
 def _check_folder(folder: Path) -> None:

@@ -26,9 +26,8 @@ from alphaq.simd.vectors import flat
 
 FEW_TOKENS = 32  # of one expert; more are multiplied with its restored matrix
 FEW_BRAINS = 10  # the same, where restored rows stay in the processor's cache
-MANY_BRAINS = (
-    128  # tokens of an expert, on average: with more, a library's products make up for what it restores slowly
-)
+# With more a library's products make up for what it restores slowly.
+MANY_BRAINS = 128
 RESTORED_BYTES = 16 << 20  # of a matrix at a time
 
 
@@ -81,8 +80,8 @@ def cpu_linear(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens
     inputs, codings = inputs.detach().contiguous(), table.numpy()
     out = torch.empty(len(experts), len(codings) * rows)
     wanted, chosen = experts.long().contiguous().numpy(), tokens.contiguous().numpy()
-    sparse = len(experts) <= MANY_BRAINS * codings.shape[1]
-    brain = FAST_BRAINS and sparse and inputs.dtype == torch.bfloat16 and inputs.shape[1] % BRAINS == 0
+    brain = FAST_BRAINS and inputs.dtype == torch.bfloat16 and inputs.shape[1] % BRAINS == 0
+    few, many = (FEW_BRAINS, MANY_BRAINS) if brain else (FEW_TOKENS, FEW_TOKENS)
     left = kernels.multiply(
         flat(inputs),
         inputs.shape[1],
@@ -90,16 +89,15 @@ def cpu_linear(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens
         rows,
         wanted,
         chosen,
-        FEW_BRAINS if brain else FEW_TOKENS,
-        brain,
+        few,
+        many,
         inputs.dtype.itemsize > 2,
         out.numpy(),
         *parallel(),
     )
     if left:
         experts_left = np.bincount(wanted[wanted >= 0], minlength=codings.shape[1])[: codings.shape[1]]
-        many = (experts_left > FEW_TOKENS) & (not brain)
-        restored = many | (codings[..., FLAGS] & RESTORED > 0)  # [projections, experts]
+        restored = (experts_left > many) | (codings[..., FLAGS] & RESTORED > 0)  # [projections, experts]
         for expert in np.flatnonzero((experts_left > 0) & restored.any(0)):
             mine = torch.from_numpy(np.flatnonzero(wanted == expert))
             _multiply_restored(inputs[tokens[mine]], codings[:, expert], restored[:, expert], rows, out, mine)

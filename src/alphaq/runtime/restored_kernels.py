@@ -12,7 +12,7 @@ import numpy as np
 
 from alphaq.formats.kept import KEPT
 from alphaq.formats.trellis import UNIT
-from alphaq.runtime.block_kernels import HEADER, TASK_ROWS, TRELLIS, last_codes, read_grids, read_scales
+from alphaq.runtime.block_kernels import HEADER, TASK_ROWS, TRELLIS, grid_of, last_codes, read_grids, read_scales
 from alphaq.runtime.state_kernels import BEFORE, FRESH, MIDDLE, weights_at
 from alphaq.runtime.trellis_kernels import end_of_row, row_bytes_of
 from alphaq.simd.brains import BRAINS, add_brain_products, brain_table, first_brains, four_sums, last_brains
@@ -99,21 +99,6 @@ def _sixteen_products(tile, row, count, inputs, columns, begin, end, mine, token
 
 
 @kernel
-def _grid(group, row, groups, bits, symmetric, scales, means, zeros):
-    """Scale, zero point and start of a group: a weight is (code − zero)·scale + start."""
-    scale = scales[row * groups + group]
-    zero, start = np.float32(0), np.float32(0)
-    if bits == 1:
-        start = (means[row * groups + group] if not symmetric else np.float32(0)) - scale
-        scale = np.float32(2) * scale
-    elif symmetric:
-        zero = np.float32(2 ** (bits - 1)) - (np.float32(0.5) if symmetric > 1 else np.float32(0))
-    else:
-        zero = np.float32(zeros[group // LANES * LANES * CODES + LANES * row + group % LANES])
-    return scale, zero, start
-
-
-@kernel
 def _values(scale, zero, start, wide):
     """What each code of up to 5 bits stands for in a group; `wide` if there are more than sixteen."""
     low = as_brain((load(NUMBERS, 0) - splat(zero)) * splat(scale) + splat(start))
@@ -145,13 +130,13 @@ def _restore_codes(block, first, count, begin, end, tile, room):
                         break
                     group = at // group_size
                     if group != known:
-                        scale, zero, start = _grid(group, row, groups, bits, symmetric, scales, means, zeros)
+                        scale, zero, start = grid_of(group, row, groups, bits, symmetric, scales, means, zeros)
                         table, known = _values(scale, zero, start, bits == LOOKED_UP), group
                     put_codes(target + 2 * at, last_brains(table, unpacked) if half else first_brains(table, unpacked))
                 continue
             put_codes(codes.ctypes.data, unpacked)
             for at in range(chunk, min(chunk + CODES, end), LANES):
-                scale, zero, start = _grid(at // group_size, row, groups, bits, symmetric, scales, means, zeros)
+                scale, zero, start = grid_of(at // group_size, row, groups, bits, symmetric, scales, means, zeros)
                 value = (load_bytes(codes, at - chunk) - splat(zero)) * splat(scale) + splat(start)
                 put_brains(target + 2 * at, as_brain(value))
 

@@ -2,7 +2,8 @@
 
 Of the routing weights w of a token's experts, those with w < share · max w are set to zero and their experts are not
 multiplied. Where the family divides the weights by their sum, the rest is scaled up so that the sum stays what it was;
-elsewhere the others' weights stay as they are, as if the token had gone to fewer experts.
+elsewhere the others' weights stay as they are, as if the token had gone to fewer experts. Where a scale for each expert
+multiplies them afterwards (Gemma 4), weights without it are compared and added up: they are what the router chose by.
 """
 
 from __future__ import annotations
@@ -27,10 +28,14 @@ _HANDLE = "_alphaq_skipping"
 
 @dataclass(frozen=True)
 class Skipping:
-    """A hook before a layer's experts. share: of a token's largest routing weight. renormalise: see the module."""
+    """A hook before a layer's experts. share: of a token's largest routing weight. renormalise: see the module.
+
+    scale: [experts], which weights were multiplied by at the end; None for none.
+    """
 
     share: float
     renormalise: bool
+    scale: Tensor | None = None
 
     def __call__(
         self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
@@ -38,32 +43,42 @@ class Skipping:
         """What the experts get instead."""
         call = dict(zip(CALL, args, strict=False)) | kwargs
         index, weights = call["top_k_index"], call["top_k_weights"]
-        left_out = too_light(module, index, weights, self.share)
+        probable = weights if self.scale is None else _unscaled(weights, self.scale[index])
+        left_out = _too_light(module, index, probable, self.share)
         call["top_k_index"] = index.masked_fill(left_out, NOBODY)
-        call["top_k_weights"] = self._weights(weights, left_out)
+        rest = weights.masked_fill(left_out, 0)
+        if self.renormalise:
+            rest = (rest * _growth(probable, left_out)).to(weights.dtype)
+        call["top_k_weights"] = rest
         return (), call
 
-    def _weights(self, weights: Tensor, left_out: Tensor) -> Tensor:
-        rest = weights.masked_fill(left_out, 0)
-        if not self.renormalise:
-            return rest
-        # Where none is left out the quotient is 1, and weights stay as they are to the bit.
-        ratio = weights.sum(-1, keepdim=True, dtype=torch.float32) / rest.sum(-1, keepdim=True, dtype=torch.float32)
-        return (rest * ratio).to(weights.dtype)
+
+def _unscaled(weights: Tensor, scale: Tensor) -> Tensor:
+    """Weights before they were multiplied; an expert whose scale is 0 adds nothing, whatever it had: 0."""
+    return torch.where(scale != 0, weights / scale, 0)
 
 
-def too_light(module: Any, index: Tensor, weights: Tensor, share: float) -> Tensor:
+def _growth(weights: Tensor, left_out: Tensor) -> Tensor:
+    """The sum of all weights of a token by that of the rest, [tokens, 1]: 1 to the bit where none is left out."""
+    whole = weights.sum(-1, keepdim=True, dtype=torch.float32)
+    rest = weights.masked_fill(left_out, 0).sum(-1, keepdim=True, dtype=torch.float32)
+    return torch.where(rest != 0, whole / rest, 1)  # all weights of a token may be 0
+
+
+def _too_light(module: Any, index: Tensor, weights: Tensor, share: float) -> Tensor:
     """Which of a token's experts are left out, bool [tokens, k]. index, weights: [tokens, k].
 
-    Experts without weights of their own (LongCat's), numbered after the others, cost nothing and stay.
+    The largest stays, also below 0. Experts without weights of their own (LongCat's), numbered after the others, cost
+    nothing and stay.
     """
-    light = weights < share * weights.amax(-1, keepdim=True)
+    largest = weights.amax(-1, keepdim=True)
+    light = (weights < share * largest) & (weights < largest)
     return light & (index < len(module.packed_down.names[0])) if getattr(module, "zero_expert_num", 0) else light
 
 
-def packed_experts(model: nn.Module) -> Iterator[PackedExperts]:
-    """The modules of a model whose experts can be left out."""
-    return (module for module in model.modules() if isinstance(module, PackedExperts))
+def packed_experts(model: nn.Module) -> Iterator[tuple[str, PackedExperts]]:
+    """The modules of a model whose experts can be left out, by name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedExperts))
 
 
 def skip_experts(model: Any, share: float) -> None:
@@ -75,13 +90,13 @@ def skip_experts(model: Any, share: float) -> None:
     """
     check_share(share)
     if share:
-        _check_model(model)
-    for module in packed_experts(model) if isinstance(model, nn.Module) else ():
+        check_skippable(model)
+    for name, module in packed_experts(model) if isinstance(model, nn.Module) else ():
         handle: RemovableHandle | None = module.__dict__.pop(_HANDLE, None)
         if handle is not None:
             handle.remove()
         if share:
-            rule = Skipping(share, _renormalises(model))
+            rule = _rule(model, name, share)
             module.__dict__[_HANDLE] = module.register_forward_pre_hook(rule, with_kwargs=True)
 
 
@@ -95,7 +110,7 @@ def check_share(share: float) -> float:
     return share
 
 
-def _check_model(model: Any) -> None:
+def check_skippable(model: Any) -> None:
     """Raise AlphaQError with the reason, where experts of a model cannot be left out."""
     config = getattr(model, "config", None)
     name = type(model).__name__
@@ -121,6 +136,12 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _renormalises(model: Any) -> bool:
-    described = model.config.to_dict()
-    return renormalises(architecture_of(described), described)
+def _rule(model: nn.Module, experts: str, share: float) -> Skipping:
+    """For the experts of that name, by what the family's file says of it."""
+    described = model.config.to_dict()  # type: ignore[operator,union-attr]
+    architecture = architecture_of(described)
+    scale = None
+    if architecture.expert_scale:
+        around = model.get_submodule(experts.rpartition(".")[0])
+        scale = around.get_parameter(architecture.expert_scale)  # itself, which follows the model to a device
+    return Skipping(share, renormalises(architecture, described), scale)

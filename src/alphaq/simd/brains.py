@@ -15,8 +15,11 @@ from alphaq.simd.codes import CODES, FEATURES, uint8x64
 from alphaq.simd.vectors import LANES, float32x16
 
 BRAINS = 32
-FAST_BRAINS = {"avx512bf16", "avx512bw"} <= FEATURES
-"""Whether products of bfloat16 are an instruction of this processor; elsewhere they are right, and slow."""
+FAST_BRAINS = {"avx512bf16", "avx512bw"} <= FEATURES and "amx-bf16" not in FEATURES
+"""Whether products of bfloat16 are best made by this processor's instruction; elsewhere they are right, and slow.
+
+Where there are tiles for them (AMX), a library's products are several times as many a cycle.
+"""
 
 
 class _BrainType(ir.Type):

@@ -74,11 +74,12 @@ def check_device(device: str) -> torch.device:
         target = torch.device(device)
         torch.linalg.eigvalsh(torch.eye(2, device=target))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise _unusable(device, error) from None
+        raise unusable(device, error) from None
     return target
 
 
-def _unusable(device: str, error: BaseException) -> DeviceError:
+def unusable(device: str, error: BaseException) -> DeviceError:
+    """What to raise when torch cannot compute on a device."""
     reason = str(error).splitlines()[0]
     return DeviceError(f"--device {device} cannot be used ({reason}). Use cpu, or a device of this machine.")
 
@@ -114,13 +115,13 @@ def device_spectra(checkpoint: Checkpoint, matrices: Iterable[MatrixRef], device
     try:
         while (batch := ready.get()) is not None:
             if isinstance(batch, RuntimeError):
-                raise _unusable(device, batch) from batch
+                raise unusable(device, batch) from batch
             if isinstance(batch, BaseException):
                 raise batch
             try:
                 eigenvalues = block_eigenvalues(batch.blocks, batch.scales)
             except RuntimeError as error:
-                raise _unusable(device, error) from None
+                raise unusable(device, error) from None
             for own, (mean, mean_square) in zip(eigenvalues.split(batch.counts), batch.moments, strict=True):
                 count = own.numel()
                 largest = own.flatten().topk(tail_count(count) + 1).values.flip(0) if count > 1 else own.flatten()

@@ -6,6 +6,7 @@ What an artifact cannot tell is how far it is from the original; errors that are
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Container
 from dataclasses import replace
@@ -24,6 +25,7 @@ from alphaq.formats.coding import block_header, decode_tensor, decoded_info, is_
 from alphaq.formats.table import format_of, stored_choice
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Role
+from alphaq.nouns.option import settings_of
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import PlanConfig
 from alphaq.nouns.spectrum import Spectrum
@@ -71,12 +73,22 @@ def check_cuttable(folder: Path, plan: Plan) -> None:
     if not streams:
         return
     name, choice = min(streams.items())
-    source = plan.source.name if plan.source is not None else "MODEL"
     raise PlanError(
         f"{folder} cannot be sliced: {len(streams)} of its matrices are in trellis codes ({name} in {choice}), which "
         "have no top bits to take: fewer bits mean a new search, whose error comes on top of theirs. Plan again from "
-        f"the original: alphaq quantize {source} --choices trellis, with the smaller --size or --bits."
+        f"the original with a smaller --size or --bits: {_again(plan)}"
     )
+
+
+def _again(plan: Plan) -> str:
+    """A command that quantizes to a plan's choices by its own data; the budget is the user's to add."""
+    source = plan.source.name if plan.source is not None else "MODEL"
+    words, settings = ["alphaq", "quantize", source], settings_of(PlanConfig)
+    for name in ("engine", "method", "choices", "calibration"):
+        value = getattr(plan.settings, name, None)
+        if value != settings[name].default:
+            words += settings[name].words(value)
+    return shlex.join([*words, "-o", "OUT"])
 
 
 def nested_choices(checkpoint: Checkpoint, plan: Plan) -> str | None:

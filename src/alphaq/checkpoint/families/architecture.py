@@ -73,6 +73,9 @@ class Architecture:
     """Config keys of the experts that each token goes to."""
     renormalises: str | bool
     """Whether the routing weights of a token's experts are divided by their sum, or a config key that says."""
+    expert_scale: str
+    """A layer's parameter [experts], named from the module around its experts, that multiplies routing weights after
+    they are divided by their sum; "" where there is none."""
     idle_experts: str | int
     """How many more a router may know: those without weights, or shared ones. A number, or a config key that says."""
     not_prunable: str
@@ -121,6 +124,7 @@ class Architecture:
             data.get("fewest_experts", 1),
             tuple(data.get("top_k", ())),
             data.get("renormalises", True),
+            data.get("expert_scale", ""),
             data.get("idle_experts", 0),
             data.get("not_prunable", ""),
             data.get("not_ranked", ""),
