@@ -70,7 +70,8 @@ def test_what_fits_is_the_plan_that_quantize_makes(
 ) -> None:
     """With experts dropped, or beside uniform bits, which plans for other machines are not tried with."""
     monkeypatch.setattr(fitting, "placed_plan", lambda checkpoint, config, memory, plan_of: plan_of(config))
-    request = resolve(PlanConfig(**SETTINGS | {"drop": drop}))
+    without = {name: value for name, value in SETTINGS.items() if "drop" not in name}
+    request = resolve(PlanConfig(**SETTINGS if drop else without))
     kept = Kept(cache_bytes=0, buffer_bytes=0, engine_bytes=0)
     memories = [Memory(serving=Serving(memory_bytes=10**6), kept=kept)] * 2
     first, machine = fitting.fits(useless, request, measured, memories, Resources())
