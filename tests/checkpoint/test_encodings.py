@@ -162,7 +162,9 @@ def test_rows_are_read_alone(fp8_and_bf16: tuple[Path, Path], monkeypatch: pytes
     whole = checkpoint.read(matrix)
     asked: list[int] = []
     read = PlainFile.read
-    monkeypatch.setattr(PlainFile, "read", lambda file, begin, n: asked.append(n) or read(file, begin, n))
+    monkeypatch.setattr(
+        PlainFile, "read", lambda file, begin, n, *memory: asked.append(n) or read(file, begin, n, *memory)
+    )
     for start, stop in [(0, 32), (5, 6), (23, 25), (24, 32), (30, 32)]:
         asked.clear()
         assert torch.equal(checkpoint.read_rows(matrix, slice(start, stop)), whole[start:stop])
@@ -177,7 +179,9 @@ def test_one_expert_is_read_without_the_others(
     matrix = next(matrix for matrix in checkpoint.matrices if matrix.tensor == FUSED and matrix.expert == 2)
     asked: list[int] = []
     read = PlainFile.read
-    monkeypatch.setattr(PlainFile, "read", lambda file, begin, n: asked.append(n) or read(file, begin, n))
+    monkeypatch.setattr(
+        PlainFile, "read", lambda file, begin, n, *memory: asked.append(n) or read(file, begin, n, *memory)
+    )
     checkpoint.read(matrix)
     assert asked == [matrix.parameters // 2, matrix.parameters // 32]
     assert checkpoint.place(matrix) == (checkpoint.info(FUSED).begin + 2 * asked[0], asked[0])

@@ -167,7 +167,9 @@ def test_of_a_fused_tensor_only_the_slice_is_read(
     sizes: list[int] = []
     original = PlainFile.read
     monkeypatch.setattr(
-        PlainFile, "read", lambda self, begin, nbytes: sizes.append(nbytes) or original(self, begin, nbytes)
+        PlainFile,
+        "read",
+        lambda self, begin, nbytes, *memory: sizes.append(nbytes) or original(self, begin, nbytes, *memory),
     )
     assert fused
     for matrix in fused:

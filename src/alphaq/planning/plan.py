@@ -18,7 +18,7 @@ from alphaq.planning.costs import coded_table, data_table
 from alphaq.planning.kept import kept_shares
 from alphaq.planning.limits import problem_of
 from alphaq.planning.measured import Measurements
-from alphaq.planning.reading import Reading
+from alphaq.planning.reading import Reading, known_uses
 from alphaq.planning.request import Request
 from alphaq.planning.scope import Scope
 from alphaq.planning.solving import Answer, accounted, draft, named_errors, solve
@@ -125,7 +125,7 @@ def _bytes(scope: Scope, evidence: Evidence, answer: Answer) -> dict[str, int]:
     layout = scope.layout(answer.choices)
     return {
         "size_bytes": layout.size_bytes,
-        "read_bytes": Reading.of(scope.checkpoint, evidence.prior).total(layout),
+        "read_bytes": Reading.of(scope.checkpoint, known_uses(scope, evidence)).total(layout),
     }
 
 

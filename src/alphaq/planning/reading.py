@@ -95,6 +95,11 @@ def _unread(checkpoint: Checkpoint) -> Iterator[str]:
             yield name
 
 
+def known_uses(scope: Scope, evidence: Evidence | None) -> Mapping[Expert, ExpertUse] | None:
+    """How often experts are used, where the method goes by it: what others measured changes no plan."""
+    return None if evidence is None or "prior" not in scope.request.method.needs else evidence.prior
+
+
 def reads_of(scope: Scope, evidence: Evidence | None) -> Reads | None:
     """What each matrix adds to the bytes that a token reads, and what is left for them; None without --min-speed.
 
@@ -103,7 +108,7 @@ def reads_of(scope: Scope, evidence: Evidence | None) -> Reads | None:
     config = scope.request.config
     if config.read_limit is None:
         return None
-    reading = Reading.of(scope.checkpoint, None if evidence is None else evidence.prior)
+    reading = Reading.of(scope.checkpoint, known_uses(scope, evidence))
     shares = np.array([reading.matrices[matrix.name] for matrix in scope.matrices])
     table = np.ceil(data_table(scope, None) * shares[:, None]).astype(np.int64)
     kept = {**scope.fixed, **{matrix.name: Choice(16) for matrix in scope.matrices}}

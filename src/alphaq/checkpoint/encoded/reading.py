@@ -47,12 +47,13 @@ class TensorReader:
             return self._by_decoder(shard, info, encoding.decoder)[start:stop]
         if encoding is not None and encoding.head_rows:
             return self._rows_of_heads(shard, info, encoding, start, stop)
-        memory = self.memory if encoding is None else None  # scales come one after the other
+        memory = self.memory if encoding is None else None
         data = self.file(shard).read(*rows_place(info, index, start, stop), memory).view(stop - start, -1)
         if encoding is None or encoding.scheme == "plain":
             return data.view(TORCH_DTYPES[info.dtype])
+        apart = replace(self, memory=None)  # parts are wanted together
         parts = {
-            name: self.rows(part.shard, part.info, part.slice_of(index), *part.rows(start, stop))
+            name: apart.rows(part.shard, part.info, part.slice_of(index), *part.rows(start, stop))
             for name, part in encoding.parts
         }
         return decode(encoding, data, parts, start)
