@@ -92,7 +92,7 @@ def late(share: float) -> tuple[float, bool]:
         (READ_ERROR, QUANTIZE, late(0.8)),
         (CUT, QUANTIZE, late(0.4)),
         (CUT, TO_GGUF, late(0.8)),
-        (REWRITE, ANALYZE, late(0.5)),
+        (REWRITE, ANALYZE, late(0.7)),
         (REWRITE, QUANTIZE, late(0.9)),
         (UNREADABLE, QUANTIZE, early(0.0)),
         (OUTPUT_LOCKED, QUANTIZE, early(0.5)),
