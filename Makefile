@@ -40,8 +40,8 @@ $(CONVERTER):
 	rm $(VENV)/converter/*.tar.gz
 	touch $@
 
-test: setup  ## the test suite, a few minutes: two processes of one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist worksteal
+test: setup  ## the test suite, minutes on two cores: a third process works while others wait for theirs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 3 --dist worksteal
 
 test-slow: setup  ## slow tests for 33 minutes; what was not begun by then is named
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile --no-loadscope-reorder --minutes 33 -rs

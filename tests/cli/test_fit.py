@@ -39,6 +39,7 @@ def test_where_nothing_is_lost_there_is_no_curve(tiny: Path, alphaq: Callable[..
     assert "there is no curve" in ran.out and "Make it: alphaq quantize" in ran.out
 
 
+@pytest.mark.slow
 def test_it_is_carried_out_when_told_to(tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
     out = tmp_path / "out"
     ran = alphaq("fit", tiny, *QUICK, "--choices", "Q4_0", "--memory", "1GiB", "--write", str(out))

@@ -52,6 +52,7 @@ def test_a_smaller_type_makes_a_smaller_cache(checkpoint: Checkpoint) -> None:
     assert q8 == pytest.approx(f16 * 34 / 64, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_process_takes_what_is_counted(tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
     budget = ("--memory", "96MiB", "--context", "1024", "--parallel", "2", "--kv-type", "q8_0")
     out = tmp_path / "out"

@@ -249,6 +249,7 @@ def test_what_cannot_be_run_is_said(
     assert ran.code == (2 if said else 0) and said in " ".join(ran.err.split())
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_refused(alphaq: Callable[..., Ran], exact: Callable[[str], Path], tmp_path: Path) -> None:
     whole = exact("qwen2_moe").read_bytes()
     for damaged in (whole[: len(whole) // 2], b"GGUF" + whole[:100], whole.replace(b"qwen2moe", b"qwen2mow")):

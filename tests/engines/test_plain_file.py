@@ -130,6 +130,7 @@ def in_parts(path: Path, folder: Path) -> list[Path]:
     return parts
 
 
+@pytest.mark.slow
 def test_any_part_of_a_split_file_means_the_whole(
     alphaq: Callable[..., Ran], plain: Path, text: Path, tmp_path: Path
 ) -> None:

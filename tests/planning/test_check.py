@@ -134,6 +134,7 @@ def test_without_a_gradient_the_signal_stands_in_and_the_plan_says_so(
         made(checkpoint, tmp_path, method="fisher")
 
 
+@pytest.mark.slow
 def test_large_model_is_judged_by_moves_of_the_stream(
     checkpoint: Checkpoint, measured: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -208,6 +209,7 @@ def test_trellis_codes_are_held_against_uniform_rates(checkpoint: Checkpoint, me
     assert plan.unchecked is None and plan.check is not None and 0 < plan.check.plan < plan.check.uniform
 
 
+@pytest.mark.slow
 def test_ruinous_plan_of_trellis_codes_is_given_up(checkpoint: Checkpoint, measured: Path, ruinous: None) -> None:
     plan = made(checkpoint, measured, choices="t1,t2,t2.25,t3")
     assert plan.check is not None and plan.check.taken == "uniform"

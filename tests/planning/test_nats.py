@@ -130,6 +130,7 @@ def test_errors_of_drawn_rows_are_those_of_the_matrix(checkpoint: Checkpoint, ch
     assert drawn.counted == whole.counted
 
 
+@pytest.mark.slow
 def test_a_slice_by_size_keeps_what_the_artifact_keeps(tiny: Path, alphaq: Callable[..., Ran], tmp_path: Path) -> None:
     big = ("--bits", 4, "--choices", "4g128-nest", "--method", "distortion", "-o", tmp_path / "big")
     assert alphaq("quantize", tiny, *big).code == 0

@@ -132,7 +132,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "order",
     [
-        ("auto", "uniform"),
+        pytest.param(("auto", "uniform"), marks=slow),
         pytest.param(("uniform", "auto"), marks=slow),
         pytest.param(("mint", "auto", "uniform"), marks=slow),
     ],
@@ -310,6 +310,7 @@ def test_infeasible_budget_costs_its_own_row_only(tiny: Path, tmp_path: Path) ->
     ]
 
 
+@pytest.mark.slow
 def test_quantizers_are_compared_under_the_same_plan(tiny: Path, tmp_path: Path) -> None:
     roundings = [Rounding.of("native", "debiased"), Rounding.of("native", "rtn")]
     rows = run(tiny, tmp_path / "out", ("first-layers",), roundings=roundings)

@@ -68,6 +68,7 @@ def test_descent_ends_at_the_first_step_that_reaches(first: int) -> None:
     assert first < 20 or asked == [19]
 
 
+@pytest.mark.slow
 def test_plan_quantize_certify_agree_and_the_next_smaller_step_fails(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     plan, curve, out = tmp_path / "plan.json", tmp_path / "curve.json", tmp_path / "out"
     ran = alphaq(
