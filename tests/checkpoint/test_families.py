@@ -25,7 +25,7 @@ OFTEN = ("mixtral", "qwen3_moe", "granitemoe", "gpt_oss", "dbrx", "qwen3_vl_moe"
 TWINS = {family for family in FAMILIES if family.endswith("_text") and family.removesuffix("_text") in FAMILIES}
 """Language models of multi-modal families, on their own."""
 ROWS = [
-    pytest.param(family, published, marks=() if often else pytest.mark.slow)
+    pytest.param(family, published, marks=() if often and family != "muse_spark" else pytest.mark.slow)
     for family in FAMILIES
     for published, often in ((True, family not in TWINS), (False, family in OFTEN))
     if published or family not in ONE_LAYOUT | UNLOADABLE

@@ -178,8 +178,14 @@ def test_the_config_makes_the_same_model(family: str, family_folder: Callable[[s
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("method", ["alphaq", "auto"])
-@every_family
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        pytest.param(family, method, marks=() if method == "alphaq" or family == "qwen2_moe" else pytest.mark.slow)
+        for family in ARCHITECTURES
+        for method in ("alphaq", "auto")
+    ],
+)
 def test_plan_is_that_of_the_folder_with_the_same_weights(
     family: str, method: str, family_folder: Callable[[str], Path], tmp_path: Path, alphaq: Callable[..., Ran]
 ) -> None:

@@ -71,6 +71,7 @@ def bytes_of(path: Path) -> dict[str, tuple[str, bytes]]:
     return {one.name: (one.type, whole[one.begin : one.end]) for one in read_gguf(path).tensors.values()}
 
 
+@pytest.mark.slow
 def test_what_need_not_change_is_copied_whatever_its_type(source: Path, tmp_path: Path) -> None:
     """Where there is room for everything as it is, nothing is coded again: it would lose.
 
@@ -88,6 +89,7 @@ def test_what_need_not_change_is_copied_whatever_its_type(source: Path, tmp_path
     assert max(plan.expected_error.values()) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type", GGML_BLOCKS)
 def test_a_type_that_is_asked_for_and_there_is_copied(type: str, source: Path, tmp_path: Path) -> None:
     """One layer keeps its type, all others become Q4_0: these change, but for Q4_0's own."""
@@ -102,6 +104,7 @@ def test_a_type_that_is_asked_for_and_there_is_copied(type: str, source: Path, t
     assert result.verified is not None and result.verified.quantized == len(choices)
 
 
+@pytest.mark.slow
 def test_what_is_kept_without_a_reason_of_llama_cpp_s_is_named(source: Path) -> None:
     checkpoint = open_checkpoint(source, quantized=True)
     assert checkpoint.notes == (f"kept as stored: {UNKNOWN} (a name that is not known)",)

@@ -123,6 +123,7 @@ def without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "gather_fisher", refuse)
 
 
+@pytest.mark.slow
 def test_without_a_gradient_the_signal_stands_in_and_the_plan_says_so(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

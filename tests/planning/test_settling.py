@@ -185,7 +185,7 @@ def test_what_is_chosen_has_been_measured(checkpoint: Checkpoint, measured: Coun
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"engine": "native", "choices": None, "method": "auto", "check": False}, marks=pytest.mark.slow),
     ],
     ids=["llama.cpp", "default"],

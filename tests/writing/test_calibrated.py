@@ -54,7 +54,7 @@ def outputs(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     ("text", "choices"),
     [
         pytest.param(str(CODE), "2,3", marks=pytest.mark.slow, id="file"),
-        pytest.param("self", "2,3", id="self"),
+        pytest.param("self", "2,3", marks=pytest.mark.slow, id="self"),
         pytest.param("self", "t2,t3", marks=pytest.mark.slow, id="trellis"),
     ],
 )
