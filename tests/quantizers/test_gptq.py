@@ -1,6 +1,5 @@
 """GPTQ is what its definition says, in float64, and never reads what it is not given."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,24 +16,9 @@ from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.quantizers.gptq import quantize_gptq
 from alphaq.quantizers.nested import quantize_nested
 from alphaq.quantizers.rated import quantize_rated
+from moments import moments, objective, seeded
 
 CHOICES = [parse_choice(text) for text in ("1g64", "1g32s", "2g32", "2g128s", "3g64", "4", "8g32s")]
-
-
-def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def moments(columns: int, tokens: int = 700, seed: int = 1) -> torch.Tensor:
-    """Of inputs that are correlated and of very different sizes."""
-    mixed = seeded(tokens, columns, seed=seed) @ (seeded(columns, columns, seed=seed + 1) + torch.eye(columns))
-    inputs = mixed * torch.linspace(0.1, 2, columns)
-    return inputs.T @ inputs / tokens
-
-
-def objective(weight: torch.Tensor, restored: torch.Tensor, hessian: torch.Tensor) -> float:
-    miss = (weight.double() - restored.double()).numpy()
-    return float(np.einsum("ri,ij,rj->", miss, hessian.double().numpy(), miss))
 
 
 def plain_gptq(weight: torch.Tensor, hessian: torch.Tensor, matrix: QuantizedMatrix) -> torch.Tensor:

@@ -16,22 +16,7 @@ from alphaq.quantizers.gptq import quantize_gptq
 from alphaq.quantizers.trellis import encoder_levels, quantize_trellis
 from alphaq.quantizers.trellis_feedback import AHEAD_BITS, BLOCK, STEP
 from alphaq.quantizers.trellis_kernels import cheapest, trace, write
-
-
-def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def moments(columns: int, tokens: int = 700, seed: int = 1) -> torch.Tensor:
-    """Of inputs that are correlated and of very different sizes."""
-    mixed = gaussian(tokens, columns, seed=seed) @ (gaussian(columns, columns, seed=seed + 1) + torch.eye(columns))
-    inputs = mixed * torch.linspace(0.1, 2, columns)
-    return inputs.T @ inputs / tokens
-
-
-def objective(weight: torch.Tensor, restored: torch.Tensor, hessian: torch.Tensor) -> float:
-    miss = weight.double() - restored.double()
-    return float(((miss @ hessian.double()) * miss).sum())
+from moments import moments, objective, seeded
 
 
 def as_published(row: np.ndarray, scale: float, quarters: int, hessian: torch.Tensor) -> np.ndarray:
@@ -61,7 +46,7 @@ def as_published(row: np.ndarray, scale: float, quarters: int, hessian: torch.Te
 @pytest.mark.parametrize(("text", "columns"), [("t1", 300), ("t2.25", 128), ("t3", 261), ("t4", 5)])
 def test_streams_are_those_of_the_published_algorithm(text: str, columns: int) -> None:
     """Within blocks of columns and over their ends; where float32 finds another path, it is no worse."""
-    choice, weight, hessian = parse_choice(text), gaussian(8, columns), moments(columns)
+    choice, weight, hessian = parse_choice(text), seeded(8, columns), moments(columns)
     start = quantize_trellis(weight, choice)
     found = quantize_gptq(weight, choice, "matrix", hessian, start).codes.numpy()
     quarters, scales = FORMAT.quarters(choice), start.scales.double().reshape(-1).tolist()
@@ -74,7 +59,7 @@ def test_streams_are_those_of_the_published_algorithm(text: str, columns: int) -
 
 @pytest.mark.parametrize("text", ["t1", "t2.25", "t4"])
 def test_outputs_move_less_in_the_same_bytes(text: str) -> None:
-    choice, weight, hessian = parse_choice(text), gaussian(32, 300), moments(300)
+    choice, weight, hessian = parse_choice(text), seeded(32, 300), moments(300)
     plain, found = quantize_trellis(weight, choice), quantize_gptq(weight, choice, "matrix", hessian)
     weighed = quantize_trellis(weight, choice, importance=hessian.diagonal().numpy())
     errors = [objective(weight, dequantize(one), hessian) for one in (found, plain, weighed)]
@@ -85,7 +70,7 @@ def test_outputs_move_less_in_the_same_bytes(text: str) -> None:
 
 @pytest.mark.parametrize("hessian", [None, torch.zeros(96, 96), torch.ones(96)], ids=type)
 def test_where_inputs_say_nothing_the_nearest_codes_stay(hessian: torch.Tensor | None) -> None:
-    weight, choice = gaussian(20, 96), parse_choice("t2")
+    weight, choice = seeded(20, 96), parse_choice("t2")
     nearest = quantize_trellis(weight, choice)
     found = quantize_gptq(weight, choice, "matrix", hessian, nearest)
     assert torch.equal(found.codes, nearest.codes) and torch.equal(found.scales, nearest.scales)
@@ -93,11 +78,11 @@ def test_where_inputs_say_nothing_the_nearest_codes_stay(hessian: torch.Tensor |
 
 def test_moments_that_no_damping_mends_are_refused_by_name() -> None:
     with pytest.raises(QuantizationError, match=r"layers\.9\.w: .*positive definite"):
-        quantize_gptq(gaussian(4, 64), parse_choice("t2"), "layers.9.w", -moments(64))
+        quantize_gptq(seeded(4, 64), parse_choice("t2"), "layers.9.w", -moments(64))
 
 
 def test_rows_of_zeros_and_any_number_of_threads() -> None:
-    weight, hessian, choice = gaussian(700, 256), moments(256), parse_choice("t2.75")
+    weight, hessian, choice = seeded(700, 256), moments(256), parse_choice("t2.75")
     weight[3] = 0
     before, found = torch.get_num_threads(), []
     try:
@@ -113,7 +98,7 @@ def test_rows_of_zeros_and_any_number_of_threads() -> None:
 
 @pytest.mark.parametrize("quantizer", ["gptq", "learned"])
 def test_both_that_look_at_inputs_feed_errors_back_also_for_coded_files(quantizer: str) -> None:
-    weight, hessian, choice = gaussian(16, 128), moments(128), parse_choice("t2")
+    weight, hessian, choice = seeded(16, 128), moments(128), parse_choice("t2")
     fed = quantize_gptq(weight, choice, "w", hessian, quantize_trellis(weight, choice))
     for coded in (False, quantizer == "gptq"):
         given = dict(quantizer=quantizer, plain="debiased", moments=hessian, coded=coded)
