@@ -31,6 +31,7 @@ import torch
 
 from alphaq.cli.app import main
 from alphaq.work.journal import Journal
+from contents import digests
 
 LONGEST_S = 120
 SYSTEM_CALLS = frozenset(
@@ -99,11 +100,9 @@ class Place:
         shutil.rmtree(self.model, ignore_errors=True)
         shutil.copytree(self.original, self.model)
 
-    def made(self) -> dict[str, bytes] | None:
-        """The output's bytes by file, None if it is not there."""
-        if self.out.is_dir():
-            return {path.name: path.read_bytes() for path in sorted(self.out.iterdir())}
-        return {"": self.out.read_bytes()} if self.out.exists() else None
+    def made(self) -> dict[str, str] | None:
+        """Digests of the output's files, None if it is not there."""
+        return digests(self.out.iterdir() if self.out.is_dir() else [self.out]) if self.out.exists() else None
 
     def left(self) -> set[str]:
         """What lies beside the output."""
@@ -226,7 +225,7 @@ class Bench:
 
     model: Path
     folder: Path
-    expected: dict[Job, dict[str, bytes]] = field(default_factory=dict)
+    expected: dict[Job, dict[str, str]] = field(default_factory=dict)
     calls: dict[Job, dict[bool, int]] = field(default_factory=dict)
 
     def learn(self, job: Job) -> None:
@@ -551,7 +550,7 @@ def _inject(fault: Fault, job: Job, bench: Bench, moment: Moment, seed: int) -> 
     return Outcome(stopped, resumed)
 
 
-def _of_changed_model(job: Job, bench: Bench, place: Place) -> dict[str, bytes] | None:
+def _of_changed_model(job: Job, bench: Bench, place: Place) -> dict[str, str] | None:
     """What an undisturbed run makes of the model as it is now: right if the fault struck before it was opened."""
     fresh = bench.place()
     shutil.rmtree(fresh.model)

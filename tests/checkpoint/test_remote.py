@@ -23,6 +23,7 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.checkpoint.remote import Store, is_url
 from alphaq.errors import AlphaQError, CheckpointError, MissingExtraError
 from conftest import Ran
+from contents import contents
 
 SLACK = 1.1
 
@@ -51,10 +52,6 @@ def bare(server: objectstore.Server, tiny: Path, tmp_path: Path, request: pytest
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_bytes((tiny / "config.json").read_bytes())
     return server.upload(tmp_path / "bare", "models", f"bare-{abs(hash(request.node.name))}")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_checkpoint_on_a_store_is_that_of_the_folder(tiny: Path, hosted: str) -> None:

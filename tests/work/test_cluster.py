@@ -20,6 +20,7 @@ from alphaq.errors import AlphaQError, DeviceError, QuantizationError, WorkerErr
 from alphaq.work.batches import BATCH_BYTES, BATCH_TASKS, Node, batches, choose, limited
 from alphaq.work.cluster import RayWorkers, parse_cluster
 from conftest import Ran
+from contents import contents
 
 ALL: frozenset[str] = frozenset()
 OPTIONS = ("--bits", "2.5", "--method", "alphaq")
@@ -31,10 +32,6 @@ def nodes() -> Iterator[raycluster.Nodes]:
     started = raycluster.Nodes(2)
     yield started
     started.stop()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 # -- decisions, without a cluster -----------------------------------------------------------------

@@ -22,6 +22,7 @@ from alphaq.writing import refining
 from alphaq.writing.recoding import recode
 from alphaq.writing.rounding import Rounding, enough_tokens
 from conftest import DATA, Ran, read_back
+from contents import contents
 from families import random_family, save_layout
 
 CODE = DATA / "texts" / "code.txt"
@@ -37,10 +38,6 @@ def plan_of(checkpoint: Checkpoint, engine: str = "native", bits: float = 3.0, *
     config = PlanConfig(budget=Budget(bits=bits), method="uniform", noise="analytic", engine=engine, **settings)
     request = resolve(config)
     return make_plan(checkpoint, request, measure_for_plan(checkpoint, request))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def outputs(folder: Path, ids: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,7 @@ from alphaq.work.workers import Workers
 from alphaq.writing import quantizing, sinks
 from alphaq.writing.recoding import recode
 from conftest import DATA
+from contents import contents
 from injection import Job, Place, run
 
 METHOD = "alphaq"  # which needs no forward pass
@@ -44,10 +45,6 @@ def plan_of(source: Path, workers: int = 1, cache: Cache | None = None, **config
         return pipeline.make_plan(
             checkpoint, request, pipeline.measure_for_plan(checkpoint, request, resources=Resources(pool, cache))
         )
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def weight_bytes(folder: Path) -> int:

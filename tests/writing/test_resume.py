@@ -19,6 +19,7 @@ from alphaq.errors import CheckpointError
 from alphaq.work.journal import Journal
 from alphaq.writing import storing
 from conftest import DATA
+from contents import contents
 from injection import Job, Place, killed_after, run, warm_up
 
 PARTIAL = ".out.partial"
@@ -29,10 +30,6 @@ MATRICES = 96  # all are measured when so many lines are noted
 
 def command(model: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "alphaq", "quantize", str(model), "-o", str(out), *OPTIONS, *more]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def progress(folder: Path, cache: Path) -> int:
@@ -57,7 +54,7 @@ def kill_after(lines: int, run: list[str], folder: Path, cache: Path, delay_s: f
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, bytes]]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("undisturbed")
@@ -79,7 +76,7 @@ def place(tmp_path: Path) -> Place:
     ("workers", "moments"), [(1, [40, 30, 60, 70]), pytest.param(2, [MATRICES + 80], marks=pytest.mark.slow)]
 )
 def test_killed_run_resumes_to_identical_bytes(
-    place: Place, undisturbed: dict[str, bytes], workers: int, moments: list[int]
+    place: Place, undisturbed: dict[str, str], workers: int, moments: list[int]
 ) -> None:
     """Each run goes on from where the one before was killed: while it measures, then while it writes.
 
@@ -96,7 +93,7 @@ def test_killed_run_that_runs_the_model_resumes_to_identical_bytes(place: Place,
 
 
 def kill_and_resume(
-    place: Place, job: Job, moments: list[int], expected: dict[str, bytes], more_options: str = ""
+    place: Place, job: Job, moments: list[int], expected: dict[str, str], more_options: str = ""
 ) -> None:
     for lines in moments:
         assert run(job, place, killed_after(lines)).code == -signal.SIGKILL
@@ -109,7 +106,7 @@ def kill_and_resume(
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_run_killed_at_any_time_resumes_to_identical_bytes(
-    tiny: Path, tmp_path: Path, undisturbed: dict[str, bytes], seed: int, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, undisturbed: dict[str, str], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At moments of the clock, so also between stages, while verifying and while publishing."""
     cache = tmp_path / "cache"
@@ -126,7 +123,7 @@ def test_run_killed_at_any_time_resumes_to_identical_bytes(
 
 
 @pytest.fixture
-def unfinished(place: Place, undisturbed: dict[str, bytes]) -> Path:
+def unfinished(place: Place, undisturbed: dict[str, str]) -> Path:
     """An output folder whose run was killed half-way."""
     assert run(QUANTIZE, place, killed_after(MATRICES + 60)).code == -signal.SIGKILL
     return place.out
@@ -154,7 +151,7 @@ def test_changed_weights_are_refused(alphaq: Any, tiny: Path, unfinished: Path, 
 
 
 def test_what_was_damaged_meanwhile_is_made_again(
-    alphaq: Any, tiny: Path, unfinished: Path, undisturbed: dict[str, bytes]
+    alphaq: Any, tiny: Path, unfinished: Path, undisturbed: dict[str, str]
 ) -> None:
     shard = next((unfinished.parent / PARTIAL / UNFINISHED_NAME).glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
@@ -177,7 +174,7 @@ def test_a_passing_error_keeps_what_was_written(
     alphaq: Any,
     tiny: Path,
     tmp_path: Path,
-    undisturbed: dict[str, bytes],
+    undisturbed: dict[str, str],
     error: Exception,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

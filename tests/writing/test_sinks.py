@@ -15,15 +15,12 @@ from alphaq.formats.coding import encode_tensor
 from alphaq.nouns.plan import Plan
 from alphaq.pipeline import WriteOptions, quantize
 from alphaq.writing import sinks
+from contents import contents
 
 
 def plan_of(source: Path) -> Plan:
     experts = open_checkpoint(source).planned
     return Plan(choices={matrix.name: "2g128" for matrix in experts}, config={"codec": "zstd"})
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def interrupted(source: Path, out: Path) -> Path:
