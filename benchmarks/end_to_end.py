@@ -31,11 +31,13 @@ PERIOD_S = 0.05
 PSS_SHARE = 0.02
 DEMO_MODEL = HERE.parent / "src" / "alphaq" / "data" / "tiny"
 FIRST_BITS, SECOND_BITS = "2.5", "3.0"
+TRELLIS = "t2"
 ABOUT = """\
 Synthetic bf16 checkpoints with the names and shapes of Qwen1.5-MoE-A2.7B (24 layers, 14.3 billion parameters) and of
 its first layers. Each command is started with the checkpoint out of the page cache; `read once` is `cat` of the weight
-files, the least that any tool needs. Each size begins with an empty cache, and a command may use what those above it
-measured. `quantize` includes the re-reading of what it wrote against the source. CPU seconds are user and system time
+files, the least that any tool needs. Each size begins with an empty cache; `plan again` uses what `plan` measured.
+`plan by spectra alone` is `--method alphaq`, `quantize, trellis` the choice `t2` for every expert, planning included.
+`quantize` includes the re-reading of what it wrote against the source. CPU seconds are user and system time
 of the process and its children. Private memory is what the system cannot drop (anonymous and shared pages); resident
 memory also counts the pages of libraries, once for every process. Both are sums over the process tree, at their
 peak. Read and written are bytes that came from or went to the disk."""
@@ -179,10 +181,13 @@ def checkpoint(scratch: Path, layers: int, quick: bool) -> Path:
 def commands(source: Path, work: Path) -> Iterator[tuple[str, list[str]]]:
     """Labels and commands, in order."""
     yield "read once", ["cat", *map(str, sorted(source.glob("*.safetensors")))]
-    yield "analyze", alphaq("analyze", source, "-o", work / "stats.csv", "--json")
+    by_spectra = ("--method", "alphaq", "--no-cache")
+    yield "plan by spectra alone", alphaq("plan", source, "--bits", FIRST_BITS, *by_spectra, "-o", work / "a.json", "--json")
     for label, bits in (("plan", FIRST_BITS), ("plan again", SECOND_BITS)):
         out = work / f"plan-{bits}.json"
         yield f"{label}, {bits} bits", alphaq("plan", source, "--bits", bits, "-o", out, "--json")
+    trellis = ("--method", "uniform", "--choices", TRELLIS)
+    yield "quantize, trellis", alphaq("quantize", source, *trellis, "--bits", "2", "-o", work / "trellis", "--json")
     yield (
         "quantize",
         alphaq("quantize", source, "--plan", work / f"plan-{FIRST_BITS}.json", "-o", work / "out", "--json"),
