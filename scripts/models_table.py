@@ -9,10 +9,12 @@ import os
 import tempfile
 import textwrap
 from collections import defaultdict
+from datetime import date
 from pathlib import Path
 
 import transformers
 
+import alphaq
 from alphaq import pipeline
 from alphaq.checkpoint.families.architecture import architectures, unsupported
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
@@ -42,6 +44,8 @@ must be exactly what config.json promises; otherwise the first one missing or to
 - **default method**: whether `alphaq plan` works without further options. It runs the model layer by layer to see its
   routing; where the class does not allow that, use `--method alphaq`, which needs the weights alone.
 
+Version {alphaq}, {today}, `make models`.
+
 | family | `model_type` | on disk | matrices | weights | logits | default method |
 |---|---|---|--:|--:|---|---|
 """
@@ -67,7 +71,7 @@ SmolLM3.
 
 Stand-ins of published checkpoints, with their configs, names, shapes and dtypes, were opened as a user's folder is.
 What native plans leave in 16 bits is embeddings and heads, towers for images and sound, and layers that predict
-further tokens. `scripts/published_table.py` writes this table.
+further tokens.
 
 {published}
 
@@ -159,7 +163,8 @@ def main() -> None:
         unloadable=", ".join(sorted(UNLOADABLE)),
         unsupported="\n".join(f"| `{kind}` | {why} |" for kind, why in unsupported().items()),
     )
-    text = HEAD.format(version=transformers.__version__) + "\n".join(lines) + "\n" + tail
+    head = HEAD.format(version=transformers.__version__, alphaq=alphaq.__version__, today=date.today())
+    text = head + "\n".join(lines) + "\n" + tail
     page.write_text(text, encoding="utf-8")
 
 
