@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -24,7 +25,7 @@ from alphaq.quantizers.base import rounder_of
 from alphaq.quantizers.ggml import quantize_ggml
 from alphaq.quantizers.rounded import rounded
 
-MODEL = "src/alphaq/data/tiny"
+MODEL = Path(__file__).parents[1] / "src" / "alphaq" / "data" / "tiny"
 GGML = ("MXFP4", "TQ1_0", "TQ2_0", "NVFP4", "Q1_0", "Q2_0", "Q4_0")
 TRELLIS = (("t1", "1g128"), ("t1.5", None), ("t2", "2g128"), ("t3", "3g128"), ("t4", "4g128"))
 CODED = ("2g128", "@2", "3g128", "@3", "4g128", "@4")
