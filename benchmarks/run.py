@@ -14,6 +14,8 @@ from typing import Any
 from common import HERE, parser, results_folder
 
 NAMES = ("spectra", "allocation", "quantize", "coding", "slicing", "gptq", "planning", "end_to_end", "runtime")
+DEFAULT_THEN = {("end_to_end", "2026-11-21"): "alphaq", ("runtime", "2026-11-22"): "signal"}
+"""The default method that results were made by, where it is another one today."""
 DOCUMENT = HERE.parent / "docs" / "research" / "benchmarks.md"
 HEADING = """\
 # Benchmarks
@@ -37,8 +39,11 @@ def document(results: list[dict[str, Any]]) -> str:
     parts = [HEADING, *([f"Machine: {machines[0]}."] if len(machines) == 1 else [])]
     for result in results:
         where = f" on {machine_text(result)}" if len(machines) > 1 else ""
-        software = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-        parts += [f"## {result['title']}", f"Measured {result['date']}{where} with {software}.", result["markdown"]]
+        software = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if name != "alphaq")
+        made = f"Version {result['versions']['alphaq']}, {result['date']}, `python benchmarks/{result['benchmark']}.py`"
+        method = DEFAULT_THEN.get((result["benchmark"], result["date"]))
+        then = f"; the default then was `{method}`" if method else ""
+        parts += [f"## {result['title']}", f"{made},{where} with {software}{then}.", result["markdown"]]
     return "\n\n".join(parts) + "\n"
 
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from datetime import date
 from itertools import combinations
 from pathlib import Path
 
+import alphaq
 from alphaq.calibration.text import Text
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.measuring.cache import Cache
@@ -56,6 +58,8 @@ def main() -> None:
     report["agreement"] = agreement(checkpoint, domains, bits, given.output / "cache")
     (given.output / "domains.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(markdown(report, list(domains)))
+    told = " ".join(f"--domain {text}" for text in given.domain)
+    print(f"\nVersion {alphaq.__version__}, {date.today()}, `python scripts/compare_domains.py {given.model} {told}`.")
 
 
 def summarize(rows: dict[str, list[Row]], domains: dict[str, Path], bits: list[float]) -> dict[str, list[dict]]:

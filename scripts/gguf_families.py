@@ -21,12 +21,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # where llama.cpp asserts, it would start a debugger
 
 import numpy as np
 
+import alphaq
 from alphaq.checkpoint.gguf.format import GgufFile, layout, read_gguf
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.gguf.library import Llama
@@ -50,8 +52,6 @@ converter → a 16-bit file → `alphaq quantize` to 60 % of its bytes with mixe
 compared with those of the 16-bit file and, so that an error of ours cannot hide behind that of quantizing, with those
 of the same file whose weights were restored, which must be less than half as far away: llama.cpp rounds the inputs of
 quantized weights to 8 bits. KL in nats per token; the models are random, so that every error shows.
-
-Written by `make gguf-families`.
 """
 
 
@@ -206,6 +206,7 @@ def table(rows: Sequence[Row], unknown: Sequence[str]) -> str:
     lines = [
         "# Families as GGUF files\n",
         HEAD,
+        f"Version {alphaq.__version__}, {date.today()}, `make gguf-families`.\n",
         "| family | architecture | types in the file | KL to restored weights | KL to 16 bits | |",
         "|---|---|---|--:|--:|---|",
     ]

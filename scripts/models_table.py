@@ -9,14 +9,16 @@ import os
 import tempfile
 import textwrap
 from collections import defaultdict
+from datetime import date
 from pathlib import Path
 
 import transformers
 
+import alphaq
 from alphaq import pipeline
 from alphaq.checkpoint.families.architecture import architectures, unsupported
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.engines.safetensors.refusals import FAMILIES as SERVED
+from alphaq.engines.assumptions.tables import engine_table
 from alphaq.errors import AlphaQError
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
@@ -42,6 +44,8 @@ must be exactly what config.json promises; otherwise the first one missing or to
 - **default method**: whether `alphaq plan` works without further options. It runs the model layer by layer to see its
   routing; where the class does not allow that, use `--method alphaq`, which needs the weights alone.
 
+Version {alphaq}, {today}, `make models`.
+
 | family | `model_type` | on disk | matrices | weights | logits | default method |
 |---|---|---|--:|--:|---|---|
 """
@@ -56,7 +60,7 @@ Dense models, whose budget decides on the MLP of every layer (role `dense_mlp`):
 
 `--engine native` writes every family above; transformers loads the result with the plug-in that `alphaq` brings.
 The other engines name tensors in their own way. An export for vLLM, MLX and GPTQModel exists for
-{served}; for llama.cpp, which the [`[gguf]` table](architectures.md#gguf)
+{served}, for MLX also for {mlx}; for llama.cpp, which the [`[gguf]` table](architectures.md#gguf)
 describes, {gguf}.
 
 Of dense models llama.cpp and MLX have files for Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2 and 3 (`gemma3_text`),
@@ -67,7 +71,7 @@ SmolLM3.
 
 Stand-ins of published checkpoints, with their configs, names, shapes and dtypes, were opened as a user's folder is.
 What native plans leave in 16 bits is embeddings and heads, towers for images and sound, and layers that predict
-further tokens. `scripts/published_table.py` writes this table.
+further tokens.
 
 {published}
 
@@ -76,7 +80,7 @@ further tokens. `scripts/published_table.py` writes this table.
 - **Multi-modal models**: the language model is planned and quantized; towers for images and sound, and the second
   model that speaks in Qwen3-Omni, are copied.
 - **Multi-token prediction**: layers after `num_hidden_layers`, and tensors under `mtp`, are copied in the native
-  format and left out of GGUF files.
+  format and left out of GGUF files, and of all files of models without some of their experts.
 - **FP8, MXFP4, NVFP4 and int4** checkpoints of all families are read
   ([quantized sources](large-models.md#quantized-sources)); those of GPTQ, AWQ, bitsandbytes, MLX and others are not.
 - {unloadable}: only the published names, because transformers cannot load its own other ones.
@@ -149,17 +153,20 @@ def main() -> None:
     dense = textwrap.fill(", ".join(f"`{kind}`" for kind, one in known.items() if not one.num_experts_keys), 120)
     page = ROOT / "docs" / "models.md"
     published = page.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]  # another script's part
+    served = set(engine_table("vllm").families)
     tail = TAIL.format(
         published=BEGIN + published + END,
         dense=dense,
-        served=", ".join(sorted(SERVED)),
+        served=", ".join(sorted(served)),
+        mlx=", ".join(sorted(set(engine_table("mlx").families) - served)),
         gguf="for the same"
-        if set(SERVED) == {one.name for one in known.values() if one.gguf and one.num_experts_keys}
+        if served == {one.name for one in known.values() if one.gguf and one.num_experts_keys}
         else "see there",
         unloadable=", ".join(sorted(UNLOADABLE)),
         unsupported="\n".join(f"| `{kind}` | {why} |" for kind, why in unsupported().items()),
     )
-    text = HEAD.format(version=transformers.__version__) + "\n".join(lines) + "\n" + tail
+    head = HEAD.format(version=transformers.__version__, alphaq=alphaq.__version__, today=date.today())
+    text = head + "\n".join(lines) + "\n" + tail
     page.write_text(text, encoding="utf-8")
 
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from datetime import date
 from pathlib import Path
 
+import alphaq
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.checkpoint.summary import summarize
 from alphaq.engines.native import PROFILE
@@ -24,7 +26,9 @@ from alphaq.planning.kept import kept_shares
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- published: begin -->\n", "<!-- published: end -->\n"
-HEAD = """| published checkpoint | read as | expert matrices | in 16 bits | most of it |
+HEAD = f"""Version {alphaq.__version__}, {date.today()}, `python scripts/published_table.py MAKER`.
+
+| published checkpoint | read as | expert matrices | in 16 bits | most of it |
 |---|---|--:|--:|---|
 """
 SHOWN = 3

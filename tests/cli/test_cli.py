@@ -6,9 +6,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from alphaq.writing import quantizing
 from conftest import DATA, Ran
@@ -231,6 +233,23 @@ def test_evaluating_against_another_tokenizer_is_refused(alphaq: Run, tiny: Path
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
     expect_user_error(alphaq("eval", broken, "--text", TEXT, "--reference", tiny), "different tokenizers")
+
+
+@pytest.mark.parametrize(
+    "asking", [lambda: torch.empty(1 << 50), lambda: np.empty(1 << 50), lambda: bytearray(1 << 50)]
+)
+def test_what_the_system_has_no_memory_for_is_one_line(
+    alphaq: Run, tiny: Path, asking: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alphaq.cli.inspect.opened", lambda *_, **__: asking())
+    ran = alphaq("inspect", tiny)
+    assert ran.code == 2 and ran.err.startswith("error: The system has no memory") and ran.err.count("\n") == 1
+
+
+def test_a_defect_is_not_taken_for_a_lack_of_memory(alphaq: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alphaq.cli.inspect.opened", lambda *_, **__: torch.empty(2).view(3))
+    with pytest.raises(RuntimeError, match="invalid for input"):
+        alphaq("inspect", tiny)
 
 
 def test_names_are_printed_as_they_are(alphaq: Run, tiny: Path, tmp_path: Path) -> None:

@@ -91,6 +91,19 @@ def test_a_card_gets_what_every_token_reads_and_the_last_layers_experts(
     assert "what every token reads takes" in alphaq("plan", tiny, *ENGINE, *budget).err
 
 
+@pytest.mark.slow
+def test_a_small_card_makes_a_smaller_plan_where_more_memory_would_crowd_it(
+    tiny: Path, checkpoint: Checkpoint, alphaq: Callable[..., Ran]
+) -> None:
+    asked = kept(checkpoint, context=256)
+    card = CARD_BYTES + asked.cache_bytes + asked.buffer_bytes + 2_300_000
+    room = ("--context", "256", "--vram", str(card), "--memory", str(asked.total + 12 * MIB))
+    losses = ("--engine", "llama.cpp", "--choices", "Q2_K,Q4_0,Q8_0", "--no-check", "--json")
+    told = alphaq("plan", tiny, *losses, *room).json
+    assert told["memory"]["placement"]["card_bytes"] <= 2_300_000
+    assert told["config"]["budget"]["size_bytes"] < 13 * MIB  # of 14.7 that both memories have
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

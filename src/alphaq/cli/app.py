@@ -7,6 +7,7 @@ mistake ends with one line and exit code 2.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import warnings
@@ -129,6 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
         complain("interrupted; what was measured and quantized is kept for the next run")
         sys.exit(130)
     except Exception as error:
+        if (lacking := _lacking_memory(error)) is not None:
+            _fail(lacking)
         # Typer's usage errors share no public base class across its versions, but all can format themselves.
         if not hasattr(error, "format_message"):
             raise
@@ -144,6 +147,18 @@ def _renamed(error: Exception) -> str | None:
     context, option = getattr(error, "ctx", None), getattr(error, "option_name", None)
     known = None if context is None else RENAMED.get((str(context.info_name), str(option)))
     return None if known is None else f"{option} is called {known} now. Write {known} instead."
+
+
+def _lacking_memory(error: Exception) -> str | None:
+    """What to say where Python, numpy or torch (which has no class for it) were refused memory; else None."""
+    wanted = re.search(r"you tried to allocate (\d+) bytes", str(error))
+    if not isinstance(error, MemoryError) and wanted is None:
+        return None
+    more = f" for {int(wanted[1]) / 2**20:,.0f} MiB more" if wanted else ""
+    return (
+        f"The system has no memory{more}. End other programs, use --workers 1 where the command has it, or a machine "
+        "with more memory. What was measured and quantized is kept for the next run."
+    )
 
 
 def _terminated(number: int, frame: object) -> None:

@@ -81,22 +81,16 @@ def placed(checkpoint: Checkpoint, layout: Layout, memory: Memory) -> Placement:
     """What goes to the card under `-ngl 999 --n-cpu-moe N`, with the least N that the card has room for.
 
     llama.cpp reads the embedding on the processor; a head that is tied to it lies on the card once more. Experts stay
-    in the machine's memory layer by layer, from the first. Raises BudgetError where there are no experts, or all else
-    does not fit on the card.
+    in the machine's memory layer by layer, from the first: all of them where all else is more than the card has room
+    for. Raises BudgetError where there are no experts.
     """
     experts, embedding, rest = _shares(checkpoint, layout)
     if not experts:
         raise BudgetError(f"--vram parts experts from all else, and {checkpoint.name} has none. State --memory alone.")
     tied = 0 if checkpoint.with_role(Role.HEAD) else embedding
-    if rest + tied > memory.card:
-        raise BudgetError(
-            f"{memory.serving.vram_bytes:,} bytes of --vram leave {max(0, memory.card):,} beside cache, buffers and "
-            f"the driver, and what every token reads takes {rest + tied:,}. State more --vram, less --context, fewer "
-            "--attention-bits, or drop --vram."
-        )
     layers = sorted(experts)
     on_card = [rest + tied + sum(experts[layer] for layer in layers[stay:]) for stay in range(len(layers) + 1)]
-    stay = next(number for number, nbytes in enumerate(on_card) if nbytes <= memory.card)
+    stay = next((number for number, nbytes in enumerate(on_card) if nbytes <= memory.card), len(layers))
     host = embedding + sum(experts[layer] for layer in layers[:stay])
     return Placement(card_bytes=on_card[stay], host_bytes=host, host_layers=layers[stay - 1] + 1 if stay else 0)
 
