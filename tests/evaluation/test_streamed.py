@@ -27,6 +27,7 @@ from families import FAMILIES, random_family, save_layout
 
 Run = Callable[..., Ran]
 OFTEN = {"mixtral", "deepseek_v2", "gemma2", "gpt_oss", "qwen3_next"}
+NO_WORDS = {"openai_privacy_filter"}  # its head is for classes of tokens
 NOT_RUN = {"jetmoe", "llama4", "llama4_text", "muse_spark", "zaya"}
 TEXTS = {"one": "The quick brown fox jumps over it, and over it again.", "two": "Something else, and shorter."}
 SCORING = Scoring(window=16)
@@ -49,14 +50,15 @@ def _no_prefix(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(one, marks=() if one in OFTEN else pytest.mark.slow) for one in FAMILIES]
+    "family",
+    [pytest.param(one, marks=() if one in OFTEN else pytest.mark.slow) for one in FAMILIES if one not in NO_WORDS],
 )
 def test_figures_are_those_of_the_model_in_memory(family: str, tmp_path: Path) -> None:
-    """Windows of several lengths go through the layers together, beside a reference that differs."""
+    """Windows of two texts and several lengths, beside a reference that differs."""
     source = open_checkpoint(save_layout(random_family(family), tmp_path / "model", published=True))
     if family in NOT_RUN:
         with pytest.raises(CheckpointError, match=r"cannot be run layer by layer: .* with --no-stream"):
-            StreamedModel(source)
+            scored(StreamedModel(source))
         return
     other = random_family(family)
     with torch.no_grad():
@@ -122,7 +124,7 @@ def test_folders_that_transformers_does_not_load(written: Callable[..., Path], t
 def test_neither_layers_nor_vocabulary_are_held(
     written: Callable[..., Path], tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a quantized embedding and head, some rows are restored at a time, and their codes are read once each."""
+    """Of a quantized embedding and head some rows are restored at a time, and their codes are read once in each pass."""
     folder, held, most = written("native", "3g64", True), set(), set()
     fill, empty = HollowModel.fill, HollowModel.empty
 
@@ -144,7 +146,7 @@ def test_neither_layers_nor_vocabulary_are_held(
     monkeypatch.setattr(type(artifact), "_opened", lambda self, one: (seen.append(one.name), opened(self, one))[1])
     scored(StreamedModel(artifact), StreamedModel(open_checkpoint(tiny)))
     assert most == {1} and not held
-    assert seen == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert seen == ["model.embed_tokens.weight", "lm_head.weight"] * 3  # windows have three lengths
 
 
 def test_rows_of_an_artifact_are_those_of_the_whole_matrix(written: Callable[..., Path], tmp_path: Path) -> None:
@@ -178,10 +180,10 @@ def test_passes_share_the_windows_and_show_their_layers(tiny: Path, monkeypatch:
         StreamedModel, "__call__", lambda self, ids, *more: (passes.append(len(ids)), run(self, ids, *more))[1]
     )
     first = scored(model, reference, wrap)
-    assert passes == [3, 3, 3, 3] and len(first) == 6
-    total = 2 * 2 * model.layers + len(first)
+    assert passes == [3, 3, 1, 1, 1, 1, 1, 1] and len(first) == 6  # four of 16 tokens, one of 14, one of 5
+    total = 4 * 2 * model.layers + len(first)
     assert shown == [(total, total, "evaluate")]
-    assert scored(model, reference) == first and passes == [3] * 6
+    assert scored(model, reference) == first and passes[8:] == [3, 1, 1, 1]
     assert all(one.kl == pytest.approx(0, abs=1e-5) for one in first)
 
 

@@ -29,6 +29,7 @@ from alphaq.work.workers import Wrap, silent
 WINDOWS_AT_ONCE = 8  # of one forward pass: small models are slow on many small steps
 LOGITS_AT_ONCE = 1 << 25
 POSITIONS_AT_ONCE = 128  # bounds the float32 copies of [positions, vocabulary]
+POSITIONS_BY_A_READING = 256  # of a head on disk, which is read once for so many
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,17 @@ def score_windows(model: Any, reference: Any | None, ids: torch.Tensor, context:
     return [_scored(logits, against, place, window[context:], context - 1) for place, window in enumerate(ids)]
 
 
-def _scored(logits: Any, against: Any | None, window: int, targets: torch.Tensor, first: int) -> WindowScore:
+def _scored(
+    logits: Any, against: Any | None, window: int, targets: torch.Tensor, first: int, step: int = POSITIONS_AT_ONCE
+) -> WindowScore:
     """One window's score from logits [windows, positions, vocabulary] of the model and the reference.
 
-    targets: what came [tokens], of which position `first` expects the first.
+    targets: what came [tokens], of which position `first` expects the first. step: positions whose logits are held.
     """
     loss = top1 = ear = reference_loss = 0.0
     divergences: list[torch.Tensor] = []
-    for start in range(0, len(targets), POSITIONS_AT_ONCE):
-        came = targets[start : start + POSITIONS_AT_ONCE, None]
+    for start in range(0, len(targets), step):
+        came = targets[start : start + step, None]
         part = slice(first + start, first + start + len(came))
         log_q = logits[window, part].float().log_softmax(-1)
         loss -= float(log_q.gather(1, came.to(log_q.device)).sum(dtype=torch.float64))
@@ -110,7 +113,7 @@ def _scored(logits: Any, against: Any | None, window: int, targets: torch.Tensor
             log_p = against[window, part].to(log_q.device).float().log_softmax(-1)
             reference_loss -= float(log_p.gather(1, came.to(log_p.device)).sum(dtype=torch.float64))
             p, q = log_p.exp(), log_q.exp()
-            divergences.append((p * (log_p - log_q)).sum(-1, dtype=torch.float64).cpu())
+            divergences.append(log_p.sub_(log_q).mul_(p).sum(-1, dtype=torch.float64).cpu())
             top1 += float((p.argmax(-1) == q.argmax(-1)).sum())
             ear += float(torch.minimum(p, q).sum(dtype=torch.float64))
     kl = torch.cat(divergences) if divergences else torch.zeros(0, dtype=torch.float64)
@@ -216,30 +219,40 @@ def _score_layer_by_layer(
 ) -> Iterator[tuple[str, list[WindowScore]]]:
     """Scores of all texts, with as many windows at once as there is room for: each pass reads the whole model.
 
-    Shorter windows are filled up at their ends, which tokens before do not see.
+    Windows of one length go together, whatever text they are of. None is filled up: not every class keeps tokens from
+    seeing those after them (DeepSeek-V3.2's choice of tokens does not).
     """
-    parts = [part[0] for cut in cuts.values() for part in cut.parts]
+    parts = [part for cut in cuts.values() for part in cut.parts]
     context = next(iter(cuts.values())).context
-    length = max(map(len, parts))
     streamed: list[Any] = [one for one in (model, reference) if layers_of(one)]
-    count = min(one.windows_at_once(length) for one in streamed)
+    groups = _alike(parts, lambda length: min(one.windows_at_once(length) for one in streamed))
     layers = sum({id(one): layers_of(one) for one in streamed}.values())
-    scores: list[WindowScore] = []
-    groups = [parts[first : first + count] for first in range(0, len(parts), count)]
     done = iter(wrap(range(total := len(groups) * layers + len(parts)), total, "evaluate"))
     tick = partial(next, done, None)  # what is remembered is not run, so that they may end early
+    scores: dict[int, WindowScore] = {}
     for group in groups:
-        ids = torch.nn.utils.rnn.pad_sequence(group, batch_first=True)
+        ids = torch.cat([parts[number] for number in group])
         logits = _logits(model, ids, tick)
         against = None if reference is None else _logits(reference, ids, tick)
-        for place, window in enumerate(group):
-            scores.append(_scored(logits, against, place, window[context:], context - 1))
+        for place, number in enumerate(group):
+            came = ids[place, context:]
+            scores[number] = _scored(logits, against, place, came, context - 1, POSITIONS_BY_A_READING)
             tick()
     for _ in done:
         pass
-    left = iter(scores)
+    numbers = iter(range(len(parts)))
     for name, cut in cuts.items():
-        yield name, [next(left) for _ in cut.parts]
+        yield name, [scores[next(numbers)] for _ in cut.parts]
+
+
+def _alike(parts: Sequence[torch.Tensor], most: Callable[[int], int]) -> list[list[int]]:
+    """Numbers of windows [1, length] that may go together: of one length, the longest first, and at most so many."""
+    groups = []
+    for length in sorted({part.shape[1] for part in parts}, reverse=True):
+        numbers = [number for number, part in enumerate(parts) if part.shape[1] == length]
+        step = most(length)
+        groups += [numbers[first : first + step] for first in range(0, len(numbers), step)]
+    return groups
 
 
 def _logits(model: Any, ids: torch.Tensor, tick: Callable[[], object]) -> Any:
