@@ -124,7 +124,7 @@ def test_folders_that_transformers_does_not_load(written: Callable[..., Path], t
 def test_neither_layers_nor_vocabulary_are_held(
     written: Callable[..., Path], tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a quantized embedding and head some rows are restored at a time, and their codes are read once in each pass."""
+    """Of a quantized embedding and head some rows are restored at a time; their codes are read once in each pass."""
     folder, held, most = written("native", "3g64", True), set(), set()
     fill, empty = HollowModel.fill, HollowModel.empty
 
