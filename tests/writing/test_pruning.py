@@ -12,11 +12,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from alphaq import pipeline
 from alphaq.calibration.rerouting import Banning, counting
 from alphaq.calibration.stream import HollowModel, model_class
 from alphaq.checkpoint.pruned import without_experts
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import PlanError
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.plan import Dropping, Plan
 from alphaq.writing.pruning import PRUNED_NAME, Pruning, prune
 from conftest import EXPERTS as FEW
 from families import EXPERTS, FAMILIES, logits, random_family, save_layout
@@ -39,11 +42,11 @@ def some_experts(source: Checkpoint) -> dict[int, tuple[int, ...]]:
     return {layer: (layer % EXPERTS, (layer + 2) % EXPERTS) for layer in layers}
 
 
-def masked_logits(source: Checkpoint, dropped: dict[int, tuple[int, ...]]) -> torch.Tensor:
-    """Of the whole model, whose routers do not choose these experts."""
-    hollow = HollowModel(source)
-    cls = model_class(AutoConfig.from_pretrained(source.folder))
-    model = cls.from_pretrained(source.folder, dtype=torch.float32, experts_implementation="eager").eval()
+def masked_logits(source: Checkpoint, dropped: dict[int, tuple[int, ...]], folder: Path | None = None) -> torch.Tensor:
+    """Of the whole model, or of what it was quantized to, whose routers do not choose these experts."""
+    hollow, folder = HollowModel(source), folder or source.folder
+    cls = model_class(AutoConfig.from_pretrained(folder))
+    model = cls.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
     state = model.state_dict(keep_vars=True)
     ids = torch.arange(3, 19)[None]
     with ExitStack() as stack, torch.no_grad():
@@ -81,9 +84,32 @@ def test_pruned_model_is_the_one_with_masked_routers(family: str, tmp_path: Path
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(one, marks=() if one in ("qwen2_moe", "gemma4") else pytest.mark.slow)
+        for one in sorted(FAMILIES.keys() - REFUSED.keys() - NOT_RUN)
+    ],
+)
+def test_layers_may_have_counts_of_their_own_in_native_files(family: str, tmp_path: Path) -> None:
+    source = open_checkpoint(save_layout(random_family(family), tmp_path / "source", published=True))
+    layers = source.architecture.moe_layers(source.config)
+    dropped = {layer: tuple(range(1 + number % 3)) for number, layer in enumerate(layers) if number % 4 != 3}
+    dropped[layers[-1]] = (1, 4)
+    whole = Plan(choices=dict.fromkeys((one.name for one in source.with_role(Role.EXPERT)), "4g32"))
+    pipeline.quantize(source, whole, tmp_path / "whole")
+    left = without_experts(source, dropped, uneven=True)
+    choices = dict.fromkeys((one.name for one in left.with_role(Role.EXPERT)), "4g32")
+    pipeline.quantize(source, Plan(choices=choices, dropped=Dropping(experts=dropped)), tmp_path / "out")
+    expected, before = masked_logits(source, dropped, tmp_path / "whole"), logits(tmp_path / "whole")
+    assert float((expected - before).abs().max()) > 1e-4
+    torch.testing.assert_close(logits(tmp_path / "out"), expected, atol=2e-5, rtol=1e-4)
+    assert HollowModel(left).experts.keys() == set(layers)
+
+
 def test_layers_and_groups_lose_as_many(save_family: Callable[..., Path]) -> None:
     source = open_checkpoint(save_family("qwen2_moe"))
-    with pytest.raises(PlanError, match=rf"would keep 3 of {FEW} experts, layer 0 2\. Drop as many in every layer"):
+    with pytest.raises(PlanError, match=r"would keep 3 experts, layer 0 2\. Drop as many in every layer"):
         without_experts(source, {0: (0, 1), 1: (1,), 2: (0, 3)})
     with pytest.raises(PlanError, match=r"Layer 7 of .* has no routed experts"):
         without_experts(source, {7: (0,)})

@@ -3,6 +3,9 @@
 Experts that stay are numbered anew, routers lose the rows of those that go, and config.json counts what is left, so
 that whoever reads, plans or writes such a checkpoint need not know of it. A token whose expert is gone goes to the next
 best: a router without a row computes what one with −∞ in it would.
+
+Families have one count of experts for all layers. Where layers keep different ones, config.json has the most of any
+under the family's key, and each layer's under `OWN_COUNTS`, which only our own runtime reads (calibration/uneven.py).
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alphaq.checkpoint.families.architecture import NUMBERED_LAYER, look_up
-from alphaq.checkpoint.families.routing import check_routing, expert_groups, fewest_experts
+from alphaq.checkpoint.families.architecture import NUMBERED_LAYER, Architecture, look_up
+from alphaq.checkpoint.families.routing import OWN_COUNTS, check_routing, expert_groups, experts_in, fewest_experts
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
 from alphaq.checkpoint.tensors import Encoding, TensorInfo, with_slices
@@ -39,17 +42,19 @@ _PREDICTION_COUNTS = (
 """Config keys of the layers that guess further words."""
 
 
-def without_experts(checkpoint: Checkpoint, dropped: Dropped) -> Checkpoint:
+def without_experts(checkpoint: Checkpoint, dropped: Dropped, uneven: bool = False) -> Checkpoint:
     """The checkpoint without experts `dropped`; itself if there are none.
 
-    Every layer must lose as many, and every group of experts that a router chooses among. Raises PlanError for anything
-    else, and for a model whose experts cannot be taken out.
+    Every layer must lose as many, but where `uneven`, and every group of experts that a router chooses among. Raises
+    PlanError for anything else, and for a model whose experts cannot be taken out.
     """
     if not any(map(len, dropped.values())):
         return checkpoint
     require_prunable(checkpoint)
     kept = _kept(checkpoint, dropped)
-    config = _with_count(checkpoint, len(next(iter(kept.values()))))
+    if not uneven:
+        _require_even(checkpoint, kept)
+    config = _counting(checkpoint, {layer: len(experts) for layer, experts in kept.items()})
     cut = _Cut(checkpoint, kept)
     if any(map(cut.predicts, checkpoint.shard_of)):
         _without_prediction(config)
@@ -94,24 +99,26 @@ def _is_table(checkpoint: Checkpoint, name: str) -> bool:
 
 def _kept(checkpoint: Checkpoint, dropped: Dropped) -> dict[int, tuple[int, ...]]:
     """The experts of each layer that stay, in their order. Raises PlanError where layers or groups would differ."""
-    count = checkpoint.architecture.experts_per_layer(checkpoint.config)
-    layers = checkpoint.architecture.moe_layers(checkpoint.config)
-    if unknown := sorted(set(dropped) - set(layers)):
+    architecture, config = checkpoint.architecture, checkpoint.config
+    counts = {layer: experts_in(architecture, config, layer) for layer in architecture.moe_layers(config)}
+    if unknown := sorted(set(dropped) - set(counts)):
         raise PlanError(f"Layer {unknown[0]} of {checkpoint.name} has no routed experts to drop.")
-    fewest = fewest_experts(checkpoint.architecture, checkpoint.config)
-    kept = {layer: tuple(expert for expert in range(count) if expert not in dropped.get(layer, ())) for layer in layers}
+    fewest, groups = fewest_experts(architecture, config), expert_groups(architecture, config)
+    kept = {
+        layer: tuple(expert for expert in range(count) if expert not in dropped.get(layer, ()))
+        for layer, count in counts.items()
+    }
     for layer, experts in kept.items():
-        if len(experts) != len(kept[layers[0]]) or len(experts) + len(set(dropped.get(layer, ()))) != count:
+        count = counts[layer]
+        if len(experts) + len(set(dropped.get(layer, ()))) != count:
             raise PlanError(
-                f"Layer {layer} of {checkpoint.name} would keep {len(experts)} of {count} experts, layer {layers[0]} "
-                f"{len(kept[layers[0]])}. Drop as many in every layer."
+                f"Layer {layer} of {checkpoint.name} has no expert {max(dropped[layer])} to drop: it has {count}."
             )
         if len(experts) < fewest:
             raise PlanError(
                 f"Layer {layer} of {checkpoint.name} would keep {len(experts)} of {count} experts, too few for its "
                 f"router to choose from. Keep at least {fewest}."
             )
-        groups = expert_groups(checkpoint.architecture, checkpoint.config)
         sizes = {sum(expert * groups // count == group for expert in experts) for group in range(groups)}
         if len(sizes) > 1:
             raise PlanError(
@@ -121,10 +128,29 @@ def _kept(checkpoint: Checkpoint, dropped: Dropped) -> dict[int, tuple[int, ...]
     return kept
 
 
-def _with_count(checkpoint: Checkpoint, count: int) -> JsonObject:
-    """config.json with another number of experts wherever it states it."""
-    config = copy.deepcopy(checkpoint.config)
-    architecture = checkpoint.architecture
+def _require_even(checkpoint: Checkpoint, kept: Mapping[int, tuple[int, ...]]) -> None:
+    """Raise PlanError unless all layers keep as many experts."""
+    first = min(kept)
+    for layer, experts in kept.items():
+        if len(experts) != len(kept[first]):
+            raise PlanError(
+                f"Layer {layer} of {checkpoint.name} would keep {len(experts)} experts, layer {first} "
+                f"{len(kept[first])}. Drop as many in every layer, or plan with --engine native."
+            )
+
+
+def _counting(checkpoint: Checkpoint, counts: Mapping[int, int]) -> JsonObject:
+    """config.json for so many experts in each layer."""
+    most = max(counts.values())
+    config = with_count(checkpoint.architecture, checkpoint.config, most)
+    own = {str(layer): count for layer, count in counts.items() if count != most}
+    return config | {OWN_COUNTS: own} if own else config
+
+
+def with_count(architecture: Architecture, config: JsonObject, count: int) -> JsonObject:
+    """A copy of config.json with another number of experts, the same in every layer, wherever it states it."""
+    config = copy.deepcopy(config)
+    config.pop(OWN_COUNTS, None)
     text: Any = architecture.text_config(config)
     before = architecture.experts_per_layer(config)
     for path in architecture.num_experts_keys:
@@ -162,7 +188,7 @@ class _Cut:
     def __init__(self, checkpoint: Checkpoint, kept: Mapping[int, tuple[int, ...]]) -> None:
         self.checkpoint, self.kept = checkpoint, kept
         architecture, config = checkpoint.architecture, checkpoint.config
-        self.count, self.layers = architecture.experts_per_layer(config), architecture.layers(config)
+        self.layers = architecture.layers(config)
         outer = {model.rpartition(".")[0] for model in architecture.models} - {""}
         prefixes, wider = (
             "|".join(map(re.escape, some)) for some in (architecture.models, {*architecture.models, *outer})
@@ -219,7 +245,8 @@ class _Cut:
         if info.encoding is not None:
             raise PlanError(f"{info.name} is stored in codes, so rows cannot be taken out. Convert the model to bf16.")
         axis = next((number for number, side in enumerate(info.shape) if side != 1), 0)
-        rows = (*self.kept[layer], *range(self.count, info.shape[axis]))  # what has no weights of its own stays
+        count = experts_in(self.checkpoint.architecture, self.checkpoint.config, layer)
+        rows = (*self.kept[layer], *range(count, info.shape[axis]))  # what has no weights of its own stays
         shape = (*info.shape[:axis], len(rows), *info.shape[axis + 1 :])
         reads = _KeptRows(info.dtype, info.shape, axis, rows)
         cut = replace(info, name=name, shape=shape, encoding=Encoding("plain", (1, 1), decoder=reads))

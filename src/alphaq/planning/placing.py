@@ -25,15 +25,17 @@ def placed_plan(
 
     Raises BudgetError where no budget that was tried leaves both memories room.
     """
-    hosting = profile(config.engine).writer.hosting
+    engine = profile(config.engine)
+    hosting = engine.writer.hosting
     assert hosting is not None  # else nobody knows the memory
     budget = memory.weights
     for _ in range(TRIES):
         plan = plan_of(config.model_copy(update={"budget": Budget(size_bytes=budget)}))
         if memory.serving.vram_bytes is None:
             return plan.model_copy(update={"memory": memory})
-        left = checkpoint if plan.dropped is None else without_experts(checkpoint, plan.dropped.experts)
-        layout = profile(config.engine).writer.laid_out(left, plan.every_choice(), config.split_bytes)
+        gone = {} if plan.dropped is None else plan.dropped.experts
+        left = without_experts(checkpoint, gone, engine.own_counts)
+        layout = engine.writer.laid_out(left, plan.every_choice(), config.split_bytes)
         placement = hosting.placed(left, layout, memory)
         # Headers and the tokenizer are read by the processor.
         host = (
