@@ -27,7 +27,7 @@ import numpy as np
 from alphaq.allocation.exact import solve_exact
 from alphaq.allocation.pair import NoPairError, best_prices
 from alphaq.allocation.solution import Solution
-from alphaq.errors import BudgetError
+from alphaq.errors import BudgetError, TooSmallError
 
 NODES = 200  # that are looked at; then a proven gap may stay
 TOLERANCE = 1e-10  # of the loss
@@ -70,7 +70,7 @@ class Leaving:
 def solve_leaving(losses: np.ndarray, costs: np.ndarray, budget: int, chains: Chains) -> Leaving:
     """The best counts for losses [units, choices] (float64) and costs (int64).
 
-    Ties go to fewer groups that are left out. Raises BudgetError if nothing fits, or losses are not finite.
+    Ties go to fewer groups that go. Raises TooSmallError if nothing fits, BudgetError if a loss is not finite.
     """
     if not np.isfinite(losses).all():
         raise BudgetError("A loss is NaN or infinite, so no plan can be optimal. Check the stats for bad values.")
@@ -107,7 +107,7 @@ class _Search:
             for part in self._parts(heapq.heappop(heap), 2 * number):
                 heapq.heappush(heap, part)
         if self.best is None:
-            raise BudgetError(f"The budget of {self.budget} is below what any plan costs, groups left out included.")
+            raise TooSmallError(f"The budget of {self.budget} is below what any plan costs, groups left out included.")
         bound = min([self.upper, self.proven, *(node.bound for node in heap)])
         return Leaving(self.best, self.upper, bound)
 

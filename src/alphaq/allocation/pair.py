@@ -130,9 +130,9 @@ def best_prices(
 ) -> tuple[np.ndarray, float]:
     """Prices [2] of whole rooms that make the dual largest, and its value.
 
-    cheapest: of the best plan at prices [2], its loss and by how much it exceeds both rooms, in shares of them. most: the
-    largest loss of a plan; widest: by how much losses can differ. Raises NoPairError where the dual exceeds the loss of
-    every plan, so that none keeps both budgets.
+    cheapest: of the best plan at prices [2], its loss and by how much it exceeds both rooms, in shares of them. most:
+    the largest loss of a plan; widest: by how much losses can differ. Raises NoPairError where the dual exceeds the
+    loss of every plan, so that none keeps both budgets.
     """
     spread = widest  # the most that the dual may still rise
     if widest <= NOTHING:  # all plans lose as much

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +25,7 @@ from torch import Tensor
 from alphaq.checkpoint.families.architecture import NUMBERED_LAYER, Architecture, look_up
 from alphaq.checkpoint.families.routing import OWN_COUNTS, check_routing, expert_groups, experts_in, fewest_experts
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
+from alphaq.checkpoint.safetensors_format import ITEM_BYTES, TORCH_DTYPES, TensorSpec, entry_bytes
 from alphaq.checkpoint.tensors import Encoding, TensorInfo, with_slices
 from alphaq.errors import PlanError
 from alphaq.nouns.matrix import MatrixRef, Role
@@ -182,6 +184,33 @@ class _KeptRows:
         return values.index_select(self.axis, torch.tensor(self.rows))
 
 
+@dataclass(frozen=True)
+class Spared:
+    """Bytes that go beside experts' matrices. rows: with each expert of a layer, of its router. tensors: how many of
+    them count experts, by layer. prediction: with the first expert of any layer."""
+
+    rows: Mapping[int, int]
+    tensors: Mapping[int, int]
+    prediction: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Spared:
+        """Of 16-bit values as they are stored."""
+        architecture, config = checkpoint.architecture, checkpoint.config
+        counts = {layer: experts_in(architecture, config, layer) for layer in architecture.moe_layers(config)}
+        cut = _Cut(checkpoint, {layer: tuple(range(count)) for layer, count in counts.items()})
+        rows, tensors, prediction = Counter[int](), Counter[int](), 0
+        for name in checkpoint.shard_of:
+            info, layer = checkpoint.info(name), _layer_of(name)
+            nbytes = math.prod(info.shape) * ITEM_BYTES[info.dtype]
+            if cut.predicts(name):
+                prediction += nbytes + entry_bytes(name, TensorSpec(info.dtype, info.shape))
+            elif layer in counts and name not in cut.of_experts and cut.counts_experts(name):
+                rows[layer] += nbytes // info.shape[_expert_axis(info)]
+                tensors[layer] += 1
+        return cls(rows, tensors, prediction)
+
+
 class _Cut:
     """What becomes of names, tensors and matrices. kept: experts that stay, by layer."""
 
@@ -226,7 +255,7 @@ class _Cut:
             assert name is not None and tensor is not None  # since its number is kept
             index = None if matrix.index is None else number
             return replace(matrix, name=name, expert=number, tensor=tensor, index=index)
-        if not self._counts_experts(matrix.tensor):
+        if not self.counts_experts(matrix.tensor):
             return None if self.name(matrix.name) is None else matrix
         info = self.tensor(self.checkpoint.info(matrix.tensor))
         assert info is not None and len(info.shape) == 2  # a matrix
@@ -238,13 +267,13 @@ class _Cut:
         if name is None:
             return None
         stacked = len(info.shape) > 2 and info.name in self.of_experts
-        if layer is None or layer not in self.kept or not (stacked or self._counts_experts(info.name)):
+        if layer is None or layer not in self.kept or not (stacked or self.counts_experts(info.name)):
             return replace(info, name=name)
         if stacked:
             return with_slices(info, self.kept[layer])
         if info.encoding is not None:
             raise PlanError(f"{info.name} is stored in codes, so rows cannot be taken out. Convert the model to bf16.")
-        axis = next((number for number, side in enumerate(info.shape) if side != 1), 0)
+        axis = _expert_axis(info)
         count = experts_in(self.checkpoint.architecture, self.checkpoint.config, layer)
         rows = (*self.kept[layer], *range(count, info.shape[axis]))  # what has no weights of its own stays
         shape = (*info.shape[:axis], len(rows), *info.shape[axis + 1 :])
@@ -257,9 +286,15 @@ class _Cut:
         rule, _ = self.checkpoint.architecture.first_match(name)
         return rule is not None and rule.role is Role.EXPERT
 
-    def _counts_experts(self, tensor: str) -> bool:
+    def counts_experts(self, tensor: str) -> bool:
+        """Whether a side of a tensor counts the experts of its layer."""
         rule, _ = self.checkpoint.architecture.first_match(tensor)
         return rule is not None and rule.per_expert and _layer_of(tensor) in self.kept
+
+
+def _expert_axis(info: TensorInfo) -> int:
+    """Of a router's tensor, the axis that counts experts."""
+    return next((number for number, side in enumerate(info.shape) if side != 1), 0)
 
 
 def _layer_of(name: str) -> int | None:
