@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,33 @@ def test_layers_may_have_counts_of_their_own_in_native_files(family: str, tmp_pa
     assert float((expected - before).abs().max()) > 1e-4
     torch.testing.assert_close(logits(tmp_path / "out"), expected, atol=2e-5, rtol=1e-4)
     assert HollowModel(left).experts.keys() == set(layers)
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_groups_that_lose_as_many_are_chosen_as_with_masked_routers(uneven: bool, tmp_path: Path) -> None:
+    """A router of DeepSeek-V3 rates each group by its best two, and chooses within the best groups alone."""
+    model = random_family("deepseek_v3", n_group=2, topk_group=1, num_experts_per_tok=2)
+    with torch.no_grad():
+        for name, one in model.state_dict().items():
+            if name.endswith("e_score_correction_bias"):
+                one.copy_(torch.linspace(-0.1, 0.1, EXPERTS).flip(0))
+    source = open_checkpoint(save_layout(model, tmp_path / "source", published=True))
+    layers = source.architecture.moe_layers(source.config)
+    dropped = {layer: (layer % 3, 3 + (layer + 1) % 3) for layer in layers[: 1 if uneven else None]}
+    if uneven:
+        left = without_experts(source, dropped, uneven=True)
+        plan = Plan(
+            choices=dict.fromkeys(map(attrgetter("name"), left.planned), "16"), dropped=Dropping(experts=dropped)
+        )
+        pipeline.quantize(source, plan, tmp_path / "out")
+    else:
+        prune(source, Pruning(dropped), tmp_path / "out")
+    expected = masked_logits(source, dropped)
+    assert float((expected - logits(source.folder)).abs().max()) > 1e-4
+    torch.testing.assert_close(logits(tmp_path / "out"), expected, atol=2e-5, rtol=1e-4)
+    for gone in ((0, 1), (0,), (0, 1, 3, 4)):
+        with pytest.raises(PlanError, match=r"2 groups of experts, which would differ|too few for its router"):
+            without_experts(source, dict.fromkeys(layers, gone), uneven)
 
 
 def test_layers_and_groups_lose_as_many(save_family: Callable[..., Path]) -> None:
