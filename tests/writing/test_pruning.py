@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -121,9 +120,8 @@ def test_groups_that_lose_as_many_are_chosen_as_with_masked_routers(uneven: bool
     dropped = {layer: (layer % 3, 3 + (layer + 1) % 3) for layer in layers[: 1 if uneven else None]}
     if uneven:
         left = without_experts(source, dropped, uneven=True)
-        plan = Plan(
-            choices=dict.fromkeys(map(attrgetter("name"), left.planned), "16"), dropped=Dropping(experts=dropped)
-        )
+        choices = dict.fromkeys((one.name for one in left.planned), "16")
+        plan = Plan(choices=choices, dropped=Dropping(experts=dropped))
         pipeline.quantize(source, plan, tmp_path / "out")
     else:
         prune(source, Pruning(dropped), tmp_path / "out")
