@@ -20,6 +20,7 @@ from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import PlanError
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Dropping, Plan
+from alphaq.writing.planned import as_planned
 from alphaq.writing.pruning import PRUNED_NAME, Pruning, prune
 from conftest import EXPERTS as FEW
 from families import EXPERTS, FAMILIES, logits, random_family, save_layout
@@ -137,6 +138,14 @@ def test_layers_and_groups_lose_as_many(save_family: Callable[..., Path]) -> Non
     source = open_checkpoint(save_family("qwen2_moe"))
     with pytest.raises(PlanError, match=r"would keep 3 experts, layer 0 2\. Drop as many in every layer"):
         without_experts(source, {0: (0, 1), 1: (1,), 2: (0, 3)})
+    by_hand = Plan(engine="mlx", choices={"x": "16"}, dropped=Dropping(experts={0: (0,)}))
+    with pytest.raises(PlanError, match="or plan with --engine native"):
+        as_planned(source, by_hand)
+    left = as_planned(source, by_hand.model_copy(update={"engine": "native"}))
+    with pytest.raises(PlanError, match="its layers differ in how many experts they have already"):
+        without_experts(left, {1: (0,)})
+    with pytest.raises(PlanError, match=rf"has no expert {FEW} to drop: it has {FEW}"):
+        without_experts(source, dict.fromkeys(range(3), (FEW,)))
     with pytest.raises(PlanError, match=r"Layer 7 of .* has no routed experts"):
         without_experts(source, {7: (0,)})
     assert without_experts(source, {0: ()}) is source

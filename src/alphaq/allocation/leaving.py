@@ -1,7 +1,7 @@
 """Exact multiple-choice knapsack in which groups of units may be left out altogether, each after those before it.
 
 A chain is an order of groups: the experts of a layer, in the order in which it misses them least. Of chain c the first
-kₑ groups are left out, which loses bₑ(kₑ) and stores nothing; all other units choose as usual:
+k_c groups are left out, which loses b_c(k_c) and stores nothing; all other units choose as usual:
 
     min Σ_c b_c(k_c) + Σᵢ loss[i, xᵢ]   s.t.   Σᵢ cost[i, xᵢ] − Σ_c saved_c(k_c) ≤ budget,   Σ_c b_c(k_c) ≤ most,
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from alphaq.checkpoint.families.architecture import NUMBERED_LAYER, Architecture, look_up
-from alphaq.checkpoint.families.routing import OWN_COUNTS, check_routing, expert_groups, experts_in, fewest_experts
+from alphaq.checkpoint.families.routing import OWN_COUNTS, check_routing, expert_groups, fewest_experts
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import ITEM_BYTES, TORCH_DTYPES, TensorSpec, entry_bytes
 from alphaq.checkpoint.tensors import Encoding, TensorInfo, with_slices
@@ -87,6 +87,8 @@ def require_prunable(checkpoint: Checkpoint) -> None:
         why = "it has no routed experts"
     elif checkpoint.gguf is not None:
         why = "it is a GGUF file; start from the Hugging Face folder"
+    elif OWN_COUNTS in checkpoint.config:
+        why = "its layers differ in how many experts they have already"
     elif not why and any(_is_table(checkpoint, name) for name in checkpoint.roles):
         why = "a table says which experts a token goes to"
     if why:
@@ -102,16 +104,12 @@ def _is_table(checkpoint: Checkpoint, name: str) -> bool:
 def _kept(checkpoint: Checkpoint, dropped: Dropped) -> dict[int, tuple[int, ...]]:
     """The experts of each layer that stay, in their order. Raises PlanError where layers or groups would differ."""
     architecture, config = checkpoint.architecture, checkpoint.config
-    counts = {layer: experts_in(architecture, config, layer) for layer in architecture.moe_layers(config)}
-    if unknown := sorted(set(dropped) - set(counts)):
+    count, layers = architecture.experts_per_layer(config), architecture.moe_layers(config)
+    if unknown := sorted(set(dropped) - set(layers)):
         raise PlanError(f"Layer {unknown[0]} of {checkpoint.name} has no routed experts to drop.")
     fewest, groups = fewest_experts(architecture, config), expert_groups(architecture, config)
-    kept = {
-        layer: tuple(expert for expert in range(count) if expert not in dropped.get(layer, ()))
-        for layer, count in counts.items()
-    }
+    kept = {layer: tuple(expert for expert in range(count) if expert not in dropped.get(layer, ())) for layer in layers}
     for layer, experts in kept.items():
-        count = counts[layer]
         if len(experts) + len(set(dropped.get(layer, ()))) != count:
             raise PlanError(
                 f"Layer {layer} of {checkpoint.name} has no expert {max(dropped[layer])} to drop: it has {count}."
@@ -197,15 +195,15 @@ class Spared:
     def of(cls, checkpoint: Checkpoint) -> Spared:
         """Of 16-bit values as they are stored."""
         architecture, config = checkpoint.architecture, checkpoint.config
-        counts = {layer: experts_in(architecture, config, layer) for layer in architecture.moe_layers(config)}
-        cut = _Cut(checkpoint, {layer: tuple(range(count)) for layer, count in counts.items()})
+        every = tuple(range(architecture.experts_per_layer(config)))
+        cut = _Cut(checkpoint, dict.fromkeys(architecture.moe_layers(config), every))
         rows, tensors, prediction = Counter[int](), Counter[int](), 0
         for name in checkpoint.shard_of:
             info, layer = checkpoint.info(name), _layer_of(name)
             nbytes = math.prod(info.shape) * ITEM_BYTES[info.dtype]
             if cut.predicts(name):
                 prediction += nbytes + entry_bytes(name, TensorSpec(info.dtype, info.shape))
-            elif layer in counts and name not in cut.of_experts and cut.counts_experts(name):
+            elif layer is not None and name not in cut.of_experts and cut.counts_experts(name):
                 rows[layer] += nbytes // info.shape[_expert_axis(info)]
                 tensors[layer] += 1
         return cls(rows, tensors, prediction)
@@ -217,7 +215,7 @@ class _Cut:
     def __init__(self, checkpoint: Checkpoint, kept: Mapping[int, tuple[int, ...]]) -> None:
         self.checkpoint, self.kept = checkpoint, kept
         architecture, config = checkpoint.architecture, checkpoint.config
-        self.layers = architecture.layers(config)
+        self.count, self.layers = architecture.experts_per_layer(config), architecture.layers(config)
         outer = {model.rpartition(".")[0] for model in architecture.models} - {""}
         prefixes, wider = (
             "|".join(map(re.escape, some)) for some in (architecture.models, {*architecture.models, *outer})
@@ -274,8 +272,7 @@ class _Cut:
         if info.encoding is not None:
             raise PlanError(f"{info.name} is stored in codes, so rows cannot be taken out. Convert the model to bf16.")
         axis = _expert_axis(info)
-        count = experts_in(self.checkpoint.architecture, self.checkpoint.config, layer)
-        rows = (*self.kept[layer], *range(count, info.shape[axis]))  # what has no weights of its own stays
+        rows = (*self.kept[layer], *range(self.count, info.shape[axis]))  # what has no weights of its own stays
         shape = (*info.shape[:axis], len(rows), *info.shape[axis + 1 :])
         reads = _KeptRows(info.dtype, info.shape, axis, rows)
         cut = replace(info, name=name, shape=shape, encoding=Encoding("plain", (1, 1), decoder=reads))

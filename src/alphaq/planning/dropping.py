@@ -9,7 +9,6 @@ those tried, so that dropping never foretells more loss.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -158,19 +157,20 @@ class _Trial:
         drops, most_loss = self.drops, self.request.config.max_drop_loss
         counts = range(drops.groups, self.most + 1, drops.groups)
         within = {n for n in counts if any(one.bounds[n - 1] <= most_loss for one in drops.layers.values())}
-        best, lower_bound, totals = None, None, dict[int, float]()
+        best, totals = None, dict[int, float]()
         if isinstance(self.whole, Plan):
             best, totals[0] = self._dropping(self.whole, {}), _objective(self.whole)
-        with suppress(TooSmallError):
+        try:
             found = own_counts(self.checkpoint, self.request, self.measurements, drops, self.most)
-            lower_bound = found.lower_bound
-            plan = self.without(found.counts) if any(found.counts.values()) else None
-            if plan is not None and (best is None or _total(plan) < _total(best)):
-                best = plan
-        if best is None:  # what headers save is not known to the byte before names are
+            plan = self.without(found.counts) if any(found.counts.values()) else best
+        except TooSmallError:  # by bytes of headers, which are not known before names are
+            plan = None
+        if plan is None:
             return self.equal()
+        if best is None or _total(plan) < _total(best):
+            best = plan
         refused = tuple(sorted(set(counts) - within))
-        return self._recorded(best, totals=totals, refused=refused, lower_bound=lower_bound)
+        return self._recorded(best, totals=totals, refused=refused, lower_bound=found.lower_bound)
 
     def without(self, counts: Mapping[int, int]) -> Plan:
         """The plan without the first so many experts of each layer's order. Raises what `make_plan` does."""

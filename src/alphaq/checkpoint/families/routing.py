@@ -37,7 +37,7 @@ def check_routing(architecture: Architecture, config: Mapping[str, Any], per_exp
         _check_rows(tensor, own, own + idle)
     for key in architecture.top_k_keys:
         for chosen in _numbers(look_up(text, key)):
-            for count in {experts, *counts.values()}:
+            for count in sorted({experts, *counts.values()}):
                 _check_top_k(key, chosen, count + idle, text)
 
 
