@@ -231,10 +231,14 @@ def test_what_does_not_go_with_dropping_is_said(
 def test_balanced_model_loses_none(tiny: Path) -> None:
     checkpoint, settings = open_checkpoint(tiny), SETTINGS | {"group_size": 128, "max_drop": 0.5}
     request = resolve(PlanConfig(**settings))
-    plan = plan_with_drops(checkpoint, request, measure_for_plan(checkpoint, request))
+    measured = measure_for_plan(checkpoint, request)
+    plan = plan_with_drops(checkpoint, request, measured)
     assert plan.dropped is not None
     assert plan.dropped.experts == {}
     assert len(plan.dropped.totals) == 5
+    own = plan_with_drops(checkpoint, resolve(PlanConfig(**settings | OWN)), measured)
+    assert own.dropped is not None and own.dropped.experts == {}
+    assert own.choices == plan.choices
 
 
 def test_commands_prune_and_refuse(
