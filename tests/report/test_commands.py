@@ -119,6 +119,7 @@ FLIPS: dict[str, list[Flip]] = {
     "imatrix": [Flip("importance.gguf 0123456789abcdef", LLAMA), Flip("self losses-0123", LLAMA)],
     "split_bytes": [Flip(2_000_000_001, LLAMA)],
     "drop": [Flip(True)],
+    "drop_counts": [Flip("own", {"drop": True})],
     "max_drop": [Flip(0.125, {"drop": True})],
     "max_drop_loss": [Flip(0.02, {"drop": True})],
     "codec": [Flip("zstd")],

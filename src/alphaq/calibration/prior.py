@@ -44,11 +44,10 @@ def routing_prior(checkpoint: Checkpoint, samples: int = SAMPLES) -> dict[Expert
     if checkpoint.planned_role is not Role.EXPERT:
         return {}
     hollow = HollowModel(checkpoint)
-    count = checkpoint.architecture.experts_per_layer(checkpoint.config)
     uses: dict[Expert, ExpertUse] = {}
     for layer, experts in hollow.experts.items():
         traffic = _route(hollow, layer, experts, samples)
-        for number, use in enumerate(expert_uses(traffic.experts, traffic.weights, count)):
+        for number, use in enumerate(expert_uses(traffic.experts, traffic.weights, len(hollow.matrices[layer]))):
             uses[layer, number] = use
     return uses
 

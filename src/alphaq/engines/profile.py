@@ -39,6 +39,7 @@ class Profile:
     that which loads the files (`library_name` of a card). importance: (checkpoint, importance matrix) → what it says of
     each matrix; None if the engine's quantizers take none.
     searchable: whether `--ear` can try budgets, since the files are run here.
+    own_counts: whether layers may differ in how many experts they have.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Profile:
     library: str = "alphaq"
     importance: Callable[[Checkpoint, ImportanceMatrix], Importance] | None = None
     searchable: bool = False
+    own_counts: bool = False
 
     @property
     def writer(self) -> Export:

@@ -263,8 +263,15 @@ class PlanConfig(BaseModel):
     ] = Field(default=None, allow_inf_nan=False)
     drop: Annotated[
         bool,
-        Option("Drop whole experts, as many in every layer, where measured losses say that it pays.", LIMITS),
+        Option("Drop whole experts where measured losses say that it pays.", LIMITS),
     ] = False
+    drop_counts: Annotated[
+        Literal["equal", "own"],
+        Option(
+            "With --drop: as many experts in every layer, or in each as many as pay (native, not in vLLM).",
+            LIMITS,
+        ),
+    ] = "equal"
     max_drop: Annotated[
         float, Option("With --drop: most of a layer's experts that may go, e.g. 0.25, at most 0.5.", LIMITS)
     ] = Field(default=0.25, gt=0, le=0.5)

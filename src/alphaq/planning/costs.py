@@ -14,7 +14,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec, entry_bytes
 from alphaq.engines.export import Layout, kept_dtype
 from alphaq.engines.profile import Profile
-from alphaq.errors import BudgetError
+from alphaq.errors import BudgetError, TooSmallError
 from alphaq.formats.table import code_bits
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
@@ -178,12 +178,16 @@ def coded_table(evidence: Evidence) -> np.ndarray:
 def nominal_bytes(request: Request, matrices: Sequence[MatrixRef], bits: float) -> int:
     """Bytes of the experts at `bits` on average in plain choices: what a uniform mix of the engine's widths takes.
 
-    Raises BudgetError if the engine has no plain choice that narrow.
+    Where experts may be dropped, bits below the narrowest width mean that part of its bytes. Raises TooSmallError if
+    the engine has no plain choice that narrow.
     """
     rungs = sorted(request.ladder, key=lambda choice: choice.bits)
+    if rungs and bits < rungs[0].bits and request.config.drop:
+        narrowest = int(byte_tables(request.profile, matrices, (rungs[0],))[0].sum())
+        return math.floor(narrowest * bits / rungs[0].bits + 1e-6)
     if not rungs or bits < rungs[0].bits:
         least = rungs[0].bits if rungs else 16
-        raise BudgetError(
+        raise TooSmallError(
             f"A budget of {bits:g} bits is below --bits {least}, the narrowest usual width of {request.profile.name}. "
             f"Raise it, or state the bytes with --size or --bpw."
         )

@@ -13,8 +13,8 @@ from alphaq.errors import StatsError
 from alphaq.measuring.probes import PROBES
 from alphaq.measuring.resources import Resources
 from alphaq.planning.coded import coded_rest
+from alphaq.planning.dropping import fitting_scope
 from alphaq.planning.formula import alphas_of
-from alphaq.planning.limits import problem_of
 from alphaq.planning.matrices import (
     MatrixTable,
     Survey,
@@ -61,7 +61,7 @@ def measure_for_plan(
         request.profile.writer.layout(checkpoint, {})
     scope = Scope.of(checkpoint, request)
     if early:
-        problem_of(scope)
+        fitting_scope(checkpoint, request)
     if stats is None and needs is None and request.method.by_shapes and request.config.noise == "analytic":
         return measured_by_headers(checkpoint, request)
     if stats is not None:

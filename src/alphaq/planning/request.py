@@ -109,7 +109,7 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
         config = config.model_copy(update={"noise": "measured" if with_model else "analytic"})
     _check_options(config, profile)
     if config.drop:
-        _check_drop(config, chosen)
+        _check_drop(config, chosen, profile)
     return Request(config, profile, chosen, choices, frozenset(offered), ladder)
 
 
@@ -161,7 +161,7 @@ def _check_options(config: PlanConfig, profile: Profile) -> None:
     for option, rules in (("--min-bits", config.min_bits), ("--max-bits", config.max_bits)):
         for rule in rules:
             rule.number(option)
-    for name in () if config.drop else ("max_drop", "max_drop_loss"):
+    for name in () if config.drop else ("drop_counts", "max_drop", "max_drop_loss"):
         if getattr(config, name) != PlanConfig.model_fields[name].default:
             raise BudgetError(f"--{name.replace('_', '-')} limits what --drop may do. Add --drop, or drop it.")
     if config.imatrix is not None and profile.importance is None:
@@ -178,8 +178,14 @@ def _check_options(config: PlanConfig, profile: Profile) -> None:
         raise BudgetError("--unweighted counts matrices, so stored bits per weight mean nothing. Use --bits or --size.")
 
 
-def _check_drop(config: PlanConfig, chosen: Method) -> None:
+def _check_drop(config: PlanConfig, chosen: Method, profile: Profile) -> None:
     """BudgetError for what does not go with dropping experts."""
+    if config.drop_counts == "own" and not profile.own_counts:
+        raise BudgetError(
+            f"{profile.name} has one number of experts for all layers. Drop --drop-counts own, or use --engine native."
+        )
+    if config.drop_counts == "own" and config.min_speed is not None:
+        raise BudgetError("--drop-counts own and --min-speed are not solved together. Drop one of them.")
     if not chosen.needs_fisher or config.noise != "measured":
         raise BudgetError(
             "--drop weighs experts against bits in nats, which are not known here. Use --method auto with measured "

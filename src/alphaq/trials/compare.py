@@ -35,7 +35,7 @@ from alphaq.writing.rounding import Rounding
 
 JOURNAL_NAME = "results.jsonl"
 SCRATCH_NAME = ".alphaq-scratch"
-DROPPING = ("drop", "max_drop", "max_drop_loss")
+DROPPING = ("drop", "drop_counts", "max_drop", "max_drop_loss")
 VARIABLE = {name: setting for name, setting in settings_of(PlanConfig).items() if setting.option.varies}
 """Settings that a method may have for itself, in `alphaq:gamma=2`."""
 
