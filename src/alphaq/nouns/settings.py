@@ -114,6 +114,17 @@ def _bandwidth(text: str) -> int:
     return rate
 
 
+def _share(text: str) -> float:
+    number, percent, rest = text.strip().partition("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = math.nan
+    if rest or not 0 < share <= 1:
+        raise BudgetError(f"--share {text!r} is no share of a model's bytes. Write for example --share 1%.")
+    return share
+
+
 def _decibels(text: str) -> float:
     match = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,6})?)\s*(?:dB)?\s*", text, re.IGNORECASE)
     if match is None:
@@ -185,6 +196,16 @@ class PlanConfig(BaseModel):
             "analytic (Var·2^-2b) or measured (round trip; the default where weights are given).", SCORES, varies=True
         ),
     ] = None
+    share: Annotated[
+        float | None,
+        Option(
+            "Go by rows that take this share of the matrices' bytes, e.g. 1%, and by routers; read no more.",
+            SCORES,
+            typed=str,
+            parse=_share,
+            show=lambda share: f"{100 * share:.6g}%",
+        ),
+    ] = Field(default=None, gt=0, le=1)
     gamma: Annotated[
         float | Literal["auto"],
         Option(
