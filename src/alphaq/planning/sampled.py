@@ -25,7 +25,7 @@ from alphaq.measuring.rows import RowSample, draw_rows, stack_of
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.plan import Plan
-from alphaq.planning.estimates import of_unit
+from alphaq.planning.estimates import UNSEEN, of_unit
 from alphaq.planning.measured import Measurements
 from alphaq.planning.passes import PassRun, run_passes
 from alphaq.planning.request import Request
@@ -182,9 +182,10 @@ def _stack_errors(runs: Sequence[SquaredErrors], choices: Sequence[Choice], weig
         return StackErrors(np.zeros(len(choices)), np.zeros(len(choices)), 0.0)
     relative = completed.errors.sum(axis=0) / energy
     misses = completed.errors - relative * energies[:, None]
-    spread = np.sqrt(np.square(misses).sum(axis=0) * len(runs) / max(1, len(runs) - 1)) / energy
-    within = spread / np.where(relative > 0, relative, 1.0)
-    return StackErrors(relative, np.hypot(within, completed.deviations), float(energy / weights))
+    # Few runs know their own spread poorly: Student's t with n − 1 degrees of freedom has this variance for n > 3.
+    variance = np.square(misses).sum(axis=0) * len(runs) / max(1, len(runs) - 3) / energy**2
+    among = np.sqrt(variance) / np.where(relative > 0, relative, 1.0) if len(runs) > 3 else UNSEEN * (relative > 0)
+    return StackErrors(relative, np.hypot(among, completed.deviations), float(energy / weights))
 
 
 def _none(measured: Sequence[Sequence[float]]) -> np.ndarray:
