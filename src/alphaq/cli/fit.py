@@ -104,7 +104,7 @@ def _host(checkpoint: Checkpoint, serving: Asked[Serving]) -> Serving:
     if serving.values["memory_bytes"] is None:
         if not (installed := memory_bytes()):
             raise BudgetError("This system does not tell how much memory there is. State --memory 16GiB.")
-        known["memory_bytes"] = int(installed * FREE_SHARE)
+        known["memory_bytes"] = int(installed * FREE_SHARE) // 2**20 * 2**20  # a round number to repeat
         note(f"of this machine's {installed / 2**30:.1f} GiB an eighth is left to the system; --memory states it")
     return serving.build(**known)
 

@@ -52,8 +52,7 @@ def price(
     """Say what a model would take and lose at every size, by a share of its bytes: before it is downloaded."""
     from alphaq.checkpoint.writer import atomic_file, check_file
     from alphaq.planning import resolve
-    from alphaq.planning.fitting import MACHINES_GIB, of_machine
-    from alphaq.report.curve import Mark, curve_lines
+    from alphaq.report.curve import curve_lines, machine_marks
     from alphaq.report.prices import prices_curve, prices_table
 
     if output is not None:
@@ -65,7 +64,7 @@ def price(
     checkpoint = opened(model, means, headers_only=True)
     with resources_for(checkpoint, means) as resources:
         extent, found = _priced(checkpoint, requests, resources)
-    machines = [Mark(gib=gib, weights_bytes=of_machine(gib)) for gib in MACHINES_GIB]
+    machines = machine_marks()
     curves = [prices_curve(f"{checkpoint.name}, {name}", some, machines) for name, some in found.items()]
     told = {
         "model": checkpoint.name,

@@ -38,6 +38,12 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * units[match[2].lower()])
 
 
+def show_size(nbytes: int) -> str:
+    """What to type for so many bytes: '16GiB' where a short number gives exactly these, else all digits."""
+    texts = (f"{nbytes / _UNITS[unit]:.{digits}f}{unit}" for digits in (0, 1, 2) for unit in ("GiB", "GB", "MiB", "MB"))
+    return next((text for text in texts if parse_size(text) == nbytes), str(nbytes))
+
+
 class Budget(BaseModel):
     """How much may be spent: exactly one of three units.
 
