@@ -17,6 +17,8 @@ from alphaq.checkpoint.remote import Store
 from alphaq.checkpoint.tensors import rows_place
 from alphaq.nouns.matrix import MatrixRef
 
+DIGEST_BYTES = 16
+
 
 class Range(NamedTuple):
     """Bytes [begin, begin + nbytes) of a weight file."""
@@ -83,18 +85,30 @@ class _KeptFile(SourceFile):
     def read_into(self, begin: int, data: memoryview) -> None:
         """Fill a buffer with the bytes from `begin` on."""
         path = self.path(begin, len(data))
-        with suppress(OSError), path.open("rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size == len(data) and file.readinto(data) == len(data):
+        with suppress(OSError), path.open("rb") as file:
+            if file.readinto(data) == len(data) and file.read() == _digest(data):
                 return
         self.source.read_into(begin, data)
         unfinished = path.with_suffix(f".{os.getpid()}.partial")
+        with reading(path), unfinished.open("wb") as file:
+            file.write(data)
+            file.write(_digest(data))
         with reading(path):
-            unfinished.write_bytes(data)
             unfinished.replace(path)
+
+    def holds(self, begin: int, nbytes: int) -> bool:
+        """Whether a range is kept, by its size; what is damaged is found and read anew later."""
+        path = self.path(begin, nbytes)
+        return path.is_file() and path.stat().st_size == nbytes + DIGEST_BYTES
 
     def forget(self) -> None:
         """Drop what the source has open."""
         self.source.forget()
+
+
+def _digest(data: memoryview) -> bytes:
+    """What a kept range ends with, since a machine that fails may leave a file of the right size and other bytes."""
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 def keeping(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
@@ -108,11 +122,6 @@ def keeping(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     return replace(checkpoint, store=store, _files={})
 
 
-def kept_bytes(folder: Path) -> int:
-    """Bytes of all ranges that a folder keeps."""
-    return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
-
-
 def missing(checkpoint: Checkpoint, wanted: Iterable[Range]) -> list[Range]:
     """Ranges that are still to be fetched, each once, as they lie; none where the checkpoint lies on this machine."""
     if not isinstance(checkpoint.store, KeepingStore):
@@ -120,8 +129,7 @@ def missing(checkpoint: Checkpoint, wanted: Iterable[Range]) -> list[Range]:
 
     def lacks(one: Range) -> bool:
         file = checkpoint.file(one.shard)
-        path = file.path(one.begin, one.nbytes) if isinstance(file, _KeptFile) else None
-        return path is None or not path.is_file() or path.stat().st_size != one.nbytes
+        return not (isinstance(file, _KeptFile) and file.holds(one.begin, one.nbytes))
 
     return sorted(one for one in dict.fromkeys(wanted) if lacks(one))
 

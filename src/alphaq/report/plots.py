@@ -294,7 +294,8 @@ def curve_figure(curve: Curve) -> Figure:
 def _label_rows(curve: Curve) -> list[int]:
     """The row, 0 or 1, in which each mark's label stands so that none covers its neighbour."""
     span = math.log(curve.points[-1].size_bytes / curve.points[0].size_bytes) or 1.0
-    rows, last = [], -math.inf
+    rows: list[int] = []
+    last = -math.inf
     for mark in curve.drawn_marks:
         near = math.log(mark.weights_bytes) - last < LABEL_SHARE * span
         rows.append(1 - rows[-1] if near else 0)
