@@ -89,17 +89,21 @@ def _priced(
 ) -> tuple[Extent, dict[str, list[Price]]]:
     """What is read, and prices by engine."""
     from alphaq.measuring.rows import draw_rows
+    from alphaq.planning.fitting import least_bytes
     from alphaq.planning.pricing import prices
     from alphaq.planning.sampled import at_hand, fetch_rows
     from alphaq.report.prices import extent_words
 
+    requests = [one.with_stored(checkpoint) for one in requests]
+    for one in requests:  # what an engine cannot store is told before anything is read
+        least_bytes(checkpoint, one)
     with at_hand(checkpoint, resources) as (near, own):
         sample = draw_rows(near, requests[0].config.share or 1.0)
         extent = sample.extent
         tell(extent_words(extent))
         note(*_unknown(near, requests[0]))
         fetch_rows(sample, own)
-        found = {one.profile.name: prices(near, one.with_stored(near), own) for one in requests}
+        found = {one.profile.name: prices(near, one, own) for one in requests}
     return extent, found
 
 

@@ -104,7 +104,8 @@ def draw_rows(checkpoint: Checkpoint, share: float) -> RowSample:
 
 
 def _row_bytes(checkpoint: Checkpoint, matrix: MatrixRef) -> float:
-    return checkpoint.stored_bytes(matrix) / matrix.shape[0]
+    """Bytes that a row takes, with those of another matrix that lie between."""
+    return checkpoint.stored_bytes(matrix) / matrix.shape[0] * matrix.row_step
 
 
 def _shared_out(sizes: Mapping[str, int], least: Mapping[str, float], total: float) -> dict[str, float]:

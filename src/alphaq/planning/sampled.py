@@ -102,9 +102,8 @@ def routing_uses(checkpoint: Checkpoint, resources: Resources) -> Mapping[Expert
     """The routing prior; nothing where it would take a pass through the whole model."""
     if not checkpoint.architecture.router_norm:
         return {}
-    uses: Mapping[Expert, ExpertUse] = run_passes(PassRun(checkpoint, True, None, (), resources), {"prior"}).found[
-        "prior"
-    ]
+    run = PassRun(checkpoint, True, None, (), resources)
+    uses: Mapping[Expert, ExpertUse] = run_passes(run, {"prior"}).found["prior"]
     return uses
 
 
@@ -139,7 +138,8 @@ def at_hand(checkpoint: Checkpoint, resources: Resources) -> Iterator[tuple[Chec
     with TemporaryDirectory(prefix="alphaq-") as scratch:
         cache = resources.cache
         near = keeping(checkpoint, (Path(scratch) if cache is None else cache.path) / FOLDER)
-        with Workers(1 if resources.workers is None else resources.workers.count, near) as workers:
+        given = resources.workers
+        with Workers(1 if given is None or given.cluster else given.count, near) as workers:  # nodes have no rows
             yield near, replace(resources, workers=workers, device="cpu")
 
 
