@@ -40,7 +40,8 @@ def parse_size(text: str) -> int:
 
 def show_size(nbytes: int) -> str:
     """What to type for so many bytes: '16GiB' where a short number gives exactly these, else all digits."""
-    texts = (f"{nbytes / _UNITS[unit]:.{digits}f}{unit}" for digits in (0, 1, 2) for unit in ("GiB", "GB", "MiB", "MB"))
+    units = [unit for unit in ("GiB", "GB", "MiB", "MB") if nbytes >= _UNITS[unit]]
+    texts = (f"{nbytes / _UNITS[unit]:.{digits}f}{unit}" for unit in units for digits in (0, 1, 2))
     return next((text for text in texts if parse_size(text) == nbytes), str(nbytes))
 
 
