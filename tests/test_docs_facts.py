@@ -273,6 +273,7 @@ TEXT_FREE = [
     "slice",
     "verify",
     "bench",
+    "price",
     "cache",
 ]
 WITH_TEXT = [
@@ -328,6 +329,7 @@ def keys_of(alphaq: Callable[..., Ran], command: str, made: Mapping[str, Path], 
         alphaq("quantize", model, *fast, "--choices", "3g32-nest,4g32-nest", "-o", out)
     calls: dict[str, tuple[object, ...]] = {
         "inspect": ("inspect", model),
+        "price": ("price", model, "--choices", "2g32,4g32", "--share", "5%", "--workers", 1),
         "analyze": ("analyze", model, "-o", scratch / "stats.csv", "--workers", 1),
         "plan": ("plan", model, *fast),
         "engines": ("engines",),

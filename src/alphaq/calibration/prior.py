@@ -25,6 +25,7 @@ from alphaq.errors import CheckpointError
 from alphaq.nouns.matrix import Role
 
 SAMPLES = 16_384
+PRIOR_VERSION = 1  # raise it whenever the same routers would give other uses
 FEW_SAMPLES = 4_096  # where the prior only stands in for experts that few tokens reach
 
 

@@ -27,6 +27,7 @@ from alphaq.planning.matrices import (
 from alphaq.planning.measured import AtChoice, Measurements, PlanInputs
 from alphaq.planning.passes import PassResults, PassRun, run_passes
 from alphaq.planning.request import Request
+from alphaq.planning.sampled import measured_by_rows
 from alphaq.planning.samples import Samples
 from alphaq.planning.scope import Scope
 from alphaq.planning.settling import settle_further, stageable
@@ -62,6 +63,8 @@ def measure_for_plan(
     scope = Scope.of(checkpoint, request)
     if early:
         fitting_scope(checkpoint, request)
+    if request.config.share is not None:
+        return measured_by_rows(checkpoint, request, wanted, resources)
     if stats is None and needs is None and request.method.by_shapes and request.config.noise == "analytic":
         return measured_by_headers(checkpoint, request)
     if stats is not None:

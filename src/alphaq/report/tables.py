@@ -110,6 +110,8 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("weight files", f"{human_bytes(plan.size_bytes)} ({plan.size_bytes:,} bytes)")
     if plan.memory is not None:
         table.add_row("made for", memory_words(plan.memory))
+    if plan.config is not None and plan.config.share is not None:
+        table.add_row("read of the matrices", f"rows of {100 * plan.config.share:.6g} % of their bytes")
     if plan.read_bytes is not None:
         table.add_row("a token reads", speed_words(plan))
     table.add_row("expected loss (objective)", f"{plan.objective:.6g}")
