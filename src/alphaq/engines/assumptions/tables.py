@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.resources import files
 from typing import Literal
 
 from alphaq.checkpoint.families.architecture import Architecture
 from alphaq.checkpoint.families.formulas import Assumption, names_in
-from alphaq.engines.assumptions.rules import Fixed
+from alphaq.engines.assumptions.rules import Derived, Fixed
 from alphaq.work.untrusted import JsonObject
 
 if sys.version_info >= (3, 11):
@@ -33,7 +33,9 @@ class Lines:
     for granted; None lifts for one family what holds for all. rope: parameters that it reads, by type of rotary
     embedding. tensors: templates of stored names that it has a place for, beside those of the family's
     `[gguf.tensors]`. prediction_layers: whether it has a place for layers after the last. written: what config.json
-    must say and may lack.
+    must say and may lack. derived: settings that the engine looks for, made of those of the family. names: what it
+    calls a part of a stored name. stacked: whether a layer's experts lie in one module. kept: parts of names of
+    matrices that it must have in 16 bits, and why.
     """
 
     carried: frozenset[str] = frozenset()
@@ -43,6 +45,10 @@ class Lines:
     tensors: tuple[str, ...] = ()
     prediction_layers: bool = False
     written: JsonObject = field(default_factory=dict)
+    derived: Mapping[str, Derived] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    stacked: bool = True
+    kept: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, table: JsonObject) -> Lines:
@@ -50,19 +56,26 @@ class Lines:
         rules = {name: None if rule == {} else Fixed.parse(rule) for name, rule in table.get("fixed", {}).items()}
         read = {kind: frozenset(names) for kind, names in table.get("rope", {}).items()}
         sets = {key: frozenset(table.get(key, ())) for key in ("carried", "neutral")}
-        return cls(**{**table, **sets, "fixed": rules, "rope": read, "tensors": tuple(table.get("tensors", ()))})
+        made = {name: Derived.parse(entry) for name, entry in table.get("derived", {}).items()}
+        own = {"fixed": rules, "rope": read, "derived": made, "tensors": tuple(table.get("tensors", ()))}
+        return cls(**{**table, **sets, **own})
 
     def and_of(self, family: Lines) -> Lines:
         """With what is said of one family, which goes before."""
-        return Lines(
-            self.carried | family.carried,
-            self.neutral | family.neutral,
-            {**self.fixed, **family.fixed},
-            {**self.rope, **family.rope},
-            self.tensors + family.tensors,
-            family.prediction_layers,
-            family.written,
+        return replace(
+            family,
+            carried=self.carried | family.carried,
+            neutral=self.neutral | family.neutral,
+            fixed={**self.fixed, **family.fixed},
+            rope={**self.rope, **family.rope},
+            tensors=self.tensors + family.tensors,
         )
+
+    def called(self, tensor: str) -> str:
+        """The engine's name of what the family's files call so."""
+        for part, other in self.names.items():
+            tensor = tensor.replace(part, other)
+        return tensor
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,13 @@ def _of_experts(checkpoint: Checkpoint) -> JsonObject:
     known, config = family_settings(NAME, checkpoint.architecture), require_settings(checkpoint, NAME)
     carried = {key.rpartition(".")[2]: looked_up(key, config) for key in known.carried}
     found = {key: value for key, value in carried.items() if value is not None}
-    found[checkpoint.architecture.num_experts_keys[0]] = checkpoint.architecture.experts_per_layer(checkpoint.config)
+    counted = checkpoint.architecture.num_experts_keys[0]
+    if "." not in counted:
+        found[counted] = checkpoint.architecture.experts_per_layer(checkpoint.config)
+    found |= {key: one.value(config) for key, one in known.lines.derived.items()}
     rope = {key: value for key, value in (config.get(ROPE) or {}).items() if value is not None}
     rope = {key: value for key, value in rope.items() if key != "type" and key not in carried}
-    if rope:
+    if rope and not any(isinstance(part, dict) for part in rope.values()):  # else each kind of layer has its own
         found["rope_theta"] = rope.pop("rope_theta", None)
         found["rope_scaling"] = _scaling(rope)
     return found
