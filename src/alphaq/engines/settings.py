@@ -44,7 +44,7 @@ def require_settings(checkpoint: Checkpoint, engine: str) -> JsonObject:
     config = effective_config(checkpoint)
     known = family_settings(engine, checkpoint.architecture)
     if checkpoint.gguf is None:
-        if not table.wrapped:
+        if not (table.wrapped or known.lines.wrapped):
             _require_plain(checkpoint, engine)
         for name, value in _refused(checkpoint, known, config):
             raise ArchitectureError(_why(known, name, value))

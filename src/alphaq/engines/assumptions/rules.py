@@ -62,11 +62,12 @@ class Fixed:
 class Derived:
     """A setting by another name, or in other words.
 
-    formula: what it is made of. values: what its value, or each of a list, is called instead. constant: what it is
-    whatever the config says; with a formula, where that gives nothing.
+    formula: what it is made of; formulas: those of the items of a list. values: what its value, or each of a list, is
+    called instead. constant: what it is whatever the config says; with a formula, where that gives nothing.
     """
 
     formula: str = ""
+    formulas: tuple[str, ...] = ()
     values: Mapping[str, Any] = field(default_factory=dict)
     constant: Any = None
 
@@ -77,7 +78,8 @@ class Derived:
 
     def value(self, config: JsonObject) -> Any:
         """What the engine is told."""
-        found = evaluated(self.formula, config) if self.formula else None
+        found: Any = [evaluated(one, config) for one in self.formulas] or None
+        found = evaluated(self.formula, config) if self.formula else found
         if found is None:
             return self.constant
         if not self.values:

@@ -35,7 +35,8 @@ class Lines:
     `[gguf.tensors]`. prediction_layers: whether it has a place for layers after the last. written: what config.json
     must say and may lack. derived: settings that the engine looks for, made of those of the family. names: what it
     calls a part of a stored name. stacked: whether a layer's experts lie in one module. kept: parts of names of
-    matrices that it must have in 16 bits, and why.
+    matrices that it must have in 16 bits, and why. wrapped: "also" where
+    it runs this language model inside another one, "always" where it has it there even if it is alone.
     """
 
     carried: frozenset[str] = frozenset()
@@ -49,6 +50,7 @@ class Lines:
     names: Mapping[str, str] = field(default_factory=dict)
     stacked: bool = True
     kept: Mapping[str, str] = field(default_factory=dict)
+    wrapped: Literal["", "also", "always"] = ""
 
     @classmethod
     def parse(cls, table: JsonObject) -> Lines:
@@ -86,7 +88,7 @@ class EngineTable:
     class, which carries every setting. wrapped: whether it runs language models that lie beside others.
     architecture_file: whether the `[gguf]` table of a family's own file says more: `metadata` of what is carried,
     `config` of what is taken for granted. dense: families without experts that it loads, by `model_type`, and what it
-    takes for granted of each.
+    takes for granted of each. refused: families that it has a program for and computes otherwise, and what it does.
     """
 
     common: Lines
@@ -95,6 +97,7 @@ class EngineTable:
     everything: bool = False
     wrapped: bool = False
     architecture_file: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -165,13 +168,13 @@ def engine_table(engine: str) -> EngineTable:
     """What lies beside this module for an engine; nothing for one that takes nothing for granted but defaults."""
     table = _read(engine)
     families = {family: Lines.parse(lines) for family, lines in table.pop("families", {}).items()}
-    dense = table.pop("dense", {})
+    dense, refused = table.pop("dense", {}), table.pop("refused", {})
     flags = {key: table.pop(key) for key in ("everything", "wrapped", "architecture_file") if key in table}
     common = Lines(neutral=frozenset(_read("common")["neutral"])).and_of(Lines.parse(table))
     granted = {
         family: {key: Assumption.parse(entry) for key, entry in _extended(dense, family).items()} for family in dense
     }
-    return EngineTable(common, families, granted, **flags)
+    return EngineTable(common, families, granted, **flags, refused=refused)
 
 
 def _extended(tables: Mapping[str, JsonObject], family: str) -> JsonObject:

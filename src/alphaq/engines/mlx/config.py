@@ -13,6 +13,7 @@ from alphaq.errors import ArchitectureError
 from alphaq.work.untrusted import JsonObject
 
 NAME = "mlx"
+WRAPPED = "text_config"
 
 
 def told(checkpoint: Checkpoint) -> JsonObject:
@@ -21,8 +22,27 @@ def told(checkpoint: Checkpoint) -> JsonObject:
     It says nothing of a rotary base or a type that it does not find. Raises ArchitectureError for what cannot be told.
     """
     found = _of_experts(checkpoint) if checkpoint.architecture.num_experts_keys else _of_dense(checkpoint)
-    own = checkpoint.config
-    return {key: value for key, value in found.items() if key not in own or own[key] != value}
+    own = checkpoint.text_config
+    changed = {key: value for key, value in found.items() if key not in own or own[key] != value}
+    if not is_wrapped(checkpoint):
+        return changed
+    changed.pop("model_type", None)  # of the whole
+    return {WRAPPED: {**own, **changed}, "vocab_size": own["vocab_size"]}  # which Gemma's class reads outside
+
+
+def is_wrapped(checkpoint: Checkpoint) -> bool:
+    """Whether a model holds its language model beside others.
+
+    Raises ArchitectureError if its settings lie where mlx-lm does not look for them.
+    """
+    if checkpoint.text_config == checkpoint.config:
+        return False
+    if checkpoint.config.get(WRAPPED) != checkpoint.text_config:
+        raise ArchitectureError(
+            f"config.json has the language model's settings elsewhere than under {WRAPPED}, where alone mlx-lm looks "
+            "for them. Use --engine native."
+        )
+    return True
 
 
 def _of_experts(checkpoint: Checkpoint) -> JsonObject:
@@ -33,13 +53,12 @@ def _of_experts(checkpoint: Checkpoint) -> JsonObject:
     counted = checkpoint.architecture.num_experts_keys[0]
     if "." not in counted:
         found[counted] = checkpoint.architecture.experts_per_layer(checkpoint.config)
-    found |= {key: one.value(config) for key, one in known.lines.derived.items()}
     rope = {key: value for key, value in (config.get(ROPE) or {}).items() if value is not None}
     rope = {key: value for key, value in rope.items() if key != "type" and key not in carried}
     if rope and not any(isinstance(part, dict) for part in rope.values()):  # else each kind of layer has its own
         found["rope_theta"] = rope.pop("rope_theta", None)
         found["rope_scaling"] = _scaling(rope)
-    return found
+    return found | {key: one.value(config) for key, one in known.lines.derived.items()}
 
 
 def _of_dense(checkpoint: Checkpoint) -> JsonObject:

@@ -21,7 +21,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
 from alphaq.engines.assumptions.tables import Lines, engine_table
 from alphaq.engines.export import Rows, Run
-from alphaq.engines.mlx.config import NAME, told
+from alphaq.engines.mlx.config import NAME, is_wrapped, told
 from alphaq.engines.safetensors.engine import SafetensorsEngine, words
 from alphaq.engines.safetensors.modules import KEPT, as_published, module_of
 from alphaq.errors import MissingEngineError, MissingExtraError, PlanError
@@ -58,12 +58,25 @@ def module_path(checkpoint: Checkpoint, matrix: MatrixRef) -> str:
     lines, module = lines_of(checkpoint), module_of(checkpoint, matrix)
     if matrix.role is Role.EXPERT and lines.stacked:
         module = re.sub(r"experts\.\d+\.\w+$", f"switch_mlp.{matrix.projection}_proj", module)
-    return lines.called(module)
+    return _placed(checkpoint, lines.called(module))
 
 
 def renamed(checkpoint: Checkpoint, tensor: str) -> str:
     """mlx-lm's name of a tensor that is kept."""
-    return lines_of(checkpoint).called(as_published(checkpoint, tensor))
+    return _placed(checkpoint, lines_of(checkpoint).called(as_published(checkpoint, tensor)))
+
+
+def _placed(checkpoint: Checkpoint, name: str) -> str:
+    """A name of a model in which the language model lies beside others: mlx-lm has it as `language_model`."""
+    begins = {"lm_head": "language_model.lm_head"}
+    if is_wrapped(checkpoint):
+        begins["model.language_model."] = "language_model.model."
+    elif lines_of(checkpoint).wrapped == "always":
+        begins["model."] = "language_model.model."
+    else:
+        return name
+    found = next((begin for begin in begins if name.startswith(begin)), "")
+    return begins.get(found, "") + name.removeprefix(found)
 
 
 def keeps(checkpoint: Checkpoint, matrix: MatrixRef) -> str | None:
