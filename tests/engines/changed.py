@@ -41,6 +41,7 @@ RUN: dict[str, dict[str, Any]] = {
     "gemma4_text": dict(sliding_window=6),
     "glm4_moe_lite": {},
     "glm_moe_dsa": dict(index_n_heads=8),
+    "granitemoehybrid": dict(tie_word_embeddings=True, shared_intermediate_size=96),
     "laguna": dict(layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window=6),
     "lfm2_moe": {},
     "longcat_flash": {},
@@ -69,6 +70,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "mlp_hidden_act": ("silu",),
     "mamba_hidden_act": ("gelu",),
     "scoring_func": ("softmax", "sigmoid"),
+    "position_embedding_type": ("rope",),
     "topk_method": ("greedy", "group_limited_greedy"),
 }
 UNSET: dict[str, Any] = {
@@ -77,7 +79,7 @@ UNSET: dict[str, Any] = {
     "final_logit_softcapping": 3.0,
     "moe_latent_size": 32,
     "use_bidirectional_attention": True,
-    "q_lora_rank": None,
+    "position_embedding_type": "rope",
 }
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=512)
 ROPES: tuple[dict[str, Any], ...] = (

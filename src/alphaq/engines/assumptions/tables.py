@@ -84,11 +84,12 @@ class Lines:
 class EngineTable:
     """One ENGINE.toml.
 
-    families: those with experts whose export has been run there. everything: whether it computes with transformers' own
-    class, which carries every setting. wrapped: whether it runs language models that lie beside others.
-    architecture_file: whether the `[gguf]` table of a family's own file says more: `metadata` of what is carried,
-    `config` of what is taken for granted. dense: families without experts that it loads, by `model_type`, and what it
-    takes for granted of each. refused: families that it has a program for and computes otherwise, and what it does.
+    families: those with experts whose export has been run there, by name or by `model_type`. everything: whether it
+    computes with transformers' own class, which carries every setting. wrapped: whether it runs language models that
+    lie beside others. architecture_file: whether the `[gguf]` table of a family's own file says more: `metadata` of
+    what is carried, `config` of what is taken for granted. dense: families without experts that it loads, by
+    `model_type`, and what it takes for granted of each. refused: families that it has a program for and computes
+    otherwise, and what it does.
     """
 
     common: Lines
@@ -138,10 +139,17 @@ class FamilySettings:
         return "carried" if self.everything or setting in self.carried else "fixed"
 
 
-def family_settings(engine: str, architecture: Architecture) -> FamilySettings:
+def family_lines(engine: str, architecture: Architecture, model_type: object = None) -> Lines:
+    """What is said of a family alone, or of those of its models that have a table of their own by `model_type`."""
+    families = engine_table(engine).families
+    own = model_type in architecture.model_types and model_type in families
+    return families.get(str(model_type) if own else architecture.name, Lines())
+
+
+def family_settings(engine: str, architecture: Architecture, model_type: object = None) -> FamilySettings:
     """What an engine makes of a family's settings; for one without lines of its own, what holds for all."""
     table = engine_table(engine)
-    lines = table.common.and_of(table.families.get(architecture.name, Lines()))
+    lines = table.common.and_of(family_lines(engine, architecture, model_type))
     if table.architecture_file and architecture.gguf is not None:
         mapping = architecture.gguf
         said = {name for key in mapping.metadata.values() for formula in key.config for name in names_in(formula)}

@@ -6,7 +6,7 @@ from typing import Any
 
 from alphaq.checkpoint.families.formulas import looked_up
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.engines.assumptions.tables import ROPE, family_settings
+from alphaq.engines.assumptions.tables import ROPE, FamilySettings, family_settings
 from alphaq.engines.effective import model_settings, settings_of
 from alphaq.engines.settings import require_settings
 from alphaq.errors import ArchitectureError
@@ -47,7 +47,7 @@ def is_wrapped(checkpoint: Checkpoint) -> bool:
 
 def _of_experts(checkpoint: Checkpoint) -> JsonObject:
     """Settings that are carried, the number of experts by the name that mlx-lm looks for, and rotary ones."""
-    known, config = family_settings(NAME, checkpoint.architecture), require_settings(checkpoint, NAME)
+    known, config = _known(checkpoint), require_settings(checkpoint, NAME)
     carried = {key.rpartition(".")[2]: looked_up(key, config) for key in known.carried}
     found = {key: value for key, value in carried.items() if value is not None}
     counted = checkpoint.architecture.num_experts_keys[0]
@@ -59,6 +59,10 @@ def _of_experts(checkpoint: Checkpoint) -> JsonObject:
         found["rope_theta"] = rope.pop("rope_theta", None)
         found["rope_scaling"] = _scaling(rope)
     return found | {key: one.value(config) for key, one in known.lines.derived.items()}
+
+
+def _known(checkpoint: Checkpoint) -> FamilySettings:
+    return family_settings(NAME, checkpoint.architecture, checkpoint.text_config.get("model_type"))
 
 
 def _of_dense(checkpoint: Checkpoint) -> JsonObject:

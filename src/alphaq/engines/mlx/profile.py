@@ -19,7 +19,7 @@ import torch
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
-from alphaq.engines.assumptions.tables import Lines, engine_table
+from alphaq.engines.assumptions.tables import Lines, family_lines
 from alphaq.engines.export import Rows, Run
 from alphaq.engines.mlx.config import NAME, is_wrapped, told
 from alphaq.engines.safetensors.engine import SafetensorsEngine, words
@@ -50,7 +50,7 @@ def tensors(choice: Choice, shape: Shape, dtype: str) -> dict[str, TensorSpec]:
 
 def lines_of(checkpoint: Checkpoint) -> Lines:
     """What `mlx.toml` says of a family with experts; nothing of another."""
-    return engine_table(NAME).families.get(checkpoint.architecture.name, Lines())
+    return family_lines(NAME, checkpoint.architecture, checkpoint.text_config.get("model_type"))
 
 
 def module_path(checkpoint: Checkpoint, matrix: MatrixRef) -> str:
