@@ -81,6 +81,19 @@ def test_what_mlx_lm_computes_otherwise_is_refused_with_the_reason(tmp_path: Pat
         ENGINE.layout(checkpoint, {})
 
 
+@pytest.mark.slow
+def test_gemma_s_heads_of_full_attention_are_told_as_published(tmp_path: Path) -> None:
+    """By names of its own; transformers saves them by layer, which mlx-lm does not read."""
+    heads = dict(attention_k_eq_v=True, global_head_dim=32, num_global_key_value_heads=1)
+    source = saved(tmp_path / "source", "gemma4_text", **heads)
+    with pytest.raises(ArchitectureError, match="per_layer_config"):
+        require_settings(open_checkpoint(source), "mlx")
+    config = json.loads((source / "config.json").read_text())
+    del config["per_layer_config"]
+    (source / "config.json").write_text(json.dumps(config | heads))
+    assert difference(source, tmp_path, MIXED) < EXACT
+
+
 def test_settings_must_lie_where_mlx_lm_looks_for_them(tmp_path: Path) -> None:
     source = saved(tmp_path / "source", "gemma4")
     config = json.loads((source / "config.json").read_text())
