@@ -53,6 +53,14 @@ def section(page: Path, heading: str) -> str:
     return re.split(rf"\n{level} ", text.partition(f"\n{heading}\n")[2])[0]
 
 
+def test_the_table_of_engines_says_what_their_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlx_lm")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from engines_table import BEGIN, END, PAGE, table
+
+    assert PAGE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0] == table()
+
+
 def rows(text: str) -> dict[str, str]:
     """First and second column of every table, without their heads."""
     cells = [line.strip("|\n").split(" | ") for line in text.splitlines() if line.startswith("|")]

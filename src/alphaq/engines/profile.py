@@ -49,7 +49,7 @@ class Profile:
     defaults: tuple[Choice, ...]
     with_bits: Callable[[int], Choice]
     storage_bytes: Callable[[Choice, Shape], int]
-    file_bytes: Callable[[MatrixRef, Choice], int]
+    file_bytes: Callable[[Checkpoint, MatrixRef, Choice], int]
     obstacle: Callable[[Choice, MatrixRef], str | None]
     quantizer: str
     fast: tuple[Choice, ...] = ()
