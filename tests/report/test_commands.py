@@ -118,6 +118,7 @@ FLIPS: dict[str, list[Flip]] = {
     "calibration": [Flip("self", {"method": "baq"}), Flip("notes.txt", {"method": "baq"})],
     "imatrix": [Flip("importance.gguf 0123456789abcdef", LLAMA), Flip("self losses-0123", LLAMA)],
     "split_bytes": [Flip(2_000_000_001, LLAMA)],
+    "share": [Flip(0.015, {"method": "typical"})],
     "drop": [Flip(True)],
     "drop_counts": [Flip("own", {"drop": True})],
     "max_drop": [Flip(0.125, {"drop": True})],
