@@ -12,13 +12,13 @@ from collections import defaultdict
 from datetime import date
 from pathlib import Path
 
+import engines_table
 import transformers
 
 import alphaq
 from alphaq import pipeline
 from alphaq.checkpoint.families.architecture import architectures, unsupported
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
-from alphaq.engines.assumptions.tables import engine_table
 from alphaq.errors import AlphaQError
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
@@ -59,9 +59,14 @@ Dense models, whose budget decides on the MLP of every layer (role `dense_mlp`):
 ## Engines
 
 `--engine native` writes every family above; transformers loads the result with the plug-in that `alphaq` brings.
-The other engines name tensors in their own way. An export for vLLM, MLX and GPTQModel exists for
-{served}, for MLX also for {mlx}; for llama.cpp, which the [`[gguf]` table](architectures.md#gguf)
-describes, {gguf}.
+Other engines have programs of their own for each family. **verified**: the engine computes with our files, of a mixed
+plan, the logits that transformers computes with the weights which they stand for, or the export refuses the settings
+that it would compute otherwise; the test suite runs every one (MLX: mlx-lm 0.32.2; llama.cpp: 2026.10, see
+[its page](engines/gguf-families.md); vLLM's files by transformers with compressed-tensors 0.20, and by vLLM 0.32 in
+`make test-vllm`; GPTQModel 7.7.0). *no such model*: the engine has none, where its source was at hand. *not yet*: not
+run there, so the export refuses it. `scripts/engines_table.py` writes this table.
+
+{engines}
 
 Of dense models llama.cpp and MLX have files for Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2 and 3 (`gemma3_text`),
 Granite, OLMo 2, Seed-OSS and SmolLM3; GPTQModel for the same but SmolLM3; vLLM for the same but OLMo 2, Seed-OSS and
@@ -153,15 +158,10 @@ def main() -> None:
     dense = textwrap.fill(", ".join(f"`{kind}`" for kind, one in known.items() if not one.num_experts_keys), 120)
     page = ROOT / "docs" / "models.md"
     published = page.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]  # another script's part
-    served = set(engine_table("vllm").families)
     tail = TAIL.format(
         published=BEGIN + published + END,
         dense=dense,
-        served=", ".join(sorted(served)),
-        mlx=", ".join(sorted(set(engine_table("mlx").families) - served)),
-        gguf="for the same"
-        if served == {one.name for one in known.values() if one.gguf and one.num_experts_keys}
-        else "see there",
+        engines=engines_table.BEGIN + engines_table.table() + engines_table.END,
         unloadable=", ".join(sorted(UNLOADABLE)),
         unsupported="\n".join(f"| `{kind}` | {why} |" for kind, why in unsupported().items()),
     )

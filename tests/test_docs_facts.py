@@ -53,6 +53,14 @@ def section(page: Path, heading: str) -> str:
     return re.split(rf"\n{level} ", text.partition(f"\n{heading}\n")[2])[0]
 
 
+def test_the_table_of_engines_says_what_their_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlx_lm")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from engines_table import BEGIN, END, PAGE, table
+
+    assert PAGE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0] == table()
+
+
 def rows(text: str) -> dict[str, str]:
     """First and second column of every table, without their heads."""
     cells = [line.strip("|\n").split(" | ") for line in text.splitlines() if line.startswith("|")]
@@ -273,6 +281,7 @@ TEXT_FREE = [
     "slice",
     "verify",
     "bench",
+    "price",
     "cache",
 ]
 WITH_TEXT = [
@@ -328,6 +337,7 @@ def keys_of(alphaq: Callable[..., Ran], command: str, made: Mapping[str, Path], 
         alphaq("quantize", model, *fast, "--choices", "3g32-nest,4g32-nest", "-o", out)
     calls: dict[str, tuple[object, ...]] = {
         "inspect": ("inspect", model),
+        "price": ("price", model, "--choices", "2g32,4g32", "--share", "5%", "--workers", 1),
         "analyze": ("analyze", model, "-o", scratch / "stats.csv", "--workers", 1),
         "plan": ("plan", model, *fast),
         "engines": ("engines",),

@@ -52,6 +52,10 @@ class BudgetError(AlphaQError):
     """A budget is malformed, ambiguous or infeasible."""
 
 
+class TooSmallError(BudgetError):
+    """A budget is below the least that its choices take."""
+
+
 class PlanError(AlphaQError):
     """A plan is malformed or does not fit the checkpoint it is used with."""
 

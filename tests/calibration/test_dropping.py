@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
+from alphaq.calibration import rerouting
 from alphaq.calibration.dropping import DROPS_VERSION, Drops, gather_drops
 from alphaq.calibration.rerouting import Banning, Router
 from alphaq.calibration.tokens import random_windows
@@ -49,7 +51,22 @@ def test_no_more_go_than_the_groups_that_are_chosen_from_can_spare(tmp_path: Pat
     checkpoint = open_checkpoint(folder)
     found = gather_drops(checkpoint, IDS[:2])
     assert found.most == 3  # of four in each group: one must hold the three of a token
-    assert without_experts(checkpoint, found.first(found.most)).dropped
+    assert without_experts(checkpoint, found.first(found.evenly(found.most))).dropped
+
+
+def test_shared_experts_are_not_run_to_ask_where_tokens_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(save_layout(random_family("qwen2_moe"), tmp_path, published=True))
+    bypassed, asked = rerouting._bypassed, set[str]()
+
+    def noted(modules: list[torch.nn.Module]) -> AbstractContextManager[None]:
+        asked.update(type(one).__name__ for one in modules)
+        return bypassed(modules)
+
+    monkeypatch.setattr(rerouting, "_bypassed", noted)
+    found = gather_drops(checkpoint, IDS[:2])
+    assert asked == {"Qwen2MoeMLP"}
+    monkeypatch.setattr(rerouting, "_bypassed", lambda modules: nullcontext())
+    assert gather_drops(checkpoint, IDS[:2]) == found
 
 
 def test_no_input_of_a_layer_outlives_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from alphaq.calibration.stream import LayerTraffic, stream_forward
 from alphaq.calibration.tokens import random_windows
 from alphaq.checkpoint.encoded.encodings import decode
 from alphaq.checkpoint.files import PlainFile
+from alphaq.checkpoint.ranges import expect
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.checkpoint.summary import summarize
 from alphaq.checkpoint.tensors import Encoding
@@ -187,7 +188,7 @@ def test_one_expert_is_read_without_the_others(
     assert checkpoint.place(matrix) == (checkpoint.info(FUSED).begin + 2 * asked[0], asked[0])
     assert checkpoint.stored_bytes(matrix) == sum(asked)
     assert torch.equal(checkpoint.read_rows(matrix, slice(3, 9)), checkpoint.read(matrix)[3:9])
-    checkpoint.expect(matrix)
+    expect(checkpoint, matrix)
 
 
 def test_rows_of_a_matrix_stored_as_columns_are_its_rows(mxfp4_and_bf16: tuple[Path, Path]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from alphaq.checkpoint.families.architecture import architectures
-from alphaq.checkpoint.families.routing import check_routing
+from alphaq.checkpoint.families.routing import OWN_COUNTS, check_routing
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import ArchitectureError
@@ -65,6 +65,21 @@ def test_correction_bias_of_more_experts_than_there_are_is_refused(
         ArchitectureError, match=rf"e_score_correction_bias has {2 * EXPERTS} rows for {EXPERTS} experts"
     ):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("counts", [{"0": EXPERTS + 1}, {"0": 0}, {"7": 1}, {"0": True}, [2]])
+def test_counts_of_layers_that_cannot_be_are_refused(
+    save_family: Callable[..., Path], counts: object, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(save_family("qwen2_moe"), tmp_path / "model"))
+    with pytest.raises(ArchitectureError, match=f"{OWN_COUNTS} is .* not 1 to {EXPERTS} experts for layers"):
+        open_checkpoint(changed_config(folder, **{OWN_COUNTS: counts}))
+
+
+def test_layers_must_have_as_many_experts_as_is_said_of_each(save_family: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(save_family("qwen2_moe"), tmp_path / "model"))
+    with pytest.raises(ArchitectureError, match=r"not promised by config\.json: layer 1, expert 3"):
+        open_checkpoint(changed_config(folder, **{OWN_COUNTS: {"1": EXPERTS - 1}}))
 
 
 @pytest.mark.parametrize("chosen", [0, -1, EXPERTS + 1])

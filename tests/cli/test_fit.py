@@ -27,6 +27,7 @@ def test_what_is_told_is_what_the_command_makes(tiny: Path, tmp_path: Path, alph
     assert Curve.model_validate(ran.json["curve"]) == read_curve(tmp_path / "fit.json")
     assert ran.json["curve"]["points"][0]["lost"] > asked["objective"] > ran.json["curve"]["points"][-1]["lost"]
     words = shlex.split(ran.json["command"])
+    assert words[words.index("--memory") + 1] == "64MiB"
     assert words[:3] == ["alphaq", "quantize", str(tiny)] and words[-2:] == ["-o", "OUT"]
     made = alphaq(*words[1:-1], str(out))
     assert made.code == 0, made.err
@@ -36,6 +37,8 @@ def test_what_is_told_is_what_the_command_makes(tiny: Path, tmp_path: Path, alph
 def test_where_nothing_is_lost_there_is_no_curve(tiny: Path, alphaq: Callable[..., Ran]) -> None:
     ran = alphaq("fit", tiny, *QUICK[:4], "--choices", "16", *QUICK[-2:], "--memory", "160MiB", "--context", "256")
     assert ran.code == 0, ran.err
+    rows = [line.split()[:2] for line in ran.out.splitlines() if " GB " in line]
+    assert rows == [[f"{gib}", "GB"] for gib in (8, 12, 16, 24, 32, 48, 64)]
     assert "there is no curve" in ran.out and "Make it: alphaq quantize" in ran.out
 
 

@@ -194,5 +194,5 @@ def test_the_real_converter_s_file_is_quantized_and_run(tmp_path: Path, alphaq: 
 def test_only_ones_without_a_mapping_are_converted(tiny: Path) -> None:
     from alphaq.cli.means import Means
 
-    opened = converting._opened_here(str(tiny), Means())
+    opened = converting._opened_here(str(tiny), Means(), headers_only=False)
     assert opened is not None and opened.gguf is None

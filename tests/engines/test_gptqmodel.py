@@ -152,7 +152,7 @@ def test_every_family_is_read_back_as_quantized(
             assert torch.equal(values, checkpoint.tensor(name))
             continue
         weight, choice = checkpoint.read(originals[name]), plan.choice(name)
-        module = gptqmodel.module_path(originals[name])
+        module = gptqmodel.module_path(checkpoint, originals[name])
         if choice.bits == 16:
             assert torch.equal(stored[f"{module}.weight"], weight)
             continue
@@ -174,7 +174,7 @@ def test_rules_give_every_module_its_choice(save_family: Callable[..., Path], tm
     assert (config["sym"], config["desc_act"]) == (False, False)
     for matrix in linear_modules(checkpoint).values():
         expected = plan.choice(matrix.name) if matrix.name in plan.choices else Choice(16)
-        module = gptqmodel.module_path(matrix)
+        module = gptqmodel.module_path(checkpoint, matrix)
         assert resolved(config, module) == expected, module
         assert sum(re.match(pattern[2:], module) is not None for pattern in config["dynamic"]) <= 1
 

@@ -194,10 +194,11 @@ def test_config_is_what_mlx_lm_writes(out: Path, tiny: Path) -> None:
     usual = config["quantization"]
     assert usual["mode"] == "affine"
     seen = set()
-    for matrix in open_checkpoint(tiny).matrices:
+    checkpoint = open_checkpoint(tiny)
+    for matrix in checkpoint.matrices:
         if matrix.name not in choices:
             continue
-        path = mlx.module_path(matrix)
+        path = mlx.module_path(checkpoint, matrix)
         choice = parse_choice(choices[matrix.name])
         found = usual.get(path, usual)
         assert (found["bits"], found["group_size"]) == (choice.bits, choice.group_size)

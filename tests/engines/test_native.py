@@ -19,7 +19,7 @@ from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import resolve
-from alphaq.planning.costs import byte_tables
+from alphaq.planning.costs import file_table
 from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.writing import quantizing
 from conftest import FAMILIES, read_back
@@ -53,7 +53,7 @@ def test_every_size_budget_is_kept_and_used_up(tiny: Path, tmp_path: Path) -> No
     choices = resolve(config).choices
     found = pipeline.measure_for_plan(checkpoint, resolve(config))
     matrices = checkpoint.planned
-    _, file_bytes = byte_tables(native.PROFILE, matrices, choices)
+    file_bytes = file_table(checkpoint, native.PROFILE, matrices, choices)
     widest = file_bytes.max(axis=1)
 
     def plan_within(budget: Budget) -> Plan:

@@ -90,6 +90,15 @@ def test_a_reference_in_transformers_is_run_there(full: Path, scoring: Scoring, 
     assert text.perplexity == pytest.approx(pipeline.evaluate(tiny, scoring).geomean_perplexity, rel=0.002)
 
 
+def test_a_reference_may_stay_on_disk(full: Path, scoring: Scoring, tiny: Path) -> None:
+    """As one that is too large for memory does."""
+    found = figures(full, scoring.model_copy(update={"stream": True}), tiny)
+    assert found.run_by == ("llama.cpp", "transformers, layer by layer")
+    ((one,), (its,)) = found.texts.values(), figures(full, scoring, tiny).texts.values()
+    assert one.perplexity == pytest.approx(its.perplexity, rel=1e-6)
+    assert one.kl == pytest.approx(its.kl, rel=0.01)
+
+
 def test_a_file_agrees_with_itself(quantized: Path, scoring: Scoring) -> None:
     (text,) = figures(quantized, scoring, quantized).texts.values()
     assert text.kl == pytest.approx(0, abs=1e-6) and text.top1 == 1

@@ -3,7 +3,7 @@ import pytest
 from alphaq.errors import BudgetError, PlanError
 from alphaq.formats.table import parse_choice
 from alphaq.nouns.plan import Plan
-from alphaq.nouns.settings import Budget, PlanConfig, parse_size
+from alphaq.nouns.settings import Budget, PlanConfig, parse_size, show_size
 from alphaq.planning import resolve
 
 
@@ -75,3 +75,8 @@ def test_plan_round_trips_and_is_stable() -> None:
 def test_bad_plan_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(PlanError, match=r"^p\.json is not a valid plan: [^\n]+\.$"):
         Plan.from_json(text, "p.json")
+
+
+@pytest.mark.parametrize("text", ["16GiB", "16GB", "15.5GiB", "800MB", "64MiB", "8.25GiB", "123456789"])
+def test_a_size_is_repeated_as_it_was_typed(text: str) -> None:
+    assert show_size(parse_size(text)) == text

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from alphaq import pipeline
+from alphaq.checkpoint.families.routing import OWN_COUNTS, own_counts
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.checkpoint.writer import resumable_folder
 from alphaq.cli import means
-from alphaq.errors import BudgetError, PlanError
+from alphaq.errors import BudgetError, PlanError, TooSmallError
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.serving import Kept, Memory, Serving
@@ -22,8 +24,10 @@ from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import Measurements, checked_plan, fitting, make_plan, measure_for_plan, resolve
 from alphaq.planning.dropping import plan_with_drops
 from alphaq.report.explanation import explain_plan
+from alphaq.work.workers import Workers
 from conftest import Ran
-from families import ALIKE, DEAD, save_layout, with_useless_experts
+from contents import contents
+from families import ALIKE, DEAD, logits, save_layout, with_useless_experts
 
 SETTINGS: dict[str, Any] = {
     "budget": Budget(bits=2), "group_size": 32, "choices": "1,2,3,4,8", "drop": True, "max_drop": 0.34,
@@ -100,6 +104,95 @@ def test_size_is_kept_and_the_files_can_be_verified_and_cut(
     assert len(ran.json["assignment"]) == len(plan.assignment)
 
 
+USUAL = {name: PlanConfig.model_fields[name].default for name in ("max_drop", "max_drop_loss")}
+OWN: dict[str, Any] = {"drop_counts": "own"}
+
+
+@pytest.fixture(scope="module")
+def differing(measured: Measurements) -> Measurements:
+    """The same, as if the first layer missed its second useless expert more than bits can make up for."""
+    assert measured.drops is not None
+    first = measured.drops.layers[0]
+    dear = replace(first, bounds=(first.bounds[0], 0.9, 1.8))
+    return replace(measured, drops=replace(measured.drops, layers={**measured.drops.layers, 0: dear}))
+
+
+def test_layers_lose_as_many_as_pay(useless: Checkpoint, differing: Measurements) -> None:
+    equal, whole = planned(useless, differing)
+    plan, _ = planned(useless, differing, **OWN)
+    assert plan.dropped is not None and equal.dropped is not None
+    assert [len(experts) for experts in plan.dropped.experts.values()] == [1, 2, 2]
+    assert plan.objective + plan.dropped.bound == plan.dropped.total < equal.dropped.total < whole.objective
+    assert plan.dropped.gap < 1e-9
+    assert plan.size_bytes <= whole.size_bytes
+    assert Plan.from_json(plan.to_json(), "plan") == plan
+    assert "5 (up to 2 in a layer), at " in (explain_plan(plan, None).dropped or "")
+    limit = plan.dropped.bound * 0.9
+    plan, _ = planned(useless, differing, **OWN | {"max_drop_loss": limit})
+    assert plan.dropped is not None
+    assert plan.dropped.count == 4 and plan.dropped.bound <= limit
+
+
+def test_files_of_layers_with_counts_of_their_own_are_like_all_others(
+    useless: Checkpoint, differing: Measurements, tmp_path: Path, alphaq: Callable[..., Ran]
+) -> None:
+    """Of the size that is promised, the same after an interruption; they can be verified, cut, and cut again."""
+    _, whole = planned(useless, differing, **OWN)
+    size = Budget(size_bytes=whole.size_bytes)
+    plan, _ = planned(useless, differing, **OWN | {"budget": size, "roles": "fixed"})
+    assert plan.dropped is not None and plan.dropped.gap < 1e-4
+    written = pipeline.quantize(useless, plan, tmp_path / "out")
+    assert written.size_bytes == plan.size_bytes <= whole.size_bytes
+
+    def interrupted(items: Any, total: int, what: str) -> Any:
+        for number, item in enumerate(items):
+            if number == total // 2:
+                raise KeyboardInterrupt
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.quantize(useless, plan, tmp_path / "again", resources=Resources(wrap=interrupted))
+    with Workers(1, useless) as workers:  # which share the whole model
+        pipeline.quantize(useless, plan, tmp_path / "again", resources=Resources(workers))
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    described = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert own_counts(useless.architecture, described) == {1: 4, 2: 4}
+    assert useless.architecture.experts_per_layer(described) == 5
+    assert described["quantization_config"]["uneven_experts"]
+    assert pipeline.verify(tmp_path / "out", useless).against_source
+    assert pipeline.verify_run(tmp_path / "out", useless).difference < 0.01
+    cut = ("--bits", "1.5", "--method", "distortion", "--group-size", "32", "--json")
+    ran = alphaq("slice", tmp_path / "out", *cut, "-o", tmp_path / "slice")
+    assert ran.json["size_bytes"] < written.size_bytes
+    assert json.loads((tmp_path / "slice" / "config.json").read_text())[OWN_COUNTS] == described[OWN_COUNTS]
+    assert alphaq("verify", tmp_path / "slice").code == 0
+    assert logits(tmp_path / "slice").isfinite().all()
+
+
+@pytest.mark.parametrize("counts", ["equal", "own"])
+def test_a_budget_that_holds_only_fewer_experts_is_enough(
+    useless: Checkpoint, measured: Measurements, counts: str
+) -> None:
+    narrow = {"budget": Budget(bits=0.7), "drop_counts": counts}
+    request = resolve(PlanConfig(**SETTINGS | narrow))
+    plan = plan_with_drops(useless, request, measured)
+    assert plan.dropped is not None and plan.size_bytes is not None
+    assert plan.dropped.count == 6 and 0 not in plan.dropped.totals
+    assert (plan.config, plan.budget_unit) == (request.config, "bits")
+    assert "nats; expected loss" in (explain_plan(plan, None).dropped or "")
+    fits = PlanConfig(**SETTINGS | narrow | {"budget": Budget(size_bytes=plan.size_bytes), "roles": "fixed"})
+    assert plan_with_drops(useless, resolve(fits), measured).size_bytes == plan.size_bytes
+    with pytest.raises(TooSmallError, match="as many experts as --max-drop and --max-drop-loss allow"):
+        plan_with_drops(useless, resolve(PlanConfig(**SETTINGS | narrow | {"max_drop": 0.2})), measured)
+    for budget in (Budget(bits=0.4), Budget(size_bytes=10_000)):
+        with pytest.raises(TooSmallError, match="does not fit either"):  # before anything is measured
+            measure_for_plan(useless, resolve(PlanConfig(**SETTINGS | narrow | {"budget": budget})))
+    with pytest.raises(TooSmallError, match=r"is below --bits 1, the narrowest usual width of native\. Raise it"):
+        make_plan(
+            useless, resolve(PlanConfig(**SETTINGS | {"budget": Budget(bits=0.7), "drop": False, **USUAL})), measured
+        )
+
+
 def test_nothing_goes_beyond_the_limits(useless: Checkpoint, measured: Measurements) -> None:
     plan, whole = planned(useless, measured, max_drop_loss=1e-12)
     assert plan.dropped is not None
@@ -118,6 +211,12 @@ def test_nothing_goes_beyond_the_limits(useless: Checkpoint, measured: Measureme
         ({"drop": False, "max_drop": 0.5}, "--max-drop limits what --drop may do"),
         ({"drop": False, "max_drop": 0.25}, "--max-drop-loss limits what --drop may do"),
         ({"per_layer": True}, r"--drop needs one budget for all experts, of plain bytes\. Drop --per-layer"),
+        ({"drop": False, "drop_counts": "own"}, "--drop-counts limits what --drop may do"),
+        ({"drop_counts": "own", "engine": "vllm", "choices": None}, "vllm has one number of experts for all layers"),
+        (
+            {"drop_counts": "own", "min_speed": 1.0, "bandwidth": 10**9},
+            "--drop-counts own and --min-speed are not solved together",
+        ),
         ({"min_bits": (Rule(pattern="*.experts.3.*", value="2"),)}, "numbers experts anew"),
     ],
 )
@@ -132,10 +231,14 @@ def test_what_does_not_go_with_dropping_is_said(
 def test_balanced_model_loses_none(tiny: Path) -> None:
     checkpoint, settings = open_checkpoint(tiny), SETTINGS | {"group_size": 128, "max_drop": 0.5}
     request = resolve(PlanConfig(**settings))
-    plan = plan_with_drops(checkpoint, request, measure_for_plan(checkpoint, request))
+    measured = measure_for_plan(checkpoint, request)
+    plan = plan_with_drops(checkpoint, request, measured)
     assert plan.dropped is not None
     assert plan.dropped.experts == {}
     assert len(plan.dropped.totals) == 5
+    own = plan_with_drops(checkpoint, resolve(PlanConfig(**settings | OWN)), measured)
+    assert own.dropped is not None and own.dropped.experts == {}
+    assert own.choices == plan.choices
 
 
 def test_commands_prune_and_refuse(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,17 @@ def test_it_opens_with_the_plans_own_numbers(seen: Seen, made: tuple[Path, Plan]
         planned = sum(value == bits for value in plan.assignment.values())
         assert count >= planned
         assert seen.page.locator(f"#bars [data-bits='{bits}']").inner_text() == str(planned)
+
+
+def test_machines_are_marked_on_the_curve(browser: Any, tiny_quantized: Path, tmp_path: Path) -> None:
+    run = read_run(tiny_quantized)
+    table, size, times = run.plan.table, run.plan.size_bytes, 2200
+    assert table is not None and size is not None
+    costs = tuple(tuple(cost * times for cost in row) for row in table.costs)
+    larger = {"table": table.model_copy(update={"costs": costs}), "size_bytes": size * times}
+    write_report(tmp_path / "report.html", replace(run, plan=run.plan.model_copy(update=larger)), Sources())
+    for seen in opened(browser, tmp_path / "report.html"):
+        assert seen.page.locator("#curve .machine").all_text_contents() == ["16 GB", "24 GB"]
 
 
 def test_the_slider_replays_the_path(seen: Seen, made: tuple[Path, Plan]) -> None:

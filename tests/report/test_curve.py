@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
 
 from alphaq.errors import PlanError
 from alphaq.nouns.plan import Plan
-from alphaq.report.curve import Curve, CurvePoint, Mark, curve_lines, curve_of_plan, read_curve
+from alphaq.report.curve import Curve, CurvePoint, Mark, curve_lines, curve_of_plan, machine_marks, read_curve
 from conftest import Ran
 
 GIB = 2**30
@@ -38,6 +38,22 @@ def test_in_characters_it_falls_to_the_right_with_machines_below() -> None:
     assert lines[1].split("│")[1].startswith("●") and lines[-4].rstrip().endswith("●")
     assert lines[-1].split() == ["machine", "8", "16", "GiB"]
     assert sum("┊" in line for line in lines) > 10
+
+
+def test_labels_of_machines_cover_no_other() -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from alphaq.report.plots import curve_figure
+
+    points = tuple(CurvePoint(size_bytes=2 * GIB * 2**step, lost=4.0**-step) for step in range(8))
+    figure = curve_figure(CURVE.model_copy(update={"points": points, "marks": tuple(machine_marks())}))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    labels = [text for text in figure.axes[0].texts if text.get_text().endswith(" GB")]
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in (*labels, figure.axes[0]._left_title)]
+    assert len(labels) == 7
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_a_fit_is_drawn_and_a_damaged_one_refused(

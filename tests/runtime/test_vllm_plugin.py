@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from alphaq.errors import CheckpointError
 from alphaq.formats.blocks import decode, dequantize, encode
 from alphaq.formats.table import parse_choice
 from alphaq.quantizers.base import rounder_of
@@ -76,3 +77,8 @@ def test_several_configs_change_the_class_once(plugin: Any) -> None:
     first = embedding_class().weight_loader
     plugin.AlphaQConfig.from_config({})
     assert embedding_class().weight_loader is first
+
+
+def test_models_whose_layers_differ_in_experts_are_refused(plugin: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"one number of experts for all layers.*--drop-counts equal"):
+        plugin.AlphaQConfig.from_config({"uneven_experts": True})

@@ -94,7 +94,7 @@ def test_finished_comparison_is_read_and_not_repeated(
 ) -> None:
     out, rows = finished
     monkeypatch.setattr(comparison, "measure_for_plans", lambda *_, **__: pytest.fail("measured again"))
-    monkeypatch.setattr(trials, "load_model", lambda *_, **__: pytest.fail("loaded again"))
+    monkeypatch.setattr(trials, "pair_of", lambda *_: pytest.fail("loaded again"))
     assert run(tiny, out) == rows
 
 
@@ -149,7 +149,7 @@ def test_plans_do_not_depend_on_order_or_company_and_are_those_of_plan(
     def plain(text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [1]}
 
-    monkeypatch.setattr(trials, "load_model", lambda *_: (SimpleNamespace(dtype="", device="", config=None), plain))
+    monkeypatch.setattr(trials, "pair_of", lambda *_: (SimpleNamespace(dtype="", device="", config=None), None, plain))
     monkeypatch.setattr(trials.Trials, "run", scored)
     checkpoint = open_checkpoint(tiny)
     with Cache(tmp_path / "cache", {}) as cache:  # --no-cache measures the same, only later again

@@ -12,11 +12,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from alphaq import pipeline
 from alphaq.calibration.rerouting import Banning, counting
 from alphaq.calibration.stream import HollowModel, model_class
 from alphaq.checkpoint.pruned import without_experts
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import PlanError
+from alphaq.nouns.matrix import Role
+from alphaq.nouns.plan import Dropping, Plan
+from alphaq.writing.planned import as_planned
 from alphaq.writing.pruning import PRUNED_NAME, Pruning, prune
 from conftest import EXPERTS as FEW
 from families import EXPERTS, FAMILIES, logits, random_family, save_layout
@@ -39,11 +43,11 @@ def some_experts(source: Checkpoint) -> dict[int, tuple[int, ...]]:
     return {layer: (layer % EXPERTS, (layer + 2) % EXPERTS) for layer in layers}
 
 
-def masked_logits(source: Checkpoint, dropped: dict[int, tuple[int, ...]]) -> torch.Tensor:
-    """Of the whole model, whose routers do not choose these experts."""
-    hollow = HollowModel(source)
-    cls = model_class(AutoConfig.from_pretrained(source.folder))
-    model = cls.from_pretrained(source.folder, dtype=torch.float32, experts_implementation="eager").eval()
+def masked_logits(source: Checkpoint, dropped: dict[int, tuple[int, ...]], folder: Path | None = None) -> torch.Tensor:
+    """Of the whole model, or of what it was quantized to, whose routers do not choose these experts."""
+    hollow, folder = HollowModel(source), folder or source.folder
+    cls = model_class(AutoConfig.from_pretrained(folder))
+    model = cls.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
     state = model.state_dict(keep_vars=True)
     ids = torch.arange(3, 19)[None]
     with ExitStack() as stack, torch.no_grad():
@@ -81,10 +85,67 @@ def test_pruned_model_is_the_one_with_masked_routers(family: str, tmp_path: Path
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(one, marks=() if one in ("qwen2_moe", "gemma4") else pytest.mark.slow)
+        for one in sorted(FAMILIES.keys() - REFUSED.keys() - NOT_RUN)
+    ],
+)
+def test_layers_may_have_counts_of_their_own_in_native_files(family: str, tmp_path: Path) -> None:
+    source = open_checkpoint(save_layout(random_family(family), tmp_path / "source", published=True))
+    layers = source.architecture.moe_layers(source.config)
+    dropped = {layer: tuple(range(1 + number % 3)) for number, layer in enumerate(layers) if number % 4 != 3}
+    dropped[layers[-1]] = (1, 4)
+    whole = Plan(choices=dict.fromkeys((one.name for one in source.with_role(Role.EXPERT)), "4g32"))
+    pipeline.quantize(source, whole, tmp_path / "whole")
+    left = without_experts(source, dropped, uneven=True)
+    choices = dict.fromkeys((one.name for one in left.with_role(Role.EXPERT)), "4g32")
+    pipeline.quantize(source, Plan(choices=choices, dropped=Dropping(experts=dropped)), tmp_path / "out")
+    expected, before = masked_logits(source, dropped, tmp_path / "whole"), logits(tmp_path / "whole")
+    assert float((expected - before).abs().max()) > 1e-4
+    torch.testing.assert_close(logits(tmp_path / "out"), expected, atol=2e-5, rtol=1e-4)
+    assert HollowModel(left).experts.keys() == set(layers)
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_groups_that_lose_as_many_are_chosen_as_with_masked_routers(uneven: bool, tmp_path: Path) -> None:
+    """A router of DeepSeek-V3 rates each group by its best two, and chooses within the best groups alone."""
+    model = random_family("deepseek_v3", n_group=2, topk_group=1, num_experts_per_tok=2)
+    with torch.no_grad():
+        for name, one in model.state_dict().items():
+            if name.endswith("e_score_correction_bias"):
+                one.copy_(torch.linspace(-0.1, 0.1, EXPERTS).flip(0))
+    source = open_checkpoint(save_layout(model, tmp_path / "source", published=True))
+    layers = source.architecture.moe_layers(source.config)
+    dropped = {layer: (layer % 3, 3 + (layer + 1) % 3) for layer in layers[: 1 if uneven else None]}
+    if uneven:
+        left = without_experts(source, dropped, uneven=True)
+        choices = dict.fromkeys((one.name for one in left.planned), "16")
+        plan = Plan(choices=choices, dropped=Dropping(experts=dropped))
+        pipeline.quantize(source, plan, tmp_path / "out")
+    else:
+        prune(source, Pruning(dropped), tmp_path / "out")
+    expected = masked_logits(source, dropped)
+    assert float((expected - logits(source.folder)).abs().max()) > 1e-4
+    torch.testing.assert_close(logits(tmp_path / "out"), expected, atol=2e-5, rtol=1e-4)
+    for gone in ((0, 1), (0,), (0, 1, 3, 4)):
+        with pytest.raises(PlanError, match=r"2 groups of experts, which would differ|too few for its router"):
+            without_experts(source, dict.fromkeys(layers, gone), uneven)
+
+
 def test_layers_and_groups_lose_as_many(save_family: Callable[..., Path]) -> None:
     source = open_checkpoint(save_family("qwen2_moe"))
-    with pytest.raises(PlanError, match=rf"would keep 3 of {FEW} experts, layer 0 2\. Drop as many in every layer"):
+    with pytest.raises(PlanError, match=r"would keep 3 experts, layer 0 2\. Drop as many in every layer"):
         without_experts(source, {0: (0, 1), 1: (1,), 2: (0, 3)})
+    by_hand = Plan(engine="mlx", choices={"x": "16"}, dropped=Dropping(experts={0: (0,)}))
+    with pytest.raises(PlanError, match="or plan with --engine native"):
+        as_planned(source, by_hand)
+    left = as_planned(source, by_hand.model_copy(update={"engine": "native"}))
+    with pytest.raises(PlanError, match="its layers differ in how many experts they have already"):
+        without_experts(left, {1: (0,)})
+    with pytest.raises(PlanError, match=rf"has no expert {FEW} to drop: it has {FEW}"):
+        without_experts(source, dict.fromkeys(range(3), (FEW,)))
     with pytest.raises(PlanError, match=r"Layer 7 of .* has no routed experts"):
         without_experts(source, {7: (0,)})
     assert without_experts(source, {0: ()}) is source

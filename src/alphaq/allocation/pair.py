@@ -17,6 +17,7 @@ few units of large steps, HiGHS looks for the best, among all units if they are 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,6 +72,17 @@ class _Pair:
     def loss(self, columns: np.ndarray) -> float:
         return float(self.losses[np.arange(len(columns)), columns].sum())
 
+    def cheapest(self, prices: np.ndarray) -> tuple[float, np.ndarray]:
+        """Loss of the units' own choices at prices [2], and by how much they exceed both rooms, in shares."""
+        shares = self.shares
+        columns = (self.losses + prices[0] * shares[0] + prices[1] * shares[1]).argmin(axis=1)
+        return self.loss(columns), shares[:, np.arange(len(columns)), columns].sum(axis=1) - 1.0
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The largest loss of a plan, and by how much losses can differ."""
+        return float(self.losses.max(axis=1).sum()), float(np.ptp(self.losses, axis=1).sum())
+
 
 @dataclass(frozen=True)
 class _View:
@@ -106,29 +118,30 @@ def solve_pair(losses: np.ndarray, costs: np.ndarray, budget: int, reads: np.nda
     floors = tables.min(axis=2, keepdims=True)
     rooms = int(budget - floors[0].sum()), int(read_limit - floors[1].sum())
     pair = _Pair(losses, tables - floors, rooms)
-    prices, relaxed = _best_prices(pair)
+    prices, relaxed = best_prices(pair.cheapest, *pair.spread)
     columns, bound = _closed(pair, prices, relaxed)
     objective = pair.loss(columns)
     cost = int(costs[units, columns].sum())
     return Solution(columns, objective, min(bound, objective), cost, float(prices[0]) / max(rooms[0], 1))
 
 
-def _best_prices(pair: _Pair) -> tuple[np.ndarray, float]:
+def best_prices(
+    cheapest: Callable[[np.ndarray], tuple[float, np.ndarray]], most: float, widest: float
+) -> tuple[np.ndarray, float]:
     """Prices [2] of whole rooms that make the dual largest, and its value.
 
-    Raises NoPairError where the dual exceeds the loss of every plan, so that none keeps both budgets.
+    cheapest: of the best plan at prices [2], its loss and by how much it exceeds both rooms, in shares of them. most:
+    the largest loss of a plan; widest: by how much losses can differ. Raises NoPairError where the dual exceeds the
+    loss of every plan, so that none keeps both budgets.
     """
-    shares, units = pair.shares, np.arange(len(pair.losses))
-    spread = widest = float(np.ptp(pair.losses, axis=1).sum())  # the most that the dual may still rise
-    most = float(pair.losses.max(axis=1).sum())
+    spread = widest  # the most that the dual may still rise
     if widest <= NOTHING:  # all plans lose as much
         return np.zeros(2), most
     losses, overs = np.empty(0), np.empty((0, 2))
     best, at, asked = -math.inf, np.zeros(2), np.zeros(2)
     for _ in range(CUTS):
-        columns = (pair.losses + asked[0] * shares[0] + asked[1] * shares[1]).argmin(axis=1)
-        losses = np.append(losses, pair.loss(columns))
-        overs = np.vstack([overs, shares[:, units, columns].sum(axis=1) - 1.0])
+        loss, over = cheapest(asked)
+        losses, overs = np.append(losses, loss), np.vstack([overs, over])
         value = float(losses[-1] + asked @ overs[-1])
         if value > most + ROUNDING * (abs(most) + widest):
             raise NoPairError(EXCLUDED)

@@ -19,7 +19,7 @@ from alphaq.allocation.exact import solve_exact
 from alphaq.allocation.milp import SideConstraint, solve_milp
 from alphaq.allocation.pair import NoPairError, solve_pair
 from alphaq.allocation.solution import Solution
-from alphaq.errors import BudgetError
+from alphaq.errors import BudgetError, TooSmallError
 from alphaq.nouns.choice import Choice
 
 
@@ -108,10 +108,10 @@ class Problem:
         return self.source[np.arange(len(self.units)), columns][self.owner]
 
     def check(self, describe: str, least: str) -> None:
-        """Raise BudgetError if even the cheapest plan exceeds the limit. `least` is a template for that cost."""
+        """Raise TooSmallError if even the cheapest plan exceeds the limit. least: what it costs."""
         floor = int(self.unit_costs.min(axis=1).sum())
         if floor > self.limit:
-            raise BudgetError(f"A budget of {describe} is below the least these choices can reach, {least}.")
+            raise TooSmallError(f"A budget of {describe} is below the least these choices can reach, {least}.")
 
 
 def solve_losses(problem: Problem, losses: np.ndarray, per_layer: bool = False) -> Solution:

@@ -73,17 +73,25 @@ class Drops:
         """How many experts every layer could lose."""
         return min((len(one.order) for one in self.layers.values()), default=0)
 
-    def first(self, count: int) -> dict[int, tuple[int, ...]]:
-        """The first experts of every layer's order."""
-        return {layer: one.order[:count] for layer, one in self.layers.items()}
+    def evenly(self, count: int) -> dict[int, int]:
+        """So many in every layer."""
+        return dict.fromkeys(self.layers, count)
 
-    def loss(self, count: int) -> float:
-        """Nats per token that dropping so many in every layer costs."""
-        return sum(one.losses[count - 1] for one in self.layers.values()) if count else 0.0
+    def first(self, counts: Mapping[int, int]) -> dict[int, tuple[int, ...]]:
+        """The first so many experts of each layer's order, of layers that lose any."""
+        return {layer: self.layers[layer].order[:count] for layer, count in counts.items() if count}
 
-    def bound(self, count: int) -> float:
-        """Nats per token, with 95 %, that dropping so many in every layer costs at most."""
-        return sum(one.bounds[count - 1] for one in self.layers.values()) if count else 0.0
+    def loss(self, counts: Mapping[int, int]) -> float:
+        """Nats per token that dropping so many in each layer costs."""
+        return sum(self.layers[layer].losses[count - 1] for layer, count in counts.items() if count)
+
+    def bounds(self, counts: Mapping[int, int]) -> dict[int, float]:
+        """Nats per token, with 95 %, that dropping so many costs at most, by layer."""
+        return {layer: self.layers[layer].bounds[count - 1] for layer, count in counts.items() if count}
+
+    def bound(self, counts: Mapping[int, int]) -> float:
+        """The same in all."""
+        return sum(self.bounds(counts).values())
 
     def to_json(self) -> str:
         """One line."""

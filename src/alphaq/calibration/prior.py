@@ -25,6 +25,7 @@ from alphaq.errors import CheckpointError
 from alphaq.nouns.matrix import Role
 
 SAMPLES = 16_384
+PRIOR_VERSION = 1  # raise it whenever the same routers would give other uses
 FEW_SAMPLES = 4_096  # where the prior only stands in for experts that few tokens reach
 
 
@@ -44,11 +45,10 @@ def routing_prior(checkpoint: Checkpoint, samples: int = SAMPLES) -> dict[Expert
     if checkpoint.planned_role is not Role.EXPERT:
         return {}
     hollow = HollowModel(checkpoint)
-    count = checkpoint.architecture.experts_per_layer(checkpoint.config)
     uses: dict[Expert, ExpertUse] = {}
     for layer, experts in hollow.experts.items():
         traffic = _route(hollow, layer, experts, samples)
-        for number, use in enumerate(expert_uses(traffic.experts, traffic.weights, count)):
+        for number, use in enumerate(expert_uses(traffic.experts, traffic.weights, len(hollow.matrices[layer]))):
             uses[layer, number] = use
     return uses
 

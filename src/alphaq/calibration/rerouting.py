@@ -6,7 +6,8 @@ correction of the choice adds. All else, softmax, sigmoid, groups, renormalising
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +61,29 @@ def counting(hollow: HollowModel, layer: int) -> list[str]:
     return [name for name, rule in rules.items() if rule and rule.per_expert and rule.role is Role.ROUTER]
 
 
+def _is_shared(hollow: HollowModel, name: str, module: Any) -> bool:
+    """Whether a module is an expert that all tokens go to."""
+    sources = [hollow.sources(f"{name}.{own}") for own, _ in module.named_parameters()]
+    roles = {hollow.checkpoint.roles[source[0]] for source in sources if source}
+    return roles == {Role.SHARED_EXPERT} and len(sources) > 1
+
+
+@contextmanager
+def _bypassed(modules: Sequence[Any]) -> Iterator[None]:
+    """Within it these modules give what they get: shared experts have no say in routing, and take most of the time."""
+    before = [one.__dict__.get("forward") for one in modules]
+    for one in modules:
+        one.forward = lambda states, *_, **__: states
+    try:
+        yield
+    finally:
+        for one, own in zip(modules, before, strict=True):
+            if own is None:
+                del one.forward  # the class has its own
+            else:
+                one.forward = own
+
+
 class _Asked(Exception):
     """Carries the routing out of the block, whose remaining weights need not be there."""
 
@@ -81,6 +105,8 @@ class Router:
         self.block: Any = hollow.model.get_submodule(name.rpartition(".")[0])
         self.inputs: Tensor | None = None
         self._asking = False
+        around = name.rpartition(".")[0]
+        self._shared = [one for own, one in self.block.named_children() if _is_shared(hollow, f"{around}.{own}", one)]
         self.block.register_forward_pre_hook(self._see, with_kwargs=True)
         hollow.model.get_submodule(name).register_forward_pre_hook(self._stop, with_kwargs=True)
 
@@ -107,7 +133,7 @@ class Router:
         mode = Banning([state[name] for name in counting(self.hollow, self.layer)], banned)
         self._asking = True
         try:
-            with mode:
+            with mode, _bypassed(self._shared):
                 self.block(self.inputs[tokens][None])
         except _Asked as asked:
             chosen, weights = asked.traffic.experts, asked.traffic.weights

@@ -21,6 +21,7 @@ from alphaq.calibration.experts import ExpertForm, form_of, is_expert_module
 from alphaq.calibration.libraries import config_of, map_large_tensors, no_progress_bars
 from alphaq.calibration.passage import Passage, Recorder
 from alphaq.calibration.products import Room, look_up_rows
+from alphaq.calibration.uneven import take_own_counts
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import AlphaQError, CheckpointError, PassError, first_line
 from alphaq.nouns.matrix import MatrixRef, Role
@@ -86,6 +87,7 @@ def _without_weights(checkpoint: Checkpoint) -> Any:
             # Attention is left to transformers: sdpa where the class has it, which skips the mask of windows
             # without padding. "eager" goes expert by expert; the others copy every token once per expert.
             model = model_class(config)._from_config(config, dtype=torch.float32, experts_implementation="eager")
+        take_own_counts(model)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = first_line(error)
         raise CheckpointError(

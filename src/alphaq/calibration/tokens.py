@@ -46,12 +46,13 @@ def _folder_prefix(folder: Path) -> tuple[Prefix, str | None]:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return (), None
     try:
-        return text_prefix(_tokenizer(folder)), None
+        return text_prefix(folder_tokenizer(folder)), None
     except Exception as error:  # whatever a tokenizer of strangers does to its library: passes work on ids alone
         return (), first_line(error)[:200]
 
 
-def _tokenizer(folder: str | Path) -> Any:
+def folder_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a folder. Raises CheckpointError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:
@@ -70,7 +71,7 @@ def read_windows(tokenizer_folder: str | Path, text: str, length: int, max_token
     bos: each window begins with what the tokenizer puts before a text. Raises CheckpointError if the tokenizer cannot
     be loaded, AlphaQError if there is not one whole window.
     """
-    tokenizer = _tokenizer(tokenizer_folder)
+    tokenizer = folder_tokenizer(tokenizer_folder)
     prefix = text_prefix(tokenizer) if bos else ()
     ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False)["input_ids"][0, :max_tokens]
     own = length - len(prefix)

@@ -192,6 +192,15 @@ def memory_bytes() -> int:
     return min((limit for limit in (machine, _limit_of_process(), _limit_of_group()) if limit), default=0)
 
 
+def free_bytes() -> int:
+    """What of that memory nobody holds now, so far as the system tells; 0 where it does not."""
+    free = 0
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = 1024 * next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
+    return min((one for one in (free, memory_bytes()) if one), default=0)
+
+
 def _limit_of_process() -> int:
     """Of what it has for itself (`ulimit -d`, `ulimit -v`); 0 for none."""
     try:

@@ -3,13 +3,18 @@
 Experts that stay are numbered anew, routers lose the rows of those that go, and config.json counts what is left, so
 that whoever reads, plans or writes such a checkpoint need not know of it. A token whose expert is gone goes to the next
 best: a router without a row computes what one with −∞ in it would.
+
+Families have one count of experts for all layers. Where layers keep different ones, config.json has the most of any
+under the family's key, and each layer's under `OWN_COUNTS`, which only our own runtime reads (calibration/uneven.py).
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alphaq.checkpoint.families.architecture import NUMBERED_LAYER, look_up
-from alphaq.checkpoint.families.routing import check_routing, expert_groups, fewest_experts
+from alphaq.checkpoint.families.architecture import NUMBERED_LAYER, Architecture, look_up
+from alphaq.checkpoint.families.routing import OWN_COUNTS, check_routing, expert_groups, fewest_experts
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.checkpoint.safetensors_format import TORCH_DTYPES
+from alphaq.checkpoint.safetensors_format import ITEM_BYTES, TORCH_DTYPES, TensorSpec, entry_bytes
 from alphaq.checkpoint.tensors import Encoding, TensorInfo, with_slices
 from alphaq.errors import PlanError
 from alphaq.nouns.matrix import MatrixRef, Role
@@ -39,17 +44,19 @@ _PREDICTION_COUNTS = (
 """Config keys of the layers that guess further words."""
 
 
-def without_experts(checkpoint: Checkpoint, dropped: Dropped) -> Checkpoint:
+def without_experts(checkpoint: Checkpoint, dropped: Dropped, uneven: bool = False) -> Checkpoint:
     """The checkpoint without experts `dropped`; itself if there are none.
 
-    Every layer must lose as many, and every group of experts that a router chooses among. Raises PlanError for anything
-    else, and for a model whose experts cannot be taken out.
+    Every layer must lose as many, but where `uneven`, and every group of experts that a router chooses among. Raises
+    PlanError for anything else, and for a model whose experts cannot be taken out.
     """
     if not any(map(len, dropped.values())):
         return checkpoint
     require_prunable(checkpoint)
     kept = _kept(checkpoint, dropped)
-    config = _with_count(checkpoint, len(next(iter(kept.values()))))
+    if not uneven:
+        _require_even(checkpoint, kept)
+    config = _counting(checkpoint, {layer: len(experts) for layer, experts in kept.items()})
     cut = _Cut(checkpoint, kept)
     if any(map(cut.predicts, checkpoint.shard_of)):
         _without_prediction(config)
@@ -80,6 +87,8 @@ def require_prunable(checkpoint: Checkpoint) -> None:
         why = "it has no routed experts"
     elif checkpoint.gguf is not None:
         why = "it is a GGUF file; start from the Hugging Face folder"
+    elif OWN_COUNTS in checkpoint.config:
+        why = "its layers differ in how many experts they have already"
     elif not why and any(_is_table(checkpoint, name) for name in checkpoint.roles):
         why = "a table says which experts a token goes to"
     if why:
@@ -94,24 +103,22 @@ def _is_table(checkpoint: Checkpoint, name: str) -> bool:
 
 def _kept(checkpoint: Checkpoint, dropped: Dropped) -> dict[int, tuple[int, ...]]:
     """The experts of each layer that stay, in their order. Raises PlanError where layers or groups would differ."""
-    count = checkpoint.architecture.experts_per_layer(checkpoint.config)
-    layers = checkpoint.architecture.moe_layers(checkpoint.config)
+    architecture, config = checkpoint.architecture, checkpoint.config
+    count, layers = architecture.experts_per_layer(config), architecture.moe_layers(config)
     if unknown := sorted(set(dropped) - set(layers)):
         raise PlanError(f"Layer {unknown[0]} of {checkpoint.name} has no routed experts to drop.")
-    fewest = fewest_experts(checkpoint.architecture, checkpoint.config)
+    fewest, groups = fewest_experts(architecture, config), expert_groups(architecture, config)
     kept = {layer: tuple(expert for expert in range(count) if expert not in dropped.get(layer, ())) for layer in layers}
     for layer, experts in kept.items():
-        if len(experts) != len(kept[layers[0]]) or len(experts) + len(set(dropped.get(layer, ()))) != count:
+        if len(experts) + len(set(dropped.get(layer, ()))) != count:
             raise PlanError(
-                f"Layer {layer} of {checkpoint.name} would keep {len(experts)} of {count} experts, layer {layers[0]} "
-                f"{len(kept[layers[0]])}. Drop as many in every layer."
+                f"Layer {layer} of {checkpoint.name} has no expert {max(dropped[layer])} to drop: it has {count}."
             )
         if len(experts) < fewest:
             raise PlanError(
                 f"Layer {layer} of {checkpoint.name} would keep {len(experts)} of {count} experts, too few for its "
                 f"router to choose from. Keep at least {fewest}."
             )
-        groups = expert_groups(checkpoint.architecture, checkpoint.config)
         sizes = {sum(expert * groups // count == group for expert in experts) for group in range(groups)}
         if len(sizes) > 1:
             raise PlanError(
@@ -121,10 +128,29 @@ def _kept(checkpoint: Checkpoint, dropped: Dropped) -> dict[int, tuple[int, ...]
     return kept
 
 
-def _with_count(checkpoint: Checkpoint, count: int) -> JsonObject:
-    """config.json with another number of experts wherever it states it."""
-    config = copy.deepcopy(checkpoint.config)
-    architecture = checkpoint.architecture
+def _require_even(checkpoint: Checkpoint, kept: Mapping[int, tuple[int, ...]]) -> None:
+    """Raise PlanError unless all layers keep as many experts."""
+    first = min(kept)
+    for layer, experts in kept.items():
+        if len(experts) != len(kept[first]):
+            raise PlanError(
+                f"Layer {layer} of {checkpoint.name} would keep {len(experts)} experts, layer {first} "
+                f"{len(kept[first])}. Drop as many in every layer, or plan with --engine native."
+            )
+
+
+def _counting(checkpoint: Checkpoint, counts: Mapping[int, int]) -> JsonObject:
+    """config.json for so many experts in each layer."""
+    most = max(counts.values())
+    config = with_count(checkpoint.architecture, checkpoint.config, most)
+    own = {str(layer): count for layer, count in counts.items() if count != most}
+    return config | {OWN_COUNTS: own} if own else config
+
+
+def with_count(architecture: Architecture, config: JsonObject, count: int) -> JsonObject:
+    """A copy of config.json with another number of experts, the same in every layer, wherever it states it."""
+    config = copy.deepcopy(config)
+    config.pop(OWN_COUNTS, None)
     text: Any = architecture.text_config(config)
     before = architecture.experts_per_layer(config)
     for path in architecture.num_experts_keys:
@@ -154,6 +180,33 @@ class _KeptRows:
     def __call__(self, stored: Tensor, name: str) -> Tensor:
         values = stored.view(TORCH_DTYPES[self.dtype]).view(self.shape)
         return values.index_select(self.axis, torch.tensor(self.rows))
+
+
+@dataclass(frozen=True)
+class Spared:
+    """Bytes that go beside experts' matrices. rows: with each expert of a layer, of its router. tensors: how many of
+    them count experts, by layer. prediction: with the first expert of any layer."""
+
+    rows: Mapping[int, int]
+    tensors: Mapping[int, int]
+    prediction: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Spared:
+        """Of 16-bit values as they are stored."""
+        architecture, config = checkpoint.architecture, checkpoint.config
+        every = tuple(range(architecture.experts_per_layer(config)))
+        cut = _Cut(checkpoint, dict.fromkeys(architecture.moe_layers(config), every))
+        rows, tensors, prediction = Counter[int](), Counter[int](), 0
+        for name in checkpoint.shard_of:
+            info, layer = checkpoint.info(name), _layer_of(name)
+            nbytes = math.prod(info.shape) * ITEM_BYTES[info.dtype]
+            if cut.predicts(name):
+                prediction += nbytes + entry_bytes(name, TensorSpec(info.dtype, info.shape))
+            elif layer is not None and name not in cut.of_experts and cut.counts_experts(name):
+                rows[layer] += nbytes // info.shape[_expert_axis(info)]
+                tensors[layer] += 1
+        return cls(rows, tensors, prediction)
 
 
 class _Cut:
@@ -200,7 +253,7 @@ class _Cut:
             assert name is not None and tensor is not None  # since its number is kept
             index = None if matrix.index is None else number
             return replace(matrix, name=name, expert=number, tensor=tensor, index=index)
-        if not self._counts_experts(matrix.tensor):
+        if not self.counts_experts(matrix.tensor):
             return None if self.name(matrix.name) is None else matrix
         info = self.tensor(self.checkpoint.info(matrix.tensor))
         assert info is not None and len(info.shape) == 2  # a matrix
@@ -212,13 +265,13 @@ class _Cut:
         if name is None:
             return None
         stacked = len(info.shape) > 2 and info.name in self.of_experts
-        if layer is None or layer not in self.kept or not (stacked or self._counts_experts(info.name)):
+        if layer is None or layer not in self.kept or not (stacked or self.counts_experts(info.name)):
             return replace(info, name=name)
         if stacked:
             return with_slices(info, self.kept[layer])
         if info.encoding is not None:
             raise PlanError(f"{info.name} is stored in codes, so rows cannot be taken out. Convert the model to bf16.")
-        axis = next((number for number, side in enumerate(info.shape) if side != 1), 0)
+        axis = _expert_axis(info)
         rows = (*self.kept[layer], *range(self.count, info.shape[axis]))  # what has no weights of its own stays
         shape = (*info.shape[:axis], len(rows), *info.shape[axis + 1 :])
         reads = _KeptRows(info.dtype, info.shape, axis, rows)
@@ -230,9 +283,15 @@ class _Cut:
         rule, _ = self.checkpoint.architecture.first_match(name)
         return rule is not None and rule.role is Role.EXPERT
 
-    def _counts_experts(self, tensor: str) -> bool:
+    def counts_experts(self, tensor: str) -> bool:
+        """Whether a side of a tensor counts the experts of its layer."""
         rule, _ = self.checkpoint.architecture.first_match(tensor)
         return rule is not None and rule.per_expert and _layer_of(tensor) in self.kept
+
+
+def _expert_axis(info: TensorInfo) -> int:
+    """Of a router's tensor, the axis that counts experts."""
+    return next((number for number, side in enumerate(info.shape) if side != 1), 0)
 
 
 def _layer_of(name: str) -> int | None:

@@ -208,14 +208,6 @@ class Checkpoint:
         """The language model's part of the config, which multi-modal models nest."""
         return dict(self.architecture.text_config(self.config))
 
-    def expect(self, matrix: MatrixRef) -> None:
-        """Tell the system that a matrix will be read soon."""
-        shard, info = self.shard_of[matrix.tensor], self.info(matrix.tensor)
-        self.file(shard).expect(*self.place(matrix))
-        for _, part in info.encoding.parts if info.encoding is not None else ():
-            needed = part.rows(*stored_rows(info, matrix))
-            self.file(part.shard).expect(*rows_place(part.info, part.slice_of(matrix.index or 0), *needed))
-
     def forget(self, shard: str) -> None:
         """Tell the system that a shard is done with; only where the checkpoint does not fit into memory anyway."""
         if self.nbytes > memory_bytes() // 2:

@@ -24,6 +24,7 @@ from alphaq.checkpoint.side_files import MOST_SIDE_FILES, References, is_small
 from alphaq.errors import AlphaQError, CheckpointError, MissingExtraError, first_line
 from alphaq.work.untrusted import MAX_JSON_BYTES, shown
 
+S = TypeVar("S")
 T = TypeVar("T")
 PART_BYTES = 8 << 20  # of one request; a larger range is several requests at once
 CONNECTIONS = 8
@@ -198,10 +199,10 @@ class Store:
         for _ in self.map(sorted(stamps), fetch):
             pass
 
-    def map(self, names: Iterable[str], ask: Callable[[str], T]) -> Iterator[T]:
-        """ask(name) for each, several at the same time, since a request waits far longer than it works; in order."""
+    def map(self, items: Iterable[S], ask: Callable[[S], T]) -> Iterator[T]:
+        """ask(item) for each, several at the same time, since a request waits far longer than it works; in order."""
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            yield from pool.map(ask, names)
+            yield from pool.map(ask, items)
 
     @property
     def folder(self) -> Path:
@@ -210,7 +211,7 @@ class Store:
             raise CheckpointError(f"The small files of {self.url} are on the machine that opened it alone.")
         return Path(self.scratch.name) / self.name
 
-    def file(self, name: str, stamp: Stamp) -> RemoteFile:
+    def file(self, name: str, stamp: Stamp) -> SourceFile:
         """A file of the folder, to read from."""
         return RemoteFile(self, name, stamp)
 

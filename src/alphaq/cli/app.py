@@ -36,6 +36,7 @@ from alphaq.cli.methods import methods
 from alphaq.cli.options import as_command
 from alphaq.cli.plan import plan
 from alphaq.cli.plot import plot
+from alphaq.cli.price import price
 from alphaq.cli.prune import prune
 from alphaq.cli.quantize import quantize
 from alphaq.cli.quantizers import quantizers
@@ -51,6 +52,7 @@ from alphaq.terminal import complain
 COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "analyze": analyze,
+    "price": price,
     "fit": fit,
     "plan": plan,
     "refine": refine,

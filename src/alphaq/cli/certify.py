@@ -14,7 +14,7 @@ from alphaq.cli.options import Shown
 from alphaq.errors import AlphaQError
 from alphaq.nouns.option import Option
 from alphaq.nouns.scoring import Scoring
-from alphaq.terminal import progress, show, tell, warn
+from alphaq.terminal import note, progress, show, tell, warn
 
 if TYPE_CHECKING:
     from alphaq.evaluation.tasks import TaskRequest
@@ -60,12 +60,16 @@ def certify(
     from alphaq import pipeline
     from alphaq.checkpoint.writer import check_file
     from alphaq.evaluation.certificate import other_source
+    from alphaq.evaluation.loading import settled
     from alphaq.report.tables import certificate_tables
 
     target = output or _beside(model)
     check_file(target)
     request = _request(tasks)
     note_folders(model, reference)
+    scoring, why = settled(scoring, model, reference, None if request is None else "--tasks")
+    if why:
+        note(why)
     made = pipeline.certify(model, reference, scoring, ear, request, _command(command), progress)
     made.write(target)
     if other := other_source(made.model, made.reference):

@@ -15,7 +15,7 @@ from alphaq.cli.quantize import TokensOption
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import Budget, PlanConfig
-from alphaq.terminal import show, tell, warn
+from alphaq.terminal import note, show, tell, warn
 
 if TYPE_CHECKING:
     from alphaq.checkpoint.reader import Checkpoint
@@ -62,12 +62,16 @@ def compare(
     from alphaq.trials.compare import Comparison
     from alphaq.trials.compare import compare as run
     from alphaq.trials.tables import comparison_table
+    from alphaq.trials.trial import settled
 
     on_text = any(method(name.partition(":")[0]).needs_text for name in names)
     roundings = _roundings(checkpoint, _listed(quantizers or ""), Sight(calibration, calibration_tokens, scoring.bos))
     if calibration is not None and not on_text and not any(one.by_inputs for one in roundings):
         raise AlphaQError("--calibration does nothing for these methods and quantizers. Drop it.")
     text = text_of(calibration, scoring.bos) if on_text else None
+    scoring, why = settled(scoring, checkpoint)
+    if why:
+        note(why)
     with resources_for(checkpoint, means) as resources:
         rows = run(checkpoint, Comparison(names, budgets, config, text, roundings), scoring, output, resources)
     warn(*(f"{row.method} at {row.bits:g} bits: {row.error}" for row in rows if row.error))

@@ -16,33 +16,34 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def opened_for(engine: str, model: str, means: Means, beside: Path) -> Iterator[Checkpoint]:
+def opened_for(engine: str, model: str, means: Means, beside: Path, headers_only: bool = False) -> Iterator[Checkpoint]:
     """The checkpoint that a command is to work on, as a GGUF file where that has to be made first.
 
-    beside: folder for that file, until the command is done. Raises AlphaQError.
+    beside: folder for that file, until the command is done. headers_only: weights of a hub model stay there. Raises
+    AlphaQError.
     """
     from alphaq.engines.gguf.profile import PROFILE
 
     if engine != PROFILE.name:
         if means.converter is not None:
             raise AlphaQError(f"--converter makes a GGUF file, which is for {PROFILE.name}. Drop it.")
-        yield opened(model, means)
+        yield opened(model, means, headers_only)
         return
     with ExitStack() as stack:
-        checkpoint = None if means.converter is not None else _opened_here(model, means)
+        checkpoint = None if means.converter is not None else _opened_here(model, means, headers_only)
         if checkpoint is None:
             made = stack.enter_context(_converted(model, means, beside))
             checkpoint = opened(str(made), means.model_copy(update={"revision": None}))
         yield checkpoint
 
 
-def _opened_here(model: str, means: Means) -> Checkpoint | None:
+def _opened_here(model: str, means: Means, headers_only: bool) -> Checkpoint | None:
     """The checkpoint, or None if the converter has to read it. Raises ArchitectureError if there is no converter."""
     from alphaq.checkpoint.reader import expanded, find_gguf
     from alphaq.engines.gguf.converter import REMEDY, find_converter
 
     try:
-        checkpoint = opened(model, means)
+        checkpoint = opened(model, means, headers_only)
         if checkpoint.gguf is not None or checkpoint.architecture.gguf is not None:
             return checkpoint
         why = f"AlphaQ knows the family {checkpoint.architecture.name!r}, but not how llama.cpp calls its tensors."

@@ -22,7 +22,7 @@ def evaluate(
     """Perplexity per text with its interval; with --reference also KL, top-1 agreement and EAR."""
     from alphaq import pipeline
     from alphaq.evaluation.evaluate import fidelity_json
-    from alphaq.evaluation.loading import transformers_note
+    from alphaq.evaluation.loading import settled, transformers_note
     from alphaq.report.tables import fidelity_table
     from alphaq.runtime.skipping import check_share
 
@@ -30,5 +30,8 @@ def evaluate(
     note_folders(model, reference)
     if said := transformers_note((model, reference), scoring):
         note(said)
+    scoring, why = settled(scoring, model, reference, "--skip-experts" if skip_experts else None)
+    if why:
+        note(why)
     fidelity = pipeline.evaluate(model, scoring, reference, progress, skip_experts)
     show(as_json, {"model": model, "skip_experts": skip_experts, **fidelity_json(fidelity)}, fidelity_table(fidelity))

@@ -67,7 +67,8 @@ def fit(
     config = plan_config(asked, inputs, budget=Budget(size_bytes=1))
     bandwidth = config.bandwidth or bandwidth_here(cache_folder()).bytes_per_second
     beside = Path() if write is None else write.absolute().parent
-    with opened_for(config.engine, model, means, beside) as checkpoint:
+    few = config.share is not None and write is None
+    with opened_for(config.engine, model, means, beside, headers_only=few) as checkpoint:
         host = _host(checkpoint, serving)
         found, curve = _fits(checkpoint, config, inputs, means, host, beside)
     chosen = found[0]
@@ -103,7 +104,7 @@ def _host(checkpoint: Checkpoint, serving: Asked[Serving]) -> Serving:
     if serving.values["memory_bytes"] is None:
         if not (installed := memory_bytes()):
             raise BudgetError("This system does not tell how much memory there is. State --memory 16GiB.")
-        known["memory_bytes"] = int(installed * FREE_SHARE)
+        known["memory_bytes"] = int(installed * FREE_SHARE) // 2**20 * 2**20  # a round number to repeat
         note(f"of this machine's {installed / 2**30:.1f} GiB an eighth is left to the system; --memory states it")
     return serving.build(**known)
 
@@ -116,12 +117,12 @@ def _fits(
     Raises BudgetError if nothing does.
     """
     from alphaq.planning import resolve
-    from alphaq.planning.fitting import MACHINES_GIB, curve_plans, fits, least_memory, of_machine
+    from alphaq.planning.fitting import MACHINES_GIB, curve_plans, fits, least_bytes, of_machine
     from alphaq.planning.memory import memory_of
     from alphaq.report.tables import human_bytes
 
     memory = memory_of(checkpoint, config.engine, host)
-    least = least_memory(checkpoint, resolve(config).with_stored(checkpoint), memory)
+    least = memory.kept.total + least_bytes(checkpoint, resolve(config).with_stored(checkpoint))
     if least > host.memory_bytes + (host.vram_bytes or 0):
         raise BudgetError(
             f"Nothing of {checkpoint.name} fits into {human_bytes(host.memory_bytes)}: with {host.cells:,} tokens of "
@@ -135,7 +136,7 @@ def _fits(
         config = config.model_copy(update={"budget": Budget(size_bytes=memory.weights)})
         request, measured = measurements(checkpoint, config, inputs, resources, settle=False)
         found = list(fits(checkpoint, request, measured, memories, resources))
-        plans = curve_plans(checkpoint, request, measured, least - memory.kept.total) if found[0].plan else []
+        plans = curve_plans(checkpoint, request, measured) if found[0].plan else []
     if found[0].plan is None:
         raise BudgetError(found[0].why)
     return found, _curve(checkpoint.name, plans, memories[1:])

@@ -57,7 +57,7 @@ class Shown:
         kind = kind if kind in SIMPLE else str
         required = setting.required or name in self.required
         default = self.defaults.get(name, Parameter.empty if required else setting.default)
-        if kind is bool and default is True:
+        if kind is bool and default is not False:
             flag = f"{flag}/--no-{flag.removeprefix('--')}"
         told = typer.Option(
             flag,

@@ -63,7 +63,8 @@ def plan(
         return
     beside = output or (search.wanted.curve if search is not None else None)
     scratch = None if beside is None else beside.absolute().parent
-    with nullcontext() if model is None else opened_for(config.engine, model, means, scratch or Path()) as checkpoint:
+    few, folder = config.share is not None, scratch or Path()
+    with nullcontext() if model is None else opened_for(config.engine, model, means, folder, few) as checkpoint:
         with resources_for(checkpoint, means) as resources:
             inputs = inputs.made_for(checkpoint, resources, scratch or Path(), config.bos)
             if search is None or checkpoint is None:
@@ -74,7 +75,7 @@ def plan(
                 made = build(config) if checkpoint is None else plan_within(checkpoint, config, host, build)
             else:
                 made = search_plan(checkpoint, config, inputs, search, resources, scratch=scratch)
-            if checkpoint is not None:
+            if checkpoint is not None and not few:  # which would read more of it
                 note_pace(checkpoint, made, resources)
         if write_type_file is not None and checkpoint is not None:
             _write_types(write_type_file, checkpoint, made)

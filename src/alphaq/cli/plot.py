@@ -110,15 +110,13 @@ def _drawn(drawing: Drawing) -> tuple[Any, dict[str, object]]:
 
 def _curve(path: Path) -> Curve:
     """Of a fit as JSON, or of a plan; machines are marked by what the plan's memory keeps."""
-    from alphaq.planning.fitting import MACHINES_GIB, of_machine
-    from alphaq.report.curve import Mark, curve_of_plan, read_curve
+    from alphaq.report.curve import curve_of_plan, marks_of_plan, read_curve
     from alphaq.report.runs import read_run
 
     if path.is_file() and _is_fit(path):
         return read_curve(path)
     plan = read_run(path).plan
-    kept = 0 if plan.memory is None else plan.memory.kept.total
-    return curve_of_plan(plan, [Mark(gib=gib, weights_bytes=of_machine(gib) - kept) for gib in MACHINES_GIB])
+    return curve_of_plan(plan, marks_of_plan(plan))
 
 
 def _is_fit(path: Path) -> bool:

@@ -34,10 +34,10 @@ def prune(
     checkpoint = opened(model, means)
     with resources_for(checkpoint, means) as resources:
         drops = measured_drops(checkpoint, bos, resources)
-        count = to_drop(checkpoint, drops, experts)
+        counts = drops.evenly(to_drop(checkpoint, drops, experts))
         if resources.cache is not None:
             resources.cache.close()
-        wanted = Pruning(drops.first(count), drops.bound(count), restart)
+        wanted = Pruning(drops.first(counts), drops.bound(counts), restart)
         result = write(checkpoint, wanted, output, resources)
     _show(result, as_json)
 

@@ -16,7 +16,7 @@ from alphaq.nouns.plan import Plan
 from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.nouns.target import SEARCH, Target
-from alphaq.terminal import tell
+from alphaq.terminal import note, tell
 
 if TYPE_CHECKING:
     from alphaq.checkpoint.reader import Checkpoint
@@ -91,6 +91,7 @@ def search_plan(
 ) -> Plan:
     """The smallest plan that reaches the target; says on stderr what every budget gave. scratch: folder of trials."""
     from alphaq.trials import search as searching
+    from alphaq.trials.trial import settled
     from alphaq.writing.planned import check_source
 
     check_source(checkpoint, config.engine)
@@ -104,7 +105,10 @@ def search_plan(
     request, measured = measurements(checkpoint, config, inputs, resources, quantizer, settle=False)
     if resources.cache is not None:
         resources.cache.close()  # others may measure while this one evaluates
-    trying = searching.Trying(search.scoring, rounding, search.wanted.curve, scratch, _tell_point)
+    scoring, why = settled(search.scoring, checkpoint)
+    if why:
+        note(why)
+    trying = searching.Trying(scoring, rounding, search.wanted.curve, scratch, _tell_point)
     plan, curve = searching.search(checkpoint, request, measured, search.wanted, trying, resources)
     _tell_curve(curve, search.wanted)
     note_plan(plan)

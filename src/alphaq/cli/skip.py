@@ -18,7 +18,7 @@ SHARES = "0.1,0.2,0.3,0.4,0.5,0.6,0.8,1"
 
 def skip(
     model: ModelArgument,
-    scoring: Annotated[Scoring, Shown(required=("texts",), defaults={"dtype": "auto"})],
+    scoring: Annotated[Scoring, Shown(without=("stream",), required=("texts",), defaults={"dtype": "auto"})],
     decoding: Decoding,
     shares: Annotated[str, typer.Option(help="Values of --skip-experts to try, between commas; 0 is added.")] = SHARES,
     reference: Annotated[

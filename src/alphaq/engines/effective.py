@@ -70,7 +70,7 @@ def understood(cls: type, settings: JsonObject) -> JsonObject:
 
 @lru_cache(maxsize=64)
 def _understood(cls: type, settings: str) -> JsonObject:
-    given = json.loads(settings)
+    given = json.loads(settings, object_hook=_plain_float)
     for key in ("architectures", "dtype", "torch_dtype", "quantization_config"):  # of the file, not of the model
         given.pop(key, None)
     try:
@@ -82,6 +82,12 @@ def _understood(cls: type, settings: str) -> JsonObject:
             f"config.json is not one that transformers' {cls.__name__} takes ({reason:.200}). Restore the original."
         ) from error
     return made
+
+
+def _plain_float(found: JsonObject) -> object:
+    """transformers writes `{"__float__": "Infinity"}` for what JSON has no number for."""
+    said = found.get("__float__")
+    return float(said) if said in ("Infinity", "-Infinity", "NaN") and len(found) == 1 else found
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:

@@ -64,7 +64,7 @@ def as_loaded(tensor: str) -> str:
     return tensor.replace(".block_sparse_moe.", ".mlp.")
 
 
-def module_path(matrix: MatrixRef) -> str:
+def module_path(checkpoint: Checkpoint, matrix: MatrixRef) -> str:
     """The module that a matrix belongs to, in the model that GPTQModel fills."""
     module = module_name(as_loaded(matrix.name))
     if matrix.role is Role.EXPERT:
@@ -76,7 +76,7 @@ def keeps(checkpoint: Checkpoint, matrix: MatrixRef) -> str | None:
     """Why GPTQModel must have a matrix in 16 bits, or None."""
     if checkpoint.architecture.name in DENSE_KEPT and matrix.role is Role.DENSE_MLP:
         return f"it knows nothing of dense layers of {checkpoint.architecture.name}"
-    if matrix.role is Role.HEAD and module_path(matrix) != HEAD:
+    if matrix.role is Role.HEAD and module_path(checkpoint, matrix) != HEAD:
         return f"it loads quantized heads by the name {HEAD} alone"
     return None
 

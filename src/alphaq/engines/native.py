@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from alphaq.checkpoint.families.routing import OWN_COUNTS
 from alphaq.checkpoint.reader import NATIVE_METHOD, Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
 from alphaq.engines.export import Export, Layout, Part, Rows, Run, Stored
@@ -21,7 +22,7 @@ from alphaq.engines.safetensors.layout import added_bytes, kept_fault, kept_part
 from alphaq.errors import CheckpointError
 from alphaq.formats.blocks import decode, dequantized_rows, encode, read_block_header
 from alphaq.formats.table import formats, plain_choice, storage_bytes, stored_choice
-from alphaq.formats.versions import NATIVE_FORMAT_VERSION
+from alphaq.formats.versions import NATIVE_FORMAT_VERSION, UNEVEN
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
 from alphaq.nouns.plan import Plan
@@ -66,6 +67,8 @@ def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout
         "average_bits": plan.average_bits,
         "bits_per_weight": plan.bits_per_weight,
     }
+    if OWN_COUNTS in checkpoint.config:  # which vLLM is not told of elsewhere
+        quantization[UNEVEN] = True
     write_model_folder(folder, checkpoint, written.entries, {"quantization_config": quantization})
 
 
@@ -79,10 +82,11 @@ PROFILE = Profile(
     defaults=tuple(choice for choice in _CHOICES if not (choice.name or choice.kept or choice.symmetric)),
     with_bits=plain_choice,
     storage_bytes=storage_bytes,
-    file_bytes=lambda matrix, choice: added_bytes((part(matrix, choice),)),
+    file_bytes=lambda checkpoint, matrix, choice: added_bytes((part(matrix, choice),)),
     obstacle=lambda choice, matrix: None,
     quantizer="debiased",
     searchable=True,
+    own_counts=True,
     on_request=frozenset({Role.EMBEDDING, Role.HEAD}),
     role_bits=ROLE_BITS | {Role.MIXER: 4},
     export=Export(

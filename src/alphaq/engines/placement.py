@@ -28,7 +28,7 @@ def left_out(checkpoint: Checkpoint, engine: str) -> frozenset[str]:
 
     Raises ArchitectureError for one that the engine has no place for and that the model may need.
     """
-    known = family_settings(engine, checkpoint.architecture)
+    known = family_settings(engine, checkpoint.architecture, checkpoint.text_config.get("model_type"))
     pattern = place_pattern(known, checkpoint.architecture)
     layers = checkpoint.architecture.layers(checkpoint.config)
     homeless, dropped = [], set()

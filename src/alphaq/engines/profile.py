@@ -39,6 +39,7 @@ class Profile:
     that which loads the files (`library_name` of a card). importance: (checkpoint, importance matrix) → what it says of
     each matrix; None if the engine's quantizers take none.
     searchable: whether `--ear` can try budgets, since the files are run here.
+    own_counts: whether layers may differ in how many experts they have.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Profile:
     defaults: tuple[Choice, ...]
     with_bits: Callable[[int], Choice]
     storage_bytes: Callable[[Choice, Shape], int]
-    file_bytes: Callable[[MatrixRef, Choice], int]
+    file_bytes: Callable[[Checkpoint, MatrixRef, Choice], int]
     obstacle: Callable[[Choice, MatrixRef], str | None]
     quantizer: str
     fast: tuple[Choice, ...] = ()
@@ -62,6 +63,7 @@ class Profile:
     library: str = "alphaq"
     importance: Callable[[Checkpoint, ImportanceMatrix], Importance] | None = None
     searchable: bool = False
+    own_counts: bool = False
 
     @property
     def writer(self) -> Export:

@@ -42,9 +42,9 @@ def require_settings(checkpoint: Checkpoint, engine: str) -> JsonObject:
             require_assumptions(checkpoint, engine, mapping.arch, mapping.config)
         return settings_of(checkpoint)  # what else is assumed of these is asked for with the family's name
     config = effective_config(checkpoint)
-    known = family_settings(engine, checkpoint.architecture)
+    known = family_settings(engine, checkpoint.architecture, checkpoint.text_config.get("model_type"))
     if checkpoint.gguf is None:
-        if not table.wrapped:
+        if not (table.wrapped or known.lines.wrapped):
             _require_plain(checkpoint, engine)
         for name, value in _refused(checkpoint, known, config):
             raise ArchitectureError(_why(known, name, value))

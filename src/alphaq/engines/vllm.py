@@ -31,13 +31,12 @@ from alphaq.engines.safetensors.modules import (
     as_published,
     linear_choices,
     module_name,
-    module_of,
     module_patterns,
 )
 from alphaq.errors import MissingExtraError, PlanError
 from alphaq.formats.native import GROUP_SIZES
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.matrix import Shape
+from alphaq.nouns.matrix import MatrixRef, Shape
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.work.untrusted import JsonObject
@@ -71,13 +70,17 @@ def _fused(module: str) -> str | None:
     return f"{before}.{FUSED[leaf]}" if leaf in FUSED else None
 
 
+def _called(checkpoint: Checkpoint, matrix: MatrixRef) -> str:
+    return module_name(as_published(checkpoint, matrix.name))
+
+
 def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> JsonObject:
     """What config.json says of the weights: a group for each choice of experts, and for each of other modules.
 
     transformers applies the first group that speaks of experts to all of them, so theirs come first. vLLM reads a
     group's `format`, SGLang the global one. Merged modules are named too: not every model says what it merges.
     """
-    known = linear_choices(checkpoint, choices, lambda matrix: module_name(as_published(checkpoint, matrix.name)))
+    known = linear_choices(checkpoint, choices, _called)
     alike: dict[tuple[bool, Choice], list[str]] = {}
     for module, choice in known.items():
         routed = ".experts." in module
@@ -189,6 +192,6 @@ ENGINE = SafetensorsEngine(
     usage="Serve it: vllm serve {out}",
     run=Run("transformers with compressed-tensors", logits, tolerance=0.02),
     damage=damage,
-    merged=lambda matrix: _fused(module_of(matrix)),
+    merged=lambda matrix: _fused(module_name(matrix.name)),
 )
 PROFILE = ENGINE.profile()

@@ -133,7 +133,7 @@ class ModelIdentity(_Record):
 
 class Settings(_Record):
     """How texts were scored. computed_in: the dtype of activations; dtype is what was asked for. begins_with: special
-    tokens put before each window, in words."""
+    tokens put before each window, in words. layer_by_layer: whether weights were read from disk as they were used."""
 
     window: int
     max_tokens: int | None
@@ -145,6 +145,7 @@ class Settings(_Record):
     draws: int = DRAWS
     seed: int = SEED
     begins_with: str = ""
+    layer_by_layer: bool = False
 
 
 class Certificate(_Record):

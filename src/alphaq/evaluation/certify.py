@@ -29,13 +29,14 @@ def certify(
     """
     from alphaq.evaluation import certificate as record
     from alphaq.evaluation.fidelity import Remembered, read_texts, score_texts, window_beginning
+    from alphaq.evaluation.loading import pair_of, settled
     from alphaq.evaluation.tasks import certify_tasks, find_tasks
-    from alphaq.runtime.loading import load_pair
 
+    scoring, _ = settled(scoring, model, reference, None if tasks is None else "--tasks")
     contents = read_texts(scoring.texts)
     manager = None if tasks is None else find_tasks(tasks)
     identities = [record.identity_of(one) for one in (model, reference)]
-    loaded, against, tokenizer = load_pair(model, reference, scoring.dtype, scoring.device)
+    loaded, against, tokenizer = pair_of(model, reference, scoring)
     scores = dict(score_texts(loaded, tokenizer, contents, scoring, Remembered(against), wrap))
     overall, each = record.text_figures(scores, contents)
     done = None if tasks is None else certify_tasks(loaded, against, tokenizer, tasks, manager, wrap)
@@ -53,6 +54,7 @@ def certify(
             computed_in=str(loaded.dtype).removeprefix("torch."),
             device=str(loaded.device),
             begins_with=window_beginning(tokenizer, scoring.bos),
+            layer_by_layer=bool(scoring.stream),
         ),
         texts=each,
         overall=overall,

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from alphaq.calibration.stream import HollowModel, stream_forward
 from alphaq.calibration.tokens import random_windows
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.export import Run
 from alphaq.engines.output import Output
-from alphaq.errors import CheckpointError, PlanError, VerificationError
+from alphaq.errors import PlanError, VerificationError
 from alphaq.evaluation.restored import restored_alone, restored_from
+from alphaq.evaluation.streamed import StreamedModel
 from alphaq.nouns.matrix import Role
 from alphaq.writing.planned import as_planned
 
@@ -89,35 +89,8 @@ def _suspect(checkpoint: Checkpoint) -> str:
 
 def restored_logits(checkpoint: Checkpoint, ids: Sequence[int]) -> torch.Tensor:
     """Logits of the model's own class in float32 [tokens, words], a layer in memory at a time."""
-    from transformers.modeling_outputs import MoeModelOutputWithPast
-
-    hollow = HollowModel(checkpoint)
-    window = torch.tensor([list(ids)])
-    states = stream_forward(checkpoint, window, lambda traffic: None, hollow)
-    _fill_head(hollow)
-    hollow.base.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=states)
-    try:
-        with torch.no_grad():
-            logits: torch.Tensor = hollow.model(input_ids=window, use_cache=False, output_router_logits=False).logits
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
-        raise CheckpointError(
-            f"{type(hollow.model).__name__} of {checkpoint.name} cannot be run layer by layer ({str(error)[:200]}). "
-            "Drop --run; `alphaq eval` runs the model whole."
-        ) from error
-    return logits[0].float()
-
-
-def _fill_head(hollow: HollowModel) -> None:
-    """Give the head its weights: its own, or the embedding's."""
-    head, embedding = hollow.model.get_output_embeddings(), hollow.base.get_input_embeddings()
-    names = {module: name for name, module in hollow.model.named_modules()}
-    if head is None:
-        raise CheckpointError(f"{type(hollow.model).__name__} has no head for words, so it has no logits. Drop --run.")
-    if hollow.stores(names[head]):
-        hollow.fill(names[head])
-        return
-    hollow.fill(names[embedding])
-    head.weight = embedding.weight
+    model = StreamedModel(checkpoint, remedy="Drop --run; `alphaq eval --no-stream` runs the model whole.")
+    return model(torch.tensor([list(ids)])).logits[0, slice(0, len(ids))]
 
 
 def _compared(engine: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> EngineRun:

@@ -20,17 +20,20 @@ def evaluate(
 ) -> Fidelity:
     """Perplexity per text, and distance from a reference model if one is given.
 
-    A GGUF file is run by llama.cpp if that is installed and `scoring` names neither dtype (`auto`) nor device.
+    A GGUF file is run by llama.cpp if that is installed and `scoring` names neither dtype (`auto`) nor device. Others
+    that would not fit into memory are run layer by layer from disk, in float32, unless `scoring.stream` says otherwise.
     skipped_share: see `runtime.skipping.skip_experts`; the reference runs all of its experts. Raises AlphaQError for
     models that put out NaN, or of which no experts can be left out.
     """
     from alphaq.evaluation.fidelity import evaluate_texts, read_texts, window_beginning
-    from alphaq.evaluation.loading import opened_models
+    from alphaq.evaluation.loading import STREAMED, opened_models, settled
     from alphaq.runtime.skipping import skip_experts
 
     contents = read_texts(scoring.texts)
+    scoring, _ = settled(scoring, model, reference, "--skip-experts" if skipped_share else None)
     with opened_models(model, reference, scoring, contents) as (own, against):
-        skip_experts(own.model, skipped_share)
+        if own.by != STREAMED:  # which runs them all
+            skip_experts(own.model, skipped_share)
         other = None if against is None else against.model
         by_text = dict(evaluate_texts(own.model, own.tokenizer, contents, scoring, other, wrap))
         for name, text in by_text.items():

@@ -8,8 +8,9 @@ from q would be accepted as one from p (SLQ). The interval treats windows as the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from alphaq.work.workers import Wrap, silent
 WINDOWS_AT_ONCE = 8  # of one forward pass: small models are slow on many small steps
 LOGITS_AT_ONCE = 1 << 25
 POSITIONS_AT_ONCE = 128  # bounds the float32 copies of [positions, vocabulary]
+POSITIONS_BY_A_READING = 256  # of a head on disk, which is read once for so many
 
 
 @dataclass(frozen=True)
@@ -88,30 +90,30 @@ def window_beginning(tokenizer: Any, bos: bool = True) -> str:
 @torch.inference_mode()
 def score_windows(model: Any, reference: Any | None, ids: torch.Tensor, context: int = 1) -> list[WindowScore]:
     """Score every token but the first `context` of each window [windows, length], given those before it."""
-    ids = ids.to(model.device)
-    logits = model(ids).logits[:, context - 1 : -1]
-    against = None
-    if reference is not None:
-        against = reference(ids.to(reference.device)).logits[:, context - 1 : -1].to(model.device)
-    return [
-        _scored(logits[window], None if against is None else against[window], targets)
-        for window, targets in enumerate(ids[:, context:])
-    ]
+    logits = model(ids.to(model.device)).logits
+    against = None if reference is None else reference(ids.to(reference.device)).logits
+    return [_scored(logits, against, place, window[context:], context - 1) for place, window in enumerate(ids)]
 
 
-def _scored(logits: torch.Tensor, against: torch.Tensor | None, targets: torch.Tensor) -> WindowScore:
-    """One window's score from logits [tokens, vocabulary] of the model and the reference, and what came [tokens]."""
+def _scored(
+    logits: Any, against: Any | None, window: int, targets: torch.Tensor, first: int, step: int = POSITIONS_AT_ONCE
+) -> WindowScore:
+    """One window's score from logits [windows, positions, vocabulary] of the model and the reference.
+
+    targets: what came [tokens], of which position `first` expects the first. step: positions whose logits are held.
+    """
     loss = top1 = ear = reference_loss = 0.0
     divergences: list[torch.Tensor] = []
-    for start in range(0, len(targets), POSITIONS_AT_ONCE):
-        part = slice(start, start + POSITIONS_AT_ONCE)
-        log_q = logits[part].float().log_softmax(-1)
-        loss -= float(log_q.gather(1, targets[part, None]).sum(dtype=torch.float64))
+    for start in range(0, len(targets), step):
+        came = targets[start : start + step, None]
+        part = slice(first + start, first + start + len(came))
+        log_q = logits[window, part].float().log_softmax(-1)
+        loss -= float(log_q.gather(1, came.to(log_q.device)).sum(dtype=torch.float64))
         if against is not None:
-            log_p = against[part].float().log_softmax(-1)
-            reference_loss -= float(log_p.gather(1, targets[part, None].to(log_p.device)).sum(dtype=torch.float64))
+            log_p = against[window, part].to(log_q.device).float().log_softmax(-1)
+            reference_loss -= float(log_p.gather(1, came.to(log_p.device)).sum(dtype=torch.float64))
             p, q = log_p.exp(), log_q.exp()
-            divergences.append((p * (log_p - log_q)).sum(-1, dtype=torch.float64).cpu())
+            divergences.append(log_p.sub_(log_q).mul_(p).sum(-1, dtype=torch.float64).cpu())
             top1 += float((p.argmax(-1) == q.argmax(-1)).sum())
             ear += float(torch.minimum(p, q).sum(dtype=torch.float64))
     kl = torch.cat(divergences) if divergences else torch.zeros(0, dtype=torch.float64)
@@ -185,37 +187,118 @@ def score_texts(
 
     `wrap` may show progress. Raises AlphaQError if no token to score is left of a text.
     """
-    limit = getattr(model.config, "max_position_embeddings", None) or scoring.window
+    cuts = {name: _cut(model, tokenizer, name, text, scoring) for name, text in texts.items()}
+    if any(layers_of(one) for one in (model, reference)):
+        yield from _score_layer_by_layer(model, reference, cuts, wrap)
+        return
     rows = model.config.get_text_config().vocab_size
-    for name, text in texts.items():
-        length = min(scoring.window, limit)
-        cut = windows(tokenizer, text, length, scoring.max_tokens, scoring.skip_tokens, scoring.bos)
-        if not cut.parts:
-            raise AlphaQError(f"Text {name!r} has fewer than two tokens to score. Give a longer text.")
-        for part in cut.parts:
-            check_ids(part, rows, f"Text {name!r}")
+    for name, cut in cuts.items():
         groups = batches(cut.parts, rows)
         shown = wrap(groups, len(groups), f"evaluate {name}")
         yield name, [score for ids in shown for score in score_windows(model, reference, ids, cut.context)]
 
 
+def _cut(model: Any, tokenizer: Any, name: str, text: str, scoring: Scoring) -> Windows:
+    """A text's windows. Raises AlphaQError if there are none, or the model does not know one of its tokens."""
+    length = min(scoring.window, getattr(model.config, "max_position_embeddings", None) or scoring.window)
+    cut = windows(tokenizer, text, length, scoring.max_tokens, scoring.skip_tokens, scoring.bos)
+    if not cut.parts:
+        raise AlphaQError(f"Text {name!r} has fewer than two tokens to score. Give a longer text.")
+    for part in cut.parts:
+        check_ids(part, model.config.get_text_config().vocab_size, f"Text {name!r}")
+    return cut
+
+
+def layers_of(model: Any) -> int:
+    """How many layers a model is run by, one after the other from disk; 0 if it is in memory, or there is none."""
+    return getattr(model, "layers", 0)
+
+
+def _score_layer_by_layer(
+    model: Any, reference: Any | None, cuts: Mapping[str, Windows], wrap: Wrap
+) -> Iterator[tuple[str, list[WindowScore]]]:
+    """Scores of all texts, with as many windows at once as there is room for: each pass reads the whole model.
+
+    Windows of one length go together, whatever text they are of. None is filled up: not every class keeps tokens from
+    seeing those after them (DeepSeek-V3.2's choice of tokens does not).
+    """
+    parts = [part for cut in cuts.values() for part in cut.parts]
+    context = next(iter(cuts.values())).context
+    streamed: list[Any] = [one for one in (model, reference) if layers_of(one)]
+    groups = _alike(parts, lambda length: min(one.windows_at_once(length) for one in streamed))
+    layers = sum({id(one): layers_of(one) for one in streamed}.values())
+    done = iter(wrap(range(total := len(groups) * layers + len(parts)), total, "evaluate"))
+    tick = partial(next, done, None)  # what is remembered is not run, so that they may end early
+    scores: dict[int, WindowScore] = {}
+    for group in groups:
+        ids = torch.cat([parts[number] for number in group])
+        logits = _logits(model, ids, tick)
+        against = None if reference is None else _logits(reference, ids, tick)
+        for place, number in enumerate(group):
+            came = ids[place, context:]
+            scores[number] = _scored(logits, against, place, came, context - 1, POSITIONS_BY_A_READING)
+            tick()
+    for _ in done:
+        pass
+    numbers = iter(range(len(parts)))
+    for name, cut in cuts.items():
+        yield name, [scores[next(numbers)] for _ in cut.parts]
+
+
+def _alike(parts: Sequence[torch.Tensor], most: Callable[[int], int]) -> list[list[int]]:
+    """Numbers of windows [1, length] that may go together: of one length, the longest first, and at most so many."""
+    groups = []
+    for length in sorted({part.shape[1] for part in parts}, reverse=True):
+        numbers = [number for number, part in enumerate(parts) if part.shape[1] == length]
+        step = most(length)
+        groups += [numbers[first : first + step] for first in range(0, len(numbers), step)]
+    return groups
+
+
+def _logits(model: Any, ids: torch.Tensor, tick: Callable[[], object]) -> Any:
+    """Logits by a window's number and a slice of positions: of a model in memory, one window's at a time."""
+    return model(ids, tick).logits if layers_of(model) else _WindowByWindow(model, ids)
+
+
+class _WindowByWindow:
+    """Logits of a model in memory, which is run when a window's are first asked for; the last window's are kept."""
+
+    def __init__(self, model: Any, ids: torch.Tensor) -> None:
+        self._model, self._ids = model, ids
+        self._kept: tuple[int, Any] = -1, None
+
+    def __getitem__(self, place: tuple[int, slice]) -> torch.Tensor:
+        window, positions = place
+        if window != self._kept[0]:
+            ids = self._ids[window : window + 1].to(self._model.device)
+            self._kept = window, self._model(ids).logits[0]
+        found: torch.Tensor = self._kept[1][positions]
+        return found
+
+
 class Remembered:
-    """A reference model that runs each window once: its logits are kept, up to a limit of bytes."""
+    """A reference model that runs each window once: its logits are kept, or what they are made of, up to a limit of
+    bytes."""
 
     def __init__(self, model: Any, limit_bytes: int = 2 << 30) -> None:
         self._model, self._room = model, limit_bytes
-        self._kept: dict[bytes, torch.Tensor] = {}
-        self.device, self.config = model.device, model.config
+        self._kept: dict[bytes, Any] = {}
+        self.device, self.config, self.layers = model.device, model.config, layers_of(model)
 
-    def __call__(self, ids: torch.Tensor) -> Any:
+    def __call__(self, ids: torch.Tensor, *tick: Callable[[], object]) -> Any:
         key = ids.cpu().numpy().tobytes()
         if key not in self._kept:
-            logits = self._model(ids).logits
-            if logits.numel() * logits.element_size() > self._room:
+            logits = self._model(ids, *tick).logits
+            if logits.nbytes > self._room:
                 return SimpleNamespace(logits=logits)
-            self._room -= logits.numel() * logits.element_size()
+            self._room -= logits.nbytes
             self._kept[key] = logits
         return SimpleNamespace(logits=self._kept[key])
+
+    def windows_at_once(self, length: int) -> int:
+        """See `StreamedModel`."""
+        found: int = self._model.windows_at_once(length)
+        return found
 
 
 @dataclass(frozen=True)

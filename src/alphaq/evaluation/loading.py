@@ -2,7 +2,7 @@
 
 llama.cpp runs a file of any architecture from its memory map. Its kernels round activations, as they will for whoever
 uses the file. `--dtype` and `--device` are transformers' own: with one of them, or without llama.cpp, the weights of a
-GGUF file are restored and its family's class is run.
+GGUF file are restored and its family's class is run. What would not fit into memory is run layer by layer from disk.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.gguf.forward import LlamaModel, LlamaTokenizer
 from alphaq.engines.gguf.library import LlamaError
 from alphaq.errors import AlphaQError, CheckpointError
+from alphaq.evaluation.room import with_stream
+from alphaq.evaluation.streamed import StreamedModel, opened_for_scoring
 from alphaq.formats.ggml_library import shared_object
 from alphaq.nouns.scoring import Scoring
-from alphaq.runtime.loading import load_model, load_pair
+from alphaq.runtime.loading import load_model, load_pair, load_tokenizer, shared_tokenizer
 
-LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
+LLAMA_CPP, TRANSFORMERS, STREAMED = "llama.cpp", "transformers", "transformers, layer by layer"
 SAMPLED = 997  # ids between two tokens whose spelling is compared; a prime, so that it hits no regular pattern
 UNLIKE = "so no KL is defined. Compare like with like."
 
@@ -74,6 +76,40 @@ def _undecided(scoring: Scoring) -> bool:
     return scoring.dtype == "auto" and scoring.device is None
 
 
+def settled(
+    scoring: Scoring, model: str | Path, reference: str | Path | None = None, whole_for: str | None = None
+) -> tuple[Scoring, str | None]:
+    """The scoring with `stream` decided for a model and its reference. See `room.with_stream`."""
+    named = [one for one in (model, reference) if one is not None]
+    if scoring.stream is None and _by_llama_cpp(named, scoring):  # from their memory map
+        named = [one for one in named if gguf_of(one) is None]
+    return with_stream(scoring, named, whole_for=whole_for)
+
+
+def _by_llama_cpp(models: Sequence[str | Path], scoring: Scoring) -> bool:
+    """Whether llama.cpp runs the GGUF files among some models."""
+    return _undecided(scoring) and shared_object() is not None and any(map(gguf_of, models))
+
+
+def streamed_pair(model: str | Path, reference: str | Path | None) -> tuple[Any, Any, Any]:
+    """Model, reference (None without one) and the tokenizer of both, their weights left on disk.
+
+    Raises AlphaQError as `StreamedModel` and `shared_tokenizer` do.
+    """
+    loaded, tokenizer = StreamedModel(opened_for_scoring(model), str(model)), load_tokenizer(model)
+    against = other = None
+    if reference is not None:
+        against, other = StreamedModel(opened_for_scoring(reference), str(reference)), load_tokenizer(reference)
+    return loaded, against, shared_tokenizer((model, tokenizer), (reference, other))
+
+
+def pair_of(model: str | Path, reference: str | Path | None, scoring: Scoring) -> tuple[Any, Any, Any]:
+    """Model, reference (None without one) and the tokenizer of both, in memory or, with `stream`, on disk."""
+    if scoring.stream:
+        return streamed_pair(model, reference)
+    return load_pair(model, reference, scoring.dtype, scoring.device)
+
+
 @contextmanager
 def opened_models(
     model: str | Path, reference: str | Path | None, scoring: Scoring, texts: Mapping[str, str]
@@ -84,28 +120,30 @@ def opened_models(
     cannot be loaded.
     """
     named = [one for one in (model, reference) if one is not None]
-    if not (_undecided(scoring) and shared_object() is not None and any(map(gguf_of, named))):
-        loaded, against, tokenizer = load_pair(model, reference, scoring.dtype, scoring.device)
-        runners = [
-            Runner(str(name), one, tokenizer, TRANSFORMERS) for name, one in zip(named, (loaded, against), strict=False)
-        ]
+    if not _by_llama_cpp(named, scoring):
+        loaded, against, tokenizer = pair_of(model, reference, scoring)
+        by = STREAMED if scoring.stream else TRANSFORMERS
+        runners = [Runner(str(name), one, tokenizer, by) for name, one in zip(named, (loaded, against), strict=False)]
         yield runners[0], runners[1] if len(runners) > 1 else None
         return
     with ExitStack() as stack:
-        runners = [_runner(one, scoring.window, stack) for one in named]
+        runners = [_runner(one, scoring, stack) for one in named]
         if len(runners) > 1:
             _require_alike(runners[0], runners[1], texts)
         yield runners[0], runners[1] if len(runners) > 1 else None
 
 
-def _runner(name: str | Path, window: int, stack: ExitStack) -> Runner:
+def _runner(name: str | Path, scoring: Scoring, stack: ExitStack) -> Runner:
     """One model in what runs it; beside a GGUF file, others are in float32."""
     path = gguf_of(name)
+    if path is None and scoring.stream:
+        model, _, tokenizer = streamed_pair(name, None)
+        return Runner(str(name), model, tokenizer, STREAMED)
     if path is None:
         model, tokenizer = load_model(name, "float32")
         return Runner(str(name), model, tokenizer, TRANSFORMERS)
     try:
-        running = stack.enter_context(LlamaModel(path, window))
+        running = stack.enter_context(LlamaModel(path, scoring.window))
     except LlamaError as error:
         remedy = "" if _is_plain(path) else "\nWith --dtype float32 transformers runs the file's restored weights."
         raise LlamaError(f"{error}{remedy}") from error

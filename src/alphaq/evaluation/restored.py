@@ -18,10 +18,11 @@ from alphaq.checkpoint.families.matching import match_tensors
 from alphaq.checkpoint.files import PlainFile
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.checkpoint.tensors import TensorInfo
-from alphaq.engines.export import AS_IT_IS, Form
+from alphaq.checkpoint.writer import Place
+from alphaq.engines.export import AS_IT_IS, Form, Rows, Stored
 from alphaq.engines.output import Output
 from alphaq.errors import ArchitectureError, CheckpointError
-from alphaq.formats.coding import decode_tensor, is_coded
+from alphaq.formats.coding import PREFIX_BYTES, decode_tensor, is_coded
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.writing.artifact import open_artifact
 from alphaq.writing.planned import plan_choices
@@ -52,17 +53,26 @@ class RestoredCheckpoint(Checkpoint):
         return self._put_back(values, replace(form, dtype="")) if form.transform else values
 
     def read_rows(self, matrix: MatrixRef, part: slice, memory: torch.Tensor | None = None) -> torch.Tensor:
-        """Some rows of a matrix, restored. All of it is, and kept until another is asked for: one asks for many."""
+        """Some rows of a matrix, restored. Its codes are kept until another is asked for: who reads rows reads many."""
         if not self._has(matrix.name):
             return super().read_rows(matrix, part, memory)
-        if matrix.name not in self._last:
+        known = self._last.get(matrix.name)
+        if known is None:
+            known = self._rows(matrix)
             self._last.clear()
-            self._last[matrix.name] = self.read(matrix)
-        return self._last[matrix.name][part]
+            self._last[matrix.name] = known
+        return known(part)
 
     @cached_property
-    def _last(self) -> dict[str, torch.Tensor]:
+    def _last(self) -> dict[str, Rows]:
         return {}
+
+    def _rows(self, matrix: MatrixRef) -> Rows:
+        """Rows of an entry: all of it is held where they are in another order, else its codes, or nothing."""
+        if self.forms.get(matrix.name, AS_IT_IS).transform:
+            whole = self.read(matrix)
+            return lambda part: whole[part]
+        return self._opened(matrix.name, matrix.shape)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor with its matrices restored."""
@@ -87,16 +97,34 @@ class RestoredCheckpoint(Checkpoint):
 
     def _values(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """What an entry's bytes stand for."""
+        return self._opened(name, shape)(slice(0, shape[0]) if shape else slice(None))
+
+    def _opened(self, name: str, shape: tuple[int, ...]) -> Rows:
+        """Values of an entry by slices of its first dimension."""
         assert self.output is not None
         stored = [self.output.stored[tensor] for tensor, _ in self.output.parts(name)]
-        parts = []
-        for one, place in zip(stored, self.output.places(name), strict=True):
-            values = one.typed(PlainFile(self.output.folder / place.file).read(place.begin, place.nbytes))
-            parts.append(decode_tensor(values, name).reshape(-1) if is_coded(values) else values)
-        choice = self.output.choice(name)
-        if choice is None or choice.kept:
-            return parts[0].view(shape)
-        return self.output.profile.writer.reader(parts, choice, (shape[0], shape[1]), name)(slice(0, shape[0]))
+        places, choice = self.output.places(name), self.output.choice(name)
+        if choice is not None and not choice.kept:
+            parts = [self._read(one, place, name) for one, place in zip(stored, places, strict=True)]
+            return self.output.profile.writer.reader(parts, choice, (shape[0], shape[1]), name)
+        (one, *_), (place, *_) = stored, places
+        file = PlainFile(self.output.folder / place.file)
+        if not shape or is_coded(file.read(place.begin, min(place.nbytes, PREFIX_BYTES))):
+            whole = self._read(one, place, name).view(shape)
+            return lambda part: whole[part] if shape else whole
+        row_bytes = place.nbytes // shape[0]
+
+        def rows(part: slice) -> torch.Tensor:
+            data = file.read(place.begin + part.start * row_bytes, (part.stop - part.start) * row_bytes)
+            return one.typed(data).view(-1, *shape[1:])
+
+        return rows
+
+    def _read(self, one: Stored, place: Place, name: str) -> torch.Tensor:
+        """A stored tensor, flat, no longer coded."""
+        assert self.output is not None
+        values = one.typed(PlainFile(self.output.folder / place.file).read(place.begin, place.nbytes))
+        return decode_tensor(values, name).reshape(-1) if is_coded(values) else values
 
     def _put_back(self, values: torch.Tensor, form: Form) -> torch.Tensor:
         """Rows where they were before the engine reordered them."""

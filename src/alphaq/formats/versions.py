@@ -7,6 +7,8 @@ from alphaq.errors import CheckpointError
 NATIVE_FORMAT_VERSION = 1  # of native checkpoints
 CODED_FORMAT_VERSION = 2  # of those with coded tensors
 CODECS = ("none", "zstd")  # a coded tensor's header holds the place in this list
+UNEVEN = "uneven_experts"
+"""Key of a native checkpoint's `quantization_config`: whether layers have different numbers of experts."""
 
 
 def check_native_format(version: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from alphaq.checkpoint.ranges import expect
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import DTYPE_NAMES, TensorSpec, stored_bytes
 from alphaq.formats.coding import coder_version, encode_tensor
@@ -243,7 +244,7 @@ def _measured(checkpoint: Checkpoint, tasks: list[MeasureTask], resources: Resou
 
 
 def _by_workers(checkpoint: Checkpoint, tasks: list[MeasureTask], workers: Workers) -> Iterator[Measured]:
-    expected = tasks if workers.cluster else ahead(tasks, lambda task: checkpoint.expect(task.matrix))
+    expected = tasks if workers.cluster else ahead(tasks, lambda task: expect(checkpoint, task.matrix))
     return workers.map(measure_one, expected, lambda task: task.nbytes)
 
 

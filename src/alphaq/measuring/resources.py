@@ -61,7 +61,7 @@ def _pruned(function: Callable[[Any, S], T], dropped: Mapping[int, tuple[int, ..
     key = f"{whole.fingerprint} {sorted(dropped.items())}"
     if key not in _known:
         _known.clear()
-        _known[key] = without_experts(whole, dropped)
+        _known[key] = without_experts(whole, dropped, uneven=True)
     return function(_known[key], task)
 
 

@@ -58,7 +58,7 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        """The option as it is typed; without its `no-` where it is on by default."""
+        """The option as it is typed; without its `no-` where it is not off by default."""
         return f"--{self.parameter.replace('_', '-')}"
 
     @property

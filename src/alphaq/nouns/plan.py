@@ -151,8 +151,10 @@ class Dropping(BaseModel):
     """Experts that a plan does without, by the numbers that its source has for them; those that stay are numbered anew.
 
     experts: by layer; none where none paid. loss, bound: nats per token that they cost by measurement on the model's
-    own writing, and what that is below with 95 %. totals: what a plan with so many fewer experts in every layer is
-    expected to lose in all, by their number; the least was taken. refused: numbers at which `bound` is above the limit.
+    own writing, and what that is below with 95 %. total: what the plan is expected to lose in all, `bound` included.
+    totals: the same of plans with so many fewer experts in every layer, by their number; without an entry where the
+    budget is too small for it. refused: numbers at which `bound` is above the limit. lower_bound: where layers have
+    counts of their own, proven: no plan without any of these experts, in each layer's order, has a smaller total.
     source: fingerprint of the checkpoint with all its experts; the plan's own source is what is left of it.
     """
 
@@ -161,7 +163,9 @@ class Dropping(BaseModel):
     experts: dict[int, tuple[Count, ...]] = Field(default_factory=dict)
     loss: float = 0.0
     bound: float = 0.0
+    total: float = 0.0
     totals: dict[int, float] = Field(default_factory=dict)
+    lower_bound: float | None = None
     refused: tuple[Count, ...] = ()
     source: str = ""
 
@@ -169,6 +173,11 @@ class Dropping(BaseModel):
     def count(self) -> int:
         """How many are gone in all."""
         return sum(map(len, self.experts.values()))
+
+    @property
+    def gap(self) -> float:
+        """Proven distance of the total from the least, relative; 0 where every number was tried."""
+        return 0.0 if self.lower_bound is None or not self.total else (self.total - self.lower_bound) / self.total
 
 
 class Plan(BaseModel):

@@ -16,7 +16,7 @@ class Scoring(BaseModel):
     """Texts, how they are cut into windows of tokens, and how the model is run on these.
 
     bos: each window begins with what the tokenizer puts before a text, where it does. device: None for the GPU if there
-    is one, else the CPU.
+    is one, else the CPU. stream: whether models are run layer by layer from disk; None where they would not fit.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,3 +28,7 @@ class Scoring(BaseModel):
     bos: Annotated[bool, Option("Begin each window with what the model's tokenizer puts before a text.")] = True
     dtype: Annotated[Dtype, Option("auto, float32, bfloat16 or float16.")] = "float32"
     device: Annotated[str | None, Option("cpu, cuda, cuda:1, mps; the GPU if there is one.")] = None
+    stream: Annotated[
+        bool | None,
+        Option("Run models layer by layer from disk, or not; by default where they would not fit into memory."),
+    ] = None

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 
 from alphaq.nouns.option import Option
-from alphaq.nouns.settings import parse_size
+from alphaq.nouns.settings import parse_size, show_size
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 CACHE_TYPES: tuple[str, ...] = get_args(CacheType)
@@ -29,6 +29,7 @@ class Serving(BaseModel):
             name="memory",
             typed=str,
             parse=parse_size,
+            show=show_size,
         ),
     ] = Field(gt=0)
     vram_bytes: Annotated[
@@ -39,6 +40,7 @@ class Serving(BaseModel):
             name="vram",
             typed=str,
             parse=parse_size,
+            show=show_size,
         ),
     ] = Field(default=None, gt=0)
     context: Annotated[int, Option("Tokens of context of each sequence.", MEMORY)] = Field(

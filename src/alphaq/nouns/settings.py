@@ -38,6 +38,13 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * units[match[2].lower()])
 
 
+def show_size(nbytes: int) -> str:
+    """What to type for so many bytes: '16GiB' where a short number gives exactly these, else all digits."""
+    units = [unit for unit in ("GiB", "GB", "MiB", "MB") if nbytes >= _UNITS[unit]]
+    texts = (f"{nbytes / _UNITS[unit]:.{digits}f}{unit}" for unit in units for digits in (0, 1, 2))
+    return next((text for text in texts if parse_size(text) == nbytes), str(nbytes))
+
+
 class Budget(BaseModel):
     """How much may be spent: exactly one of three units.
 
@@ -114,6 +121,17 @@ def _bandwidth(text: str) -> int:
     return rate
 
 
+def _share(text: str) -> float:
+    number, percent, rest = text.strip().partition("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = math.nan
+    if rest or not 0 < share <= 1:
+        raise BudgetError(f"--share {text!r} is no share of a model's bytes. Write for example --share 1%.")
+    return share
+
+
 def _decibels(text: str) -> float:
     match = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,6})?)\s*(?:dB)?\s*", text, re.IGNORECASE)
     if match is None:
@@ -185,6 +203,16 @@ class PlanConfig(BaseModel):
             "analytic (Var·2^-2b) or measured (round trip; the default where weights are given).", SCORES, varies=True
         ),
     ] = None
+    share: Annotated[
+        float | None,
+        Option(
+            "Go by rows that take this share of the matrices' bytes, e.g. 1%, and by routers; read no more.",
+            SCORES,
+            typed=str,
+            parse=_share,
+            show=lambda share: f"{100 * share:.6g}%",
+        ),
+    ] = Field(default=None, gt=0, le=1)
     gamma: Annotated[
         float | Literal["auto"],
         Option(
@@ -263,8 +291,15 @@ class PlanConfig(BaseModel):
     ] = Field(default=None, allow_inf_nan=False)
     drop: Annotated[
         bool,
-        Option("Drop whole experts, as many in every layer, where measured losses say that it pays.", LIMITS),
+        Option("Drop whole experts where measured losses say that it pays.", LIMITS),
     ] = False
+    drop_counts: Annotated[
+        Literal["equal", "own"],
+        Option(
+            "With --drop: as many experts in every layer, or in each as many as pay (native, not in vLLM).",
+            LIMITS,
+        ),
+    ] = "equal"
     max_drop: Annotated[
         float, Option("With --drop: most of a layer's experts that may go, e.g. 0.25, at most 0.5.", LIMITS)
     ] = Field(default=0.25, gt=0, le=0.5)

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec, entry_bytes
 from alphaq.engines.export import Layout, kept_dtype
 from alphaq.engines.profile import Profile
-from alphaq.errors import BudgetError
+from alphaq.errors import BudgetError, TooSmallError
 from alphaq.formats.table import code_bits
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
@@ -88,10 +89,10 @@ def _by_size(scope: Scope, evidence: Evidence | None, limit: int) -> Costs:
 def _file_table(scope: Scope) -> tuple[np.ndarray, int]:
     """Bytes that each matrix adds to the files, int64 [matrices, choices], and those of all else."""
     request, profile, matrices = scope.request, scope.request.profile, scope.matrices
-    table = byte_tables(profile, matrices, request.choices)[1]
+    table = file_table(scope.checkpoint, profile, matrices, request.choices)
     if_kept = profile.writer.layout(scope.checkpoint, {**scope.fixed, **{one.name: Choice(16) for one in matrices}})
     if profile.kept_bytes is None:  # of engines whose files are not split
-        return table, if_kept.size_bytes - int(byte_tables(profile, matrices, (Choice(16),))[1].sum())
+        return table, if_kept.size_bytes - int(file_table(scope.checkpoint, profile, matrices, (Choice(16),)).sum())
     # Padding is counted for each matrix, so none of it may be taken off the rest.
     uses, data = _entries_of(if_kept)
     kept = np.array([profile.kept_bytes(scope.checkpoint, matrix) for matrix in matrices])
@@ -137,29 +138,42 @@ def data_table(scope: Scope, evidence: Evidence | None) -> np.ndarray:
     """Bytes of each matrix' data at each choice, int64 [matrices, choices]: coded ones where those were measured."""
     if evidence is not None and evidence.coded is not None:
         return evidence.coded
-    return byte_tables(scope.request.profile, scope.matrices, scope.request.choices)[0]
+    return byte_table(scope.request.profile, scope.matrices, scope.request.choices)
 
 
-def byte_tables(
-    profile: Profile, matrices: Sequence[MatrixRef], choices: tuple[Choice, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes of each matrix at each choice, int64 [matrices, choices]: its data alone, and what it adds to the files.
+def byte_table(profile: Profile, matrices: Sequence[MatrixRef], choices: tuple[Choice, ...]) -> np.ndarray:
+    """Bytes of each matrix' data at each choice, int64 [matrices, choices].
 
     A choice that a matrix cannot take (see `Profile.obstacle`) is never chosen; it is counted as the next
     wider one that it can.
     """
-    known: dict[tuple[object, ...], tuple[int, int]] = {}
-    table = np.empty((len(matrices), len(choices), 2), np.int64)
+    return _table(profile, matrices, choices, lambda matrix, choice: profile.storage_bytes(choice, matrix.shape))
+
+
+def file_table(
+    checkpoint: Checkpoint, profile: Profile, matrices: Sequence[MatrixRef], choices: tuple[Choice, ...]
+) -> np.ndarray:
+    """The same of what each matrix adds to the files."""
+    return _table(profile, matrices, choices, partial(profile.file_bytes, checkpoint))
+
+
+def _table(
+    profile: Profile,
+    matrices: Sequence[MatrixRef],
+    choices: tuple[Choice, ...],
+    nbytes: Callable[[MatrixRef, Choice], int],
+) -> np.ndarray:
+    known: dict[tuple[object, ...], int] = {}
+    table = np.empty((len(matrices), len(choices)), np.int64)
     for number, matrix in enumerate(matrices):
         # A header entry depends on the name's length; that of a stack is counted with its first matrix.
         place = (matrix.role, matrix.projection, matrix.expert in (0, None))
         kind = (matrix.shape, matrix.dtype, len(json.dumps(matrix.name)), place)
         for column, choice in enumerate(choices):
             if (kind, choice) not in known:
-                stored = next_storable(profile, choice, matrix)
-                known[kind, choice] = profile.storage_bytes(stored, matrix.shape), profile.file_bytes(matrix, stored)
+                known[kind, choice] = nbytes(matrix, next_storable(profile, choice, matrix))
             table[number, column] = known[kind, choice]
-    return table[:, :, 0], table[:, :, 1]
+    return table
 
 
 def coded_table(evidence: Evidence) -> np.ndarray:
@@ -178,19 +192,23 @@ def coded_table(evidence: Evidence) -> np.ndarray:
 def nominal_bytes(request: Request, matrices: Sequence[MatrixRef], bits: float) -> int:
     """Bytes of the experts at `bits` on average in plain choices: what a uniform mix of the engine's widths takes.
 
-    Raises BudgetError if the engine has no plain choice that narrow.
+    Where experts may be dropped, bits below the narrowest width mean that part of its bytes. Raises TooSmallError if
+    the engine has no plain choice that narrow.
     """
     rungs = sorted(request.ladder, key=lambda choice: choice.bits)
+    if rungs and bits < rungs[0].bits and request.config.drop:
+        narrowest = int(byte_table(request.profile, matrices, (rungs[0],)).sum())
+        return math.floor(narrowest * bits / rungs[0].bits + 1e-6)
     if not rungs or bits < rungs[0].bits:
         least = rungs[0].bits if rungs else 16
-        raise BudgetError(
+        raise TooSmallError(
             f"A budget of {bits:g} bits is below --bits {least}, the narrowest usual width of {request.profile.name}. "
             f"Raise it, or state the bytes with --size or --bpw."
         )
     low = max((choice for choice in rungs if choice.bits <= bits), key=lambda choice: choice.bits)
     high = min((choice for choice in rungs if choice.bits >= bits), key=lambda choice: choice.bits, default=low)
     share = 0.0 if high == low else (bits - low.bits) / (high.bits - low.bits)
-    table, _ = byte_tables(request.profile, matrices, (low, high))
+    table = byte_table(request.profile, matrices, (low, high))
     totals = table.sum(axis=0)
     return math.floor((1 - share) * int(totals[0]) + share * int(totals[1]) + 1e-6)
 
@@ -198,7 +216,7 @@ def nominal_bytes(request: Request, matrices: Sequence[MatrixRef], bits: float) 
 def _nominal_bits(request: Request, matrices: Sequence[MatrixRef], nbytes: int) -> float:
     """The inverse of `nominal_bytes`: bits per weight of the plain mix that takes so many bytes."""
     rungs = sorted(request.ladder, key=lambda choice: choice.bits)
-    totals = byte_tables(request.profile, matrices, tuple(rungs))[0].sum(axis=0)
+    totals = byte_table(request.profile, matrices, tuple(rungs)).sum(axis=0)
     return float(np.interp(nbytes, totals, [choice.bits for choice in rungs]))
 
 
@@ -208,5 +226,5 @@ def plain_size(checkpoint: Checkpoint, request: Request, bits: float) -> int:
     kept = {**scope.fixed, **{matrix.name: Choice(16) for matrix in scope.planned}}
     if_kept = request.profile.writer.layout(checkpoint, kept)
     kept_bytes = if_kept.size_bytes + spare_bytes(scope, if_kept, if_kept.size_bytes)
-    data, _ = byte_tables(request.profile, scope.planned, (Choice(16),))
+    data = byte_table(request.profile, scope.planned, (Choice(16),))
     return kept_bytes - int(data.sum()) + nominal_bytes(request, scope.planned, bits)

@@ -13,8 +13,8 @@ from alphaq.errors import StatsError
 from alphaq.measuring.probes import PROBES
 from alphaq.measuring.resources import Resources
 from alphaq.planning.coded import coded_rest
+from alphaq.planning.dropping import fitting_scope
 from alphaq.planning.formula import alphas_of
-from alphaq.planning.limits import problem_of
 from alphaq.planning.matrices import (
     MatrixTable,
     Survey,
@@ -27,6 +27,7 @@ from alphaq.planning.matrices import (
 from alphaq.planning.measured import AtChoice, Measurements, PlanInputs
 from alphaq.planning.passes import PassResults, PassRun, run_passes
 from alphaq.planning.request import Request
+from alphaq.planning.sampled import measured_by_rows
 from alphaq.planning.samples import Samples
 from alphaq.planning.scope import Scope
 from alphaq.planning.settling import settle_further, stageable
@@ -61,7 +62,9 @@ def measure_for_plan(
         request.profile.writer.layout(checkpoint, {})
     scope = Scope.of(checkpoint, request)
     if early:
-        problem_of(scope)
+        fitting_scope(checkpoint, request)
+    if request.config.share is not None:
+        return measured_by_rows(checkpoint, request, wanted, resources)
     if stats is None and needs is None and request.method.by_shapes and request.config.noise == "analytic":
         return measured_by_headers(checkpoint, request)
     if stats is not None:

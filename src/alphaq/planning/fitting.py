@@ -44,12 +44,11 @@ def of_machine(gib: float) -> int:
     return int(gib * 2**30 * FREE_SHARE)
 
 
-def least_memory(checkpoint: Checkpoint, request: Request, memory: Memory) -> int:
-    """Bytes of memory that the narrowest choices need, what is kept included. Raises BudgetError for a speed that they
-    do not reach."""
+def least_bytes(checkpoint: Checkpoint, request: Request) -> int:
+    """Bytes of weight files at the narrowest choices. Raises BudgetError for a speed that they do not reach."""
     whole = request.config.model_copy(update={"budget": Budget(size_bytes=ENOUGH)})
     problem = problem_of(Scope.of(checkpoint, replace(request, config=whole)))
-    return memory.kept.total + ENOUGH - problem.limit + int(problem.unit_costs.min(axis=1).sum())
+    return ENOUGH - problem.limit + int(problem.unit_costs.min(axis=1).sum())
 
 
 def sizes_between(least: int, most: int, count: int = STEPS) -> list[int]:
@@ -57,14 +56,14 @@ def sizes_between(least: int, most: int, count: int = STEPS) -> list[int]:
     return [round(least * (most / least) ** (step / (count - 1))) for step in range(count)] if most > least else [least]
 
 
-def curve_plans(checkpoint: Checkpoint, request: Request, measured: Measurements, least: int) -> list[Plan]:
-    """Plans from the narrowest choices to the widest, of all experts. least: bytes of the narrowest."""
+def curve_plans(checkpoint: Checkpoint, request: Request, measured: Measurements) -> list[Plan]:
+    """Plans from the narrowest choices to the widest, of all experts."""
 
     def of_size(size: int) -> Plan:
         changes = {"budget": Budget(size_bytes=size), "min_speed": None}
         return make_plan(checkpoint, replace(request, config=request.config.model_copy(update=changes)), measured)
 
-    widest = of_size(ENOUGH)
+    least, widest = least_bytes(checkpoint, request), of_size(ENOUGH)
     return [*(of_size(size) for size in sizes_between(least, widest.size_bytes or least)[:-1]), widest]
 
 

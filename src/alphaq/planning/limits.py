@@ -26,8 +26,19 @@ from alphaq.sensitivity.base import Evidence
 def problem_of(scope: Scope, evidence: Evidence | None = None) -> Problem:
     """What the budget allows, from shapes alone, and from `evidence` where a bound needs measured errors.
 
-    Raises BudgetError if it is infeasible, a bound names nothing, or a unit is left without a choice.
+    Raises TooSmallError if it is infeasible, BudgetError if a bound names nothing, a unit is left without a choice, or
+    none is read fast enough.
     """
+    problem, stated = open_problem(scope, evidence)
+    check_feasible(problem, scope.request, stated, scope.matrices)
+    reads = problem.reads
+    if reads is not None and (least := int(problem.unit_reads.min(axis=1).sum())) > reads.limit:
+        raise too_slow(reads, least, scope.request.config.bandwidth or 0)
+    return problem
+
+
+def open_problem(scope: Scope, evidence: Evidence | None) -> tuple[Problem, Callable[[int], str]]:
+    """The same, whether anything fits or not, and how a user writes a total cost as a budget."""
     request, checkpoint, units = scope.request, scope.checkpoint, scope.units
     if request.method.kind == "expert" and checkpoint.planned_role is not Role.EXPERT:
         raise BudgetError(
@@ -42,16 +53,13 @@ def problem_of(scope: Scope, evidence: Evidence | None = None) -> Problem:
     problem = Problem(
         units.names, units.owner, request.choices, costs.table, allowed, costs.limit, units.layers, request.rungs, reads
     )
-    check_feasible(problem, request, costs.stated, scope.matrices)
-    if reads is not None and (least := int(problem.unit_reads.min(axis=1).sum())) > reads.limit:
-        raise too_slow(reads, least, request.config.bandwidth or 0)
-    return problem
+    return problem, costs.stated
 
 
 def check_feasible(
     problem: Problem, request: Request, stated: Callable[[int], str], matrices: Sequence[MatrixRef] = ()
 ) -> None:
-    """Raise BudgetError if even the cheapest plan exceeds the budget, saying what it takes and what may be done.
+    """Raise TooSmallError if even the cheapest plan exceeds the budget, saying what it takes and what may be done.
 
     stated: how a user writes a total cost as a budget.
     """

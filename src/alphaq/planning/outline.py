@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import BudgetError
 from alphaq.planning.costs import spare_bytes
+from alphaq.planning.dropping import fitting_scope
 from alphaq.planning.limits import problem_of
 from alphaq.planning.request import Request
-from alphaq.planning.scope import Scope
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def outline(checkpoint: Checkpoint, request: Request) -> Outline:
     """Raises BudgetError, PlanError or ArchitectureError where planning or writing would for lack of room or place."""
     if request.config.codec is not None:
         raise BudgetError("What coded files take is only known when they have been coded. Drop --codec or --dry-run.")
-    scope = Scope.of(checkpoint, request)
+    scope = fitting_scope(checkpoint, request)
     problem, matrices = problem_of(scope), scope.matrices
     whole = request.profile.writer.layout(checkpoint, {})
     cheapest = problem.chosen(problem.unit_costs.argmin(axis=1))

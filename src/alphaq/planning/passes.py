@@ -13,7 +13,7 @@ import torch
 
 from alphaq.calibration.dropping import DROPS_VERSION, Drops, gather_drops, require_rankable
 from alphaq.calibration.fisher import FISHER_VERSION, Fisher, gather_fisher
-from alphaq.calibration.prior import FEW_SAMPLES, routing_prior, seen_uses
+from alphaq.calibration.prior import FEW_SAMPLES, PRIOR_VERSION, SAMPLES, routing_prior, seen_uses
 from alphaq.calibration.text import Text, own_text, own_writing, writes
 from alphaq.calibration.tokens import model_prefix
 from alphaq.calibration.traffic import FORMAT_VERSION, PROBE, Calibration, Expert, ExpertUse, gather
@@ -129,8 +129,14 @@ def fisher_shape(checkpoint: Checkpoint) -> tuple[int, int]:
 
 def prior(run: PassRun) -> Mapping[Expert, ExpertUse]:
     """How a router uses its experts, from its weights, or where it sees more than a norm's output by random tokens."""
-    if run.checkpoint.architecture.router_norm:
-        return routing_prior(run.checkpoint)
+    checkpoint = run.checkpoint
+    if checkpoint.architecture.router_norm:
+        seen = f"{SAMPLES} {PRIOR_VERSION} without {sorted(checkpoint.dropped.items())}"
+
+        def make() -> str:
+            return Calibration(routing_prior(checkpoint)).to_json()
+
+        return _remembered(run, "prior", seen, make, None).experts
     return seen_uses(run.results["synthetic"] if "synthetic" in run.results else synthetic(run))
 
 

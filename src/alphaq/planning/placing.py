@@ -31,7 +31,8 @@ def placed_plan(
     if memory.serving.vram_bytes is None:
         plan = plan_of(config.model_copy(update={"budget": Budget(size_bytes=memory.weights)}))
         return plan.model_copy(update={"memory": memory})
-    hosting = profile(config.engine).writer.hosting
+    engine = profile(config.engine)
+    hosting = engine.writer.hosting
     assert hosting is not None  # else nobody knows the memory
     budget = smallest = memory.weights
     crowded = 0
@@ -43,8 +44,9 @@ def placed_plan(
                 raise
             budget = (budget + smallest) // 2
             continue
-        left = checkpoint if plan.dropped is None else without_experts(checkpoint, plan.dropped.experts)
-        layout = profile(config.engine).writer.laid_out(left, plan.every_choice(), config.split_bytes)
+        gone = {} if plan.dropped is None else plan.dropped.experts
+        left = without_experts(checkpoint, gone, engine.own_counts)
+        layout = engine.writer.laid_out(left, plan.every_choice(), config.split_bytes)
         placement = hosting.placed(left, layout, memory)
         # Headers and the tokenizer are read by the processor.
         host = (

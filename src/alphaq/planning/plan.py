@@ -64,10 +64,16 @@ def solved(scope: Scope, measurements: Measurements) -> tuple[Answer, Evidence]:
     """The best choices by what was measured, and the evidence as the method accounts it. Raises BudgetError."""
     request = scope.request
     problem = problem_of(scope, measurements.evidence)
-    evidence = accounted(measurements.evidence, request)
-    joined_errors = _joined_errors(scope, measurements)
-    joined_losses = _joined_losses(scope, evidence, joined_errors, measurements.harms) if scope.joined else None
+    evidence, joined_losses = weighed(scope, measurements)
     return solve(problem, request, evidence, [matrix.name for matrix in scope.joined], joined_losses), evidence
+
+
+def weighed(scope: Scope, measurements: Measurements) -> tuple[Evidence, np.ndarray | None]:
+    """The evidence as the method accounts it, and losses [joined, choices] of matrices beside the planned ones."""
+    evidence = accounted(measurements.evidence, scope.request)
+    if not scope.joined:
+        return evidence, None
+    return evidence, _joined_losses(scope, evidence, _joined_errors(scope, measurements), measurements.harms)
 
 
 def _picked(scope: Scope, answer: Answer) -> tuple[np.ndarray, np.ndarray]:

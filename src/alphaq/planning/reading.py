@@ -20,7 +20,7 @@ from alphaq.allocation.problem import Reads
 from alphaq.calibration.traffic import Expert, ExpertUse
 from alphaq.checkpoint.families.architecture import NUMBERED_LAYER
 from alphaq.checkpoint.families.prefixes import language_prefix
-from alphaq.checkpoint.families.routing import experts_per_token
+from alphaq.checkpoint.families.routing import experts_in, experts_per_token
 from alphaq.checkpoint.families.wrappers import OTHER_PARTS
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.export import Layout
@@ -46,8 +46,9 @@ class Reading:
     def of(cls, checkpoint: Checkpoint, prior: Mapping[Expert, ExpertUse] | None = None) -> Reading:
         """prior: how often each expert is used, where that is known."""
         chosen = experts_per_token(checkpoint.architecture, checkpoint.config)
-        experts = checkpoint.architecture.experts_per_layer(checkpoint.config)
-        usual = chosen / experts if experts else 1.0
+        architecture, config = checkpoint.architecture, checkpoint.config
+        layers = architecture.moe_layers(config)
+        usual = {layer: chosen / experts_in(architecture, config, layer) for layer in layers}
         tied = not checkpoint.with_role(Role.HEAD)
 
         def share(matrix: MatrixRef) -> float:
@@ -56,11 +57,11 @@ class Reading:
             if matrix.role is not Role.EXPERT:
                 return 1.0
             known = None if prior is None else prior.get((matrix.layer or 0, matrix.expert or 0))
-            return usual if known is None else min(1.0, chosen * known.frequency)
+            return usual[matrix.layer or 0] if known is None else min(1.0, chosen * known.frequency)
 
         matrices = {matrix.name: share(matrix) for matrix in checkpoint.matrices}
         tensors = {
-            matrix.tensor: usual if matrix.index is not None else matrices[matrix.name]
+            matrix.tensor: usual.get(matrix.layer or 0, 1.0) if matrix.index is not None else matrices[matrix.name]
             for matrix in checkpoint.matrices
         }
         return cls(matrices, dict.fromkeys(_unread(checkpoint), 0.0) | tensors)

@@ -81,10 +81,11 @@ class Request:
 def resolve(config: PlanConfig, with_model: bool = True) -> Request:
     """Check a config as far as it can be without a checkpoint. Raises AlphaQError.
 
-    Without a model the default method is `alphaq`, since the others need weights.
+    Without a model the default method is `alphaq`, since the others need weights; of a share of the bytes `typical`,
+    since the others need all.
     """
-    if config.method == "auto" and not with_model:
-        config = config.model_copy(update={"method": "alphaq"})
+    if config.method == "auto" and not (with_model and config.share is None):
+        config = config.model_copy(update={"method": "typical" if with_model else "alphaq"})
     chosen, profile = method(config.method), engine_profile(config.engine)
     if chosen.kind == "expert" and profile.unit != "matrix":
         raise BudgetError(
@@ -109,7 +110,9 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
         config = config.model_copy(update={"noise": "measured" if with_model else "analytic"})
     _check_options(config, profile)
     if config.drop:
-        _check_drop(config, chosen)
+        _check_drop(config, chosen, profile)
+    if config.share is not None:
+        _check_share(config, chosen, with_model)
     return Request(config, profile, chosen, choices, frozenset(offered), ladder)
 
 
@@ -161,7 +164,7 @@ def _check_options(config: PlanConfig, profile: Profile) -> None:
     for option, rules in (("--min-bits", config.min_bits), ("--max-bits", config.max_bits)):
         for rule in rules:
             rule.number(option)
-    for name in () if config.drop else ("max_drop", "max_drop_loss"):
+    for name in () if config.drop else ("drop_counts", "max_drop", "max_drop_loss"):
         if getattr(config, name) != PlanConfig.model_fields[name].default:
             raise BudgetError(f"--{name.replace('_', '-')} limits what --drop may do. Add --drop, or drop it.")
     if config.imatrix is not None and profile.importance is None:
@@ -178,8 +181,14 @@ def _check_options(config: PlanConfig, profile: Profile) -> None:
         raise BudgetError("--unweighted counts matrices, so stored bits per weight mean nothing. Use --bits or --size.")
 
 
-def _check_drop(config: PlanConfig, chosen: Method) -> None:
+def _check_drop(config: PlanConfig, chosen: Method, profile: Profile) -> None:
     """BudgetError for what does not go with dropping experts."""
+    if config.drop_counts == "own" and not profile.own_counts:
+        raise BudgetError(
+            f"{profile.name} has one number of experts for all layers. Drop --drop-counts own, or use --engine native."
+        )
+    if config.drop_counts == "own" and config.min_speed is not None:
+        raise BudgetError("--drop-counts own and --min-speed are not solved together. Drop one of them.")
     if not chosen.needs_fisher or config.noise != "measured":
         raise BudgetError(
             "--drop weighs experts against bits in nats, which are not known here. Use --method auto with measured "
@@ -193,6 +202,19 @@ def _check_drop(config: PlanConfig, chosen: Method) -> None:
         (rule for rule in (*config.pins, *config.min_bits, *config.max_bits) if "experts." in str(rule)), ""
     ):
         raise BudgetError(f"--drop numbers experts anew, so {str(named)!r} cannot name one. Drop one or the other.")
+
+
+def _check_share(config: PlanConfig, chosen: Method, with_model: bool) -> None:
+    """BudgetError for what cannot be known of a share of the weights."""
+    if beyond := {*chosen.needs} - {"errors", "places", "prior"}:
+        raise BudgetError(
+            f"--share reads few rows, and --method {config.method} needs all weights ({', '.join(sorted(beyond))}). "
+            "Use --method typical, or drop --share."
+        )
+    if not with_model or config.noise != "measured" or config.stats is not None:
+        raise BudgetError("--share reads rows of MODEL to measure them. Drop --noise analytic, --stats or --share.")
+    if config.codec is not None or config.unweighted or config.imatrix is not None:
+        raise BudgetError("--codec, --unweighted and --imatrix go by whole matrices. Drop them or --share.")
 
 
 def _check_speed(config: PlanConfig) -> None:

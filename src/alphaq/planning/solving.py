@@ -57,6 +57,13 @@ def accounted(evidence: Evidence, request: Request) -> Evidence:
     )
 
 
+def losses_of(request: Request, evidence: Evidence) -> np.ndarray:
+    """By the request's method, float64 [planned, choices]; what is not finite the solver refuses, by name."""
+    assert request.method.rule is not None  # losses come from a rule
+    with np.errstate(over="ignore", invalid="ignore"):
+        return request.method.rule(evidence)
+
+
 def solve(
     problem: Problem, request: Request, evidence: Evidence, joined: Sequence[str] = (), extra: np.ndarray | None = None
 ) -> Answer:
@@ -70,9 +77,7 @@ def solve(
         scores = None if rule is None else rule(evidence)
         errors = evidence.errors if extra is None else np.vstack([evidence.errors, extra])
         return Answer(problem, names, RANKED[kind](problem, scores, errors), errors)
-    assert rule is not None  # losses come from a rule
-    with np.errstate(over="ignore", invalid="ignore"):  # the solver refuses what is not finite, by name
-        losses = rule(evidence)
+    losses = losses_of(request, evidence)
     if kind == "expert":
         experts = [f"layers.{matrix.layer}.experts.{matrix.expert}" for matrix in evidence.matrices]
         return Answer(problem, names, solve_experts(problem, losses, experts), losses)

@@ -21,6 +21,7 @@ from alphaq.measuring.density import Density
 from alphaq.nouns.plan import Plan
 from alphaq.report.arrays import packed, packed_counts, packed_names
 from alphaq.report.commands import Names, reproduce
+from alphaq.report.curve import marks_of_plan
 from alphaq.report.page import Content, DensityData, Facts, HeatMap, NamedChoice, PageData, PlanFigures, RoleBits, Roles
 from alphaq.report.places import Place, place_by_name
 from alphaq.report.runs import ComparedRow, Run
@@ -127,6 +128,7 @@ def _data(
         densities=_densities(sources.densities, names),
         compared=[row for row in sources.compared if not row.error],
         plan=PlanFigures(plan.size_bytes, plan.average_bits, plan.method),
+        machines=marks_of_plan(plan),
     )
 
 

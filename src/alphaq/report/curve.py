@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from alphaq.errors import PlanError
 from alphaq.nouns.plan import Plan, first_fault
+from alphaq.planning.fitting import MACHINES_GIB, of_machine
 from alphaq.report.path import budget_path, tables_of
 from alphaq.report.tables import human_bytes
 from alphaq.work.untrusted import parse_json, read_bounded
@@ -57,6 +58,16 @@ class Curve(BaseModel):
         """Those inside the curve."""
         low, high = self.points[0].size_bytes, self.points[-1].size_bytes
         return tuple(mark for mark in self.marks if low <= mark.weights_bytes <= high)
+
+
+def machine_marks(kept: int = 0) -> list[Mark]:
+    """Usual machines. kept: bytes that an engine keeps there beside the weights."""
+    return [Mark(gib=gib, weights_bytes=of_machine(gib) - kept) for gib in MACHINES_GIB]
+
+
+def marks_of_plan(plan: Plan) -> list[Mark]:
+    """The same for a plan, where it was made for a memory with what its engine keeps."""
+    return machine_marks(0 if plan.memory is None else plan.memory.kept.total)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from alphaq.planning.fitting import MACHINES_GIB
 from alphaq.report.tables import human_bytes, plain_table, predicted_words
 
 if TYPE_CHECKING:
@@ -14,15 +15,19 @@ if TYPE_CHECKING:
 
 
 def fits_table(found: Sequence[Fit], bandwidth: int) -> Table:
-    """A row for each memory: the one asked for first, then usual machines. bandwidth: bytes per second."""
+    """A row for each memory: the one asked for first, then usual machines, of which an eighth is left to the system.
+
+    bandwidth: bytes per second.
+    """
     serving = found[0].memory.serving
     table = plain_table(
         f"What fits with {serving.parallel} × {serving.context:,} tokens of {serving.kv_type} cache, at "
         f"{bandwidth / 1e9:.4g} GB/s",
-        *("memory", "for weights", "weight files", "bits", "predicted KL", "tokens/s", "context full"),
+        *("machine", "memory", "for weights", "weight files", "bits", "predicted KL", "tokens/s", "context full"),
     )
-    for number, one in enumerate(found):
-        table.add_row(*_cells(one, bandwidth), style="bold" if number == 0 else None)
+    names = ["yours", *(f"{gib:g} GB" for gib in MACHINES_GIB)]
+    for number, (name, one) in enumerate(zip(names, found, strict=True)):
+        table.add_row(name, *_cells(one, bandwidth), style="bold" if number == 0 else None)
         if number == 0:
             table.add_section()
     return table

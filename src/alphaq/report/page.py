@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from alphaq.nouns.plan import Plan
 from alphaq.report.arrays import PackedArray, PackedNames
+from alphaq.report.curve import Mark
 from alphaq.report.runs import ComparedRow
 from alphaq.report.slider import PathFacts, SliderData
 
@@ -78,6 +79,7 @@ class PageData:
     densities: DensityData | None
     compared: list[ComparedRow]
     plan: PlanFigures
+    machines: list[Mark]
 
 
 @dataclass(frozen=True)

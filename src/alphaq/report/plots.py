@@ -26,6 +26,7 @@ FORMATS = ("png", "svg", "pdf")
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#8a7d00", "#cc79a7", "#56b4e9", "#e69f00", "#4a525b")
+LABEL_SHARE = 0.1  # of the width of a curve's figure, which a machine's label takes
 METRICS = {"kl": "KL divergence (nats per token)", "perplexity": "perplexity"}
 _ORDER = ("gate", "up", "down")
 STYLE: dict[Any, Any] = {
@@ -275,22 +276,36 @@ def curve_figure(curve: Curve) -> Figure:
         axes.set_yscale("log")
         axes.set_xlabel(f"weight files ({name})")
         axes.set_ylabel(curve.unit)
-        axes.set_title(curve.model, loc="left", pad=16 if curve.drawn_marks else 6)
+        rows = _label_rows(curve)
+        axes.set_title(curve.model, loc="left", pad=6 + 10 * len(set(rows)))
         ticks = _ticks(sizes[0], sizes[-1])
         axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axes.minorticks_off()
-        for mark in curve.drawn_marks:
+        for mark, row in zip(curve.drawn_marks, rows, strict=True):
             axes.axvline(mark.weights_bytes / unit, color="#8a8f94", linewidth=0.8, linestyle=":")
             axes.annotate(
-                f"{mark.gib:g} GB", (mark.weights_bytes / unit, 1.01), xycoords=("data", "axes fraction"),
+                f"{mark.gib:g} GB", (mark.weights_bytes / unit, 1.0), (0, 2 + 9 * row),
+                xycoords=("data", "axes fraction"), textcoords="offset points",
                 ha="center", va="bottom", fontsize=7, color="#4a525b",
             )  # fmt: skip
     return figure
 
 
+def _label_rows(curve: Curve) -> list[int]:
+    """The row, 0 or 1, in which each mark's label stands so that none covers its neighbour."""
+    span = math.log(curve.points[-1].size_bytes / curve.points[0].size_bytes) or 1.0
+    rows: list[int] = []
+    last = -math.inf
+    for mark in curve.drawn_marks:
+        near = math.log(mark.weights_bytes) - last < LABEL_SHARE * span
+        rows.append(1 - rows[-1] if near else 0)
+        last = math.log(mark.weights_bytes)
+    return rows
+
+
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers on a logarithmic axis, or its ends."""
+    """Round numbers on a logarithmic axis, or its ends and what is between."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     several = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 20 * low else (1.0, 2.0, 5.0)
     ticks = [part * 10.0**power for power in decades for part in several if low <= part * 10.0**power <= high]
-    return ticks if len(ticks) > 1 else [low, high]
+    return ticks if len(ticks) > 2 else np.geomspace(low, high, 4).tolist()

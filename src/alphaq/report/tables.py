@@ -110,6 +110,8 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("weight files", f"{human_bytes(plan.size_bytes)} ({plan.size_bytes:,} bytes)")
     if plan.memory is not None:
         table.add_row("made for", memory_words(plan.memory))
+    if plan.config is not None and plan.config.share is not None:
+        table.add_row("read of the matrices", f"rows of {100 * plan.config.share:.6g} % of their bytes")
     if plan.read_bytes is not None:
         table.add_row("a token reads", speed_words(plan))
     table.add_row("expected loss (objective)", f"{plan.objective:.6g}")
@@ -163,15 +165,17 @@ def predicted_words(prediction: Prediction) -> str:
 
 def dropped_words(dropped: Dropping) -> str:
     """How many experts are gone, what they cost, and why."""
-    kept = dropped.totals.get(0)
-    if not dropped.experts or kept is None:
+    if not dropped.experts:
         refused = ", as their losses are above the limit" if dropped.refused and len(dropped.totals) == 1 else ""
         return f"none{refused or ', as none paid for its bytes' if dropped.totals else ''}"
     layers = {len(experts) for experts in dropped.experts.values()}
-    each = f"{min(layers)}" if len(layers) == 1 else f"{min(layers)} to {max(layers)}"
+    own = dropped.lower_bound is not None or len(layers) > 1
+    counted = f"up to {max(layers)} in a" if own else f"{max(layers)} in each"
+    kept = dropped.totals.get(0)
+    instead = "as all do not fit" if kept is None else f"instead of {kept:.4g}"
     return (
-        f"{dropped.count} ({each} in each layer), at {dropped.loss:.3g} (at most {dropped.bound:.3g}) nats; expected "
-        f"loss {min(dropped.totals.values()):.4g} in all instead of {kept:.4g}"
+        f"{dropped.count} ({counted} layer), at {dropped.loss:.3g} (at most {dropped.bound:.3g}) nats; expected loss "
+        f"{dropped.total:.4g} in all {instead}"
     )
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from alphaq.calibration.stream import HollowModel, model_class
 from alphaq.calibration.text import check_ids
+from alphaq.calibration.tokens import folder_tokenizer
 from alphaq.checkpoint.config import read_config
 from alphaq.checkpoint.files import is_file
 from alphaq.checkpoint.gguf.source import find_gguf
@@ -91,36 +92,59 @@ def load_pair(
     if dtype == "auto" and any(one and find_gguf(Path(one).expanduser()) for one in (model, reference)):
         dtype = "float32"
     loaded, tokenizer = load_model(model, dtype, device)
-    against = None
+    against = other = None
     if reference is not None:
         against, other = load_model(reference, dtype, device)
-        if tokenizer is not None and other is not None and other.get_vocab() != tokenizer.get_vocab():
-            raise AlphaQError(
-                f"{model} and {reference} have different tokenizers, so no KL is defined. Compare like with like."
-            )
-        tokenizer = tokenizer or other
-    if tokenizer is None:
+    return loaded, against, shared_tokenizer((model, tokenizer), (reference, other))
+
+
+def shared_tokenizer(own: tuple[str | Path, Any], reference: tuple[str | Path | None, Any]) -> Any:
+    """The tokenizer of a model and its reference, each given with its own or None.
+
+    Raises AlphaQError if they differ, or there is none.
+    """
+    (model, tokenizer), (against, other) = own, reference
+    if tokenizer is not None and other is not None and other.get_vocab() != tokenizer.get_vocab():
+        raise AlphaQError(
+            f"{model} and {against} have different tokenizers, so no KL is defined. Compare like with like."
+        )
+    if (found := tokenizer or other) is None:
         raise AlphaQError(f"transformers cannot make the tokenizer of {model}. Add --reference, whose will be used.")
-    return loaded, against, tokenizer
+    return found
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """The tokenizer of a folder, a GGUF file or a hub id; None if transformers cannot make a GGUF file's.
+
+    Raises CheckpointError if a folder's cannot be loaded.
+    """
+    if (path := find_gguf(Path(model).expanduser())) is not None:
+        return _gguf_tokenizer(path)
+    return folder_tokenizer(resolve_folder(str(model)))
 
 
 def _load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
     """Model and tokenizer of a GGUF file of any type, its weights restored; None for a tokenizer that cannot be had."""
-    from transformers import AutoTokenizer
-
     hollow = HollowModel(open_checkpoint(path, quantized=True))
     names = [name for name, _ in hollow.model.named_children()]
     for name in sorted(names, key=hollow.stores, reverse=True):
         if not hollow.stores(name):  # tied: the head is the embedding
             hollow.model.tie_weights()
         hollow.fill(name)
-    tokenizer = None
-    with suppress(OSError, ValueError, KeyError, NotImplementedError):  # of families that transformers does not know
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    tokenizer = _gguf_tokenizer(path)
     if tokenizer is not None:
         hollow.model.generation_config.eos_token_id = tokenizer.eos_token_id
         hollow.model.generation_config.pad_token_id = tokenizer.pad_token_id
     return hollow.model.to(torch.float32 if dtype == "auto" else getattr(torch, dtype)), tokenizer
+
+
+def _gguf_tokenizer(path: Path) -> Any:
+    """None if it cannot be had."""
+    from transformers import AutoTokenizer
+
+    with suppress(OSError, ValueError, KeyError, NotImplementedError):  # of families that transformers does not know
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    return None
 
 
 def generate_text(

@@ -26,9 +26,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from alphaq.calibration.uneven import take_own_counts
 from alphaq.checkpoint.families.architecture import architecture_of
 from alphaq.errors import ArchitectureError, CheckpointError
-from alphaq.formats.versions import NATIVE_FORMAT_VERSION, check_native_format
+from alphaq.formats.versions import NATIVE_FORMAT_VERSION, UNEVEN, check_native_format
 from alphaq.runtime.conversions import DequantizeBlocks, Refold
 from alphaq.runtime.packed import PackedWeights
 from alphaq.runtime.replace import Packer, stored_tensors
@@ -45,6 +46,8 @@ class AlphaQConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.average_bits = figures.get("average_bits")
         self.bits_per_weight = figures.get("bits_per_weight")
+        if figures.get(UNEVEN):
+            setattr(self, UNEVEN, True)
 
 
 def fusions(model: Any, known: list[Any]) -> list[WeightConverter]:
@@ -114,6 +117,7 @@ class AlphaQQuantizer(HfQuantizer):
                 "A native checkpoint is loaded from its safetensors files, not from a state_dict or other files. "
                 "Give from_pretrained its folder or hub id."
             )
+        take_own_counts(model)
         self.packer = Packer(stored_tensors(checkpoint_files))
         elsewhere = self.packer.pack(model, get_model_conversion_mapping(model, None, self))
         ignored = {rf"^{re.escape(name)}$" for name in elsewhere}

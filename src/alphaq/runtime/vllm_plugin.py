@@ -15,7 +15,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from alphaq.errors import CheckpointError
-from alphaq.formats.versions import CODECS, NATIVE_FORMAT_VERSION, check_native_format
+from alphaq.formats.versions import CODECS, NATIVE_FORMAT_VERSION, UNEVEN, check_native_format
 from alphaq.work.untrusted import JsonObject
 
 QUANT_METHOD = "alphaq"
@@ -61,11 +61,16 @@ class AlphaQConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: JsonObject) -> AlphaQConfig:
-        """Raises CheckpointError if the checkpoint's format is newer."""
+        """Raises CheckpointError if the checkpoint's format is newer, or vLLM cannot run it."""
         check_native_format(config.get("format_version", NATIVE_FORMAT_VERSION))
         if (codec := config.get("codec")) not in (None, CODECS[0]):
             raise CheckpointError(
                 f"vLLM cannot load tensors coded with {codec}. Decode them: alphaq recode OUT --codec none -o DECODED"
+            )
+        if config.get(UNEVEN):
+            raise CheckpointError(
+                "vLLM has one number of experts for all layers, and this model has others in some. Run it in "
+                "transformers, or plan again with --drop-counts equal."
             )
         return cls()
 

@@ -10,7 +10,7 @@ import numpy as np
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.registry import lookup
 from alphaq.research import aimer, alpha_ratio, kurtosis, outlier, stable_rank
-from alphaq.sensitivity import calibrated, importance, nats, router, signal, structure
+from alphaq.sensitivity import calibrated, importance, nats, router, signal, structure, typical
 from alphaq.sensitivity.base import Method, Rule
 
 
@@ -40,6 +40,13 @@ METHODS: dict[str, Method] = {
         "loss",
         signal.losses,
         ("errors", "prior", "synthetic"),
+        joint=True,
+    ),
+    "typical": Method(
+        "place in a typical model × routing prior × relative error, with no pass: what --share uses",
+        "loss",
+        typical.losses,
+        ("errors", "prior"),
         joint=True,
     ),
     "alphaq": Method("(α₀/α)^γ × error: heavy-tailed spectra first", "loss", importance.losses, ("errors", "alpha")),

@@ -29,13 +29,13 @@ from alphaq.planning import Measurements, PlanInputs, Request, checked_plan, mea
 from alphaq.registry import unknown
 from alphaq.sensitivity.methods import METHODS
 from alphaq.trials.results import BASELINE, REFERENCE, Entry, Job, Key, Row, rows_of, write
-from alphaq.trials.trial import Trials
+from alphaq.trials.trial import Trials, settled
 from alphaq.work.journal import Journal
 from alphaq.writing.rounding import Rounding
 
 JOURNAL_NAME = "results.jsonl"
 SCRATCH_NAME = ".alphaq-scratch"
-DROPPING = ("drop", "max_drop", "max_drop_loss")
+DROPPING = ("drop", "drop_counts", "max_drop", "max_drop_loss")
 VARIABLE = {name: setting for name, setting in settings_of(PlanConfig).items() if setting.option.varies}
 """Settings that a method may have for itself, in `alphaq:gamma=2`."""
 
@@ -110,7 +110,7 @@ class _Race:
         roundings = {str(rounding): rounding for rounding in comparison.roundings or [Rounding.of("native")]}
         first = next(iter(roundings))
         base = comparison.config or PlanConfig(budget=Budget(bits=bits[0]))
-        scoring = scoring.model_copy(update={"bos": base.bos})
+        scoring, _ = settled(scoring.model_copy(update={"bos": base.bos}), checkpoint)
         contents = read_texts(scoring.texts)
         plain = resolve(_as_it_can(base.model_copy(update={"method": BASELINE})))
         sizes = {width: plain_size(checkpoint, plain, width) for width in bits}
@@ -138,15 +138,18 @@ class _Race:
         """The missing results. known: scores of earlier ones, by digest."""
         measured = self._measured({name for name, _, _ in missing}, resources)
         score = partial(score_texts, texts=self.contents, scoring=self.scoring)
-        dtype, device = self.scoring.dtype, self.scoring.device
-        trials = Trials(self.checkpoint, score, scratch, dtype, resources.wrap, resources.workers, device)
+        trials = Trials(self.checkpoint, score, scratch, self.scoring, resources.wrap, resources.workers)
         trials.known = dict(known)
         beginning = window_beginning(trials.tokenizer, self.scoring.bos)
         for entry, plan in self._plans(missing, measured, resources):
             rounding = self.roundings.get(entry.rounding)
             tried = {} if entry.error else trials.run(plan, rounding)
             quantizer = "" if rounding is None else rounding.name
-            told = {"quantizer": quantizer, "windows_begin_with": beginning}
+            told = {
+                "quantizer": quantizer,
+                "windows_begin_with": beginning,
+                "layer_by_layer": bool(self.scoring.stream),
+            }
             yield Entry.model_validate(entry.model_dump() | told | tried)
 
     def _measured(self, methods: set[str], resources: Resources) -> dict[str, Measurements]:

@@ -52,6 +52,8 @@ class Row:
     """For the default method, whether its plan stood beside uniform bits: "plan" or "uniform"."""
     windows_begin_with: str = ""
     """Special tokens before each window of text, in words."""
+    layer_by_layer: bool = False
+    """Whether weights were read from disk as they were used."""
 
 
 class Job(BaseModel):
@@ -83,6 +85,7 @@ class Entry(BaseModel):
     rounding: str
     quantizer: str = ""
     windows_begin_with: str = ""
+    layer_by_layer: bool = False
     budget_bytes: int
     size_bytes: int | None = None
     average_bits: float | None = None

@@ -34,7 +34,7 @@ from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import Budget
 from alphaq.nouns.target import Reaches, Target
 from alphaq.planning import Measurements, Request, Scope, make_plan, problem_of
-from alphaq.trials.trial import Trials, window_scores
+from alphaq.trials.trial import Trials, settled, window_scores
 from alphaq.writing.rounding import Rounding
 
 
@@ -163,10 +163,11 @@ def search(
     contents = read_texts(trying.scoring.texts)
     low, high = _steps(checkpoint, request, measured, target.step)
     with TemporaryDirectory(prefix=".alphaq-search-", dir=trying.scratch) as folder:
-        scoring = trying.scoring
+        scoring, _ = settled(trying.scoring, checkpoint)
+        trying = replace(trying, scoring=scoring)
         score = partial(score_texts, texts=contents, scoring=scoring)
         scratch = Path(folder) / "trials"
-        trials = Trials(checkpoint, score, scratch, scoring.dtype, resources.wrap, resources.workers, scoring.device)
+        trials = Trials(checkpoint, score, scratch, scoring, resources.wrap, resources.workers)
         tried = _Tried(checkpoint, request, measured, target, trying, trials, contents)
         step = smallest_reaching(low, high, tried.reaches)
         if step is None:
@@ -236,6 +237,7 @@ class _Tried:
                 dtype=scoring.dtype,
                 computed_in=trials.computed_in,
                 device=str(trials.reference.device),
+                layer_by_layer=bool(scoring.stream),
             ),
             points=tuple(sorted(self.points.values(), key=lambda point: (point.size_bytes or 0, point.budget_bpw))),
         )

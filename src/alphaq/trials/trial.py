@@ -16,20 +16,27 @@ from typing import Any
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.evaluation.fidelity import Remembered, WindowScore
+from alphaq.evaluation.loading import pair_of
+from alphaq.evaluation.room import with_stream
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
-from alphaq.runtime.loading import load_model
+from alphaq.nouns.scoring import Scoring
 from alphaq.work.workers import Workers, Wrap
 from alphaq.writing.quantizing import quantize
 from alphaq.writing.records import WriteOptions
 from alphaq.writing.rounding import Rounding
 
 
+def settled(scoring: Scoring, checkpoint: Checkpoint) -> tuple[Scoring, str | None]:
+    """The scoring with `stream` decided for a checkpoint beside what is made of it. See `room.with_stream`."""
+    return with_stream(scoring, [checkpoint.folder], more_bytes=checkpoint.nbytes // 2)
+
+
 class Trials:
     """Quantizes and scores plans of one checkpoint, each distinct one once.
 
     score: (model, tokenizer, reference=…, wrap=…) → scores by text. scratch: a folder for quantized matrices, which is
-    made, and which the caller removes. known: scores by digest, of trials that were made before.
+    made, and which the caller removes. scoring: how models are run. known: scores by digest, of earlier trials.
     """
 
     def __init__(
@@ -37,17 +44,16 @@ class Trials:
         checkpoint: Checkpoint,
         score: Callable[..., Iterable[tuple[str, list[WindowScore]]]],
         scratch: Path,
-        dtype: str,
+        scoring: Scoring,
         wrap: Wrap,
         workers: Workers | None,
-        device: str | None,
     ) -> None:
-        self.checkpoint, self.score, self.dtype = checkpoint, score, dtype
-        self.wrap, self.workers, self.device = wrap, workers, device
+        self.checkpoint, self.score, self.scoring = checkpoint, score, scoring
+        self.wrap, self.workers = wrap, workers
         self.known: dict[str, Any] = {}
         self.blocks = scratch / "blocks"
         self.blocks.mkdir(parents=True)
-        model, self.tokenizer = load_model(checkpoint.folder, dtype, device)
+        model, _, self.tokenizer = pair_of(checkpoint.folder, None, scoring)
         self.computed_in = str(model.dtype).removeprefix("torch.")
         self.reference = Remembered(model)
 
@@ -68,8 +74,8 @@ class Trials:
                     options = WriteOptions(rounding, shared=self.blocks, check=False)
                     quantize(self.checkpoint, plan, folder, options, Resources(self.workers))
                     seconds = time.perf_counter() - begin
-                    model, _ = load_model(folder, self.dtype, self.device)
-                self.known[digest] = self._scores(model)
+                    model, _, _ = pair_of(folder, None, self.scoring)
+                    self.known[digest] = self._scores(model)
         return {"digest": digest, "scores": self.known[digest], "seconds_to_quantize": seconds}
 
     def _scores(self, model: Any) -> dict[str, list[list[float]]]:

@@ -9,7 +9,8 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Container
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,16 +21,48 @@ from alphaq.checkpoint.tensors import Encoding, TensorInfo
 from alphaq.engines.native import PROFILE as NATIVE
 from alphaq.engines.output import PLAN_NAME, Output
 from alphaq.errors import PlanError
-from alphaq.formats.blocks import decode, dequantize
+from alphaq.formats.blocks import decode, dequantize, is_block
 from alphaq.formats.coding import block_header, decode_tensor, decoded_info, is_coded
 from alphaq.formats.table import format_of, stored_choice
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.matrix import Role
+from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.option import settings_of
 from alphaq.nouns.plan import Plan
+from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.nouns.settings import PlanConfig
 from alphaq.nouns.spectrum import Spectrum
 from alphaq.spectra.measure import Stats
+
+
+@dataclass(frozen=True)
+class Artifact(Checkpoint):
+    """A native checkpoint whose matrices are restored as they are read."""
+
+    def read_rows(self, matrix: MatrixRef, part: slice, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """Some rows of a matrix. Its codes are kept until another one is asked for: who reads rows reads many."""
+        encoding = self.info(matrix.tensor).encoding
+        if encoding is None or encoding.scheme != NATIVE_METHOD:
+            return super().read_rows(matrix, part, memory)
+        known = self._last.get(matrix.name)
+        if known is None:
+            known = self._opened(matrix)
+            self._last.clear()
+            self._last[matrix.name] = known
+        return known[part] if isinstance(known, torch.Tensor) else dequantize(known, rows=part)
+
+    def _opened(self, matrix: MatrixRef) -> QuantizedMatrix | torch.Tensor:
+        """A matrix's codes, or its values where it has none or they are part of a tensor that is read as a whole."""
+        if (stored := self.stored(matrix)) is None:
+            return self.read(matrix)
+        plain = decode_tensor(stored, matrix.name)
+        return decode(plain, matrix.name) if is_block(plain) else plain.view(matrix.shape)
+
+    @cached_property
+    def _last(self) -> dict[str, QuantizedMatrix | torch.Tensor]:
+        return {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_last"}
 
 
 def open_artifact(folder: Path) -> tuple[Checkpoint, Plan]:
@@ -42,7 +75,8 @@ def open_artifact(folder: Path) -> tuple[Checkpoint, Plan]:
         raise PlanError(
             f"{folder} is for {output.plan.engine}, which cannot be read back. Only native checkpoints can be sliced."
         )
-    return open_native(folder, _restored), output.plan
+    opened = open_native(folder, _restored)
+    return Artifact(**{one.name: getattr(opened, one.name) for one in fields(Checkpoint)}), output.plan
 
 
 def open_source(model: str) -> Checkpoint:

@@ -17,10 +17,13 @@ LOSSES, INPUTS = "losses", "inputs"
 
 
 def as_planned(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
-    """The checkpoint without the experts that the plan does without. Raises PlanError if it lacks one of them."""
+    """The checkpoint without the experts that the plan does without.
+
+    Raises PlanError if it lacks one of them, or the engine has one count for all layers and the plan has not.
+    """
     if plan.dropped is None or checkpoint.dropped:
         return checkpoint
-    return without_experts(checkpoint, plan.dropped.experts)
+    return without_experts(checkpoint, plan.dropped.experts, profile(plan.engine).own_counts)
 
 
 def plan_choices(plan: Plan, checkpoint: Checkpoint) -> dict[str, Choice]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 import alphaq
+from alphaq.checkpoint.ranges import expect
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
 from alphaq.checkpoint.writer import resumable_folder
@@ -209,7 +210,7 @@ def _stored(job: _Job, tasks: list[StoreTask], notes: _Notes, resources: Resourc
 
 def _expect(checkpoint: Checkpoint, task: StoreTask) -> None:
     if isinstance(task.entry.source, MatrixRef):
-        checkpoint.expect(task.entry.source)
+        expect(checkpoint, task.entry.source)
 
 
 def _finish(job: _Job, sink: Sink, layout: Layout, records: Mapping[str, Record], folder: Path) -> None:

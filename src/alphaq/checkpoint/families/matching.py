@@ -8,7 +8,7 @@ from typing import Any
 
 from alphaq.checkpoint.encoded.encodings import unfolded as unfolded_tensor
 from alphaq.checkpoint.families.architecture import NUMBERED_LAYER, Architecture, TensorRule, count
-from alphaq.checkpoint.families.routing import check_routing
+from alphaq.checkpoint.families.routing import check_routing, experts_in
 from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import ArchitectureError, CheckpointError
 from alphaq.nouns.matrix import MatrixRef, Role
@@ -84,7 +84,7 @@ def _matrices_of(
         columns = count(architecture.text_config(config), rule.columns)
         rule = replace(rule, transposed=tensor.shape[-1] != columns and tensor.shape[-2] == columns)
     if rule.stacked:
-        yield from _unstack(architecture, tensor, rule, fields, architecture.experts_per_layer(config))
+        yield from _unstack(architecture, tensor, rule, fields, experts_in(architecture, config, match.layer))
     elif len(tensor.shape) == 2 and rule.role is not Role.OTHER and not _is_table(tensor, rule.role):
         rows, columns = tensor.shape[::-1] if rule.transposed else tensor.shape
         projection = fields.get("projection")
@@ -127,10 +127,10 @@ def unfolded(
     """Shards whose tensors [experts · rows, columns] are [experts, rows, columns], the same bytes."""
 
     def unfold(tensor: TensorInfo) -> TensorInfo:
-        rule, _ = architecture.first_match(tensor.name)
-        if rule is None or not rule.folded or len(tensor.shape) != 2:
+        rule, match = architecture.first_match(tensor.name)
+        if rule is None or match is None or not rule.folded or len(tensor.shape) != 2:
             return tensor
-        experts = architecture.experts_per_layer(config)
+        experts = experts_in(architecture, config, int(match["layer"]))
         rows = tensor.shape[0]
         if not experts or rows % experts:
             raise ArchitectureError(f"{tensor.name!r}: {rows} rows cannot hold {experts} experts. Correct config.json.")
@@ -206,14 +206,17 @@ def _check_expert_count(architecture: Architecture, config: Mapping[str, Any], m
     projections = sorted(set(architecture.projections.values()))
     per_layer = architecture.experts_per_layer(config)
     layers = architecture.moe_layers(config)
-    promised = len(layers) * per_layer * len(projections)
+    promised = len(layers) * per_layer * len(projections)  # at most
     if promised > 2 * len(by_place) + 1000:  # before building a set as large as the config says
         raise ArchitectureError(
             f"Found {len(by_place)} expert matrices but config.json promises {promised}. "
             "Complete the download or correct config.json."
         )
     expected = {
-        (layer, expert, projection) for layer in layers for expert in range(per_layer) for projection in projections
+        (layer, expert, projection)
+        for layer in layers
+        for expert in range(experts_in(architecture, config, layer))
+        for projection in projections
     }
     if by_place.keys() != expected:
         missing, extra = sorted(expected - by_place.keys()), sorted(by_place.keys() - expected)

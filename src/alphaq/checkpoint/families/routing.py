@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from alphaq.checkpoint.families.architecture import Architecture, look_up
+from alphaq.checkpoint.families.architecture import NUMBERED_LAYER, Architecture, look_up
 from alphaq.checkpoint.tensors import TensorInfo
 from alphaq.errors import ArchitectureError
+from alphaq.work.untrusted import shown
 
+OWN_COUNTS = "alphaq_experts_in_layers"
+"""Key of config.json: how many experts each layer has, by its number, where layers differ. The family's own key has the
+most of any layer then."""
 _GROUPS = ("n_group", "num_expert_group")
 _CHOSEN_GROUPS = "topk_group"
 
@@ -24,13 +28,42 @@ def check_routing(architecture: Architecture, config: Mapping[str, Any], per_exp
     text, experts = architecture.text_config(config), architecture.experts_per_layer(config)
     if not experts:
         return
-    idle = architecture.idle_experts
-    most = experts + next(iter(_numbers(look_up(text, idle) if isinstance(idle, str) else idle)), 0)
+    idle_key = architecture.idle_experts
+    idle = next(iter(_numbers(look_up(text, idle_key) if isinstance(idle_key, str) else idle_key)), 0)
+    counts = own_counts(architecture, config)
     for tensor in per_expert:
-        _check_rows(tensor, experts, most)
+        numbered = NUMBERED_LAYER.fullmatch(tensor.name)
+        own = counts.get(int(numbered[1]), experts) if numbered else experts
+        _check_rows(tensor, own, own + idle)
     for key in architecture.top_k_keys:
         for chosen in _numbers(look_up(text, key)):
-            _check_top_k(key, chosen, most, text)
+            for count in sorted({experts, *counts.values()}):
+                _check_top_k(key, chosen, count + idle, text)
+
+
+def own_counts(architecture: Architecture, config: Mapping[str, Any]) -> dict[int, int]:
+    """How many experts each layer has, where config.json says that layers differ; else nothing.
+
+    Raises ArchitectureError for numbers that cannot be.
+    """
+    told = config.get(OWN_COUNTS)
+    if told is None:
+        return {}
+    most = architecture.experts_per_layer(config)
+    layers = {str(layer): layer for layer in architecture.moe_layers(config)}
+    if not isinstance(told, dict) or not all(
+        layer in layers and type(count) is int and 0 < count <= most for layer, count in told.items()
+    ):
+        raise ArchitectureError(
+            f"config.json: {OWN_COUNTS} is {shown(str(told))}, not 1 to {most} experts for layers that have some. "
+            "Restore config.json as it was written."
+        )
+    return {layers[layer]: count for layer, count in told.items()}
+
+
+def experts_in(architecture: Architecture, config: Mapping[str, Any], layer: int | None) -> int:
+    """Routed experts in one layer that has some."""
+    return own_counts(architecture, config).get(-1 if layer is None else layer, architecture.experts_per_layer(config))
 
 
 def experts_per_token(architecture: Architecture, config: Mapping[str, Any]) -> int:

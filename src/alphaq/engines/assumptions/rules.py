@@ -58,6 +58,35 @@ class Fixed:
         return " or ".join(said) + under + other
 
 
+@dataclass(frozen=True)
+class Derived:
+    """A setting by another name, or in other words.
+
+    formula: what it is made of; formulas: those of the items of a list. values: what its value, or each of a list, is
+    called instead. constant: what it is whatever the config says; with a formula, where that gives nothing.
+    """
+
+    formula: str = ""
+    formulas: tuple[str, ...] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
+    constant: Any = None
+
+    @classmethod
+    def parse(cls, entry: Any) -> Derived:
+        """A formula, or a table."""
+        return cls(entry) if isinstance(entry, str) else cls(**entry)
+
+    def value(self, config: JsonObject) -> Any:
+        """What the engine is told."""
+        found: Any = [evaluated(one, config) for one in self.formulas] or None
+        found = evaluated(self.formula, config) if self.formula else found
+        if found is None:
+            return self.constant
+        if not self.values:
+            return found
+        return [self.values[one] for one in found] if isinstance(found, list) else self.values[found]
+
+
 def same(one: Any, other: Any) -> bool:
     """Equal, and of one kind: 1 is not true, but 1.0 is 1."""
     return isinstance(one, bool) == isinstance(other, bool) and one == other

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.resources import files
 from typing import Literal
 
 from alphaq.checkpoint.families.architecture import Architecture
 from alphaq.checkpoint.families.formulas import Assumption, names_in
-from alphaq.engines.assumptions.rules import Fixed
+from alphaq.engines.assumptions.rules import Derived, Fixed
 from alphaq.work.untrusted import JsonObject
 
 if sys.version_info >= (3, 11):
@@ -33,7 +33,10 @@ class Lines:
     for granted; None lifts for one family what holds for all. rope: parameters that it reads, by type of rotary
     embedding. tensors: templates of stored names that it has a place for, beside those of the family's
     `[gguf.tensors]`. prediction_layers: whether it has a place for layers after the last. written: what config.json
-    must say and may lack.
+    must say and may lack. derived: settings that the engine looks for, made of those of the family. names: what it
+    calls a part of a stored name. stacked: whether a layer's experts lie in one module. kept: parts of names of
+    matrices that it must have in 16 bits, and why. wrapped: "also" where
+    it runs this language model inside another one, "always" where it has it there even if it is alone.
     """
 
     carried: frozenset[str] = frozenset()
@@ -43,6 +46,11 @@ class Lines:
     tensors: tuple[str, ...] = ()
     prediction_layers: bool = False
     written: JsonObject = field(default_factory=dict)
+    derived: Mapping[str, Derived] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    stacked: bool = True
+    kept: Mapping[str, str] = field(default_factory=dict)
+    wrapped: Literal["", "also", "always"] = ""
 
     @classmethod
     def parse(cls, table: JsonObject) -> Lines:
@@ -50,30 +58,38 @@ class Lines:
         rules = {name: None if rule == {} else Fixed.parse(rule) for name, rule in table.get("fixed", {}).items()}
         read = {kind: frozenset(names) for kind, names in table.get("rope", {}).items()}
         sets = {key: frozenset(table.get(key, ())) for key in ("carried", "neutral")}
-        return cls(**{**table, **sets, "fixed": rules, "rope": read, "tensors": tuple(table.get("tensors", ()))})
+        made = {name: Derived.parse(entry) for name, entry in table.get("derived", {}).items()}
+        own = {"fixed": rules, "rope": read, "derived": made, "tensors": tuple(table.get("tensors", ()))}
+        return cls(**{**table, **sets, **own})
 
     def and_of(self, family: Lines) -> Lines:
         """With what is said of one family, which goes before."""
-        return Lines(
-            self.carried | family.carried,
-            self.neutral | family.neutral,
-            {**self.fixed, **family.fixed},
-            {**self.rope, **family.rope},
-            self.tensors + family.tensors,
-            family.prediction_layers,
-            family.written,
+        return replace(
+            family,
+            carried=self.carried | family.carried,
+            neutral=self.neutral | family.neutral,
+            fixed={**self.fixed, **family.fixed},
+            rope={**self.rope, **family.rope},
+            tensors=self.tensors + family.tensors,
         )
+
+    def called(self, tensor: str) -> str:
+        """The engine's name of what the family's files call so."""
+        for part, other in self.names.items():
+            tensor = tensor.replace(part, other)
+        return tensor
 
 
 @dataclass(frozen=True)
 class EngineTable:
     """One ENGINE.toml.
 
-    families: those with experts whose export has been run there. everything: whether it computes with transformers' own
-    class, which carries every setting. wrapped: whether it runs language models that lie beside others.
-    architecture_file: whether the `[gguf]` table of a family's own file says more: `metadata` of what is carried,
-    `config` of what is taken for granted. dense: families without experts that it loads, by `model_type`, and what it
-    takes for granted of each.
+    families: those with experts whose export has been run there, by name or by `model_type`. everything: whether it
+    computes with transformers' own class, which carries every setting. wrapped: whether it runs language models that
+    lie beside others. architecture_file: whether the `[gguf]` table of a family's own file says more: `metadata` of
+    what is carried, `config` of what is taken for granted. dense: families without experts that it loads, by
+    `model_type`, and what it takes for granted of each. refused: families that it has a program for and computes
+    otherwise, and what it does.
     """
 
     common: Lines
@@ -82,6 +98,7 @@ class EngineTable:
     everything: bool = False
     wrapped: bool = False
     architecture_file: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,10 +139,17 @@ class FamilySettings:
         return "carried" if self.everything or setting in self.carried else "fixed"
 
 
-def family_settings(engine: str, architecture: Architecture) -> FamilySettings:
+def family_lines(engine: str, architecture: Architecture, model_type: object = None) -> Lines:
+    """What is said of a family alone, or of those of its models that have a table of their own by `model_type`."""
+    families = engine_table(engine).families
+    own = model_type in architecture.model_types and model_type in families
+    return families.get(str(model_type) if own else architecture.name, Lines())
+
+
+def family_settings(engine: str, architecture: Architecture, model_type: object = None) -> FamilySettings:
     """What an engine makes of a family's settings; for one without lines of its own, what holds for all."""
     table = engine_table(engine)
-    lines = table.common.and_of(table.families.get(architecture.name, Lines()))
+    lines = table.common.and_of(family_lines(engine, architecture, model_type))
     if table.architecture_file and architecture.gguf is not None:
         mapping = architecture.gguf
         said = {name for key in mapping.metadata.values() for formula in key.config for name in names_in(formula)}
@@ -152,13 +176,13 @@ def engine_table(engine: str) -> EngineTable:
     """What lies beside this module for an engine; nothing for one that takes nothing for granted but defaults."""
     table = _read(engine)
     families = {family: Lines.parse(lines) for family, lines in table.pop("families", {}).items()}
-    dense = table.pop("dense", {})
+    dense, refused = table.pop("dense", {}), table.pop("refused", {})
     flags = {key: table.pop(key) for key in ("everything", "wrapped", "architecture_file") if key in table}
     common = Lines(neutral=frozenset(_read("common")["neutral"])).and_of(Lines.parse(table))
     granted = {
         family: {key: Assumption.parse(entry) for key, entry in _extended(dense, family).items()} for family in dense
     }
-    return EngineTable(common, families, granted, **flags)
+    return EngineTable(common, families, granted, **flags, refused=refused)
 
 
 def _extended(tables: Mapping[str, JsonObject], family: str) -> JsonObject:

@@ -6,13 +6,14 @@ from typing import Any
 
 from alphaq.checkpoint.families.formulas import looked_up
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.engines.assumptions.tables import ROPE, family_settings
+from alphaq.engines.assumptions.tables import ROPE, FamilySettings, family_settings
 from alphaq.engines.effective import model_settings, settings_of
 from alphaq.engines.settings import require_settings
 from alphaq.errors import ArchitectureError
 from alphaq.work.untrusted import JsonObject
 
 NAME = "mlx"
+WRAPPED = "text_config"
 
 
 def told(checkpoint: Checkpoint) -> JsonObject:
@@ -21,22 +22,47 @@ def told(checkpoint: Checkpoint) -> JsonObject:
     It says nothing of a rotary base or a type that it does not find. Raises ArchitectureError for what cannot be told.
     """
     found = _of_experts(checkpoint) if checkpoint.architecture.num_experts_keys else _of_dense(checkpoint)
-    own = checkpoint.config
-    return {key: value for key, value in found.items() if key not in own or own[key] != value}
+    own = checkpoint.text_config
+    changed = {key: value for key, value in found.items() if key not in own or own[key] != value}
+    if not is_wrapped(checkpoint):
+        return changed
+    changed.pop("model_type", None)  # of the whole
+    return {WRAPPED: {**own, **changed}, "vocab_size": own["vocab_size"]}  # which Gemma's class reads outside
+
+
+def is_wrapped(checkpoint: Checkpoint) -> bool:
+    """Whether a model holds its language model beside others.
+
+    Raises ArchitectureError if its settings lie where mlx-lm does not look for them.
+    """
+    if checkpoint.text_config == checkpoint.config:
+        return False
+    if checkpoint.config.get(WRAPPED) != checkpoint.text_config:
+        raise ArchitectureError(
+            f"config.json has the language model's settings elsewhere than under {WRAPPED}, where alone mlx-lm looks "
+            "for them. Use --engine native."
+        )
+    return True
 
 
 def _of_experts(checkpoint: Checkpoint) -> JsonObject:
     """Settings that are carried, the number of experts by the name that mlx-lm looks for, and rotary ones."""
-    known, config = family_settings(NAME, checkpoint.architecture), require_settings(checkpoint, NAME)
+    known, config = _known(checkpoint), require_settings(checkpoint, NAME)
     carried = {key.rpartition(".")[2]: looked_up(key, config) for key in known.carried}
     found = {key: value for key, value in carried.items() if value is not None}
-    found[checkpoint.architecture.num_experts_keys[0]] = checkpoint.architecture.experts_per_layer(checkpoint.config)
+    counted = checkpoint.architecture.num_experts_keys[0]
+    if "." not in counted:
+        found[counted] = checkpoint.architecture.experts_per_layer(checkpoint.config)
     rope = {key: value for key, value in (config.get(ROPE) or {}).items() if value is not None}
     rope = {key: value for key, value in rope.items() if key != "type" and key not in carried}
-    if rope:
+    if rope and not any(isinstance(part, dict) for part in rope.values()):  # else each kind of layer has its own
         found["rope_theta"] = rope.pop("rope_theta", None)
         found["rope_scaling"] = _scaling(rope)
-    return found
+    return found | {key: one.value(config) for key, one in known.lines.derived.items()}
+
+
+def _known(checkpoint: Checkpoint) -> FamilySettings:
+    return family_settings(NAME, checkpoint.architecture, checkpoint.text_config.get("model_type"))
 
 
 def _of_dense(checkpoint: Checkpoint) -> JsonObject:

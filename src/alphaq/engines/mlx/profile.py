@@ -19,10 +19,11 @@ import torch
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
+from alphaq.engines.assumptions.tables import Lines, family_lines
 from alphaq.engines.export import Rows, Run
-from alphaq.engines.mlx.config import NAME, told
+from alphaq.engines.mlx.config import NAME, is_wrapped, told
 from alphaq.engines.safetensors.engine import SafetensorsEngine, words
-from alphaq.engines.safetensors.modules import KEPT, module_of
+from alphaq.engines.safetensors.modules import KEPT, as_published, module_of
 from alphaq.errors import MissingEngineError, MissingExtraError, PlanError
 from alphaq.formats.native import GROUP_SIZES
 from alphaq.nouns.choice import Choice
@@ -47,19 +48,42 @@ def tensors(choice: Choice, shape: Shape, dtype: str) -> dict[str, TensorSpec]:
     }
 
 
-def module_path(matrix: MatrixRef) -> str:
-    """mlx-lm's name of the module that holds a matrix; one module holds a projection of all a layer's experts."""
-    module = module_of(matrix)
-    if matrix.role is Role.EXPERT:
-        return re.sub(r"experts\.\d+\.\w+$", f"switch_mlp.{matrix.projection}_proj", module)
-    return module
+def lines_of(checkpoint: Checkpoint) -> Lines:
+    """What `mlx.toml` says of a family with experts; nothing of another."""
+    return family_lines(NAME, checkpoint.architecture, checkpoint.text_config.get("model_type"))
+
+
+def module_path(checkpoint: Checkpoint, matrix: MatrixRef) -> str:
+    """mlx-lm's name of the module that holds a matrix; usually one holds a projection of all a layer's experts."""
+    lines, module = lines_of(checkpoint), module_of(checkpoint, matrix)
+    if matrix.role is Role.EXPERT and lines.stacked:
+        module = re.sub(r"experts\.\d+\.\w+$", f"switch_mlp.{matrix.projection}_proj", module)
+    return _placed(checkpoint, lines.called(module))
+
+
+def renamed(checkpoint: Checkpoint, tensor: str) -> str:
+    """mlx-lm's name of a tensor that is kept."""
+    return _placed(checkpoint, lines_of(checkpoint).called(as_published(checkpoint, tensor)))
+
+
+def _placed(checkpoint: Checkpoint, name: str) -> str:
+    """A name of a model in which the language model lies beside others: mlx-lm has it as `language_model`."""
+    begins = {"lm_head": "language_model.lm_head"}
+    if is_wrapped(checkpoint):
+        begins["model.language_model."] = "language_model.model."
+    elif lines_of(checkpoint).wrapped == "always":
+        begins["model."] = "language_model.model."
+    else:
+        return name
+    found = next((begin for begin in begins if name.startswith(begin)), "")
+    return begins.get(found, "") + name.removeprefix(found)
 
 
 def keeps(checkpoint: Checkpoint, matrix: MatrixRef) -> str | None:
     """Why mlx-lm must have a matrix in 16 bits, or None."""
     family = str(checkpoint.config.get("model_type"))
-    if checkpoint.architecture.name == "deepseek_v3" and matrix.name.endswith(".kv_b_proj.weight"):
-        return "mlx-lm splits it by head and would quantize it a second time"
+    if why := next((why for part, why in lines_of(checkpoint).kept.items() if part in matrix.name), None):
+        return why
     if family in TIED_PLAINLY and matrix.role is Role.EMBEDDING and not checkpoint.with_role(Role.HEAD):
         return f"it is the head too, and mlx-lm's {family} multiplies by its stored numbers"
     return None
@@ -67,7 +91,7 @@ def keeps(checkpoint: Checkpoint, matrix: MatrixRef) -> str | None:
 
 def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> JsonObject:
     """What config.json says: the most common choice, and every module that has another. Empty if none is quantized."""
-    modules = {module_path(matrix): choices.get(matrix.name, KEPT) for matrix in checkpoint.matrices}
+    modules = {module_path(checkpoint, matrix): choices.get(matrix.name, KEPT) for matrix in checkpoint.matrices}
     quantized = {module: choice for module, choice in modules.items() if choice != KEPT}
     if not quantized:
         return {}
@@ -151,7 +175,8 @@ ENGINE = SafetensorsEngine(
     usage="Run it: mlx_lm.generate --model {out} --prompt '…'",
     run=Run("mlx-lm", logits, tolerance=0.01),
     module=module_path,
-    stacked=True,
+    stacked=lambda checkpoint: lines_of(checkpoint).stacked,
+    renamed=renamed,
     refuse=told,
     keeps=keeps,
     on_request=frozenset({Role.EMBEDDING, Role.HEAD}),

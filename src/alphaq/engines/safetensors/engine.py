@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,8 +72,8 @@ class SafetensorsEngine:
     config: Callable[[Checkpoint, Plan], JsonObject]
     usage: str
     run: Run
-    module: Callable[[MatrixRef], str] = module_of
-    stacked: bool = False
+    module: Callable[[Checkpoint, MatrixRef], str] = module_of
+    stacked: Callable[[Checkpoint], bool] = lambda checkpoint: False
     renamed: Callable[[Checkpoint, str], str] = as_published
     refuse: Callable[[Checkpoint], object] = lambda checkpoint: None
     damage: Callable[[Choice, Shape, Sequence[torch.Tensor]], str] = lambda choice, shape, parts: ""
@@ -97,9 +98,9 @@ class SafetensorsEngine:
             return 2 * shape[0] * shape[1]
         return sum(spec.nbytes for spec in self.tensors(choice, shape, "BF16").values())
 
-    def parts(self, matrix: MatrixRef, choice: Choice) -> tuple[Part, ...]:
+    def parts(self, checkpoint: Checkpoint, matrix: MatrixRef, choice: Choice) -> tuple[Part, ...]:
         """The tensors of one matrix, or its share of them."""
-        module, index = self.module(matrix), matrix.expert if self.stacked else None
+        module, index = self.module(checkpoint, matrix), matrix.expert if self.stacked(checkpoint) else None
         if choice.kept:
             return (kept_part(matrix, f"{module}.weight", index),)
         specs = self.tensors(choice, matrix.shape, kept_dtype(matrix.dtype))
@@ -117,7 +118,7 @@ class SafetensorsEngine:
         self.refuse(checkpoint)
         dropped = left_out(checkpoint, self.name)
         return safetensors_layout(
-            checkpoint, choices, self.parts, lambda tensor: self.renamed(checkpoint, tensor), dropped
+            checkpoint, choices, partial(self.parts, checkpoint), partial(self.renamed, checkpoint), dropped
         )
 
     def fault(self, name: str, choice: Choice, stored: Sequence[Stored], parts: Sequence[torch.Tensor]) -> str | None:
@@ -160,7 +161,7 @@ class SafetensorsEngine:
             merged=self.merged,
             keeps=self.keeps,
             on_request=self.on_request,
-            file_bytes=lambda matrix, choice: added_bytes(self.parts(matrix, choice)),
+            file_bytes=lambda checkpoint, matrix, choice: added_bytes(self.parts(checkpoint, matrix, choice)),
             export=Export(
                 layout=self.layout,
                 encode=self.encode,

@@ -20,7 +20,7 @@ def module_name(tensor: str) -> str:
     return tensor.removesuffix(".weight")
 
 
-def module_of(matrix: MatrixRef) -> str:
+def module_of(checkpoint: Checkpoint, matrix: MatrixRef) -> str:
     """The module that a matrix belongs to, as the checkpoint names it."""
     return module_name(matrix.name)
 
@@ -28,14 +28,15 @@ def module_of(matrix: MatrixRef) -> str:
 def as_published(checkpoint: Checkpoint, tensor: str) -> str:
     """A tensor's name as the family's own checkpoints have it: transformers 5 calls every MoE block `mlp`."""
     block = checkpoint.architecture.expert_name.partition(".experts.")[0].rpartition(".")[2]
-    return tensor.replace(".mlp.", f".{block}.")
+    return tensor if block == "{layer}" else tensor.replace(".mlp.", f".{block}.")  # some have both beside each other
 
 
 def linear_choices(
-    checkpoint: Checkpoint, choices: Mapping[str, Choice], called: Callable[[MatrixRef], str]
+    checkpoint: Checkpoint, choices: Mapping[str, Choice], called: Callable[[Checkpoint, MatrixRef], str]
 ) -> dict[str, Choice]:
     """The choice of every linear module by what it is `called`, 16 for those that the plan does not quantize."""
-    return {called(matrix): choices.get(matrix.name, KEPT) for matrix in checkpoint.matrices if matrix.role in LINEAR}
+    linear = (matrix for matrix in checkpoint.matrices if matrix.role in LINEAR)
+    return {called(checkpoint, matrix): choices.get(matrix.name, KEPT) for matrix in linear}
 
 
 def module_patterns(modules: Iterable[str], known: Iterable[str]) -> list[str]:

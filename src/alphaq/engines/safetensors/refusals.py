@@ -14,7 +14,7 @@ from alphaq.nouns.matrix import MatrixRef
 
 
 def require_family(checkpoint: Checkpoint, engine: str, title: str) -> None:
-    """Raise PlanError unless it is known what other engines call the tensors of this architecture.
+    """Raise PlanError unless the engine computes such models, and it is known what it calls their tensors.
 
     Raises ArchitectureError for a setting of a model without experts that the engine computes otherwise.
     """
@@ -26,6 +26,8 @@ def require_family(checkpoint: Checkpoint, engine: str, title: str) -> None:
         require_assumptions(checkpoint, title, family, dense[family])
         return
     name = checkpoint.architecture.name if checkpoint.architecture.num_experts_keys else family
+    if why := table.refused.get(name):
+        raise PlanError(f"{title} has {name!r}, but {why}. Plan with --engine native.")
     raise PlanError(
         f"The {title} export does not know how {title} names the tensors of {name!r}. "
         f"Available: {', '.join((*table.families, *dense))}. Plan with --engine native."

@@ -563,6 +563,16 @@
       { low: lossLow / 1.3, high: Math.max(curvePoints[0][1], P.planLoss) * 1.3, log: true, name: "predicted loss" }, "Predicted loss for every size; the slider moves along it");
     const at = ([cost, loss]) => [chart.fx(sizeAt(cost) / scale[0]), chart.fy(loss)];
     draw(chart.svg, "path", { d: pathOf(curvePoints.map(at)), fill: "none", stroke: theme.accent, "stroke-width": 2.5 });
+    const low = sizeAt(P.cost[0]), high = sizeAt(P.cost[P.steps]);
+    let row = 0, before = -Infinity;
+    for (const machine of sized ? data.machines : []) {
+      if (machine.weights_bytes < low || machine.weights_bytes > high) continue;
+      const x = chart.fx(machine.weights_bytes / scale[0]);
+      row = x - before < 46 ? 1 - row : 0;  // so that no label covers its neighbour
+      before = x;
+      draw(chart.svg, "line", { class: "axis", x1: x, x2: x, y1: chart.top, y2: chart.bottom, "stroke-dasharray": "2 4" });
+      draw(chart.svg, "text", { class: "machine", x: x + 4, y: chart.top + 10 + 14 * row }, `${machine.gib} GB`);
+    }
     const [px, py] = at([P.planCost, P.planLoss]);
     draw(chart.svg, "path", { d: shape(3, px, py, 6), fill: theme.ink, stroke: theme.card, "stroke-width": 1.5 });
     draw(chart.svg, "text", { class: "strong", x: px + 11, y: py - 7 }, "this plan");

@@ -1,11 +1,15 @@
-"""Decode on a GPU: the experts of one layer from packed blocks against bfloat16, at 1 to 8 tokens.
+"""A GPU checked and timed by one script: kernels against the CPU, decode, long prompts, spectra.
 
-    python benchmarks/gpu_decode.py [--out FILE] [--quick]
+    python benchmarks/gpu.py [--out FILE] [--scratch DIR] [--quick]
 
-A call is what a layer does after routing: gate, up, SiLU, down, for every (token, expert) pair. The baseline is one
-matrix product per chosen expert with gate and up as one matrix, the best case of unpacked weights. Both run as CUDA
-graphs of many calls, which take turns over layers and routings, so that nothing is still in the cache from the call
-before. Codes are random: time does not depend on them.
+First the tests of all Triton kernels run on the card: every format, decode and prefill, against the same product in
+float64 on the CPU. Then decode and prefill are timed: a call is what a layer does after routing, gate, up, SiLU, down
+for every (token, expert) pair. The baseline is one matrix product per chosen expert with gate and up as one matrix, the
+best case of unpacked weights. Both run as CUDA graphs of many calls, which take turns over layers and routings, so
+that nothing is still in the cache from the call before. Codes are random: time does not depend on them. At last the
+spectra of a synthetic layer's experts: milliseconds per matrix on the card and on the CPU, and how far α differs.
+
+Errors of rounding and the search of trellis codes have no path on a card.
 """
 
 from __future__ import annotations
@@ -13,14 +17,17 @@ from __future__ import annotations
 import json
 import statistics
 import struct
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import machine, markdown_table, parser, results_folder, versions
+from common import HERE, SCRATCH, machine, markdown_table, parser, results_folder, versions
 from torch.nn.functional import linear, silu
 
 from alphaq.formats.blocks import native_format
@@ -30,9 +37,12 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import Shape
 from alphaq.runtime.packed import PackedWeights
 
-TITLE = "Decode on a GPU"
+TITLE = "On a GPU"
+TESTS = ("tests/runtime/test_triton_kernels.py",)
 CHOICES = ("2", "t2", "3", "t3", "4", "t4", "8")
-BATCHES = (1, 4, 8)
+BATCHES = (1, 4, 8, 512)
+DECODED = 8  # tokens up to which time goes into reading weights
+SPECTRA = 60  # matrices
 CALLS, REPLAYS = 16, 25
 COLD_BYTES = 400e6  # several times any GPU's last cache
 LARGEST_ERROR = 1e-2
@@ -69,8 +79,8 @@ class Row:
     bfloat16_s: float
     ratio: float
     packed_bytes: int
-    bandwidth_share: float
-    """Bytes of the chosen experts' blocks per second, over those of a copy."""
+    bandwidth_share: float | None
+    """None of long prompts. Bytes of the chosen experts' blocks per second, over those of a copy."""
 
 
 def random_block(choice: Choice, shape: Shape) -> torch.Tensor:
@@ -205,10 +215,48 @@ def measure(layers: tuple[Layer, ...], copy_rate: float) -> list[Row]:
             several = [first, *(packed_layer(layer, choice) for _ in range(copies))]
             for tokens in BATCHES:
                 seconds, size = time_packed(layer, several, tokens)
-                share = size / seconds / copy_rate
+                share = size / seconds / copy_rate if tokens <= DECODED else None
                 ratio = baseline[tokens] / seconds
                 rows.append(Row(layer.name, tokens, str(choice), seconds, baseline[tokens], ratio, round(size), share))
     return rows
+
+
+def checked() -> str:
+    """The closing line of the kernels' tests on this card. Exits where they fail, or did not run on it."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
+    ran = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+    if ran.returncode:
+        sys.exit(f"The kernels do not pass their tests on this card:\n{ran.stdout[-4000:]}")
+    return ran.stdout.strip().splitlines()[-1]
+
+
+def spectra(scratch: Path, quick: bool, device: str) -> dict[str, Any]:
+    """Milliseconds per matrix on the card and on the CPU, and the largest difference of α."""
+    from end_to_end import checkpoint as synthetic
+
+    from alphaq.checkpoint.reader import open_checkpoint
+    from alphaq.spectra.device import device_spectra
+    from alphaq.spectra.measure import spectrum
+
+    model = open_checkpoint(synthetic(scratch, 1, quick))
+    matrices = [matrix for matrix in model.planned if matrix.layer == 0][:SPECTRA]
+    taken, alphas = {}, {}
+    for name, measured in {
+        "warm-up": lambda: device_spectra(model, matrices[:2], device),
+        device: lambda: device_spectra(model, matrices, device),
+        "cpu": lambda: (spectrum(model.read(matrix), matrix.name) for matrix in matrices),
+    }.items():
+        begin = time.perf_counter()
+        alphas[name] = [found.alpha for found in measured()]
+        taken[name] = 1e3 * (time.perf_counter() - begin) / len(alphas[name])
+    both = zip(alphas[device], alphas["cpu"], strict=True)
+    return {
+        "matrices": len(matrices),
+        "shape": list(matrices[0].shape),
+        "device_ms": taken[device],
+        "cpu_ms": taken["cpu"],
+        "largest_difference": max(abs(there - here) for there, here in both if there is not None and here is not None),
+    }
 
 
 def table(rows: list[Row]) -> str:
@@ -224,7 +272,7 @@ def table(rows: list[Row]) -> str:
                 f"{1e6 * row.packed_s:.1f}",
                 f"{1e6 * row.bfloat16_s:.1f}",
                 f"{row.ratio:.2f}",
-                f"{100 * row.bandwidth_share:.0f} %",
+                "" if row.bandwidth_share is None else f"{100 * row.bandwidth_share:.0f} %",
             )
             for row in rows
         ],
@@ -234,30 +282,42 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     """Measure and write the result."""
     arguments = parser(__doc__)
-    arguments.add_argument("--out", type=Path, help="JSON file to write; results/gpu_decode.json by default")
+    arguments.add_argument("--out", type=Path, help="JSON file to write; results/gpu.json by default")
+    arguments.add_argument("--scratch", type=Path, default=SCRATCH, help="folder for a layer of 2.4 GB")
     given = arguments.parse_args()
     if not torch.cuda.is_available():
         arguments.error("there is no CUDA device here. Run it on a machine with an NVIDIA GPU.")
     import triton
 
+    tests = checked()
     torch.manual_seed(0)
+    alpha = spectra(given.scratch, given.quick, "cuda")
     with torch.inference_mode():
         copy_rate = copy_bytes_per_s()
         rows = measure(QUICK_LAYERS if given.quick else LAYERS, copy_rate)
     markdown = table(rows)
     result = {
-        "benchmark": "gpu_decode",
+        "benchmark": "gpu",
         "title": TITLE,
         "date": date.today().isoformat(),
         "machine": {**machine(), "gpu": torch.cuda.get_device_name(), "copy_bytes_per_s": copy_rate},
         "versions": {**versions(), "triton": triton.__version__, "cuda": torch.version.cuda},
+        "tests": tests,
+        "spectra": alpha,
         "rows": [asdict(row) for row in rows],
         "markdown": markdown,
     }
-    path = given.out or results_folder(given.quick) / "gpu_decode.json"
+    path = given.out or results_folder(given.quick) / "gpu.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    sys.stdout.write(f"{TITLE}: a copy moves {copy_rate / 1e12:.2f} TB/s\n\n{markdown}\n")
+    found = (
+        f"{TITLE}: a copy moves {copy_rate / 1e12:.2f} TB/s",
+        f"Kernels: {tests}",
+        f"Spectra of {alpha['matrices']} matrices: {alpha['device_ms']:.1f} ms each, {alpha['cpu_ms']:.1f} on the CPU; "
+        f"α differs by {alpha['largest_difference']:.1e}",
+        markdown,
+    )
+    sys.stdout.write("\n\n".join(found) + "\n")
 
 
 if __name__ == "__main__":

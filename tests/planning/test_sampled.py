@@ -1,0 +1,106 @@
+"""Plans of a share of a model's bytes: which rows are read, and how near they come to plans of all bytes."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from alphaq.checkpoint.ranges import ranges_of
+from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.errors import BudgetError
+from alphaq.measuring.rows import draw_rows, stack_of
+from alphaq.nouns.settings import Budget, PlanConfig
+from alphaq.planning import Measurements, make_plan, measure_for_plan, resolve
+from families import random_family
+
+FEW = {"engine": "native", "method": "typical", "choices": "2,3,4,8"}
+
+
+@pytest.fixture(scope="module")
+def opened(tiny: Path) -> Checkpoint:
+    return open_checkpoint(tiny)
+
+
+def measured(checkpoint: Checkpoint, share: float | None) -> Measurements:
+    config = PlanConfig(budget=Budget(size_bytes=2**40), share=share, **FEW)
+    return measure_for_plan(checkpoint, resolve(config), settle=False)
+
+
+def test_runs_take_the_share_that_was_asked_for_and_are_always_the_same(opened: Checkpoint) -> None:
+    for share in (0.01, 0.05, 0.3):
+        sample = draw_rows(opened, share)
+        assert 0.9 * share < sample.extent.rows / sample.extent.matrices <= share
+        assert sample.matrices == draw_rows(opened, share).matrices
+        assert {stack_of(matrix) for matrix in opened.matrices if matrix.role.value != "router"} == sample.runs.keys()
+        for one, other in combinations(sorted(sample.row_ranges), 2):  # each byte once
+            assert one.begin + one.nbytes <= other.begin or one.shard != other.shard
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss"])
+def test_a_run_is_its_rows_of_the_matrix(family: str, tmp_path: Path) -> None:
+    random_family(family).bfloat16().save_pretrained(tmp_path / family)
+    checkpoint = open_checkpoint(tmp_path / family)
+    named = {matrix.name: matrix for matrix in checkpoint.matrices}
+    for run in draw_rows(checkpoint, 0.05).matrices:
+        name, _, rows = run.name.partition("[")
+        first, last = map(int, rows.rstrip("]").split(":")) if rows else (0, run.shape[0])
+        assert torch.equal(checkpoint.read(run), checkpoint.read(named[name])[first:last])
+        assert sum(one.nbytes for one in ranges_of(checkpoint, run)) == checkpoint.place(run)[1]
+
+
+def test_a_plan_of_one_percent_loses_hardly_more_by_all_bytes(opened: Checkpoint) -> None:
+    few, full = measured(opened, 0.01), measured(opened, None)
+    exact = dict(zip(full.evidence.names, full.evidence.relative_errors, strict=True)) | full.joined
+    assert np.array_equal(few.evidence.weights, full.evidence.weights)
+    for size in (5_500_000, 7_000_000):
+        config = PlanConfig(budget=Budget(size_bytes=size), **FEW)
+        plans = [make_plan(opened, resolve(config), one) for one in (few, full)]
+        table = plans[1].table
+        assert table is not None and set(table.losses) == set(exact)
+        losses = [
+            sum(table.losses[unit][table.choices.index(plan.choices[unit])] or 0.0 for unit in table.losses)
+            for plan in plans
+        ]
+        assert losses[1] <= losses[0] <= 1.1 * losses[1]
+        assert plans[0].objective == pytest.approx(losses[0], rel=0.1)
+        assert plans[0].sampling_error and plans[1].sampling_error == 0
+
+
+def test_what_errors_of_few_rows_leave_open_is_told(opened: Checkpoint) -> None:
+    few, full = measured(opened, 0.01), measured(opened, None)
+    assert few.deviations is not None
+    stacks = np.array([stack_of(matrix) for matrix in few.evidence.matrices])
+    missed = []
+    for stack in dict.fromkeys(stacks):
+        own = stacks == stack
+        truth = full.evidence.errors[own].sum(axis=0) / full.evidence.energies[own].sum()
+        missed.append((few.evidence.relative_errors[own][0] / truth - 1) / few.deviations[own][0])
+    assert 0.5 < np.sqrt(np.mean(np.square(missed))) < 1.5
+
+
+def test_without_a_norm_before_the_router_all_experts_count_alike(tmp_path: Path) -> None:
+    random_family("flex_olmo").bfloat16().save_pretrained(tmp_path / "flex_olmo")
+    checkpoint = open_checkpoint(tmp_path / "flex_olmo")
+    assert not checkpoint.architecture.router_norm and measured(checkpoint, 0.05).evidence.prior == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "fisher"}, "needs all weights (fisher)"),
+        ({"method": "alphaq"}, "needs all weights (alpha)"),
+        ({"noise": "analytic"}, "Drop --noise analytic"),
+        ({"codec": "zstd", "choices": None}, "--codec, --unweighted and --imatrix go by whole matrices"),
+    ],
+)
+def test_what_a_share_cannot_tell_is_refused(changes: dict[str, str], words: str) -> None:
+    with pytest.raises(BudgetError, match=words.replace("(", r"\(").replace(")", r"\)")):
+        resolve(PlanConfig(budget=Budget(bits=2.5), share=0.01, **{**FEW, **changes}))
+
+
+def test_the_default_of_a_share_is_a_typical_model() -> None:
+    assert resolve(PlanConfig(budget=Budget(bits=2.5), share=0.01)).config.method == "typical"
