@@ -27,6 +27,7 @@ from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.scoring import Scoring
 from alphaq.trials.compare import as_begun
+from alphaq.trials.trial import settled
 from conftest import DATA, Ran
 from families import FAMILIES, random_family, save_layout
 
@@ -276,6 +277,9 @@ def test_what_loading_takes_is_counted_by_weights(
     (nested / "config.json").write_text(json.dumps(config))
     assert bytes_in_memory(nested, "float32") == whole == 2 * bytes_in_memory(nested, "auto")
     assert bytes_in_memory(tmp_path, "auto") == 0
+    monkeypatch.setattr(room, "free_bytes", lambda: int(1.7 / room.USABLE * whole))
+    assert not settled(Scoring(), open_checkpoint(tiny), 2.5)[0].stream  # most weights stand there in few bits
+    assert settled(Scoring(), open_checkpoint(tiny))[0].stream
 
 
 def test_the_place_is_named_and_a_foreign_folder_s_remedy(
@@ -307,3 +311,13 @@ def test_a_group_s_use_is_not_free(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(files, "_groups", lambda: [tmp_path])
     monkeypatch.setattr(files, "_number_in", lambda path, key, own=files._number_in: own(path, key) or 10**6)
     assert files.free_bytes() == 3000 - (2500 - 400)
+
+
+def test_a_search_is_refused_before_anything_is_measured(
+    alphaq: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Some words.")
+    monkeypatch.setattr("alphaq.cli.search.measurements", lambda *_, **__: pytest.fail("measured"))
+    ran = alphaq("plan", tiny, "--ear", "0.9", "--text", text, "--stream", "--dtype", "bfloat16", "-o", tmp_path / "p")
+    assert ran.code and "--stream computes in float32, not in bfloat16" in ran.err
