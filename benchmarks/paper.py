@@ -1,13 +1,13 @@
-"""The paper's experiments on any model with one command: perplexity by method and bits, γ, budgets, maps, memory.
+"""The paper's experiments on any model with one command: perplexity by method and bits, γ, budgets, maps.
 
     python benchmarks/paper.py MODEL -o OUT [--bits 2,2.5,3,3.5] [--text FILE ...] [--calibration FILE] [--gptq]
 
 Compared at the same bytes: uniform bits, PMQ (which sees the calibration text), AlphaQ as published, and our rule; with
 rounding that needs no data and, with --gptq, with GPTQ on the calibration text, as in the paper. Roles beside the
 experts have the same widths there; what our default makes of all roles in the same bytes is a table of its own. Then γ
-and one budget for each block at the smallest of the bits, and one choice for all experts of a layer. Models that do
-not fit into memory are evaluated layer by layer. A run that was stopped goes on. Figures that the paper gives for the
-model stand beside ours: on WikiText-2, so give its test set with --text.
+(of the method `alphaq`) and one budget for each block at the smallest of the bits, and one choice for all experts of a
+layer. Models that do not fit into memory are evaluated layer by layer, in every table. A run that was stopped goes on.
+Figures that the paper gives for the model stand beside ours: on WikiText-2, so give its test set with --text.
 """
 
 from __future__ import annotations
@@ -76,6 +76,13 @@ class Experiment:
     roundings: tuple[Rounding, ...]
     out: Path
 
+    @property
+    def name(self) -> str:
+        """The model's, also where its folder is a commit in the hub's cache."""
+        from alphaq.checkpoint.hub import model_name
+
+        return model_name(self.checkpoint.folder)
+
     @contextmanager
     def resources(self) -> Iterator[Resources]:
         """Workers, and what was measured before."""
@@ -126,8 +133,9 @@ def layerwise(run: Experiment, rows: Sequence[Row]) -> list[Row]:
     from alphaq.work.journal import Journal
 
     budgets = {row.bits: row.budget_bytes for row in rows if row.method == "uniform"}
-    with Journal(run.out / "layerwise.jsonl") as journal:  # of this run: the folder beside it was checked
-        entries = [Entry.model_validate(line) for line in journal.entries]
+    with Journal(run.out / MAIN / "layerwise.jsonl") as journal:  # of this run, as that folder's comparison is
+        known = map(Entry.model_validate, journal.entries)
+        entries = [entry for entry in known if budgets.get(entry.bits) == entry.budget_bytes]
         missing = budgets.keys() - {entry.bits for entry in entries}
         for entry in _tried(run, {bits: budgets[bits] for bits in sorted(missing)}):
             entries.append(entry)
@@ -139,21 +147,27 @@ def _tried(run: Experiment, budgets: dict[float, int]) -> Iterator[Any]:
     from tempfile import TemporaryDirectory
 
     from alphaq.errors import BudgetError
-    from alphaq.evaluation.fidelity import read_texts, score_texts
+    from alphaq.evaluation.fidelity import read_texts, score_texts, window_beginning
     from alphaq.trials.results import Entry
-    from alphaq.trials.trial import Trials, settled
+    from alphaq.trials.trial import Trials
 
     if not budgets:
         return
-    scoring, _ = settled(run.scoring, run.checkpoint)
+    scoring, first = run.scoring, run.roundings[0]
     score = partial(score_texts, texts=read_texts(scoring.texts), scoring=scoring)
     with run.resources() as resources, TemporaryDirectory(dir=run.out) as scratch:
         trials = Trials(run.checkpoint, score, Path(scratch) / "trials", scoring, resources.wrap, resources.workers)
+        common = Entry(
+            method=LAYERWISE,
+            bits=0,
+            rounding=str(first),
+            quantizer=first.name,
+            budget_bytes=0,
+            windows_begin_with=window_beginning(trials.tokenizer, scoring.bos),
+            layer_by_layer=bool(scoring.stream),
+        )
         for bits, size_bytes in budgets.items():
-            first = run.roundings[0]
-            entry = Entry(
-                method=LAYERWISE, bits=bits, rounding=str(first), quantizer=first.name, budget_bytes=size_bytes
-            )
+            entry = common.model_copy(update={"bits": bits, "budget_bytes": size_bytes})
             try:
                 plan = run.plan(run.request("paper", size_bytes, layerwise=True), resources)
             except BudgetError as error:
@@ -191,15 +205,14 @@ def draw(run: Experiment, rows: Sequence[Row]) -> list[str]:
     return list(figures)
 
 
-def published_of(checkpoint: Checkpoint) -> dict[str, dict[float, float]]:
+def published_of(name: str) -> dict[str, dict[float, float]]:
     """What the paper gives for a model, by method and bits; nothing for others."""
-    name = checkpoint.name.lower()
-    return next((figures for key, figures in PUBLISHED.items() if key in name), {})
+    return next((figures for key, figures in PUBLISHED.items() if key in name.lower()), {})
 
 
 def render(run: Experiment, tables: dict[str, list[Row]]) -> str:
     """All tables as Markdown."""
-    known = published_of(run.checkpoint)
+    known = published_of(run.name)
     header = ["method", "bits", "quantizer", "bytes", "perplexity", "in the paper", "KL", "top-1 %", "EAR"]
 
     def lines(rows: Sequence[Row]) -> Iterator[list[object]]:
@@ -223,12 +236,22 @@ def render(run: Experiment, tables: dict[str, list[Row]]) -> str:
 
     parts = [f"## {title}\n\n{markdown_table(header, lines(rows))}" for title, rows in tables.items()]
     about = (
-        f"# The paper's experiments on {run.checkpoint.name}\n\nPerplexity and distances on "
+        f"# The paper's experiments on {run.name}\n\nPerplexity and distances on "
         f"{', '.join(path.name for path in run.scoring.texts)}; the paper's on WikiText-2 with GPTQ. "
-        "Every row of one width has the same bytes for its weight files, scales included. Zero-shot tasks and decode "
-        "speed: not run."
+        "Every row of one width has the same budget for its weight files, scales included. Models were run "
+        f"{'layer by layer from disk' if run.scoring.stream else 'in memory'}. Not run: zero-shot tasks, decode speed."
     )
     return "\n\n".join([about, *parts]) + "\n"
+
+
+def budgets_of(text: str) -> tuple[float, ...]:
+    """Bits from small to large. Raises BudgetError."""
+    from alphaq.errors import BudgetError
+
+    try:
+        return tuple(sorted({float(one) for one in text.split(",")}))
+    except ValueError:
+        raise BudgetError(f"--bits {text!r} is not a list of numbers. Write for example --bits 2,2.5,3.") from None
 
 
 def experiment(given: argparse.Namespace) -> Experiment:
@@ -236,6 +259,9 @@ def experiment(given: argparse.Namespace) -> Experiment:
     from alphaq.calibration.text import Text
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.nouns.scoring import Scoring
+    from alphaq.terminal import note
+    from alphaq.trials.compare import as_begun
+    from alphaq.trials.trial import settled
     from alphaq.writing.rounding import Rounding, enough_tokens
 
     checkpoint = open_checkpoint(given.model)
@@ -245,13 +271,16 @@ def experiment(given: argparse.Namespace) -> Experiment:
     if given.gptq:
         tokens = given.calibration_tokens or enough_tokens(checkpoint)
         roundings.append(Rounding.of("native", "gptq", replace(text, tokens=tokens)))
-    scoring = Scoring(
+    wanted = Scoring(
         texts=tuple(given.text or [TEXT]),
         max_tokens=given.max_tokens,
         skip_tokens=given.skip_tokens,
         device=given.device,
     )
-    bits = tuple(sorted(float(one) for one in given.bits.split(",")))
+    bits = budgets_of(given.bits)
+    scoring, why = settled(as_begun(wanted, given.output / MAIN), checkpoint, max(bits))
+    if why:
+        note(why)
     return Experiment(checkpoint, scoring, bits, text, tuple(roundings), given.output)
 
 
@@ -263,7 +292,7 @@ def tables_of(run: Experiment, gammas: Sequence[float]) -> dict[str, list[Row]]:
     return {
         METHODS_TITLE: rows,
         "All roles in the same bytes": run.compared("roles", ["uniform", "auto"], run.bits, "shared"),
-        f"γ at {smallest:g} bits": by_gamma,
+        f"γ at {smallest:g} bits, method alphaq": by_gamma,
         f"One budget for each block at {smallest:g} bits": run.compared("blocks", ["paper", BY_BLOCK], [smallest]),
         "One choice for all experts of a layer": layerwise(run, rows),
     }
@@ -300,10 +329,10 @@ def main() -> None:
     told = render(run, tables) + "".join(f"\n![{name}]({name})\n" for name in drawn)
     (run.out / "paper.md").write_text(told, encoding="utf-8")
     content = {
-        "model": run.checkpoint.name,
+        "model": run.name,
         "machine": machine(),
         "versions": versions(),
-        "published": published_of(run.checkpoint),
+        "published": published_of(run.name),
         "tables": {title: [vars(row) for row in rows] for title, rows in tables.items()},
     }
     (run.out / "paper.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from alphaq.engines.gguf.forward import LlamaModel
 from alphaq.engines.gguf.gathering import Sample, gather
 from alphaq.engines.gguf.library import Llama, listen, opened
 from alphaq.errors import AlphaQError
-from alphaq.evaluation import loading
+from alphaq.evaluation import loading, room
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.scoring import Scoring
@@ -97,6 +97,17 @@ def test_a_reference_may_stay_on_disk(full: Path, scoring: Scoring, tiny: Path) 
     ((one,), (its,)) = found.texts.values(), figures(full, scoring, tiny).texts.values()
     assert one.perplexity == pytest.approx(its.perplexity, rel=1e-6)
     assert one.kl == pytest.approx(its.kl, rel=0.01)
+
+
+def test_streaming_is_not_for_what_llama_cpp_runs(
+    full: Path, scoring: Scoring, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reference beside it is loaded in float32, and is counted so."""
+    with pytest.raises(AlphaQError, match="--stream is for models in transformers"):
+        figures(full, scoring.model_copy(update={"stream": True}), None)
+    monkeypatch.setattr(room, "free_bytes", lambda: int(1.3 / 0.8 * room.bytes_in_memory(tiny, "bfloat16")))
+    assert not loading.settled(scoring, tiny)[0].stream and loading.settled(scoring, full, tiny)[0].stream
+    assert room.with_stream(scoring, [full, full])[0].stream and not loading.settled(scoring, full, full)[0].stream
 
 
 def test_a_file_agrees_with_itself(quantized: Path, scoring: Scoring) -> None:

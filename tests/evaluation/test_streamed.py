@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from alphaq import pipeline
 from alphaq.calibration.stream import HollowModel, model_class
+from alphaq.checkpoint import files
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import AlphaQError, CheckpointError
 from alphaq.evaluation import room
 from alphaq.evaluation.fidelity import Remembered, WindowScore, score_texts
+from alphaq.evaluation.loading import streamed_pair
 from alphaq.evaluation.room import bytes_in_memory, with_stream
 from alphaq.evaluation.streamed import StreamedModel, opened_for_scoring
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.scoring import Scoring
+from alphaq.trials.compare import as_begun
+from alphaq.trials.trial import settled
 from conftest import DATA, Ran
 from families import FAMILIES, random_family, save_layout
 
@@ -207,6 +213,7 @@ def test_what_does_not_fit_is_streamed_and_said(
     assert settings["layer_by_layer"] and settings["computed_in"] == "float32"
 
 
+@pytest.mark.slow
 def test_comparing_layer_by_layer_gives_the_same_rows(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     common = ("--methods", "uniform", "--bits", "2", "--window", "64", "--max-tokens", "256")
     text = DATA / "texts" / "code.txt"
@@ -219,6 +226,19 @@ def test_comparing_layer_by_layer_gives_the_same_rows(alphaq: Run, tiny: Path, t
         assert one["size_bytes"] == its["size_bytes"]
         assert one["mean_perplexity"] == pytest.approx(its["mean_perplexity"], rel=1e-4)
         assert one["kl"] == pytest.approx(its["kl"], rel=1e-3, abs=1e-6)
+    more = ("--methods", "uniform,random", *common[2:], "--text", text, "--json")
+    ran = alphaq("compare", tiny, *more, "--no-stream", "-o", tmp_path / "--stream")
+    assert ran.code and "run layer by layer from disk, whose figures differ" in ran.err
+    rows = alphaq("compare", tiny, *more, "-o", tmp_path / "--stream").json
+    assert len(rows) == 3 and all(row["layer_by_layer"] for row in rows)
+
+
+def test_an_unfinished_comparison_goes_on_as_it_began(tmp_path: Path) -> None:
+    assert as_begun(Scoring(), tmp_path).stream is None
+    (tmp_path / "results.jsonl").write_text(json.dumps({"job": {"dtype": "float32", "layer_by_layer": True}}) + "\n")
+    assert as_begun(Scoring(), tmp_path).stream is True
+    assert as_begun(Scoring(stream=False), tmp_path).stream is False  # which is refused then
+    assert as_begun(Scoring(dtype="bfloat16"), tmp_path).stream is None
 
 
 @pytest.mark.parametrize(
@@ -236,3 +256,68 @@ def test_what_cannot_be_done_layer_by_layer_is_refused(
     monkeypatch.setattr(room, "free_bytes", lambda: 1000)
     with pytest.raises(AlphaQError, match=message):
         with_stream(Scoring(**settings), [tiny], whole_for=whole_for)
+
+
+def test_what_loading_takes_is_counted_by_weights(
+    written: Callable[..., Path], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes of others are decoded by transformers, native ones are not; a dtype may stand in text_config alone."""
+    whole = bytes_in_memory(tiny, "float32")
+    assert bytes_in_memory(written("vllm", "4g64s"), "float32") == whole
+    native = written("native", "3g64")
+    stored = [one for path in native.glob("*.safetensors") for one in load_file(path).values()]
+    kept = sum(one.numel() for one in stored if one.dtype == torch.bfloat16)
+    grown = bytes_in_memory(native, "float32") - bytes_in_memory(native, "auto")
+    assert grown == pytest.approx(2 * kept, rel=0.05) and grown > 10**6
+    config = json.loads((tiny / "config.json").read_text())
+    for key in ("dtype", "torch_dtype"):
+        config.pop(key, None)
+    nested = tmp_path / "nested"
+    shutil.copytree(tiny, nested)
+    (nested / "config.json").write_text(json.dumps(config))
+    assert bytes_in_memory(nested, "float32") == whole == 2 * bytes_in_memory(nested, "auto")
+    assert bytes_in_memory(tmp_path, "auto") == 0
+    monkeypatch.setattr(room, "free_bytes", lambda: int(1.7 / room.USABLE * whole))
+    assert not settled(Scoring(), open_checkpoint(tiny), 2.5)[0].stream  # most weights stand there in few bits
+    assert settled(Scoring(), open_checkpoint(tiny))[0].stream
+
+
+def test_the_place_is_named_and_a_foreign_folder_s_remedy(
+    written: Callable[..., Path], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointError, match=r"transformers cannot load .* With --stream its weights are restored"):
+        evaluated(written("mlx", "4g64"), tiny, False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (1000, 2000))
+    scoring, why = with_stream(Scoring(), [tiny])
+    assert scoring.stream and why is not None and "free on the GPU" in why and "--device cpu" in why
+
+
+def test_files_of_an_unknown_tool_are_left_to_transformers(tiny: Path, tmp_path: Path) -> None:
+    """So no streaming is chosen for them, and where it is asked for the other way is named."""
+    folder = tmp_path / "gptq"
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    assert bytes_in_memory(folder, "auto") == 0
+    with pytest.raises(CheckpointError, match=r"already quantized by GPTQ .* with --no-stream"):
+        streamed_pair(folder, None)
+
+
+def test_a_group_s_use_is_not_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("2500\n")
+    (tmp_path / "memory.stat").write_text("anon 2000\ninactive_file 400\n")
+    monkeypatch.setattr(files, "_groups", lambda: [tmp_path])
+    monkeypatch.setattr(files, "_number_in", lambda path, key, own=files._number_in: own(path, key) or 10**6)
+    assert files.free_bytes() == 3000 - (2500 - 400)
+
+
+def test_a_search_is_refused_before_anything_is_measured(
+    alphaq: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Some words.")
+    monkeypatch.setattr("alphaq.cli.search.measurements", lambda *_, **__: pytest.fail("measured"))
+    ran = alphaq("plan", tiny, "--ear", "0.9", "--text", text, "--stream", "--dtype", "bfloat16", "-o", tmp_path / "p")
+    assert ran.code and "--stream computes in float32, not in bfloat16" in ran.err

@@ -65,6 +65,7 @@ def test_a_comparison_of_today_keeps_the_names_of_its_quantizers(tmp_path: Path)
         max_tokens=None,
         skip_tokens=0,
         dtype="float32",
+        layer_by_layer=False,
     )
     rows = [Row("uniform", 3.0, 1, quantizer=name) for name in ("rtn", "debiased")]
     write(tmp_path, rows, job)

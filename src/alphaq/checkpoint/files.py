@@ -193,12 +193,30 @@ def memory_bytes() -> int:
 
 
 def free_bytes() -> int:
-    """What of that memory nobody holds now, so far as the system tells; 0 where it does not."""
-    free = 0
+    """What of that memory nobody holds now, caches not counted; 0 where the system does not tell."""
+    free = _number_in(Path("/proc/meminfo"), "MemAvailable:") * 1024
+    held = (max(1, limit - used) for limit, used in map(_limit_and_use, _groups()) if limit)
+    return min(free, _limit_of_process() or free, *held)
+
+
+def _number_in(path: Path, key: str) -> int:
+    """The number that follows a key at the start of a line; 0 without one."""
     with suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        free = 1024 * next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
-    return min((one for one in (free, memory_bytes()) if one), default=0)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return next((int(line.split()[1]) for line in lines if line.startswith(f"{key}")), 0)
+    return 0
+
+
+def _limit_and_use(group: Path) -> tuple[int, int]:
+    """Bytes that a control group may hold and holds, without files that the system would drop; 0 for no limit."""
+    for limit, use, files in (
+        ("memory.max", "memory.current", "inactive_file "),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+    ):
+        with suppress(OSError, ValueError):  # "max" is no number
+            most, held = (int((group / name).read_text(encoding="utf-8")) for name in (limit, use))
+            return most, held - _number_in(group / "memory.stat", files)
+    return 0, 0
 
 
 def _limit_of_process() -> int:
@@ -214,14 +232,19 @@ def _limit_of_process() -> int:
 @lru_cache(maxsize=1)
 def _limit_of_group() -> int:
     """Of the container or control group that it runs in; 0 for none."""
+    found = []
+    for group in _groups():
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with suppress(OSError, ValueError):  # "max" is no number
+                found.append(int((group / name).read_text(encoding="utf-8")))
+    return min(found, default=0)
+
+
+def _groups() -> list[Path]:
+    """The control groups that this process is in, its own first; of the old kind the root."""
     own = ""
     with suppress(OSError):
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
         own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
     root = Path("/sys/fs/cgroup")
-    above = [root / part for part in (Path(own), *Path(own).parents)]
-    found = []
-    for path in (*(folder / "memory.max" for folder in above), root / "memory" / "memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # "max" is no number
-            found.append(int(path.read_text(encoding="utf-8")))
-    return min(found, default=0)
+    return [root / part for part in (Path(own), *Path(own).parents)] + [root / "memory"]

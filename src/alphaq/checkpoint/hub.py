@@ -81,6 +81,12 @@ def _complete(model: str, revision: str | None, folder: Path, names: Collection[
     return _snapshot(model, _commit(folder) or revision, [glob.escape(name) for name in names])
 
 
+def model_name(folder: Path) -> str:
+    """The folder's name; of a model from the hub, whose folder in the cache is a commit, the model's."""
+    whole = folder.absolute()
+    return whole.name if _commit(whole) is None else whole.parents[1].name.split("--")[-1]
+
+
 def _commit(folder: Path) -> str | None:
     """The commit that a folder of the hub's cache holds."""
     return folder.name if folder.parent.name == "snapshots" else None

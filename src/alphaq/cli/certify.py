@@ -60,14 +60,14 @@ def certify(
     from alphaq import pipeline
     from alphaq.checkpoint.writer import check_file
     from alphaq.evaluation.certificate import other_source
-    from alphaq.evaluation.loading import settled
+    from alphaq.evaluation.room import with_stream
     from alphaq.report.tables import certificate_tables
 
     target = output or _beside(model)
     check_file(target)
     request = _request(tasks)
     note_folders(model, reference)
-    scoring, why = settled(scoring, model, reference, None if request is None else "--tasks")
+    scoring, why = with_stream(scoring, [model, reference], whole_for=None if request is None else "--tasks")
     if why:
         note(why)
     made = pipeline.certify(model, reference, scoring, ear, request, _command(command), progress)

@@ -59,7 +59,7 @@ def compare(
         raise AlphaQError("compare runs the model, whose weights must lie on a local disk. Download it first.")
 
     from alphaq.sensitivity.methods import method
-    from alphaq.trials.compare import Comparison
+    from alphaq.trials.compare import Comparison, as_begun
     from alphaq.trials.compare import compare as run
     from alphaq.trials.tables import comparison_table
     from alphaq.trials.trial import settled
@@ -69,7 +69,7 @@ def compare(
     if calibration is not None and not on_text and not any(one.by_inputs for one in roundings):
         raise AlphaQError("--calibration does nothing for these methods and quantizers. Drop it.")
     text = text_of(calibration, scoring.bos) if on_text else None
-    scoring, why = settled(scoring, checkpoint)
+    scoring, why = settled(as_begun(scoring, output), checkpoint, max(budgets))
     if why:
         note(why)
     with resources_for(checkpoint, means) as resources:

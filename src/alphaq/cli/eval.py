@@ -28,9 +28,9 @@ def evaluate(
 
     check_share(skip_experts)
     note_folders(model, reference)
+    scoring, why = settled(scoring, model, reference, "--skip-experts" if skip_experts else None)
     if said := transformers_note((model, reference), scoring):
         note(said)
-    scoring, why = settled(scoring, model, reference, "--skip-experts" if skip_experts else None)
     if why:
         note(why)
     fidelity = pipeline.evaluate(model, scoring, reference, progress, skip_experts)

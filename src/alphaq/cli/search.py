@@ -53,12 +53,16 @@ class Search:
             if stray := sorted((*wanted.typed.values(), *scoring.typed.values())):
                 raise BudgetError(f"{', '.join(stray)} is for a search. Add --ear 0.99, or drop it.")
             return None
+        from alphaq.evaluation.room import check_stream
+
         _require_sense(asked)
         if not scoring.values["texts"]:
             raise BudgetError(
                 "--ear is measured on texts. Give some that are like what the model is for, with --text FILE."
             )
-        return cls(wanted.build(), scoring.build(bos=asked.values["bos"], device=means.device))
+        built = scoring.build(bos=asked.values["bos"], device=means.device)
+        check_stream(built)
+        return cls(wanted.build(), built)
 
 
 def _require_sense(asked: Asked[PlanConfig]) -> None:
@@ -105,7 +109,8 @@ def search_plan(
     request, measured = measurements(checkpoint, config, inputs, resources, quantizer, settle=False)
     if resources.cache is not None:
         resources.cache.close()  # others may measure while this one evaluates
-    scoring, why = settled(search.scoring, checkpoint)
+    bits = searching.widest_bits(checkpoint, request, measured, search.wanted)
+    scoring, why = settled(search.scoring, checkpoint, bits)
     if why:
         note(why)
     trying = searching.Trying(scoring, rounding, search.wanted.curve, scratch, _tell_point)

@@ -29,10 +29,11 @@ def certify(
     """
     from alphaq.evaluation import certificate as record
     from alphaq.evaluation.fidelity import Remembered, read_texts, score_texts, window_beginning
-    from alphaq.evaluation.loading import pair_of, settled
+    from alphaq.evaluation.loading import pair_of
+    from alphaq.evaluation.room import with_stream
     from alphaq.evaluation.tasks import certify_tasks, find_tasks
 
-    scoring, _ = settled(scoring, model, reference, None if tasks is None else "--tasks")
+    scoring, _ = with_stream(scoring, [model, reference], whole_for=None if tasks is None else "--tasks")
     contents = read_texts(scoring.texts)
     manager = None if tasks is None else find_tasks(tasks)
     identities = [record.identity_of(one) for one in (model, reference)]

@@ -271,7 +271,8 @@ class _WindowByWindow:
         window, positions = place
         if window != self._kept[0]:
             ids = self._ids[window : window + 1].to(self._model.device)
-            self._kept = window, self._model(ids).logits[0]
+            with torch.inference_mode():
+                self._kept = window, self._model(ids).logits[0]
         found: torch.Tensor = self._kept[1][positions]
         return found
 

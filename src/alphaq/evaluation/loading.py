@@ -8,19 +8,22 @@ GGUF file are restored and its family's class is run. What would not fit into me
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alphaq.checkpoint.config import read_config
 from alphaq.checkpoint.gguf.format import first_part
 from alphaq.checkpoint.gguf.source import find_gguf
+from alphaq.checkpoint.hub import resolve_folder
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.gguf.forward import LlamaModel, LlamaTokenizer
 from alphaq.engines.gguf.library import LlamaError
-from alphaq.errors import AlphaQError, CheckpointError
-from alphaq.evaluation.room import with_stream
-from alphaq.evaluation.streamed import StreamedModel, opened_for_scoring
+from alphaq.engines.output import Output
+from alphaq.errors import AlphaQError, ArchitectureError, CheckpointError
+from alphaq.evaluation.room import usual_dtype, with_stream
+from alphaq.evaluation.streamed import IN_MEMORY, StreamedModel, opened_for_scoring
 from alphaq.formats.ggml_library import shared_object
 from alphaq.nouns.scoring import Scoring
 from alphaq.runtime.loading import load_model, load_pair, load_tokenizer, shared_tokenizer
@@ -67,7 +70,7 @@ def transformers_note(models: Sequence[str | Path | None], scoring: Scoring) -> 
         return None
     return (
         f"llama.cpp is not installed (pip install 'alphaq[gguf]'), so the weights of {named} are restored and run in "
-        "transformers, which needs them in memory in float32"
+        f"transformers{'' if scoring.stream else ', which needs them in memory in float32'}"
     )
 
 
@@ -79,11 +82,20 @@ def _undecided(scoring: Scoring) -> bool:
 def settled(
     scoring: Scoring, model: str | Path, reference: str | Path | None = None, whole_for: str | None = None
 ) -> tuple[Scoring, str | None]:
-    """The scoring with `stream` decided for a model and its reference. See `room.with_stream`."""
+    """The scoring with `stream` decided for a model and its reference, GGUF files in llama.cpp where it is there.
+
+    See `room.with_stream`. Raises AlphaQError too where llama.cpp runs all that `stream` would leave on disk.
+    """
     named = [one for one in (model, reference) if one is not None]
-    if scoring.stream is None and _by_llama_cpp(named, scoring):  # from their memory map
-        named = [one for one in named if gguf_of(one) is None]
-    return with_stream(scoring, named, whole_for=whole_for)
+    if not _by_llama_cpp(named, scoring):
+        return with_stream(scoring, named, whole_for=whole_for)
+    others = [one for one in named if gguf_of(one) is None]
+    if scoring.stream and not others:
+        raise AlphaQError(
+            f"--stream is for models in transformers, and llama.cpp runs {model} from its memory map. Drop --stream, "
+            "or add --dtype float32 to run restored weights."
+        )
+    return with_stream(scoring, others, whole_for=whole_for, loaded_in=usual_dtype(scoring.dtype, named))
 
 
 def _by_llama_cpp(models: Sequence[str | Path], scoring: Scoring) -> bool:
@@ -96,18 +108,46 @@ def streamed_pair(model: str | Path, reference: str | Path | None) -> tuple[Any,
 
     Raises AlphaQError as `StreamedModel` and `shared_tokenizer` do.
     """
-    loaded, tokenizer = StreamedModel(opened_for_scoring(model), str(model)), load_tokenizer(model)
+    loaded, tokenizer = _streamed(model), load_tokenizer(model)
     against = other = None
     if reference is not None:
-        against, other = StreamedModel(opened_for_scoring(reference), str(reference)), load_tokenizer(reference)
+        against, other = _streamed(reference), load_tokenizer(reference)
     return loaded, against, shared_tokenizer((model, tokenizer), (reference, other))
+
+
+def _streamed(model: str | Path) -> StreamedModel:
+    try:
+        checkpoint = opened_for_scoring(model)
+    except CheckpointError as error:
+        if isinstance(error, ArchitectureError) or _announces_codes(model):  # of which transformers may know more
+            raise CheckpointError(f"{error} {IN_MEMORY}") from error
+        raise
+    return StreamedModel(checkpoint, str(model))
+
+
+def _announces_codes(model: str | Path) -> bool:
+    with suppress(CheckpointError):
+        return "quantization_config" in read_config(resolve_folder(str(model)))
+    return False
 
 
 def pair_of(model: str | Path, reference: str | Path | None, scoring: Scoring) -> tuple[Any, Any, Any]:
     """Model, reference (None without one) and the tokenizer of both, in memory or, with `stream`, on disk."""
     if scoring.stream:
         return streamed_pair(model, reference)
-    return load_pair(model, reference, scoring.dtype, scoring.device)
+    try:
+        return load_pair(model, reference, scoring.dtype, scoring.device)
+    except CheckpointError as error:
+        if any(one is not None and _for_other_engines(one) for one in (model, reference)):
+            raise CheckpointError(f"{error} With --stream its weights are restored, and run layer by layer.") from error
+        raise
+
+
+def _for_other_engines(model: str | Path) -> bool:
+    """Whether AlphaQ wrote a folder that transformers may not load: it holds no native codes."""
+    with suppress(AlphaQError):
+        return not Output(Path(model).expanduser()).profile.writer.holds_codes
+    return False
 
 
 @contextmanager

@@ -7,7 +7,7 @@ positions at a time, by the head a few rows at a time. So neither layers nor hea
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alphaq.calibration.head import Head
 from alphaq.calibration.stream import HollowModel, stream_forward
-from alphaq.checkpoint.files import memory_bytes
+from alphaq.checkpoint.files import free_bytes, memory_bytes
 from alphaq.checkpoint.gguf.source import find_gguf
 from alphaq.checkpoint.hub import expanded, resolve_folder
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
@@ -30,6 +30,8 @@ ACTIVATION_BYTES = 1 << 28, 1 << 30
 """Of all windows in one layer, at least, and what they are where the system does not tell how much memory there is."""
 MEMORY_SHARE = 24
 """Into which activations go as often: a machine with 24 GB gives them one."""
+FREE_SHARE = 4
+"""Into what is free they go at least as often."""
 COPIES = 8
 """How many times a layer holds its widest activations at once: inputs, products, sums, those of narrower ones."""
 IN_MEMORY = "Run it with --no-stream where it fits into memory."
@@ -44,6 +46,14 @@ def opened_for_scoring(model: str | Path) -> Checkpoint:
     if (folder / PLAN_NAME).is_file() and (folder / MANIFEST_NAME).is_file():
         return restored_alone(Output(folder))
     return open_checkpoint(folder)
+
+
+@lru_cache(maxsize=1)  # a reference that is remembered must meet the same groups of windows again
+def activation_bytes() -> int:
+    """What activations may take, by the machine's memory and by what was free of it at first."""
+    least, usual = ACTIVATION_BYTES
+    shares = (memory_bytes() // MEMORY_SHARE, free_bytes() // FREE_SHARE)
+    return max(least, min((share for share in shares if share), default=usual))
 
 
 class StreamedLogits:
@@ -108,9 +118,7 @@ class StreamedModel:
         if config._attn_implementation == "eager":  # holds one for each pair of tokens
             heads = config.num_attention_heads
             numbers += length * (max(heads) if isinstance(heads, list | tuple) else heads)
-        least, usual = ACTIVATION_BYTES
-        room = max(least, memory_bytes() // MEMORY_SHARE) if memory_bytes() else usual
-        return int(max(1, room // (4 * COPIES * numbers * length)))
+        return int(max(1, activation_bytes() // (4 * COPIES * numbers * length)))
 
     def _made(self) -> HollowModel:
         try:

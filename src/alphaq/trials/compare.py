@@ -8,9 +8,11 @@ evaluated once; and results are kept in a journal, so a killed run goes on where
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -64,10 +66,11 @@ def compare(
 ) -> list[Row]:
     """Run the comparison in the folder `out` and write `comparison.csv` and `comparison.json` there.
 
-    `uniform` is always among the methods. The resources' cache is closed once everything is measured. Raises
+    `uniform` is always among the methods. Models of an unfinished comparison are run as it began, in memory or layer by
+    layer. The resources' cache is closed once everything is measured. Raises
     OutputError if `out` holds a comparison of something else, or other files.
     """
-    race = _Race.of(checkpoint, comparison, scoring)
+    race = _Race.of(checkpoint, comparison, as_begun(scoring, out))
     _claim(out)
     with Journal(out / JOURNAL_NAME) as journal:
         entries = {entry.key: entry for entry in _known(journal, race.job, out)}
@@ -110,7 +113,7 @@ class _Race:
         roundings = {str(rounding): rounding for rounding in comparison.roundings or [Rounding.of("native")]}
         first = next(iter(roundings))
         base = comparison.config or PlanConfig(budget=Budget(bits=bits[0]))
-        scoring, _ = settled(scoring.model_copy(update={"bos": base.bos}), checkpoint)
+        scoring, _ = settled(scoring.model_copy(update={"bos": base.bos}), checkpoint, max(bits))
         contents = read_texts(scoring.texts)
         plain = resolve(_as_it_can(base.model_copy(update={"method": BASELINE})))
         sizes = {width: plain_size(checkpoint, plain, width) for width in bits}
@@ -219,8 +222,25 @@ def _known(journal: Journal, job: Job, out: Path) -> Iterable[Entry]:
     if not journal.entries:
         journal.append(line)
     elif journal.entries[0] != line:
+        begun = journal.entries[0].get("job")
+        if isinstance(begun, dict) and begun | {"layer_by_layer": job.layer_by_layer} == line["job"]:
+            way = "in memory" if job.layer_by_layer else "layer by layer from disk"
+            raise OutputError(
+                f"{out} holds a comparison of models run {way}, whose figures differ a little. Leave out --stream and "
+                "--no-stream to go on with it, or choose another output."
+            )
         raise OutputError(f"{out} holds a comparison of another model, texts or settings. Choose another output.")
     return map(Entry.model_validate, journal.entries[1:])
+
+
+def as_begun(scoring: Scoring, out: Path) -> Scoring:
+    """The scoring with `stream` as in the comparison that a folder holds, where neither way is asked for."""
+    if scoring.stream is None:
+        with suppress(OSError, ValueError, KeyError, TypeError), (out / JOURNAL_NAME).open(encoding="utf-8") as file:
+            job = json.loads(file.readline())["job"]
+            if job["dtype"] == scoring.dtype:
+                return scoring.model_copy(update={"stream": bool(job["layer_by_layer"])})
+    return scoring
 
 
 def _claim(out: Path) -> None:
@@ -277,4 +297,5 @@ def _job(
         max_tokens=scoring.max_tokens,
         skip_tokens=scoring.skip_tokens,
         dtype=scoring.dtype,
+        layer_by_layer=bool(scoring.stream),
     )

@@ -18,7 +18,7 @@ from alphaq.trials.trial import window_scores
 
 BASELINE = "uniform"
 REFERENCE = "reference"
-FORMAT_VERSION = 5  # of the journal; before, some quantizers had other names
+FORMAT_VERSION = 6  # of the journal; before, rows of models in memory and on disk could stand together
 Key = tuple[str, float, str]  # method, bits, rounding
 
 
@@ -73,6 +73,7 @@ class Job(BaseModel):
     max_tokens: int | None
     skip_tokens: int
     dtype: str
+    layer_by_layer: bool
 
 
 class Entry(BaseModel):

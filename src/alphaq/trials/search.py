@@ -163,7 +163,7 @@ def search(
     contents = read_texts(trying.scoring.texts)
     low, high = _steps(checkpoint, request, measured, target.step)
     with TemporaryDirectory(prefix=".alphaq-search-", dir=trying.scratch) as folder:
-        scoring, _ = settled(trying.scoring, checkpoint)
+        scoring, _ = settled(trying.scoring, checkpoint, high * target.step)
         trying = replace(trying, scoring=scoring)
         score = partial(score_texts, texts=contents, scoring=scoring)
         scratch = Path(folder) / "trials"
@@ -249,6 +249,11 @@ def _out_of_reach(target: Target, widest: Point) -> BudgetError:
         f"({widest.budget_bpw:g} bits per weight) it is {widest.ear}. Ask for less, or offer wider --choices, 16 "
         "among them; given --attention-bits and --shared-bits may be too narrow as well."
     )
+
+
+def widest_bits(checkpoint: Checkpoint, request: Request, measured: Measurements, target: Target) -> float:
+    """Of an expert weight, in the plan that a search tries first. Raises BudgetError as the search does."""
+    return _steps(checkpoint, request, measured, target.step)[1] * target.step
 
 
 def _steps(checkpoint: Checkpoint, request: Request, measured: Measurements, step: float) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.evaluation.fidelity import Remembered, WindowScore
 from alphaq.evaluation.loading import pair_of
-from alphaq.evaluation.room import with_stream
+from alphaq.evaluation.room import bytes_in_memory, usual_dtype, with_stream
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.scoring import Scoring
@@ -26,10 +27,20 @@ from alphaq.writing.quantizing import quantize
 from alphaq.writing.records import WriteOptions
 from alphaq.writing.rounding import Rounding
 
+KEPT_BITS = 16.0
+"""Of weights that are not quantized."""
 
-def settled(scoring: Scoring, checkpoint: Checkpoint) -> tuple[Scoring, str | None]:
-    """The scoring with `stream` decided for a checkpoint beside what is made of it. See `room.with_stream`."""
-    return with_stream(scoring, [checkpoint.folder], more_bytes=checkpoint.nbytes // 2)
+
+def settled(scoring: Scoring, checkpoint: Checkpoint, bits: float = KEPT_BITS) -> tuple[Scoring, str | None]:
+    """The scoring with `stream` decided for a checkpoint beside what is made of it, at most so wide.
+
+    See `room.with_stream`. bits: of an expert weight; all other weights count as they are loaded when kept.
+    """
+    whole = bytes_in_memory(checkpoint.folder, usual_dtype(scoring.dtype, [checkpoint.folder]))
+    weights = sum(math.prod(one.shape) for shard in checkpoint.shards.values() for one in shard.values())
+    planned = sum(matrix.parameters for matrix in checkpoint.planned)
+    narrower = 0 if bits >= KEPT_BITS else int(planned * (whole / weights - bits / 8))
+    return with_stream(scoring, [checkpoint.folder], more_bytes=whole - max(0, narrower))
 
 
 class Trials:

@@ -20,6 +20,7 @@ from alphaq.checkpoint.families.formulas import current, evaluated, looked_up
 from alphaq.checkpoint.gguf.mapping import GgufKey, GgufMapping, GgufTensorRule
 from alphaq.checkpoint.gguf.rope import KIND, llama3_factors
 from alphaq.checkpoint.gguf.values import GgufValue
+from alphaq.checkpoint.hub import model_name
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.effective import settings_of
 from alphaq.engines.gguf.package import general_metadata
@@ -101,7 +102,7 @@ def gguf_metadata(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> d
     embedding = next(tensor for tensor in tensors if tensor.name == "token_embd.weight")
     experts = checkpoint.architecture.experts_per_layer(checkpoint.config)
     labels = general_metadata(
-        checkpoint.folder, _model_name(checkpoint), checkpoint.config, _parameters(tensors), experts
+        checkpoint.folder, model_name(checkpoint.folder), checkpoint.config, _parameters(tensors), experts
     )
     return {
         "general.architecture": GgufValue.of("string", mapping.arch),
@@ -341,9 +342,3 @@ def _parameters(tensors: Iterable[TensorRecipe]) -> tuple[int, int, int]:
         else:
             shared += size
     return total, shared, expert
-
-
-def _model_name(checkpoint: Checkpoint) -> str:
-    """The folder's name; of a model from the hub, whose folder in the cache is a commit, the model's."""
-    folder = checkpoint.folder.absolute()
-    return folder.parents[1].name.split("--")[-1] if folder.parent.name == "snapshots" else folder.name
