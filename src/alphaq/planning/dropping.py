@@ -175,7 +175,7 @@ class _Trial:
     def without(self, counts: Mapping[int, int]) -> Plan:
         """The plan without the first so many experts of each layer's order. Raises what `make_plan` does."""
         gone = self.drops.first(counts)
-        pruned = without_experts(self.checkpoint, gone, self.request.profile.own_counts)
+        pruned = without_experts(self.checkpoint, gone, self.request.profile.uneven)
         left = without(self.measurements, self.checkpoint, pruned, self.drops.bounds(counts))
         plan = make_plan(pruned, _in_as_many_bytes(self.request, self.limit, pruned), left)
         return self._dropping(plan, counts)

@@ -43,7 +43,9 @@ def plain_table(title: str, *columns: str) -> Table:
 
 def inspect_table(summary: Summary) -> Table:
     """Roles of a checkpoint."""
-    experts = f" × {summary.experts_per_layer} experts" if summary.experts_per_layer else ""
+    fewest, most = summary.fewest_experts_per_layer, summary.experts_per_layer
+    counted = f"{most}" if fewest == most else f"{fewest} to {most}"
+    experts = f" × {counted} experts" if most else ""
     title = (
         f"{summary.model}: {summary.architecture}, {summary.layers} layers{experts}, {summary.parameters:,} parameters"
     )
