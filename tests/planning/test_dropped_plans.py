@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -13,16 +14,22 @@ import pytest
 
 from alphaq import pipeline
 from alphaq.checkpoint.families.routing import OWN_COUNTS, own_counts
+from alphaq.checkpoint.pruned import without_experts
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
+from alphaq.checkpoint.summary import summarize
 from alphaq.checkpoint.writer import resumable_folder
 from alphaq.cli import means
+from alphaq.cli.planning import note_plan
+from alphaq.engines.profiles import ENGINES
 from alphaq.errors import BudgetError, PlanError, TooSmallError
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.serving import Kept, Memory, Serving
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import Measurements, checked_plan, fitting, make_plan, measure_for_plan, resolve
-from alphaq.planning.dropping import plan_with_drops
+from alphaq.planning.costs import bytes_at
+from alphaq.planning.dropping import _Trial, plan_with_drops
+from alphaq.planning.outline import outline
 from alphaq.report.explanation import explain_plan
 from alphaq.work.workers import Workers
 from conftest import Ran
@@ -133,6 +140,37 @@ def test_layers_lose_as_many_as_pay(useless: Checkpoint, differing: Measurements
     assert plan.dropped.count == 4 and plan.dropped.bound <= limit
 
 
+def test_where_counts_of_their_own_do_not_fit_fewer_bytes_are_tried_then_equal_ones(
+    useless: Checkpoint, differing: Measurements, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, failing = _Trial.without, ["once"]
+
+    def without(trial: _Trial, counts: Any) -> Plan:
+        if failing and len(set(counts.values())) > 1:
+            failing.remove("once")
+            raise TooSmallError("by headers")
+        return real(trial, counts)
+
+    monkeypatch.setattr(_Trial, "without", without)
+    plan, _ = planned(useless, differing, **OWN)
+    assert not failing and plan.dropped is not None
+    assert plan.dropped.lower_bound is not None and not plan.equal_instead
+    failing += ["once", "once"]
+    plan, _ = planned(useless, differing, **OWN)
+    assert not failing and plan.dropped is not None and plan.equal_instead
+    assert len({len(experts) for experts in plan.dropped.experts.values()}) == 1
+    note_plan(plan)
+    assert "every layer loses as many experts" in capsys.readouterr().err
+
+
+def test_bits_that_were_bytes_are_these_bytes() -> None:
+    """Of models of a hundred million weights to a trillion."""
+    draw = random.Random(0)
+    for _ in range(2000):
+        limit, parameters = draw.randrange(10**7, 10**11), draw.randrange(10**8, 10**12)
+        assert bytes_at(8 * limit / parameters, parameters) == limit
+
+
 def test_files_of_layers_with_counts_of_their_own_are_like_all_others(
     useless: Checkpoint, differing: Measurements, tmp_path: Path, alphaq: Callable[..., Ran]
 ) -> None:
@@ -167,6 +205,29 @@ def test_files_of_layers_with_counts_of_their_own_are_like_all_others(
     assert json.loads((tmp_path / "slice" / "config.json").read_text())[OWN_COUNTS] == described[OWN_COUNTS]
     assert alphaq("verify", tmp_path / "slice").code == 0
     assert logits(tmp_path / "slice").isfinite().all()
+    for engine in ("mlx", "llama.cpp"):
+        ran = alphaq("slice", tmp_path / "out", "--engine", engine, "--bits", "4", "-o", tmp_path / "other")
+        assert ran.code == 2 and not (tmp_path / "other").exists()
+        assert f"({OWN_COUNTS}) layers have 4 to 5 experts, and {engine} has one number" in ran.err
+
+
+@pytest.mark.parametrize("engine", [name for name, one in ENGINES.items() if not one.uneven])
+def test_engines_with_one_number_of_experts_take_no_layers_that_differ(
+    useless: Checkpoint, engine: str, tmp_path: Path
+) -> None:
+    """Whether they are planned for, outlined, or written by a plan from elsewhere."""
+    uneven = without_experts(useless, {1: (DEAD,)}, uneven=True)
+    assert (summarize(uneven).fewest_experts_per_layer, summarize(uneven).experts_per_layer) == (5, 6)
+    request = resolve(PlanConfig(budget=Budget(bits=4), engine=engine))
+    by_hand = Plan(engine=engine, choices=dict.fromkeys((one.name for one in uneven.planned), "16"))
+    for use in (
+        lambda: outline(uneven, request),
+        lambda: measure_for_plan(uneven, request),
+        lambda: pipeline.quantize(uneven, by_hand, tmp_path / "out"),
+    ):
+        with pytest.raises(PlanError, match=r"have 5 to 6 experts, .* Use --engine native, or start from the original"):
+            use()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("counts", ["equal", "own"])

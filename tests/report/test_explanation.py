@@ -12,10 +12,11 @@ import pytest
 
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import PlanError
-from alphaq.nouns.plan import Plan
+from alphaq.nouns.plan import Dropping, Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.report.explanation import ExplainedUnit, explain_plan
+from alphaq.report.tables import dropped_words
 from conftest import Ran
 
 Run = Callable[..., Ran]
@@ -193,3 +194,18 @@ def test_a_plan_by_an_order_has_no_price_to_explain(alphaq: Run, tiny: Path, tmp
 def test_code_bits_are_not_called_bytes(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     alphaq("plan", tiny, "--bits", "2.5", "--method", "paper", "-o", tmp_path / "p.json")
     assert "one more code bit would save" in alphaq("explain", tmp_path / "p.json").out
+
+
+def test_words_about_dropped_experts_say_what_is_known_alone() -> None:
+    some = {"experts": {0: (1,), 1: (0, 2)}, "loss": 0.01, "bound": 0.02}
+    proven = "; no other numbers are better by more than 0.05, relative"
+    for dropped, words in (
+        (Dropping(totals={0: 1.0}, refused=(1, 2)), "none, as their losses are above the limit"),
+        (Dropping(totals={0: 1.0}, refused=(2,), total=1.0, lower_bound=1.0), "none, as none paid for its bytes"),
+        (Dropping(**some), "3 (up to 2 in a layer), at 0.01 (at most 0.02) nats"),
+        (
+            Dropping(**some, total=1.0, totals={0: 2.0}, lower_bound=0.95),
+            f"3 (up to 2 in a layer), at 0.01 (at most 0.02) nats; expected loss 1 in all instead of 2{proven}",
+        ),
+    ):
+        assert dropped_words(dropped) == words

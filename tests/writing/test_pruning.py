@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from alphaq import pipeline
 from alphaq.calibration.rerouting import Banning, counting
@@ -106,6 +106,21 @@ def test_layers_may_have_counts_of_their_own_in_native_files(family: str, tmp_pa
     assert float((expected - before).abs().max()) > 1e-4
     torch.testing.assert_close(logits(tmp_path / "out"), expected, atol=2e-5, rtol=1e-4)
     assert HollowModel(left).experts.keys() == set(layers)
+
+
+def test_the_class_for_text_alone_loads_layers_with_counts_of_their_own(tmp_path: Path) -> None:
+    """It is given only a part of config.json; router logits, which cannot be joined, are off."""
+    model = random_family("qwen3_5_moe")
+    model.config.text_config.output_router_logits = True
+    source = open_checkpoint(save_layout(model, tmp_path / "source", published=True))
+    dropped = {source.architecture.moe_layers(source.config)[0]: (1, 2)}
+    choices = dict.fromkeys((one.name for one in without_experts(source, dropped, uneven=True).planned), "16")
+    pipeline.quantize(source, Plan(choices=choices, dropped=Dropping(experts=dropped)), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert type(model).__name__ == "Qwen3_5MoeForCausalLM" and not model.config.output_router_logits
+    with torch.no_grad():
+        found = model(input_ids=torch.arange(3, 19)[None]).logits
+    torch.testing.assert_close(found, logits(tmp_path / "out"), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("uneven", [False, True])

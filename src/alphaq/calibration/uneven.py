@@ -23,7 +23,7 @@ def take_own_counts(model: Any) -> None:
     Raises CheckpointError where a layer cannot be found in the class.
     """
     described = model.config.to_dict()
-    if OWN_COUNTS not in described:
+    if not _tells(described):
         return
     architecture = architecture_of(described)
     by_count: dict[int, list[int]] = {}
@@ -36,6 +36,11 @@ def take_own_counts(model: Any) -> None:
         changed = [name for name, shape in _shapes(other).items() if shape != whole.get(name)]
         for layer in layers:
             _take_block(model, other, [name for name in changed if f".layers.{layer}." in f".{name}"], layer)
+
+
+def _tells(part: Any) -> bool:
+    """Whether a config or a part of it tells counts. A model for text alone may have a config of no known family."""
+    return isinstance(part, dict) and (OWN_COUNTS in part or any(map(_tells, part.values())))
 
 
 def _hollow_like(model: Any, config: Any) -> Any:

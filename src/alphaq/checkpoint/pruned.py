@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from alphaq.checkpoint.families.architecture import NUMBERED_LAYER, Architecture, look_up
-from alphaq.checkpoint.families.routing import OWN_COUNTS, check_routing, expert_groups, fewest_experts
+from alphaq.checkpoint.families.routing import OWN_COUNTS, check_routing, expert_groups, fewest_experts, own_counts
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import ITEM_BYTES, TORCH_DTYPES, TensorSpec, entry_bytes
 from alphaq.checkpoint.tensors import Encoding, TensorInfo, with_slices
@@ -42,6 +42,7 @@ _PREDICTION_COUNTS = (
     "num_mtp_modules",
 )
 """Config keys of the layers that guess further words."""
+_ROUTER_LOGITS = "output_router_logits"
 
 
 def without_experts(checkpoint: Checkpoint, dropped: Dropped, uneven: bool = False) -> Checkpoint:
@@ -87,7 +88,7 @@ def require_prunable(checkpoint: Checkpoint) -> None:
         why = "it has no routed experts"
     elif checkpoint.gguf is not None:
         why = "it is a GGUF file; start from the Hugging Face folder"
-    elif OWN_COUNTS in checkpoint.config:
+    elif own_counts(architecture, checkpoint.config):
         why = "its layers differ in how many experts they have already"
     elif not why and any(_is_table(checkpoint, name) for name in checkpoint.roles):
         why = "a table says which experts a token goes to"
@@ -144,14 +145,20 @@ def _counting(checkpoint: Checkpoint, counts: Mapping[int, int]) -> JsonObject:
     most = max(counts.values())
     config = with_count(checkpoint.architecture, checkpoint.config, most)
     own = {str(layer): count for layer, count in counts.items() if count != most}
-    return config | {OWN_COUNTS: own} if own else config
+    if own:
+        text: Any = checkpoint.architecture.text_config(config)
+        text[OWN_COUNTS] = own
+        for part in (config, text):  # classes join all layers' logits, which have as many columns in each
+            if part.get(_ROUTER_LOGITS):
+                part[_ROUTER_LOGITS] = False
+    return config
 
 
 def with_count(architecture: Architecture, config: JsonObject, count: int) -> JsonObject:
     """A copy of config.json with another number of experts, the same in every layer, wherever it states it."""
     config = copy.deepcopy(config)
-    config.pop(OWN_COUNTS, None)
     text: Any = architecture.text_config(config)
+    text.pop(OWN_COUNTS, None)
     before = architecture.experts_per_layer(config)
     for path in architecture.num_experts_keys:
         *outer, key = path.split(".")

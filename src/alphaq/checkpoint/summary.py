@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from alphaq.checkpoint.families.routing import own_counts
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.tensors import TensorInfo, bytes_on_disk, stored_dtype
 from alphaq.nouns.matrix import Role
@@ -23,12 +24,14 @@ class RoleCounts:
 
 @dataclass(frozen=True)
 class Summary:
-    """expert_shapes: [rows, columns] by projection. dtypes: as stored. bytes: of all tensors on disk."""
+    """experts_per_layer: the most of any layer. expert_shapes: [rows, columns] by projection. dtypes: as stored. bytes:
+    of all tensors on disk."""
 
     model: str
     architecture: str
     layers: int
     experts_per_layer: int
+    fewest_experts_per_layer: int
     expert_matrices: int
     expert_shapes: dict[str, list[int]]
     dtypes: list[str]
@@ -55,11 +58,13 @@ def summarize(checkpoint: Checkpoint) -> Summary:
         for role, infos in by_role.items()
     }
     experts = checkpoint.with_role(Role.EXPERT)
+    most = checkpoint.architecture.experts_per_layer(checkpoint.config)
     return Summary(
         model=checkpoint.name,
         architecture=checkpoint.architecture.name,
         layers=checkpoint.architecture.layers(checkpoint.config),
-        experts_per_layer=checkpoint.architecture.experts_per_layer(checkpoint.config),
+        experts_per_layer=most,
+        fewest_experts_per_layer=min([most, *own_counts(checkpoint.architecture, checkpoint.config).values()]),
         expert_matrices=len(experts),
         expert_shapes={str(matrix.projection): list(matrix.shape) for matrix in experts},
         dtypes=sorted({stored_dtype(info) for infos in by_role.values() for info in infos}),

@@ -215,5 +215,7 @@ def note_plan(plan: Plan) -> None:
         warn(f"not compared with uniform bits: {plan.unchecked}")
     if plan.dropped is not None and plan.dropped.gap > 1e-6:
         note(f"no other numbers of experts are better by more than {plan.dropped.gap:.2g} (relative), which is proven")
+    if plan.equal_instead:
+        note("every layer loses as many experts: no plan with numbers of their own was found to fit the budget")
     if plan.lower_bound is not None and plan.gap > 1e-6:
         note(f"this plan is proven to be within {plan.gap:.2g} (relative) of the best one")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from alphaq.checkpoint.families.routing import OWN_COUNTS
+from alphaq.checkpoint.families.routing import own_counts
 from alphaq.checkpoint.reader import NATIVE_METHOD, Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
 from alphaq.engines.export import Export, Layout, Part, Rows, Run, Stored
@@ -67,7 +67,7 @@ def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout
         "average_bits": plan.average_bits,
         "bits_per_weight": plan.bits_per_weight,
     }
-    if OWN_COUNTS in checkpoint.config:  # which vLLM is not told of elsewhere
+    if own_counts(checkpoint.architecture, checkpoint.config):  # which vLLM is not told of elsewhere
         quantization[UNEVEN] = True
     write_model_folder(folder, checkpoint, written.entries, {"quantization_config": quantization})
 
@@ -86,7 +86,7 @@ PROFILE = Profile(
     obstacle=lambda choice, matrix: None,
     quantizer="debiased",
     searchable=True,
-    own_counts=True,
+    uneven=True,
     on_request=frozenset({Role.EMBEDDING, Role.HEAD}),
     role_bits=ROLE_BITS | {Role.MIXER: 4},
     export=Export(

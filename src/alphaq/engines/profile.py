@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from alphaq.checkpoint.families.routing import OWN_COUNTS, own_counts
 from alphaq.checkpoint.gguf.imatrix import ImportanceMatrix
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.export import Export
@@ -39,7 +40,7 @@ class Profile:
     that which loads the files (`library_name` of a card). importance: (checkpoint, importance matrix) → what it says of
     each matrix; None if the engine's quantizers take none.
     searchable: whether `--ear` can try budgets, since the files are run here.
-    own_counts: whether layers may differ in how many experts they have.
+    uneven: whether layers may differ in how many experts they have.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Profile:
     library: str = "alphaq"
     importance: Callable[[Checkpoint, ImportanceMatrix], Importance] | None = None
     searchable: bool = False
-    own_counts: bool = False
+    uneven: bool = False
 
     @property
     def writer(self) -> Export:
@@ -71,6 +72,17 @@ class Profile:
         if self.export is None:
             raise PlanError(f"Plans for {self.name} cannot be written as files yet. Plan with --engine native.")
         return self.export
+
+    def check_layers(self, checkpoint: Checkpoint) -> None:
+        """Raise PlanError for layers with numbers of experts of their own, if the engine has one number for all."""
+        fewer = own_counts(checkpoint.architecture, checkpoint.config).values()
+        if fewer and not self.uneven:
+            most = checkpoint.architecture.experts_per_layer(checkpoint.config)
+            raise PlanError(
+                f"{checkpoint.name}: by config.json ({OWN_COUNTS}) layers have {min(fewer)} to {most} experts, "
+                f"and {self.name} has one number for all layers. Use --engine native, or start from the original "
+                "model; where experts are to go, with --drop-counts equal."
+            )
 
     def importance_of(self, checkpoint: Checkpoint, given: ImportanceMatrix | None) -> Importance:
         """What an importance matrix says of the columns of each matrix; nothing without one.

@@ -151,10 +151,12 @@ class Dropping(BaseModel):
     """Experts that a plan does without, by the numbers that its source has for them; those that stay are numbered anew.
 
     experts: by layer; none where none paid. loss, bound: nats per token that they cost by measurement on the model's
-    own writing, and what that is below with 95 %. total: what the plan is expected to lose in all, `bound` included.
+    own writing, and what that is below with 95 %. total: what the plan is expected to lose in all, `bound` included;
+    None in plans that do not say.
     totals: the same of plans with so many fewer experts in every layer, by their number; without an entry where the
     budget is too small for it. refused: numbers at which `bound` is above the limit. lower_bound: where layers have
-    counts of their own, proven: no plan without any of these experts, in each layer's order, has a smaller total.
+    counts of their own, proven: no plan without any of these experts, in each layer's order, has a smaller total; None
+    where equal counts were taken.
     source: fingerprint of the checkpoint with all its experts; the plan's own source is what is left of it.
     """
 
@@ -163,7 +165,7 @@ class Dropping(BaseModel):
     experts: dict[int, tuple[Count, ...]] = Field(default_factory=dict)
     loss: float = 0.0
     bound: float = 0.0
-    total: float = 0.0
+    total: float | None = None
     totals: dict[int, float] = Field(default_factory=dict)
     lower_bound: float | None = None
     refused: tuple[Count, ...] = ()
@@ -304,6 +306,13 @@ class Plan(BaseModel):
         if self.objective is None or self.lower_bound is None:
             return math.nan
         return (self.objective - self.lower_bound) / abs(self.objective) if self.objective else 0.0
+
+    @property
+    def equal_instead(self) -> bool:
+        """Whether layers lose as many experts each though they might differ: no other plan was found to fit."""
+        dropped, config = self.dropped, self.config
+        own = config is not None and config.drop_counts == "own"
+        return own and dropped is not None and bool(dropped.experts) and dropped.lower_bound is None
 
     @property
     def cost_unit(self) -> str:

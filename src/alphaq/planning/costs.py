@@ -23,6 +23,8 @@ from alphaq.planning.request import Request
 from alphaq.planning.scope import Scope, next_storable
 from alphaq.sensitivity.base import Evidence
 
+ROUNDING = 1e-15  # more than bits per weight lose, relative, that were computed from whole bytes
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -65,9 +67,14 @@ def by_count(choices: Sequence[Choice], counts: np.ndarray, bits: float) -> Cost
     return Costs(table, math.floor(bits * total + 1e-9), lambda spent: f"--bits {rounded_up(spent / total)}")
 
 
+def bytes_at(bpw: float, parameters: int) -> int:
+    """Whole bytes of so many weights at `bpw` bits each; if those were computed from whole bytes, these."""
+    return math.floor(bpw * parameters / 8 * (1 + ROUNDING) + 1e-9)
+
+
 def _by_stored_bits(scope: Scope, blocks: np.ndarray, bpw: float) -> Costs:
     parameters = sum(matrix.parameters for matrix in scope.matrices)
-    limit = math.floor(bpw * parameters / 8 + 1e-9)
+    limit = bytes_at(bpw, parameters)
     return Costs(blocks, limit, lambda nbytes: f"--bpw {rounded_up(8 * nbytes / parameters)}")
 
 

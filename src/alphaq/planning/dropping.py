@@ -24,7 +24,7 @@ from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.plan import Dropping, Plan
 from alphaq.nouns.settings import Budget
 from alphaq.planning.costs import costs_of
-from alphaq.planning.leaving import own_counts
+from alphaq.planning.leaving import best_counts
 from alphaq.planning.limits import problem_of
 from alphaq.planning.measured import Measurements
 from alphaq.planning.passes import PassRun, run_passes
@@ -157,25 +157,45 @@ class _Trial:
         drops, most_loss = self.drops, self.request.config.max_drop_loss
         counts = range(drops.groups, self.most + 1, drops.groups)
         within = {n for n in counts if any(one.bounds[n - 1] <= most_loss for one in drops.layers.values())}
+        if not within:  # the same, with less to solve
+            return self.equal()
         best, totals = None, dict[int, float]()
         if isinstance(self.whole, Plan):
             best, totals[0] = self._dropping(self.whole, {}), _objective(self.whole)
-        try:
-            found = own_counts(self.checkpoint, self.request, self.measurements, drops, self.most)
-            plan = self.without(found.counts) if any(found.counts.values()) else best
-        except TooSmallError:  # by bytes of headers, which are not known before names are
-            plan = None
-        if plan is None:
+        solved = self._solved(best)
+        if solved is None:
             return self.equal()
+        plan, lower_bound = solved
         if best is None or _total(plan) < _total(best):
             best = plan
         refused = tuple(sorted(set(counts) - within))
-        return self._recorded(best, totals=totals, refused=refused, lower_bound=found.lower_bound)
+        return self._recorded(best, totals=totals, refused=refused, lower_bound=lower_bound)
+
+    def _solved(self, whole: Plan | None) -> tuple[Plan, float] | None:
+        """The plan of the best counts, and what none loses less than; None if none is found. whole: where none go."""
+        try:
+            found = best_counts(self.checkpoint, self.request, self.measurements, self.drops, self.most)
+            try:
+                plan = self._with(found.counts, whole)
+            except TooSmallError:  # by bytes of headers, which are not known before names are
+                surely = best_counts(self.checkpoint, self.request, self.measurements, self.drops, self.most, True)
+                plan = self._with(surely.counts, whole)
+        except TooSmallError:
+            return None
+        return plan, found.lower_bound
+
+    def _with(self, counts: Mapping[int, int], whole: Plan | None) -> Plan:
+        if any(counts.values()):
+            return self.without(counts)
+        if whole is None:
+            assert isinstance(self.whole, TooSmallError)
+            raise self.whole
+        return whole
 
     def without(self, counts: Mapping[int, int]) -> Plan:
         """The plan without the first so many experts of each layer's order. Raises what `make_plan` does."""
         gone = self.drops.first(counts)
-        pruned = without_experts(self.checkpoint, gone, self.request.profile.own_counts)
+        pruned = without_experts(self.checkpoint, gone, self.request.profile.uneven)
         left = without(self.measurements, self.checkpoint, pruned, self.drops.bounds(counts))
         plan = make_plan(pruned, _in_as_many_bytes(self.request, self.limit, pruned), left)
         return self._dropping(plan, counts)
@@ -221,7 +241,7 @@ def _objective(plan: Plan) -> float:
 
 
 def _total(plan: Plan) -> float:
-    assert plan.dropped is not None  # the caller knows
+    assert plan.dropped is not None and plan.dropped.total is not None  # as `_dropping` makes it
     return plan.dropped.total
 
 

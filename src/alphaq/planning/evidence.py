@@ -58,6 +58,7 @@ def measure_for_plan(
         return measured_by_stats(request, wanted, stats)
     # What coded files take is known once they are coded; all else that cannot be is told before any measuring.
     early = check_budget and request.config.codec is None
+    request.profile.check_layers(checkpoint)
     if early:
         request.profile.writer.layout(checkpoint, {})
     scope = Scope.of(checkpoint, request)

@@ -34,10 +34,13 @@ class OwnCounts:
     lower_bound: float
 
 
-def own_counts(
-    checkpoint: Checkpoint, request: Request, measurements: Measurements, drops: Drops, most: int
+def best_counts(
+    checkpoint: Checkpoint, request: Request, measurements: Measurements, drops: Drops, most: int, surely: bool = False
 ) -> OwnCounts:
-    """The best counts, of up to `most` in each layer. Raises TooSmallError if nothing fits."""
+    """The best counts, of up to `most` in each layer. Raises TooSmallError if nothing fits.
+
+    surely: of a budget for files, what goes with experts is counted as no more than really goes; else as no less.
+    """
     scope = Scope.of(checkpoint, request)
     problem, _ = open_problem(scope, measurements.evidence)
     evidence, joined = weighed(scope, measurements)
@@ -48,7 +51,7 @@ def own_counts(
     chains, limit = _chains(scope, problem, drops, most), problem.limit
     if request.config.budget.size_bytes is not None:
         spared = Spared.of(checkpoint)
-        chains.saved[:] = _saved(checkpoint, drops, spared, most)
+        chains.saved[:] = _saved(checkpoint, drops, spared, most, surely)
         limit += spared.prediction
     found = solve_leaving(table, problem.unit_costs, limit, chains)
     return OwnCounts(dict(zip(drops.layers, found.counts.tolist(), strict=True)), found.lower_bound)
@@ -73,13 +76,16 @@ def _chains(scope: Scope, problem: Problem, drops: Drops, most: int) -> Chains:
     return Chains(owner, place, lost, np.zeros(lost.shape, np.int64), scope.request.config.max_drop_loss)
 
 
-def _saved(checkpoint: Checkpoint, drops: Drops, spared: Spared, most: int) -> np.ndarray:
-    """Bytes of files that go with experts beside their matrices, int64 [layers, counts]; no fewer than really go.
+def _saved(checkpoint: Checkpoint, drops: Drops, spared: Spared, most: int, surely: bool) -> np.ndarray:
+    """Bytes of files that go with experts beside their matrices, int64 [layers, counts]; no fewer than really go, or
+    `surely` no more.
 
     Names become shorter where a number loses a digit, as happens to no more experts than go, and so may shapes.
     """
     architecture, counts = checkpoint.architecture, np.arange(most + 1)
     digits = len(str(architecture.experts_per_layer(checkpoint.config) - 1))
+    if surely:
+        return np.array([counts * spared.rows[layer] for layer in drops.layers])
     names = HEADER_STEP * len(set(architecture.projections.values())) * (digits - 1) * counts
     shapes = HEADER_STEP * np.minimum(counts, 1)
     return names + np.array([counts * spared.rows[layer] + shapes * spared.tensors[layer] for layer in drops.layers])

@@ -45,7 +45,7 @@ def placed_plan(
             budget = (budget + smallest) // 2
             continue
         gone = {} if plan.dropped is None else plan.dropped.experts
-        left = without_experts(checkpoint, gone, engine.own_counts)
+        left = without_experts(checkpoint, gone, engine.uneven)
         layout = engine.writer.laid_out(left, plan.every_choice(), config.split_bytes)
         placement = hosting.placed(left, layout, memory)
         # Headers and the tokenizer are read by the processor.

@@ -183,7 +183,7 @@ def _check_options(config: PlanConfig, profile: Profile) -> None:
 
 def _check_drop(config: PlanConfig, chosen: Method, profile: Profile) -> None:
     """BudgetError for what does not go with dropping experts."""
-    if config.drop_counts == "own" and not profile.own_counts:
+    if config.drop_counts == "own" and not profile.uneven:
         raise BudgetError(
             f"{profile.name} has one number of experts for all layers. Drop --drop-counts own, or use --engine native."
         )

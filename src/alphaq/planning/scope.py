@@ -63,8 +63,9 @@ class Scope:
     @classmethod
     def of(cls, checkpoint: Checkpoint, request: Request) -> Scope:
         """Raises BudgetError for a width that was asked for and cannot be stored, a pin that names nothing, and pins or
-        widths that do not agree about what is run as one."""
+        widths that do not agree about what is run as one; PlanError for a model that the engine cannot take."""
         profile, planned = request.profile, checkpoint.planned
+        profile.check_layers(checkpoint)
         if checkpoint.plain and not profile.writer.from_gguf:
             raise PlanError(
                 f"{checkpoint.name} is a GGUF file of the architecture {checkpoint.architecture.name!r}, which is "

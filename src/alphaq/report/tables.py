@@ -43,7 +43,9 @@ def plain_table(title: str, *columns: str) -> Table:
 
 def inspect_table(summary: Summary) -> Table:
     """Roles of a checkpoint."""
-    experts = f" × {summary.experts_per_layer} experts" if summary.experts_per_layer else ""
+    fewest, most = summary.fewest_experts_per_layer, summary.experts_per_layer
+    counted = f"{most}" if fewest == most else f"{fewest} to {most}"
+    experts = f" × {counted} experts" if most else ""
     title = (
         f"{summary.model}: {summary.architecture}, {summary.layers} layers{experts}, {summary.parameters:,} parameters"
     )
@@ -165,17 +167,19 @@ def predicted_words(prediction: Prediction) -> str:
 
 def dropped_words(dropped: Dropping) -> str:
     """How many experts are gone, what they cost, and why."""
+    proven = f"; no other numbers are better by more than {dropped.gap:.2g}, relative" if dropped.gap > 1e-6 else ""
     if not dropped.experts:
-        refused = ", as their losses are above the limit" if dropped.refused and len(dropped.totals) == 1 else ""
-        return f"none{refused or ', as none paid for its bytes' if dropped.totals else ''}"
+        alone = dropped.refused and len(dropped.totals) == 1 and dropped.lower_bound is None
+        refused = ", as their losses are above the limit" if alone else ""
+        return f"none{refused or ', as none paid for its bytes' if dropped.totals else ''}{proven}"
     layers = {len(experts) for experts in dropped.experts.values()}
     own = dropped.lower_bound is not None or len(layers) > 1
     counted = f"up to {max(layers)} in a" if own else f"{max(layers)} in each"
     kept = dropped.totals.get(0)
     instead = "as all do not fit" if kept is None else f"instead of {kept:.4g}"
+    expected = "" if dropped.total is None else f"; expected loss {dropped.total:.4g} in all {instead}"
     return (
-        f"{dropped.count} ({counted} layer), at {dropped.loss:.3g} (at most {dropped.bound:.3g}) nats; expected loss "
-        f"{dropped.total:.4g} in all {instead}"
+        f"{dropped.count} ({counted} layer), at {dropped.loss:.3g} (at most {dropped.bound:.3g}) nats{expected}{proven}"
     )
 
 

@@ -52,8 +52,9 @@ def own_matrix(way: str, tensors: dict[str, np.ndarray]) -> ImportanceMatrix:
 def importance_by_losses(checkpoint: Checkpoint, bos: bool = True, resources: Resources = USUAL) -> ImportanceMatrix:
     """What an error in each column costs. bos: as in the plan that the matrix is for.
 
-    Raises as the pass does: PassError where it cannot be run.
+    Raises as the pass does: PassError where it cannot be run; PlanError for layers that llama.cpp cannot take.
     """
+    PROFILE.check_layers(checkpoint)
     return importance_of_losses(checkpoint, fisher(PassRun(checkpoint, bos, None, (), resources)))
 
 
@@ -104,7 +105,7 @@ def observe(checkpoint: Checkpoint, scratch: Path, resources: Resources, sample:
 def bytes_in_16_bits(checkpoint: Checkpoint) -> int:
     """How large the file is that has to be written before llama.cpp can run a checkpoint; 0 for a GGUF file.
 
-    Raises AlphaQError where there can be none.
+    Raises AlphaQError where there can be none, as of layers with numbers of experts of their own.
     """
     return 0 if checkpoint.gguf is not None else PROFILE.writer.layout(checkpoint, _in_16_bits(checkpoint)).size_bytes
 
@@ -123,4 +124,5 @@ def in_16_bits(checkpoint: Checkpoint, scratch: Path, resources: Resources = USU
 
 
 def _in_16_bits(checkpoint: Checkpoint) -> dict[str, Choice]:
+    PROFILE.check_layers(checkpoint)
     return {matrix.name: Choice(16) for matrix in checkpoint.planned}

@@ -23,7 +23,7 @@ def as_planned(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
     """
     if plan.dropped is None or checkpoint.dropped:
         return checkpoint
-    return without_experts(checkpoint, plan.dropped.experts, profile(plan.engine).own_counts)
+    return without_experts(checkpoint, plan.dropped.experts, profile(plan.engine).uneven)
 
 
 def plan_choices(plan: Plan, checkpoint: Checkpoint) -> dict[str, Choice]:
@@ -56,7 +56,8 @@ def plan_choices(plan: Plan, checkpoint: Checkpoint) -> dict[str, Choice]:
 
 
 def check_source(checkpoint: Checkpoint, engine: str) -> None:
-    """Raise PlanError if the engine's files need what the source lacks."""
+    """Raise PlanError if the engine's files need what the source lacks, or cannot hold what it has."""
+    profile(engine).check_layers(checkpoint)
     if checkpoint.gguf is not None and not profile(engine).writer.from_gguf:
         raise PlanError(
             f"{checkpoint.name} is a GGUF file, whose tokenizer and config only --engine llama.cpp carries over. Start "

@@ -14,8 +14,8 @@ from alphaq.errors import ArchitectureError
 from alphaq.work.untrusted import shown
 
 OWN_COUNTS = "alphaq_experts_in_layers"
-"""Key of config.json: how many experts each layer has, by its number, where layers differ. The family's own key has the
-most of any layer then."""
+"""Key of config.json, in its part for the language model, which some classes are given alone: how many experts each
+layer has, by its number, where layers differ. The family's own key has the most of any layer then."""
 _GROUPS = ("n_group", "num_expert_group")
 _CHOSEN_GROUPS = "topk_group"
 
@@ -46,7 +46,7 @@ def own_counts(architecture: Architecture, config: Mapping[str, Any]) -> dict[in
 
     Raises ArchitectureError for numbers that cannot be.
     """
-    told = config.get(OWN_COUNTS)
+    told = architecture.text_config(config).get(OWN_COUNTS)
     if told is None:
         return {}
     most = architecture.experts_per_layer(config)
