@@ -12,6 +12,8 @@ import torch
 from alphaq.checkpoint.ranges import ranges_of
 from alphaq.checkpoint.reader import Checkpoint, open_checkpoint
 from alphaq.errors import BudgetError
+from alphaq.measuring.cache import Cache
+from alphaq.measuring.resources import Resources
 from alphaq.measuring.rows import draw_rows, stack_of
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import Measurements, make_plan, measure_for_plan, resolve
@@ -25,9 +27,11 @@ def opened(tiny: Path) -> Checkpoint:
     return open_checkpoint(tiny)
 
 
-def measured(checkpoint: Checkpoint, share: float | None) -> Measurements:
-    config = PlanConfig(budget=Budget(size_bytes=2**40), share=share, **FEW)
-    return measure_for_plan(checkpoint, resolve(config), settle=False)
+def measured(
+    checkpoint: Checkpoint, share: float | None, resources: Resources = Resources(), **changes: str
+) -> Measurements:
+    config = PlanConfig(budget=Budget(size_bytes=2**40), share=share, **FEW | changes)
+    return measure_for_plan(checkpoint, resolve(config), resources=resources, settle=False)
 
 
 def test_runs_take_the_share_that_was_asked_for_and_are_always_the_same(opened: Checkpoint) -> None:
@@ -80,6 +84,22 @@ def test_what_errors_of_few_rows_leave_open_is_told(opened: Checkpoint) -> None:
         truth = full.evidence.errors[own].sum(axis=0) / full.evidence.energies[own].sum()
         missed.append((few.evidence.relative_errors[own][0] / truth - 1) / few.deviations[own][0])
     assert 0.5 < np.sqrt(np.mean(np.square(missed))) < 1.5
+
+
+@pytest.mark.slow
+def test_runs_that_no_choice_is_measured_on_count_for_nothing(
+    opened: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alphaq.measuring.rows.RUN_BYTES", 1 << 11)
+    monkeypatch.setattr("alphaq.planning.sampled.SLOW_RUNS", 4)
+    with Cache(tmp_path, {}) as cache:
+        quick, slow = (
+            measured(opened, 0.05, Resources(cache=one), engine="llama.cpp", choices=choices).evidence
+            for one, choices in ((cache, "Q4_K"), (None, "IQ3_S"))
+        )
+        known = measured(opened, 0.05, Resources(cache=cache), engine="llama.cpp", choices="IQ3_S").evidence
+    assert np.array_equal(slow.energies, known.energies) and not np.array_equal(slow.energies, quick.energies)
+    assert slow.energies.sum() == pytest.approx(quick.energies.sum(), rel=0.05)
 
 
 def test_without_a_norm_before_the_router_all_experts_count_alike(tmp_path: Path) -> None:
