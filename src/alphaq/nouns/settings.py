@@ -132,6 +132,13 @@ def _share(text: str) -> float:
     return share
 
 
+def _show_share(share: float) -> str:
+    """What to type for a share: as few digits as give exactly this one."""
+    return next(
+        text for digits in range(1, 18) if _share(text := f"{100 * share:.{digits}g}%") == share or digits == 17
+    )
+
+
 def _decibels(text: str) -> float:
     match = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,6})?)\s*(?:dB)?\s*", text, re.IGNORECASE)
     if match is None:
@@ -210,7 +217,7 @@ class PlanConfig(BaseModel):
             SCORES,
             typed=str,
             parse=_share,
-            show=lambda share: f"{100 * share:.6g}%",
+            show=_show_share,
         ),
     ] = Field(default=None, gt=0, le=1)
     gamma: Annotated[

@@ -15,15 +15,16 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from alphaq.calibration.traffic import Expert, ExpertUse
-from alphaq.checkpoint.ranges import KeepingStore, fetched, keeping, missing
+from alphaq.checkpoint.ranges import KeepingStore, Range, fetched, keeping, missing
 from alphaq.checkpoint.reader import Checkpoint
+from alphaq.errors import PassError
 from alphaq.formats.gaussian import gaussian_errors
 from alphaq.formats.table import format_of
 from alphaq.measuring.measurement import Sampling, Wanted, measure
 from alphaq.measuring.resources import Resources
 from alphaq.measuring.rows import RowSample, draw_rows, stack_of
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.matrix import MatrixRef
+from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.plan import Plan
 from alphaq.planning.estimates import UNSEEN, of_unit
 from alphaq.planning.measured import Measurements
@@ -66,11 +67,12 @@ def measured_by_rows(
     scope = Scope.of(checkpoint, request)
     with at_hand(checkpoint, resources) as (near, own):
         sample = draw_rows(near, request.config.share)
-        fetch_rows(sample, own)
+        _fetch(near, sample.whole_ranges, own, "fetch routers and norms")
+        prior, unrouted = routing_uses(near, own) if "prior" in needs else (None, None)
+        _fetch(near, sample.row_ranges, own, "fetch rows")
         by_stack = {
             stack: _stack_errors(runs, request.choices) for stack, runs in _measured(sample, scope, own).items()
         }
-        prior = routing_uses(near, own) if "prior" in needs else None
     planned = scope.planned
     found = [by_stack[stack_of(matrix)] for matrix in planned]
     weights = np.array([matrix.parameters for matrix in planned], dtype=np.int64)
@@ -94,29 +96,35 @@ def measured_by_rows(
         deviations=np.array([one.deviations for one in found]),
         joined=dict(zip(joined, relative, strict=True)),
         joined_deviations={name: one.deviations for name, one in joined.items()},
+        unrouted=unrouted,
     )
 
 
-def fetch_rows(sample: RowSample, resources: Resources) -> None:
+def _fetch(checkpoint: Checkpoint, ranges: Sequence[Range], resources: Resources, label: str) -> None:
     """Have at hand what is read, where it lies on a store."""
-    wanted = missing(sample.checkpoint, [*sample.row_ranges, *sample.whole_ranges])
-    for _ in resources.wrap(fetched(sample.checkpoint, wanted), len(wanted), "fetch rows") if wanted else ():
+    wanted = missing(checkpoint, ranges)
+    for _ in resources.wrap(fetched(checkpoint, wanted), len(wanted), label) if wanted else ():
         pass
 
 
-def routing_uses(checkpoint: Checkpoint, resources: Resources) -> Mapping[Expert, ExpertUse]:
-    """The routing prior; nothing where it would take a pass through the whole model."""
+def routing_uses(checkpoint: Checkpoint, resources: Resources) -> tuple[Mapping[Expert, ExpertUse], str | None]:
+    """The routing prior; where routers and norms alone do not give one, nothing, and why."""
+    if checkpoint.planned_role is not Role.EXPERT:
+        return {}, None
     if not checkpoint.architecture.router_norm:
-        return {}
+        return {}, f"the routers of {checkpoint.name} see more than a norm puts out."
     run = PassRun(checkpoint, True, None, (), resources)
-    uses: Mapping[Expert, ExpertUse] = run_passes(run, {"prior"}).found["prior"]
-    return uses
+    try:
+        return run_passes(run, {"prior"}).found["prior"], None
+    except PassError as error:
+        return {}, error.reason
 
 
 def sampling_error(plan: Plan, measurements: Measurements) -> float:
     """Relative standard error of a plan's loss that comes of reading few rows.
 
-    Errors of one stack are known together, those of different stacks apart.
+    Errors of one stack are known together, those of different stacks apart. A unit that spans stacks (gate and up, or
+    a whole expert) is taken for one of the stack of its first matrix, as if all of it were known as well as that.
     """
     assert plan.table is not None and measurements.deviations is not None
     columns = {name: number for number, name in enumerate(plan.table.choices)}
