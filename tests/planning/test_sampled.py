@@ -152,8 +152,8 @@ def test_gate_and_up_of_one_slice_are_drawn_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.01, 0.07, 1 / 3, 0.123456789, 1.0])
 def test_a_share_is_shown_as_it_is(share: float) -> None:
-    _, text = settings_of(PlanConfig)["share"].words(share)
-    assert float(text.removesuffix("%")) / 100 == share
+    setting = settings_of(PlanConfig)["share"]
+    assert setting.parse(setting.words(share)[1]) == share
 
 
 def test_the_default_of_a_share_is_a_typical_model() -> None:

@@ -134,9 +134,8 @@ def _share(text: str) -> float:
 
 def _show_share(share: float) -> str:
     """What to type for a share: as few digits as give exactly this one."""
-    return next(
-        text for digits in range(1, 18) if _share(text := f"{100 * share:.{digits}g}%") == share or digits == 17
-    )
+    percents = (f"{100 * share:.{digits}g}%" for digits in range(1, 18))
+    return next((text for text in percents if _share(text) == share), repr(share))
 
 
 def _decibels(text: str) -> float:
