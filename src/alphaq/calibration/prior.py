@@ -21,7 +21,7 @@ from torch import Tensor
 from alphaq.calibration.stream import HollowModel, Keywords, LayerTraffic, traffic_of
 from alphaq.calibration.traffic import Calibration, Expert, ExpertUse, expert_uses
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.errors import CheckpointError
+from alphaq.errors import PassError
 from alphaq.nouns.matrix import Role
 
 SAMPLES = 16_384
@@ -39,8 +39,8 @@ class _Routed(Exception):
 def routing_prior(checkpoint: Checkpoint, samples: int = SAMPLES) -> dict[Expert, ExpertUse]:
     """Uses of every routed expert by (layer, expert), over samples whose seed is the layer's name.
 
-    Empty for a dense model, which has no router. Raises CheckpointError if the norm before the experts cannot be
-    found, and as `HollowModel` does.
+    Empty for a dense model, which has no router. Raises PassError if the norm before the experts cannot be
+    found or routing not be seen, and as `HollowModel` does.
     """
     if checkpoint.planned_role is not Role.EXPERT:
         return {}
@@ -70,7 +70,7 @@ def _route(hollow: HollowModel, layer: int, experts: str, count: int) -> LayerTr
     block_name = experts.rpartition(".")[0]
     block: Any = hollow.model.get_submodule(block_name)
     norm_name, norm = norm_before(hollow, layer)
-    hollow.fill(block_name, without=(Role.EXPERT, Role.SHARED_EXPERT))
+    hollow.fill(block_name, without=(Role.EXPERT, Role.SHARED_EXPERT), besides=experts)
     for child in block.children():
         state = child.state_dict(keep_vars=True).values()
         if child is not hollow.model.get_submodule(experts) and any(value.is_meta for value in state):
@@ -88,17 +88,17 @@ def _route(hollow: HollowModel, layer: int, experts: str, count: int) -> LayerTr
     hollow.empty(norm_name)
     refused = (
         f"{block_name} of {hollow.checkpoint.name} does not lead from hidden states straight to its experts, so its "
-        "routing cannot be seen. Use --method alphaq, or calibrate with text."
+        "routing cannot be seen."
     )
     try:
         block(samples[None])
     except _Routed as routed:
         return routed.traffic
     except (TypeError, AttributeError, NotImplementedError) as error:  # it takes more than hidden states
-        raise CheckpointError(refused) from error
+        raise PassError(refused) from error
     finally:
         hollow.empty(block_name)
-    raise CheckpointError(refused)
+    raise PassError(refused)
 
 
 def stretched(norm: Any, samples: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def norm_before(hollow: HollowModel, layer: int) -> tuple[str, Any]:
             return name, hollow.model.get_submodule(name)
     except AttributeError:
         pass
-    raise CheckpointError(
+    raise PassError(
         f"{hollow.checkpoint.name} has no {name if own else 'norm before its router'}, so what the router sees cannot "
-        "be guessed from the weights. Use --method alphaq, or calibrate with text."
+        "be guessed from the weights."
     )

@@ -188,15 +188,18 @@ class HollowModel:
             if computed:
                 self.model._init_weights(module)
 
-    def fill(self, name: str, without: Container[Role] = ()) -> None:
-        """Read a module's tensors, except those of some roles. Raises CheckpointError if any is missing or unfit."""
+    def fill(self, name: str, without: Container[Role] = (), besides: str | None = None) -> None:
+        """Read a module's tensors, except those of some roles, and of `besides`, a module in it.
+
+        Raises CheckpointError if any is missing or unfit.
+        """
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
         left_out = set()
         for target, sources in self._sources.items():
             if not target.startswith(f"{name}."):
                 continue
-            if self.checkpoint.roles[sources[0]] in without:
+            if self.checkpoint.roles[sources[0]] in without or (besides and target.startswith(f"{besides}.")):
                 left_out.add(target)
                 continue
             # One parameter at a time: fused experts take three times their bytes while they are put together.

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from alphaq.checkpoint.encoded.reading import stored_rows
-from alphaq.checkpoint.files import SourceFile, Stamp, reading
+from alphaq.checkpoint.files import SourceFile, Stamp
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.remote import Store
 from alphaq.checkpoint.tensors import rows_place
+from alphaq.errors import JournalError
 from alphaq.nouns.matrix import MatrixRef
 
 DIGEST_BYTES = 16
@@ -90,10 +91,10 @@ class _KeptFile(SourceFile):
                 return
         self.source.read_into(begin, data)
         unfinished = path.with_suffix(f".{os.getpid()}.partial")
-        with reading(path), unfinished.open("wb") as file:
-            file.write(data)
-            file.write(_digest(data))
-        with reading(path):
+        with _keeping(self.folder):
+            with unfinished.open("wb") as file:
+                file.write(data)
+                file.write(_digest(data))
             unfinished.replace(path)
 
     def holds(self, begin: int, nbytes: int) -> bool:
@@ -104,6 +105,18 @@ class _KeptFile(SourceFile):
     def forget(self) -> None:
         """Drop what the source has open."""
         self.source.forget()
+
+
+@contextmanager
+def _keeping(folder: Path) -> Iterator[None]:
+    """Tell what the system refuses meanwhile as a JournalError: the store is sound, and what is kept of it is not."""
+    try:
+        yield
+    except OSError as error:
+        raise JournalError(
+            f"What is read of a store cannot be kept in {folder} ({error.strerror or error}). Free space there, or set "
+            "ALPHAQ_CACHE to another folder."
+        ) from error
 
 
 def _digest(data: memoryview) -> bytes:
@@ -117,7 +130,7 @@ def keeping(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         return checkpoint
     store = KeepingStore(checkpoint.store.url, checkpoint.store.scratch, folder)
     store.__dict__["_opened"] = checkpoint.store._opened
-    with reading(folder):
+    with _keeping(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return replace(checkpoint, store=store, _files={})
 

@@ -153,12 +153,19 @@ def measurements(
         request = _with_own(request, checkpoint, measured.own_imatrix)
     if measured.evidence.synthetic is not None:
         note(*measured.evidence.synthetic.notes)
+    note_unrouted(measured.unrouted)
     if zeros := measured.zeros:
         complain(
             f"warning: {len(zeros):,} of {len(measured.evidence.names):,} planned matrices hold nothing but zeros, "
             f"{zeros[0]} for one, so any bits will do for them. Check that the checkpoint was written to its end."
         )
     return request, measured
+
+
+def note_unrouted(why: str | None) -> None:
+    """Say why experts are not weighed by their use, where a method would."""
+    if why is not None:
+        note(f"all experts of a layer count alike, since how often each is used takes a pass through the model: {why}")
 
 
 def _own_importance(checkpoint: Checkpoint, passed: Fisher) -> ImportanceMatrix:

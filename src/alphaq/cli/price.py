@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
@@ -12,6 +12,7 @@ import typer
 
 from alphaq.cli.means import JsonOption, Means, ModelArgument, opened, resources_for
 from alphaq.cli.options import Asked, Shown
+from alphaq.cli.planning import note_unrouted
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.terminal import note, show, tell
 
@@ -53,7 +54,7 @@ def price(
     from alphaq.checkpoint.writer import atomic_file, check_file
     from alphaq.planning import resolve
     from alphaq.report.curve import curve_lines, machine_marks
-    from alphaq.report.prices import prices_curve, prices_table
+    from alphaq.report.prices import prices_curve, prices_table, unit_of
 
     if output is not None:
         check_file(output)
@@ -64,11 +65,12 @@ def price(
     checkpoint = opened(model, means, headers_only=True)
     with resources_for(checkpoint, means) as resources:
         extent, found = _priced(checkpoint, requests, resources)
-    machines = machine_marks()
-    curves = [prices_curve(f"{checkpoint.name}, {name}", some, machines) for name, some in found.items()]
+    machines, unit = machine_marks(), unit_of(requests[0].method, requests[0].config.method)
+    curves = [prices_curve(f"{checkpoint.name}, {name}", some, machines, unit) for name, some in found.items()]
     told = {
         "model": checkpoint.name,
         "method": requests[0].config.method,
+        "unit": unit,
         "read": asdict(extent),
         "engines": [_told(name, some) for name, some in found.items()],
         "curve": None if curves[0] is None else curves[0].model_dump(mode="json"),
@@ -79,7 +81,7 @@ def price(
     parts = [
         part
         for (name, some), curve in zip(found.items(), curves, strict=True)
-        for part in (prices_table(name, some, machines), "" if curve is None else f"{curve_lines(curve)}\n")
+        for part in (prices_table(name, some, machines, unit), "" if curve is None else f"{curve_lines(curve)}\n")
     ]
     show(as_json, told, *parts)
 
@@ -91,7 +93,7 @@ def _priced(
     from alphaq.measuring.rows import draw_rows
     from alphaq.planning.fitting import least_bytes
     from alphaq.planning.pricing import prices
-    from alphaq.planning.sampled import at_hand, fetch_rows
+    from alphaq.planning.sampled import at_hand
     from alphaq.report.prices import extent_words
 
     requests = [one.with_stored(checkpoint) for one in requests]
@@ -101,20 +103,19 @@ def _priced(
         sample = draw_rows(near, requests[0].config.share or 1.0)
         extent = sample.extent
         tell(extent_words(extent))
-        note(*_unknown(near, requests[0]))
-        fetch_rows(sample, own)
-        found = {one.profile.name: prices(near, one, own) for one in requests}
-    return extent, found
+        note(_scale(requests[0]))
+        priced = {one.profile.name: prices(near, one, own) for one in requests}
+    note_unrouted(next(iter(priced.values())).unrouted)
+    return extent, {name: one.prices for name, one in priced.items()}
 
 
-def _unknown(checkpoint: Checkpoint, request: Request) -> Iterator[str]:
-    """What a share of the bytes cannot say."""
-    yield (
-        "losses are in proportion only, those of a typical model: the KL needs a pass through all weights, as "
-        "`alphaq plan` without --share runs it"
+def _scale(request: Request) -> str:
+    """What losses of a share of the bytes mean."""
+    what = "those of a typical model" if request.method.joint else f"as method {request.config.method} counts errors"
+    return (
+        f"losses are in proportion only, {what}: the KL needs a pass through all weights, as `alphaq plan` without "
+        "--share runs it"
     )
-    if "prior" in request.method.needs and not checkpoint.architecture.router_norm:
-        yield "how often experts are used needs a pass too in this family, so all count alike"
 
 
 def _told(engine: str, found: Sequence[Price]) -> dict[str, object]:

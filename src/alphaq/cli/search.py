@@ -75,6 +75,8 @@ def _require_sense(asked: Asked[PlanConfig]) -> None:
     for name, setting in settings_of(Budget).items():
         if asked.values[name] is not None:
             raise BudgetError(f"--ear searches the budget that {setting.flag} states. Give one of them.")
+    if asked.values["share"] is not None:
+        raise BudgetError("--ear runs the model, all of it, and --share goes by few rows. Drop one or the other.")
     require_searchable(profile(asked.values["engine"]))
     if asked.values["codec"] not in (None, CODECS[0]):
         raise BudgetError(

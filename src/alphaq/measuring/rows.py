@@ -99,8 +99,13 @@ def draw_rows(checkpoint: Checkpoint, share: float) -> RowSample:
     least = {name: FEWEST_ROWS * _row_bytes(checkpoint, members[0]) for name, members in stacks.items()}
     allowed = _shared_out(sizes, least, share * sum(sizes.values()))
     runs = {name: _runs(checkpoint, name, members, allowed[name]) for name, members in stacks.items()}
-    whole = [name for name, role in checkpoint.roles.items() if role in WHOLE]
-    return RowSample(checkpoint, runs, whole)
+    return RowSample(checkpoint, runs, [name for name in checkpoint.roles if _in_full(checkpoint, name)])
+
+
+def _in_full(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor is a router's or a norm's: the biases of those go with their weights."""
+    weight = f"{name.removesuffix('.bias')}.weight" if name.endswith(".bias") else name
+    return checkpoint.roles[name] in WHOLE or checkpoint.roles.get(weight) in WHOLE
 
 
 def _row_bytes(checkpoint: Checkpoint, matrix: MatrixRef) -> float:
@@ -124,10 +129,12 @@ def _shared_out(sizes: Mapping[str, int], least: Mapping[str, float], total: flo
 
 def _runs(checkpoint: Checkpoint, stack: str, members: Sequence[MatrixRef], nbytes: float) -> list[MatrixRef]:
     """Runs of one stack that take about so many bytes, of as many of its matrices as there are runs."""
-    draw = random.Random(int.from_bytes(hashlib.sha256(stack.encode()).digest()[:8], "little"))
-    shuffled = draw.sample(members, len(members))
     first = members[0]
     sliceable = rows_as_stored(checkpoint.info(first.tensor), first) and not _decoded_whole(checkpoint, first)
+    # Of columns a slice is read whole, for all that lie in it: those are drawn together.
+    seed = stack if sliceable or first.index is None else first.tensor
+    draw = random.Random(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little"))
+    shuffled = draw.sample(members, len(members))
     if not sliceable:
         return shuffled[: max(1, math.floor(nbytes / checkpoint.stored_bytes(first)))]
     row_bytes = _row_bytes(checkpoint, first)

@@ -132,6 +132,12 @@ def _share(text: str) -> float:
     return share
 
 
+def _show_share(share: float) -> str:
+    """What to type for a share: as few digits as give exactly this one."""
+    percents = (f"{100 * share:.{digits}g}%" for digits in range(1, 18))
+    return next((text for text in percents if _share(text) == share), repr(share))
+
+
 def _decibels(text: str) -> float:
     match = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,6})?)\s*(?:dB)?\s*", text, re.IGNORECASE)
     if match is None:
@@ -210,7 +216,7 @@ class PlanConfig(BaseModel):
             SCORES,
             typed=str,
             parse=_share,
-            show=lambda share: f"{100 * share:.6g}%",
+            show=_show_share,
         ),
     ] = Field(default=None, gt=0, le=1)
     gamma: Annotated[

@@ -78,6 +78,8 @@ class Measurements:
     """Those outside the budget that are quantized; only where losses are nats."""
     unpredicted: str | None = None
     """Why losses are no nats, though the method would have them so."""
+    unrouted: str | None = None
+    """Why all experts of a layer count alike, though the method would weigh them by their use."""
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Of the columns of a matrix, by its name, where an importance matrix tells."""
     own_imatrix: ImportanceMatrix | None = None

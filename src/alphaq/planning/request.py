@@ -209,7 +209,7 @@ def _check_share(config: PlanConfig, chosen: Method, with_model: bool) -> None:
     if beyond := {*chosen.needs} - {"errors", "places", "prior"}:
         raise BudgetError(
             f"--share reads few rows, and --method {config.method} needs all weights ({', '.join(sorted(beyond))}). "
-            "Use --method typical, or drop --share."
+            "Use the method typical, or drop --share."
         )
     if not with_model or config.noise != "measured" or config.stats is not None:
         raise BudgetError("--share reads rows of MODEL to measure them. Drop --noise analytic, --stats or --share.")

@@ -15,15 +15,16 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from alphaq.calibration.traffic import Expert, ExpertUse
-from alphaq.checkpoint.ranges import KeepingStore, fetched, keeping, missing
+from alphaq.checkpoint.ranges import KeepingStore, Range, fetched, keeping, missing
 from alphaq.checkpoint.reader import Checkpoint
+from alphaq.errors import PassError
 from alphaq.formats.gaussian import gaussian_errors
 from alphaq.formats.table import format_of
 from alphaq.measuring.measurement import Sampling, Wanted, measure
 from alphaq.measuring.resources import Resources
 from alphaq.measuring.rows import RowSample, draw_rows, stack_of
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.matrix import MatrixRef
+from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.plan import Plan
 from alphaq.planning.estimates import UNSEEN, of_unit
 from alphaq.planning.measured import Measurements
@@ -50,6 +51,14 @@ class StackErrors:
     mean_square: float
 
 
+@dataclass(frozen=True)
+class _RunErrors:
+    """Of one run of so many weights."""
+
+    weights: int
+    errors: SquaredErrors
+
+
 def measured_by_rows(
     checkpoint: Checkpoint, request: Request, needs: Collection[Need], resources: Resources
 ) -> Measurements:
@@ -58,13 +67,12 @@ def measured_by_rows(
     scope = Scope.of(checkpoint, request)
     with at_hand(checkpoint, resources) as (near, own):
         sample = draw_rows(near, request.config.share)
-        fetch_rows(sample, own)
-        runs = {stack: sum(run.parameters for run in some) for stack, some in sample.runs.items()}
+        _fetch(near, sample.whole_ranges, own, "fetch routers and norms")
+        prior, unrouted = routing_uses(near, own) if "prior" in needs else (None, None)
+        _fetch(near, sample.row_ranges, own, "fetch rows")
         by_stack = {
-            stack: _stack_errors(errors, request.choices, runs[stack])
-            for stack, errors in _measured(sample, scope, own).items()
+            stack: _stack_errors(runs, request.choices) for stack, runs in _measured(sample, scope, own).items()
         }
-        prior = routing_uses(near, own) if "prior" in needs else None
     planned = scope.planned
     found = [by_stack[stack_of(matrix)] for matrix in planned]
     weights = np.array([matrix.parameters for matrix in planned], dtype=np.int64)
@@ -88,29 +96,35 @@ def measured_by_rows(
         deviations=np.array([one.deviations for one in found]),
         joined=dict(zip(joined, relative, strict=True)),
         joined_deviations={name: one.deviations for name, one in joined.items()},
+        unrouted=unrouted,
     )
 
 
-def fetch_rows(sample: RowSample, resources: Resources) -> None:
+def _fetch(checkpoint: Checkpoint, ranges: Sequence[Range], resources: Resources, label: str) -> None:
     """Have at hand what is read, where it lies on a store."""
-    wanted = missing(sample.checkpoint, [*sample.row_ranges, *sample.whole_ranges])
-    for _ in resources.wrap(fetched(sample.checkpoint, wanted), len(wanted), "fetch rows") if wanted else ():
+    wanted = missing(checkpoint, ranges)
+    for _ in resources.wrap(fetched(checkpoint, wanted), len(wanted), label) if wanted else ():
         pass
 
 
-def routing_uses(checkpoint: Checkpoint, resources: Resources) -> Mapping[Expert, ExpertUse]:
-    """The routing prior; nothing where it would take a pass through the whole model."""
+def routing_uses(checkpoint: Checkpoint, resources: Resources) -> tuple[Mapping[Expert, ExpertUse], str | None]:
+    """The routing prior; where routers and norms alone do not give one, nothing, and why."""
+    if checkpoint.planned_role is not Role.EXPERT:
+        return {}, None
     if not checkpoint.architecture.router_norm:
-        return {}
+        return {}, f"the routers of {checkpoint.name} see more than a norm puts out."
     run = PassRun(checkpoint, True, None, (), resources)
-    uses: Mapping[Expert, ExpertUse] = run_passes(run, {"prior"}).found["prior"]
-    return uses
+    try:
+        return run_passes(run, {"prior"}).found["prior"], None
+    except PassError as error:
+        return {}, error.reason
 
 
 def sampling_error(plan: Plan, measurements: Measurements) -> float:
     """Relative standard error of a plan's loss that comes of reading few rows.
 
-    Errors of one stack are known together, those of different stacks apart.
+    Errors of one stack are known together, those of different stacks apart. A unit that spans stacks (gate and up, or
+    a whole expert) is taken for one of the stack of its first matrix, as if all of it were known as well as that.
     """
     assert plan.table is not None and measurements.deviations is not None
     columns = {name: number for number, name in enumerate(plan.table.choices)}
@@ -143,8 +157,9 @@ def at_hand(checkpoint: Checkpoint, resources: Resources) -> Iterator[tuple[Chec
             yield near, replace(resources, workers=workers, device="cpu")
 
 
-def _measured(sample: RowSample, scope: Scope, resources: Resources) -> dict[str, list[SquaredErrors]]:
-    """Errors of the runs of each stack: at choices that are quick to round to of all, at others of some."""
+def _measured(sample: RowSample, scope: Scope, resources: Resources) -> dict[str, list[_RunErrors]]:
+    """Errors of the runs of each stack: at choices that are quick to round to of all, at others of some. Runs that no
+    choice is measured on are left out, energy and all, whatever the cache knows of them."""
     request = scope.request
     rounded = frozenset(choice for choice in request.choices if not choice.kept)
     quick = frozenset(choice for choice in rounded if not format_of(choice).slow(choice))
@@ -154,7 +169,7 @@ def _measured(sample: RowSample, scope: Scope, resources: Resources) -> dict[str
         for stack in storable
         for number, run in enumerate(sample.runs[stack])
     }
-    drawn = [(stack, run) for stack in storable for run in sample.runs[stack]]
+    drawn = [(stack, run) for stack in storable for run in sample.runs[stack] if wanted[run.name]]
     runs = [run for _, run in drawn]
     quantizer = request.profile.quantizer
     sampling = Sampling(quantizer, RUN_VALUES, wanted, digest=str(QUANTIZERS[quantizer].version))
@@ -162,30 +177,31 @@ def _measured(sample: RowSample, scope: Scope, resources: Resources) -> dict[str
     found = measure(
         sample.checkpoint, runs, Wanted(None, tuple(sorted(rounded)), sampling), replace(resources, device="cpu")
     )
-    errors: dict[str, list[SquaredErrors]] = {}
-    for (stack, _), one in zip(drawn, resources.wrap(found, len(runs), "measure rows"), strict=True):
-        errors.setdefault(stack, []).append(one.squared_errors)
+    errors: dict[str, list[_RunErrors]] = {stack: [] for stack in storable}
+    for (stack, run), one in zip(drawn, resources.wrap(found, len(runs), "measure rows"), strict=True):
+        errors[stack].append(_RunErrors(run.parameters, one.squared_errors))
     return errors
 
 
-def _stack_errors(runs: Sequence[SquaredErrors], choices: Sequence[Choice], weights: int) -> StackErrors:
-    """What the runs of a stack, `weights` in all, say of it. Choices at which none could be measured follow from a
-    formula."""
-    usual = gaussian_errors(choices)
-    energies = np.array([run.energy for run in runs])
-    measured = [[run.expected.get(choice, np.nan) for choice in choices] for run in runs]
-    errors = np.where(np.isfinite(usual) & _none(measured), energies[:, None] * usual, np.array(measured))
-    own = np.array([[run.deviation.get(choice, 0.0) for choice in choices] for run in runs])
-    completed = of_unit(errors, own, energies, usual)
+def _stack_errors(runs: Sequence[_RunErrors], choices: Sequence[Choice]) -> StackErrors:
+    """What the runs of a stack say of it. Choices at which none could be measured follow from a formula."""
+    energies = np.array([run.errors.energy for run in runs])
     energy = energies.sum()
     if not energy > 0:
         return StackErrors(np.zeros(len(choices)), np.zeros(len(choices)), 0.0)
+    usual = gaussian_errors(choices)
+    measured = [[run.errors.expected.get(choice, np.nan) for choice in choices] for run in runs]
+    errors = np.where(np.isfinite(usual) & _none(measured), energies[:, None] * usual, np.array(measured))
+    own = np.array([[run.errors.deviation.get(choice, 0.0) for choice in choices] for run in runs])
+    completed = of_unit(errors, own, energies, usual)
     relative = completed.errors.sum(axis=0) / energy
     misses = completed.errors - relative * energies[:, None]
     # Few runs know their own spread poorly: Student's t with n − 1 degrees of freedom has this variance for n > 3.
     variance = np.square(misses).sum(axis=0) * len(runs) / max(1, len(runs) - 3) / energy**2
     among = np.sqrt(variance) / np.where(relative > 0, relative, 1.0) if len(runs) > 3 else UNSEEN * (relative > 0)
-    return StackErrors(relative, np.hypot(among, completed.deviations), float(energy / weights))
+    return StackErrors(
+        relative, np.hypot(among, completed.deviations), float(energy / sum(run.weights for run in runs))
+    )
 
 
 def _none(measured: Sequence[Sequence[float]]) -> np.ndarray:

@@ -13,8 +13,12 @@ from alphaq.report.tables import human_bytes, plain_table
 if TYPE_CHECKING:
     from alphaq.measuring.rows import Extent
     from alphaq.planning.pricing import Price
+    from alphaq.sensitivity.base import Method
 
-UNIT = "weighted relative error"
+
+def unit_of(method: Method, name: str) -> str:
+    """What losses per weight are in. Only those of joint methods are relative."""
+    return "weighted relative error" if method.joint else f"loss per weight, {name}"
 
 
 def extent_words(extent: Extent) -> str:
@@ -28,11 +32,11 @@ def extent_words(extent: Extent) -> str:
     )
 
 
-def prices_table(engine: str, found: Sequence[Price], machines: Sequence[Mark]) -> Table:
+def prices_table(engine: str, found: Sequence[Price], machines: Sequence[Mark], unit: str) -> Table:
     """A row for each size. machines: the bytes that each leaves, from small to large."""
     table = plain_table(
         f"{engine}: what the files would take, and lose",
-        *("weight files", "bits", UNIT, "by what was not read", "machine without the cache"),
+        *("weight files", "bits", unit, "by what was not read", "machine without the cache"),
     )
     for one in found:
         size = one.plan.size_bytes or 0
@@ -44,8 +48,8 @@ def prices_table(engine: str, found: Sequence[Price], machines: Sequence[Mark]) 
     return table
 
 
-def prices_curve(model: str, found: Sequence[Price], machines: Sequence[Mark]) -> Curve | None:
+def prices_curve(model: str, found: Sequence[Price], machines: Sequence[Mark], unit: str) -> Curve | None:
     """None where nothing is lost at any size."""
     lost = {one.plan.size_bytes or 0: one.lost for one in found}
     points = tuple(CurvePoint(size_bytes=size, lost=value) for size, value in sorted(lost.items()) if value > 0)
-    return Curve(model=model, unit=UNIT, points=points, marks=tuple(machines)) if points else None
+    return Curve(model=model, unit=unit, points=points, marks=tuple(machines)) if points else None

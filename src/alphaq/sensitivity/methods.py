@@ -43,7 +43,7 @@ METHODS: dict[str, Method] = {
         joint=True,
     ),
     "typical": Method(
-        "place in a typical model × routing prior × relative error, with no pass: what --share uses",
+        "place in a typical model × routing prior × relative error: what --share uses",
         "loss",
         typical.losses,
         ("errors", "prior"),
