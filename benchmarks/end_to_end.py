@@ -182,7 +182,10 @@ def commands(source: Path, work: Path) -> Iterator[tuple[str, list[str]]]:
     """Labels and commands, in order."""
     yield "read once", ["cat", *map(str, sorted(source.glob("*.safetensors")))]
     by_spectra = ("--method", "alphaq", "--no-cache")
-    yield "plan by spectra alone", alphaq("plan", source, "--bits", FIRST_BITS, *by_spectra, "-o", work / "a.json", "--json")
+    yield (
+        "plan by spectra alone",
+        alphaq("plan", source, "--bits", FIRST_BITS, *by_spectra, "-o", work / "a.json", "--json"),
+    )
     for label, bits in (("plan", FIRST_BITS), ("plan again", SECOND_BITS)):
         out = work / f"plan-{bits}.json"
         yield f"{label}, {bits} bits", alphaq("plan", source, "--bits", bits, "-o", out, "--json")
