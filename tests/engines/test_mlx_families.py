@@ -106,7 +106,7 @@ SLIDING, FULL = dict(rope_theta=1e4, rope_type="default"), dict(rope_theta=1e4, 
     [
         ("deepseek_v32", {}, dict(indexer_rope_interleave=True)),
         ("glm_moe_dsa", {}, dict(indexer_rope_interleave=False)),
-        ("longcat_flash", {}, dict(norm_topk_prob=True, router_bias=True)),
+        ("longcat_flash", {}, dict(norm_topk_prob=True)),
         ("laguna", {}, dict(moe_router_score_func="sqrtsoftplus", qkv_bias=True)),
         ("qwen3_5_moe_text", {}, dict(norm_topk_prob=False)),
         ("solar_open", {}, dict(use_qk_norm=True)),
@@ -184,6 +184,7 @@ UNREAD = {
     "gemma4": {"global_partial_rotary_factor", "partial_rotary_factor", "sliding_window_pattern"},  # lists go before
     "glm4_moe_lite": {"num_nextn_predict_layers", "partial_rotary_factor", "quantization"},
     "laguna": {"partial_rotary_factor"},  # of layers of each kind goes before
+    "nemotron_h": {"layer_types"},  # layers_block_type goes before
     "phimoe": {"original_max_position_embeddings"},  # only by longrope
 }
 
