@@ -46,7 +46,7 @@ def mlx(family: str) -> str:
     """The cell of MLX."""
     table = engine_table("mlx")
     if family in table.families:
-        return YES
+        return f"{YES}, {table.notes[family]}" if family in table.notes else YES
     if why := table.refused.get(family):
         return f"refused: it {why}"
     module = MLX_NAMES.get(family, family)
@@ -78,7 +78,7 @@ def table() -> str:
     converted = llama_cpp()
     rows = [row(known[name], converted) for name in sorted(known)]
     columns = list(zip(*(line.strip("| ").split(" | ") for line in rows), strict=True))[1:]
-    counts = " | ".join(f"{column.count(YES)}" for column in columns)
+    counts = " | ".join(f"{sum(cell.startswith(YES) for cell in column)}" for column in columns)
     return HEAD + "\n".join(rows) + f"\n| **verified** | {counts} |\n"
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 
+from alphaq.checkpoint.families.architecture import architectures
 from alphaq.checkpoint.families.formulas import current
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import ArchitectureError, first_line
@@ -55,10 +56,15 @@ def model_settings(checkpoint: Checkpoint) -> set[str]:
 
 
 def config_class(checkpoint: Checkpoint) -> type | None:
-    """The class of the config, or of its family if transformers has none for its `model_type`; None without either."""
+    """The class of the config, or of its family if transformers has none for its `model_type`; None without either.
+
+    The family of a language model beside others is its own before theirs.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    names = (str(checkpoint.text_config.get("model_type")), *checkpoint.architecture.model_types)
+    own = str(checkpoint.text_config.get("model_type"))
+    kin = architectures().get(own, checkpoint.architecture).model_types
+    names = (own, *kin, *checkpoint.architecture.model_types)
     found = next((name for name in names if name in CONFIG_MAPPING), None)
     return None if found is None else CONFIG_MAPPING[found]
 

@@ -123,6 +123,7 @@ def _why(known: FamilySettings, name: str, value: Any) -> str:
     shown = f"config.json: {name} is {value!r:.80}, but {known.engine}"
     remedy = "Use --engine native, which runs the model's own class."
     if name in known.fixed:
+        remedy = known.fixed[name].remedy or remedy
         return (
             f"{shown} computes every {known.family!r} model with {known.fixed[name]}: it would not load this one, or "
             f"answer wrongly. {remedy}"

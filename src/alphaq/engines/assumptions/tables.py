@@ -89,7 +89,8 @@ class EngineTable:
     lie beside others. architecture_file: whether the `[gguf]` table of a family's own file says more: `metadata` of
     what is carried, `config` of what is taken for granted. dense: families without experts that it loads, by
     `model_type`, and what it takes for granted of each. refused: families that it has a program for and computes
-    otherwise, and what it does.
+    otherwise, and what it does. notes: what to know of
+    families that it loads.
     """
 
     common: Lines
@@ -99,6 +100,7 @@ class EngineTable:
     wrapped: bool = False
     architecture_file: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -176,13 +178,13 @@ def engine_table(engine: str) -> EngineTable:
     """What lies beside this module for an engine; nothing for one that takes nothing for granted but defaults."""
     table = _read(engine)
     families = {family: Lines.parse(lines) for family, lines in table.pop("families", {}).items()}
-    dense, refused = table.pop("dense", {}), table.pop("refused", {})
+    dense, refused, notes = (table.pop(key, {}) for key in ("dense", "refused", "notes"))
     flags = {key: table.pop(key) for key in ("everything", "wrapped", "architecture_file") if key in table}
     common = Lines(neutral=frozenset(_read("common")["neutral"])).and_of(Lines.parse(table))
     granted = {
         family: {key: Assumption.parse(entry) for key, entry in _extended(dense, family).items()} for family in dense
     }
-    return EngineTable(common, families, granted, **flags, refused=refused)
+    return EngineTable(common, families, granted, **flags, refused=refused, notes=notes)
 
 
 def _extended(tables: Mapping[str, JsonObject], family: str) -> JsonObject:

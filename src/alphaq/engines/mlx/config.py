@@ -27,7 +27,7 @@ def told(checkpoint: Checkpoint) -> JsonObject:
     if not is_wrapped(checkpoint):
         return changed
     changed.pop("model_type", None)  # of the whole
-    return {WRAPPED: {**own, **changed}, "vocab_size": own["vocab_size"]}  # which Gemma's class reads outside
+    return {WRAPPED: {**own, **changed}, "vocab_size": found["vocab_size"]}  # which Gemma's class reads outside
 
 
 def is_wrapped(checkpoint: Checkpoint) -> bool:

@@ -68,13 +68,11 @@ def renamed(checkpoint: Checkpoint, tensor: str) -> str:
 
 def _placed(checkpoint: Checkpoint, name: str) -> str:
     """A name of a model in which the language model lies beside others: mlx-lm has it as `language_model`."""
-    begins = {"lm_head": "language_model.lm_head"}
-    if is_wrapped(checkpoint):
-        begins["model.language_model."] = "language_model.model."
-    elif lines_of(checkpoint).wrapped == "always":
-        begins["model."] = "language_model.model."
-    else:
-        return name
+    begins = {"lm_head": "language_model.lm_head", "model.language_model.": "language_model.model."}
+    if not is_wrapped(checkpoint):
+        if lines_of(checkpoint).wrapped != "always":
+            return name
+        begins["model."] = "language_model.model."  # after the other, by which name it may be stored, too
     found = next((begin for begin in begins if name.startswith(begin)), "")
     return begins.get(found, "") + name.removeprefix(found)
 
