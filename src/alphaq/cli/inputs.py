@@ -150,9 +150,13 @@ def rounding_of(checkpoint: Checkpoint, engine: str, quantizer: str | None, sigh
 
 
 def note_source(checkpoint: Checkpoint, engine: str, importance: ImportanceMatrix | None) -> None:
-    """Say what the engine's files cannot hold of a checkpoint, and what an importance matrix leaves open."""
+    """Say what the engine's files cannot hold of a checkpoint, and what an importance matrix leaves open.
+
+    Raises PlanError for an engine that cannot hold such layers at all.
+    """
     from alphaq.engines.profiles import profile
 
+    profile(engine).check_layers(checkpoint)
     note(*profile(engine).writer.notes(checkpoint))
     if importance is not None:
         note_importance(checkpoint, importance)
