@@ -33,6 +33,7 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=64)
     options.add_argument("--scratch", type=Path, default=SCRATCH)
     arguments = options.parse_args()
+    arguments.scratch.mkdir(parents=True, exist_ok=True)
     rows = [
         row
         for model in arguments.models
