@@ -9,6 +9,8 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +18,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -76,6 +80,22 @@ def start_plain(folder: Path) -> Hub:
             return BytesIO(data)
 
     return _serve(hub, partial(Handler, directory=str(folder)))
+
+
+@contextmanager
+def the_hub(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A server that huggingface_hub takes for the hub; what it fetches lands in `cache`."""
+    from huggingface_hub import HfFileSystem, constants
+
+    started = start(folder)
+    monkeypatch.setattr(constants, "ENDPOINT", started.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", started.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    HfFileSystem.clear_instance_cache()
+    yield started
+    started.stop()
 
 
 def start(folder: Path) -> Hub:

@@ -35,17 +35,8 @@ def model(save_family: Callable[..., Path], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hubserver.Hub]:
-    from huggingface_hub import HfFileSystem, constants
-
-    started = hubserver.start(model)
-    monkeypatch.setattr(constants, "ENDPOINT", started.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", started.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    HfFileSystem.clear_instance_cache()
-    yield started
-    started.stop()
+    with hubserver.the_hub(model, tmp_path / "cache", monkeypatch) as started:
+        yield started
 
 
 def weights(hub: hubserver.Hub) -> dict[str, int]:

@@ -29,17 +29,8 @@ def hosted(server: objectstore.Server, tiny: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def hub(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hubserver.Hub]:
-    from huggingface_hub import HfFileSystem, constants
-
-    started = hubserver.start(tiny)
-    monkeypatch.setattr(constants, "ENDPOINT", started.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", started.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    HfFileSystem.clear_instance_cache()
-    yield started
-    started.stop()
+    with hubserver.the_hub(tiny, tmp_path / "cache", monkeypatch) as started:
+        yield started
 
 
 @pytest.mark.slow
