@@ -10,13 +10,14 @@ from typing import Any
 import gptqmodel_apart
 import pytest
 from changed import EXACT, InEngine, model_of
-from exported import cycled_plan
+from exported import cycled_plan, quantize
 
 from alphaq.checkpoint.families.architecture import architectures
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.assumptions.tables import engine_table
 from alphaq.engines.gptqmodel import ENGINE, PROFILE, keeps
 from alphaq.errors import ArchitectureError, PlanError
+from alphaq.evaluation.engine_run import run_in_engine
 from alphaq.nouns.matrix import Role
 from families import ONE_LAYOUT, SMALL, UNLOADABLE, random_family, save_layout
 from runnable import byte_level, save_tokenizer
@@ -53,6 +54,15 @@ def test_gptqmodel_computes_with_a_mixed_plan_what_its_files_stand_for(tmp_path:
 @pytest.mark.parametrize("model_type", [one for one in RUN if one not in ONE_LAYOUT | UNLOADABLE])
 def test_names_of_transformers_own_modules_are_written_as_well(tmp_path: Path, model_type: str) -> None:
     assert IN_GPTQMODEL.difference(saved(tmp_path / "source", model_type, published=False), tmp_path, MIXED) < EXACT
+
+
+@pytest.mark.slow
+@needs_gptqmodel
+def test_verify_runs_it_beside_classes_that_it_exchanges(tmp_path: Path) -> None:
+    """Mixtral's, of which the model with the restored weights is built afterwards."""
+    source = open_checkpoint(saved(tmp_path / "source", "mixtral"))
+    out = quantize(tmp_path / "source", cycled_plan(source, "gptqmodel", MIXED, None), tmp_path / "out")
+    assert run_in_engine(out, source).difference < 1e-4
 
 
 @pytest.mark.slow
