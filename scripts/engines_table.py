@@ -27,7 +27,7 @@ _GPTQMODEL = """
     deepseek_v4 deepseek_vl_v2 dots1 ernie4_5_moe gemma4 glm4_moe glm4_moe_lite glm4v_moe glm5_next glm_moe_dsa gpt_oss
     granitemoe hunyuan_v1_moe hy_v3 inkling jamba kimi_k25 laguna lfm2_moe llama4 longcat_flash minimax minimax_m2
     minimax_m3_vl mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe qwen3_moe qwen3_next qwen3_omni_moe
-    qwen3_vl_moe solar_open"""
+    qwen3_vl_moe qwen4_exp solar_open"""
 GPTQMODEL = frozenset(_GPTQMODEL.split())
 """Families that GPTQModel 7.7.0 has a definition of (`MODEL_MAP` in gptqmodel/models/auto.py)."""
 MLX_NAMES = {"hunyuan_v1_moe": "hunyuan", "minimax_m2": "minimax", "step3p7": "step3p5", "minimax": ""}
@@ -55,8 +55,11 @@ def mlx(family: str) -> str:
 
 def gptqmodel(family: str) -> str:
     """The cell of GPTQModel."""
-    if family in engine_table("gptqmodel").families:
+    table = engine_table("gptqmodel")
+    if family in table.families:
         return YES
+    if why := table.refused.get(family):
+        return f"refused: it {why}"
     return LATER if family in GPTQMODEL else NONE
 
 

@@ -1,4 +1,4 @@
-"""Families that MLX alone is written for: models that it can run, and every setting of their configs changed once.
+"""Families that an engine is written for by tables: models of them, and every setting of their configs changed once.
 
 What flips.py lists by hand is made here: whatever the family's class knows is changed in a way of its kind. A change
 that the class refuses, or that no model can be built of, says nothing.
@@ -6,9 +6,10 @@ that the class refuses, or that no model can be built of, says nothing.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,14 @@ from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.checkpoint.weights import read_shards
 from alphaq.engines.assumptions.tables import engine_table
-from alphaq.engines.mlx.profile import logits as mlx_logits
 from alphaq.engines.output import Output
+from alphaq.engines.settings import require_settings
+from alphaq.errors import ArchitectureError
 from alphaq.evaluation.restored import restored_from
-from families import FAMILIES, config_of, logits, random_family, save_layout
+from families import FAMILIES, SMALL, config_of, logits, random_family, save_layout
 
+EXACT = 1e-4
+"""Relative to the largest logit: what sums in another order make of float32."""
 TOKENS = list(range(3, 19))  # those of `families.logits`
 MIXED = ("2g32", "3g32", "4g32", "5g32", "6g32", "8g32", "16")
 
@@ -111,9 +115,9 @@ class Change:
 
 def changes(model_type: str) -> Iterator[Change]:
     """Each setting of a family's class, changed once or in a few ways."""
-    settings = config_of(model_type, **RUN[model_type]).to_dict()
+    settings = config_of(model_type, **RUN.get(model_type, {})).to_dict()
     if isinstance(inner := settings.get("text_config"), dict):
-        base = {**FAMILIES.get(model_type, {}), **RUN[model_type]}.get("text_config", {})
+        base = {**FAMILIES.get(model_type, {}), **RUN.get(model_type, {})}.get("text_config", {})
         for change in _of(inner):
             yield Change(change.name, {"text_config": base | change.settings})
     else:
@@ -167,9 +171,9 @@ def _rotated(value: list[Any]) -> Iterator[list[Any]]:
 # -- running --------------------------------------------------------------------------------------
 
 
-def model_of(model_type: str, **changed: Any) -> Any:
+def model_of(model_type: str, sizes: Mapping[str, Any] = SMALL, **changed: Any) -> Any:
     """A random model in which every part matters, float32. bfloat16 holds its norms, also if one is added to them."""
-    model = random_family(model_type, **{**RUN[model_type], **changed})
+    model = random_family(model_type, sizes, **{**RUN.get(model_type, {}), **changed})
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, values in [*model.named_parameters(), *model.named_buffers()]:
@@ -182,19 +186,54 @@ def model_of(model_type: str, **changed: Any) -> Any:
     return model
 
 
-def difference(source: Path, scratch: Path, choices: tuple[str, ...], fixed: str | None = None) -> float:
-    """Largest difference of logits between mlx-lm with files of a checkpoint and transformers with what they stand
-    for, relative to the largest logit. choices: of experts in turn; of all else too, unless that is fixed."""
-    checkpoint = open_checkpoint(source)
-    pipeline.quantize(checkpoint, cycled_plan(checkpoint, "mlx", choices, fixed), scratch / "out")
-    restored = restored_from(Output(scratch / "out"), checkpoint)
-    (scratch / "restored").mkdir()
-    shutil.copy(source / "config.json", scratch / "restored")
-    shapes = {info.name: info.shape for infos in read_shards(source)[0].values() for info in infos.values()}
-    values = {name: restored.tensor(name).float().reshape(shapes[name]).contiguous() for name in checkpoint.shard_of}
-    save_file(values, scratch / "restored" / "model.safetensors", {"format": "pt"})
-    expected = logits(scratch / "restored")[0]
-    return float((mlx_logits(scratch / "out", TOKENS) - expected).abs().max() / expected.abs().max())
+@dataclass(frozen=True)
+class InEngine:
+    """An engine that runs what is written for it. compute: (folder, tokens) → logits [tokens, words]."""
+
+    name: str
+    compute: Callable[[Path, Sequence[int]], torch.Tensor]
+
+    def difference(self, source: Path, scratch: Path, choices: tuple[str, ...], fixed: str | None = None) -> float:
+        """Largest difference of logits between the engine with files of a checkpoint and transformers with what they
+        stand for, relative to the largest logit. choices: of experts in turn; of all else too, unless that is fixed."""
+        checkpoint = open_checkpoint(source)
+        pipeline.quantize(checkpoint, cycled_plan(checkpoint, self.name, choices, fixed), scratch / "out")
+        restored = restored_from(Output(scratch / "out"), checkpoint)
+        (scratch / "restored").mkdir()
+        shutil.copy(source / "config.json", scratch / "restored")
+        shapes = {info.name: info.shape for infos in read_shards(source)[0].values() for info in infos.values()}
+        values = {name: restored.tensor(name).reshape(shapes[name]).contiguous() for name in checkpoint.shard_of}
+        values = {name: one.float() if one.is_floating_point() else one for name, one in values.items()}
+        save_file(values, scratch / "restored" / "model.safetensors", {"format": "pt"})
+        expected = logits(scratch / "restored")[0]
+        return float((self.compute(scratch / "out", TOKENS) - expected).abs().max() / expected.abs().max())
+
+    def wrong(self, scratch: Path, model_type: str, save: Callable[..., Path]) -> dict[str, float]:
+        """Changed settings that the engine neither follows nor has refused, and by how much its logits differ.
+
+        save: (folder, model type, changed settings) → a checkpoint. What the class itself refuses, or cannot run, is
+        passed over; a wrapper's settings are those of what it wraps.
+        """
+        found = {}
+        for number, change in enumerate(changes(model_type)):
+            folder = scratch / str(number)
+            folder.mkdir()
+            if (difference := self._changed(folder, model_type, change, save)) >= EXACT:
+                found[str(change)] = difference
+        return found
+
+    def _changed(self, folder: Path, model_type: str, change: Change, save: Callable[..., Path]) -> float:
+        """0 for a change that is refused or cannot be."""
+        try:
+            source = save(folder / "source", model_type, **copy.deepcopy(change.settings))
+        except Exception:  # whatever a class does with a config that means nothing
+            return 0.0
+        try:
+            require_settings(open_checkpoint(source), self.name)
+            logits(source)
+        except (ArchitectureError, RuntimeError):  # of torch: the class builds a model that it cannot run
+            return 0.0
+        return self.difference(source, folder, ("8g32",), "16")
 
 
 def saved(folder: Path, model_type: str, **changed: Any) -> Path:

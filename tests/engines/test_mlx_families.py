@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import MISSING, fields
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from changed import MIXED, RUN, YARN, Change, changes, difference, model_of, saved
+from changed import EXACT, MIXED, RUN, YARN, InEngine, model_of, saved
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -21,16 +20,17 @@ from alphaq.engines.assumptions.tables import engine_table, family_settings
 from alphaq.engines.effective import understood
 from alphaq.engines.mlx.config import told
 from alphaq.engines.mlx.profile import ENGINE
+from alphaq.engines.mlx.profile import logits as mlx_logits
 from alphaq.engines.settings import require_settings
 from alphaq.errors import ArchitectureError, PlanError
 from conftest import FAMILIES, MORE_FAMILIES
-from families import ONE_LAYOUT, UNLOADABLE, logits, random_family, save_layout
+from families import ONE_LAYOUT, UNLOADABLE, random_family, save_layout
 
 pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
-EXACT = 1e-4
-"""Relative to the largest logit: what sums in another order make of float32."""
+IN_MLX = InEngine("mlx", mlx_logits)
+difference = IN_MLX.difference
 OFTEN = {"dots1", "lfm2_moe", "gemma4", "qwen3_5_moe"}
 """Names, dense layers by other names, a model inside another, and norms that mlx-lm changes."""
 
@@ -52,28 +52,7 @@ def test_names_of_transformers_own_modules_are_written_as_those_of_the_hub(tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", RUN)
 def test_every_setting_of_the_class_is_followed_or_refused(tmp_path: Path, model_type: str) -> None:
-    """What the class itself refuses, or cannot run, is passed over; a wrapper's are those of what it wraps."""
-    wrong = {}
-    for number, change in enumerate(changes(model_type)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        if (found := _difference(folder, model_type, change)) >= EXACT:
-            wrong[str(change)] = found
-    assert not wrong
-
-
-def _difference(folder: Path, model_type: str, change: Change) -> float:
-    """0 for a change that is refused or cannot be."""
-    try:
-        source = saved(folder / "source", model_type, **copy.deepcopy(change.settings))
-    except Exception:  # whatever a class does with a config that means nothing
-        return 0.0
-    try:
-        require_settings(open_checkpoint(source), "mlx")
-        logits(source)
-    except (ArchitectureError, RuntimeError):  # of torch: the class builds a model that it cannot run
-        return 0.0
-    return difference(source, folder, ("8g32",), "16")
+    assert not IN_MLX.wrong(tmp_path, model_type, saved)
 
 
 Edit = Callable[[dict[str, Any]], object]

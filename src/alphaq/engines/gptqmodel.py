@@ -11,19 +11,28 @@ place for zero. Source: TorchLinear of GPTQModel 7.7, which runs on any device.
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import alphaq
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
+from alphaq.engines.assumptions.tables import Lines, engine_table, family_lines
 from alphaq.engines.export import Rows, Run
 from alphaq.engines.safetensors.engine import SafetensorsEngine, ragged, words
-from alphaq.engines.safetensors.modules import KEPT, linear_choices, module_name, module_patterns
-from alphaq.errors import MissingEngineError
+from alphaq.engines.safetensors.modules import KEPT, linear_choices, module_patterns
+from alphaq.errors import ArchitectureError, MissingEngineError, PlanError
 from alphaq.formats.blocks import dequantized_rows
 from alphaq.formats.native import GROUP_SIZES
 from alphaq.formats.packing import pack, unpack
@@ -33,10 +42,10 @@ from alphaq.nouns.plan import Plan
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.work.untrusted import JsonObject
 
-DENSE_KEPT = ("qwen2_moe", "qwen3_moe")
-"""Families of whose layers without experts GPTQModel knows nothing."""
+NAME = "gptqmodel"
 BITS = (2, 3, 4, 8)
 HEAD = "lm_head"
+_LAYER = re.compile(r".*\b(?:layers|blocks)\.\d+\.")
 PACKED_ROWS = 32  # 32 codes fill whole int32 words at every width
 
 
@@ -59,14 +68,19 @@ def tensors(choice: Choice, shape: Shape, dtype: str) -> dict[str, TensorSpec]:
     }
 
 
-def as_loaded(tensor: str) -> str:
-    """A tensor's name in the model that transformers 5 builds and GPTQModel fills: every MoE block is `mlp` there."""
-    return tensor.replace(".block_sparse_moe.", ".mlp.")
+def lines_of(checkpoint: Checkpoint) -> Lines:
+    """What `gptqmodel.toml` says of a family with experts; nothing of another."""
+    return family_lines(NAME, checkpoint.architecture, checkpoint.text_config.get("model_type"))
+
+
+def renamed(checkpoint: Checkpoint, tensor: str) -> str:
+    """A tensor's name in the model that transformers 5 builds and GPTQModel fills."""
+    return lines_of(checkpoint).called(tensor)
 
 
 def module_path(checkpoint: Checkpoint, matrix: MatrixRef) -> str:
-    """The module that a matrix belongs to, in the model that GPTQModel fills."""
-    module = module_name(as_loaded(matrix.name))
+    """The module that a matrix belongs to, in the model that GPTQModel fills: its experts are taken apart."""
+    module = renamed(checkpoint, matrix.name).removesuffix(".weight")
     if matrix.role is Role.EXPERT:
         return f"{module.rpartition('.')[0]}.{matrix.projection}_proj"
     return module
@@ -74,11 +88,24 @@ def module_path(checkpoint: Checkpoint, matrix: MatrixRef) -> str:
 
 def keeps(checkpoint: Checkpoint, matrix: MatrixRef) -> str | None:
     """Why GPTQModel must have a matrix in 16 bits, or None."""
-    if checkpoint.architecture.name in DENSE_KEPT and matrix.role is Role.DENSE_MLP:
-        return f"it knows nothing of dense layers of {checkpoint.architecture.name}"
-    if matrix.role is Role.HEAD and module_path(checkpoint, matrix) != HEAD:
+    module = module_path(checkpoint, matrix)
+    if matrix.role is Role.HEAD and module != HEAD:
         return f"it loads quantized heads by the name {HEAD} alone"
+    taken, within = (*engine_table(NAME).common.taken, *lines_of(checkpoint).taken), _LAYER.sub("", module)
+    known = not checkpoint.architecture.num_experts_keys or within == module
+    if not known and not any(re.fullmatch(one, within) for one in taken):
+        return f"it has no place for quantized weights there in models of {checkpoint.architecture.name}"
     return None
+
+
+def refuse(checkpoint: Checkpoint) -> None:
+    """Raise ArchitectureError for a model around a language model that GPTQModel does not know."""
+    kind = str(checkpoint.config.get("model_type"))
+    if checkpoint.text_config != checkpoint.config and kind not in checkpoint.architecture.model_types:
+        raise ArchitectureError(
+            f"config.json: {kind!r} holds a {checkpoint.architecture.name!r} language model beside others. It is not "
+            "known how GPTQModel loads this one. Use --engine native."
+        )
 
 
 def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> JsonObject:
@@ -151,16 +178,44 @@ def reader(parts: Sequence[torch.Tensor], choice: Choice, shape: Shape, name: st
     return lambda rows: dequantized_rows(matrix, rows)
 
 
+_RUN = (
+    "import json,sys; sys.path[:]=json.loads(sys.argv[1]); import alphaq.engines.gptqmodel as g; g.run(*sys.argv[2:])"
+)
+
+
 def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
-    """What GPTQModel's TorchLinear computes, float32 [tokens, words]."""
-    try:
-        from gptqmodel import GPTQModel
-    except ImportError:
-        raise MissingEngineError("GPTQModel", "gptqmodel") from None
-    loaded = GPTQModel.load(str(folder), backend="gptq_torch", device="cpu", dtype=torch.float16)
+    """What GPTQModel's TorchLinear computes in float32, float32 [tokens, words].
+
+    In a process of its own: GPTQModel exchanges classes of transformers for its own, which would not build the model
+    with the restored weights. Raises MissingEngineError, and PlanError where it cannot load the model.
+    """
+    if find_spec("gptqmodel") is None:
+        raise MissingEngineError("GPTQModel", "gptqmodel")
+    with TemporaryDirectory() as scratch:
+        out = Path(scratch) / "logits.safetensors"
+        arguments = [json.dumps(sys.path), str(folder), json.dumps(list(ids)), str(out)]
+        ran = subprocess.run([sys.executable, "-c", _RUN, *arguments], capture_output=True, text=True)
+        if not out.is_file():
+            said = ran.stderr.strip().splitlines() or ["it said nothing"]
+            raise PlanError(f"GPTQModel cannot run {folder} ({said[-1]:.300}). Use --engine native.")
+        return load_file(out)["logits"]
+
+
+def run(folder: str, ids: str, out: str) -> None:
+    """The other process' work: ids as JSON, the file for the logits."""
+    save_file({"logits": logits_here(Path(folder), json.loads(ids))}, out)
+
+
+def logits_here(folder: Path, ids: Sequence[int]) -> torch.Tensor:
+    """`logits` in this process, whose classes of transformers are others from then on."""
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # it would compile each module
+    from gptqmodel import GPTQModel
+
+    # It rounds scales to the type that it loads in, and has no float32: the values are exact in float16.
+    model = GPTQModel.load(str(folder), backend="gptq_torch", device="cpu", dtype=torch.float16).model.float()
     with torch.inference_mode():
-        values: torch.Tensor = loaded.model(input_ids=torch.tensor([list(ids)])).logits[0].float()
-    return values
+        values: torch.Tensor = model(input_ids=torch.tensor([list(ids)])).logits[0]
+    return values.contiguous()
 
 
 def damage(choice: Choice, shape: Shape, parts: Sequence[torch.Tensor]) -> str:
@@ -169,7 +224,7 @@ def damage(choice: Choice, shape: Shape, parts: Sequence[torch.Tensor]) -> str:
 
 
 ENGINE = SafetensorsEngine(
-    name="gptqmodel",
+    name=NAME,
     title="GPTQModel",
     summary="GPTQ v2: 2, 3, 4, 8 bit, each expert and projection on its own",
     unit="matrix",
@@ -177,7 +232,8 @@ ENGINE = SafetensorsEngine(
     config_file="quantize_config.json",
     keeps=keeps,
     on_request=frozenset({Role.HEAD}),
-    renamed=lambda checkpoint, tensor: as_loaded(tensor),
+    renamed=renamed,
+    refuse=refuse,
     quantized=tuple(Choice(bits, group_size) for bits in BITS for group_size in GROUP_SIZES),
     group_size=128,  # GPTQModel's own
     quantizer="debiased",
@@ -189,6 +245,6 @@ ENGINE = SafetensorsEngine(
     reader=reader,
     config=config,
     usage="Run it: python -c \"from gptqmodel import GPTQModel; GPTQModel.load('{out}', backend='gptq_torch')\"",
-    run=Run("GPTQModel", logits, tolerance=0.1),
+    run=Run("GPTQModel", logits, tolerance=0.01),
 )
 PROFILE = ENGINE.profile()

@@ -34,9 +34,10 @@ class Lines:
     embedding. tensors: templates of stored names that it has a place for, beside those of the family's
     `[gguf.tensors]`. prediction_layers: whether it has a place for layers after the last. written: what config.json
     must say and may lack. derived: settings that the engine looks for, made of those of the family. names: what it
-    calls a part of a stored name. stacked: whether a layer's experts lie in one module. kept: parts of names of
-    matrices that it must have in 16 bits, and why. wrapped: "also" where
-    it runs this language model inside another one, "always" where it has it there even if it is alone.
+    calls a part of a stored name, or, after ^, its beginning. stacked: whether a layer's experts lie in one module.
+    kept: parts of names of matrices that it must have in 16 bits, and why. taken: modules of a layer that it takes
+    quantized, as regular expressions; all, if none are listed. wrapped: "also" where it runs this language model inside
+    another one, "always" where it has it there even if it is alone.
     """
 
     carried: frozenset[str] = frozenset()
@@ -50,6 +51,7 @@ class Lines:
     names: Mapping[str, str] = field(default_factory=dict)
     stacked: bool = True
     kept: Mapping[str, str] = field(default_factory=dict)
+    taken: tuple[str, ...] = ()
     wrapped: Literal["", "also", "always"] = ""
 
     @classmethod
@@ -60,6 +62,7 @@ class Lines:
         sets = {key: frozenset(table.get(key, ())) for key in ("carried", "neutral")}
         made = {name: Derived.parse(entry) for name, entry in table.get("derived", {}).items()}
         own = {"fixed": rules, "rope": read, "derived": made, "tensors": tuple(table.get("tensors", ()))}
+        own["taken"] = tuple(table.get("taken", ()))
         return cls(**{**table, **sets, **own})
 
     def and_of(self, family: Lines) -> Lines:
@@ -71,12 +74,16 @@ class Lines:
             fixed={**self.fixed, **family.fixed},
             rope={**self.rope, **family.rope},
             tensors=self.tensors + family.tensors,
+            taken=self.taken + family.taken,
         )
 
     def called(self, tensor: str) -> str:
         """The engine's name of what the family's files call so."""
         for part, other in self.names.items():
-            tensor = tensor.replace(part, other)
+            if not part.startswith("^"):
+                tensor = tensor.replace(part, other)
+            elif tensor.startswith(part[1:]):
+                tensor = other + tensor.removeprefix(part[1:])
         return tensor
 
 
