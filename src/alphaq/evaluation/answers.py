@@ -71,7 +71,7 @@ def lm_eval_model(model: StreamedModel, tokenizer: Any) -> Any:
     """The model as lm-eval wants it, with lm-eval's own way to make tokens; tasks that generate text are refused."""
     from lm_eval.models.huggingface import HFLM
 
-    class LayerByLayer(HFLM):  # type: ignore[misc] # made here, as lm-eval is an extra
+    class LayerByLayer(HFLM):  # made here, as lm-eval is an extra
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
             return answers(model, [(given, answer) for _, given, answer in requests], self.max_length)
 
