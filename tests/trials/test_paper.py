@@ -122,8 +122,10 @@ def test_paper_s_tasks_run_offline(tiny: Path, tmp_path: Path, monkeypatch: pyte
     common = (ROOT / "benchmarks" / "paper.py", tiny, *QUICK, "--include-path", tmp_path / "tasks", "--limit", "6")
     out = tmp_path / "out"
     first = ran(*common, "-o", out)
-    *_, mean, _ = lines(first.partition("## Zero-shot tasks")[2], "16 bits")[0]
-    assert float(mean.split(" ± ")[0]) > 40  # chance is 37.5: it did read the text
+    _, _, _, *each, mean, published = lines(first.partition("## Zero-shot tasks")[2], "16 bits")[0]
+    right = [float(one) * 6 / 100 for one in each]  # of six documents
+    assert len(right) == 6 and all(abs(one - round(one)) < 0.01 for one in right) and published == "–"
+    assert float(mean.split(" ± ")[0]) == pytest.approx(100 * sum(right) / 36, abs=0.01)
     stopped(out)
     assert but_speed(ran(*common, "-o", out)) == but_speed(first)
     assert "holds answers of another model, tasks or settings" in ran(*common[:-1], "5", "-o", out, ok=False)
