@@ -165,10 +165,14 @@ def experiment(given: argparse.Namespace) -> Experiment:
 
 
 def tasks_of(given: argparse.Namespace) -> TaskRequest | None:
-    """The tasks that were asked for; None for none."""
+    """The tasks that were asked for; None for none. Raises AlphaQError for too few documents."""
     if given.tasks == "none":
         return None
+    from alphaq.errors import AlphaQError
     from alphaq.evaluation.tasks import TaskRequest
+
+    if given.limit is not None and given.limit < 2:
+        raise AlphaQError(f"--limit {given.limit} leaves no standard error. Give at least 2 documents of each task.")
 
     folder = given.include_path.resolve() if given.include_path else None
     return TaskRequest.of(given.tasks, include_path=folder, limit=given.limit, few_shot=0, batch_size=8)
