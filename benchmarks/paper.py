@@ -109,7 +109,7 @@ def of_models(asked: Asked, found: Sequence[Finding]) -> Iterator[str]:
         yield "Not run (`--tasks none`)."
     else:
         which = "all documents" if tasks.limit is None else f"{tasks.limit} documents of each"
-        data = "" if tasks.include_path is None else f", data of {tasks.include_path.name}"
+        data = "" if tasks.include_path is None else f", questions from the folder {tasks.include_path.name}"
         yield (
             f"By lm-eval, {which}{data}, no examples in the prompt. Accuracy in per cent, normalised by length where "
             "lm-eval does that; the mean with its standard error. The paper does not say which metrics it takes."
