@@ -51,7 +51,7 @@ test-all: setup  ## every test, slow ones too; hours
 
 test-eval: setup  ## run lm-eval's tasks on quantized models; two minutes and 400 MB of disk to install
 	$(PIP) --editable '.[dev,eval]'
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -q tests/evaluation/test_tasks.py
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -q tests/evaluation/test_tasks.py tests/trials/test_paper.py
 
 test-vllm: .venv-vllm/.installed  ## serve native checkpoints with vLLM on the CPU; twenty minutes and 4 GB of disk
 	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -q -p no:cacheprovider tests/serving

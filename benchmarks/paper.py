@@ -1,13 +1,16 @@
-"""The paper's experiments on any model with one command: perplexity by method and bits, γ, budgets, maps.
+"""The paper's experiments on any model with one command: perplexity, zero-shot tasks, γ, budgets, maps, memory, speed.
 
     python benchmarks/paper.py MODEL -o OUT [--bits 2,2.5,3,3.5] [--text FILE ...] [--calibration FILE] [--gptq]
+        [--tasks NAME,NAME] [--include-path FOLDER] [--limit N]
 
 Compared at the same bytes: uniform bits, PMQ (which sees the calibration text), AlphaQ as published, and our rule; with
 rounding that needs no data and, with --gptq, with GPTQ on the calibration text, as in the paper. Roles beside the
 experts have the same widths there; what our default makes of all roles in the same bytes is a table of its own. Then γ
 (of the method `alphaq`) and one budget for each block at the smallest of the bits, and one choice for all experts of a
-layer. Models that do not fit into memory are evaluated layer by layer, in every table. A run that was stopped goes on.
-Figures that the paper gives for the model stand beside ours: on WikiText-2, so give its test set with --text.
+layer. Tasks are lm-eval's (`pip install 'alphaq[eval]'`), of which --include-path may hold other data
+(`local_tasks.py`); --tasks none leaves them out. Models that do not fit into memory are evaluated layer by layer, in
+every table, and not timed. A run that was stopped goes on. Figures that the paper gives for the model stand beside
+ours: perplexity is of WikiText-2 there, so give its test set with --text.
 """
 
 from __future__ import annotations
@@ -16,165 +19,24 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from common import HERE, machine, markdown_table, parser, versions
+from paper_models import PROMPT, TASKS, Asked, Finding, findings, speed_table, tasks_table
+from paper_published import cell, published_of
+from paper_runs import BY_BLOCK, MAIN, METHODS, Experiment, layerwise
 
 if TYPE_CHECKING:
-    from alphaq.calibration.text import Text
-    from alphaq.checkpoint.reader import Checkpoint
-    from alphaq.measuring.resources import Resources
-    from alphaq.nouns.plan import Plan
-    from alphaq.nouns.scoring import Scoring
-    from alphaq.planning import Request
+    from alphaq.evaluation.tasks import TaskRequest
     from alphaq.trials.results import Row
-    from alphaq.writing.rounding import Rounding
 
 TEXT = HERE.parent / "src" / "alphaq" / "data" / "texts" / "tech.txt"
-MAIN, METHODS_TITLE = "methods", "Methods, of the experts alone"
-Roles = Literal["fixed", "shared"]
-METHODS = ("uniform", "pmq", "paper", "auto")
-CALLED = {"uniform": "uniform", "pmq": "PMQ", "paper": "AlphaQ as published", "auto": "ours"}
+METHODS_TITLE = "Methods, of the experts alone"
+CALLED = {"reference": "16 bits", "uniform": "uniform", "pmq": "PMQ", "paper": "AlphaQ as published", "auto": "ours"}
 GAMMAS = (0, 1, 2, 5, 10, 20, 50, 200)
-BY_BLOCK = "paper:per_layer=true"
-LAYERWISE = "paper, one choice for a layer"
-PUBLISHED: dict[str, dict[str, dict[float, float]]] = {
-    "deepseek-v2-lite": {
-        "reference": {16: 6.31},
-        "uniform": {2.5: 8.14, 3.5: 6.83},
-        "pmq": {2.5: 6.95, 3.5: 6.57},
-        "paper": {2.5: 6.64, 3.5: 6.44},
-    },
-    "qwen1.5-moe": {
-        "reference": {16: 7.22},
-        "uniform": {2.5: 10.36, 3.5: 8.13},
-        "pmq": {2.5: 9.01, 3.5: 7.42},
-        "paper": {2.5: 8.14, 3.5: 7.38},
-    },
-    "mixtral-8x7b": {
-        "reference": {16: 3.84},
-        "uniform": {2.5: 6.16, 3.5: 4.29},
-        "pmq": {2.5: 5.32, 3.5: 4.25},
-        "paper": {2.5: 5.17, 3.5: 4.23},
-    },
-}
-"""Perplexity on WikiText-2 in the paper (arXiv 2606.04980), with GPTQ in groups of 128."""
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What is run. calibration: for PMQ and GPTQ. roundings: the first is used for everything but the first table."""
-
-    checkpoint: Checkpoint
-    scoring: Scoring
-    bits: tuple[float, ...]
-    calibration: Text
-    roundings: tuple[Rounding, ...]
-    out: Path
-
-    @property
-    def name(self) -> str:
-        """The model's, also where its folder is a commit in the hub's cache."""
-        from alphaq.checkpoint.hub import model_name
-
-        return model_name(self.checkpoint.folder)
-
-    @contextmanager
-    def resources(self) -> Iterator[Resources]:
-        """Workers, and what was measured before."""
-        from alphaq.measuring.cache import Cache
-        from alphaq.measuring.resources import Resources
-        from alphaq.terminal import progress
-        from alphaq.work.workers import Workers, sensible_count
-
-        identity = {"fingerprint": self.checkpoint.fingerprint, "contents": self.checkpoint.contents()}
-        with (
-            Cache(self.out / "cache", identity) as cache,
-            Workers(sensible_count(self.checkpoint.nbytes), self.checkpoint) as workers,
-        ):
-            yield Resources(workers, cache, progress)
-
-    def compared(self, name: str, methods: Sequence[str], bits: Sequence[float], roles: Roles = "fixed") -> list[Row]:
-        """Rows of methods at the same bytes, kept in a folder of that name; the first table has all roundings."""
-        from alphaq.nouns.settings import Budget, PlanConfig
-        from alphaq.trials.compare import Comparison, compare
-
-        roundings = self.roundings if name == MAIN else self.roundings[:1]
-        config = PlanConfig(budget=Budget(bits=min(bits)), roles=roles)
-        with self.resources() as resources:
-            comparison = Comparison(methods, bits, config, self.calibration, roundings)
-            return compare(self.checkpoint, comparison, self.scoring, self.out / name, resources)
-
-    def request(self, method: str, size_bytes: int, layerwise: bool = False) -> Request:
-        """A method's request at a budget. layerwise: a layer's experts share one choice."""
-        from alphaq.nouns.settings import Budget, PlanConfig
-        from alphaq.planning import resolve
-        from alphaq.trials.compare import variant_of
-
-        request = resolve(variant_of(PlanConfig(budget=Budget(size_bytes=size_bytes), roles="fixed"), method))
-        return replace(request, profile=replace(request.profile, unit="layer")) if layerwise else request
-
-    def plan(self, request: Request, resources: Resources) -> Plan:
-        """The plan of a request, measured for as far as the cache does not know."""
-        from alphaq.planning import PlanInputs, checked_plan, measure_for_plan
-
-        text = self.calibration if request.method.needs_text else None
-        measured = measure_for_plan(self.checkpoint, request, PlanInputs(text=text), resources)
-        return checked_plan(self.checkpoint, request, measured, resources)
-
-
-def layerwise(run: Experiment, rows: Sequence[Row]) -> list[Row]:
-    """The paper's rule with one choice for all experts of a layer, at the bytes of each row of `uniform`."""
-    from alphaq.trials.results import Entry, rows_of
-    from alphaq.work.journal import Journal
-
-    budgets = {row.bits: row.budget_bytes for row in rows if row.method == "uniform"}
-    with Journal(run.out / MAIN / "layerwise.jsonl") as journal:  # of this run, as that folder's comparison is
-        known = map(Entry.model_validate, journal.entries)
-        entries = [entry for entry in known if budgets.get(entry.bits) == entry.budget_bytes]
-        missing = budgets.keys() - {entry.bits for entry in entries}
-        for entry in _tried(run, {bits: budgets[bits] for bits in sorted(missing)}):
-            entries.append(entry)
-            journal.append(entry.model_dump(exclude_none=True))
-    return rows_of(sorted(entries, key=lambda entry: entry.bits), str(run.roundings[0]))
-
-
-def _tried(run: Experiment, budgets: dict[float, int]) -> Iterator[Any]:
-    from tempfile import TemporaryDirectory
-
-    from alphaq.errors import BudgetError
-    from alphaq.evaluation.fidelity import read_texts, score_texts, window_beginning
-    from alphaq.trials.results import Entry
-    from alphaq.trials.trial import Trials
-
-    if not budgets:
-        return
-    scoring, first = run.scoring, run.roundings[0]
-    score = partial(score_texts, texts=read_texts(scoring.texts), scoring=scoring)
-    with run.resources() as resources, TemporaryDirectory(dir=run.out) as scratch:
-        trials = Trials(run.checkpoint, score, Path(scratch) / "trials", scoring, resources.wrap, resources.workers)
-        common = Entry(
-            method=LAYERWISE,
-            bits=0,
-            rounding=str(first),
-            quantizer=first.name,
-            budget_bytes=0,
-            windows_begin_with=window_beginning(trials.tokenizer, scoring.bos),
-            layer_by_layer=bool(scoring.stream),
-        )
-        for bits, size_bytes in budgets.items():
-            entry = common.model_copy(update={"bits": bits, "budget_bytes": size_bytes})
-            try:
-                plan = run.plan(run.request("paper", size_bytes, layerwise=True), resources)
-            except BudgetError as error:
-                yield entry.model_copy(update={"error": str(error)})
-                continue
-            figures = {"size_bytes": plan.size_bytes, "bits_per_weight": plan.bits_per_weight}
-            yield Entry.model_validate(entry.model_dump() | figures | trials.run(plan, first))
+STEPS, QUICK_STEPS = 64, 8
 
 
 def draw(run: Experiment, rows: Sequence[Row]) -> list[str]:
@@ -205,13 +67,9 @@ def draw(run: Experiment, rows: Sequence[Row]) -> list[str]:
     return list(figures)
 
 
-def published_of(name: str) -> dict[str, dict[float, float]]:
-    """What the paper gives for a model, by method and bits; nothing for others."""
-    return next((figures for key, figures in PUBLISHED.items() if key in name.lower()), {})
-
-
-def render(run: Experiment, tables: dict[str, list[Row]]) -> str:
+def render(asked: Asked, tables: dict[str, list[Row]], found: Sequence[Finding]) -> str:
     """All tables as Markdown."""
+    run = asked.run
     known = published_of(run.name)
     header = ["method", "bits", "quantizer", "bytes", "perplexity", "in the paper", "KL", "top-1 %", "EAR"]
 
@@ -221,14 +79,13 @@ def render(run: Experiment, tables: dict[str, list[Row]]) -> str:
             if row.error:
                 yield [called, f"{row.bits:g}", row.quantizer, row.error, *["–"] * 5]
                 continue
-            there = known.get(row.method, {}).get(row.bits)
             yield [
                 called,
                 f"{row.bits:g}",
                 row.quantizer or "–",
                 f"{row.size_bytes:,}",
                 f"{row.mean_perplexity:.3f}",
-                "–" if there is None else f"{there:.2f}",
+                cell(known.perplexity.get(row.method, {}), row.bits),
                 f"{row.kl:.4f}",
                 f"{100 * (row.top1 or 0):.1f}",
                 f"{row.ear:.4f}",
@@ -239,9 +96,32 @@ def render(run: Experiment, tables: dict[str, list[Row]]) -> str:
         f"# The paper's experiments on {run.name}\n\nPerplexity and distances on "
         f"{', '.join(path.name for path in run.scoring.texts)}; the paper's on WikiText-2 with GPTQ. "
         "Every row of one width has the same budget for its weight files, scales included. Models were run "
-        f"{'layer by layer from disk' if run.scoring.stream else 'in memory'}. Not run: zero-shot tasks, decode speed."
+        f"{'layer by layer from disk' if run.scoring.stream else 'in memory'}."
     )
-    return "\n\n".join([about, *parts]) + "\n"
+    return "\n\n".join([about, *parts, *of_models(asked, found)]) + "\n"
+
+
+def of_models(asked: Asked, found: Sequence[Finding]) -> Iterator[str]:
+    """The tables of what whole models were asked; why, where there are none."""
+    known, tasks = published_of(asked.run.name), asked.tasks
+    yield "## Zero-shot tasks"
+    if tasks is None:
+        yield "Not run (`--tasks none`)."
+    else:
+        which = "all documents" if tasks.limit is None else f"{tasks.limit} documents of each"
+        data = "" if tasks.include_path is None else f", questions from the folder {tasks.include_path.name}"
+        yield (
+            f"By lm-eval, {which}{data}, no examples in the prompt. Accuracy in per cent, normalised by length where "
+            "lm-eval does that; the mean with its standard error. The paper does not say which metrics it takes."
+        )
+        there = known if tasks.include_path is None else replace(known, tasks={})
+        yield tasks_table(found, CALLED, there)
+    yield "## Memory and decode speed"
+    if asked.run.scoring.stream:
+        yield "Not timed: the models do not fit into memory."
+        return
+    yield f"{asked.steps} tokens one by one, after {PROMPT}; × 16 bits: in turn with the original in its own type."
+    yield speed_table(found, CALLED, known)
 
 
 def budgets_of(text: str) -> tuple[float, ...]:
@@ -284,6 +164,20 @@ def experiment(given: argparse.Namespace) -> Experiment:
     return Experiment(checkpoint, scoring, bits, text, tuple(roundings), given.output)
 
 
+def tasks_of(given: argparse.Namespace) -> TaskRequest | None:
+    """The tasks that were asked for; None for none. Raises AlphaQError for too few documents."""
+    if given.tasks == "none":
+        return None
+    from alphaq.errors import AlphaQError
+    from alphaq.evaluation.tasks import TaskRequest
+
+    if given.limit is not None and given.limit < 2:
+        raise AlphaQError(f"--limit {given.limit} leaves no standard error. Give at least 2 documents of each task.")
+
+    folder = given.include_path.resolve() if given.include_path else None
+    return TaskRequest.of(given.tasks, include_path=folder, limit=given.limit, few_shot=0, batch_size=8)
+
+
 def tables_of(run: Experiment, gammas: Sequence[float]) -> dict[str, list[Row]]:
     """All rows by the title of their table. Raises OutputError where OUT holds those of something else."""
     smallest = min(run.bits)
@@ -310,6 +204,9 @@ def arguments_of() -> argparse.Namespace:
     arguments.add_argument("--calibration", type=Path, help="text for PMQ and GPTQ; the model's own by default")
     arguments.add_argument("--calibration-tokens", type=int, default=16_384, help="of that text")
     arguments.add_argument("--gptq", action="store_true", help="with GPTQ too")
+    arguments.add_argument("--tasks", default=",".join(TASKS), help="of lm-eval, comma-separated, or none")
+    arguments.add_argument("--include-path", type=Path, help="folder of other task files, for example local_tasks.py's")
+    arguments.add_argument("--limit", type=int, help="documents of each task; all by default")
     arguments.add_argument("--device", help="where models are run in memory: cpu, cuda")
     return arguments.parse_args()
 
@@ -321,19 +218,22 @@ def main() -> None:
     given = arguments_of()
     given.output.mkdir(parents=True, exist_ok=True)
     try:
-        run = experiment(given)
+        asked = Asked(experiment(given), tasks_of(given), QUICK_STEPS if given.quick else STEPS)
+        run, _ = asked.run, asked.manager  # unknown tasks are refused before hours of other work
         tables = tables_of(run, GAMMAS[:3] if given.quick else GAMMAS)
         drawn = draw(run, tables[METHODS_TITLE])
+        found = findings(asked, tables[METHODS_TITLE])
     except AlphaQError as error:
         sys.exit(str(error))
-    told = render(run, tables) + "".join(f"\n![{name}]({name})\n" for name in drawn)
+    told = render(asked, tables, found) + "".join(f"\n![{name}]({name})\n" for name in drawn)
     (run.out / "paper.md").write_text(told, encoding="utf-8")
     content = {
         "model": run.name,
         "machine": machine(),
         "versions": versions(),
-        "published": published_of(run.name),
+        "published": asdict(published_of(run.name)),
         "tables": {title: [vars(row) for row in rows] for title, rows in tables.items()},
+        "models": [one.model_dump() for one in found],
     }
     (run.out / "paper.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     sys.stdout.write(told)

@@ -246,7 +246,7 @@ def test_an_unfinished_comparison_goes_on_as_it_began(tmp_path: Path) -> None:
     [
         ({"stream": True, "dtype": "bfloat16"}, None, "--stream computes in float32, not in bfloat16"),
         ({"stream": True, "device": "cuda"}, None, "on the processor, not on cuda"),
-        ({"stream": True}, "--tasks", "--tasks needs models in memory, and --stream leaves them on disk"),
+        ({"stream": True}, "--skip-experts", "--skip-experts needs models in memory, and --stream leaves them on disk"),
         ({}, "--skip-experts", "GB are free: --skip-experts needs models in memory. Leave it out"),
     ],
 )

@@ -136,10 +136,12 @@ metric_list:
 def test_local_task_runs_end_to_end_on_a_quantized_model(
     alphaq: Run, tiny: Path, tiny_quantized: Path, which_continuation: Path, tmp_path: Path
 ) -> None:
-    ran = alphaq(
-        *("certify", tiny_quantized, "--reference", tiny, "--text", TEXT, "--max-tokens", 96, "--window", 48),
-        *("--tasks", which_continuation / "which.yaml", "--batch-size", 8, "-o", tmp_path / "certificate.json"),
-    )
+    common = ("certify", tiny_quantized, "--reference", tiny, "--text", TEXT, "--max-tokens", 96, "--window", 48)
+    tasks = ("--tasks", which_continuation / "which.yaml", "--batch-size", 8, "-o", tmp_path / "certificate.json")
+    ran = alphaq(*common, *tasks, "--stream")
+    assert ran.code == 0, ran.err
+    streamed = Certificate.read(tmp_path / "certificate.json")
+    ran = alphaq(*common, *tasks)
     assert ran.code == 0, ran.err
     made = Certificate.read(tmp_path / "certificate.json")
     assert made.tasks is not None and "lm-eval" in made.versions
@@ -148,6 +150,8 @@ def test_local_task_runs_end_to_end_on_a_quantized_model(
     assert found.reference >= 0.5 and 0 <= found.value <= 1  # chance is a quarter: it did read the text
     assert found.value - found.reference == pytest.approx(found.difference)
     assert "which_continuation" in ran.out and "Task-lossless" in ran.out
+    assert streamed.settings.layer_by_layer and streamed.tasks is not None
+    assert [(one.value, one.reference) for one in streamed.tasks.results] == [(found.value, found.reference)]
 
 
 @pytest.mark.usefixtures("lm_eval")

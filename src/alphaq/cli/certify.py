@@ -67,7 +67,7 @@ def certify(
     check_file(target)
     request = _request(tasks)
     note_folders(model, reference)
-    scoring, why = with_stream(scoring, [model, reference], whole_for=None if request is None else "--tasks")
+    scoring, why = with_stream(scoring, [model, reference])
     if why:
         note(why)
     made = pipeline.certify(model, reference, scoring, ear, request, _command(command), progress)

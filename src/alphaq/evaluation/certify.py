@@ -33,7 +33,7 @@ def certify(
     from alphaq.evaluation.room import with_stream
     from alphaq.evaluation.tasks import certify_tasks, find_tasks
 
-    scoring, _ = with_stream(scoring, [model, reference], whole_for=None if tasks is None else "--tasks")
+    scoring, _ = with_stream(scoring, [model, reference])
     contents = read_texts(scoring.texts)
     manager = None if tasks is None else find_tasks(tasks)
     identities = [record.identity_of(one) for one in (model, reference)]

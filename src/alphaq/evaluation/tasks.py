@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from alphaq.errors import AlphaQError, MissingExtraError, first_line
+from alphaq.evaluation.answers import lm_eval_model
 from alphaq.evaluation.certificate import DRAWS, SEED, TaskFigures, Tasks, Verdict, estimate, task_verdict
+from alphaq.evaluation.fidelity import layers_of
 from alphaq.work.untrusted import JsonObject
 from alphaq.work.workers import Wrap, silent
 
@@ -90,13 +92,16 @@ def find_tasks(request: TaskRequest) -> Any:
 
 
 def run_tasks(model: Any, tokenizer: Any, manager: Any, request: TaskRequest) -> JsonObject:
-    """What lm-eval says of one model. Raises AlphaQError if a task cannot be run."""
+    """What lm-eval says of one model, in memory or layer by layer. Raises AlphaQError if a task cannot be run."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     with _quietly():
         try:
-            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=request.batch_size)
+            if layers_of(model):
+                wrapped = lm_eval_model(model, tokenizer)
+            else:
+                wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=request.batch_size)
             results = lm_eval.simple_evaluate(
                 wrapped,
                 tasks=list(request.names),
