@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from alphaq.cli.options import Asked, as_command
 from alphaq.errors import AlphaQError, PlanError
 from alphaq.nouns.option import Option, settings_of
-from alphaq.nouns.plan import Plan
+from alphaq.nouns.plan import Plan, Reads
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.report.commands import plan_options, reproduce
 
@@ -37,8 +37,9 @@ def test_a_plan_by_hand_may_name_a_codec_without_a_budget() -> None:
     assert plan.codec == "zstd" and plan.imatrix == "i m.gguf 0123"
     assert plan.config is not None and not plan.config.budget.stated and reproduce(plan) == []
     assert plan.coded_by("none").codec is None and plan.coded_by("zstd") == plan
-    read_before = Plan(choices={"a": "2"}, read_bytes=5)
-    assert read_before.coded_by("zstd").read_bytes is None and read_before.coded_by(None).read_bytes == 5
+    read_before = Plan(choices={"a": "2"}, read_bytes=5, reads=Reads(by_choice={"2": 5}, layers=1))
+    coded = read_before.coded_by("zstd")
+    assert coded.read_bytes is coded.reads is None and read_before.coded_by(None) == read_before
 
 
 @pytest.mark.parametrize(

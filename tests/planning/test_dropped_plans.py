@@ -24,6 +24,7 @@ from alphaq.engines.profiles import ENGINES
 from alphaq.errors import BudgetError, PlanError, TooSmallError
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
+from alphaq.nouns.rates import Rates
 from alphaq.nouns.serving import Kept, Memory, Serving
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import Measurements, checked_plan, fitting, make_plan, measure_for_plan, resolve
@@ -275,7 +276,7 @@ def test_nothing_goes_beyond_the_limits(useless: Checkpoint, measured: Measureme
         ({"drop": False, "drop_counts": "own"}, "--drop-counts limits what --drop may do"),
         ({"drop_counts": "own", "engine": "vllm", "choices": None}, "vllm has one number of experts for all layers"),
         (
-            {"drop_counts": "own", "min_speed": 1.0, "bandwidth": 10**9},
+            {"drop_counts": "own", "min_speed": 1.0, "bandwidth": Rates(memory=10**9)},
             "--drop-counts own and --min-speed are not solved together",
         ),
         ({"min_bits": (Rule(pattern="*.experts.3.*", value="2"),)}, "numbers experts anew"),

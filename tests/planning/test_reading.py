@@ -16,6 +16,7 @@ from alphaq import planning
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.formats.table import format_of, parse_choice
 from alphaq.nouns.matrix import Role
+from alphaq.nouns.rates import Rates
 from alphaq.planning.reading import Reading
 from conftest import Ran
 from families import EXPERTS, random_family, save_layout
@@ -84,7 +85,25 @@ def test_a_speed_is_a_second_budget(tiny: Path, alphaq: Callable[..., Ran]) -> N
     assert fast["objective"] > free["objective"]  # type: ignore[operator]
     gap = fast["objective"] - fast["lower_bound"]  # type: ignore[operator]
     assert gap <= 1e-9 * fast["objective"]  # type: ignore[operator]
-    assert fast["config"]["bandwidth"] == 1000 * limit  # type: ignore[index]
+    assert fast["config"]["bandwidth"] == f"{1000 * limit}B/s"  # type: ignore[index]
+
+
+def test_what_is_faster_than_narrower_choices_is_taken(tiny: Path, alphaq: Callable[..., Ran]) -> None:
+    """Three bits are twice as slow as eight here: a speed that only eight bits reach is no reason for fewer."""
+    rates = Rates(memory=10**9, formats=(("3g128", 10**8), ("8g128", 10**9)), layer_ns=2000, token_ns=5000)
+    options = ("--choices", "3g128,8g128", "--roles", "fixed", "--size", "15MB")
+    slow = planned(alphaq, tiny, *options, "--min-bits", "3", "--max-bits", "3")
+    fast = planned(alphaq, tiny, *options)
+    times = [
+        rates.token_time_ns(plan["reads"]["by_choice"], plan["reads"]["layers"])  # type: ignore[index]
+        for plan in (slow, fast)
+    ]
+    assert times[1] < times[0] and fast["read_bytes"] > slow["read_bytes"]  # type: ignore[operator]
+    speed = ("--min-speed", f"{10**9 / (times[1] + 100_000)}", "--bandwidth", str(rates))
+    again = planned(alphaq, tiny, *options, *speed)
+    assert again["choices"] == fast["choices"] and again["config"]["bandwidth"] == str(rates)  # type: ignore[index]
+    failed = alphaq("plan", tiny, *QUICK, *options, *speed, "--max-bits", "3")
+    assert failed.code and "even the fastest choices give" in " ".join(failed.err.split())
 
 
 def test_a_speed_means_nothing_without_the_matrices(tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
@@ -98,9 +117,12 @@ def test_a_speed_means_nothing_without_the_matrices(tmp_path: Path, alphaq: Call
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--min-speed", "1e9", "--bandwidth", "1GB/s"), "even the narrowest choices give"),
+        (("--min-speed", "1e9", "--bandwidth", "1GB/s"), "even the fastest choices give"),
         (("--min-speed", "10", "--bandwidth", "fast"), "is no rate of memory"),
         (("--min-speed", "10", "--bandwidth", "1GB/h"), "is no rate of memory"),
+        (("--min-speed", "10", "--bandwidth", "1GB/s,2g128"), "is no rate of memory"),
+        (("--min-speed", "10", "--bandwidth", "1GB/s,2g128=1GB/s,2g128=2GB/s"), "names a format twice"),
+        (("--min-speed", "10", "--bandwidth", "1GB/s,layer=5"), "is no rate of memory"),
         (("--min-speed", "0", "--bandwidth", "1GB/s"), "min_speed"),
         (("--min-speed", "10", "--bandwidth", "1GB/s", "--per-layer"), "not solved together"),
         (("--min-speed", "10", "--bandwidth", "1GB/s", "--method", "uniform"), "needs losses"),
@@ -110,7 +132,7 @@ def test_a_speed_means_nothing_without_the_matrices(tmp_path: Path, alphaq: Call
 def test_speeds_that_cannot_be_are_refused(
     tiny: Path, alphaq: Callable[..., Ran], options: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "narrowest" not in words:
+    if "fastest" not in words:
         monkeypatch.setattr(planning, "measure_for_plan", lambda *_, **__: pytest.fail("something was measured"))
     failed = alphaq("plan", tiny, *QUICK, "--size", "7500KB", *options)
     assert failed.code and words in " ".join(failed.err.split())

@@ -12,6 +12,7 @@ from alphaq.cli import app as cli
 from alphaq.cli.inputs import Inputs
 from alphaq.engines.output import QuantizeOptions
 from alphaq.nouns.plan import Plan, Refinement, SourceIdentity
+from alphaq.nouns.rates import Rates
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import resolve
 from alphaq.report.commands import Names, remake, reproduce
@@ -109,8 +110,8 @@ FLIPS: dict[str, list[Flip]] = {
     "min_bits": [Flip((Rule(pattern="*", value="2"), Rule(pattern="down", value="3")))],
     "max_bits": [Flip((Rule(pattern="expert", value="5"),))],
     "min_sqnr_db": [Flip(9.5)],
-    "min_speed": [Flip(12.5, {"bandwidth": 80_000_000_001})],
-    "bandwidth": [Flip(80_000_000_001)],
+    "min_speed": [Flip(12.5, {"bandwidth": Rates(memory=80_000_000_001)})],
+    "bandwidth": [Flip(Rates(memory=80_000_000_001)), Flip(Rates(memory=10**9, formats=(("3g128", 7),), layer_ns=5))],
     "per_layer": [Flip(True)],
     "unweighted": [Flip(True)],
     "seed": [Flip(7, {"method": "random"})],

@@ -14,6 +14,7 @@ from alphaq.errors import OutputError, PassError, PlanError, UnknownNameError
 from alphaq.formats.versions import CODECS
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
+from alphaq.nouns.rates import Rates
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.planning.kept import kept_shares
@@ -298,7 +299,7 @@ def test_plans_that_cannot_be_refined_are_refused_with_the_way_out(
         ),
         r"counts bits without scales.*--size or --bits": planned(checkpoint, unweighted=True),
         r"without --min-speed and --vram": plan.model_copy(
-            update={"config": plan.config.model_copy(update={"min_speed": 1.0, "bandwidth": 10**12})}
+            update={"config": plan.config.model_copy(update={"min_speed": 1.0, "bandwidth": Rates(memory=10**12)})}
         ),
         r"without --codec.*alphaq recode": plan.coded_by(CODECS[-1]),
     }
@@ -408,7 +409,7 @@ def test_all_roles_that_share_a_budget_are_exchanged(tiny: Path, tmp_path: Path)
     assert refined.size_bytes is not None and plan.size_bytes is not None and refined.size_bytes <= plan.size_bytes
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= plan.assignment.keys()
     reading, writer = Reading.of(checkpoint), request.profile.writer
-    before, after = (reading.total(writer.layout(checkpoint, one.every_choice())) for one in (plan, refined))
+    before, after = (reading.reads(writer.layout(checkpoint, one.every_choice())).total for one in (plan, refined))
     assert plan.read_bytes is not None and refined.read_bytes == plan.read_bytes + after - before != plan.read_bytes
     quantize(checkpoint, refined, tmp_path / "out")
 

@@ -1,10 +1,10 @@
-"""Exact multiple-choice knapsack with two budgets: bytes that are stored, and bytes that a token reads.
+"""Exact multiple-choice knapsack with two budgets: bytes that are stored, and nanoseconds that a token takes.
 
-    min Σ loss[i, xᵢ]   s.t.   Σ cost[i, xᵢ] ≤ budget,   Σ read[i, xᵢ] ≤ read_limit.
+    min Σ loss[i, xᵢ]   s.t.   Σ cost[i, xᵢ] ≤ budget,   Σ time[i, xᵢ] ≤ time_limit.
 
 For prices a, b of the two rooms every unit chooses alone, and the dual
 
-    L(a, b) = Σᵢ minⱼ (loss + a·cost + b·read) − a − b
+    L(a, b) = Σᵢ minⱼ (loss + a·cost + b·time) − a − b
 
 (both in shares of their room) never exceeds the optimum. It is concave and piecewise linear, with a plan for every
 piece, so its maximum is found by cuts: a linear program in a, b and L of the pieces seen so far (Kelley, 1960). As with
@@ -54,7 +54,7 @@ class NoPairError(BudgetError):
 
 @dataclass(frozen=True)
 class _Pair:
-    """The problem. steps: int64 [2, units, choices], costs and reads above each unit's least. rooms: what is left."""
+    """The problem. steps: int64 [2, units, choices], costs and times above each unit's least. rooms: what is left."""
 
     losses: np.ndarray
     steps: np.ndarray
@@ -100,8 +100,8 @@ class _View:
         return min(max(width * WIDER, self.widest * 1e-12), self.widest)
 
 
-def solve_pair(losses: np.ndarray, costs: np.ndarray, budget: int, reads: np.ndarray, read_limit: int) -> Solution:
-    """Optimal columns for losses [units, choices] (float64), costs and reads [units, choices] (int64).
+def solve_pair(losses: np.ndarray, costs: np.ndarray, budget: int, times: np.ndarray, time_limit: int) -> Solution:
+    """Optimal columns for losses [units, choices] (float64), costs and times [units, choices] (int64).
 
     `lower_bound` is proven, and equals the objective but for rounding unless HiGHS ran out of time. `price` is that of
     stored bytes. Raises BudgetError if either budget is below what its cheapest choices take, NoPairError if no plan
@@ -109,14 +109,14 @@ def solve_pair(losses: np.ndarray, costs: np.ndarray, budget: int, reads: np.nda
     """
     alone = solve_exact(losses, costs, budget)
     units = np.arange(len(losses))
-    if int(reads[units, alone.columns].sum()) <= read_limit:
+    if int(times[units, alone.columns].sum()) <= time_limit:
         return alone
-    other = solve_exact(losses, reads, read_limit)
+    other = solve_exact(losses, times, time_limit)
     if (cost := int(costs[units, other.columns].sum())) <= budget:
         return replace(other, cost=cost, price=0.0)
-    tables = np.stack([costs, reads])
+    tables = np.stack([costs, times])
     floors = tables.min(axis=2, keepdims=True)
-    rooms = int(budget - floors[0].sum()), int(read_limit - floors[1].sum())
+    rooms = int(budget - floors[0].sum()), int(time_limit - floors[1].sum())
     pair = _Pair(losses, tables - floors, rooms)
     prices, relaxed = best_prices(pair.cheapest, *pair.spread)
     columns, bound = _closed(pair, prices, relaxed)
@@ -308,12 +308,12 @@ def _by_highs(view: _View, width: float) -> tuple[np.ndarray, float] | None:
     fixed = np.setdiff1d(np.arange(len(reduced)), core, assume_unique=True)
     left = np.array(pair.rooms) - pair.steps[:, fixed, settled[fixed]].sum(axis=1)
     columns = np.where(open_choices[core], np.arange(reduced.shape[1]), settled[core, None])
-    losses, costs, reads = (np.take_along_axis(one[core], columns, 1) for one in (pair.losses, *pair.steps))
-    if (np.array([costs.min(axis=1).sum(), reads.min(axis=1).sum()]) > left).any():
+    losses, costs, times = (np.take_along_axis(one[core], columns, 1) for one in (pair.losses, *pair.steps))
+    if (np.array([costs.min(axis=1).sum(), times.min(axis=1).sum()]) > left).any():
         return None
-    shared = int(np.gcd.reduce(reads, axis=None)) or 1
+    shared = int(np.gcd.reduce(times, axis=None)) or 1
     limit = SideConstraint(
-        "bytes read", np.arange(len(core)), (reads // shared).astype(float), 0, int(left[1]) // shared
+        "a token's time", np.arange(len(core)), (times // shared).astype(float), 0, int(left[1]) // shared
     )
     try:
         solution = solve_milp(losses, costs, int(left[0]), [limit], TIME_LIMIT_S)

@@ -24,10 +24,11 @@ from alphaq.nouns.choice import Choice
 
 
 @dataclass(frozen=True)
-class Reads:
-    """What a token reads of each matrix at each choice, int64 [matrices, choices]; the most of all together, in bytes.
+class Times:
+    """What each matrix at each choice adds to a token's time, int64 [matrices, choices]; the most of all together, in
+    nanoseconds.
 
-    rest: bytes that it reads beside them, which the limit is without.
+    rest: nanoseconds beside them, which the limit is without.
     """
 
     table: np.ndarray
@@ -41,8 +42,8 @@ class Problem:
 
     owner: int [matrices], the unit of each matrix. costs: int64 [matrices, choices], in the budget's unit. allowed:
     bool [matrices, choices]. limit: in the costs' unit. layers: int [units], −1 outside layers. ladder: columns of
-    the plain choices from narrow to wide, for allocators that follow an order. reads: a second budget, of what a token
-    reads.
+    the plain choices from narrow to wide, for allocators that follow an order. times: a second budget, of a token's
+    time.
     """
 
     units: tuple[str, ...]
@@ -53,7 +54,7 @@ class Problem:
     limit: int
     layers: np.ndarray
     ladder: tuple[int, ...]
-    reads: Reads | None = None
+    times: Times | None = None
 
     def per_unit(self, values: np.ndarray) -> np.ndarray:
         """Sums over each unit's matrices, [units, …] of [matrices, …]."""
@@ -98,10 +99,10 @@ class Problem:
         return self.allowed_only(self.per_unit(self.costs))
 
     @cached_property
-    def unit_reads(self) -> np.ndarray:
-        """int64 [units, choices], only what is allowed; of a problem with reads."""
-        assert self.reads is not None  # the caller knows
-        return self.allowed_only(self.per_unit(self.reads.table))
+    def unit_times(self) -> np.ndarray:
+        """int64 [units, choices], only what is allowed; of a problem with times."""
+        assert self.times is not None  # the caller knows
+        return self.allowed_only(self.per_unit(self.times.table))
 
     def chosen(self, columns: np.ndarray) -> np.ndarray:
         """int [matrices]: the column of each matrix for columns of units as a solver gives them."""
@@ -127,18 +128,18 @@ def solve_losses(problem: Problem, losses: np.ndarray, per_layer: bool = False) 
             f"The loss of {problem.units[bad[0]]!r} is NaN or infinite. Check its alpha and variance, or lower --gamma."
         )
     table = problem.allowed_only(totals)
-    if problem.reads is not None:
-        return _solve_both(problem, table, problem.reads, per_layer)
+    if problem.times is not None:
+        return _solve_both(problem, table, problem.times, per_layer)
     if not per_layer:
         return solve_exact(table, problem.unit_costs, problem.limit)
     return solve_milp(table, problem.unit_costs, problem.limit, layer_budgets(problem))
 
 
-def _solve_both(problem: Problem, table: np.ndarray, reads: Reads, per_layer: bool) -> Solution:
+def _solve_both(problem: Problem, table: np.ndarray, times: Times, per_layer: bool) -> Solution:
     """Least loss under both budgets. Raises BudgetError."""
     assert not per_layer  # which `resolve` refuses
     try:
-        return solve_pair(table, problem.unit_costs, problem.limit, problem.unit_reads, reads.limit)
+        return solve_pair(table, problem.unit_costs, problem.limit, problem.unit_times, times.limit)
     except NoPairError as error:
         raise BudgetError(f"{error} Lower --min-speed, raise the budget, or allow narrower --choices.") from None
 

@@ -14,12 +14,13 @@ import typer
 
 from alphaq.cli.converting import opened_for
 from alphaq.cli.inputs import Inputs
-from alphaq.cli.means import JsonOption, Means, ModelArgument, cache_folder, resources_for
+from alphaq.cli.means import JsonOption, Means, ModelArgument, resources_for
 from alphaq.cli.memory import hosting_of
 from alphaq.cli.options import Asked, Shown
-from alphaq.cli.planning import measurements, note_plan, plan_config
+from alphaq.cli.planning import measured_rates, measurements, note_plan, plan_config
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.nouns.option import settings_of
+from alphaq.nouns.rates import Rates
 from alphaq.nouns.serving import Memory, Serving
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.terminal import note, show
@@ -52,7 +53,6 @@ def fit(
 ) -> None:
     """Say what of a model fits into this machine's memory (or --memory), how good and how fast, and how to make it."""
     from alphaq.checkpoint.writer import atomic_file, check_absent, check_file
-    from alphaq.measuring.bandwidth import bandwidth_here
     from alphaq.report.curve import curve_lines
     from alphaq.report.fits import fits_table
 
@@ -65,7 +65,7 @@ def fit(
     hosting_of(asked.values["engine"])
     inputs = Inputs.of(asked)
     config = plan_config(asked, inputs, budget=Budget(size_bytes=1))
-    bandwidth = config.bandwidth or bandwidth_here(cache_folder()).bytes_per_second
+    rates = config.bandwidth or measured_rates(config)
     beside = Path() if write is None else write.absolute().parent
     few = config.share is not None and write is None
     with opened_for(config.engine, model, means, beside, headers_only=few) as checkpoint:
@@ -76,16 +76,23 @@ def fit(
     note_plan(chosen.plan)
     command = _command(model, asked, chosen, means, write)
     told: dict[str, object] = {
-        "bandwidth": bandwidth,
+        "bandwidth": str(rates),
         "command": command,
-        "fits": [_told(one, bandwidth) for one in found],
+        "fits": [_told(one, rates) for one in found],
     }
     told["curve"] = None if curve is None else curve.model_dump(mode="json")
     if output is not None:
         with atomic_file(output) as unfinished:
             unfinished.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     drawn = "Nothing is lost at any size, so there is no curve." if curve is None else curve_lines(curve)
-    show(as_json, told, fits_table(found, bandwidth), drawn, f"\nMake it: {command}")
+    show(
+        as_json,
+        told,
+        fits_table(found, rates),
+        f"Speeds: {_used(found, rates).words}.\n",
+        drawn,
+        f"\nMake it: {command}",
+    )
     if write is not None:
         _written(command)
 
@@ -161,20 +168,25 @@ def _curve(model: str, plans: Sequence[Plan], memories: Sequence[Memory]) -> Cur
     return Curve(model=model, unit=unit, points=points, marks=tuple(marks))
 
 
-def _told(one: Fit, bandwidth: int) -> dict[str, object]:
+def _told(one: Fit, rates: Rates) -> dict[str, object]:
     """A fit as JSON has it."""
-    plan = one.plan
+    plan, speeds = one.plan, one.speeds(rates)
     told: dict[str, object] = {"memory_bytes": one.memory.serving.memory_bytes, "weights_bytes": one.memory.weights}
-    if plan is None or plan.read_bytes is None:
+    if plan is None or speeds is None:
         return told
     return told | {
         "size_bytes": plan.size_bytes,
         "predicted_kl": None if plan.prediction is None else plan.prediction.kl,
         "objective": plan.objective,
         "read_bytes": plan.read_bytes,
-        "tokens_per_second": bandwidth / plan.read_bytes,
-        "tokens_per_second_full": bandwidth / (plan.read_bytes + one.full_bytes),
+        "tokens_per_second": speeds[0],
+        "tokens_per_second_full": speeds[1],
     }
+
+
+def _used(found: Sequence[Fit], rates: Rates) -> Rates:
+    """Without the rates of what no plan uses."""
+    return rates.among(name for one in found if one.plan and one.plan.reads for name in one.plan.reads.by_choice)
 
 
 def _command(model: str, asked: Asked[PlanConfig], chosen: Fit, means: Means, write: Path | None) -> str:

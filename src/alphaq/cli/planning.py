@@ -14,8 +14,9 @@ from alphaq.errors import AlphaQError, BudgetError, MissingExtraError
 from alphaq.formats.table import code_bits
 from alphaq.nouns.option import settings_of
 from alphaq.nouns.plan import Plan
+from alphaq.nouns.rates import Rates
 from alphaq.nouns.settings import Budget, PlanConfig
-from alphaq.terminal import complain, note, warn
+from alphaq.terminal import complain, note, progress, warn
 
 if TYPE_CHECKING:
     from alphaq.calibration.fisher import Fisher
@@ -46,7 +47,7 @@ def plan_config(
 
     config = asked.build(budget=budget or _budget(asked), calibration=None, **inputs.names)
     if config.min_speed is not None and config.bandwidth is None:
-        config = config.model_copy(update={"bandwidth": _bandwidth_here()})
+        config = config.model_copy(update={"bandwidth": measured_rates(config)})
     if inputs.stats is not None and (config.spectrum, config.tail) != ("farms", "hill"):
         raise AlphaQError("--stats already holds α, so --spectrum and --tail decide nothing. Drop one or the other.")
     request = resolve(config, with_model)
@@ -55,13 +56,24 @@ def plan_config(
     return config if text is None else config.model_copy(update={"calibration": text.name})
 
 
-def _bandwidth_here() -> int:
-    """Bytes per second of this machine's memory, measured where that was not done before."""
-    from alphaq.measuring.bandwidth import bandwidth_here
+def measured_rates(config: PlanConfig) -> Rates:
+    """How fast this machine reads what a plan may choose, measured where that was not done before."""
+    from alphaq.planning import resolve
+    from alphaq.trials.rates import plain_choices, rates_here
 
-    found = bandwidth_here(cache_folder())
-    note(f"this machine reads {found.bytes_per_second / 1e9:.1f} GB/s; --bandwidth states another's")
-    return found.bytes_per_second
+    request = resolve(
+        config.model_copy(update={"bandwidth": Rates(memory=1)})
+    )  # any, to be refused before it is measured
+    request.check_speed()
+    rates = rates_here(cache_folder(), config.engine, {*request.choices, *plain_choices(config.engine)}, progress)
+    if rates.formats:
+        note(f"speeds are those of {config.engine}'s kernels on this machine, as measured; --bandwidth states others")
+    else:
+        note(
+            f"{config.engine} is not measured here, so every format counts as fast as this machine's memory, "
+            f"{rates.words}; --bandwidth states another's"
+        )
+    return rates
 
 
 def _budget(asked: Asked[PlanConfig]) -> Budget:

@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: what bounds the tokens per second of a model that is run on it.
+"""How fast this machine reads memory, and what was measured of it and kept.
 
 All cores read an array far larger than their caches; the best of several times counts, since others only disturb.
 """
@@ -10,8 +10,6 @@ import json
 import math
 import os
 import platform
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,24 +18,27 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from alphaq.checkpoint.files import memory_bytes
 from alphaq.errors import AlphaQError
+from alphaq.nouns.rates import Rates
+from alphaq.work.timing import seconds
 
 MOST_BYTES = 2**29
 ROUNDS = 5
 
 
 class Bandwidth(BaseModel):
-    """Bytes per second that `threads` threads of a machine read."""
+    """Bytes per second that `threads` threads of a machine read, and the rates of engines that were measured on it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     machine: str
     threads: int = Field(gt=0)
     bytes_per_second: int = Field(gt=0)
+    engines: dict[str, Rates] = Field(default_factory=dict)
 
 
 def machine_name() -> str:
     """The machine in words, as far as that says something of its memory."""
-    return f"{platform.node()}, {platform.processor() or platform.machine()}, {_cores()} cores"
+    return f"{platform.node()}, {platform.processor() or platform.machine()}, {usable_cores()} cores"
 
 
 def measured_bandwidth(threads: int | None = None, nbytes: int | None = None) -> Bandwidth:
@@ -45,14 +46,14 @@ def measured_bandwidth(threads: int | None = None, nbytes: int | None = None) ->
 
     Raises AlphaQError where there is no memory for it.
     """
-    threads = threads or _cores()
+    threads = threads or usable_cores()
     nbytes = min(MOST_BYTES, (memory_bytes() or 8 * MOST_BYTES) // 8) if nbytes is None else nbytes
     count = nbytes // 4 // threads
     if count < 1:
         raise AlphaQError(f"{nbytes:,} bytes are too little memory to measure with. State --bandwidth 80GB/s instead.")
     parts = [np.ones(count, np.float32) for _ in range(threads)]  # touched here: pages of zeros are all one page
     with ThreadPoolExecutor(threads) as pool:  # numpy looks for the largest with vectors, and without the lock
-        best = min(_seconds(lambda: list(pool.map(np.max, parts))) for _ in range(ROUNDS))
+        best = min(seconds(lambda: list(pool.map(np.max, parts))) for _ in range(ROUNDS))
     return Bandwidth(machine=machine_name(), threads=threads, bytes_per_second=math.floor(threads * count * 4 / best))
 
 
@@ -70,20 +71,20 @@ def bandwidth_here(folder: Path, again: bool = False) -> Bandwidth:
     if known is not None:
         return known
     found = measured_bandwidth()
+    keep_bandwidth(folder, found)
+    return found
+
+
+def keep_bandwidth(folder: Path, found: Bandwidth) -> None:
+    """Write down what was measured of this machine."""
     folder.mkdir(parents=True, exist_ok=True)
     _file(folder).write_text(json.dumps(found.model_dump(), indent=1) + "\n", encoding="utf-8")
-    return found
+
+
+def usable_cores() -> int:
+    """How many of the machine's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _file(folder: Path) -> Path:
     return folder / f"bandwidth-{hashlib.sha256(machine_name().encode()).hexdigest()[:16]}.json"
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

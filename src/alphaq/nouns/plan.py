@@ -43,6 +43,20 @@ class SourceIdentity(BaseModel):
     """SHA-256 over shard names, sizes and headers."""
 
 
+class Reads(BaseModel):
+    """What a token reads of the weight files: bytes by the choice that they are stored at, in so many layers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    by_choice: dict[str, Count]
+    layers: Count
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(self.by_choice.values())
+
+
 class PlanTable(BaseModel):
     """What the decision was made of: the loss and the cost of each unit at each choice.
 
@@ -234,6 +248,8 @@ class Plan(BaseModel):
     """Why the default method's plan was not compared with uniform bits, though it should have been."""
     read_bytes: Count | None = None
     """Bytes of weights that a token reads: all but the experts that its router leaves out, and the embedding."""
+    reads: Reads | None = None
+    """The same by choice; None of coded files."""
     memory: Memory | None = None
     """What the budget was made of, where the memory to run in was stated."""
     dropped: Dropping | None = None
@@ -330,8 +346,8 @@ class Plan(BaseModel):
         if codec == self.codec:
             return self
         config = self.config or PlanConfig(budget=Budget())
-        read = self.read_bytes if codec is None else None
-        return self.model_copy(update={"config": config.model_copy(update={"codec": codec}), "read_bytes": read})
+        reads = {} if codec is None else {"read_bytes": None, "reads": None}
+        return self.model_copy(update={"config": config.model_copy(update={"codec": codec}), **reads})
 
     def choice(self, name: str) -> Choice:
         """The choice of one quantized matrix."""

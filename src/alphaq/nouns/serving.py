@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 
 from alphaq.nouns.option import Option
-from alphaq.nouns.settings import parse_size, show_size
+from alphaq.nouns.sizes import parse_size, show_size
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 CACHE_TYPES: tuple[str, ...] = get_args(CacheType)

@@ -15,34 +15,14 @@ from alphaq.errors import BudgetError
 from alphaq.formats.versions import CODECS
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.option import Option
+from alphaq.nouns.rates import Rates
+from alphaq.nouns.sizes import parse_size
 from alphaq.registry import unknown
 
 Noise = Literal["analytic", "measured"]
 Blocks = Literal["farms", "whole"]
 Tail = Literal["hill", "median", "finger", "ks"]
 BUDGET, CHOICES, SCORES, LIMITS = "Budget (one of)", "Choices", "Scores", "Limits"  # headings of options
-
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{suffix}": base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for suffix, base in (("B", 1000), ("iB", 1024), ("", 1024))
-}
-
-
-def parse_size(text: str) -> int:
-    """Bytes in '9.5MiB', '12GiB', '800MB', '123456'. KiB/MiB/GiB are 1024-based, KB/MB/GB 1000-based."""
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", text)
-    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
-    if match is None or match[2].lower() not in units:
-        raise BudgetError(f"{text!r} is not a size. Write a number and a unit: 9.5MiB, 12GiB, 800MB.")
-    return int(float(match[1]) * units[match[2].lower()])
-
-
-def show_size(nbytes: int) -> str:
-    """What to type for so many bytes: '16GiB' where a short number gives exactly these, else all digits."""
-    units = [unit for unit in ("GiB", "GB", "MiB", "MB") if nbytes >= _UNITS[unit]]
-    texts = (f"{nbytes / _UNITS[unit]:.{digits}f}{unit}" for unit in units for digits in (0, 1, 2))
-    return next((text for text in texts if parse_size(text) == nbytes), str(nbytes))
 
 
 class Budget(BaseModel):
@@ -108,17 +88,6 @@ def _split_size(text: str) -> int:
     if size < 1:
         raise BudgetError(f"--split-size {text!r} is no size of a file. Write for example --split-size 2GiB.")
     return size
-
-
-def _bandwidth(text: str) -> int:
-    number, slash, second = text.partition("/")
-    try:
-        rate = parse_size(number)
-    except BudgetError:
-        rate = 0
-    if rate < 1 or (slash and second.strip() != "s"):
-        raise BudgetError(f"--bandwidth {text!r} is no rate of memory. Write for example --bandwidth 80GB/s.")
-    return rate
 
 
 def _share(text: str) -> float:
@@ -317,15 +286,15 @@ class PlanConfig(BaseModel):
         Option("Tokens per second to reach at least, by --bandwidth and the bytes that a token reads.", LIMITS),
     ] = Field(default=None, gt=0, allow_inf_nan=False)
     bandwidth: Annotated[
-        int | None,
+        Rates | None,
         Option(
-            "Bytes per second that memory gives, e.g. 80GB/s; measured by default (`alphaq bench`).",
+            "Bytes per second that all formats are read at, e.g. 80GB/s, or each (80GB/s,Q4_K=60GB/s); measured by "
+            "default (`alphaq bench`).",
             LIMITS,
             typed=str,
-            parse=_bandwidth,
-            show="{}B/s".format,
+            parse=Rates.parse,
         ),
-    ] = Field(default=None, gt=0)
+    ] = None
     per_layer: Annotated[bool, Option("One budget for each layer.", LIMITS, varies=True)] = False
     """In proportion to its weights, instead of one for the model."""
     unweighted: Annotated[
@@ -393,11 +362,11 @@ class PlanConfig(BaseModel):
         return gamma
 
     @property
-    def read_limit(self) -> int | None:
-        """Bytes of weights that a token may read. None without a speed, or before the bandwidth is known."""
+    def token_limit_ns(self) -> int | None:
+        """Nanoseconds that a token may take. None without a speed, or before it is known what is how fast."""
         if self.min_speed is None or self.bandwidth is None:
             return None
-        return math.floor(self.bandwidth / self.min_speed)
+        return math.floor(10**9 / self.min_speed)
 
     def widths(self) -> dict[Role, int]:
         """Bit-widths that were asked for, of roles that are quantized outside the budget."""

@@ -9,6 +9,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import BudgetError
 from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Plan
+from alphaq.nouns.rates import SECOND_NS, Rates
 from alphaq.nouns.serving import Memory
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning.check import checked_plan
@@ -37,6 +38,13 @@ class Fit:
     @property
     def full_bytes(self) -> int:
         return self.memory.kept.cache_bytes // self.memory.serving.parallel
+
+    def speeds(self, rates: Rates) -> tuple[float, float] | None:
+        """Tokens per second at first and once the context is full, of a plan that says what a token reads."""
+        if self.plan is None or self.plan.reads is None:
+            return None
+        taken = rates.token_time_ns(self.plan.reads.by_choice, self.plan.reads.layers)
+        return SECOND_NS / taken, SECOND_NS / (taken + self.full_bytes * SECOND_NS / rates.memory)
 
 
 def of_machine(gib: float) -> int:

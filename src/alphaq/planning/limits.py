@@ -17,7 +17,7 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.settings import PlanConfig, Rule
 from alphaq.planning.costs import costs_of
-from alphaq.planning.reading import reads_of, too_slow
+from alphaq.planning.reading import times_of, too_slow
 from alphaq.planning.request import Request
 from alphaq.planning.scope import Scope, names_nothing
 from alphaq.sensitivity.base import Evidence
@@ -27,13 +27,13 @@ def problem_of(scope: Scope, evidence: Evidence | None = None) -> Problem:
     """What the budget allows, from shapes alone, and from `evidence` where a bound needs measured errors.
 
     Raises TooSmallError if it is infeasible, BudgetError if a bound names nothing, a unit is left without a choice, or
-    none is read fast enough.
+    none is fast enough.
     """
     problem, stated = open_problem(scope, evidence)
     check_feasible(problem, scope.request, stated, scope.matrices)
-    reads = problem.reads
-    if reads is not None and (least := int(problem.unit_reads.min(axis=1).sum())) > reads.limit:
-        raise too_slow(reads, least, scope.request.config.bandwidth or 0)
+    times, rates = problem.times, scope.request.config.bandwidth
+    if times is not None and rates is not None and (least := int(problem.unit_times.min(axis=1).sum())) > times.limit:
+        raise too_slow(times, least, rates)
     return problem
 
 
@@ -49,9 +49,9 @@ def open_problem(scope: Scope, evidence: Evidence | None) -> tuple[Problem, Call
     if evidence is not None:
         allowed &= _clear(scope, evidence)
     costs = costs_of(scope, evidence)
-    reads = reads_of(scope, evidence)
+    times = times_of(scope, evidence)
     problem = Problem(
-        units.names, units.owner, request.choices, costs.table, allowed, costs.limit, units.layers, request.rungs, reads
+        units.names, units.owner, request.choices, costs.table, allowed, costs.limit, units.layers, request.rungs, times
     )
     return problem, costs.stated
 

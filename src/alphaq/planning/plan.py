@@ -124,15 +124,13 @@ def _prediction(scope: Scope, measurements: Measurements, answer: Answer) -> Pre
     return nats.prediction(fisher, known | outside, scope.checkpoint.matrices, measurements.dropped)
 
 
-def _bytes(scope: Scope, evidence: Evidence, answer: Answer) -> dict[str, int]:
-    """Bytes of all weight files, and those that a token reads where they are not coded."""
+def _bytes(scope: Scope, evidence: Evidence, answer: Answer) -> dict[str, object]:
+    """Bytes of all weight files, and what a token reads where they are not coded."""
     if evidence.coded is not None:
         return {"size_bytes": evidence.rest_bytes + int(coded_table(evidence)[_picked(scope, answer)].sum())}
     layout = scope.layout(answer.choices)
-    return {
-        "size_bytes": layout.size_bytes,
-        "read_bytes": Reading.of(scope.checkpoint, known_uses(scope, evidence)).total(layout),
-    }
+    reads = Reading.of(scope.checkpoint, known_uses(scope, evidence)).reads(layout)
+    return {"size_bytes": layout.size_bytes, "read_bytes": reads.total, "reads": reads}
 
 
 def _against_bound(

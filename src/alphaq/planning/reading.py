@@ -1,10 +1,12 @@
-"""Bytes of weights that a token reads: what decides how fast a model writes where memory is slower than arithmetic.
+"""Bytes of weights that a token reads, and how long that takes: what decides how fast a model writes.
 
 A token reads every weight of attention, shared experts, routers and the head, those experts that its router chooses,
 and one row of the embedding, which counts as nothing unless the head is tied to it. Nothing of what images and sound go
 through is read for text:
 
-    tokens per second = bandwidth ÷ Σ share·bytes,   share = chosen ÷ experts, or what the routing prior expects.
+    seconds per token = Σ share·bytes ÷ rate + layers·c + d,   share = chosen ÷ experts, or what the prior expects,
+
+with the rate of the format that a matrix is stored in (`nouns.rates`).
 """
 
 from __future__ import annotations
@@ -16,31 +18,41 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alphaq.allocation.problem import Reads
+from alphaq.allocation.problem import Times
 from alphaq.calibration.traffic import Expert, ExpertUse
 from alphaq.checkpoint.families.architecture import NUMBERED_LAYER
 from alphaq.checkpoint.families.prefixes import language_prefix
 from alphaq.checkpoint.families.routing import experts_in, experts_per_token
 from alphaq.checkpoint.families.wrappers import OTHER_PARTS
 from alphaq.checkpoint.reader import Checkpoint
-from alphaq.engines.export import Layout
+from alphaq.engines.export import Entry, Layout
 from alphaq.errors import BudgetError
+from alphaq.formats.kept import KEPT
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
+from alphaq.nouns.plan import Reads
+from alphaq.nouns.rates import SECOND_NS, Rates
 from alphaq.planning.costs import data_table
 from alphaq.planning.scope import Scope
 from alphaq.sensitivity.base import Evidence
 
+KEPT_NAME = str(KEPT)
 _LOOKED_UP = re.compile(r"(?:.*\.)?(?:embed_tokens_per_layer|per_layer_token_embd|nextn\.embed_tokens)\.weight")
 """Tables of which a token reads a row, and that no head is tied to."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Which share of each matrix or tensor a token reads. matrices: by name; tensors: those that matrices lie in."""
+    """Which share of each matrix or tensor a token reads. matrices: by name; tensors: those that matrices lie in.
+
+    layers: how many it goes through. held: types of the tensors of a GGUF file that the model
+    comes from.
+    """
 
     matrices: Mapping[str, float]
     tensors: Mapping[str, float]
+    layers: int
+    held: Mapping[str, str]
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, prior: Mapping[Expert, ExpertUse] | None = None) -> Reading:
@@ -64,21 +76,37 @@ class Reading:
             matrix.tensor: usual.get(matrix.layer or 0, 1.0) if matrix.index is not None else matrices[matrix.name]
             for matrix in checkpoint.matrices
         }
-        return cls(matrices, dict.fromkeys(_unread(checkpoint), 0.0) | tensors)
+        unread = dict.fromkeys(_unread(checkpoint), 0.0)
+        return cls(matrices, unread | tensors, architecture.layers(config), _held(checkpoint))
 
     def share(self, source: MatrixRef | str) -> float:
         """Of what an entry of a layout holds."""
         return self.tensors.get(source, 1.0) if isinstance(source, str) else self.matrices[source.name]
 
-    def total(self, layout: Layout, without: frozenset[str] = frozenset()) -> int:
-        """Bytes of weights in files that a token reads, rounded up. without: names of matrices that do not count."""
-        read: dict[MatrixRef | str, float] = {}
+    def reads(self, layout: Layout, without: frozenset[str] = frozenset()) -> Reads:
+        """What a token reads of files, rounded up. without: names of matrices that do not count."""
+        read: dict[MatrixRef | str, tuple[float, str]] = {}
         for entry in layout.entries:  # a tied embedding is written twice where llama.cpp insists, and read once
             name = entry.source if isinstance(entry.source, str) else entry.source.name
             if name not in without:
-                nbytes = sum(place.nbytes for place in entry.places)
-                read[entry.source] = max(read.get(entry.source, 0.0), nbytes * self.share(entry.source))
-        return math.ceil(math.fsum(read.values()))
+                nbytes = sum(place.nbytes for place in entry.places) * self.share(entry.source)
+                read[entry.source] = max(read.get(entry.source, (0.0, "")), (nbytes, self._stored_as(entry)))
+        by_choice: dict[str, list[float]] = {}
+        for nbytes, choice in read.values():
+            by_choice.setdefault(choice, []).append(nbytes)
+        sums = {choice: math.ceil(math.fsum(by_choice[choice])) for choice in sorted(by_choice)}
+        return Reads(by_choice={choice: nbytes for choice, nbytes in sums.items() if nbytes}, layers=self.layers)
+
+    def _stored_as(self, entry: Entry) -> str:
+        """The choice as which an entry is read: what is copied stays what it is in a GGUF file."""
+        if entry.form.raw and isinstance(entry.source, str):
+            return self.held.get(entry.source, KEPT_NAME)
+        return KEPT_NAME if entry.choice is None else str(entry.choice)
+
+
+def _held(checkpoint: Checkpoint) -> dict[str, str]:
+    """Types of a GGUF file's tensors, which may be copied."""
+    return {} if checkpoint.gguf is None else {name: checkpoint.gguf_tensor(name).type for name in checkpoint.shard_of}
 
 
 def _unread(checkpoint: Checkpoint) -> Iterator[str]:
@@ -101,28 +129,27 @@ def known_uses(scope: Scope, evidence: Evidence | None) -> Mapping[Expert, Exper
     return None if evidence is None or "prior" not in scope.request.method.needs else evidence.prior
 
 
-def reads_of(scope: Scope, evidence: Evidence | None) -> Reads | None:
-    """What each matrix adds to the bytes that a token reads, and what is left for them; None without --min-speed.
-
-    Raises BudgetError if even the narrowest choices are read too slowly.
-    """
+def times_of(scope: Scope, evidence: Evidence | None) -> Times | None:
+    """Nanoseconds that each matrix adds to a token's, and what is left for them; None without --min-speed."""
     config = scope.request.config
-    if config.read_limit is None:
+    if config.token_limit_ns is None or config.bandwidth is None:
         return None
     reading = Reading.of(scope.checkpoint, known_uses(scope, evidence))
     shares = np.array([reading.matrices[matrix.name] for matrix in scope.matrices])
-    table = np.ceil(data_table(scope, None) * shares[:, None]).astype(np.int64)
+    ns_per_byte = np.array([SECOND_NS / config.bandwidth.of(str(choice)) for choice in scope.request.choices])
+    table = np.ceil(np.ceil(data_table(scope, None) * shares[:, None]) * ns_per_byte).astype(np.int64)
     kept = {**scope.fixed, **{matrix.name: Choice(16) for matrix in scope.matrices}}
     layout = scope.request.profile.writer.layout(scope.checkpoint, kept)
-    rest = reading.total(layout, frozenset(matrix.name for matrix in scope.matrices))
-    return Reads(table, config.read_limit - rest, rest)
+    rest = reading.reads(layout, frozenset(matrix.name for matrix in scope.matrices))
+    rest_ns = config.bandwidth.token_time_ns(rest.by_choice, rest.layers)
+    return Times(table, config.token_limit_ns - rest_ns, rest_ns)
 
 
-def too_slow(reads: Reads, least: int, bandwidth: int) -> BudgetError:
-    """The error of a speed that no choices reach. least: bytes that the narrowest read of what is planned."""
-    fastest = bandwidth / (reads.rest + least)
+def too_slow(times: Times, least: int, rates: Rates) -> BudgetError:
+    """The error of a speed that no choices reach. least: nanoseconds that what is planned takes at its fastest."""
+    fastest = SECOND_NS / (times.rest + least)
     return BudgetError(
-        f"--min-speed cannot be reached: at {bandwidth / 1e9:.4g} GB/s even the narrowest choices give "
-        f"{math.floor(100 * fastest) / 100:g} tokens per second, {reads.rest + least:,} bytes read for each. Lower "
-        "it, allow narrower --choices, or give fewer bits to what every token reads (--head-bits, --attention-bits)."
+        f"--min-speed cannot be reached: at {rates.words} even the fastest choices give "
+        f"{math.floor(100 * fastest) / 100:g} tokens per second. Lower it, allow other --choices, or give fewer bits "
+        "to what every token reads (--head-bits, --attention-bits)."
     )

@@ -95,7 +95,7 @@ def draft(request: Request, measurements: Measurements, evidence: Evidence, answ
     resolved = config.model_copy(update={"gamma": resolved_gamma(evidence)} if config.method == "alphaq" else {})
     bounded = np.isfinite(solution.lower_bound)
     single = (
-        not config.per_layer and problem.reads is None and request.method.kind == "loss"
+        not config.per_layer and problem.times is None and request.method.kind == "loss"
     )  # one price for all: the budget is the only limit
     deviations, spectra, weights = measurements.deviations, measurements.spectra, measurements.evidence.weights
     known = measurements.evidence.relative_errors if measurements.plain is None else measurements.plain

@@ -110,7 +110,7 @@ def _words(record: BaseModel, usual: dict[str, object]) -> list[str]:
     settings = settings_of(type(record))
     for name in type(record).model_fields:
         value = getattr(record, name)
-        if isinstance(value, BaseModel):
+        if isinstance(value, BaseModel) and name not in settings:  # others are typed as one text
             words += _words(value, {})
         elif value != settings[name].default and (name not in usual or value != usual[name]):
             words += settings[name].words(value)

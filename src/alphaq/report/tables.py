@@ -13,6 +13,7 @@ from rich.text import Text
 from alphaq.formats.table import parse_choice
 from alphaq.nouns.fidelity import Fidelity
 from alphaq.nouns.plan import MOST_PREDICTABLE, Dropping, Plan, PlanCheck, Prediction, Refinement
+from alphaq.nouns.rates import SECOND_NS
 from alphaq.nouns.serving import Memory, Placement
 from alphaq.nouns.skipping import SkipCurve
 
@@ -90,14 +91,13 @@ def _placed_words(card: Placement) -> str:
 
 
 def speed_words(plan: Plan) -> str:
-    """What a token reads, and how fast that is where the memory's rate is known."""
-    read_bytes, bandwidth = plan.read_bytes or 0, None if plan.config is None else plan.config.bandwidth
-    if bandwidth is None:
-        return f"{human_bytes(read_bytes)} of weights"
-    return (
-        f"{human_bytes(read_bytes)} of weights: {bandwidth / max(read_bytes, 1):.3g} tokens per second at "
-        f"{bandwidth / 1e9:.4g} GB/s"
-    )
+    """What a token reads, and how fast that is where it is known how fast formats are read."""
+    assert plan.reads is not None  # the caller knows
+    read, rates = human_bytes(plan.reads.total), None if plan.config is None else plan.config.bandwidth
+    if rates is None:
+        return f"{read} of weights"
+    taken = rates.token_time_ns(plan.reads.by_choice, plan.reads.layers)
+    return f"{read} of weights: {SECOND_NS / taken:.3g} tokens per second at {rates.among(plan.reads.by_choice).words}"
 
 
 def plan_table(plan: Plan) -> Table:
@@ -114,7 +114,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("made for", memory_words(plan.memory))
     if plan.config is not None and plan.config.share is not None:
         table.add_row("read of the matrices", f"rows of {100 * plan.config.share:.6g} % of their bytes")
-    if plan.read_bytes is not None:
+    if plan.reads is not None:
         table.add_row("a token reads", speed_words(plan))
     table.add_row("expected loss (objective)", f"{plan.objective:.6g}")
     if plan.prediction is not None:

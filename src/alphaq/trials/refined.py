@@ -11,7 +11,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.profiles import profile
 from alphaq.formats.table import code_bits
 from alphaq.nouns.choice import Choice
-from alphaq.nouns.plan import Plan, Prediction, Refinement
+from alphaq.nouns.plan import Plan, Prediction, Reads, Refinement
 from alphaq.planning.kept import kept_shares
 from alphaq.planning.reading import Reading
 from alphaq.trials.bench import Bench
@@ -39,6 +39,7 @@ def described(checkpoint: Checkpoint, plan: Plan, bench: Bench, columns: np.ndar
     stored = {name: profile(plan.engine).storage_bytes(choices[name], planned[name].shape) for name in sizes}
     total = sum(sizes.values())
     bits = {name: code_bits(choice) for name, choice in choices.items()}
+    reads = _reads(checkpoint, plan, choices)
     return plan.model_copy(
         update={
             "choices": {name: str(choice) for name, choice in choices.items()},
@@ -47,7 +48,8 @@ def described(checkpoint: Checkpoint, plan: Plan, bench: Bench, columns: np.ndar
             "average_bits": sum(bits[name] * count for name, count in sizes.items()) / total,
             "bits_per_weight": 8 * sum(stored.values()) / total,
             "size_bytes": size_of(checkpoint, plan, choices),
-            "read_bytes": _read_bytes(checkpoint, plan, choices),
+            "read_bytes": None if reads is None else reads.total,
+            "reads": reads,
             "budget_slack": None
             if plan.budget_slack is None
             else plan.budget_slack + units.cost(first) - units.cost(columns),
@@ -65,15 +67,18 @@ def described(checkpoint: Checkpoint, plan: Plan, bench: Bench, columns: np.ndar
     )
 
 
-def _read_bytes(checkpoint: Checkpoint, plan: Plan, choices: Mapping[str, Choice]) -> int | None:
-    """Bytes of weights that a token reads at other choices: those of the given plan, and what the change comes to."""
-    if plan.read_bytes is None:
+def _reads(checkpoint: Checkpoint, plan: Plan, choices: Mapping[str, Choice]) -> Reads | None:
+    """What a token reads at other choices: as the given plan says, and what the change comes to."""
+    if plan.reads is None:
         return None
     writer, reading = profile(plan.engine).writer, Reading.of(checkpoint)
     before, after = (
-        reading.total(writer.laid_out(checkpoint, one, plan.split_bytes)) for one in (plan.every_choice(), choices)
+        reading.reads(writer.laid_out(checkpoint, one, plan.split_bytes)).by_choice
+        for one in (plan.every_choice(), choices)
     )
-    return plan.read_bytes + after - before
+    given = plan.reads.by_choice
+    changed = {one: given.get(one, 0) + after.get(one, 0) - before.get(one, 0) for one in sorted({*given, *after})}
+    return Reads(by_choice={one: nbytes for one, nbytes in changed.items() if nbytes > 0}, layers=plan.reads.layers)
 
 
 def _prediction(known: Prediction | None, added: float) -> Prediction | None:
