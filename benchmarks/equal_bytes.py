@@ -8,6 +8,8 @@ attention, embedding and all else share them. Trellis codes beside the usual cho
 
     --way "usual=" --way "trellis=--choices trellis,5,6,8"
 
+A way whose options say `--bits {bits}` gets that budget instead, for experts alone.
+
 Each cell is kept in the scratch folder as soon as it is measured: the same call goes on where a killed one was.
 """
 
@@ -54,7 +56,8 @@ def cell(model: Path, size: int, way: Way, judge: Judge) -> dict[str, Any]:
     if not kept.is_file():
         out = judge.scratch / f"{kept.stem}.out"
         shutil.rmtree(out, ignore_errors=True)
-        made = alphaq("quantize", model, "-o", out, "--size", str(size), *way.options, "--quiet")
+        budget = () if "--bits" in way.options else ("--size", str(size))
+        made = alphaq("quantize", model, "-o", out, *budget, *way.options, "--quiet")
         texts = [word for text in judge.texts for word in ("--text", text)]
         found = alphaq("eval", out, "--reference", model, *texts, "--max-tokens", str(judge.max_tokens), "--quiet")
         shutil.rmtree(out)
@@ -66,7 +69,8 @@ def cells(model: Path, ways: list[Way], bits: str, judge: Judge) -> Iterator[dic
     """All ways at one budget."""
     size = int(float(bits) * alphaq("inspect", model)["parameters"] / 8)
     first: dict[str, Any] = {}
-    for way in ways:
+    for given in ways:
+        way = Way(given.name, tuple(word.format(bits=bits) for word in given.options))
         found = cell(model, size, way, judge)
         first = first or found
         ratio = round(found["kl"] / first["kl"], 3)
