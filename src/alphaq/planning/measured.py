@@ -116,19 +116,20 @@ class Measurements:
         if request.choices == evidence.choices:
             return self
         columns = [evidence.choices.index(choice) for choice in request.choices]
+        # By take, in the order of one row after the other, as measured: by the order in memory sums round.
         return replace(
             self,
             measured=request.offered,
             evidence=replace(
                 evidence,
                 choices=request.choices,
-                errors=evidence.errors[:, columns],
-                plain=None if evidence.plain is None else evidence.plain[:, columns],
-                coded=None if evidence.coded is None else evidence.coded[:, columns],
+                errors=evidence.errors.take(columns, axis=1),
+                plain=None if evidence.plain is None else evidence.plain.take(columns, axis=1),
+                coded=None if evidence.coded is None else evidence.coded.take(columns, axis=1),
             ),
-            deviations=None if self.deviations is None else self.deviations[:, columns],
+            deviations=None if self.deviations is None else self.deviations.take(columns, axis=1),
             joined={name: relative[columns] for name, relative in self.joined.items()},
             joined_deviations={name: relative[columns] for name, relative in self.joined_deviations.items()},
-            plain=None if self.plain is None else self.plain[:, columns],
+            plain=None if self.plain is None else self.plain.take(columns, axis=1),
             joined_plain={name: relative[columns] for name, relative in self.joined_plain.items()},
         )

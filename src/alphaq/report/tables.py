@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # else a table would load torch
     from alphaq.planning.outline import Outline
     from alphaq.sensitivity.base import Method
 
+BETTER_BELOW = 4.0  # bits of codes; above, the usual choices are as good
+
 
 def human_bytes(count: float) -> str:
     """A size as people read it: 9.54 MiB."""
@@ -104,6 +106,7 @@ def plan_table(plan: Plan) -> Table:
     """A plan in all three units, and its histogram."""
     from alphaq.engines.profiles import profile
 
+    engine = profile(plan.engine)
     table = plain_table(f"Plan for {plan.engine}: {len(plan.assignment):,} matrices", "", "")
     table.add_row("average bits per weight (codes)", f"{plan.average_bits:.4f}")
     if plan.bits_per_weight is not None:
@@ -121,7 +124,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("predicted KL, nats per token", predicted_words(plan.prediction))
     if plan.unpredicted is not None:
         table.add_row("predicted KL", f"none, losses are those of the signal: {plan.unpredicted}")
-    if plan.config is not None and profile(plan.engine).importance is not None:
+    if plan.config is not None and engine.importance is not None:
         table.add_row("importance matrix", plan.imatrix or "none: all columns count alike")
     if plan.lower_bound is not None:
         table.add_row("proven gap to the best plan", "0" if plan.gap < 1e-9 else f"{100 * plan.gap:.2g} %")
@@ -132,6 +135,8 @@ def plan_table(plan: Plan) -> Table:
             "loss against the Gaussian bound at these bytes",
             f"{against.times_bound:.2f} × ({rounding:.2f} × by rounding, {steps:.3f} × by steps between widths)",
         )
+    if engine.better and plan.average_bits < BETTER_BELOW and plan.config is not None and plan.config.choices is None:
+        table.add_row("better in as many bytes", engine.better)
     if plan.sampling_error:
         table.add_row("standard error of the errors (sampled)", f"at most {100 * plan.sampling_error:.2g} %")
     if plan.check is not None:
