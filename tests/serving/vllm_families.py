@@ -30,7 +30,6 @@ GEMMA = FAMILIES["gemma4_text"] | dict(moe_intermediate_size=64, num_experts=8, 
 # matter.
 RUN: dict[str, dict[str, Any]] = {
     "afmoe": dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"], sliding_window=6),
-    "cohere2_moe": dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"], sliding_window=6),
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
     "dots1": {},
