@@ -30,6 +30,7 @@ GEMMA = FAMILIES["gemma4_text"] | dict(moe_intermediate_size=64, num_experts=8, 
 # matter.
 RUN: dict[str, dict[str, Any]] = {
     "afmoe": dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"], sliding_window=6),
+    "axk1": LATENT,
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
     "dots1": {},
@@ -38,6 +39,7 @@ RUN: dict[str, dict[str, Any]] = {
     "flex_olmo": {},
     "gemma4_text": GEMMA,
     "glm4_moe": dict(head_dim=32),
+    "glm4_moe_lite": LATENT,
     "granitemoe": {},
     "granitemoeshared": dict(shared_intermediate_size=64),
     "hunyuan_v1_moe": {},
