@@ -135,7 +135,8 @@ def plan_table(plan: Plan) -> Table:
             "loss against the Gaussian bound at these bytes",
             f"{against.times_bound:.2f} × ({rounding:.2f} × by rounding, {steps:.3f} × by steps between widths)",
         )
-    if engine.better and plan.average_bits < BETTER_BELOW and plan.config is not None and plan.config.choices is None:
+    usual = plan.config is not None and plan.config.choices is None
+    if engine.better and usual and (plan.average_bits or BETTER_BELOW) < BETTER_BELOW:
         table.add_row("better in as many bytes", engine.better)
     if plan.sampling_error:
         table.add_row("standard error of the errors (sampled)", f"at most {100 * plan.sampling_error:.2g} %")
