@@ -158,6 +158,9 @@ def test_config_gives_every_module_its_choice(save_family: Callable[..., Path], 
     for module, matrix in modules.items():
         expected = plan.choice(matrix.name) if matrix.name in plan.choices else Choice(16)
         assert found(module) == expected, module
+        if ".experts.0." in module:  # SGLang asks for all three by these names, also where they are w1, w2 and w3
+            block = module.rpartition(".")[0]
+            assert {found(f"{block}.{leaf}") for leaf in ("gate_proj", "up_proj", "down_proj")} == {expected}
     assert found("model.layers.1.self_attn.o_proj") == Choice(8, 32, symmetric=True)
     if "model.layers.1.self_attn.k_proj" in modules:
         assert found("model.layers.1.self_attn.qkv_proj") == Choice(8, 32, symmetric=True)

@@ -55,6 +55,8 @@ FUSED = {
     "kv_a_proj_with_mqa": "fused_qkv_a_proj",
 }
 """What vLLM makes one module of."""
+ASKED = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+"""SGLang 0.5 asks for the choice of experts by these names, whatever a family's tensors are called."""
 
 
 def tensors(choice: Choice, shape: Shape, dtype: str) -> dict[str, TensorSpec]:
@@ -71,6 +73,12 @@ def _fused(module: str) -> str | None:
     """The module that vLLM merges another into."""
     before, _, leaf = module.rpartition(".")
     return f"{before}.{FUSED[leaf]}" if leaf in FUSED else None
+
+
+def _asked(expert: str) -> str:
+    """The name by which SGLang asks for an expert's matrix."""
+    before, _, leaf = expert.rpartition(".")
+    return f"{before}.{ASKED.get(leaf, leaf)}"
 
 
 def _called(checkpoint: Checkpoint, matrix: MatrixRef) -> str:
@@ -90,9 +98,10 @@ def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -
     """What config.json says of the weights: a group for each choice of experts, and for each of other modules.
 
     transformers applies the first group that speaks of experts to all of them, so theirs come first. vLLM reads a
-    group's `format`, SGLang the global one. Merged modules are named too: not every model says what it merges.
+    group's `format`, SGLang the global one too. Merged modules are named: not every model says what it merges.
     """
     known = linear_choices(checkpoint, choices, _called)
+    known |= {_asked(module): choice for module, choice in known.items() if ".experts." in module}
     alike: dict[tuple[bool, Choice], list[str]] = {}
     for module, choice in known.items():
         routed = ".experts." in module
