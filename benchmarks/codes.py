@@ -6,12 +6,14 @@ A code that stores b bits for each weight, its scales included, and leaves the p
 b + ½·log₂ e bits from the limit for Gaussian weights of one variance: less is better, and a code may go below zero
 where weights are no such thing. Besides those that AlphaQ writes, three that it does not:
 
-- `binary`: Σ αₖ·bₖ with bₖ of ±1 and fp16 αₖ for each group of 128, found in turns (ShiftAddLLM and others).
+- `binary`: Σ αₖ·bₖ with bₖ of ±1 and fp16 αₖ for each group of 128 (or the largest power of two that divides a row),
+  found in turns (ShiftAddLLM and others).
 - `E8`: the 65,536 (one bit: 256) shortest points of the lattice E8 for each eight weights, one scale for each row;
   three and four bits code what two left once more (QuIP#).
 - `shared basis`: each layer's projection turned to the axes of all its experts together, which are stored in 8 bits,
   and bits given to axes as is best for their energies (BitsMoE). Its axes' coefficients are coded as well as trellis
-  codes code Gaussian weights, which flatters it: any width for each axis is taken to be had at no cost.
+  codes code Gaussian weights, which flatters it: any width for each axis is taken to be had at no cost. No figure where
+  the axes would take more than half of the bits, as those of a dense model do.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ def binary(planes: int) -> Callable[[torch.Tensor], Measured]:
     patterns = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=planes)))
 
     def measure(weight: torch.Tensor) -> Measured:
-        groups = weight[:, : weight.shape[1] // GROUP * GROUP].reshape(-1, GROUP)
+        group = math.gcd(GROUP, weight.shape[1])
+        groups = weight.reshape(-1, group)
         rest, signs = groups.clone(), []
         for _ in range(planes):
             signs.append(rest.sign() + (rest == 0))
@@ -79,7 +82,7 @@ def binary(planes: int) -> Callable[[torch.Tensor], Measured]:
             nearest = (groups[:, :, None] - levels[:, None, :]).abs().argmin(2)
             chosen = patterns[nearest]
         restored = (chosen * factors[:, None, :]).sum(2)
-        return planes + 16 * planes / GROUP, left(groups, restored)
+        return planes + 16 * planes / group, left(groups, restored)
 
     return measure
 
@@ -113,15 +116,17 @@ def eights(counts: Sequence[int]) -> Callable[[torch.Tensor], Measured]:
 
     def measure(weight: torch.Tensor) -> Measured:
         columns = weight.shape[1] // 8 * 8
-        unit = (weight / weight.pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-30))[:, :columns].reshape(-1, 8)
-        octets = unit[:: max(1, unit.shape[0] // SAMPLED)]
+        sizes = weight.pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-30)
+        octets = (weight / sizes)[:, :columns].reshape(-1, 8)
+        drawn = torch.randperm(len(octets), generator=torch.Generator().manual_seed(0))[:SAMPLED]
+        octets, sizes = octets[drawn], sizes.repeat_interleave(columns // 8, 0)[drawn]
         rest = octets
         for count in counts:
             points = shortest(count)
             spread = rest.pow(2).mean().sqrt() / points.pow(2).mean().sqrt()
             rest = min((_after(rest, points, float(scale * spread)) for scale in SCALES), key=_energy)
         bits = sum(math.log2(count) for count in counts) / 8 + 16 / columns
-        return bits, float(_energy(rest) / _energy(octets))
+        return bits, _energy(rest * sizes) / _energy(octets * sizes)
 
     return measure
 
@@ -134,22 +139,24 @@ def _energy(values: torch.Tensor) -> float:
     return float(values.pow(2).sum())
 
 
-def shared_basis(stack: torch.Tensor, bits: float, above: float) -> Measured:
+def shared_basis(stack: torch.Tensor, bits: float, above: float) -> Measured | None:
     """All experts of a layer's projection, [experts, rows, columns], at so many bits, its axes' included.
 
-    above: how many bits the code of coefficients is from the limit. The better one of both sides' axes is taken.
+    above: how many bits the code of coefficients is from the limit. The better one of both sides' axes is taken; None
+    where both would take more than half of the bits.
     """
     experts, rows, columns = stack.shape
-    best = 1.0
+    found = []
     for side, other in ((columns, rows), (rows, columns)):
-        flat_stack = (stack if side == columns else stack.mT).reshape(-1, side).double()
-        energies = torch.linalg.eigvalsh(flat_stack.T @ flat_stack).clamp_min(0).numpy()
         overhead = 8 * side / (experts * other)
-        best = min(best, _by_water(energies, bits - above - overhead))
-    return bits, best
+        if overhead < bits / 2:
+            flat_stack = (stack if side == columns else stack.mT).reshape(-1, side).double()
+            energies = torch.linalg.eigvalsh(flat_stack.T @ flat_stack).clamp_min(0).numpy()
+            found.append(by_water(energies, bits - above - overhead))
+    return (bits, min(found)) if found else None
 
 
-def _by_water(energies: np.ndarray, bits: float) -> float:
+def by_water(energies: np.ndarray, bits: float) -> float:
     """Part of the energy that is left where so many bits, in the mean, go to the axes that need them."""
     if bits <= 0:
         return 1.0
@@ -176,7 +183,7 @@ CODES: dict[int, dict[str, Callable[[torch.Tensor], Measured]]] = {
 def distance(found: Measured) -> float:
     """Bits for each weight from the limit."""
     bits, part = found
-    return bits + math.log2(part) / 2
+    return bits + math.log2(max(part, 1e-30)) / 2
 
 
 def stacks(checkpoint: Checkpoint) -> Iterator[list[MatrixRef]]:
@@ -187,19 +194,23 @@ def stacks(checkpoint: Checkpoint) -> Iterator[list[MatrixRef]]:
     return iter(places.values())
 
 
-def measured(model: Path, bits: int, count: int) -> dict[str, Any]:
-    """Mean distance of each code over some of a model's matrices, evenly drawn, and their places."""
+def measured(model: Path, bits: int, count: int, above: float) -> dict[str, Any]:
+    """Mean distance of each code over some of a model's matrices, evenly drawn over layers and projections.
+
+    above: how far trellis codes are from the limit for Gaussian weights.
+    """
     checkpoint = open_checkpoint(model)
     groups = list(stacks(checkpoint))
-    drawn = groups[:: -(-len(groups) // count)]
     found: dict[str, list[float]] = {}
-    for group in drawn:
+    for group in groups[:: -(-len(groups) // count)]:
         weight = checkpoint.read(group[len(group) // 2]).float()
+        if not weight.any():
+            continue
         for name, code in CODES[bits].items():
             found.setdefault(name, []).append(distance(code(weight)))
-        stack = torch.stack([checkpoint.read(matrix).float() for matrix in group])
-        above = GAUSSIAN[bits]
-        found.setdefault("shared basis", []).append(distance(shared_basis(stack, bits, above)))
+        shared = shared_basis(torch.stack([checkpoint.read(matrix).float() for matrix in group]), bits, above)
+        if shared is not None:
+            found.setdefault("shared basis", []).append(distance(shared))
     return {"model": model.name, "bits": bits, **{name: round(fmean(values), 3) for name, values in found.items()}}
 
 
@@ -208,9 +219,6 @@ def gaussian(bits: int) -> dict[str, Any]:
     weight = torch.randn((256, 1024), generator=torch.Generator().manual_seed(0))
     found = {name: distance(code(weight)) for name, code in CODES[bits].items()}
     return {"model": "Gaussian", "bits": bits, **{name: round(value, 3) for name, value in found.items()}}
-
-
-GAUSSIAN: dict[int, float] = {}
 
 
 def main() -> None:
@@ -223,8 +231,8 @@ def main() -> None:
     rows = []
     for bits in given.bits:
         rows.append(gaussian(bits))
-        GAUSSIAN[bits] = rows[-1]["trellis"]
-        rows += [measured(model, bits, given.matrices) for model in given.models]
+        above, count = rows[-1]["trellis"], 2 if given.quick else given.matrices
+        rows += [measured(model, bits, count, above) for model in given.models]
     names = list(dict.fromkeys(name for row in rows for name in row if name not in ("model", "bits")))
     table = [[f"{row['model']}, {row['bits']}", *(row.get(name, "–") for name in names)] for row in rows]
     save("codes", TITLE, rows, markdown_table(["model, bits", *names], table), given.quick)

@@ -8,9 +8,11 @@ attention, embedding and all else share them. Trellis codes beside the usual cho
 
     --way "usual=" --way "trellis=--choices trellis,5,6,8"
 
-A way whose options say `--bits {bits}` gets that budget instead, for experts alone.
+A way whose options say `--bits {bits}` gets that budget instead, for experts alone. Files that differ by more than one
+part in a hundred are refused.
 
-Each cell is kept in the scratch folder as soon as it is measured: the same call goes on where a killed one was.
+Each cell is kept in the scratch folder as soon as it is measured: the same call goes on where a killed one was, unless
+AlphaQ's version, the model or a text is another.
 """
 
 from __future__ import annotations
@@ -22,14 +24,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from common import SCRATCH, markdown_table, parser, results_folder, save
 
+from alphaq.checkpoint.reader import open_checkpoint
 from runtime import alphaq
 
 TITLE = "Ways to quantize, at equal bytes"
+LIKE = 0.01  # part by which sizes of one line may differ
 
 
 @dataclass(frozen=True)
@@ -49,62 +54,75 @@ class Judge:
     scratch: Path
 
 
+def digest(*told: object) -> str:
+    """Short name of what something depends on."""
+    return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:16]
+
+
 def cell(model: Path, size: int, way: Way, judge: Judge) -> dict[str, Any]:
     """Stored bytes and KL of one file, as measured now or by an earlier call."""
-    told = [str(model.resolve()), size, way.options, list(map(str, judge.texts)), judge.max_tokens]
-    kept = judge.scratch / f"{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}.json"
+    contents = (
+        version("alphaq"),
+        open_checkpoint(model).fingerprint,
+        [text.read_bytes().hex() for text in judge.texts],
+    )
+    name = digest(*contents, size, way.options, judge.max_tokens)
+    kept = judge.scratch / f"{name}.json"
     if not kept.is_file():
-        out = judge.scratch / f"{kept.stem}.out"
+        out = judge.scratch / f"{name}.out"
         shutil.rmtree(out, ignore_errors=True)
         budget = () if "--bits" in way.options else ("--size", str(size))
         made = alphaq("quantize", model, "-o", out, *budget, *way.options, "--quiet")
         texts = [word for text in judge.texts for word in ("--text", text)]
         found = alphaq("eval", out, "--reference", model, *texts, "--max-tokens", str(judge.max_tokens), "--quiet")
         shutil.rmtree(out)
-        kept.write_text(json.dumps({"size_bytes": made["size_bytes"], "kl": found["mean_kl"]}), encoding="utf-8")
+        row = {"size_bytes": made["size_bytes"], "kl": found["mean_kl"], "date": date.today().isoformat()}
+        kept.write_text(json.dumps(row), encoding="utf-8")
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
 def cells(model: Path, ways: list[Way], bits: str, judge: Judge) -> Iterator[dict[str, Any]]:
-    """All ways at one budget."""
+    """All ways at one budget, each beside the first."""
     size = int(float(bits) * alphaq("inspect", model)["parameters"] / 8)
     first: dict[str, Any] = {}
     for given in ways:
-        way = Way(given.name, tuple(word.format(bits=bits) for word in given.options))
+        way = Way(given.name, tuple(word.replace("{bits}", bits) for word in given.options))
         found = cell(model, size, way, judge)
         first = first or found
-        ratio = round(found["kl"] / first["kl"], 3)
-        row = {"model": model.name, "bits": bits, "way": way.name, **found, "ratio": ratio}
+        if abs(found["size_bytes"] / first["size_bytes"] - 1) > LIKE:
+            raise SystemExit(f"{way.name} has {found['size_bytes']:,} bytes, {ways[0].name} {first['size_bytes']:,}.")
+        row = {"model": model.name, "bits": bits, "way": way.name, "beside": ways[0].name, **found}
+        row["ratio"] = round(found["kl"] / first["kl"], 3)
         sys.stderr.write(f"{row}\n")
         yield {
             **row,
-            "options": " ".join(way.options),
+            "options": " ".join(word.rpartition("/")[2] for word in way.options),
+            "texts": digest([text.read_bytes().hex() for text in judge.texts]),
             "tokens": len(judge.texts) * judge.max_tokens,
-            "date": date.today().isoformat(),
         }
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    """KL and, in brackets, what part it is of the first way's; a line for each model and size."""
-    names = list(dict.fromkeys(row["way"] for row in rows))
+    """KL of each way and, in brackets, what part it is of that of the way beside it; a line for each model and size."""
+    heads: dict[str, str] = {}
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
+        alone = row["way"] == row["beside"]
+        heads[row["way"]] = f"`{row['way']}`" if alone else f"`{row['way']}` (part of `{row['beside']}`)"
         line = lines.setdefault((row["model"], row["bits"]), {})
-        line[row["way"]] = f"{row['kl']:.4f} ({row['ratio']:.2f})"
-    header = ["model, bits", *(f"`{name}`" for name in names)]
-    return markdown_table(
-        header,
-        [[f"{model}, {bits}", *(line.get(name, "–") for name in names)] for (model, bits), line in lines.items()],
-    )
+        line[row["way"]] = f"{row['kl']:.4f}" + ("" if alone else f" ({row['ratio']:.2f})")
+    table = [[f"{model}, {bits}", *(line.get(way, "–") for way in heads)] for (model, bits), line in lines.items()]
+    return markdown_table(["model, bits", *heads.values()], table)
 
 
-def joined(new: list[dict[str, Any]], quick: bool) -> list[dict[str, Any]]:
-    """Rows kept before and new ones, which replace those of the same model, budget, way and tokens."""
-    file = results_folder(quick) / "equal_bytes.json"
-    kept = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
-    keys = ("model", "bits", "options", "tokens")
-    replaced = {tuple(row[key] for key in keys) for row in new}
-    return [row for row in kept if tuple(row[key] for key in keys) not in replaced] + new
+def joined(kept: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows kept before and new ones, which replace those of the same model, budget, way, tokens and texts."""
+
+    def key(row: dict[str, Any]) -> tuple[object, ...]:
+        return tuple(row[name] for name in ("model", "bits", "way", "tokens", "texts"))
+
+    replaced = {key(row) for row in new}
+    return [row for row in kept if key(row) not in replaced] + new
 
 
 def main() -> None:
@@ -120,11 +138,13 @@ def main() -> None:
     given.scratch.mkdir(parents=True, exist_ok=True)
     judge = Judge(tuple(given.text), given.max_tokens, given.scratch)
     ways = [Way(name, tuple(words.split())) for name, _, words in (way.partition("=") for way in given.way)]
+    file = results_folder(given.quick) / "equal_bytes.json"
+    kept = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
     rows: list[dict[str, Any]] = []
     for model in given.models:
         for bits in given.bits:
             rows += cells(model, ways, bits, judge)
-            whole = joined(rows, given.quick)
+            whole = joined(kept, rows)
             save("equal_bytes", TITLE, whole, render(whole), given.quick)
 
 

@@ -57,12 +57,13 @@ Tokens per second. *bf16*: transformers, as `from_pretrained` gives the model, w
 *native*: the same call on what `alphaq quantize` wrote, weights packed in memory; *llama.cpp*: on the GGUF file that
 `alphaq quantize --engine llama.cpp` wrote with experts of the same size, as nearly as its types allow, with a 16-bit
 cache and its own choice of attention. Attention and shared experts have about 4 bits, embedding and head are kept in 16
-bits, in both. Threads of each: {threads}. Decoding begins after 16 tokens; prefill is a prompt of 512 tokens. Trained
+bits, in both. Threads of each: {threads}. Decoding begins after 16 tokens; prefill is a prompt of 512 tokens, with
+the logits of each. Trained
 models decode greedily; layers of random weights get random tokens, as their own would repeat. bits/weight is what an
 expert's weight takes in the file, scales included; "×" is a quotient of speeds: more than 1 is faster.
 
-*native t2* are trellis codes, which llama.cpp has not; on layers they were drawn at random, as were those of IQ2_XXS
-and IQ2_XS: they take minutes to find, and as long as any others to multiply with. There llama.cpp has its K types,
+*native t2* are trellis codes, which llama.cpp has not; on layers they were drawn at random, as were llama.cpp's: they
+take minutes to find, and as long as any others to multiply with. There llama.cpp has its K types,
 which it runs fastest, and at 2 bits, where those are too large, IQ2. Rows
 of Qwen's down projections (1408) are no multiples of 256; Q4_0 is the smallest type for them, so that its files are
 larger than ours.
@@ -214,8 +215,7 @@ def contestants(case: Case, work: Path) -> Iterator[Contestant]:
         else:
             mix = nearest_types(bpw, bits, case.short_down)
             pins = [word for part, name in zip(PARTS, mix, strict=True) for word in ("--pin", f"{part}={name}")]
-            make = drawn if bits == "2" else quantized
-            found = make(
+            found = drawn(
                 case.source, theirs, *engine, *pins, "--bpw", f"{statistics.mean(map(stored_bits, mix)) + 1e-3:.4f}"
             )
         label = f"llama.cpp {bits}"

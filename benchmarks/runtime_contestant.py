@@ -31,7 +31,10 @@ class Engine(Protocol):
     """What a contestant can do. ids: int64 [sequences, tokens]."""
 
     def prefill(self, ids: np.ndarray) -> float:
-        """Seconds to read a prompt and give the logits after its end."""
+        """Seconds to read a prompt and give the logits after each of its tokens.
+
+        Of the last alone, llama.cpp would run the last layer's experts for one token, and some models have one layer.
+        """
 
     def decode(self, prompts: np.ndarray, steps: int, forced: np.ndarray | None) -> float:
         """Seconds of so many steps after the prompts: greedy, or with the tokens of forced, [sequences, steps]."""
@@ -62,7 +65,7 @@ class Transformers:
         """As the protocol says."""
         tokens = torch.from_numpy(ids)
         start = time.perf_counter()
-        self.model(tokens, use_cache=True, logits_to_keep=1)
+        self.model(tokens, use_cache=True)
         return time.perf_counter() - start
 
     @torch.inference_mode()
@@ -147,7 +150,7 @@ class LlamaCpp:
         """As the protocol says."""
         self._context(len(ids))
         start = time.perf_counter()
-        self._append(ids, 0)
+        self._append(ids, 0, every=True)
         return time.perf_counter() - start
 
     def decode(self, prompts: np.ndarray, steps: int, forced: np.ndarray | None) -> float:
@@ -182,15 +185,15 @@ class LlamaCpp:
                 raise self.llama._refusal(f"llama.cpp cannot make a context of {sequences} × {self.length} tokens:")
         self.library.llama_memory_clear(self.library.llama_get_memory(self.contexts[sequences]), True)
 
-    def _append(self, ids: np.ndarray, place: int) -> np.ndarray:
-        """Put ids [sequences, tokens] at a place of their sequences; logits [sequences, vocab] after the last."""
+    def _append(self, ids: np.ndarray, place: int, every: bool = False) -> np.ndarray:
+        """Put ids [sequences, tokens] at a place of their sequences; logits after the last or every one [n, vocab]."""
         sequences, tokens = ids.shape
         flat = np.ascontiguousarray(ids, np.int32).ravel()
         positions = np.tile(np.arange(place, place + tokens, dtype=np.int32), sequences)
         numbers = np.repeat(np.arange(sequences, dtype=np.int32), tokens)
         counts = np.ones(flat.size, np.int32)
         pointers = numbers.ctypes.data + numbers.itemsize * np.arange(flat.size, dtype=np.int64)
-        wanted = np.zeros((sequences, tokens), np.int8)
+        wanted = np.full((sequences, tokens), every, np.int8)
         wanted[:, -1] = 1
         batch = self.llama.Batch(
             n_tokens=flat.size,

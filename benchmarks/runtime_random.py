@@ -3,8 +3,8 @@
     python benchmarks/runtime_random.py {mixtral,qwen} OUT [--quick]
     python benchmarks/runtime_random.py SOURCE OUT --plan PLAN
 
-Searching the codes of llama.cpp's 2-bit types, or of a trellis, takes minutes for one layer of Mixtral's; multiplying
-with them takes as long as with any others.
+Searching the codes of llama.cpp's types, or of a trellis, takes minutes for one layer of Mixtral's; multiplying with
+them takes as long as with any others.
 """
 
 from __future__ import annotations
@@ -32,8 +32,15 @@ from alphaq.work.workers import Workers
 
 VOCABULARY = 4096
 SHARD_BYTES = 1_000_000_000
-DRAWN = ("IQ2_XXS", "IQ2_XS")
-SCALE = np.float16(5e-4)  # of a block of IQ2 codes: weights near 0.02
+DRAWN = {  # types of llama.cpp: where float16 are in a block, and which give weights near 0.02
+    "IQ2_XXS": {0: 5e-4},
+    "IQ2_XS": {0: 5e-4},
+    "Q2_K": {80: 1e-3, 82: 1.5e-3},
+    "Q3_K": {108: 6e-4},
+    "Q4_K": {0: 1e-4, 2: 7e-4},
+    "Q4_0": {0: 4e-3},
+    "Q5_0": {0: 2e-3},
+}
 ROW_SCALE = 0.06  # of a row of trellis codes, likewise
 
 
@@ -110,7 +117,8 @@ def drawing(own: Callable[..., QuantizedMatrix]) -> Callable[..., QuantizedMatri
             return own(weight, choice, name, **more)
         _, block, nbytes = GGML_BLOCKS[choice.name]
         codes = generator.integers(256, size=(rows, columns // block, nbytes), dtype=np.uint8)
-        codes[:, :, :2] = np.frombuffer(SCALE.tobytes(), np.uint8)
+        for place, scale in DRAWN[choice.name].items():
+            codes[:, :, place : place + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
         return QuantizedMatrix(choice, (rows, columns), torch.from_numpy(codes.reshape(rows, -1)), None, None, 0.0)
 
     return draw

@@ -198,8 +198,9 @@ def test_measuring_for_all_methods_together_gives_each_what_it_measures_alone(
                 )
                 np.testing.assert_array_equal(one.evidence.errors, other.evidence.errors)
                 with suppress(BudgetError):  # --min-sqnr may leave nothing, then for both
-                    made = make_plan(checkpoint, request, other)
-                    assert make_plan(checkpoint, request, one).to_json() == made.to_json()
+                    made, planned = make_plan(checkpoint, request, other), make_plan(checkpoint, request, one)
+                    assert (planned.choices, planned.size_bytes) == (made.choices, made.size_bytes)
+                    assert planned.objective == pytest.approx(made.objective, rel=1e-12)  # a sum's last digit differs
 
 
 @slow

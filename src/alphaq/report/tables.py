@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # else a table would load torch
     from alphaq.planning.outline import Outline
     from alphaq.sensitivity.base import Method
 
-BETTER_BELOW = 4.0  # bits of codes; above, the usual choices are as good
+BETTER_BELOW = 3.5  # bits of codes; above, the usual choices come closer
 
 
 def human_bytes(count: float) -> str:
