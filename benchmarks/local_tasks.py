@@ -13,13 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 GIVEN, ANSWER = 24, 8
 """Words of what is given, and of an answer."""
+TRIES = 1000
+"""Places that are looked at for wrong answers."""
 Document = Mapping[str, object]
 
 
@@ -43,10 +46,32 @@ class Source:
         number = self.chance.randrange(len(wrong) + 1)
         return [*wrong[:number], right, *wrong[number:]], number
 
+    def wrong(self, right: str, places: Iterable[int], count: int) -> list[str]:
+        """Pieces of as many words as the right one, the first at these places that differ from it and one another.
+
+        Raises ValueError if there are too few.
+        """
+        words = len(right.split())
+        pieces = (self.text(place, words) for place in islice(places, TRIES))
+        found = list(islice((piece for piece in dict.fromkeys(pieces) if piece != right), count))
+        if len(found) < count:
+            raise ValueError("A text repeats itself, so that wrong answers would be right ones. Give another.")
+        return found
+
+    def after(self, place: int) -> range:
+        """Where the pieces after the one at a place begin."""
+        return range(place + ANSWER, len(self.words) - ANSWER, ANSWER)
+
+    def anywhere(self) -> Iterator[int]:
+        """Places by chance."""
+        while True:
+            yield self.place()
+
     def choices(self, place: int, count: int, near: bool = False) -> tuple[list[str], int]:
-        """The piece at a place among others, and its number."""
-        others = [place + ANSWER * (1 + one) if near else self.place() for one in range(count - 1)]
-        return self.shuffled(self.text(place, ANSWER), [self.text(other, ANSWER) for other in others])
+        """The piece at a place among others that have none of its words, and its number."""
+        right = self.text(place, ANSWER)
+        apart = (other for other in self.anywhere() if abs(other - place) >= ANSWER)
+        return self.shuffled(right, self.wrong(right, self.after(place) if near else apart, count - 1))
 
 
 def arc(source: Source, near: bool = False) -> Document:
@@ -68,7 +93,8 @@ def arc_challenge(source: Source) -> Document:
 def boolq(source: Source) -> Document:
     """Whether a piece follows, or the one after it."""
     place, label = source.place(), source.chance.randrange(2)
-    asked = source.text(place if label else place + ANSWER, ANSWER)
+    right = source.text(place, ANSWER)
+    asked = right if label else source.wrong(right, source.after(place), 1)[0]
     return {"passage": source.text(place - GIVEN, GIVEN), "question": f"does it go on with {asked}", "label": label}
 
 
@@ -91,8 +117,7 @@ def winogrande(source: Source) -> Document:
     """Which of two words stands in a gap."""
     place = source.place()
     right = source.words[place]
-    wrong = next(word for word in iter(lambda: source.words[source.place()], None) if word != right)
-    (first, second), number = source.shuffled(right, [wrong])
+    (first, second), number = source.shuffled(right, source.wrong(right, source.anywhere(), 1))
     sentence = f"{source.text(place - GIVEN, GIVEN)} _ {source.text(place + 1, ANSWER)}"
     return {"sentence": sentence, "option1": first, "option2": second, "answer": str(number + 1)}
 
@@ -109,7 +134,10 @@ TASKS: dict[str, tuple[str, Callable[[Source], Document]]] = {
 
 
 def documents(name: str, texts: Sequence[str], count: int) -> list[Document]:
-    """Questions in a task's format, the same ones each time. Raises ValueError for a text that is too short."""
+    """Questions in a task's format, the same ones each time.
+
+    Raises ValueError for a text that is too short or repeats itself.
+    """
     chance = random.Random(name)
     sources = [Source(text.replace("_", " ").split(), chance) for text in texts]  # "_" is WinoGrande's gap
     if any(len(source.words) < 10 * GIVEN for source in sources):

@@ -19,13 +19,13 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import HERE, machine, markdown_table, parser, versions
 from paper_models import PROMPT, TASKS, Asked, Finding, findings, speed_table, tasks_table
-from paper_published import cell, published_of
+from paper_published import Published, cell, published_of
 from paper_runs import BY_BLOCK, MAIN, METHODS, Experiment, layerwise
 
 if TYPE_CHECKING:
@@ -67,10 +67,46 @@ def draw(run: Experiment, rows: Sequence[Row]) -> list[str]:
     return list(figures)
 
 
-def render(asked: Asked, tables: dict[str, list[Row]], found: Sequence[Finding]) -> str:
+def comparable(asked: Asked) -> Published:
+    """What the paper gives for the model, as far as it is of what ours is of."""
+    known, tasks = published_of(asked.run.name), asked.tasks
+    if TEXT in asked.run.scoring.texts:
+        known = replace(known, perplexity={})
+    if tasks is None or set(tasks.names) != set(TASKS) or tasks.limit is not None or tasks.include_path is not None:
+        known = replace(known, tasks={})
+    return known
+
+
+@dataclass(frozen=True)
+class Results:
+    """What came out. tables: rows by title; figures: names of their files; found: of whole models."""
+
+    tables: dict[str, list[Row]]
+    figures: Sequence[str]
+    found: Sequence[Finding]
+
+
+def write(asked: Asked, results: Results) -> str:
+    """Write OUT/paper.md, which is returned, and OUT/paper.json."""
+    run = asked.run
+    told = render(asked, results) + "".join(f"\n![{name}]({name})\n" for name in results.figures)
+    (run.out / "paper.md").write_text(told, encoding="utf-8")
+    content = {
+        "model": run.name,
+        "machine": machine(),
+        "versions": versions(),
+        "published": asdict(comparable(asked)),
+        "tables": {title: [vars(row) for row in rows] for title, rows in results.tables.items()},
+        "models": [one.model_dump() for one in results.found],
+    }
+    (run.out / "paper.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return told
+
+
+def render(asked: Asked, results: Results) -> str:
     """All tables as Markdown."""
     run = asked.run
-    known = published_of(run.name)
+    known = comparable(asked)
     header = ["method", "bits", "quantizer", "bytes", "perplexity", "in the paper", "KL", "top-1 %", "EAR"]
 
     def lines(rows: Sequence[Row]) -> Iterator[list[object]]:
@@ -85,25 +121,25 @@ def render(asked: Asked, tables: dict[str, list[Row]], found: Sequence[Finding])
                 row.quantizer or "–",
                 f"{row.size_bytes:,}",
                 f"{row.mean_perplexity:.3f}",
-                cell(known.perplexity.get(row.method, {}), row.bits),
+                cell(known.perplexity, row.method, row.bits),
                 f"{row.kl:.4f}",
                 f"{100 * (row.top1 or 0):.1f}",
                 f"{row.ear:.4f}",
             ]
 
-    parts = [f"## {title}\n\n{markdown_table(header, lines(rows))}" for title, rows in tables.items()]
+    parts = [f"## {title}\n\n{markdown_table(header, lines(rows))}" for title, rows in results.tables.items()]
     about = (
         f"# The paper's experiments on {run.name}\n\nPerplexity and distances on "
         f"{', '.join(path.name for path in run.scoring.texts)}; the paper's on WikiText-2 with GPTQ. "
         "Every row of one width has the same budget for its weight files, scales included. Models were run "
         f"{'layer by layer from disk' if run.scoring.stream else 'in memory'}."
     )
-    return "\n\n".join([about, *parts, *of_models(asked, found)]) + "\n"
+    return "\n\n".join([about, *parts, *of_models(asked, results.found)]) + "\n"
 
 
 def of_models(asked: Asked, found: Sequence[Finding]) -> Iterator[str]:
     """The tables of what whole models were asked; why, where there are none."""
-    known, tasks = published_of(asked.run.name), asked.tasks
+    known, tasks = comparable(asked), asked.tasks
     yield "## Zero-shot tasks"
     if tasks is None:
         yield "Not run (`--tasks none`)."
@@ -112,10 +148,10 @@ def of_models(asked: Asked, found: Sequence[Finding]) -> Iterator[str]:
         data = "" if tasks.include_path is None else f", questions from the folder {tasks.include_path.name}"
         yield (
             f"By lm-eval, {which}{data}, no examples in the prompt. Accuracy in per cent, normalised by length where "
-            "lm-eval does that; the mean with its standard error. The paper does not say which metrics it takes."
+            "lm-eval does that; the mean with its standard error. The paper speaks of six tasks without names or "
+            f"metrics; they are taken to be {', '.join(TASKS)}. Its means stand here only beside those of all of them."
         )
-        there = known if tasks.include_path is None else replace(known, tasks={})
-        yield tasks_table(found, CALLED, there)
+        yield tasks_table(found, CALLED, known)
     yield "## Memory and decode speed"
     if asked.run.scoring.stream:
         yield "Not timed: the models do not fit into memory."
@@ -219,24 +255,14 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     try:
         asked = Asked(experiment(given), tasks_of(given), QUICK_STEPS if given.quick else STEPS)
-        run, _ = asked.run, asked.manager  # unknown tasks are refused before hours of other work
+        run, _ = asked.run, asked.manager  # unknown tasks and missing data are refused before hours of other work
         tables = tables_of(run, GAMMAS[:3] if given.quick else GAMMAS)
-        drawn = draw(run, tables[METHODS_TITLE])
+        figures = draw(run, tables[METHODS_TITLE])
+        write(asked, Results(tables, figures, ()))  # there if what follows fails
         found = findings(asked, tables[METHODS_TITLE])
     except AlphaQError as error:
         sys.exit(str(error))
-    told = render(asked, tables, found) + "".join(f"\n![{name}]({name})\n" for name in drawn)
-    (run.out / "paper.md").write_text(told, encoding="utf-8")
-    content = {
-        "model": run.name,
-        "machine": machine(),
-        "versions": versions(),
-        "published": asdict(published_of(run.name)),
-        "tables": {title: [vars(row) for row in rows] for title, rows in tables.items()},
-        "models": [one.model_dump() for one in found],
-    }
-    (run.out / "paper.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    sys.stdout.write(told)
+    sys.stdout.write(write(asked, Results(tables, figures, found)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from common import alternate, markdown_table
+from common import alternate, machine, markdown_table
 from paper_published import Published, cell
 from pydantic import BaseModel, ConfigDict
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "piqa", "winogrande")
 TIMED = ("paper", "auto")
 PROMPT, ROUNDS, LIMIT_S = 16, 5, 60.0
+NONE_ASKED = "No answers: no model was asked yet, or none has a plan in these bytes."
 METRICS = ("acc_norm", "acc")
 """Of several that a task has, the first counts: normalised by length where lm-eval does that."""
 
@@ -71,6 +72,11 @@ class Asked:
     steps: int
 
     @property
+    def timed(self) -> bool:
+        """Whether there is a clock: not for models that are run from disk."""
+        return bool(self.steps) and not self.run.scoring.stream
+
+    @property
     def job(self) -> dict[str, object]:
         """What answers depend on, apart from the row."""
         import alphaq
@@ -85,6 +91,7 @@ class Asked:
             "tasks": None if tasks is None else [*tasks.names, tasks.limit, tasks.few_shot],
             "own_tasks": None if tasks is None or tasks.include_path is None else _digest(tasks.include_path),
             "steps": self.steps,
+            "timed_on": _place(self.run.scoring.device) if self.timed else None,
             "alphaq": alphaq.__version__,
         }
 
@@ -94,11 +101,6 @@ class Asked:
         from alphaq.evaluation.tasks import find_tasks
 
         return None if self.tasks is None else find_tasks(self.tasks)
-
-    @cached_property
-    def original(self) -> Any:
-        """The model as it was, in its own type."""
-        return self._loaded(self.run.checkpoint.folder)
 
     def _loaded(self, folder: Path) -> Any:
         from alphaq.runtime.loading import load_model
@@ -118,13 +120,14 @@ class Asked:
 
     def speed(self, folder: Path | None) -> dict[str, float]:
         """Bytes of weights in memory, tokens per second and the quotient to the original; of the original itself
-        without a folder."""
-        if not self.steps or self.run.scoring.stream:
+        without a folder. The original is loaded each time: beside the tasks there may be no room for it."""
+        if not self.timed:
             return {}
-        own = self.original if folder is None else self._loaded(folder)
+        original = self._loaded(self.run.checkpoint.folder)
+        own = original if folder is None else self._loaded(folder)
         contestants = {"own": lambda: _decode_s(own, self.steps)}
         if folder is not None:
-            contestants["original"] = lambda: _decode_s(self.original, self.steps)
+            contestants["original"] = lambda: _decode_s(original, self.steps)
         timings, _ = alternate(contestants, ROUNDS, LIMIT_S)
         return {
             "held_bytes": _held_bytes(own),
@@ -148,6 +151,19 @@ def _digest(folder: Path) -> str:
     for path in sorted(one for one in folder.rglob("*") if one.is_file()):
         found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return found.hexdigest()[:16]
+
+
+def _place(device: str | None) -> dict[str, object]:
+    """What tokens per second depend on: processor, threads, device. The system's release is left out, so that a run
+    goes on after an update."""
+    import torch
+
+    from alphaq.runtime.loading import usual_device
+
+    target = usual_device(device)
+    card = torch.cuda.get_device_name(target) if target.startswith("cuda") else None
+    here = {key: value for key, value in machine().items() if key != "system"}
+    return {**here, "threads": torch.get_num_threads(), "device": target, "card": card}
 
 
 def _decode_s(model: Any, steps: int) -> float:
@@ -182,11 +198,15 @@ def findings(asked: Asked, rows: Sequence[Row]) -> list[Finding]:
     folder.mkdir(exist_ok=True)
     wanted = {(row.method, row.bits, row.quantizer): row for row in rows if not row.error}
     with Journal(folder / "results.jsonl") as journal:
-        job = {"job": json.loads(json.dumps(asked.job))}
+        job = json.loads(json.dumps(asked.job))
         if not journal.entries:
-            journal.append(job)
-        elif journal.entries[0] != job:
-            raise OutputError(f"{folder} holds answers of another model, tasks or settings. Choose another output.")
+            journal.append({"job": job})
+        begun = journal.entries[0]["job"] if journal.entries else job
+        if other := [key for key in job if begun.get(key) != job[key]]:
+            raise OutputError(
+                f"{folder} holds answers of another model, tasks, machine or settings ({', '.join(other)} differ). "
+                "Choose another output."
+            )
         known = {one.key: one for one in map(Finding.model_validate, journal.entries[1:])}
         for finding in _asked(asked, [row for key, row in wanted.items() if key not in known]):
             known[finding.key] = finding
@@ -226,11 +246,13 @@ def _quantized(run: Experiment, row: Row, out: Path, resources: Resources) -> Pa
 
 def tasks_table(found: Sequence[Finding], called: Mapping[str, str], published: Published) -> str:
     """Accuracies in per cent."""
+    if not found:
+        return NONE_ASKED
     names = list(found[0].tasks)
     lines = []
     for one in found:
         mean, error = one.mean
-        there = cell(published.tasks.get(one.method, {}), one.bits)
+        there = cell(published.tasks, one.method, one.bits)
         each = [f"{100 * one.tasks[name][0]:.1f}" for name in names]
         named = [called.get(one.method, one.method), f"{one.bits:g}", one.quantizer or "–"]
         lines.append([*named, *each, f"{100 * mean:.2f} ± {100 * error:.2f}", there])
@@ -240,16 +262,18 @@ def tasks_table(found: Sequence[Finding], called: Mapping[str, str], published: 
 def speed_table(found: Sequence[Finding], called: Mapping[str, str], published: Published) -> str:
     """Memory and decoding of the models that were timed."""
     timed = [one for one in found if one.tokens_per_second is not None]
+    if not timed:
+        return NONE_ASKED
     lines = [
         [
             called.get(one.method, one.method),
             f"{one.bits:g}",
             f"{one.size_bytes / 1e9:.4g}",
             f"{(one.held_bytes or 0) / 1e9:.4g}",
-            cell(published.memory_gb, one.bits, 1),
+            cell(published.memory_gb, one.method, one.bits, 1),
             f"{one.tokens_per_second:.1f}",
             f"{one.speedup:.2f}",
-            cell(published.speed, one.bits),
+            cell(published.speed, one.method, one.bits),
         ]
         for one in timed
     ]

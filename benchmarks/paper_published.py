@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 
 Figures = Mapping[float, float]
 """By bits of an expert weight; 16 are the model as it was."""
+ByMethod = Mapping[str, Figures]
 
 
 @dataclass(frozen=True)
 class Published:
-    """One model's figures. perplexity: on WikiText-2, by method; tasks: mean accuracy of six zero-shot tasks in per
-    cent, by method; memory_gb; speed: of decoding, against bfloat16. Rounded by GPTQ in groups of 128."""
+    """One model's figures by method. perplexity: on WikiText-2; tasks: mean accuracy of six zero-shot tasks in per
+    cent; memory_gb; speed: of decoding, against bfloat16. Rounded by GPTQ in groups of 128."""
 
-    perplexity: Mapping[str, Figures] = field(default_factory=dict)
-    tasks: Mapping[str, Figures] = field(default_factory=dict)
-    memory_gb: Figures = field(default_factory=dict)
-    speed: Figures = field(default_factory=dict)
+    perplexity: ByMethod = field(default_factory=dict)
+    tasks: ByMethod = field(default_factory=dict)
+    memory_gb: ByMethod = field(default_factory=dict)
+    speed: ByMethod = field(default_factory=dict)
 
 
 PUBLISHED = {
@@ -35,7 +36,7 @@ PUBLISHED = {
             "paper": {2.5: 66.74, 3.5: 70.07},
         },
     ),
-    "qwen1.5-moe": Published(
+    "qwen1.5-moe-a2.7b": Published(
         {
             "reference": {16: 7.22},
             "uniform": {2.5: 10.36, 3.5: 8.13},
@@ -48,9 +49,9 @@ PUBLISHED = {
             "pmq": {2.5: 62.18, 3.5: 67.75},
             "paper": {2.5: 65.17, 3.5: 68.04},
         },
-        {16: 28.9, 2.5: 6.4, 3.5: 7.6},
+        {"reference": {16: 28.9}, "paper": {2.5: 6.4, 3.5: 7.6}},
     ),
-    "mixtral-8x7b": Published(
+    "mixtral-8x7b-v0.1": Published(
         {
             "reference": {16: 3.84},
             "uniform": {2.5: 6.16, 3.5: 4.29},
@@ -63,17 +64,18 @@ PUBLISHED = {
             "pmq": {2.5: 70.38, 3.5: 73.32},
             "paper": {2.5: 70.76, 3.5: 74.29},
         },
-        {16: 96.8, 2: 13.4, 2.5: 16.3, 3: 19.1, 3.5: 22.0},
-        {2: 1.68, 2.5: 1.49, 3: 1.31, 3.5: 1.17},
+        {"reference": {16: 96.8}, "paper": {2: 13.4, 2.5: 16.3, 3: 19.1, 3.5: 22.0}},
+        {"paper": {2: 1.68, 2.5: 1.49, 3: 1.31, 3.5: 1.17}},
     ),
 }
 
 
 def published_of(name: str) -> Published:
-    """What the paper gives for a model; nothing for others."""
-    return next((figures for key, figures in PUBLISHED.items() if key in name.lower()), Published())
+    """What the paper gives for a model of exactly this name; nothing for others, such as its chat version."""
+    return PUBLISHED.get(name.lower(), Published())
 
 
-def cell(figures: Figures, bits: float, digits: int = 2) -> str:
+def cell(figures: ByMethod, method: str, bits: float, digits: int = 2) -> str:
     """A figure of the paper, or a dash."""
-    return f"{figures[bits]:.{digits}f}" if bits in figures else "–"
+    own = figures.get(method, {})
+    return f"{own[bits]:.{digits}f}" if bits in own else "–"

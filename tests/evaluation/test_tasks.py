@@ -3,11 +3,13 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from alphaq.errors import AlphaQError
+from alphaq.evaluation.answers import lm_eval_model
 from alphaq.evaluation.certificate import Certificate
 from alphaq.evaluation.tasks import TaskRequest, compare_results, find_tasks
 from conftest import DATA, Ran
@@ -83,6 +85,14 @@ def test_missing_lm_eval_says_what_to_install(
     assert not list(tmp_path.iterdir())
 
 
+def test_lm_eval_that_asks_in_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = SimpleNamespace(__version__="9.9", HFLM=type("HFLM", (), {"generate_until": None}))
+    for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, name, other)
+    with pytest.raises(AlphaQError, match=r"lm-eval 9.9 has no HFLM._loglikelihood_tokens"):
+        lm_eval_model(None, None)  # type: ignore[arg-type]
+
+
 def test_empty_list_of_tasks_is_refused() -> None:
     with pytest.raises(AlphaQError, match="--tasks is empty"):
         TaskRequest.of(" , ")
@@ -151,6 +161,7 @@ def test_local_task_runs_end_to_end_on_a_quantized_model(
     assert found.value - found.reference == pytest.approx(found.difference)
     assert "which_continuation" in ran.out and "Task-lossless" in ran.out
     assert streamed.settings.layer_by_layer and streamed.tasks is not None
+    assert (made.tasks.batch_size, streamed.tasks.batch_size) == (8, None)
     assert [(one.value, one.reference) for one in streamed.tasks.results] == [(found.value, found.reference)]
 
 
@@ -158,6 +169,9 @@ def test_local_task_runs_end_to_end_on_a_quantized_model(
 def test_tasks_are_found_by_name_and_unknown_ones_are_named(which_continuation: Path, tmp_path: Path) -> None:
     manager = find_tasks(TaskRequest.of("which_continuation", include_path=which_continuation))
     assert "which_continuation" in manager.all_tasks
+    (which_continuation / "data.jsonl").unlink()
+    with pytest.raises(AlphaQError, match=r"lm-eval cannot run which_continuation .* Check that its data is at hand"):
+        find_tasks(TaskRequest.of("which_continuation", include_path=which_continuation))
     with pytest.raises(AlphaQError, match="No task file"):
         find_tasks(TaskRequest.of(str(tmp_path / "none.yaml")))
     with pytest.raises(AlphaQError, match="is not a folder"):

@@ -2,19 +2,28 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from alphaq.calibration.text import Text
 from alphaq.checkpoint.hub import model_name
-from alphaq.errors import AlphaQError
+from alphaq.checkpoint.reader import open_checkpoint
+from alphaq.errors import AlphaQError, OutputError
+from alphaq.evaluation.tasks import TaskRequest
+from alphaq.nouns.scoring import Scoring
 from conftest import DATA, ROOT
 
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("benchmarks/ is not in the source distribution", allow_module_level=True)
 sys.path.insert(0, str(ROOT / "benchmarks"))
-published_of = pytest.importorskip("paper").published_of
-local_tasks = pytest.importorskip("local_tasks")
-paper_models = pytest.importorskip("paper_models")
+import local_tasks
+import paper
+import paper_models
+from paper_runs import Experiment
 
 TITLES = [
     *("Methods, of the experts alone", "All roles in the same bytes", "γ at 2.5 bits", "One budget for each block"),
@@ -28,22 +37,57 @@ Lines = list[list[str]]
 def test_a_model_of_the_hub_stands_beside_the_paper() -> None:
     name = model_name(Path("hub/models--Qwen--Qwen1.5-MoE-A2.7B/snapshots/0123abcd"))
     assert name == "Qwen1.5-MoE-A2.7B"
-    known = published_of(name)
-    assert (known.perplexity["paper"][2.5], known.tasks["paper"][2.5], known.memory_gb[2.5]) == (8.14, 65.17, 6.4)
-    assert not published_of("tiny").tasks
+    known = paper.published_of(name)
+    found = [figures["paper"][2.5] for figures in (known.perplexity, known.tasks, known.memory_gb)]
+    assert found == [8.14, 65.17, 6.4]
+    assert not paper.published_of("tiny").tasks and not paper.published_of(f"{name}-Chat").tasks
 
 
-def right_answer(name: str, one: dict[str, Any]) -> str:
-    """A document's question with its right answer, as lm-eval's definitions of the tasks join them."""
+def test_figures_of_other_data_do_not_stand_beside_the_paper_s() -> None:
+    tasks = TaskRequest.of(",".join(paper.TASKS))
+    run = SimpleNamespace(name="Qwen1.5-MoE-A2.7B", scoring=Scoring(texts=(Path("wiki.txt"),)))
+    asked = paper_models.Asked(run, tasks, 8)  # type: ignore[arg-type]
+    assert paper.comparable(asked) == paper.published_of(run.name)
+    others = (None, replace(tasks, names=("piqa",)), replace(tasks, limit=20), replace(tasks, include_path=Path("x")))
+    for other in others:
+        known = paper.comparable(replace(asked, tasks=other))
+        assert not known.tasks and known.perplexity
+    run.scoring = Scoring(texts=(paper.TEXT,))
+    assert not paper.comparable(asked).perplexity
+
+
+def test_speed_of_the_paper_stands_in_the_row_of_its_method() -> None:
+    known = paper.published_of("Mixtral-8x7B-v0.1")
+    common = {"bits": 2.5, "quantizer": "", "size_bytes": 1, "tokens_per_second": 3.0, "speedup": 2.0}
+    found = [paper_models.Finding(method=method, **common) for method in ("paper", "auto")]
+    told = paper_models.speed_table(found, {}, known)
+    assert (lines(told, "paper")[0][-1], lines(told, "auto")[0][-1]) == ("1.49", "–")
+    assert paper_models.speed_table([], {}, known) == paper_models.tasks_table([], {}, known)  # says why
+
+
+def test_answers_of_another_device_are_not_mixed(tiny: Path, tmp_path: Path) -> None:
+    checkpoint, texts = open_checkpoint(tiny), (paper.TEXT,)
+    run = Experiment(checkpoint, Scoring(texts=texts, device="cpu"), (2,), Text("self"), (), tmp_path)
+    assert paper_models.findings(paper_models.Asked(run, None, 8), []) == []
+    assert paper_models.findings(paper_models.Asked(run, None, 8), []) == []  # goes on
+    other = replace(run, scoring=Scoring(texts=texts, device="meta"))
+    with pytest.raises(OutputError, match=r"\(timed_on differ\)"):
+        paper_models.findings(paper_models.Asked(other, None, 8), [])
+
+
+def answered(name: str, one: Any) -> tuple[list[str], int]:
+    """A document's question with each of its answers, as lm-eval's definitions of the tasks join them, and the number
+    of the right one. Of BoolQ the one that is asked about; 1 for none."""
     if name == "boolq":
-        return " ".join([one["passage"], one["question"].removeprefix("does it go on with ")])
+        return [" ".join([one["passage"], one["question"].removeprefix("does it go on with ")])], 1 - one["label"]
     if name == "hellaswag":
-        return f"{one['ctx_a']} {one['endings'][int(one['label'])]}"
+        return [f"{one['ctx_a']} {ending}" for ending in one["endings"]], int(one["label"])
     if name == "piqa":
-        return " ".join([one["goal"], one[f"sol{one['label'] + 1}"]])
+        return [" ".join([one["goal"], one[f"sol{number}"]]) for number in (1, 2)], one["label"]
     if name == "winogrande":
-        return str(one["sentence"].replace("_", one[f"option{one['answer']}"]))
-    return f"{one['question']} {one['choices']['text'][one['choices']['label'].index(one['answerKey'])]}"
+        return [one["sentence"].replace("_", one[f"option{number}"]) for number in (1, 2)], int(one["answer"]) - 1
+    choices = one["choices"]
+    return [f"{one['question']} {each}" for each in choices["text"]], choices["label"].index(one["answerKey"])
 
 
 @pytest.mark.parametrize("name", paper_models.TASKS)
@@ -51,11 +95,17 @@ def test_local_questions_have_one_right_answer_that_the_text_gives(name: str) ->
     found = local_tasks.documents(name, TEXTS, 20)
     assert found == local_tasks.documents(name, TEXTS, 20)  # whoever makes them
     words = [" ".join(text.replace("_", " ").split()) for text in TEXTS]
-    right = [any(right_answer(name, one) in text for text in words) for one in found]
-    labels = [one["label"] for one in found] if name == "boolq" else [1] * 20
-    assert right == [bool(label) for label in labels] and any(labels)
+    numbers = set()
+    for one in found:
+        whole, number = answered(name, one)
+        numbers.add(number)
+        right = [any(each in text for text in words) for each in whole]
+        assert right == [place == number for place in range(len(whole))]
+    assert len(numbers) > 1
     with pytest.raises(ValueError, match="fewer than 240 words"):
         local_tasks.documents(name, ["too short"], 1)
+    with pytest.raises(ValueError, match="repeats itself"):
+        local_tasks.documents(name, ["same " * 300], 20)
 
 
 def test_accuracy_is_normalised_where_a_task_is() -> None:
@@ -128,4 +178,6 @@ def test_paper_s_tasks_run_offline(tiny: Path, tmp_path: Path, monkeypatch: pyte
     assert float(mean.split(" ± ")[0]) == pytest.approx(100 * sum(right) / 36, abs=0.01)
     stopped(out)
     assert but_speed(ran(*common, "-o", out)) == but_speed(first)
-    assert "holds answers of another model, tasks or settings" in ran(*common[:-1], "5", "-o", out, ok=False)
+    assert "holds answers of another model, tasks, machine or settings (tasks differ)" in ran(
+        *common[:-1], "5", "-o", out, ok=False
+    )

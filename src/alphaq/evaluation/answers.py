@@ -16,6 +16,8 @@ from alphaq.errors import AlphaQError
 from alphaq.evaluation.fidelity import POSITIONS_BY_A_READING
 from alphaq.evaluation.streamed import StreamedModel
 
+REPLACED = ("_loglikelihood_tokens", "generate_until")
+"""What of lm-eval's class for models is replaced; the first is not public, so that another version may lack it."""
 Question = tuple[Sequence[int], Sequence[int]]
 """Token ids of what is given, and of the answer; neither is empty."""
 
@@ -68,8 +70,18 @@ def _at_ends(logits: Any, ends: Sequence[int], came: Sequence[Sequence[int]]) ->
 
 
 def lm_eval_model(model: StreamedModel, tokenizer: Any) -> Any:
-    """The model as lm-eval wants it, with lm-eval's own way to make tokens; tasks that generate text are refused."""
+    """The model as lm-eval wants it, with lm-eval's own way to make tokens; tasks that generate text are refused.
+
+    Raises AlphaQError for a version of lm-eval that asks models in another way.
+    """
+    import lm_eval
     from lm_eval.models.huggingface import HFLM
+
+    if missing := [name for name in REPLACED if not hasattr(HFLM, name)]:
+        raise AlphaQError(
+            f"lm-eval {lm_eval.__version__} has no HFLM.{missing[0]}, by which it asks a model that is run layer by "
+            "layer. Install lm-eval 0.4.13, or add --no-stream where the model fits into memory."
+        )
 
     class LayerByLayer(HFLM):  # made here, as lm-eval is an extra
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:

@@ -103,12 +103,13 @@ class TaskFigures(_Record):
 
 
 class Tasks(_Record):
-    """What lm-eval was asked, and what came out. seeds: lm-eval's own, by name."""
+    """What lm-eval was asked, and what came out. batch_size: None layer by layer, where as many requests go together
+    as there is room for; seeds: lm-eval's own, by name."""
 
     names: tuple[str, ...]
     limit: int | None
     few_shot: int | None
-    batch_size: int
+    batch_size: int | None
     seeds: dict[str, int]
     results: tuple[TaskFigures, ...]
     lossless: Verdict

@@ -65,7 +65,9 @@ def require_lm_eval() -> None:
 
 
 def find_tasks(request: TaskRequest) -> Any:
-    """lm-eval's manager of tasks, which knows those that are asked for. Raises AlphaQError if one is unknown.
+    """lm-eval's manager of tasks, which knows those that are asked for; their data was loaded once.
+
+    Raises AlphaQError if one is unknown, or its data cannot be had: before hours of other work, not after.
 
     A task is what its YAML file says, whose `!function` is Python beside it: only give files that you trust.
     """
@@ -88,6 +90,8 @@ def find_tasks(request: TaskRequest) -> Any:
         close = difflib.get_close_matches(name, manager.all_tasks, n=3)
         hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else "`lm-eval ls tasks` lists all."
         raise AlphaQError(f"lm-eval knows no task {name!r}. {hint} Your own need --include-path, or their YAML file.")
+    with _quietly(), _refused(request):
+        manager.load(list(request.names))
     return manager
 
 
@@ -96,30 +100,36 @@ def run_tasks(model: Any, tokenizer: Any, manager: Any, request: TaskRequest) ->
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with _quietly():
-        try:
-            if layers_of(model):
-                wrapped = lm_eval_model(model, tokenizer)
-            else:
-                wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=request.batch_size)
-            results = lm_eval.simple_evaluate(
-                wrapped,
-                tasks=list(request.names),
-                num_fewshot=request.few_shot,
-                limit=request.limit,
-                bootstrap_iters=RESAMPLES,
-                log_samples=True,
-                task_manager=manager,
-                **SEEDS,
-            )
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-            raise AlphaQError(
-                f"lm-eval cannot run {', '.join(request.names)} ({first_line(error)}). Check that its data is at hand, "
-                "and run it with lm-eval itself."
-            ) from error
+    with _quietly(), _refused(request):
+        if layers_of(model):
+            wrapped = lm_eval_model(model, tokenizer)
+        else:
+            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=request.batch_size)
+        results = lm_eval.simple_evaluate(
+            wrapped,
+            tasks=list(request.names),
+            num_fewshot=request.few_shot,
+            limit=request.limit,
+            bootstrap_iters=RESAMPLES,
+            log_samples=True,
+            task_manager=manager,
+            **SEEDS,
+        )
     if results is None:
         raise AlphaQError("lm-eval gave no results, as it does on all but one process. Run a single process.")
     return dict(results)
+
+
+@contextmanager
+def _refused(request: TaskRequest) -> Iterator[None]:
+    """Raise AlphaQError for what goes wrong inside lm-eval."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise AlphaQError(
+            f"lm-eval cannot run {', '.join(request.names)} ({first_line(error)}). Check that its data is at hand, "
+            "and run it with lm-eval itself."
+        ) from error
 
 
 @contextmanager
@@ -149,7 +159,7 @@ def certify_tasks(
         names=request.names,
         limit=request.limit,
         few_shot=request.few_shot,
-        batch_size=request.batch_size,
+        batch_size=None if layers_of(model) else request.batch_size,
         seeds=SEEDS,
         results=results,
         lossless=task_verdict(results),

@@ -34,7 +34,7 @@ def load_model(model: str | Path, dtype: str = "auto", device: str | None = None
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    target = usual_device(device)
     _check_device(target)
     if (path := find_gguf(Path(model).expanduser())) is not None:
         loaded, tokenizer = _load_gguf(path, dtype)
@@ -60,6 +60,11 @@ def load_model(model: str | Path, dtype: str = "auto", device: str | None = None
             "Complete the download, or check it with `alphaq verify` or `alphaq inspect`."
         )
     return loaded.to(target).eval(), tokenizer
+
+
+def usual_device(asked: str | None) -> str:
+    """Where models are loaded to: as asked for; else a card where there is one."""
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _check_device(device: str) -> None:
