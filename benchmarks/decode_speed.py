@@ -81,7 +81,12 @@ def compared(model: str, engine: str, bits: str, folder: Path, steps: int) -> di
     plan = Plan.read(folder / "plan.json")
     assert plan.reads is not None  # every plan of a model says so
     with TemporaryDirectory() as scratch:
-        rates = rates_here(Path(scratch), engine, set(plan.every_choice().values()))
+        found = rates_here(Path(scratch), engine, set(plan.every_choice().values()))
+    rates = found.rates
+    if found.missing or found.doubtful:
+        sys.exit(
+            f"{folder.name}: {found.missing or 'other programs disturb the measurement of ' + str(found.doubtful)}"
+        )
     measured = steps / decoded(Contestant(f"{engine} {bits}", engine, bits, folder, 0.0, 0), steps)
     foretold = SECOND_NS / rates.token_time_ns(plan.reads.by_choice, plan.reads.layers)
     sys.stderr.write(f"{folder.name}: {foretold:.1f} foretold, {measured:.1f} measured\n")

@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 
 from alphaq.allocation.exact import solve_exact
-from alphaq.allocation.milp import SideConstraint, solve_milp
+from alphaq.allocation.milp import InfeasibleError, SideConstraint, solve_milp
 from alphaq.allocation.pair import NoPairError, solve_pair
 from alphaq.errors import BudgetError
 
 
 def instance(seed: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray, int]:
     """Experts of which some are read, and others that every token reads; widths with losses that fall by four a bit, in
-    formats that are read at rates of their own."""
+    formats that are read at rates of their own; up to seconds a token in all."""
     random = np.random.default_rng(seed)
     units, choices = int(random.integers(4, 30)), int(random.integers(2, 7))
-    parameters = random.integers(1, 50, units) * (1, 64, 1000)[seed % 3]
+    parameters = random.integers(1, 50, units) * (1, 64, 30_000)[seed % 3]
     costs = parameters[:, None] * np.arange(2, 2 + choices) + random.integers(0, 3, (units, choices))
     losses = random.lognormal(0, 2, units)[:, None] * 4.0 ** -np.arange(choices) * random.uniform(0.8, 1.2, costs.shape)
     shares, ns_per_byte = random.choice([0.05, 0.125, 1.0], units), random.uniform(10, 80, choices)
@@ -28,13 +28,19 @@ def instance(seed: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray, int]:
 
 @pytest.mark.parametrize("seeds", [range(20), pytest.param(range(20, 220), marks=pytest.mark.slow)])
 def test_two_budgets_are_solved_as_highs_solves_them(seeds: range) -> None:
-    binding = 0
+    binding = excluded = 0
     for seed in seeds:
         losses, costs, budget, times, limit = instance(seed)
         units = np.arange(len(losses))
-        found = solve_pair(losses, costs, budget, times, limit)
         side = SideConstraint("times", units, times.astype(float), 0, limit)
-        whole = solve_milp(losses, costs, budget, [side])
+        try:
+            whole = solve_milp(losses, costs, budget, [side])
+        except InfeasibleError:  # where what is small is slow
+            with pytest.raises(NoPairError):
+                solve_pair(losses, costs, budget, times, limit)
+            excluded += 1
+            continue
+        found = solve_pair(losses, costs, budget, times, limit)
         assert found.objective == pytest.approx(whole.objective, rel=1e-9), seed
         assert found.objective - found.lower_bound <= 1e-9 * found.objective, seed
         assert found.lower_bound <= whole.objective * (1 + 1e-9)
@@ -43,7 +49,7 @@ def test_two_budgets_are_solved_as_highs_solves_them(seeds: range) -> None:
         binding += found.objective > 1.0001 * max(
             solve_exact(losses, costs, budget).objective, solve_exact(losses, times, limit).objective
         )
-    assert binding > len(seeds) / 3  # of both budgets together, not of one
+    assert binding > len(seeds) / 3 and excluded < len(seeds) / 20  # of both budgets together, not of one
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def _solve_both(problem: Problem, table: np.ndarray, times: Times, per_layer: bo
     try:
         return solve_pair(table, problem.unit_costs, problem.limit, problem.unit_times, times.limit)
     except NoPairError as error:
-        raise BudgetError(f"{error} Lower --min-speed, raise the budget, or allow narrower --choices.") from None
+        raise BudgetError(f"{error} Lower --min-speed, raise the budget, or allow other --choices.") from None
 
 
 def layer_budgets(problem: Problem) -> list[SideConstraint]:

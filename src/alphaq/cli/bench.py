@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from alphaq.cli.means import JsonOption, cache_folder
-from alphaq.terminal import progress, show
+from alphaq.cli.planning import warn_doubtful
+from alphaq.terminal import note, progress, show
 
 
 def bench(
@@ -18,5 +19,9 @@ def bench(
     from alphaq.report.speeds import speeds_table
     from alphaq.trials.rates import all_rates_here
 
-    found = all_rates_here(cache_folder(), again, progress)
-    show(as_json, found.model_dump(), speeds_table(found), "Plans use it for --min-speed; --bandwidth states others.")
+    here, found = all_rates_here(cache_folder(), again, progress)
+    for engine, measured in found.items():
+        warn_doubtful(engine, measured)
+        if measured.missing:
+            note(f"{engine} is left out: {measured.missing}")
+    show(as_json, here.model_dump(), speeds_table(here), "Plans use it for --min-speed; --bandwidth states others.")

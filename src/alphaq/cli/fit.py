@@ -17,7 +17,7 @@ from alphaq.cli.inputs import Inputs
 from alphaq.cli.means import JsonOption, Means, ModelArgument, resources_for
 from alphaq.cli.memory import hosting_of
 from alphaq.cli.options import Asked, Shown
-from alphaq.cli.planning import measured_rates, measurements, note_plan, plan_config
+from alphaq.cli.planning import measured_rates, measurements, note_plan, note_unrated, plan_config
 from alphaq.errors import AlphaQError, BudgetError
 from alphaq.nouns.option import settings_of
 from alphaq.nouns.rates import Rates
@@ -74,6 +74,9 @@ def fit(
     chosen = found[0]
     assert chosen.plan is not None  # else there is an error
     note_plan(chosen.plan)
+    note_unrated(rates, (one.plan for one in found))
+    if config.bandwidth is None and serving.values["vram_bytes"] is not None:
+        note("speeds take the card to be as slow as the processor; --bandwidth states what its memory and kernels do")
     command = _command(model, asked, chosen, means, write)
     told: dict[str, object] = {
         "bandwidth": str(rates),

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from alphaq.checkpoint.reader import Checkpoint
     from alphaq.measuring.resources import Resources
     from alphaq.planning import Measurements, Request
+    from alphaq.trials.rates import Measured
 
+WORTH_TELLING = 0.01  # of what a token reads
 NAMED_ONLY = ("calibration", "imatrix")  # a plan holds the names of these files, not the files
 
 
@@ -52,28 +54,58 @@ def plan_config(
         raise AlphaQError("--stats already holds α, so --spectrum and --tail decide nothing. Drop one or the other.")
     request = resolve(config, with_model)
     request.check_speed()
+    config = config.model_copy(update={"bandwidth": request.config.bandwidth})
     text = text_of(inputs.calibration) if request.method.needs_text else None
     return config if text is None else config.model_copy(update={"calibration": text.name})
 
 
 def measured_rates(config: PlanConfig) -> Rates:
     """How fast this machine reads what a plan may choose, measured where that was not done before."""
+    from alphaq.measuring.bandwidth import usable_cores
     from alphaq.planning import resolve
-    from alphaq.trials.rates import plain_choices, rates_here
+    from alphaq.trials.rates import rates_here
 
     request = resolve(
         config.model_copy(update={"bandwidth": Rates(memory=1)})
     )  # any, to be refused before it is measured
     request.check_speed()
-    rates = rates_here(cache_folder(), config.engine, {*request.choices, *plain_choices(config.engine)}, progress)
-    if rates.formats:
-        note(f"speeds are those of {config.engine}'s kernels on this machine, as measured; --bandwidth states others")
-    else:
+    found = rates_here(cache_folder(), config.engine, (*request.choices, *request.plain), progress)
+    if found.missing:
         note(
             f"{config.engine} is not measured here, so every format counts as fast as this machine's memory, "
-            f"{rates.words}; --bandwidth states another's"
+            f"{found.rates.words}; --bandwidth states another's ({found.missing})"
         )
-    return rates
+        return found.rates
+    note(
+        f"speeds are those of {config.engine}'s kernels on this machine's processor, {usable_cores()} threads, as "
+        "measured; --bandwidth states others"
+    )
+    warn_doubtful(config.engine, found)
+    return found.rates
+
+
+def warn_doubtful(engine: str, found: Measured) -> None:
+    """Say which measurements others have disturbed."""
+    if found.doubtful:
+        names = ", ".join(sorted(found.doubtful))
+        warn(
+            f"{engine}'s speeds are uncertain, and not kept: measured again and again, {names} took very different "
+            "times. End other programs and repeat the command, or state --bandwidth"
+        )
+
+
+def note_unrated(rates: Rates | None, plans: Iterable[Plan | None]) -> None:
+    """Say which formats of plans count as fast as memory beside others that have rates of their own."""
+    shares: dict[str, float] = {}
+    for plan in plans:
+        if rates is not None and plan is not None and plan.reads is not None:
+            for name, share in rates.unrated(plan.reads.by_choice).items():
+                shares[name] = max(share, shares.get(name, 0.0))
+    if told := [f"{name} ({100 * share:.0f} %)" for name, share in sorted(shares.items()) if share >= WORTH_TELLING]:
+        warn(
+            f"no rate is known of {', '.join(told)} of the bytes that a token reads: that counts as fast as memory, so "
+            "speeds are too high; --bandwidth states rates"
+        )
 
 
 def _budget(asked: Asked[PlanConfig]) -> Budget:
@@ -126,6 +158,7 @@ def build_plan(
     request, measured = measurements(checkpoint, config, inputs, resources, quantizer)
     plan = planning.checked_plan(checkpoint, request, measured, resources)
     note_plan(plan)
+    note_unrated(config.bandwidth, [plan])
     widest = max(map(code_bits, request.offered))
     if config.budget.bits is not None and config.budget.bits > widest:
         note(f"no choice offered is wider than {widest:g} bits, so the budget is not used up")

@@ -8,25 +8,28 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from alphaq.checkpoint.files import memory_bytes
+from alphaq.checkpoint.writer import atomic_file
 from alphaq.errors import AlphaQError
 from alphaq.nouns.rates import Rates
 from alphaq.work.timing import seconds
+from alphaq.work.workers import available_cores
 
 MOST_BYTES = 2**29
 ROUNDS = 5
 
 
 class Bandwidth(BaseModel):
-    """Bytes per second that `threads` threads of a machine read, and the rates of engines that were measured on it."""
+    """Bytes per second that `threads` threads of a machine read, and the rates of engines that were measured on it, in
+    the versions that they had."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,6 +37,7 @@ class Bandwidth(BaseModel):
     threads: int = Field(gt=0)
     bytes_per_second: int = Field(gt=0)
     engines: dict[str, Rates] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
 
 
 def machine_name() -> str:
@@ -78,12 +82,17 @@ def bandwidth_here(folder: Path, again: bool = False) -> Bandwidth:
 def keep_bandwidth(folder: Path, found: Bandwidth) -> None:
     """Write down what was measured of this machine."""
     folder.mkdir(parents=True, exist_ok=True)
-    _file(folder).write_text(json.dumps(found.model_dump(), indent=1) + "\n", encoding="utf-8")
+    with atomic_file(_file(folder)) as unfinished:
+        unfinished.write_text(json.dumps(found.model_dump(), indent=1) + "\n", encoding="utf-8")
 
 
 def usable_cores() -> int:
-    """How many of the machine's cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many of the machine's cores this process may use at once."""
+    cores = available_cores()
+    with suppress(OSError, ValueError):  # no Linux, or "max": a container may run no more threads than that at once
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
 
 
 def _file(folder: Path) -> Path:

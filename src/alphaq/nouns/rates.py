@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
@@ -56,7 +56,7 @@ class Rates(BaseModel):
     def parse(cls, text: str) -> Rates:
         """The inverse of `str`. Raises BudgetError."""
         first, *rest = text.split(",")
-        named = dict(part.strip().partition("=")[::2] for part in rest)
+        named = {name.strip(): rate for name, _, rate in (part.partition("=") for part in rest)}
         if len(named) < len(rest):
             raise BudgetError(f"--bandwidth {text!r} names a format twice. Name each once.")
         times = {name: _nanoseconds(named.pop(name, "0ns"), text) for name in (_LAYER, _TOKEN)}
@@ -82,6 +82,18 @@ class Rates(BaseModel):
         """Bytes per second of a format."""
         return dict(self.formats).get(choice, self.memory)
 
+    def renamed(self, written: Callable[[str], str]) -> Rates:
+        """With formats as plans write them. Raises BudgetError where two are the same."""
+        formats = tuple(sorted((written(name), rate) for name, rate in self.formats))
+        if len(dict(formats)) < len(formats):
+            raise BudgetError(f"--bandwidth {str(self)!r} names a format twice. Name each once.")
+        return self.model_copy(update={"formats": formats})
+
+    def unrated(self, reads: Mapping[str, int]) -> dict[str, float]:
+        """Formats without a rate of their own where others have one, and their share of the bytes that are read."""
+        own, total = dict(self.formats), sum(reads.values())
+        return {name: nbytes / total for name, nbytes in reads.items() if own and nbytes and name not in own}
+
     def among(self, choices: Iterable[str]) -> Rates:
         """Without what says nothing of these choices."""
         wanted = set(choices)
@@ -96,7 +108,7 @@ class Rates(BaseModel):
 def _no_rate(text: str) -> BudgetError:
     return BudgetError(
         f"--bandwidth {text!r} is no rate of memory. Write for example --bandwidth 80GB/s, or "
-        "80GB/s,Q4_K=60GB/s,layer=50us for formats with rates of their own."
+        "80GB/s,Q4_K=60GB/s,layer=50us for formats with rates of their own; times are whole numbers of ns, us or ms."
     )
 
 

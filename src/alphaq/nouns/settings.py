@@ -283,7 +283,7 @@ class PlanConfig(BaseModel):
     ] = Field(default=0.01, gt=0, allow_inf_nan=False)
     min_speed: Annotated[
         float | None,
-        Option("Tokens per second to reach at least, by --bandwidth and the bytes that a token reads.", LIMITS),
+        Option("Tokens per second to reach at least, by --bandwidth and what a token reads of each format.", LIMITS),
     ] = Field(default=None, gt=0, allow_inf_nan=False)
     bandwidth: Annotated[
         Rates | None,

@@ -43,7 +43,7 @@ class Fit:
         """Tokens per second at first and once the context is full, of a plan that says what a token reads."""
         if self.plan is None or self.plan.reads is None:
             return None
-        taken = rates.token_time_ns(self.plan.reads.by_choice, self.plan.reads.layers)
+        taken = max(1, rates.token_time_ns(self.plan.reads.by_choice, self.plan.reads.layers))
         return SECOND_NS / taken, SECOND_NS / (taken + self.full_bytes * SECOND_NS / rates.memory)
 
 
@@ -53,7 +53,8 @@ def of_machine(gib: float) -> int:
 
 
 def least_bytes(checkpoint: Checkpoint, request: Request) -> int:
-    """Bytes of weight files at the narrowest choices. Raises BudgetError for a speed that they do not reach."""
+    """Bytes of weight files at the narrowest choices, whatever their speed. Raises BudgetError for a speed that no
+    choices reach."""
     whole = request.config.model_copy(update={"budget": Budget(size_bytes=ENOUGH)})
     problem = problem_of(Scope.of(checkpoint, replace(request, config=whole)))
     return ENOUGH - problem.limit + int(problem.unit_costs.min(axis=1).sum())

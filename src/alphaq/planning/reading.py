@@ -98,9 +98,11 @@ class Reading:
         return Reads(by_choice={choice: nbytes for choice, nbytes in sums.items() if nbytes}, layers=self.layers)
 
     def _stored_as(self, entry: Entry) -> str:
-        """The choice as which an entry is read: what is copied stays what it is in a GGUF file."""
+        """The choice as which an entry is read: what is copied stays what it is in a GGUF file, where 16 bits are
+        BF16 unless they are called F16."""
         if entry.form.raw and isinstance(entry.source, str):
-            return self.held.get(entry.source, KEPT_NAME)
+            held = self.held.get(entry.source, KEPT_NAME)
+            return KEPT_NAME if held == "BF16" else held
         return KEPT_NAME if entry.choice is None else str(entry.choice)
 
 

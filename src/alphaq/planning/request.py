@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.engines.profile import Profile
 from alphaq.engines.profiles import profile as engine_profile
 from alphaq.errors import BudgetError, ChoiceError
+from alphaq.formats.ggml import GGML_TYPES
+from alphaq.formats.kept import KEPT
 from alphaq.formats.table import code_bits, format_of, rate_of
 from alphaq.formats.table import parse_choice as read_choice
 from alphaq.formats.versions import CODECS
@@ -57,6 +60,15 @@ class Request:
         wider = [choice for choice in self.ladder if choice in self.offered and code_bits(choice) > widest]
         return tuple(self.choices.index(choice) for choice in (*finer, *wider))
 
+    @property
+    def plain(self) -> tuple[Choice, ...]:
+        """What `--head-bits 5` and the like mean, for each width that the engine has."""
+        found = []
+        for bits in WIDTHS:
+            with suppress(ChoiceError):
+                found.append(self.choice(str(bits)))
+        return tuple(found)
+
     def with_stored(self, checkpoint: Checkpoint | None) -> Request:
         """The same with the types that a GGUF file has already on offer, where a user has named none and methods may
         mix them: what has one of them may be copied."""
@@ -95,6 +107,9 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
     preset = {key: value for key, value in chosen.preset.items() if _is_unset(getattr(config, key))}
     config = config.model_copy(update=preset)
     _check_speed(config)
+    if config.bandwidth is not None:
+        written = config.bandwidth.renamed(lambda text: _format_named(text, profile, config))
+        config = config.model_copy(update={"bandwidth": written})
     if config.codec is not None:
         _check_codec(config, profile, with_model)
     offered = _offered(config, profile)
@@ -221,11 +236,11 @@ def _check_speed(config: PlanConfig) -> None:
     """BudgetError for a speed of unknown memory, of files whose codes are taken apart when they are loaded,
     or beside budgets for each layer."""
     if config.min_speed is not None and config.codec is not None:
-        raise BudgetError("--min-speed counts the bytes that a token reads, which codes do not change. Drop --codec.")
+        raise BudgetError("--min-speed counts what a token reads, which codes do not change. Drop --codec.")
     if config.min_speed is not None and config.per_layer:
         raise BudgetError("--per-layer and --min-speed are not solved together. Drop one of them.")
     if config.min_speed is not None and config.bandwidth is None:
-        raise BudgetError("--min-speed needs the bandwidth of the memory. Add --bandwidth 80GB/s.")
+        raise BudgetError("--min-speed needs to know how fast weights are read. Add --bandwidth 80GB/s.")
 
 
 def _check_codec(config: PlanConfig, profile: Profile, with_model: bool) -> None:
@@ -255,6 +270,12 @@ def parse_choice(text: str, profile: Profile, config: PlanConfig) -> Choice:
     else:
         choice = read_choice(text, config.group_size or 128, config.symmetric)
     return _storable(choice, profile)
+
+
+def _format_named(text: str, profile: Profile, config: PlanConfig) -> str:
+    """A format of --bandwidth as plans write it. Raises ChoiceError for one that the engine's files do not have."""
+    copied = profile.writer.from_gguf and text in GGML_TYPES
+    return text if copied or text == str(KEPT) else str(parse_choice(text, profile, config))
 
 
 def _named(text: str, profile: Profile, config: PlanConfig) -> list[Choice]:

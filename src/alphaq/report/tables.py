@@ -94,11 +94,11 @@ def _placed_words(card: Placement) -> str:
 
 def speed_words(plan: Plan) -> str:
     """What a token reads, and how fast that is where it is known how fast formats are read."""
-    assert plan.reads is not None  # the caller knows
-    read, rates = human_bytes(plan.reads.total), None if plan.config is None else plan.config.bandwidth
-    if rates is None:
+    assert plan.read_bytes is not None  # the caller knows
+    read, rates = human_bytes(plan.read_bytes), None if plan.config is None else plan.config.bandwidth
+    if rates is None or plan.reads is None:  # an earlier version did not tell formats apart
         return f"{read} of weights"
-    taken = rates.token_time_ns(plan.reads.by_choice, plan.reads.layers)
+    taken = max(1, rates.token_time_ns(plan.reads.by_choice, plan.reads.layers))
     return f"{read} of weights: {SECOND_NS / taken:.3g} tokens per second at {rates.among(plan.reads.by_choice).words}"
 
 
@@ -117,7 +117,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("made for", memory_words(plan.memory))
     if plan.config is not None and plan.config.share is not None:
         table.add_row("read of the matrices", f"rows of {100 * plan.config.share:.6g} % of their bytes")
-    if plan.reads is not None:
+    if plan.read_bytes is not None:
         table.add_row("a token reads", speed_words(plan))
     table.add_row("expected loss (objective)", f"{plan.objective:.6g}")
     if plan.prediction is not None:

@@ -15,12 +15,18 @@ from alphaq.nouns.choice import Choice
 from alphaq.quantizers.base import DEFAULT, rounder_of
 from alphaq.runtime.multiply import multiply
 from alphaq.runtime.packed import PackedWeights
+from alphaq.simd.vectors import STATE
 from alphaq.work.timing import usual_seconds
 from alphaq.work.workers import Wrap
 
 ROWS, COLUMNS, CHOSEN = 1024, 2048, 4
 """Of a matrix, and how many a token is multiplied with at a time, as it is with experts."""
 STEPS = 16
+
+
+def version() -> str:
+    """Of what is timed."""
+    return f"kernels {STATE}, torch {torch.__version__}"
 
 
 def kernel_rates(choices: Sequence[Choice], nbytes: int, threads: int, wrap: Wrap) -> list[float]:

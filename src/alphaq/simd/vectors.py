@@ -55,7 +55,8 @@ def _state_of_kernels() -> str:
     return hashlib.blake2b(b"".join(path.read_bytes() for path in modules), digest_size=6).hexdigest()
 
 
-_STATE = _state_of_kernels()
+STATE = _state_of_kernels()
+"""Other kernels have another."""
 
 
 def stamped(function: Callable[..., Any]) -> Any:
@@ -63,7 +64,7 @@ def stamped(function: Callable[..., Any]) -> Any:
 
     numba itself compiles anew only when the function's own module has changed.
     """
-    function.__qualname__ += f"-{_STATE}"
+    function.__qualname__ += f"-{STATE}"
     return function
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-LEAST_ROUNDS, LEAST_S = 9, 0.4
+LEAST_ROUNDS, LEAST_S = 9, 0.2
+AGREEING = 1.5
 
 
 def usual_seconds(work: Callable[[], object]) -> float:
@@ -23,3 +24,9 @@ def seconds(work: Callable[[], object]) -> float:
     begun = time.perf_counter()
     work()
     return time.perf_counter() - begun
+
+
+def agree(sittings: Sequence[float]) -> bool:
+    """Whether the two shortest of several times in seconds are alike, so that others did not disturb them."""
+    first, second = sorted(sittings)[:2]
+    return second <= AGREEING * first

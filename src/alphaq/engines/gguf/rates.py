@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from importlib.metadata import version as installed
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import torch
 
 from alphaq.engines.gguf.apart import Wrap, run_apart
 from alphaq.engines.gguf.library import Llama, LlamaError, last_of, opened
+from alphaq.errors import MissingEngineError
 from alphaq.formats.ggml import GGML_TYPES
+from alphaq.formats.ggml_library import shared_object
 from alphaq.nouns.choice import Choice
 from alphaq.quantizers.ggml import blocks_of
 from alphaq.work.timing import usual_seconds
@@ -38,7 +41,7 @@ class _InitParams(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    """The shared object with what builds and runs graphs typed. Raises MissingEngineError."""
+    """The shared object with what builds and runs graphs typed. Raises MissingEngineError, LlamaError."""
     library = opened()
     pointer, integer, long, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
     signatures: dict[str, tuple[Any, ...]] = {  # name: (result, *arguments)
@@ -64,9 +67,18 @@ def _library() -> ctypes.CDLL:
         "ggml_backend_buffer_free": (None, pointer),
     }
     for name, (result, *arguments) in signatures.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            raise LlamaError(f"This build of llama.cpp has no {name}. Install another version of xllamacpp.")
         function.restype, function.argtypes = result, arguments
     return library
+
+
+def version() -> str:
+    """Of what is timed. Raises MissingEngineError."""
+    if shared_object() is None:
+        raise MissingEngineError("llama.cpp", "'alphaq[gguf]'")
+    return f"xllamacpp {installed('xllamacpp')}"
 
 
 def kernel_rates(choices: Sequence[Choice], nbytes: int, threads: int, shown: Wrap) -> list[float]:
