@@ -3,7 +3,8 @@ import pytest
 from alphaq.errors import BudgetError, PlanError
 from alphaq.formats.table import parse_choice
 from alphaq.nouns.plan import Plan
-from alphaq.nouns.settings import Budget, PlanConfig, parse_size, show_size
+from alphaq.nouns.settings import Budget, PlanConfig
+from alphaq.nouns.sizes import parse_size, show_size
 from alphaq.planning import resolve
 
 
