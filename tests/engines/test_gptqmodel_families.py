@@ -109,7 +109,7 @@ def test_what_gptqmodel_does_not_run_is_refused_with_the_reason(tmp_path: Path, 
 def test_what_its_table_has_no_place_for_keeps_16_bits(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_layout(random_family("cohere2_moe", WHOLE), tmp_path / "source", published=True))
     kept = {one.role for one in checkpoint.matrices if keeps(checkpoint, one)}
-    assert kept == {Role.SHARED_EXPERT, Role.ROUTER}
+    assert kept == {Role.SHARED_EXPERT, Role.ROUTER, Role.EMBEDDING}
     shared = checkpoint.with_role(Role.SHARED_EXPERT)[0]
     with pytest.raises(PlanError, match="no place for quantized weights there"):
         ENGINE.layout(checkpoint, {shared.name: PROFILE.with_bits(4)})

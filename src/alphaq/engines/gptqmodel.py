@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 import alphaq
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
-from alphaq.engines.assumptions.tables import Lines, engine_table, family_lines
+from alphaq.engines.assumptions.tables import family_settings
 from alphaq.engines.export import Rows, Run
 from alphaq.engines.safetensors.engine import SafetensorsEngine, ragged, words
 from alphaq.engines.safetensors.modules import KEPT, linear_choices, module_patterns
@@ -68,14 +68,9 @@ def tensors(choice: Choice, shape: Shape, dtype: str) -> dict[str, TensorSpec]:
     }
 
 
-def lines_of(checkpoint: Checkpoint) -> Lines:
-    """What `gptqmodel.toml` says of a family with experts; nothing of another."""
-    return family_lines(NAME, checkpoint.architecture, checkpoint.text_config.get("model_type"))
-
-
 def renamed(checkpoint: Checkpoint, tensor: str) -> str:
     """A tensor's name in the model that transformers 5 builds and GPTQModel fills."""
-    return lines_of(checkpoint).called(tensor)
+    return ENGINE.lines(checkpoint).called(tensor)
 
 
 def module_path(checkpoint: Checkpoint, matrix: MatrixRef) -> str:
@@ -91,9 +86,11 @@ def keeps(checkpoint: Checkpoint, matrix: MatrixRef) -> str | None:
     module = module_path(checkpoint, matrix)
     if matrix.role is Role.HEAD and module != HEAD:
         return f"it loads quantized heads by the name {HEAD} alone"
-    taken, within = (*engine_table(NAME).common.taken, *lines_of(checkpoint).taken), _LAYER.sub("", module)
-    known = not checkpoint.architecture.num_experts_keys or within == module
-    if not known and not any(re.fullmatch(one, within) for one in taken):
+    if not checkpoint.architecture.num_experts_keys or matrix.role is Role.HEAD:
+        return None
+    known = family_settings(NAME, checkpoint.architecture, checkpoint.text_config.get("model_type"))
+    within = _LAYER.sub("", module)
+    if within == module or not any(re.fullmatch(one, within) for one in known.lines.taken):
         return f"it has no place for quantized weights there in models of {checkpoint.architecture.name}"
     return None
 
