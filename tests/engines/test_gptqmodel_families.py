@@ -9,6 +9,7 @@ from typing import Any
 
 import gptqmodel_apart
 import pytest
+import torch
 from changed import EXACT, InEngine, model_of
 from exported import cycled_plan, quantize
 
@@ -63,6 +64,17 @@ def test_verify_runs_it_beside_classes_that_it_exchanges(tmp_path: Path) -> None
     source = open_checkpoint(saved(tmp_path / "source", "mixtral"))
     out = quantize(tmp_path / "source", cycled_plan(source, "gptqmodel", MIXED, None), tmp_path / "out")
     assert run_in_engine(out, source).difference < 1e-4
+
+
+@pytest.mark.slow
+@needs_gptqmodel
+def test_values_beyond_float16_are_computed_with(tmp_path: Path) -> None:
+    """An embedding of bfloat16, which a norm divides."""
+    model = model_of("mixtral", WHOLE)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1e6)
+    save_tokenizer(save_layout(model, tmp_path / "source", published=True), byte_level())
+    assert IN_GPTQMODEL.difference(tmp_path / "source", tmp_path, MIXED) < EXACT
 
 
 @pytest.mark.slow

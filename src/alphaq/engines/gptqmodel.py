@@ -23,6 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import alphaq
@@ -192,10 +193,21 @@ def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
         out = Path(scratch) / "logits.safetensors"
         arguments = [json.dumps(sys.path), str(folder), json.dumps(list(ids)), str(out)]
         ran = subprocess.run([sys.executable, "-c", _RUN, *arguments], capture_output=True, text=True)
-        if not out.is_file():
-            said = ran.stderr.strip().splitlines() or ["it said nothing"]
-            raise PlanError(f"GPTQModel cannot run {folder} ({said[-1]:.300}). Use --engine native.")
+        if ran.returncode:
+            raise PlanError(_why_not(folder, ran.returncode, ran.stderr))
         return load_file(out)["logits"]
+
+
+def _why_not(folder: Path, code: int, stderr: str) -> str:
+    """Why the other process ended without logits."""
+    if code < 0:
+        return (
+            f"GPTQModel was killed while it ran {folder} (signal {-code}), by lack of memory most likely: it holds the "
+            "model in float16 and float32 at once. Use a machine with more, or leave --run out."
+        )
+    lines = stderr.strip().splitlines() or ["it said nothing"]
+    said = next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)), lines[-1])
+    return f"GPTQModel cannot run {folder} ({said:.300}). Use --engine native."
 
 
 def run(folder: str, ids: str, out: str) -> None:
@@ -208,11 +220,23 @@ def logits_here(folder: Path, ids: Sequence[int]) -> torch.Tensor:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # it would compile each module
     from gptqmodel import GPTQModel
 
-    # It rounds scales to the type that it loads in, and has no float32: the values are exact in float16.
+    # It rounds all to the type that it loads in, and has no float32. Scales are exact in float16; what is kept in
+    # bfloat16 or float32 may be larger or finer than that, so it is read again.
     model = GPTQModel.load(str(folder), backend="gptq_torch", device="cpu", dtype=torch.float16).model.float()
+    _read_again(folder, model.state_dict())
     with torch.inference_mode():
         values: torch.Tensor = model(input_ids=torch.tensor([list(ids)])).logits[0]
     return values.contiguous()
+
+
+def _read_again(folder: Path, loaded: Mapping[str, torch.Tensor]) -> None:
+    """Fill what a model shares with a file by name, shape and kind, as stored."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as stored, torch.no_grad():
+            for name in set(stored.keys()) & loaded.keys():
+                values = stored.get_tensor(name)
+                if values.is_floating_point() and values.shape == loaded[name].shape:
+                    loaded[name].copy_(values)
 
 
 def damage(choice: Choice, shape: Shape, parts: Sequence[torch.Tensor]) -> str:
