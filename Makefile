@@ -5,12 +5,15 @@ BIN    := $(VENV)/bin
 DEMO   := $(VENV)/.demo
 DEV    := $(VENV)/.dev
 BINDINGS  := 0.3.36
+GPTQMODEL := gptqmodel==7.7.0 defuser==0.0.28 pypcre==0.6.4 logbar==0.4.15 threadpoolctl==3.8.0 tokenicer==0.0.14 \
+	device-smi==0.5.7 datasets==5.2.0 pyarrow==26.0.1 pandas==3.1.1 dill==0.4.1 multiprocess==0.70.19 xxhash==4.1.0 \
+	torchao==0.18.0
 CONVERTER := $(VENV)/converter/.of-$(BINDINGS)
 # pip would compile all modules of all packages; those that are imported are compiled then, and kept (the last line).
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo setup test test-slow test-all test-vllm test-eval check style bench models gguf-families docs clean
+.PHONY: demo setup test test-slow test-all test-vllm test-gptqmodel test-eval check style bench models gguf-families docs clean
 
 demo: $(DEMO)  ## the main job on the bundled model; writes demo/report.html
 	rm -rf demo
@@ -60,6 +63,16 @@ test-vllm: .venv-vllm/.installed  ## serve native checkpoints with vLLM on the C
 	$(PYTHON) scripts/vllm_venv.py .venv-vllm
 	touch $@
 
+test-gptqmodel: setup .venv-gptqmodel/.installed  ## load what is written for GPTQModel with it; an hour, 400 MB of disk
+	PYTHONPATH=.venv-gptqmodel OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/engines/test_gptqmodel_families.py \
+		tests/engines/test_gptqmodel.py
+
+# Beside the packages of .venv, and without its own: it asks for other versions of torch and transformers.
+.venv-gptqmodel/.installed: Makefile
+	rm -rf .venv-gptqmodel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv-gptqmodel $(GPTQMODEL)
+	touch $@
+
 check: setup  ## formatting, lint, types, layers
 	$(BIN)/ruff format --check src tests scripts benchmarks
 	$(BIN)/ruff check src tests scripts benchmarks
@@ -84,4 +97,4 @@ docs: setup  ## the documentation site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) .venv-vllm demo site build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-vllm .venv-gptqmodel demo site build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

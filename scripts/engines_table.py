@@ -1,8 +1,8 @@
 """Which engine runs which family of experts: write the table in docs/models.md.
 
 A cell says "verified" where the family is in the engine's table (`src/alphaq/engines/assumptions/ENGINE.toml`), each
-of which the test suite runs: a cell that fails is a test that fails. llama.cpp's are those of
-docs/engines/gguf-families.md.
+of which is run by `make test`, `make test-vllm` or `make test-gptqmodel`: a cell that fails is a test that fails.
+llama.cpp's are those of docs/engines/gguf-families.md.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ YES, NONE, LATER = "verified", "no such model", "not yet"
 _GPTQMODEL = """
     afmoe axk2 bailing_hybrid bailing_moe cohere2_moe dbrx deepseek_ocr2 deepseek_v2 deepseek_v3 deepseek_v32
     deepseek_v4 deepseek_vl_v2 dots1 ernie4_5_moe gemma4 glm4_moe glm4_moe_lite glm4v_moe glm5_next glm_moe_dsa gpt_oss
-    granitemoe hunyuan_v1_moe hy_v3 inkling jamba kimi_k25 laguna lfm2_moe llama4 longcat_flash minimax minimax_m2
-    minimax_m3_vl mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe qwen3_moe qwen3_next qwen3_omni_moe
-    qwen3_vl_moe qwen4_exp solar_open"""
+    granitemoe hunyuan_v1_moe hy_v3 inkling jamba kimi_k25 laguna lfm2_moe llama4 longcat_flash mimo_v2_flash minimax
+    minimax_m2 minimax_m3_vl mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe qwen3_moe qwen3_next qwen3_omni_moe
+    qwen3_vl_moe qwen4_exp solar_open unlimited_ocr"""
 GPTQMODEL = frozenset(_GPTQMODEL.split())
 """Families that GPTQModel 7.7.0 has a definition of (`MODEL_MAP` in gptqmodel/models/auto.py)."""
 _VLLM = """
-    afmoe aria axk1 axk2 bailing_moe cohere2_moe dbrx deepseek deepseek_ocr2 deepseek_v2 deepseek_v3 deepseek_v32
-    deepseek_v4 deepseek_vl_v2 dots1 dots3_note ernie4_5_moe exaone_moe flex_olmo gemma4 glm4_moe glm4_moe_lite
-    glm4v_moe glm5_next glm_moe_dsa gpt_oss granitemoe hunyuan_v1_moe hy_v3 hy_v4 inkling jamba jetmoe kimi_k25
-    kimi_linear laguna lfm2_moe llama4 longcat_flash mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl mistral4
-    mixtral nemotron_h olmoe openai_privacy_filter phimoe qwen2_moe qwen3_5_moe qwen3_moe qwen3_next qwen3_omni_moe
-    qwen3_vl_moe qwen4_exp solar_open step3p7 unlimited_ocr zaya"""
+    afmoe aria axk1 axk2 bailing_hybrid bailing_moe cohere2_moe dbrx deepseek deepseek_ocr2 deepseek_v2 deepseek_v3
+    deepseek_v32 deepseek_v4 deepseek_vl_v2 dots1 dots3_note ernie4_5_moe exaone_moe flex_olmo gemma4 glm4_moe
+    glm4_moe_lite glm4v_moe glm5_next glm_moe_dsa gpt_oss granitemoe hunyuan_v1_moe hy_v3 hy_v4 inkling jamba jetmoe
+    kimi_k25 kimi_linear laguna lfm2_moe llama4 longcat_flash mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl
+    mistral4 mixtral nemotron_h olmoe openai_privacy_filter phimoe qwen2_moe qwen3_5_moe qwen3_moe qwen3_next
+    qwen3_omni_moe qwen3_vl_moe qwen4_exp solar_open step3p7 unlimited_ocr zaya"""
 VLLM = frozenset(_VLLM.split())
 """Families that vLLM 0.32.0 has a class of (vllm/model_executor/models/registry.py), or transformers 5.19, which vLLM
 allows and whose classes it can take."""

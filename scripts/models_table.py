@@ -61,10 +61,15 @@ Dense models, whose budget decides on the MLP of every layer (role `dense_mlp`):
 `--engine native` writes every family above; transformers loads the result with the plug-in that `alphaq` brings.
 Other engines have programs of their own for each family. **verified**: the engine computes with our files, of a mixed
 plan, the logits that transformers computes with the weights which they stand for, or the export refuses the settings
-that it would compute otherwise; the test suite runs every one (MLX: mlx-lm 0.32.2; llama.cpp: 2026.10, see
-[its page](engines/gguf-families.md); vLLM's files by transformers with compressed-tensors 0.20, and by vLLM 0.32 in
-`make test-vllm`; GPTQModel 7.7.0). *no such model*: the engine has none, where its source was at hand. *not yet*: not
-run there, so the export refuses it. `scripts/engines_table.py` writes this table.
+that it would compute otherwise (what follows the word says which, where published models have them; *not on CPUs*:
+there vLLM itself computes otherwise or stops, whatever the files). Tested with: mlx-lm 0.32.2 in the test suite;
+llama.cpp 2026.10, see [its page](engines/gguf-families.md); vLLM 0.32.0 on a CPU in `make test-vllm`, with kernels
+that restore the packed weights and a router in place of those for CPUs, see [its
+page](engines/vllm.md#what-was-tested); GPTQModel 7.7.0 with defuser 0.0.28 and transformers 5.23 in `make
+test-gptqmodel`, see [its page](engines/gptqmodel.md#what-was-tested). `make test` compares names with transformers'
+class for the last two. *no such model*: the engine has none, where its source was at hand. *refused*: it has one, and
+cannot load or run our files, or would on machines only where nobody has tried it. *not yet*: not run there, so the
+export refuses it. `scripts/engines_table.py` writes this table.
 
 {engines}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import gptqmodel_apart
 import pytest
+import torch
 from changed import EXACT, InEngine, model_of
 from exported import cycled_plan, quantize
 
@@ -67,6 +68,17 @@ def test_verify_runs_it_beside_classes_that_it_exchanges(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @needs_gptqmodel
+def test_values_beyond_float16_are_computed_with(tmp_path: Path) -> None:
+    """An embedding of bfloat16, which a norm divides."""
+    model = model_of("mixtral", WHOLE)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1e6)
+    save_tokenizer(save_layout(model, tmp_path / "source", published=True), byte_level())
+    assert IN_GPTQMODEL.difference(tmp_path / "source", tmp_path, MIXED) < EXACT
+
+
+@pytest.mark.slow
+@needs_gptqmodel
 @pytest.mark.parametrize("model_type", RUN)
 def test_every_setting_of_the_class_is_followed_or_refused(tmp_path: Path, model_type: str) -> None:
     assert not IN_GPTQMODEL.wrong(tmp_path, model_type, saved)
@@ -109,7 +121,7 @@ def test_what_gptqmodel_does_not_run_is_refused_with_the_reason(tmp_path: Path, 
 def test_what_its_table_has_no_place_for_keeps_16_bits(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_layout(random_family("cohere2_moe", WHOLE), tmp_path / "source", published=True))
     kept = {one.role for one in checkpoint.matrices if keeps(checkpoint, one)}
-    assert kept == {Role.SHARED_EXPERT, Role.ROUTER}
+    assert kept == {Role.SHARED_EXPERT, Role.ROUTER, Role.EMBEDDING}
     shared = checkpoint.with_role(Role.SHARED_EXPERT)[0]
     with pytest.raises(PlanError, match="no place for quantized weights there"):
         ENGINE.layout(checkpoint, {shared.name: PROFILE.with_bits(4)})

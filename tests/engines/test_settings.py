@@ -28,6 +28,7 @@ from alphaq.engines.effective import effective_config
 from alphaq.engines.placement import left_out
 from alphaq.engines.profiles import ENGINES as PROFILES
 from alphaq.engines.settings import require_settings
+from alphaq.engines.vllm import quantization_config
 from alphaq.errors import ArchitectureError
 from alphaq.nouns.plan import Plan
 from conftest import FAMILIES, ROOT, Ran
@@ -251,6 +252,7 @@ def test_prediction_layers_stay_where_the_engine_has_a_use_for_them(tmp_path: Pa
     with_tensors(source, model__layers__3__eh_proj__weight=torch.ones(64, 128))
     checkpoint = open_checkpoint(source)
     assert left_out(checkpoint, "vllm") == set()
+    assert quantization_config(checkpoint, {})["ignore"][-1] == r"re:.*\blayers\.3\..*"
     assert left_out(checkpoint, "mlx") == {"model.layers.3.eh_proj.weight"}
 
 

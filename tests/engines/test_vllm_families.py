@@ -1,6 +1,6 @@
 """Files for vLLM of every family that they are written for: transformers loads them by compressed-tensors.
 
-vLLM itself runs them in tests/serving/test_vllm_families.py.
+vLLM itself runs them in tests/serving/test_vllm_runs_families.py.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,16 +19,17 @@ from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.assumptions.tables import engine_table
 from alphaq.engines.running import run_in_transformers
 from alphaq.engines.vllm import ENGINE
-from alphaq.errors import PlanError
+from alphaq.errors import ArchitectureError, PlanError
 from families import plain_copy, random_family, save_layout
 
 sys.path.append(str(Path(__file__).parents[1] / "serving"))
 
 from vllm_families import RUN, model_of
 
-OFTEN = {"glm4_moe", "minimax_m2"}
-"""The usual names; and settings that are told, and modules by other names."""
+OFTEN = {"minimax_m2"}
+"""Settings that are told, and modules by other names."""
 TOKENS = range(3, 19)
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,26 @@ def test_modules_and_settings_are_told_by_vllm_s_names(tmp_path: Path) -> None:
     assert not any("block_sparse_moe" in target for target in targets)
     assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in source.shard_of  # as the files call it
     assert (config["rotary_dim"], config["scoring_func"]) == (32, "sigmoid")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changed", "named"),
+    [
+        ("afmoe", dict(tie_word_embeddings=True), "tie_word_embeddings is True"),
+        ("minimax_m2", dict(tie_word_embeddings=True), "tie_word_embeddings is True"),
+        ("minimax_m2", dict(rope_parameters=YARN), "'yarn', but vllm runs 'minimax_m2' models with default only"),
+        ("glm4_moe_lite", dict(n_group=2), "n_group is 2"),
+        ("gemma4", {}, "'gemma4' holds its language model beside others"),
+        ("llama4", {}, "'llama4' holds its language model beside others"),
+    ],
+)
+def test_what_vllm_computes_otherwise_or_was_not_tried_with_is_refused(
+    tmp_path: Path, model_type: str, changed: dict[str, Any], named: str
+) -> None:
+    model = random_family(model_type, **changed)
+    checkpoint = open_checkpoint(save_layout(model, tmp_path / "source", published=True))
+    with pytest.raises(ArchitectureError, match=named):
+        ENGINE.layout(checkpoint, {})
 
 
 @pytest.mark.parametrize("family", engine_table("vllm").refused)

@@ -20,10 +20,6 @@ LATENT = dict(
     head_dim=64, q_lora_rank=64, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128,
     num_key_value_heads=4,
 )  # fmt: skip
-FOUR = dict(
-    num_hidden_layers=4, layer_types=["linear_attention"] * 3 + ["full_attention"],
-    linear_key_head_dim=32, linear_value_head_dim=32,
-)  # fmt: skip
 GEMMA = FAMILIES["gemma4_text"] | dict(moe_intermediate_size=64, num_experts=8, sliding_window=6)
 
 # By `model_type`: what each needs beside SIZES and tests/families.py, for vLLM to run it and for all of its parts to
@@ -53,10 +49,6 @@ RUN: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
     "solar_open": {},
 }
-
-
-ROUNDED = {"qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"}
-"""Families with layers that vLLM's kernels for CPUs compute in bfloat16 alone."""
 
 
 def model_of(model_type: str, **changed: Any) -> Any:

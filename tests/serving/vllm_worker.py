@@ -10,9 +10,6 @@ import gc
 import json
 import sys
 import traceback
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 MARK = "answer: "
@@ -37,38 +34,22 @@ def logprobs(folder: str, prompts: list[list[int]], arguments: dict[str, Any]) -
         engine.llm_engine.engine_core.shutdown()
 
 
-def without_images() -> None:
-    """Let modules be imported that can look at images with torchvision, of which there is no build for this torch."""
-    names = (
-        "torchvision",
-        "torchvision.transforms",
-        "torchvision.transforms.v2",
-        "torchvision.transforms.v2.functional",
-    )
-    for name in names if find_spec("torchvision") is None else ():
-        before, _, last = name.rpartition(".")
-        sys.modules[name] = module = ModuleType(name)
-        module.__spec__ = ModuleSpec(name, None)
-        if before:
-            setattr(sys.modules[before], last, module)
-
-
 def main() -> None:
     """Answer until there is no further line."""
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.model_executor.models import registry
 
+    assert hasattr(registry, "_run_in_subprocess")
     registry._run_in_subprocess = lambda made: made()  # it looks at each model's class in a process of its own
     sys.path.append(__file__.rpartition("/")[0])
     import decoding_kernels
 
     decoding_kernels.install()
-    without_images()
     gc.freeze()  # vLLM collects garbage eight times a model, and it and torch are large
     for line in sys.stdin:
         try:
             answer: Any = logprobs(**json.loads(line))
-        except BaseException as error:  # whatever a model does, the next may be asked
+        except Exception as error:  # whatever a model does, the next may be asked
             answer = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-6000:]}
         sys.stdout.write(f"\n{MARK}{json.dumps(answer)}\n")
         sys.stdout.flush()

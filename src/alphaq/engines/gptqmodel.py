@@ -23,12 +23,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import alphaq
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
-from alphaq.engines.assumptions.tables import Lines, engine_table, family_lines
+from alphaq.engines.assumptions.tables import family_settings
 from alphaq.engines.export import Rows, Run
 from alphaq.engines.safetensors.engine import SafetensorsEngine, ragged, words
 from alphaq.engines.safetensors.modules import KEPT, linear_choices, module_patterns
@@ -68,14 +69,9 @@ def tensors(choice: Choice, shape: Shape, dtype: str) -> dict[str, TensorSpec]:
     }
 
 
-def lines_of(checkpoint: Checkpoint) -> Lines:
-    """What `gptqmodel.toml` says of a family with experts; nothing of another."""
-    return family_lines(NAME, checkpoint.architecture, checkpoint.text_config.get("model_type"))
-
-
 def renamed(checkpoint: Checkpoint, tensor: str) -> str:
     """A tensor's name in the model that transformers 5 builds and GPTQModel fills."""
-    return lines_of(checkpoint).called(tensor)
+    return ENGINE.lines(checkpoint).called(tensor)
 
 
 def module_path(checkpoint: Checkpoint, matrix: MatrixRef) -> str:
@@ -91,9 +87,11 @@ def keeps(checkpoint: Checkpoint, matrix: MatrixRef) -> str | None:
     module = module_path(checkpoint, matrix)
     if matrix.role is Role.HEAD and module != HEAD:
         return f"it loads quantized heads by the name {HEAD} alone"
-    taken, within = (*engine_table(NAME).common.taken, *lines_of(checkpoint).taken), _LAYER.sub("", module)
-    known = not checkpoint.architecture.num_experts_keys or within == module
-    if not known and not any(re.fullmatch(one, within) for one in taken):
+    if not checkpoint.architecture.num_experts_keys or matrix.role is Role.HEAD:
+        return None
+    known = family_settings(NAME, checkpoint.architecture, checkpoint.text_config.get("model_type"))
+    within = _LAYER.sub("", module)
+    if within == module or not any(re.fullmatch(one, within) for one in known.lines.taken):
         return f"it has no place for quantized weights there in models of {checkpoint.architecture.name}"
     return None
 
@@ -195,10 +193,21 @@ def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
         out = Path(scratch) / "logits.safetensors"
         arguments = [json.dumps(sys.path), str(folder), json.dumps(list(ids)), str(out)]
         ran = subprocess.run([sys.executable, "-c", _RUN, *arguments], capture_output=True, text=True)
-        if not out.is_file():
-            said = ran.stderr.strip().splitlines() or ["it said nothing"]
-            raise PlanError(f"GPTQModel cannot run {folder} ({said[-1]:.300}). Use --engine native.")
+        if ran.returncode:
+            raise PlanError(_why_not(folder, ran.returncode, ran.stderr))
         return load_file(out)["logits"]
+
+
+def _why_not(folder: Path, code: int, stderr: str) -> str:
+    """Why the other process ended without logits."""
+    if code < 0:
+        return (
+            f"GPTQModel was killed while it ran {folder} (signal {-code}), by lack of memory most likely: it holds the "
+            "model in float16 and float32 at once. Use a machine with more, or leave --run out."
+        )
+    lines = stderr.strip().splitlines() or ["it said nothing"]
+    said = next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)), lines[-1])
+    return f"GPTQModel cannot run {folder} ({said:.300}). Use --engine native."
 
 
 def run(folder: str, ids: str, out: str) -> None:
@@ -211,11 +220,23 @@ def logits_here(folder: Path, ids: Sequence[int]) -> torch.Tensor:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # it would compile each module
     from gptqmodel import GPTQModel
 
-    # It rounds scales to the type that it loads in, and has no float32: the values are exact in float16.
+    # It rounds all to the type that it loads in, and has no float32. Scales are exact in float16; what is kept in
+    # bfloat16 or float32 may be larger or finer than that, so it is read again.
     model = GPTQModel.load(str(folder), backend="gptq_torch", device="cpu", dtype=torch.float16).model.float()
+    _read_again(folder, model.state_dict())
     with torch.inference_mode():
         values: torch.Tensor = model(input_ids=torch.tensor([list(ids)])).logits[0]
     return values.contiguous()
+
+
+def _read_again(folder: Path, loaded: Mapping[str, torch.Tensor]) -> None:
+    """Fill what a model shares with a file by name, shape and kind, as stored."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as stored, torch.no_grad():
+            for name in set(stored.keys()) & loaded.keys():
+                values = stored.get_tensor(name)
+                if values.is_floating_point() and values.shape == loaded[name].shape:
+                    loaded[name].copy_(values)
 
 
 def damage(choice: Choice, shape: Shape, parts: Sequence[torch.Tensor]) -> str:

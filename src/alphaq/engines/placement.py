@@ -45,6 +45,13 @@ def left_out(checkpoint: Checkpoint, engine: str) -> frozenset[str]:
     return frozenset(dropped)
 
 
+def prediction_layers(checkpoint: Checkpoint) -> list[int]:
+    """Numbers of stored layers after the last, which guess further words."""
+    last = checkpoint.architecture.layers(checkpoint.config)
+    numbers = {int(layer[1]) for layer in map(_LAYER.fullmatch, checkpoint.shard_of) if layer is not None}
+    return sorted(number for number in numbers if number >= last)
+
+
 def _names(checkpoint: Checkpoint) -> Iterator[tuple[str, list[str]]]:
     """Each stored tensor with the names of the matrices that it holds, or its own."""
     within: dict[str, list[str]] = {}

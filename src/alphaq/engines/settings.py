@@ -35,17 +35,18 @@ def require_settings(checkpoint: Checkpoint, engine: str) -> JsonObject:
     A GGUF file's own metadata are carried over as they are, so nothing is asked of them.
     """
     table = engine_table(engine)
+    known = family_settings(engine, checkpoint.architecture, checkpoint.text_config.get("model_type"))
+    experts = bool(checkpoint.architecture.num_experts_keys)
+    if experts and checkpoint.gguf is None and not (table.wrapped or known.lines.wrapped):
+        _require_plain(checkpoint, engine)  # before biases, which the models beside it may have
     if not table.everything:
         _require_no_idle_biases(checkpoint, engine)
-    if not checkpoint.architecture.num_experts_keys:
+    if not experts:
         if table.architecture_file and (mapping := checkpoint.architecture.gguf) is not None:
             require_assumptions(checkpoint, engine, mapping.arch, mapping.config)
         return settings_of(checkpoint)  # what else is assumed of these is asked for with the family's name
     config = effective_config(checkpoint)
-    known = family_settings(engine, checkpoint.architecture, checkpoint.text_config.get("model_type"))
     if checkpoint.gguf is None:
-        if not (table.wrapped or known.lines.wrapped):
-            _require_plain(checkpoint, engine)
         for name, value in _refused(checkpoint, known, config):
             raise ArchitectureError(_why(known, name, value))
     return {**config, **{key: value for key, value in known.lines.written.items() if config.get(key) is None}}

@@ -22,9 +22,9 @@ import torch
 from alphaq.checkpoint.config import read_config
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
-from alphaq.engines.assumptions.tables import Lines, family_lines
 from alphaq.engines.effective import effective_config
 from alphaq.engines.export import Rows, Run
+from alphaq.engines.placement import prediction_layers
 from alphaq.engines.running import run_in_transformers
 from alphaq.engines.safetensors.engine import SafetensorsEngine, words
 from alphaq.engines.safetensors.modules import (
@@ -34,7 +34,7 @@ from alphaq.engines.safetensors.modules import (
     module_name,
     module_patterns,
 )
-from alphaq.errors import MissingExtraError, PlanError
+from alphaq.errors import ArchitectureError, MissingExtraError, PlanError
 from alphaq.formats.native import GROUP_SIZES
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Shape
@@ -49,8 +49,6 @@ FUSED = {
     "v_proj": "qkv_proj",
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
-    "w1": "w13",
-    "w3": "w13",
     "q_a_proj": "fused_qkv_a_proj",
     "kv_a_proj_with_mqa": "fused_qkv_a_proj",
 }
@@ -83,15 +81,7 @@ def _asked(expert: str) -> str:
 
 def _called(checkpoint: Checkpoint, matrix: MatrixRef) -> str:
     """vLLM's name of the module that holds a matrix, which is not always that of its tensors."""
-    module = module_name(as_published(checkpoint, matrix.name))
-    for part, other in _lines(checkpoint).modules.items():
-        module = module.replace(part, other)
-    return module
-
-
-def _lines(checkpoint: Checkpoint) -> Lines:
-    """What is said of a family with experts; nothing of another."""
-    return family_lines(ENGINE.name, checkpoint.architecture, checkpoint.text_config.get("model_type"))
+    return ENGINE.lines(checkpoint).called_module(module_name(as_published(checkpoint, matrix.name)))
 
 
 def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> JsonObject:
@@ -111,6 +101,9 @@ def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -
         if merged is not None and merged not in modules:
             modules.append(merged)
     targets = {key: [f"re:.*{pattern}$" for pattern in module_patterns(alike[key], known)] for key in sorted(alike)}
+    kept = [name for (_, choice), named in targets.items() if choice == KEPT for name in named]
+    if ENGINE.lines(checkpoint).prediction_layers:
+        kept += [rf"re:.*\blayers\.{layer}\..*" for layer in prediction_layers(checkpoint)]
     quantized = [(choice, named) for (_, choice), named in targets.items() if choice != KEPT]
     return {
         "quant_method": "compressed-tensors",
@@ -120,7 +113,7 @@ def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -
             f"group_{number}": {"format": FORMAT, "targets": named, "weights": _settings(choice)}
             for number, (choice, named) in enumerate(quantized)
         },
-        "ignore": [name for (_, choice), named in targets.items() if choice == KEPT for name in named],
+        "ignore": kept,
     }
 
 
@@ -143,10 +136,17 @@ def config(checkpoint: Checkpoint, plan: Plan) -> JsonObject:
 
 def _told(checkpoint: Checkpoint) -> JsonObject:
     """What vLLM must find for the family, and config.json does not say."""
-    lines = _lines(checkpoint)
+    lines = ENGINE.lines(checkpoint)
     settings = effective_config(checkpoint) if lines.derived else {}
     needed = lines.written | {key: one.value(settings) for key, one in lines.derived.items()}
-    return {key: value for key, value in needed.items() if checkpoint.config.get(key) is None and value is not None}
+    lacking = {key: value for key, value in needed.items() if checkpoint.text_config.get(key) is None}
+    if none := [key for key, value in lacking.items() if value is None]:
+        raise ArchitectureError(
+            f"config.json lacks what vLLM's {none[0]} is made of, without which it does not start. Restore the "
+            "original file."
+        )
+    assert not lacking or checkpoint.text_config == checkpoint.config  # models inside others are refused
+    return lacking
 
 
 def encode(matrix: QuantizedMatrix) -> tuple[torch.Tensor, ...]:

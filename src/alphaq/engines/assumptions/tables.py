@@ -31,20 +31,22 @@ class Lines:
 
     carried: settings that the engine reads. neutral: those that change nothing it computes. fixed: those that it takes
     for granted; None lifts for one family what holds for all. rope: parameters that it reads, by type of rotary
-    embedding. tensors: templates of stored names that it has a place for, beside those of the family's
-    `[gguf.tensors]`. prediction_layers: whether it has a place for layers after the last. written: what config.json
-    must say and may lack. derived: settings that the engine looks for, made of those of the family. names: what it
-    calls a part of a stored name, or, after ^, its beginning. modules: what it calls a part of a module's name, where
-    that is not the stored one. stacked: whether a layer's experts lie in one module. kept: parts of names of matrices
-    that it must have in 16 bits, and why. taken: modules of a layer that it takes quantized, as regular expressions;
-    all, if none are listed. wrapped: "also" where it runs this language model inside another one, "always" where it has
-    it there even if it is alone.
+    embedding. rope_types: those of these types that were tried with a family; all, if none are listed. tensors:
+    templates of stored names that it has a place for, beside those of the family's `[gguf.tensors]`. prediction_layers:
+    whether it has a place for layers after the last. written: what config.json must say and may lack. derived: settings
+    that the engine looks for, made of those of the family. names: what it calls a part of a stored name, or, after ^,
+    its beginning; one after another, each in what those before have left. modules: likewise what it calls a part of a
+    module's name, where that is not the stored one. stacked: whether a layer's experts lie in one module. kept: parts
+    of names of matrices that it must have in 16 bits, and why. taken: modules of a layer that it takes quantized, as
+    regular expressions, for engines that ask. wrapped: "also" where it runs this language model inside another one,
+    "always" where it has it there even if it is alone.
     """
 
     carried: frozenset[str] = frozenset()
     neutral: frozenset[str] = frozenset()
     fixed: Mapping[str, Fixed | None] = field(default_factory=dict)
     rope: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    rope_types: tuple[str, ...] = ()
     tensors: tuple[str, ...] = ()
     prediction_layers: bool = False
     written: JsonObject = field(default_factory=dict)
@@ -64,29 +66,38 @@ class Lines:
         sets = {key: frozenset(table.get(key, ())) for key in ("carried", "neutral")}
         made = {name: Derived.parse(entry) for name, entry in table.get("derived", {}).items()}
         own = {"fixed": rules, "rope": read, "derived": made, "tensors": tuple(table.get("tensors", ()))}
-        own["taken"] = tuple(table.get("taken", ()))
+        own |= {key: tuple(table.get(key, ())) for key in ("taken", "rope_types")}
         return cls(**{**table, **sets, **own})
 
     def and_of(self, family: Lines) -> Lines:
         """With what is said of one family, which goes before."""
+        rope = {**self.rope, **family.rope}
         return replace(
             family,
             carried=self.carried | family.carried,
             neutral=self.neutral | family.neutral,
             fixed={**self.fixed, **family.fixed},
-            rope={**self.rope, **family.rope},
+            rope={kind: rope[kind] for kind in family.rope_types or rope},
             tensors=self.tensors + family.tensors,
             taken=self.taken + family.taken,
         )
 
     def called(self, tensor: str) -> str:
         """The engine's name of what the family's files call so."""
-        for part, other in self.names.items():
-            if not part.startswith("^"):
-                tensor = tensor.replace(part, other)
-            elif tensor.startswith(part[1:]):
-                tensor = other + tensor.removeprefix(part[1:])
-        return tensor
+        return _renamed(tensor, self.names)
+
+    def called_module(self, module: str) -> str:
+        """The engine's name of a module of which the files have another."""
+        return _renamed(module, self.modules)
+
+
+def _renamed(name: str, others: Mapping[str, str]) -> str:
+    for part, other in others.items():
+        if not part.startswith("^"):
+            name = name.replace(part, other)
+        elif name.startswith(part[1:]):
+            name = other + name.removeprefix(part[1:])
+    return name
 
 
 @dataclass(frozen=True)
@@ -97,9 +108,9 @@ class EngineTable:
     computes with transformers' own class, which carries every setting. wrapped: whether it runs language models that
     lie beside others. architecture_file: whether the `[gguf]` table of a family's own file says more: `metadata` of
     what is carried, `config` of what is taken for granted. dense: families without experts that it loads, by
-    `model_type`, and what it takes for granted of each. refused: families that it has a program for and computes
-    otherwise, and what it does. notes: what to know of
-    families that it loads.
+    `model_type`, and what it takes for granted of each. refused: families that it has a program for and that are not
+    written for it, and what it does: it cannot load them, or computes otherwise, or does so where it was not tried.
+    notes: what to know of families that it loads.
     """
 
     common: Lines

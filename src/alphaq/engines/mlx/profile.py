@@ -19,7 +19,6 @@ import torch
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
-from alphaq.engines.assumptions.tables import Lines, family_lines
 from alphaq.engines.export import Rows, Run
 from alphaq.engines.mlx.config import NAME, is_wrapped, told
 from alphaq.engines.safetensors.engine import SafetensorsEngine, words
@@ -48,14 +47,9 @@ def tensors(choice: Choice, shape: Shape, dtype: str) -> dict[str, TensorSpec]:
     }
 
 
-def lines_of(checkpoint: Checkpoint) -> Lines:
-    """What `mlx.toml` says of a family with experts; nothing of another."""
-    return family_lines(NAME, checkpoint.architecture, checkpoint.text_config.get("model_type"))
-
-
 def module_path(checkpoint: Checkpoint, matrix: MatrixRef) -> str:
     """mlx-lm's name of the module that holds a matrix; usually one holds a projection of all a layer's experts."""
-    lines, module = lines_of(checkpoint), module_of(checkpoint, matrix)
+    lines, module = ENGINE.lines(checkpoint), module_of(checkpoint, matrix)
     if matrix.role is Role.EXPERT and lines.stacked:
         module = re.sub(r"experts\.\d+\.\w+$", f"switch_mlp.{matrix.projection}_proj", module)
     return _placed(checkpoint, lines.called(module))
@@ -63,14 +57,14 @@ def module_path(checkpoint: Checkpoint, matrix: MatrixRef) -> str:
 
 def renamed(checkpoint: Checkpoint, tensor: str) -> str:
     """mlx-lm's name of a tensor that is kept."""
-    return _placed(checkpoint, lines_of(checkpoint).called(as_published(checkpoint, tensor)))
+    return _placed(checkpoint, ENGINE.lines(checkpoint).called(as_published(checkpoint, tensor)))
 
 
 def _placed(checkpoint: Checkpoint, name: str) -> str:
     """A name of a model in which the language model lies beside others: mlx-lm has it as `language_model`."""
     begins = {"lm_head": "language_model.lm_head", "model.language_model.": "language_model.model."}
     if not is_wrapped(checkpoint):
-        if lines_of(checkpoint).wrapped != "always":
+        if ENGINE.lines(checkpoint).wrapped != "always":
             return name
         begins["model."] = "language_model.model."  # after the other, by which name it may be stored, too
     found = next((begin for begin in begins if name.startswith(begin)), "")
@@ -80,7 +74,7 @@ def _placed(checkpoint: Checkpoint, name: str) -> str:
 def keeps(checkpoint: Checkpoint, matrix: MatrixRef) -> str | None:
     """Why mlx-lm must have a matrix in 16 bits, or None."""
     family = str(checkpoint.config.get("model_type"))
-    if why := next((why for part, why in lines_of(checkpoint).kept.items() if part in matrix.name), None):
+    if why := next((why for part, why in ENGINE.lines(checkpoint).kept.items() if part in matrix.name), None):
         return why
     if family in TIED_PLAINLY and matrix.role is Role.EMBEDDING and not checkpoint.with_role(Role.HEAD):
         return f"it is the head too, and mlx-lm's {family} multiplies by its stored numbers"
@@ -157,7 +151,7 @@ def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(np.array(model(mx.array([list(ids)]))[0].astype(mx.float32)))
 
 
-ENGINE = SafetensorsEngine(
+ENGINE: SafetensorsEngine = SafetensorsEngine(
     name=NAME,
     title="MLX",
     summary="MLX affine: 2, 3, 4, 5, 6, 8 bit, one choice per layer and projection",
@@ -173,7 +167,7 @@ ENGINE = SafetensorsEngine(
     usage="Run it: mlx_lm.generate --model {out} --prompt '…'",
     run=Run("mlx-lm", logits, tolerance=0.01),
     module=module_path,
-    stacked=lambda checkpoint: lines_of(checkpoint).stacked,
+    stacked=lambda checkpoint: ENGINE.lines(checkpoint).stacked,
     renamed=renamed,
     refuse=told,
     keeps=keeps,

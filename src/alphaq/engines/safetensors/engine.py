@@ -15,6 +15,7 @@ import torch
 
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.checkpoint.safetensors_format import TensorSpec
+from alphaq.engines.assumptions.tables import Lines, family_lines
 from alphaq.engines.export import Export, Layout, Part, Rows, Run, Stored, kept_dtype, write_json
 from alphaq.engines.placement import left_out
 from alphaq.engines.profile import Profile, Unit
@@ -105,6 +106,10 @@ class SafetensorsEngine:
             return (kept_part(matrix, f"{module}.weight", index),)
         specs = self.tensors(choice, matrix.shape, kept_dtype(matrix.dtype))
         return tuple(Part(f"{module}.{name}", spec, index) for name, spec in specs.items())
+
+    def lines(self, checkpoint: Checkpoint) -> Lines:
+        """What the engine's table says of a family with experts; nothing of another."""
+        return family_lines(self.name, checkpoint.architecture, checkpoint.text_config.get("model_type"))
 
     def layout(self, checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Layout:
         """Every tensor of every output shard.
