@@ -358,7 +358,9 @@ def keys_of(alphaq: Callable[..., Ran], command: str, made: Mapping[str, Path], 
         yield printed(alphaq, *calls[command][:2], "--workers", 1)
 
 
-@pytest.mark.parametrize("command", TEXT_FREE)
+@pytest.mark.parametrize(  # bench measures every kernel, for two minutes
+    "command", [pytest.param(name, marks=[pytest.mark.slow] * (name == "bench")) for name in TEXT_FREE]
+)
 def test_json_has_the_documented_keys(
     alphaq: Callable[..., Ran], made: Mapping[str, Path], tmp_path: Path, command: str
 ) -> None:
