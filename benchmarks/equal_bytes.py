@@ -8,7 +8,7 @@ attention, embedding and all else share them. Trellis codes beside the usual cho
 
     --way "usual=" --way "trellis=--choices trellis,5,6,8"
 
-A way whose options say `--bits {bits}` gets that budget instead, for experts alone. Files that differ by more than one
+A way whose options say `--bits {bits}` or `--bpw {bits}` gets that budget instead, for experts alone. Files that differ by more than one
 part in a hundred are refused.
 
 Each cell is kept in the scratch folder as soon as it is measured: the same call goes on where a killed one was, unless
@@ -71,7 +71,7 @@ def cell(model: Path, size: int, way: Way, judge: Judge) -> dict[str, Any]:
     if not kept.is_file():
         out = judge.scratch / f"{name}.out"
         shutil.rmtree(out, ignore_errors=True)
-        budget = () if "--bits" in way.options else ("--size", str(size))
+        budget = () if {"--bits", "--bpw"} & {*way.options} else ("--size", str(size))
         made = alphaq("quantize", model, "-o", out, *budget, *way.options, "--quiet")
         texts = [word for text in judge.texts for word in ("--text", text)]
         found = alphaq("eval", out, "--reference", model, *texts, "--max-tokens", str(judge.max_tokens), "--quiet")

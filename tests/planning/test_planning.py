@@ -183,7 +183,7 @@ def test_a_size_budget_is_the_size_of_the_files(
 
 def test_uniform_at_whole_bits_is_one_plain_choice(plan: MakePlan) -> None:
     made = plan(method="uniform", budget=Budget(bits=2.0))
-    assert {made.choices[name] for name in made.assignment} == {"2g128"}
+    assert {made.choices[name] for name in made.assignment} == {"t2"}
     assert made.budget_slack == 0
     assert made.lower_bound is None and made.price is None
 
@@ -231,7 +231,7 @@ def test_methods_that_need_a_text_say_so_and_plan_with_one(
         plan(**settings)
     made = plan(text, **settings)
     assert made.gap <= 1e-6
-    assert data_bytes(made, matrices) <= data_bytes(plan(method="uniform"), matrices)
+    assert data_bytes(made, matrices) <= data_bytes(plan(method="uniform", choices="1,2,3"), matrices)
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model was run again")
@@ -412,9 +412,9 @@ def test_least_signal_to_noise_ratio_holds_for_every_matrix(
             {"engine": "vllm", "budget": Budget(bits=8.0), "pins": [f"{FIRST}=4", "layers.0.mlp.experts.1.*=8"]},
             r"No choice is left for 'layers\.0\.experts'.*relax one of them",
         ),
-        ({"min_bits": ["3"], "budget": Budget(bits=2.0)}, r"below the least.*--bits 3 with all at 3g128"),
-        ({"pins": ["down=8"], "budget": Budget(bits=2.0)}, r"below the least.*--bits 3\.4109.*relax pins and bounds"),
-        ({"min_bits": ["3"], "budget": Budget(bpw=2.0)}, r"below the least.*--bpw 3\.\d+ with all at 3g128"),
+        ({"min_bits": ["3"], "budget": Budget(bits=2.0)}, r"below the least.*--bits 3 with all at t3"),
+        ({"pins": ["down=8"], "budget": Budget(bits=2.0)}, r"below the least.*--bits 3\.\d+.*relax pins and bounds"),
+        ({"min_bits": ["3"], "budget": Budget(bpw=2.0)}, r"below the least.*--bpw 3\.\d+ with all at t3"),
         ({"choices": "2,3", "budget": Budget(bits=1.5)}, r"below the least.*--bits 2 .*narrower --choices"),
     ],
 )
@@ -654,14 +654,14 @@ def test_a_setting_of_zero_is_not_taken_for_the_default(plan: MakePlan) -> None:
 
 def test_code_bits_do_not_buy_finer_groups(plan: MakePlan, stats: Path) -> None:
     for made in (from_stats(stats), plan(unweighted=True)):
-        assert {made.choices[name] for name in made.assignment} <= {f"{bits}g128" for bits in range(1, 9)}
+        assert {made.choices[name] for name in made.assignment} <= {"t1", "t2", "t3", "t4", *(f"{bits}g128" for bits in range(5, 9))}
 
 
 def test_stats_alone_heed_the_least_signal_to_noise_ratio(stats: Path) -> None:
     low, bound = Budget(bits=1.5), 9.0  # Var·2^(−2b): 6 dB at 1 bit, 12 dB at 2
     assert from_stats(stats, budget=low).histogram == {1: 48, 2: 48}
     assert min(from_stats(stats, min_sqnr_db=bound).histogram) == 2
-    with pytest.raises(BudgetError, match="--bits 2 with all at 2g128"):
+    with pytest.raises(BudgetError, match="--bits 2 with all at t2"):
         from_stats(stats, budget=low, min_sqnr_db=bound)
 
 
@@ -679,7 +679,7 @@ def test_stats_alone_plan_by_alpha_unless_told_otherwise(stats: Path) -> None:
         ({"budget": Budget(bpw=3.0)}, BudgetError, "do not say how many bytes"),
         ({"engine": "mlx", "choices": "2,3"}, BudgetError, "Give MODEL"),
         ({"pins": ["down=4"]}, BudgetError, "Give MODEL"),
-        ({"budget": Budget(bits=0.5)}, BudgetError, r"--bits 1 with all at 1g128"),
+        ({"budget": Budget(bits=0.5)}, BudgetError, r"--bits 1 with all at t1"),
     ],
 )
 def test_what_stats_alone_cannot_do_is_told(

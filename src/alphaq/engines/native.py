@@ -21,7 +21,8 @@ from alphaq.engines.safetensors.folder import write_model_folder
 from alphaq.engines.safetensors.layout import added_bytes, kept_fault, kept_part, safetensors_layout, safetensors_stored
 from alphaq.errors import CheckpointError
 from alphaq.formats.blocks import decode, dequantized_rows, encode, read_block_header
-from alphaq.formats.table import formats, plain_choice, storage_bytes, stored_choice
+from alphaq.formats.table import format_of, formats, plain_choice, storage_bytes, stored_choice
+from alphaq.formats.trellis import FORMAT as TRELLIS
 from alphaq.formats.versions import NATIVE_FORMAT_VERSION, UNEVEN
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role, Shape
@@ -73,13 +74,15 @@ def write_rest(folder: Path, checkpoint: Checkpoint, plan: Plan, written: Layout
 
 
 _CHOICES = tuple(choice for form in formats() if not form.foreign for choice in form.choices())
+_PLAIN = tuple(choice for choice in _CHOICES if not (choice.name or choice.kept or choice.symmetric))
 
 PROFILE = Profile(
     name="native",
     summary="safetensors for our own runtime: 1 to 8 bit, each expert and projection on its own",
     unit="matrix",
     choices=_CHOICES,
-    defaults=tuple(choice for choice in _CHOICES if not (choice.name or choice.kept or choice.symmetric)),
+    defaults=tuple(choice for choice in _CHOICES if format_of(choice) is TRELLIS or choice in _PLAIN and choice.bits > 4),
+    fast=_PLAIN,
     with_bits=plain_choice,
     storage_bytes=storage_bytes,
     file_bytes=lambda checkpoint, matrix, choice: added_bytes((part(matrix, choice),)),
@@ -87,7 +90,6 @@ PROFILE = Profile(
     quantizer="debiased",
     searchable=True,
     uneven=True,
-    better="--choices trellis,5,6,8, by --size: 0.3 to 0.7 of the KL; slower to quantize, and on a CPU to run",
     on_request=frozenset({Role.EMBEDDING, Role.HEAD}),
     role_bits=ROLE_BITS | {Role.MIXER: 4},
     export=Export(

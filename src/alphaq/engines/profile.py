@@ -41,7 +41,6 @@ class Profile:
     each matrix; None if the engine's quantizers take none.
     searchable: whether `--ear` can try budgets, since the files are run here.
     uneven: whether layers may differ in how many experts they have.
-    better: what `--choices` with less error in as many bytes would be, and its price, where the usual ones are others.
     """
 
     name: str
@@ -66,7 +65,6 @@ class Profile:
     importance: Callable[[Checkpoint, ImportanceMatrix], Importance] | None = None
     searchable: bool = False
     uneven: bool = False
-    better: str = ""
 
     @property
     def writer(self) -> Export:

@@ -210,7 +210,7 @@ class PlanConfig(BaseModel):
     """None: what the method or the engine's profile offers by default."""
     fast: Annotated[
         bool,
-        Option("Leave out choices that take long to quantize to and to plan with (llama.cpp's IQ types).", CHOICES),
+        Option("Leave out choices that take long to quantize to and to plan with (llama.cpp's IQ types; native's trellis codes).", CHOICES),
     ] = False
     group_size: Annotated[
         int | None, Option("Columns per scale, for choices that name none: 32, 64 or 128.", CHOICES)

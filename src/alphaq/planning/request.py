@@ -117,7 +117,8 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
     # Code bits see no scales, so that the finest groups would come for nothing.
     codes_only = config.choices is None and config.budget.bits is not None and (config.unweighted or not with_model)
     if chosen.by_widths or codes_only:
-        offered = _plain(offered, ladder, config, profile)
+        finer = [choice for choice in offered if format_of(choice).graded and chosen.spreads_evenly]
+        offered = [*_plain(offered, ladder, config, profile), *finer]
     pinned = {parse_choice(rule.value, profile, config) for rule in config.pins}
     choices = tuple(sorted({*offered, *pinned}))
     _check_choices(choices, config, chosen, profile)
@@ -140,6 +141,8 @@ def _offered(config: PlanConfig, profile: Profile) -> list[Choice]:
         return [choice for choice in profile.choices if rate_of(choice)]
     if config.choices is None:
         usual = profile.fast if config.fast else profile.defaults
+        if config.group_size or config.symmetric:  # which trellis codes and the like do not have
+            usual = tuple(choice for choice in profile.fast or usual if format_of(choice).regroups) or usual
         return [_storable(_styled(choice, config), profile) for choice in usual]
     named = [one for text in config.choices.split(",") if text.strip() for one in _named(text.strip(), profile, config)]
     if not named:
@@ -309,9 +312,11 @@ def _named_in_width(usual: Choice, offered: Sequence[Choice]) -> Choice:
 def _ladder(profile: Profile, config: PlanConfig, offered: Sequence[Choice], by_widths: bool) -> tuple[Choice, ...]:
     """The plain choice of every width the engine has; if the user named choices, in the coarsest groups of those.
 
-    To a method that goes by widths, a named choice of another format, such as `IQ2_XS`, is its width's own.
+    To a method that goes by widths, a named choice of another format, such as `IQ2_XS`, is its width's own; where a finer
+    ladder is offered, its whole widths are, to all methods.
     """
     groups = [choice.group_size for choice in offered if format_of(choice).regroups]
+    finer = any(format_of(choice).graded for choice in offered)
     rungs = []
     for bits in WIDTHS:
         try:
@@ -321,7 +326,7 @@ def _ladder(profile: Profile, config: PlanConfig, offered: Sequence[Choice], by_
         if config.choices is not None and groups and format_of(choice).regroups:
             symmetric = all(other.symmetric for other in offered if not other.kept)
             choice = format_of(choice).regrouped(choice, max(groups), symmetric)
-        if config.choices is not None and by_widths:
+        if finer or (by_widths and config.choices is not None):
             choice = _named_in_width(choice, offered)
         if choice in profile.choices:
             rungs.append(choice)

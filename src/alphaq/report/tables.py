@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # else a table would load torch
     from alphaq.planning.outline import Outline
     from alphaq.sensitivity.base import Method
 
-BETTER_BELOW = 3.5  # bits of codes; above, the usual choices come closer
 
 
 def human_bytes(count: float) -> str:
@@ -135,9 +134,6 @@ def plan_table(plan: Plan) -> Table:
             "loss against the Gaussian bound at these bytes",
             f"{against.times_bound:.2f} × ({rounding:.2f} × by rounding, {steps:.3f} × by steps between widths)",
         )
-    usual = plan.config is not None and plan.config.choices is None
-    if engine.better and usual and (plan.average_bits or BETTER_BELOW) < BETTER_BELOW:
-        table.add_row("better in as many bytes", engine.better)
     if plan.sampling_error:
         table.add_row("standard error of the errors (sampled)", f"at most {100 * plan.sampling_error:.2g} %")
     if plan.check is not None:

@@ -92,6 +92,11 @@ class Method:
         return self.kind != "loss"
 
     @property
+    def spreads_evenly(self) -> bool:
+        """Whether all matrices get the same, as nearly as the budget allows."""
+        return self.kind == "order" and self.rule is None
+
+    @property
     def by_shapes(self) -> bool:
         """Whether it goes by places alone, so that errors only describe what it chose."""
         return self.kind == "order" and {*self.needs} <= {"errors", "places"}

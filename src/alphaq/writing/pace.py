@@ -20,16 +20,17 @@ from alphaq.work.workers import Workers
 TRIED_WEIGHTS = 1 << 14
 TRIES = 3
 WORTH_TELLING_S = 20
+NAMED = 3  # of the types that take long
 
 
 @dataclass(frozen=True)
 class Pace:
-    """seconds: by choice, of finding codes on all cores together. cores: how many these are. avoidable: whether --fast
-    would leave out those that take long."""
+    """seconds: by choice, of finding codes on all cores together. cores: how many these are. avoidable: choices that
+    --fast would leave out."""
 
     seconds: Mapping[Choice, float]
     cores: int
-    avoidable: bool
+    avoidable: frozenset[Choice]
 
     @property
     def note(self) -> str | None:
@@ -37,11 +38,12 @@ class Pace:
         total = sum(self.seconds.values())
         if total < WORTH_TELLING_S:
             return None
-        slow = {choice: taken for choice, taken in self.seconds.items() if format_of(choice).slow(choice)}
+        slow = {choice: taken for choice, taken in self.seconds.items() if choice in self.avoidable}
         told = f"quantizing takes about {in_words(total)} on {self.cores} core{'s' * (self.cores > 1)}"
-        if not slow or not self.avoidable:
+        if not slow:
             return told
-        named = ", ".join(map(str, sorted(slow, key=lambda choice: -slow[choice])))
+        named = ", ".join(map(str, sorted(slow, key=lambda choice: -slow[choice])[:NAMED]))
+        named += f" and {len(slow) - NAMED} more" if len(slow) > NAMED else ""
         return f"{told}, {in_words(sum(slow.values()))} of it for {named}; --fast leaves such types out"
 
 
@@ -55,7 +57,7 @@ def in_words(seconds: float) -> str:
 def pace_of(checkpoint: Checkpoint, plan: Plan, workers: Workers) -> Pace | None:
     """How long the plan's types take; None where none takes long: nothing is searched on plain grids."""
     engine, chosen = profile(plan.engine), plan.every_choice()
-    if not engine.fast and all(choice.kept or format_of(choice).one_grid for choice in chosen.values()):
+    if all(choice.kept or format_of(choice).one_grid for choice in chosen.values()):
         return None
     weights: Counter[Choice] = Counter()
     for matrix in checkpoint.matrices:
@@ -64,11 +66,9 @@ def pace_of(checkpoint: Checkpoint, plan: Plan, workers: Workers) -> Pace | None
             weights[choice] += matrix.parameters
     cores = workers.count if workers.count > 1 else torch.get_num_threads()
     rounder = rounder_of(engine.quantizer)
-    return Pace(
-        {one: count * seconds_per_weight(one, rounder) / cores for one, count in weights.items()},
-        cores,
-        bool(engine.fast) and (plan.config is None or not (plan.config.fast or plan.config.choices)),
-    )
+    seconds = {one: count * seconds_per_weight(one, rounder) / cores for one, count in weights.items()}
+    fixed = plan.config is not None and (plan.config.fast or plan.config.choices is not None)
+    return Pace(seconds, cores, frozenset(() if fixed or not engine.fast else {*engine.defaults} - {*engine.fast}))
 
 
 def _copied(checkpoint: Checkpoint, tensor: str, choice: Choice) -> bool:
