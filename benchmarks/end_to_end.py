@@ -31,12 +31,11 @@ PERIOD_S = 0.05
 PSS_SHARE = 0.02
 DEMO_MODEL = HERE.parent / "src" / "alphaq" / "data" / "tiny"
 FIRST_BITS, SECOND_BITS = "2.5", "3.0"
-TRELLIS = "t2"
 ABOUT = """\
 Synthetic bf16 checkpoints with the names and shapes of Qwen1.5-MoE-A2.7B (24 layers, 14.3 billion parameters) and of
 its first layers. Each command is started with the checkpoint out of the page cache; `read once` is `cat` of the weight
 files, the least that any tool needs. Each size begins with an empty cache; `plan again` uses what `plan` measured.
-`plan by spectra alone` is `--method alphaq`, `quantize, trellis` the choice `t2` for every expert, planning included.
+`plan by spectra alone` is `--method alphaq`; `plain groups` is `--fast`, without trellis codes.
 `quantize` includes the re-reading of what it wrote against the source. CPU seconds are user and system time
 of the process and its children. Private memory is what the system cannot drop (anonymous and shared pages); resident
 memory also counts the pages of libraries, once for every process. Both are sums over the process tree, at their
@@ -189,12 +188,16 @@ def commands(source: Path, work: Path) -> Iterator[tuple[str, list[str]]]:
     for label, bits in (("plan", FIRST_BITS), ("plan again", SECOND_BITS)):
         out = work / f"plan-{bits}.json"
         yield f"{label}, {bits} bits", alphaq("plan", source, "--bits", bits, "-o", out, "--json")
-    trellis = ("--method", "uniform", "--choices", TRELLIS)
-    yield "quantize, trellis", alphaq("quantize", source, *trellis, "--bits", "2", "-o", work / "trellis", "--json")
+    fast = work / "fast.json"
     yield (
-        "quantize",
-        alphaq("quantize", source, "--plan", work / f"plan-{FIRST_BITS}.json", "-o", work / "out", "--json"),
+        "plan, plain groups",
+        alphaq("plan", source, "--bits", FIRST_BITS, "--fast", "--no-cache", "-o", fast, "--json"),
     )
+    for label, plan, out in (
+        ("quantize, plain groups", fast, "fast"),
+        ("quantize", work / f"plan-{FIRST_BITS}.json", "out"),
+    ):
+        yield label, alphaq("quantize", source, "--plan", plan, "-o", work / out, "--json")
 
 
 def run_size(source: Path, scratch: Path, environment: Mapping[str, str]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Budget(BaseModel):
 
     bits: Annotated[
         float | None,
-        Option("Average bits per expert weight: the bytes of a plain mix of that width (group 128 in native).", BUDGET),
+        Option("Average bits per expert weight: the bytes of a plain mix of that width (native: t1 to t4, then groups of 128).", BUDGET),
     ] = None
     bpw: Annotated[float | None, Option("Stored bits per expert weight, scales and zeros included.", BUDGET)] = None
     size_bytes: Annotated[
