@@ -8,8 +8,8 @@ attention, embedding and all else share them. Trellis codes beside the usual cho
 
     --way "usual=" --way "trellis=--choices trellis,5,6,8"
 
-A way whose options say `--bits {bits}` or `--bpw {bits}` gets that budget instead, for experts alone. Files that differ by more than one
-part in a hundred are refused.
+A way whose options say `--bits {bits}` or `--bpw {bits}` gets that budget instead, for experts alone. Files that
+differ by more than one part in a hundred are refused.
 
 Each cell is kept in the scratch folder as soon as it is measured: the same call goes on where a killed one was, unless
 AlphaQ's version, the model or a text is another.

@@ -262,7 +262,7 @@ def test_a_quantized_folder_gives_plan_and_measured_errors(tiny_quantized: Path)
     assert set(run.plan.assignment) <= set(run.measured)
     assert facts.path is not None and facts.correlation is not None
     assert facts.measured == pytest.approx(facts.beside, rel=0.05)
-    assert facts.path.loss >= facts.path.plan_loss
+    assert facts.path.loss >= facts.path.plan_loss * (1 - 1e-12)  # sums in another order
     assert facts.path.loss == pytest.approx(facts.path.plan_loss, rel=0.02)
     assert facts.path.plan_loss == pytest.approx(run.plan.objective, rel=1e-5)
     assert not math.isnan(facts.correlation)

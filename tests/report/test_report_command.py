@@ -92,9 +92,9 @@ def test_a_damaged_manifest_is_named(alphaq: Run, tiny_quantized: Path, tmp_path
 def test_plan_and_analyze_draw_for_people_and_not_for_programs(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     shown = alphaq("plan", tiny, "--bits", "2.5", "--method", "distortion").out
     assert "Bits by layer (down) and expert (across)" in shown
-    assert "--choices trellis,5,6,8, by --size" in shown
-    named = alphaq("plan", tiny, "--bits", "2.5", "--method", "distortion", "--choices", "2,3").out
-    assert "--choices trellis" not in named  # who names choices has made theirs
+    assert "matrices at t2.5" in shown
+    fast = alphaq("plan", tiny, "--bits", "2.5", "--method", "distortion", "--fast").out
+    assert "matrices at 2g128" in fast and "matrices at t" not in fast
     assert "Bits by layer" not in alphaq("plan", tiny, "--bits", "2.5", "--method", "distortion", "--json").out
     analyzed = alphaq("analyze", tiny, "-o", tmp_path / "s.csv")
     assert "small α: heavy tail" in analyzed.out

@@ -212,14 +212,16 @@ def test_alphas_are_measured_where_the_plan_cannot_tell_them(nested: Path) -> No
 
 
 def test_an_artifact_without_nested_codes_is_planned_anew(
-    tiny_quantized: Path, alphaq: Callable[..., Any], tmp_path: Path
+    tiny: Path, alphaq: Callable[..., Any], tmp_path: Path
 ) -> None:
-    checkpoint, plan = open_artifact(tiny_quantized)
+    plain = tmp_path / "plain"
+    assert alphaq("quantize", tiny, "-o", plain, "--bits", 3, *FAST, "--fast").code == 0
+    checkpoint, plan = open_artifact(plain)
     assert nested_choices(checkpoint, plan) is None
-    ran = alphaq("slice", tiny_quantized, "-o", tmp_path / "out", "--bits", 2, *FAST, "--choices", "1,2,3,4", "--json")
+    ran = alphaq("slice", plain, "-o", tmp_path / "out", "--bits", 2, *FAST, "--choices", "1,2,3,4", "--json")
     assert ran.code == 0, ran.err
-    assert weight_bytes(tmp_path / "out") == ran.json["size_bytes"] < weight_bytes(tiny_quantized)
-    check_rest(tiny_quantized, tmp_path / "out")
+    assert weight_bytes(tmp_path / "out") == ran.json["size_bytes"] < weight_bytes(plain)
+    check_rest(plain, tmp_path / "out")
 
 
 @pytest.mark.slow

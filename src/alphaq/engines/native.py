@@ -81,7 +81,9 @@ PROFILE = Profile(
     summary="safetensors for our own runtime: 1 to 8 bit, each expert and projection on its own",
     unit="matrix",
     choices=_CHOICES,
-    defaults=tuple(choice for choice in _CHOICES if format_of(choice) is TRELLIS or choice in _PLAIN and choice.bits > 4),
+    defaults=tuple(
+        choice for choice in _CHOICES if format_of(choice) is TRELLIS or (choice in _PLAIN and choice.bits > 4)
+    ),
     fast=_PLAIN,
     with_bits=plain_choice,
     storage_bytes=storage_bytes,

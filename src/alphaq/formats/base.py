@@ -126,6 +126,10 @@ class Format(ABC):
         """Whether finding its codes takes several times as long as those of others of its width."""
         return False
 
+    def between(self, choice: Choice) -> tuple[Choice, Choice] | None:
+        """The two choices between whose errors its own lie where these are measured, or None if nothing tells."""
+        return None
+
     def narrower(self, choice: Choice) -> tuple[Choice, ...]:
         """Other choices whose codes are the first bits of these, so that a matrix can be cut down to them."""
         return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache, lru_cache
 from importlib import import_module
 
@@ -66,6 +67,12 @@ def stored_choice(choice: Choice) -> Choice:
 def code_bits(choice: Choice) -> float:
     """Bits per weight of a choice's codes: 2.25 of 't2.25'."""
     return format_of(choice).code_bits(choice)
+
+
+def following(choices: Collection[Choice]) -> dict[Choice, tuple[Choice, Choice]]:
+    """Choices whose errors follow from those of two others among the same, and which these are."""
+    pairs = {choice: format_of(choice).between(choice) for choice in choices}
+    return {choice: pair for choice, pair in pairs.items() if pair is not None and {*pair} <= {*choices}}
 
 
 def rate_of(choice: Choice) -> float:

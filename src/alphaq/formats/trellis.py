@@ -104,9 +104,10 @@ class Trellis(NativeFormat):
         """Bytes of a row's stream: whole 32-bit words."""
         return 4 * -(-(columns * self.quarters(choice) // 4) // 32)
 
-    def slow(self, choice: Choice) -> bool:
-        """Fractions, whose errors follow from those of whole rates until they matter."""
-        return self.quarters(choice) % 4 != 0
+    def between(self, choice: Choice) -> tuple[Choice, Choice] | None:
+        """The whole rates around a fraction."""
+        whole, more = divmod(self.quarters(choice), 4)
+        return (of_quarters(4 * whole), of_quarters(4 * whole + 4)) if more else None
 
     def symbol_bits(self, choice: Choice) -> int:
         """Bytes: every stream looks random."""

@@ -37,7 +37,10 @@ class Budget(BaseModel):
 
     bits: Annotated[
         float | None,
-        Option("Average bits per expert weight: the bytes of a plain mix of that width (native: t1 to t4, then groups of 128).", BUDGET),
+        Option(
+            "Average bits per expert weight: the bytes of a plain mix of that width (native: t1 to t4).",
+            BUDGET,
+        ),
     ] = None
     bpw: Annotated[float | None, Option("Stored bits per expert weight, scales and zeros included.", BUDGET)] = None
     size_bytes: Annotated[
@@ -210,7 +213,10 @@ class PlanConfig(BaseModel):
     """None: what the method or the engine's profile offers by default."""
     fast: Annotated[
         bool,
-        Option("Leave out choices that take long to quantize to and to plan with (llama.cpp's IQ types; native's trellis codes).", CHOICES),
+        Option(
+            "Leave out choices that take long to quantize to (llama.cpp's IQ types, native's trellis codes).",
+            CHOICES,
+        ),
     ] = False
     group_size: Annotated[
         int | None, Option("Columns per scale, for choices that name none: 32, 64 or 128.", CHOICES)

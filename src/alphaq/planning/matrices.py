@@ -21,7 +21,7 @@ from alphaq.measuring.resources import Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.spectrum import Spectrum
-from alphaq.planning.estimates import of_unit
+from alphaq.planning.estimates import Between, between, of_unit
 from alphaq.planning.formula import expected_error
 from alphaq.planning.samples import Group, Samples
 from alphaq.planning.scope import Scope
@@ -71,13 +71,25 @@ class Survey:
         return {name: ErrorWeights(one.rows, one.columns) for name, one in self.fisher.matrices.items()}
 
     @cached_property
-    def _measurable(self) -> dict[frozenset[Choice], frozenset[Choice]]:
+    def _follow(self) -> dict[frozenset[Choice], tuple[Between, ...]]:
         return {}
+
+    def known(self, matrix: MatrixRef) -> frozenset[Choice]:
+        """Choices at which a matrix' errors are measured, or follow from such."""
+        return self.scope.open_to(matrix).intersection(self.rounded)
+
+    def follow(self, matrix: MatrixRef) -> tuple[Between, ...]:
+        """Choices of a matrix whose errors follow from others'. None of coded ones, since their bytes are wanted."""
+        known, request = self.known(matrix), self.scope.request
+        if request.config.codec is not None:
+            return ()
+        if known not in self._follow:  # most are alike, and there may be 70,000 matrices
+            self._follow[known] = between(request.choices, known)
+        return self._follow[known]
 
     def measurable(self, matrix: MatrixRef) -> frozenset[Choice]:
         """Choices at which a matrix' errors are measured."""
-        open_to = self.scope.open_to(matrix)
-        return self._measurable.setdefault(open_to, open_to.intersection(self.rounded))
+        return self.known(matrix).difference(self.scope.request.choices[one.column] for one in self.follow(matrix))
 
     @cached_property
     def planned(self) -> Group:
@@ -227,20 +239,21 @@ def _completed(
     relative = np.zeros_like(errors)
     for members in survey.planned.members.values():
         own = np.array([places[matrix.name] for matrix in members])
-        estimate = of_unit(errors[own], deviations[own], table.energies[own], usual)
+        follow = survey.follow(planned[own[0]])  # members of a unit are open to the same
+        estimate = of_unit(errors[own], deviations[own], table.energies[own], usual, follow)
         errors[own], relative[own] = estimate.errors, estimate.deviations
     return errors, relative
 
 
 def _errors(survey: Survey, matrix: MatrixRef, spectrum: Spectrum, measured: Mapping[Choice, float]) -> list[float]:
     """One matrix' errors at every choice; NaN where they were to be measured and were not."""
-    energy, measurable = spectrum.mean_square * matrix.parameters, survey.measurable(matrix)
+    energy, known = spectrum.mean_square * matrix.parameters, survey.known(matrix)
     own = survey.scope.stored_as(matrix)
 
     def expected(choice: Choice) -> float:
         if choice == own:
             return 0.0
-        if choice in measurable:
+        if choice in known:
             return measured.get(choice, np.nan)
         return expected_error(spectrum, choice, energy, matrix.parameters)
 
@@ -264,16 +277,16 @@ def joined_errors(survey: Survey, several: Sequence[Samples]) -> dict[str, Relat
 
 
 def _relative(survey: Survey, matrix: MatrixRef, measured: SquaredErrors) -> Relative:
-    choices, measurable = survey.scope.request.choices, survey.measurable(matrix)
+    choices, known = survey.scope.request.choices, survey.known(matrix)
     usual, energy, own = gaussian_errors(choices), measured.energy or 1.0, survey.scope.stored_as(matrix)
     spread = np.array([[measured.deviation.get(one, 0.0) for one in choices]])
 
     def completed(errors: Mapping[Choice, float]) -> tuple[np.ndarray, np.ndarray]:
-        known = [
-            errors.get(one, np.nan) if one in measurable else energy * error
+        found = [
+            errors.get(one, np.nan) if one in known else energy * error
             for one, error in zip(choices, usual, strict=True)
         ]
-        estimate = of_unit(np.array([known]), spread, np.array([energy]), usual)
+        estimate = of_unit(np.array([found]), spread, np.array([energy]), usual, survey.follow(matrix))
         return np.where([one == own for one in choices], 0.0, estimate.errors[0] / energy), estimate.deviations
 
     expected, deviations = completed(measured.expected)

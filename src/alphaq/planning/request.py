@@ -66,8 +66,14 @@ class Request:
         found = []
         for bits in WIDTHS:
             with suppress(ChoiceError):
-                found.append(self.choice(str(bits)))
+                found.append(self.of_width(bits))
         return tuple(found)
+
+    def of_width(self, bits: int) -> Choice:
+        """What a role of so many bits is stored as: a rung of the finer ladder, where one is offered, else the engine's
+        usual choice. Raises ChoiceError if it has no such width."""
+        finer = (choice for choice in self.ladder if choice.bits == bits and format_of(choice).graded)
+        return next(finer, None) or self.choice(str(bits))
 
     def with_stored(self, checkpoint: Checkpoint | None) -> Request:
         """The same with the types that a GGUF file has already on offer, where a user has named none and methods may
@@ -312,8 +318,8 @@ def _named_in_width(usual: Choice, offered: Sequence[Choice]) -> Choice:
 def _ladder(profile: Profile, config: PlanConfig, offered: Sequence[Choice], by_widths: bool) -> tuple[Choice, ...]:
     """The plain choice of every width the engine has; if the user named choices, in the coarsest groups of those.
 
-    To a method that goes by widths, a named choice of another format, such as `IQ2_XS`, is its width's own; where a finer
-    ladder is offered, its whole widths are, to all methods.
+    To a method that goes by widths, a named choice of another format, such as `IQ2_XS`, is its width's own; where a
+    finer ladder is offered, its whole widths are, to all methods.
     """
     groups = [choice.group_size for choice in offered if format_of(choice).regroups]
     finer = any(format_of(choice).graded for choice in offered)

@@ -19,14 +19,14 @@ from alphaq.checkpoint.ranges import KeepingStore, Range, fetched, keeping, miss
 from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import PassError
 from alphaq.formats.gaussian import gaussian_errors
-from alphaq.formats.table import format_of
+from alphaq.formats.table import following, format_of
 from alphaq.measuring.measurement import Sampling, Wanted, measure
 from alphaq.measuring.resources import Resources
 from alphaq.measuring.rows import RowSample, draw_rows, stack_of
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef, Role
 from alphaq.nouns.plan import Plan
-from alphaq.planning.estimates import UNSEEN, of_unit
+from alphaq.planning.estimates import UNSEEN, between, of_unit
 from alphaq.planning.measured import Measurements
 from alphaq.planning.passes import PassRun, run_passes
 from alphaq.planning.request import Request
@@ -161,7 +161,8 @@ def _measured(sample: RowSample, scope: Scope, resources: Resources) -> dict[str
     """Errors of the runs of each stack: at choices that are quick to round to of all, at others of some. Runs that no
     choice is measured on are left out, energy and all, whatever the cache knows of them."""
     request = scope.request
-    rounded = frozenset(choice for choice in request.choices if not choice.kept)
+    told = frozenset(choice for choice in request.choices if not choice.kept)
+    rounded = told - following(told).keys()
     quick = frozenset(choice for choice in rounded if not format_of(choice).slow(choice))
     storable = {stack_of(matrix): scope.storable(matrix) & rounded for matrix in scope.matrices}
     wanted = {
@@ -191,9 +192,11 @@ def _stack_errors(runs: Sequence[_RunErrors], choices: Sequence[Choice]) -> Stac
         return StackErrors(np.zeros(len(choices)), np.zeros(len(choices)), 0.0)
     usual = gaussian_errors(choices)
     measured = [[run.errors.expected.get(choice, np.nan) for choice in choices] for run in runs]
-    errors = np.where(np.isfinite(usual) & _none(measured), energies[:, None] * usual, np.array(measured))
+    unseen = _none(measured)
+    follow = [one for one in between(choices, choices) if unseen[one.column] and not unseen[[one.low, one.high]].any()]
+    errors = np.where(np.isfinite(usual) & unseen, energies[:, None] * usual, np.array(measured))
     own = np.array([[run.errors.deviation.get(choice, 0.0) for choice in choices] for run in runs])
-    completed = of_unit(errors, own, energies, usual)
+    completed = of_unit(errors, own, energies, usual, follow)
     relative = completed.errors.sum(axis=0) / energy
     misses = completed.errors - relative * energies[:, None]
     # Few runs know their own spread poorly: Student's t with n − 1 degrees of freedom has this variance for n > 3.

@@ -88,7 +88,7 @@ class Scope:
             elif request.joint and any(profile.obstacle(offered, matrix) is None for offered in request.offered):
                 joined.append(matrix)
             elif matrix.role not in profile.on_request:
-                usual = request.choice(str(profile.role_bits[matrix.role]))
+                usual = request.of_width(profile.role_bits[matrix.role])
                 own = stored_as(profile, checkpoint, matrix)
                 narrow = own if own is not None and own.bits <= usual.bits else None
                 fixed[matrix.name] = narrow or next_storable(profile, usual, matrix, request.config.fast)
@@ -208,7 +208,7 @@ def _asked_by_role(checkpoint: Checkpoint, request: Request, outside: Sequence[M
     present = {matrix.role for matrix in outside}
     for role in (asked.keys() & request.profile.on_request) - present:
         raise _stored_nowhere(checkpoint, role)
-    return {role: request.choice(str(bits)) for role, bits in asked.items() if role in present}
+    return {role: request.of_width(bits) for role, bits in asked.items() if role in present}
 
 
 def _pins(request: Request, planned: Sequence[MatrixRef], outside: Sequence[MatrixRef]) -> dict[str, Choice]:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # else a table would load torch
     from alphaq.sensitivity.base import Method
 
 
-
 def human_bytes(count: float) -> str:
     """A size as people read it: 9.54 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
