@@ -4,8 +4,9 @@
         [--tasks NAME,NAME] [--include-path FOLDER] [--limit N]
 
 Compared at the same bytes: uniform bits, PMQ (which sees the calibration text), AlphaQ as published, and our rule; with
-rounding that needs no data and, with --gptq, with GPTQ on the calibration text, as in the paper. Roles beside the
-experts have the same widths there; what our default makes of all roles in the same bytes is a table of its own. Then γ
+rounding that needs no data and, with --gptq, with GPTQ on the calibration text, as in the paper. Codes are plain groups
+(`--fast`) and roles beside the experts have the same widths there; what our default makes of the same bytes, of all
+roles and with trellis codes, is a table of its own. Then γ
 (of the method `alphaq`) and one budget for each block at the smallest of the bits, and one choice for all experts of a
 layer. Tasks are lm-eval's (`pip install 'alphaq[eval]'`), of which --include-path may hold other data
 (`local_tasks.py`); --tasks none leaves them out. Models that do not fit into memory are evaluated layer by layer, in

@@ -65,7 +65,7 @@ class Experiment:
         from alphaq.trials.compare import Comparison, compare
 
         roundings = self.roundings if name == MAIN else self.roundings[:1]
-        config = PlanConfig(budget=Budget(bits=min(bits)), roles=roles)
+        config = PlanConfig(budget=Budget(bits=min(bits)), roles=roles, fast=roles == "fixed")
         with self.resources() as resources:
             comparison = Comparison(methods, bits, config, self.calibration, roundings)
             return compare(self.checkpoint, comparison, self.scoring, self.out / name, resources)
@@ -76,7 +76,9 @@ class Experiment:
         from alphaq.planning import resolve
         from alphaq.trials.compare import variant_of
 
-        request = resolve(variant_of(PlanConfig(budget=Budget(size_bytes=size_bytes), roles="fixed"), method))
+        request = resolve(
+            variant_of(PlanConfig(budget=Budget(size_bytes=size_bytes), roles="fixed", fast=True), method)
+        )
         return replace(request, profile=replace(request.profile, unit="layer")) if layerwise else request
 
     def plan(self, request: Request, resources: Resources) -> Plan:

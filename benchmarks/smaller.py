@@ -49,7 +49,8 @@ class Bench:
         from alphaq.planning import make_plan, measure_for_plan, resolve
 
         source = checkpoint or self.checkpoint
-        request = resolve(PlanConfig(**settings))
+        fast = not {"codec", "choices"} & settings.keys()  # plain groups: trellis codes have nothing to be coded
+        request = resolve(PlanConfig(fast=fast, **settings))
         identity = {"fingerprint": source.fingerprint, "contents": source.contents()}
         with Cache(self.scratch / "cache", identity) as cache:
             return make_plan(source, request, measure_for_plan(source, request, resources=Resources(cache=cache)))

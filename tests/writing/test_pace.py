@@ -133,6 +133,7 @@ def test_fast_is_no_way_out_where_it_changes_nothing(
     [
         ({"engine": "mlx"}, "mlx has no choices that take long"),
         ({"choices": "Q4_K,Q6_K"}, "--choices says which"),
+        ({"engine": "native", "codec": "zstd"}, "--codec has rates of its own"),
     ],
 )
 def test_fast_is_refused_where_it_does_nothing(settings: dict[str, object], why: str) -> None:

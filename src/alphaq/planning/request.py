@@ -111,6 +111,8 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
             "Use another method or engine."
         )
     preset = {key: value for key, value in chosen.preset.items() if _is_unset(getattr(config, key))}
+    if "choices" in preset:  # which are not of those that --fast leaves out
+        preset["fast"] = False
     config = config.model_copy(update=preset)
     _check_speed(config)
     if config.bandwidth is not None:
@@ -140,8 +142,12 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
 
 def _offered(config: PlanConfig, profile: Profile) -> list[Choice]:
     """The choices that a user named, or the engine's usual ones. Raises BudgetError for a --fast that does nothing."""
-    if config.fast and (config.choices is not None or not profile.fast):
-        why = "--choices says which" if profile.fast else f"{profile.name} has no choices that take long"
+    nothing_to_leave_out = {
+        "--choices says which": config.choices is not None,
+        "--codec has rates of its own": config.codec is not None,
+        f"{profile.name} has no choices that take long": not profile.fast,
+    }
+    if config.fast and (why := next((why for why, holds in nothing_to_leave_out.items() if holds), None)):
         raise BudgetError(f"--fast leaves out choices that take long, but {why}. Drop it.")
     if config.choices is None and config.codec is not None and not (config.symmetric or config.group_size):
         return [choice for choice in profile.choices if rate_of(choice)]
