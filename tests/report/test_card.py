@@ -56,7 +56,7 @@ def test_card_has_valid_metadata_and_carries_the_licence_over(alphaq: Run, out: 
 def test_card_shows_the_plan_and_how_to_run_and_repeat_it(alphaq: Run, out: Path) -> None:
     text = alphaq("card", out, "--base-model", "someone/tiny", "-o", "-").out
     assert (out / "README.md").read_text() == ORIGINAL
-    assert "| expert | 96 |" in text and "attention" in text and "4g128" in text
+    assert "| expert | 96 |" in text and "attention" in text and "t4" in text
     assert "alphaq quantize someone/tiny --plan plan.json -o tiny-2.5bit" in text
     assert 'alphaq generate tiny-2.5bit "def main"' in text
     assert "Not measured" in text and "tiny-licence" in text
