@@ -35,6 +35,7 @@ PARSED_ONLY = {
 OTHER_OPTIONS = {
     "--tensor-type-file": "llama-quantize",
     "--target-bpw": "proposed for llama.cpp",
+    "--target-size": "proposed for llama.cpp",
     "--enforce-eager": "vLLM",
     "--load-format": "vLLM",
     "--tensor-parallel-size": "vLLM",
