@@ -291,6 +291,7 @@ def test_the_commands_of_a_page_run_in_their_order(
 def test_the_notebook_runs(tmp_path: Path) -> None:
     nbformat = pytest.importorskip("nbformat", reason="nbformat comes with the extra docs")
     nbclient = pytest.importorskip("nbclient", reason="nbclient comes with the extra docs")
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra plot")
     notebook = nbformat.read(ROOT / "docs" / "demo.ipynb", as_version=4)
     stored = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
     assert any(stored), "the notebook has no outputs stored"
