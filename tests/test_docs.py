@@ -26,7 +26,7 @@ else:
     import tomli as tomllib
 
 Run = Callable[..., Ran]
-PLACEHOLDERS = {"MODEL": str(DATA / "tiny"), "src/alphaq/data/tiny": str(DATA / "tiny")}
+PLACEHOLDERS = {model: str(DATA / "tiny") for model in ("MODEL", "Qwen/Qwen3-30B-A3B", "src/alphaq/data/tiny")}
 PLACEHOLDERS |= {
     f"src/alphaq/data/texts{end}": str(DATA / "texts") + end
     for end in ("", *(f"/{x.name}" for x in DATA.glob("t*/*.txt")))
