@@ -22,6 +22,8 @@ from alphaq.planning import passes
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "src" / "alphaq" / "data"
 SHARED = ROOT.parent / "shared"
+USUAL_WINDOWS = {name: getattr(passes, name) for name in ("FEWEST_WINDOWS", "MOST_WINDOWS")}
+"""Of the default method's pass, of which tests take fewer."""
 
 COMMON = dict(
     vocab_size=128,
@@ -124,7 +126,8 @@ def save_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 @pytest.fixture(autouse=True, scope="session")
 def short_passes() -> None:
     """The default method's pass by few windows: hundreds of tests plan by it, and few ask how well."""
-    passes.FEWEST_WINDOWS = passes.MOST_WINDOWS = 4
+    for name in USUAL_WINDOWS:
+        setattr(passes, name, 4)
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ PARSED_ONLY = {
     r"plot KIND RUN": "a synopsis",
     r"alphaq refine MODEL|refined\.json": "minutes; tests/trials/test_refine.py runs it",
     r"^alphaq demo": "tests/cli/test_cli.py runs it",
+    r"^alphaq bench$|--min-speed": "times the machine, which other work spoils; tests/trials/test_rates.py runs it",
     r"from gptqmodel import": "needs GPTQModel, which asks for another torch",
 }
 """Commands (and Python) that the tests read but do not run: a pattern of the text, and why."""
@@ -35,6 +36,7 @@ PARSED_ONLY = {
 OTHER_OPTIONS = {
     "--tensor-type-file": "llama-quantize",
     "--target-bpw": "proposed for llama.cpp",
+    "--target-size": "proposed for llama.cpp",
     "--enforce-eager": "vLLM",
     "--load-format": "vLLM",
     "--tensor-parallel-size": "vLLM",

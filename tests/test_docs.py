@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 import documentation
-from conftest import DATA, ROOT, Ran
+from alphaq.planning import passes
+from conftest import DATA, ROOT, USUAL_WINDOWS, Ran
 from documentation import HISTORY, OTHER_OPTIONS, PAGES, PARSED_ONLY, Block, blocks, only_parsed
 
 if sys.version_info >= (3, 11):
@@ -25,11 +26,12 @@ else:
     import tomli as tomllib
 
 Run = Callable[..., Ran]
-PLACEHOLDERS = {"MODEL": str(DATA / "tiny"), "src/alphaq/data/tiny": str(DATA / "tiny")}
+PLACEHOLDERS = {model: str(DATA / "tiny") for model in ("MODEL", "Qwen/Qwen3-30B-A3B", "src/alphaq/data/tiny")}
 PLACEHOLDERS |= {
     f"src/alphaq/data/texts{end}": str(DATA / "texts") + end
     for end in ("", *(f"/{x.name}" for x in DATA.glob("t*/*.txt")))
 }
+CONTEXT = 1024  # the longest of the bundled model
 TEXTS = ("my", "your", "code", "dict", "tech", "eval", "mixed")
 
 
@@ -214,6 +216,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_cache: Path, tiny_
 def typed(line: str) -> list[str]:
     """A command's words, with a small model and a small budget for what the page leaves open."""
     line = re.sub(r"--size [\d.]+GiB", "--size 9MiB", line)
+    line = re.sub(r"--context \d+", f"--context {CONTEXT}", line)
     return [PLACEHOLDERS.get(word, word) for word in shlex.split(line, comments=True)[1:]]
 
 
@@ -241,9 +244,11 @@ def run_block(block: Block, alphaq: Run, scripts: dict[str, str], monkeypatch: p
         words = typed(line)
         if line.startswith("python ") and words[0] in scripts:
             Path(words[0]).write_text(scripts[words[0]])
-            monkeypatch.setattr(sys, "argv", words)
             told = io.StringIO()
-            with contextlib.redirect_stdout(told):
+            with monkeypatch.context() as patched, contextlib.redirect_stdout(told):
+                patched.setattr(sys, "argv", words)
+                for name, windows in USUAL_WINDOWS.items():  # what is printed is shown as a user sees it
+                    patched.setattr(passes, name, windows)
                 runpy.run_path(words[0], run_name="__main__")
             printed = re.search(
                 rf"^    {re.escape(line)}\n\nIt prints[^\n]*:\n\n((?:    .*\n)+)", page_text, re.MULTILINE
@@ -286,6 +291,7 @@ def test_the_commands_of_a_page_run_in_their_order(
 def test_the_notebook_runs(tmp_path: Path) -> None:
     nbformat = pytest.importorskip("nbformat", reason="nbformat comes with the extra docs")
     nbclient = pytest.importorskip("nbclient", reason="nbclient comes with the extra docs")
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra plot")
     notebook = nbformat.read(ROOT / "docs" / "demo.ipynb", as_version=4)
     stored = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
     assert any(stored), "the notebook has no outputs stored"

@@ -85,5 +85,5 @@ class LlamaModel:
         """
         logits = np.stack([self._llama.ask(Llama.logits, window) for window in ids.tolist()])
         if not np.isfinite(logits.max(axis=-1)).all():
-            raise no_number(f"in the logits of {self._path}")
+            raise no_number(self._path, "in the logits")
         return SimpleNamespace(logits=torch.from_numpy(logits))

@@ -20,9 +20,9 @@ from alphaq.checkpoint.files import memory_bytes
 from alphaq.checkpoint.gguf.format import GgufFile, read_gguf
 from alphaq.checkpoint.gguf.values import GgufValue
 from alphaq.engines.gguf.apart import Wrap, run_apart
-from alphaq.engines.gguf.library import Llama, NoNumberError, Running
+from alphaq.engines.gguf.library import Llama, Running, no_number
 from alphaq.engines.gguf.passes import Layers, Passing, Seen
-from alphaq.engines.gguf.watching import Watch
+from alphaq.engines.gguf.watching import NoNumber, Watch
 from alphaq.engines.gguf.windows import Ids, own_windows, random_windows, rewritten_windows, text_windows
 from alphaq.errors import AlphaQError
 
@@ -189,7 +189,7 @@ def gather(path: Path, sample: Sample, threads: int, shown: Wrap) -> Gathered:
 def tokens_for(runs: Runs, sample: Sample, way: Way) -> Ids:
     """Tokens to run.
 
-    Raises NoNumberError naming the first weight that meets NaN, where the model cannot write; AlphaQError for windows
+    Raises LlamaError naming the first weight that meets NaN, where the model cannot write; AlphaQError for windows
     longer than those that it was trained with.
     """
     if 0 < runs.sizes.context < sample.window:
@@ -201,11 +201,11 @@ def tokens_for(runs: Runs, sample: Sample, way: Way) -> Ids:
         sample = replace(sample, window=runs.sizes.context)
     try:
         return {"text": _texts, "written": _written, "rewritten": _rewritten}[way](runs, sample)
-    except NoNumberError:
+    except NoNumber as seen:
         with runs.model(1, sample.window, 1) as model:
             ids = random_windows(model, 1, sample.window, np.random.default_rng(sample.seed))
         watched(runs, ids, Passing)
-        raise
+        raise no_number(runs.path, str(seen)) from None
 
 
 def _texts(runs: Runs, sample: Sample) -> Ids:
@@ -242,15 +242,21 @@ def _rewritten(runs: Runs, sample: Sample) -> Ids:
 
 
 def watched(runs: Runs, ids: Ids, watch: Callable[[Callable[[], object]], P], most: int = MOST_TOKENS) -> P:
-    """A watch that has seen these tokens pass. most: of so many at most are logits computed."""
+    """A watch that has seen these tokens pass. most: of so many at most are logits computed.
+
+    Raises LlamaError, also for what the watch says is NaN or infinite.
+    """
     count, length = ids.shape
     groups = np.split(ids, np.cumsum(_groups(count, _side_by_side(runs, length)))[:-1])
     outputs = min(runs.sizes.outputs, groups[0].size, most)
     with _steps(runs.shown, len(groups) * runs.sizes.layers, "gathering") as step:
         seen = watch(step)
-        with runs.model(len(groups[0]), length, outputs, seen) as model:
-            for part in groups:
-                model.run(part, _spread(part, outputs))
+        try:
+            with runs.model(len(groups[0]), length, outputs, seen) as model:
+                for part in groups:
+                    model.run(part, _spread(part, outputs))
+        except NoNumber as where:
+            raise no_number(runs.path, str(where)) from None
     return seen
 
 

@@ -120,14 +120,10 @@ class LlamaError(AlphaQError):
     """llama.cpp refused."""
 
 
-class NoNumberError(LlamaError):
-    """A pass of a model that is not sound."""
-
-
-def no_number(where: str) -> NoNumberError:
-    """What to do about values that are NaN or infinite."""
-    return NoNumberError(
-        f"llama.cpp computes NaN or infinity: {where}. The file's weights are damaged, or values overflow: those that "
+def no_number(path: Path, where: str) -> LlamaError:
+    """Which file's values are NaN or infinite, where that was seen, and what to do about it."""
+    return LlamaError(
+        f"llama.cpp computes NaN or infinity: {where} of {path}. The file is damaged, or values overflow: those that "
         "meet F16 weights are rounded to 16 bits and must stay below 65,504. Download the file again, or convert the "
         "model to BF16 instead of F16."
     )

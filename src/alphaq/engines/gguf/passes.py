@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alphaq.engines.gguf.library import no_number
-from alphaq.engines.gguf.watching import Node
+from alphaq.engines.gguf.watching import Node, NoNumber
 
 STREAM = "l_out-"  # what a layer leaves in the residual stream, in every architecture of llama.cpp
 WEIGHT = ".weight"
@@ -64,7 +63,7 @@ class Passing:
         return inputs.readable
 
     def sees(self, node: Node) -> None:
-        """Add one node up. Raises LlamaError for inputs that are no numbers."""
+        """Add one node up. Raises NoNumber for inputs that are none."""
         if not node.is_product:
             self._see_stream(node)
             return
@@ -79,7 +78,7 @@ class Passing:
         else:
             found = _by_matrix(values, matrices)
         if not np.isfinite(found.squares).all():
-            raise no_number(f"first in the inputs of {weight.name}")
+            raise NoNumber(f"first in the inputs of {weight.name}")
         known = self.seen.moments.get(weight.name)
         self.seen.moments[weight.name] = found if known is None else known + found
 

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alphaq.engines.gguf.library import no_number
 from alphaq.engines.gguf.passes import STREAM
-from alphaq.engines.gguf.watching import Node
+from alphaq.engines.gguf.watching import Node, NoNumber
 
 ROUTED = "ffn_moe_weighted-"  # what experts put out, times their routing weights
 SAME_VALUES = ("VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE")
@@ -89,7 +88,7 @@ class Routing:
         return bool(given) and node.readable
 
     def sees(self, node: Node) -> None:
-        """Follow one node. Raises LlamaError for values that are no numbers."""
+        """Follow one node. Raises NoNumber for values that are none."""
         layer = self._layer_of(node)
         if layer is not None:
             self._begin(node, layer)
@@ -118,7 +117,7 @@ class Routing:
         tokens = values.size // values.shape[-1] if self._chosen is None else len(self._chosen)
         energies = _energies(values, tokens)
         if not np.isfinite(energies).all():
-            raise no_number(f"in the outputs of {weight.name}")
+            raise NoNumber(f"in the outputs of {weight.name}")
         self._layer, flow = layer, self.layers.setdefault(layer, LayerFlow())
         flow.outputs += float(energies.sum())
         self._carried[node.address] = _Carried(energies, energies)
@@ -160,7 +159,7 @@ class Routing:
         if flow is not None and node.name == f"{STREAM}{self._layer}":
             energy = float(_energies(node.values(), 1).sum())
             if not np.isfinite(energy):
-                raise no_number(f"in what layer {self._layer} leaves")
+                raise NoNumber(f"in the outputs of layer {self._layer}")
             flow.stream += energy
             if carried is not None:
                 flow.moved += float(_ratio(carried.errors, carried.energies).sum())

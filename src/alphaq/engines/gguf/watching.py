@@ -97,8 +97,12 @@ class Node:
         return (values.astype(np.uint32) << 16).view(np.float32) if tensor.type == _BF16 else values
 
 
+class NoNumber(Exception):
+    """Where values are NaN or infinite, in words, told by what knows a model's nodes but not its file."""
+
+
 class Watch(Protocol):
-    """Who looks."""
+    """Who looks. Raises NoNumber for values that it cannot add up."""
 
     def wants(self, node: Node) -> bool:
         """Whether the values of a node that will be computed are wanted."""

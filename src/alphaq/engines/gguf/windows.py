@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from alphaq.engines.gguf.library import Llama, last_of, no_number
+from alphaq.engines.gguf.library import Llama, last_of
+from alphaq.engines.gguf.watching import NoNumber
 from alphaq.errors import AlphaQError
 
 Ids = NDArray[np.int32]
@@ -82,11 +83,11 @@ def _cut(model: Llama, path: Path, length: int, most: int | None) -> Ids:
 def _drawn(logits: Iterable[NDArray[np.float32]], count: int, chance: np.random.Generator) -> Ids:
     """A token for each of so many rows of logits, by its probability. Row by row, since noise is float64.
 
-    Raises LlamaError for logits that are no numbers; minus infinity is one, of a token that never comes.
+    Raises NoNumber for logits that are none; minus infinity is one, of a token that never comes.
     """
     drawn = np.empty(count, np.int32)
     for place, row in enumerate(logits):
         if not np.isfinite(row.max()):
-            raise no_number("in its logits")
+            raise NoNumber("in the logits")
         drawn[place] = (row + chance.gumbel(size=row.size)).argmax()
     return drawn
