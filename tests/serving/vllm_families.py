@@ -37,6 +37,13 @@ RUN: dict[str, dict[str, Any]] = {
     "glm4_moe": dict(head_dim=32),
     "glm4_moe_lite": LATENT,
     "granitemoe": {},
+    "granitemoe_swa": dict(
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        sliding_window=6,
+        num_local_experts=6,
+        shared_intermediate_size=64,
+    ),
+    "granitemoehybrid": dict(num_local_experts=7, mamba_d_head=64, shared_intermediate_size=64),
     "granitemoeshared": dict(shared_intermediate_size=64),
     "hunyuan_v1_moe": {},
     "hy_v3": {},
@@ -46,7 +53,11 @@ RUN: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "olmoe": {},
     "qwen2_moe": {},
+    "qwen3_5_moe": {},
+    "qwen3_5_moe_text": {},
     "qwen3_moe": {},
+    "qwen3_next": {},
+    "qwen3_vl_moe": dict(text_config=dict(norm_topk_prob=True)),
     "solar_open": {},
 }
 

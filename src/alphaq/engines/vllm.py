@@ -51,6 +51,10 @@ FUSED = {
     "up_proj": "gate_up_proj",
     "q_a_proj": "fused_qkv_a_proj",
     "kv_a_proj_with_mqa": "fused_qkv_a_proj",
+    "in_proj_qkv": "in_proj_qkvz",
+    "in_proj_z": "in_proj_qkvz",
+    "in_proj_b": "in_proj_ba",
+    "in_proj_a": "in_proj_ba",
 }
 """What vLLM makes one module of."""
 ASKED = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
