@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS, MPLinearKernel, MPLinearLayerConfig
 from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
 from vllm.model_executor.layers.fused_moe.router import cpu_router
+from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_wna16 as experts,
 )
-from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.platforms import PlatformEnum
 from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name
@@ -98,7 +98,7 @@ def _gated_delta_rule(
 def _one_prompt(
     layer: Any, mixed_qkv: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """With a state S of each head: S ← decay S, S ← S + k (β (v - kS)), o = qS. vLLM's for CPUs knows bfloat16 alone."""
+    """S ← decay S, S ← S + k (β (v - kS)), o = qS for a state S of each head. vLLM's for CPUs knows bfloat16 alone."""
     width = layer.conv1d.weight.shape[-1]
     padded = nn.functional.pad(mixed_qkv.T, (width - 1, 0))
     mixed = nn.functional.conv1d(padded, layer.conv1d.weight, groups=len(padded))

@@ -21,6 +21,7 @@ LATENT = dict(
     num_key_value_heads=4,
 )  # fmt: skip
 GEMMA = FAMILIES["gemma4_text"] | dict(moe_intermediate_size=64, num_experts=8, sliding_window=6)
+SECTIONS = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5, mrope_section=[2, 3, 3])
 
 # By `model_type`: what each needs beside SIZES and tests/families.py, for vLLM to run it and for all of its parts to
 # matter.
@@ -36,6 +37,7 @@ RUN: dict[str, dict[str, Any]] = {
     "gemma4_text": GEMMA,
     "glm4_moe": dict(head_dim=32),
     "glm4_moe_lite": LATENT,
+    "glm4v_moe": dict(text_config=dict(head_dim=32, use_qk_norm=False, rope_parameters=SECTIONS)),
     "granitemoe": {},
     "granitemoe_swa": dict(
         layer_types=["full_attention", "sliding_attention", "full_attention"],
