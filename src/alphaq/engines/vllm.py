@@ -32,6 +32,7 @@ from alphaq.engines.safetensors.modules import (
     as_published,
     linear_choices,
     module_name,
+    module_of,
     module_patterns,
 )
 from alphaq.errors import ArchitectureError, MissingExtraError, PlanError
@@ -95,6 +96,8 @@ def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -
     group's `format`, SGLang the global one too. Merged modules are named: not every model says what it merges.
     """
     known = linear_choices(checkpoint, choices, _called)
+    if checkpoint.text_config != checkpoint.config:  # vLLM has the language model in another place than transformers
+        known |= linear_choices(checkpoint, choices, module_of)
     known |= {_asked(module): choice for module, choice in known.items() if ".experts." in module}
     alike: dict[tuple[bool, Choice], list[str]] = {}
     for module, choice in known.items():
