@@ -4,7 +4,7 @@ vLLM 0.32 has kernels for CPUs of 4-bit weights alone; those of experts ask for 
 what goes in to 8 bits. With these, vLLM builds, merges and loads modules by the scheme that it finds for each, as it
 does for a GPU, and multiplies in float32: what is left is whether the files are what its models expect. Two more of its
 functions for CPUs compute otherwise than those for GPUs, and are replaced: routing, and rotary embeddings of latent
-attention, of which one head alone would be turned.
+attention, of which one head alone would be turned. So is its gated delta rule, which knows bfloat16 alone.
 """
 
 from __future__ import annotations

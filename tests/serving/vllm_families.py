@@ -42,6 +42,7 @@ RUN: dict[str, dict[str, Any]] = {
     "granitemoe_swa": dict(
         layer_types=["full_attention", "sliding_attention", "full_attention"],
         sliding_window=6,
+        layer_rope_theta=[1e4, 1e2, 0.0],
         num_local_experts=6,
         shared_intermediate_size=64,
     ),
@@ -70,7 +71,7 @@ def model_of(model_type: str, **changed: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, values in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith("bias"):
+            if name.endswith(("bias", "sinks")):
                 values.copy_(torch.randn(values.shape, generator=generator) / 4)
             elif "norm" in name and values.ndim == 1:
                 values.add_(torch.randn(values.shape, generator=generator).div_(4).mul_(64).round_().div_(64))
