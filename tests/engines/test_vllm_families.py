@@ -20,6 +20,7 @@ from alphaq.engines.assumptions.tables import engine_table
 from alphaq.engines.running import run_in_transformers
 from alphaq.engines.vllm import ENGINE
 from alphaq.errors import ArchitectureError, PlanError
+from alphaq.nouns.plan import Plan
 from families import plain_copy, random_family, save_layout
 
 sys.path.append(str(Path(__file__).parents[1] / "serving"))
@@ -28,12 +29,15 @@ from vllm_families import RUN, model_of
 
 OFTEN = {"minimax_m2"}
 """Settings that are told, and modules by other names."""
+VLLM_ALONE = {"qwen3_vl_moe"}
+"""Families whose files transformers does not compute with as vLLM does."""
 TOKENS = range(3, 19)
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64)
 
 
 @pytest.mark.parametrize(
-    "model_type", [pytest.param(one, marks=() if one in OFTEN else pytest.mark.slow) for one in RUN]
+    "model_type",
+    [pytest.param(one, marks=() if one in OFTEN else pytest.mark.slow) for one in RUN if one not in VLLM_ALONE],
 )
 def test_transformers_computes_with_what_the_files_stand_for(tmp_path: Path, model_type: str) -> None:
     """It gives all experts the first choice, so they have one. It restores to bf16, so logits are equal."""
@@ -58,6 +62,29 @@ def test_modules_and_settings_are_told_by_vllm_s_names(tmp_path: Path) -> None:
     assert (config["rotary_dim"], config["scoring_func"]) == (32, "sigmoid")
 
 
+def test_modules_beside_others_are_told_by_vllm_s_names_and_transformers(tmp_path: Path) -> None:
+    source = open_checkpoint(save_layout(model_of("qwen3_5_moe"), tmp_path / "source", published=True))
+    config = ENGINE.config(source, cycled_plan(source, "vllm", ("4g32s", "8g64s", "16"), "4g64s"))
+    groups = config["quantization_config"]["config_groups"].values()
+    for before in ("language_model.model", "model.language_model"):
+        for module in ("layers.0.linear_attn.in_proj_qkvz", "layers.1.self_attn.o_proj"):
+            (group,) = [
+                one
+                for one in groups
+                if any(re.match(target.removeprefix("re:"), f"{before}.{module}") for target in one["targets"])
+            ]
+            assert (group["weights"]["num_bits"], group["weights"]["group_size"]) == (4, 64)
+
+
+@pytest.mark.parametrize(("one", "other"), [("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a")])
+def test_what_vllm_merges_in_linear_attention_must_agree(tmp_path: Path, one: str, other: str) -> None:
+    source = open_checkpoint(save_layout(model_of("qwen3_5_moe_text"), tmp_path / "source", published=True))
+    plan = cycled_plan(source, "vllm", ("4g32s",), "4g32s")
+    changed = {name: "8g32s" if f".0.linear_attn.{other}." in name else said for name, said in plan.choices.items()}
+    with pytest.raises(PlanError, match=rf"vLLM runs .*({one}.*{other}|{other}.*{one}).* as one"):
+        pipeline.quantize(source, Plan(engine="vllm", choices=changed), tmp_path / "never")
+
+
 @pytest.mark.parametrize(
     ("model_type", "changed", "named"),
     [
@@ -65,6 +92,9 @@ def test_modules_and_settings_are_told_by_vllm_s_names(tmp_path: Path) -> None:
         ("minimax_m2", dict(tie_word_embeddings=True), "tie_word_embeddings is True"),
         ("minimax_m2", dict(rope_parameters=YARN), "'yarn', but vllm runs 'minimax_m2' models with default only"),
         ("glm4_moe_lite", dict(n_group=2), "n_group is 2"),
+        ("qwen3_next", dict(tie_word_embeddings=True), "tie_word_embeddings is True"),
+        ("qwen3_vl_moe", {}, "norm_topk_prob is None.*Restore the original config.json"),
+        ("glm4v_moe", dict(text_config=dict(head_dim=16)), "use_qk_norm is None.*Restore the original config.json"),
         ("gemma4", {}, "'gemma4' holds its language model beside others"),
         ("llama4", {}, "'llama4' holds its language model beside others"),
     ],

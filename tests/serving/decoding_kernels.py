@@ -4,7 +4,7 @@ vLLM 0.32 has kernels for CPUs of 4-bit weights alone; those of experts ask for 
 what goes in to 8 bits. With these, vLLM builds, merges and loads modules by the scheme that it finds for each, as it
 does for a GPU, and multiplies in float32: what is left is whether the files are what its models expect. Two more of its
 functions for CPUs compute otherwise than those for GPUs, and are replaced: routing, and rotary embeddings of latent
-attention, of which one head alone would be turned.
+attention, of which one head alone would be turned. So is its gated delta rule, which knows bfloat16 alone.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS, MPLinearKernel, MPLinearLayerConfig
 from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
 from vllm.model_executor.layers.fused_moe.router import cpu_router
+from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_wna16 as experts,
 )
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.platforms import PlatformEnum
+from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name
 
 
 def restored(packed: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
@@ -75,9 +78,46 @@ def _route(self: Any, hidden_states: torch.Tensor, router_logits: torch.Tensor, 
 _cpu_route = cpu_router.CPURouter._compute_routing
 
 
+def _gated_delta_rule(
+    mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, core_attn_out: torch.Tensor, layer_name: LayerNameType
+) -> None:
+    """Of whole prompts, token by token, into core_attn_out [tokens, heads, values]; see `_one_prompt`."""
+    context, name = get_forward_context(), _resolve_layer_name(layer_name)
+    layer = context.no_compile_layers[name]
+    if context.attn_metadata is None:  # vLLM only tries how much memory it needs
+        return
+    places = context.attn_metadata[name]
+    assert places.num_decodes == 0
+    assert not places.has_initial_state.any()
+    gates = -layer.A_log.exp() * nn.functional.softplus(a + layer.dt_bias)
+    for begin, end in zip(places.non_spec_query_start_loc, places.non_spec_query_start_loc[1:], strict=False):
+        prompt = slice(int(begin), int(end))
+        _one_prompt(layer, mixed_qkv[prompt], gates[prompt].exp(), b[prompt].sigmoid(), core_attn_out[prompt])
+
+
+def _one_prompt(
+    layer: Any, mixed_qkv: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor, out: torch.Tensor
+) -> None:
+    """S ← decay S, S ← S + k (β (v - kS)), o = qS for a state S of each head. vLLM's for CPUs knows bfloat16 alone."""
+    width = layer.conv1d.weight.shape[-1]
+    padded = nn.functional.pad(mixed_qkv.T, (width - 1, 0))
+    mixed = nn.functional.conv1d(padded, layer.conv1d.weight, groups=len(padded))
+    query, key, value = (one[0] for one in layer.rearrange_mixed_qkv(nn.functional.silu(mixed).T.contiguous()))
+    query, key = (one * (one.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for one in (query, key))
+    query, key = (one.repeat_interleave(value.shape[1] // one.shape[1], 1) for one in (query, key))
+    state = torch.zeros(value.shape[1], key.shape[2], value.shape[2])
+    for token in range(len(value)):
+        state *= decay[token, :, None, None]
+        lacking = value[token] - torch.einsum("hk,hkv->hv", key[token], state)
+        state += torch.einsum("hk,hv->hkv", key[token], lacking * beta[token, :, None])
+        out[token] = torch.einsum("hk,hkv->hv", query[token], state) / key.shape[2] ** 0.5
+
+
 def install() -> None:
     """For every model that is loaded from now on."""
+    torch.cpu._is_amx_tile_supported = lambda: False  # its kernels of latent attention know no float32
     cpu_router.CPURouter._compute_routing = _route
+    gdn_attention.cpu_gdn_attention_core = _gated_delta_rule
     RotaryEmbedding.forward_cpu = RotaryEmbedding.forward_native
     _POSSIBLE_KERNELS[PlatformEnum.CPU] = [DecodingLinear]
     experts.select_wna16_moe_backend = lambda **asked: (WNA16MoEBackend.EMULATION, CPUUnquantizedExperts)

@@ -21,6 +21,7 @@ LATENT = dict(
     num_key_value_heads=4,
 )  # fmt: skip
 GEMMA = FAMILIES["gemma4_text"] | dict(moe_intermediate_size=64, num_experts=8, sliding_window=6)
+SECTIONS = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5, mrope_section=[2, 3, 3])
 
 # By `model_type`: what each needs beside SIZES and tests/families.py, for vLLM to run it and for all of its parts to
 # matter.
@@ -36,7 +37,16 @@ RUN: dict[str, dict[str, Any]] = {
     "gemma4_text": GEMMA,
     "glm4_moe": dict(head_dim=32),
     "glm4_moe_lite": LATENT,
+    "glm4v_moe": dict(text_config=dict(head_dim=32, use_qk_norm=False, rope_parameters=SECTIONS)),
     "granitemoe": {},
+    "granitemoe_swa": dict(
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        sliding_window=6,
+        layer_rope_theta=[1e4, 1e2, 0.0],
+        num_local_experts=6,
+        shared_intermediate_size=64,
+    ),
+    "granitemoehybrid": dict(num_local_experts=7, mamba_d_head=64, shared_intermediate_size=64),
     "granitemoeshared": dict(shared_intermediate_size=64),
     "hunyuan_v1_moe": {},
     "hy_v3": {},
@@ -46,7 +56,11 @@ RUN: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "olmoe": {},
     "qwen2_moe": {},
+    "qwen3_5_moe": {},
+    "qwen3_5_moe_text": {},
     "qwen3_moe": {},
+    "qwen3_next": {},
+    "qwen3_vl_moe": dict(text_config=dict(norm_topk_prob=True)),
     "solar_open": {},
 }
 
@@ -57,7 +71,7 @@ def model_of(model_type: str, **changed: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, values in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith("bias"):
+            if name.endswith(("bias", "sinks")):
                 values.copy_(torch.randn(values.shape, generator=generator) / 4)
             elif "norm" in name and values.ndim == 1:
                 values.add_(torch.randn(values.shape, generator=generator).div_(4).mul_(64).round_().div_(64))

@@ -10,6 +10,9 @@ import gc
 import json
 import sys
 import traceback
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 MARK = "answer: "
@@ -21,7 +24,7 @@ def logprobs(folder: str, prompts: list[list[int]], arguments: dict[str, Any]) -
 
     engine = LLM(
         folder, skip_tokenizer_init=True, max_model_len=64, max_num_seqs=4, seed=0, max_logprobs=-1, enforce_eager=True,
-        **arguments,
+        limit_mm_per_prompt=dict(image=0, video=0), **arguments,
     )  # fmt: skip
     try:
         sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False, prompt_logprobs=-1)
@@ -34,8 +37,36 @@ def logprobs(folder: str, prompts: list[list[int]], arguments: dict[str, Any]) -
         engine.llm_engine.engine_core.shutdown()
 
 
+class _Absent(ModuleType):
+    """A package that is imported where images are read, and not used where there are none."""
+
+    __path__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+def without_images() -> None:
+    """torchvision has no build for the plain torch of this version, and vLLM imports it with Qwen3.5."""
+    import transformers.image_utils  # which must know that it is missing
+
+    assert not transformers.image_utils.is_torchvision_available()
+    names = ("torchvision", "transforms", "v2", "functional")
+    for end in range(1, len(names) + 1):
+        name = ".".join(names[:end])
+        module = _Absent(name)
+        module.__spec__ = ModuleSpec(name, None)
+        sys.modules[name] = module
+        if end > 1:
+            setattr(sys.modules[name.rpartition(".")[0]], names[end - 1], module)
+
+
 def main() -> None:
     """Answer until there is no further line."""
+    if find_spec("torchvision") is None:
+        without_images()
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.model_executor.models import registry
 

@@ -32,6 +32,7 @@ from alphaq.engines.safetensors.modules import (
     as_published,
     linear_choices,
     module_name,
+    module_of,
     module_patterns,
 )
 from alphaq.errors import ArchitectureError, MissingExtraError, PlanError
@@ -51,6 +52,10 @@ FUSED = {
     "up_proj": "gate_up_proj",
     "q_a_proj": "fused_qkv_a_proj",
     "kv_a_proj_with_mqa": "fused_qkv_a_proj",
+    "in_proj_qkv": "in_proj_qkvz",
+    "in_proj_z": "in_proj_qkvz",
+    "in_proj_b": "in_proj_ba",
+    "in_proj_a": "in_proj_ba",
 }
 """What vLLM makes one module of."""
 ASKED = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -91,6 +96,8 @@ def quantization_config(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -
     group's `format`, SGLang the global one too. Merged modules are named: not every model says what it merges.
     """
     known = linear_choices(checkpoint, choices, _called)
+    if checkpoint.text_config != checkpoint.config:  # vLLM has the language model in another place than transformers
+        known |= linear_choices(checkpoint, choices, module_of)
     known |= {_asked(module): choice for module, choice in known.items() if ".experts." in module}
     alike: dict[tuple[bool, Choice], list[str]] = {}
     for module, choice in known.items():
