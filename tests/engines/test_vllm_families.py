@@ -5,6 +5,7 @@ vLLM itself runs them in tests/serving/test_vllm_runs_families.py.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.assumptions.tables import engine_table
 from alphaq.engines.running import run_in_transformers
-from alphaq.engines.vllm import ENGINE
+from alphaq.engines.vllm import ENGINE, VLLM_ALONE, logits
 from alphaq.errors import ArchitectureError, PlanError
 from alphaq.nouns.plan import Plan
 from families import plain_copy, random_family, save_layout
@@ -29,8 +30,6 @@ from vllm_families import RUN, model_of
 
 OFTEN = {"minimax_m2"}
 """Settings that are told, and modules by other names."""
-VLLM_ALONE = {"qwen3_vl_moe"}
-"""Families whose files transformers does not compute with as vLLM does."""
 TOKENS = range(3, 19)
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64)
 
@@ -46,6 +45,13 @@ def test_transformers_computes_with_what_the_files_stand_for(tmp_path: Path, mod
     plain = plain_copy(source, tmp_path / "out", tmp_path / "plain")
     found, expected = (run_in_transformers(one, TOKENS, torch.bfloat16) for one in (tmp_path / "out", plain))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("model_type", sorted(VLLM_ALONE & {*RUN}))
+def test_files_that_transformers_does_not_load_are_not_run_there(tmp_path: Path, model_type: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(PlanError, match=f"of the family {model_type}, .*vllm serve"):
+        logits(tmp_path, list(TOKENS))
 
 
 def test_modules_and_settings_are_told_by_vllm_s_names(tmp_path: Path) -> None:
