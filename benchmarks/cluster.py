@@ -115,7 +115,7 @@ def drive(address: str, folder: Path, apart: bool) -> dict[str, Any]:
         if apart:
             workers.shares = lambda folder: False  # type: ignore[method-assign]
         joined = private_mib()
-        request = resolve(PlanConfig(budget=Budget(bits=3), method="uniform"))
+        request = resolve(PlanConfig(budget=Budget(bits=3), method="uniform", fast=True))
         plan = pipeline.make_plan(
             checkpoint, request, pipeline.measure_for_plan(checkpoint, request, resources=Resources(workers))
         )
@@ -180,7 +180,7 @@ def killed(folder: Path) -> dict[str, Any]:
     for out in (one, many):
         shutil.rmtree(out, ignore_errors=True)
     try:
-        subprocess.run([*base, "plan", folder, "--bits", "3", "--method", "uniform", "-o", plan], check=True)
+        subprocess.run([*base, "plan", folder, "--bits", "3", "--fast", "--method", "uniform", "-o", plan], check=True)
         quantize = [*base, "quantize", folder, "--plan", plan, "-o"]
         subprocess.run([*quantize, one, "--workers", "1"], check=True, stdout=subprocess.DEVNULL)
         journal = folder.parent / f".{many.name}.partial" / "journal.jsonl"
@@ -215,7 +215,7 @@ def timed(address: str | None, folder: Path, workers: int) -> dict[str, float]:
     plan, out = folder.parent / "timed.json", folder.parent / "timed-out"
     base = [sys.executable, "-m", "alphaq"]
     if not plan.exists():
-        subprocess.run([*base, "plan", folder, "--bits", "3", "--method", "uniform", "-o", plan], check=True)
+        subprocess.run([*base, "plan", folder, "--bits", "3", "--fast", "--method", "uniform", "-o", plan], check=True)
     found = {}
     for name, rest in {
         "analyze": ["analyze", folder, "-o", folder.parent / "timed.csv", "--no-cache"],

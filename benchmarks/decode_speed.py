@@ -29,7 +29,7 @@ from alphaq.trials.rates import rates_here
 from runtime import PROMPT, Contestant, alphaq, random_tokens
 
 NAME, TITLE = "decode_speed", "Decode speed as foretold"
-ENGINES = {"llama.cpp": ("--fast",), "native": ()}
+ENGINES = {"llama.cpp": ("--fast",), "native": ("--fast",)}
 ROUNDS = 13
 BITS = ("2.5", "4", "8")
 

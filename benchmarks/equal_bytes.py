@@ -4,9 +4,9 @@
         [--bits 2 2.5 3] [--max-tokens 512] [--scratch DIR]
 
 OPTIONS are those of `alphaq quantize`, which gets as `--size` so many bits for every parameter of the model: experts,
-attention, embedding and all else share them. Trellis codes beside the usual choices:
+attention, embedding and all else share them. Trellis codes beside plain groups:
 
-    --way "usual=" --way "trellis=--choices trellis,5,6,8"
+    --way "plain=--fast" --way "trellis=--choices trellis,5,6,8"
 
 A way whose options say `--bits {bits}` or `--bpw {bits}` gets that budget instead, for experts alone. Files that
 differ by more than one part in a hundred are refused.

@@ -41,7 +41,7 @@ def run(dimensions: MixtralDimensions, tokens: int, scratch: Path) -> dict[str, 
     out, printed = scratch / "gptq-out", scratch / "gptq.json"
     shutil.rmtree(out, ignore_errors=True)
     evict(source)
-    options = ("--bits", 3, "--method", "uniform", "--noise", "analytic", "--quantizer", "gptq", "--json")
+    options = ("--bits", 3, "--fast", "--method", "uniform", "--noise", "analytic", "--quantizer", "gptq", "--json")
     command = alphaq("quantize", source, "-o", out, *options, "--calibration", "self", "--calibration-tokens", tokens)
     usage = watched(command, {**os.environ, "ALPHAQ_CACHE": str(scratch / "cache")}, printed)
     done = json.loads(printed.read_bytes())

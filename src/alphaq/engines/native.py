@@ -78,7 +78,7 @@ _PLAIN = tuple(choice for choice in _CHOICES if not (choice.name or choice.kept 
 
 PROFILE = Profile(
     name="native",
-    summary="safetensors for our own runtime: 1 to 8 bit, each expert and projection on its own",
+    summary="safetensors for our own runtime: 1 to 4 bit in quarters, 5 to 8, each expert and projection on its own",
     unit="matrix",
     choices=_CHOICES,
     defaults=tuple(

@@ -38,7 +38,7 @@ class Budget(BaseModel):
     bits: Annotated[
         float | None,
         Option(
-            "Average bits per expert weight: the bytes of a plain mix of that width (native: t1 to t4).",
+            "Average bits per expert weight: the bytes of a plain mix of that width.",
             BUDGET,
         ),
     ] = None

@@ -111,8 +111,8 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
             "Use another method or engine."
         )
     preset = {key: value for key, value in chosen.preset.items() if _is_unset(getattr(config, key))}
-    if "choices" in preset:  # which are not of those that --fast leaves out
-        preset["fast"] = False
+    if config.fast and "choices" in preset:
+        raise BudgetError(f"--method {config.method} has choices of its own, so --fast does nothing. Drop it.")
     config = config.model_copy(update=preset)
     _check_speed(config)
     if config.bandwidth is not None:
@@ -125,8 +125,11 @@ def resolve(config: PlanConfig, with_model: bool = True) -> Request:
     # Code bits see no scales, so that the finest groups would come for nothing.
     codes_only = config.choices is None and config.budget.bits is not None and (config.unweighted or not with_model)
     if chosen.by_widths or codes_only:
-        finer = [choice for choice in offered if format_of(choice).graded and chosen.spreads_evenly]
-        offered = [*_plain(offered, ladder, config, profile), *finer]
+        finer = [choice for choice in offered if format_of(choice).graded]
+        offered = [
+            *_plain(offered, ladder, config, profile),
+            *(finer if chosen.spreads_evenly and not codes_only else ()),
+        ]
     pinned = {parse_choice(rule.value, profile, config) for rule in config.pins}
     choices = tuple(sorted({*offered, *pinned}))
     _check_choices(choices, config, chosen, profile)
@@ -144,7 +147,7 @@ def _offered(config: PlanConfig, profile: Profile) -> list[Choice]:
     """The choices that a user named, or the engine's usual ones. Raises BudgetError for a --fast that does nothing."""
     nothing_to_leave_out = {
         "--choices says which": config.choices is not None,
-        "--codec has rates of its own": config.codec is not None,
+        "--codec has rates of its own": config.codec is not None and not (config.symmetric or config.group_size),
         f"{profile.name} has no choices that take long": not profile.fast,
     }
     if config.fast and (why := next((why for why, holds in nothing_to_leave_out.items() if holds), None)):
@@ -321,6 +324,13 @@ def _named_in_width(usual: Choice, offered: Sequence[Choice]) -> Choice:
     )
 
 
+def _whole_rate(usual: Choice, offered: Sequence[Choice], profile: Profile) -> Choice:
+    """What stands for a width around which rates are offered: the rate of its bits, unless the usual choice is, too."""
+    if usual in offered:
+        return usual
+    return next(one for one in profile.choices if format_of(one).graded and code_bits(one) == usual.bits)
+
+
 def _ladder(profile: Profile, config: PlanConfig, offered: Sequence[Choice], by_widths: bool) -> tuple[Choice, ...]:
     """The plain choice of every width the engine has; if the user named choices, in the coarsest groups of those.
 
@@ -328,7 +338,7 @@ def _ladder(profile: Profile, config: PlanConfig, offered: Sequence[Choice], by_
     finer ladder is offered, its whole widths are, to all methods.
     """
     groups = [choice.group_size for choice in offered if format_of(choice).regroups]
-    finer = any(format_of(choice).graded for choice in offered)
+    rates = [code_bits(choice) for choice in offered if format_of(choice).graded]
     rungs = []
     for bits in WIDTHS:
         try:
@@ -338,7 +348,9 @@ def _ladder(profile: Profile, config: PlanConfig, offered: Sequence[Choice], by_
         if config.choices is not None and groups and format_of(choice).regroups:
             symmetric = all(other.symmetric for other in offered if not other.kept)
             choice = format_of(choice).regrouped(choice, max(groups), symmetric)
-        if finer or (by_widths and config.choices is not None):
+        if rates and min(rates) < bits + 1 and bits - 1 < max(rates):
+            choice = _whole_rate(choice, offered, profile)
+        elif by_widths and config.choices is not None:
             choice = _named_in_width(choice, offered)
         if choice in profile.choices:
             rungs.append(choice)

@@ -121,12 +121,18 @@ class Samples:
         """What takes undecided choices of units a stage further, and chosen ones to the first; nothing if all are."""
         steps: dict[int, dict[str, set[Choice]]] = {FIRST: {}, FULL: {}}
         for unit, stages in self._stages.items():
+            open_, taken = (_measured(wanted.get(unit, ())) for wanted in (undecided, chosen))
             for choice, stage in stages.items():
-                due = stage < FULL and choice in undecided.get(unit, ())
-                if due or (stage == NOTHING and choice in chosen.get(unit, ())):
+                due = stage < FULL and choice in open_
+                if due or (stage == NOTHING and choice in taken):
                     steps[stage + 1].setdefault(unit, set()).add(choice)
         for stage, wanted in steps.items():
             for unit, choices in wanted.items():
                 complete = stage == FIRST and not self.group.by_rows and not self.group.sample(unit, FULL)
                 self._stages[unit] |= dict.fromkeys(choices, FULL if complete else stage)
         return [self.group.sampling_of(wanted, stage) for stage, wanted in steps.items() if wanted]
+
+
+def _measured(choices: Collection[Choice]) -> set[Choice]:
+    """Choices, and of those that lie between two others these, whose errors tell theirs."""
+    return {*choices}.union(*(format_of(choice).between(choice) or () for choice in choices))

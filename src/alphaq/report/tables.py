@@ -134,7 +134,7 @@ def plan_table(plan: Plan) -> Table:
             f"{against.times_bound:.2f} × ({rounding:.2f} × by rounding, {steps:.3f} × by steps between widths)",
         )
     if plan.sampling_error:
-        table.add_row("standard error of the errors (sampled)", f"at most {100 * plan.sampling_error:.2g} %")
+        table.add_row("standard error of the errors", f"at most {100 * plan.sampling_error:.2g} %")
     if plan.check is not None:
         table.add_row("beside uniform bits in these bytes", check_words(plan.check))
     if plan.dropped is not None:

@@ -203,7 +203,9 @@ def variant_of(base: PlanConfig, name: str) -> PlanConfig:
     Raises AlphaQError for a setting that is not one of `VARIABLE`, or a bad value.
     """
     method, *settings = name.split(":")
-    changes = {"method": method}
+    changes: dict[str, object] = {"method": method}
+    if method in METHODS and "choices" in METHODS[method].preset:  # which are not of those that --fast leaves out
+        changes["fast"] = False
     for setting in settings:
         key, separator, value = setting.partition("=")
         key = key.strip().replace("-", "_")
