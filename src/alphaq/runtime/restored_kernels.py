@@ -20,6 +20,7 @@ from alphaq.simd.codes import CODES, brains_at, codes_at, halves_at, put_brains,
 from alphaq.simd.vectors import LANES, as_brain, kernel, load, load_bytes, splat, store
 
 DEPTH = 2048  # columns: 64 rows of them and four tokens stay in the caches of a core
+LINE = 64  # bytes, of a cache
 KEPT_BITS = KEPT.bits
 LOOKED_UP = 5  # bits: 32 values
 NUMBERS = np.arange(2 * LANES, dtype=np.float32)
@@ -27,8 +28,11 @@ NUMBERS = np.arange(2 * LANES, dtype=np.float32)
 
 @kernel
 def tile_of(columns):
-    """Memory for restored rows: uint16 [TASK_ROWS, stride], rows a little apart in the cache."""
-    return np.empty((TASK_ROWS, min(columns, DEPTH) + BRAINS), np.uint16)
+    """Memory for restored rows: uint16 [TASK_ROWS, stride], each at the begin of a line, a little apart in the cache."""
+    stride = (min(columns, DEPTH) // BRAINS + 1) * BRAINS
+    raw = np.empty(TASK_ROWS * stride + LINE, np.uint16)
+    skipped = -raw.ctypes.data % LINE // raw.itemsize
+    return raw[skipped : skipped + TASK_ROWS * stride].reshape(TASK_ROWS, stride)
 
 
 @kernel
@@ -38,22 +42,13 @@ def multiply_many(block, first, mine, inputs, out, column, pairs, tile, room):
     mine: int64 [count], tokens; inputs: address of bfloat16 [tokens, columns], a multiple of 32. out: float32
     [pairs, width]; products of mine[i] go to row pairs[i], from `column` on. tile: see `tile_of`.
     """
-    _, bits, _, flags, rows, columns = block
+    rows, columns = block[4], block[5]
     count = min(TASK_ROWS, rows - first)
-    gains = np.ones(TASK_ROWS + LANES, np.float32)  # `read_scales` writes lanes of zeros after the last
+    gains = read_gains(block, first, count, room)
     sums = np.empty(4 * LANES, np.float32)
-    if flags & TRELLIS:
-        _read_gains(block, first, count, gains)
-    elif bits != KEPT_BITS:
-        read_grids(block, first, count, room[0], room[1], room[4])
     for begin in range(0, columns, DEPTH):
         end = min(begin + DEPTH, columns)
-        if flags & TRELLIS:
-            _restore_levels(block, first, count, begin, end, tile, room)
-        elif bits == KEPT_BITS:
-            _restore_kept(block, first, count, begin, end, tile)
-        else:
-            _restore_codes(block, first, count, begin, end, tile, room)
+        restore_columns(block, first, count, begin, end, tile, room)
         for token in range(0, mine.size, 4):
             for row in range(0, count, 4):
                 _sixteen_products(tile, row, count, inputs, columns, begin, end, mine, token, sums)
@@ -64,6 +59,31 @@ def multiply_many(block, first, mine, inputs, out, column, pairs, tile, room):
                         if begin:
                             product += out[place, column + first + row + part]
                         out[place, column + first + row + part] = product
+
+
+@kernel
+def read_gains(block, first, count, room):
+    """What sums of each row are to be multiplied by, which is 1 but for trellis codes; reads other codes' grids."""
+    address, bits, _, flags, rows, columns = block
+    gains = np.ones(TASK_ROWS + LANES, np.float32)  # `read_scales` writes lanes of zeros after the last
+    if flags & TRELLIS:
+        read_scales(address + HEADER + rows * row_bytes_of(columns, bits) + 2 * first, count, gains)
+        for row in range(count):
+            gains[row] *= np.float32(UNIT)
+    elif bits != KEPT_BITS:
+        read_grids(block, first, count, room[0], room[1], room[4])
+    return gains
+
+
+@kernel
+def restore_columns(block, first, count, begin, end, tile, room):
+    """Restore some rows and columns of a block, whose grids were read, to a tile."""
+    if block[3] & TRELLIS:
+        _restore_levels(block, first, count, begin, end, tile, room)
+    elif block[1] == KEPT_BITS:
+        _restore_kept(block, first, count, begin, end, tile)
+    else:
+        _restore_codes(block, first, count, begin, end, tile, room)
 
 
 @kernel
@@ -139,15 +159,6 @@ def _restore_codes(block, first, count, begin, end, tile, room):
                 scale, zero, start = grid_of(at // group_size, row, groups, bits, symmetric, scales, means, zeros)
                 value = (load_bytes(codes, at - chunk) - splat(zero)) * splat(scale) + splat(start)
                 put_brains(target + 2 * at, as_brain(value))
-
-
-@kernel
-def _read_gains(block, first, count, gains):
-    """What sums with levels of trellis codes are to be multiplied by, for each row."""
-    address, rate, _, _, rows, columns = block
-    read_scales(address + HEADER + rows * row_bytes_of(columns, rate) + 2 * first, count, gains)
-    for row in range(count):
-        gains[row] *= np.float32(UNIT)
 
 
 @kernel

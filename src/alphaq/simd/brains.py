@@ -15,10 +15,11 @@ from alphaq.simd.codes import CODES, FEATURES, uint8x64
 from alphaq.simd.vectors import LANES, float32x16
 
 BRAINS = 32
-FAST_BRAINS = {"avx512bf16", "avx512bw"} <= FEATURES and "amx-bf16" not in FEATURES
+_HAVE_BRAINS = {"avx512bf16", "avx512bw"} <= FEATURES
+FAST_BRAINS = _HAVE_BRAINS and "amx-bf16" not in FEATURES
 """Whether products of bfloat16 are best made by this processor's instruction; elsewhere they are right, and slow.
 
-Where there are tiles for them (AMX), a library's products are several times as many a cycle.
+Where there are tiles for them (AMX), products in these are several times as many a cycle: see `simd.tiles`.
 """
 
 
@@ -60,7 +61,7 @@ def add_brain_products(typing: Any, total: Any, left: Any, right: Any) -> Any:
 
     def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         total, left, right = args
-        if FAST_BRAINS:
+        if _HAVE_BRAINS:
             pairs = [builder.bitcast(value, _PAIRS) for value in (left, right)]
             return _named(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOAT, [total, *pairs])
         for one, other in zip(halves(builder, left), halves(builder, right), strict=True):
@@ -93,7 +94,7 @@ def _looked_up(first: int) -> Any:
         table = builder.bitcast(args[0], _WORDS)
         narrow = builder.shuffle_vector(args[1], ir.Constant(_BYTES, ir.Undefined), half)
         index = builder.zext(narrow, _WORDS)
-        if FAST_BRAINS:
+        if _HAVE_BRAINS:
             return builder.bitcast(_named(builder, "llvm.x86.avx512.permvar.hi.512", _WORDS, [table, index]), _BYTES)
         found = ir.Constant(_WORDS, ir.Undefined)
         for lane in range(BRAINS):
