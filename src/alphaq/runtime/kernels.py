@@ -19,7 +19,7 @@ from alphaq.runtime.block_kernels import RESTORED, TASK_ROWS, TRELLIS, restore_b
 from alphaq.runtime.input_kernels import LIMITS, prepare, widen
 from alphaq.runtime.integer_kernels import multiply_block
 from alphaq.runtime.kept_kernels import multiply_kept
-from alphaq.runtime.restored_kernels import LINE, multiply_many, tile_of
+from alphaq.runtime.restored_kernels import DEPTH, LINE, TILES_DEPTH, multiply_many, tile_of
 from alphaq.runtime.tile_kernels import BLOCK_BYTES, multiply_tiles, turn_block
 from alphaq.runtime.trellis_kernels import multiply_trellis, restore_trellis
 from alphaq.simd.codes import pointer, run_threads, take
@@ -100,7 +100,8 @@ def _multiply_tasks(request):
     values = carray(pointer(request[VALUES]), (tokens, padded), np.float32)
     out = carray(pointer(request[OUT]), (request[PAIR_COUNT], width), np.float32)
     room = room_of(columns, request[MOST])
-    tile = tile_of(columns if request[INPUTS] else 0)
+    depth = TILES_DEPTH if request[TURNED] else DEPTH
+    tile = tile_of(min(columns, depth) if request[INPUTS] else 0)
     while True:
         task = take(request)
         if task >= request[TASKS]:

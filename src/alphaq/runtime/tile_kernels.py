@@ -1,6 +1,6 @@
 """Multiply many tokens with restored rows by AMX: 32 rows and 32 tokens at a time (see `simd.tiles`).
 
-Rows are restored to bfloat16 in the processor's own cache, 64 of up to 2048 columns, as `restored_kernels` has them.
+Rows are restored to bfloat16 in the processor's own cache, 64 of up to 4096 columns, as `restored_kernels` has them.
 Tokens are turned once for all matrices that want them: [blocks, columns / 32, 16 pairs of columns, 16 tokens, 2]
 bfloat16, where a block is sixteen pairs of one expert.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from alphaq.runtime.block_kernels import TASK_ROWS
-from alphaq.runtime.restored_kernels import DEPTH, LINE, read_gains, restore_columns
+from alphaq.runtime.restored_kernels import LINE, TILES_DEPTH, read_gains, restore_columns
 from alphaq.simd.brains import BRAINS
 from alphaq.simd.tiles import (
     SHAPES,
@@ -48,11 +48,16 @@ def multiply_tiles(block, first, turned, out, column, pairs, tile, room):
     columns, tokens = block[5], pairs.size
     count = min(TASK_ROWS, block[4] - first)
     gains = read_gains(block, first, count, room)
-    sums = _line_of_sums()
+    raw = np.empty(SUMS * TILE + LANES, np.float32)
+    skipped = -raw.ctypes.data % LINE // raw.itemsize
+    sums, flat = raw[skipped : skipped + SUMS * TILE], out.reshape(-1)
     shapes = SHAPES.copy()
+    places = np.empty(SUMS * LANES, np.int64)  # of sixteen rows of each sum
+    for row in range(places.size):
+        places[row] = sums.ctypes.data + STEP_BYTES * row
     open_tiles(shapes.ctypes.data)
-    for begin in range(0, columns, DEPTH):
-        end = min(begin + DEPTH, columns)
+    for begin in range(0, columns, TILES_DEPTH):
+        end = min(begin + TILES_DEPTH, columns)
         restore_columns(block, first, count, begin, end, tile, room)
         for token in range(0, tokens, 2 * LANES):
             place = turned + BLOCK_BYTES * (columns * (token // LANES) + begin)
@@ -63,19 +68,13 @@ def multiply_tiles(block, first, turned, out, column, pairs, tile, room):
                 else:
                     _two_by_two(tile, row, place, place + BLOCK_BYTES * columns, end - begin, sums)
                 for part in range(SUMS):
+                    turn_words(places.ctypes.data + 8 * LANES * part, 0, sums.ctypes.data + TILE_BYTES * part)
                     at = row + LANES * (part if few else part // 2)
-                    own = pairs[token + (0 if few else LANES * (part % 2)) :]
-                    _give(sums[TILE * part :], gains, at, count, own, out, column + first, begin > 0)
+                    known = token + (0 if few else LANES * (part % 2))
+                    own = pairs[known : known + LANES]
+                    _give(sums, TILE * part, gains, at, count, own, flat, out.shape[1], column + first, begin > 0)
     close_tiles()
-    return shapes.size  # which keeps them until here
-
-
-@kernel
-def _line_of_sums():
-    """Room for four sums, float32, at a line's begin."""
-    raw = np.empty(SUMS * TILE + LANES, np.float32)
-    skipped = -raw.ctypes.data % LINE // raw.itemsize
-    return raw[skipped : skipped + SUMS * TILE]
+    return shapes.size + raw.size + places.size + flat.size  # which keeps them until here
 
 
 @kernel
@@ -101,21 +100,15 @@ def _four_by_one(tile, row, one, columns, sums):
 
 
 @kernel
-def _give(sums, gains, row, count, pairs, out, column, more):
-    """Write sums [16 rows, 16 tokens] from a row on to the pairs' results, or add them (`more`). sums are used up."""
-    places = np.empty(LANES, np.int64)
-    for lane in range(LANES):
-        places[lane] = sums.ctypes.data + STEP_BYTES * lane
-    turn_words(places.ctypes.data, 0, sums.ctypes.data)
-    for index in range(min(LANES, pairs.size)):
-        target = out[pairs[index]]
-        if row + LANES <= count:
-            value = load(sums, LANES * index) * load(gains, row)
-            if more:
-                value = value + load(target, column + row)
-            store(target, column + row, value)
+def _give(sums, at, gains, row, count, pairs, flat, width, column, more):
+    """Write sums from `at` on, [16 tokens, 16 rows] from a row on, to the pairs' results, or add them (`more`)."""
+    whole, gain = row + LANES <= count, load(gains, row)
+    for index in range(pairs.size):
+        place = pairs[index] * width + column + row
+        if whole:
+            product = load(sums, at + LANES * index) * gain
+            store(flat, place, product + load(flat, place) if more else product)
             continue
         for lane in range(count - row):
-            product = sums[LANES * index + lane] * gains[row + lane]
-            target[column + row + lane] = product + target[column + row + lane] if more else product
-    return places.size  # which keeps them until here
+            product = sums[at + LANES * index + lane] * gains[row + lane]
+            flat[place + lane] = product + flat[place + lane] if more else product
