@@ -1,6 +1,7 @@
 """Multiply many tokens with restored rows by AMX: 32 rows and 32 tokens at a time (see `simd.tiles`).
 
-Rows are restored to bfloat16 in the processor's own cache, 64 of up to 4096 columns, as `restored_kernels` has them.
+Rows are restored to bfloat16 in the processor's own cache, 128 of up to 2048 columns, as `restored_kernels` has them:
+tokens are read from a cache of all cores for every 128 rows again.
 Tokens are turned once for all matrices that want them: [blocks, columns / 32, 16 pairs of columns, 16 tokens, 2]
 bfloat16, where a block is sixteen pairs of one expert.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 import numpy as np
 
 from alphaq.runtime.block_kernels import TASK_ROWS
-from alphaq.runtime.restored_kernels import LINE, TILES_DEPTH, read_gains, restore_columns
+from alphaq.runtime.restored_kernels import DEPTH, LINE, read_gains, restore_columns
 from alphaq.simd.brains import BRAINS
+from alphaq.simd.codes import fetch
 from alphaq.simd.tiles import (
     SHAPES,
     STEP_BYTES,
@@ -28,6 +30,7 @@ from alphaq.simd.tiles import (
 from alphaq.simd.vectors import LANES, kernel, load, store
 
 TILE = LANES * LANES  # sums
+TILE_ROWS = 2 * TASK_ROWS
 BLOCK_BYTES = 2 * LANES  # of turned tokens, for each column
 
 
@@ -43,38 +46,57 @@ def turn_block(inputs, columns, mine, target):
 
 
 @kernel
-def multiply_tiles(block, first, turned, out, column, pairs, tile, room):
-    """`restored_kernels.multiply_many` with turned tokens at an address, of which pairs [count] has one each."""
-    columns, tokens = block[5], pairs.size
-    count = min(TASK_ROWS, block[4] - first)
-    gains = read_gains(block, first, count, room)
+def multiply_tiles(block, first, turned, out, column, pairs, tile, room, other):
+    """Products of up to 128 rows of a block, from `first` on, with turned tokens at an address.
+
+    out: float32 [pairs, width]; products of the i-th token go to row pairs[i], from `column` on. tile: see `tile_of`;
+    room and other: see `room_of`.
+    """
+    rows, columns = block[4], block[5]
+    count, width = min(TILE_ROWS, rows - first), out.shape[1]
+    gains = np.ones(TILE_ROWS + LANES, np.float32)
+    read_gains(block, first, min(TASK_ROWS, count), room, gains)
+    if count > TASK_ROWS:
+        read_gains(block, first + TASK_ROWS, count - TASK_ROWS, other, gains[TASK_ROWS:])
     raw = np.empty(SUMS * TILE + LANES, np.float32)
     skipped = -raw.ctypes.data % LINE // raw.itemsize
     sums, flat = raw[skipped : skipped + SUMS * TILE], out.reshape(-1)
-    shapes = SHAPES.copy()
     places = np.empty(SUMS * LANES, np.int64)  # of sixteen rows of each sum
     for row in range(places.size):
         places[row] = sums.ctypes.data + STEP_BYTES * row
+    shapes = SHAPES.copy()
     open_tiles(shapes.ctypes.data)
-    for begin in range(0, columns, TILES_DEPTH):
-        end = min(begin + TILES_DEPTH, columns)
-        restore_columns(block, first, count, begin, end, tile, room)
-        for token in range(0, tokens, 2 * LANES):
+    for begin in range(0, columns, DEPTH):
+        end = min(begin + DEPTH, columns)
+        restore_columns(block, first, min(TASK_ROWS, count), begin, end, tile, room)
+        if count > TASK_ROWS:
+            restore_columns(block, first + TASK_ROWS, count - TASK_ROWS, begin, end, tile[TASK_ROWS:], other)
+        for token in range(0, pairs.size, 2 * LANES):
+            mine = pairs[token : token + 2 * LANES]
+            few = mine.size <= LANES
             place = turned + BLOCK_BYTES * (columns * (token // LANES) + begin)
-            few = tokens - token <= LANES
             for row in range(0, count, 4 * LANES if few else 2 * LANES):
+                _expect(mine, flat, width, column + first + row, 4 * LANES if few else 2 * LANES)
                 if few:
                     _four_by_one(tile, row, place, end - begin, sums)
                 else:
                     _two_by_two(tile, row, place, place + BLOCK_BYTES * columns, end - begin, sums)
                 for part in range(SUMS):
                     turn_words(places.ctypes.data + 8 * LANES * part, 0, sums.ctypes.data + TILE_BYTES * part)
-                    at = row + LANES * (part if few else part // 2)
-                    known = token + (0 if few else LANES * (part % 2))
-                    own = pairs[known : known + LANES]
-                    _give(sums, TILE * part, gains, at, count, own, flat, out.shape[1], column + first, begin > 0)
+                    at, known = (LANES * part, 0) if few else (LANES * (part // 2), LANES * (part % 2))
+                    own = mine[known : known + LANES]
+                    _give(sums, TILE * part, gains, row + at, count, own, flat, width, column + first, begin > 0)
     close_tiles()
     return shapes.size + raw.size + places.size + flat.size  # which keeps them until here
+
+
+@kernel
+def _expect(pairs, flat, width, column, count):
+    """Have brought near what sums of some rows will be written to."""
+    for index in range(pairs.size):
+        place = flat.ctypes.data + flat.itemsize * (pairs[index] * width + column)
+        for line in range(0, flat.itemsize * count, LINE):
+            fetch(place + line)
 
 
 @kernel
