@@ -19,8 +19,8 @@ from alphaq.runtime.block_kernels import RESTORED, TASK_ROWS, TRELLIS, restore_b
 from alphaq.runtime.input_kernels import LIMITS, prepare, widen
 from alphaq.runtime.integer_kernels import multiply_block
 from alphaq.runtime.kept_kernels import multiply_kept
-from alphaq.runtime.restored_kernels import LINE, multiply_many, tile_of
-from alphaq.runtime.tile_kernels import BLOCK_BYTES, TILE_ROWS, multiply_tiles, turn_block
+from alphaq.runtime.restored_kernels import DEPTH, LINE, TILES_DEPTH, multiply_many, tile_of
+from alphaq.runtime.tile_kernels import BLOCK_BYTES, multiply_tiles, turn_block
 from alphaq.runtime.trellis_kernels import multiply_trellis, restore_trellis
 from alphaq.simd.codes import pointer, run_threads, take
 from alphaq.simd.vectors import LANES, kernel, stamped
@@ -100,8 +100,8 @@ def _multiply_tasks(request):
     values = carray(pointer(request[VALUES]), (tokens, padded), np.float32)
     out = carray(pointer(request[OUT]), (request[PAIR_COUNT], width), np.float32)
     room = room_of(columns, request[MOST])
-    other = room_of(columns if request[TURNED] else 0, 0)
-    tile = tile_of(TILE_ROWS if request[TURNED] else TASK_ROWS, columns if request[INPUTS] else 0)
+    depth = TILES_DEPTH if request[TURNED] else DEPTH
+    tile = tile_of(min(columns, depth) if request[INPUTS] else 0)
     while True:
         task = take(request)
         if task >= request[TASKS]:
@@ -112,10 +112,8 @@ def _multiply_tasks(request):
         mine, targets = pairs[0, begin:end], pairs[1, begin:end]
         block = _block(job, rows, columns)
         if job[JOB_COUNT] > request[FEW] and request[TURNED]:
-            if first % TILE_ROWS:  # belongs to the task before
-                continue
             turned = request[TURNED] + BLOCK_BYTES * columns * job[JOB_TURNED]
-            multiply_tiles(block, first, turned, out, job[JOB_COLUMN], targets, tile, room, other)
+            multiply_tiles(block, first, turned, out, job[JOB_COLUMN], targets, tile, room)
         elif job[JOB_COUNT] > request[FEW]:
             multiply_many(block, first, mine, request[INPUTS], out, job[JOB_COLUMN], targets, tile, room)
         elif job[JOB_FLAGS] & TRELLIS:

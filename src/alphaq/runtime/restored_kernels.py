@@ -29,17 +29,18 @@ from alphaq.simd.codes import CODES, brains_at, codes_at, halves_at, put_brains,
 from alphaq.simd.vectors import LANES, as_brain, fma, kernel, load, load_bytes, splat, store
 
 DEPTH = 2048  # columns: 64 rows of them and four tokens stay in the caches of a core
+TILES_DEPTH = 4096  # the same on processors with AMX, whose cores have caches of 2 MiB
 LINE = 64  # bytes, of a cache
 KEPT_BITS = KEPT.bits
 
 
 @kernel
-def tile_of(rows, columns):
-    """Memory for restored rows: uint16 [rows, stride], each at the begin of a line, a little apart in the cache."""
-    stride = min(columns, DEPTH) // BRAINS * BRAINS + BRAINS
-    raw = np.empty(rows * stride + LINE, np.uint16)
+def tile_of(columns):
+    """Memory for so many columns: uint16 [TASK_ROWS, stride], rows at the begin of lines, a little apart in the cache."""
+    stride = columns // BRAINS * BRAINS + BRAINS
+    raw = np.empty(TASK_ROWS * stride + LINE, np.uint16)
     skipped = -raw.ctypes.data % LINE // raw.itemsize
-    return raw[skipped : skipped + rows * stride].reshape(rows, stride)
+    return raw[skipped : skipped + TASK_ROWS * stride].reshape(TASK_ROWS, stride)
 
 
 @kernel
@@ -157,7 +158,7 @@ def _restore_codes(block, first, count, begin, end, tile, room):
     address, bits, group_size, _, _, columns = block
     rest, row_bytes = room[5], 4 * -(-columns * bits // 32)
     shift = 5 if group_size == 32 else 6 if group_size == 64 else 7
-    slopes, starts = np.empty(DEPTH // 32 + LANES, np.float32), np.empty(DEPTH // 32 + LANES, np.float32)
+    slopes, starts = np.empty(TILES_DEPTH // 32 + LANES, np.float32), np.empty(TILES_DEPTH // 32 + LANES, np.float32)
     for row in range(count):
         source = address + HEADER + (first + row) * row_bytes
         last = last_codes(source, columns, bits, rest)

@@ -1,7 +1,6 @@
 """Multiply many tokens with restored rows by AMX: 32 rows and 32 tokens at a time (see `simd.tiles`).
 
-Rows are restored to bfloat16 in the processor's own cache, 128 of up to 2048 columns, as `restored_kernels` has them:
-tokens are read from a cache of all cores for every 128 rows again.
+Rows are restored to bfloat16 in the processor's own cache, 64 of up to 4096 columns, as `restored_kernels` has them.
 Tokens are turned once for all matrices that want them: [blocks, columns / 32, 16 pairs of columns, 16 tokens, 2]
 bfloat16, where a block is sixteen pairs of one expert.
 """
@@ -11,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from alphaq.runtime.block_kernels import TASK_ROWS
-from alphaq.runtime.restored_kernels import DEPTH, LINE, read_gains, restore_columns
+from alphaq.runtime.restored_kernels import LINE, TILES_DEPTH, read_gains, restore_columns
 from alphaq.simd.brains import BRAINS
 from alphaq.simd.codes import fetch
 from alphaq.simd.tiles import (
@@ -30,7 +29,6 @@ from alphaq.simd.tiles import (
 from alphaq.simd.vectors import LANES, kernel, load, store
 
 TILE = LANES * LANES  # sums
-TILE_ROWS = 2 * TASK_ROWS
 BLOCK_BYTES = 2 * LANES  # of turned tokens, for each column
 
 
@@ -46,18 +44,16 @@ def turn_block(inputs, columns, mine, target):
 
 
 @kernel
-def multiply_tiles(block, first, turned, out, column, pairs, tile, room, other):
-    """Products of up to 128 rows of a block, from `first` on, with turned tokens at an address.
+def multiply_tiles(block, first, turned, out, column, pairs, tile, room):
+    """Products of up to 64 rows of a block, from `first` on, with turned tokens at an address.
 
     out: float32 [pairs, width]; products of the i-th token go to row pairs[i], from `column` on. tile: see `tile_of`;
-    room and other: see `room_of`.
+    room: see `room_of`.
     """
     rows, columns = block[4], block[5]
-    count, width = min(TILE_ROWS, rows - first), out.shape[1]
-    gains = np.ones(TILE_ROWS + LANES, np.float32)
-    read_gains(block, first, min(TASK_ROWS, count), room, gains)
-    if count > TASK_ROWS:
-        read_gains(block, first + TASK_ROWS, count - TASK_ROWS, other, gains[TASK_ROWS:])
+    count, width = min(TASK_ROWS, rows - first), out.shape[1]
+    gains = np.ones(TASK_ROWS + LANES, np.float32)
+    read_gains(block, first, count, room, gains)
     raw = np.empty(SUMS * TILE + LANES, np.float32)
     skipped = -raw.ctypes.data % LINE // raw.itemsize
     sums, flat = raw[skipped : skipped + SUMS * TILE], out.reshape(-1)
@@ -66,11 +62,9 @@ def multiply_tiles(block, first, turned, out, column, pairs, tile, room, other):
         places[row] = sums.ctypes.data + STEP_BYTES * row
     shapes = SHAPES.copy()
     open_tiles(shapes.ctypes.data)
-    for begin in range(0, columns, DEPTH):
-        end = min(begin + DEPTH, columns)
-        restore_columns(block, first, min(TASK_ROWS, count), begin, end, tile, room)
-        if count > TASK_ROWS:
-            restore_columns(block, first + TASK_ROWS, count - TASK_ROWS, begin, end, tile[TASK_ROWS:], other)
+    for begin in range(0, columns, TILES_DEPTH):
+        end = min(begin + TILES_DEPTH, columns)
+        restore_columns(block, first, count, begin, end, tile, room)
         for token in range(0, pairs.size, 2 * LANES):
             mine = pairs[token : token + 2 * LANES]
             few = mine.size <= LANES
