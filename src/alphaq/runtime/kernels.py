@@ -196,7 +196,19 @@ def _token_blocks(jobs, few):
 
 
 @kernel
-def multiply(inputs, columns, codings, rows, experts, tokens, few, many, tiled, exact, out, parallel, function, threads):
+def _turn(request, blocks, turned, parallel, function, threads):
+    """Have a request's blocks of tokens turned before it is worked on."""
+    tasks, request[TASKS] = request[TASKS], len(blocks)
+    request[BLOCKS], request[TURNED] = blocks.ctypes.data, turned.ctypes.data + -turned.ctypes.data % LINE
+    request[WORK] = TURN
+    run_threads(parallel, function, request.ctypes.data, threads)
+    request[WORK], request[TASKS], request[COUNTER] = MULTIPLY, tasks, 0
+
+
+@kernel
+def multiply(
+    inputs, columns, codings, rows, experts, tokens, few, many, tiled, exact, out, parallel, function, threads
+):
     """Products of experts that at most `many` pairs want; returns how many pairs are left.
 
     Left are also those of matrices that have no kernel here, a mix of widths. Experts that more than `few` pairs want
@@ -239,11 +251,7 @@ def multiply(inputs, columns, codings, rows, experts, tokens, few, many, tiled, 
     blocks = _token_blocks(jobs[:number], few if tiled else experts.size)
     turned = np.empty(BLOCK_BYTES * columns * len(blocks) + LINE, np.uint8)
     if len(blocks):
-        tasks, request[TASKS] = request[TASKS], len(blocks)
-        request[BLOCKS], request[TURNED] = blocks.ctypes.data, turned.ctypes.data + -turned.ctypes.data % LINE
-        request[WORK] = TURN
-        run_threads(0 if small else parallel, function, request.ctypes.data, threads)
-        request[WORK], request[TASKS], request[COUNTER] = MULTIPLY, tasks, 0
+        _turn(request, blocks, turned, 0 if small else parallel, function, threads)
     run_threads(0 if small else parallel, function, request.ctypes.data, threads)
     # Threads know arrays by address alone: numba would free each after its last use before.
     used = (

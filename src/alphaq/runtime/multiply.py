@@ -27,7 +27,7 @@ from alphaq.simd.vectors import flat
 
 FEW_TOKENS = 32  # of one expert; more are multiplied with its restored matrix
 FEW_BRAINS = 10  # the same, where restored rows stay in the processor's cache
-FEW_TILES = 10  # and where they are multiplied by tiles, however many
+FEW_TILES = 6  # the same, where they are multiplied by tiles, however many tokens there are
 # With more a library's products make up for what it restores slowly.
 MANY_BRAINS = 128
 RESTORED_BYTES = 16 << 20  # of a matrix at a time

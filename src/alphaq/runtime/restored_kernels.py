@@ -1,9 +1,8 @@
 """Multiply many tokens with part of a matrix at a time, restored to bfloat16 in the processor's own cache.
 
 64 rows of up to 2048 columns are restored once, and every token that wants the matrix is multiplied with them, four
-tokens and four rows at a time: sixteen sums in registers, for which eight lines of memory are read a step. Codes of up
-to 5 bits have at most 32 values in a group, which are looked up instead of computed. Levels of a trellis are whole
-numbers that bfloat16 holds exactly; the scale of their row multiplies the sums.
+tokens and four rows at a time: sixteen sums in registers, for which eight lines of memory are read a step. Levels of a
+trellis are whole numbers that bfloat16 holds exactly; the scale of their row multiplies the sums.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ KEPT_BITS = KEPT.bits
 
 @kernel
 def tile_of(columns):
-    """Memory for so many columns: uint16 [TASK_ROWS, stride], rows at the begin of lines, a little apart in the cache."""
+    """Memory for restored rows: uint16 [TASK_ROWS, stride], each at the begin of a line, a little apart in the cache."""
     stride = columns // BRAINS * BRAINS + BRAINS
     raw = np.empty(TASK_ROWS * stride + LINE, np.uint16)
     skipped = -raw.ctypes.data % LINE // raw.itemsize

@@ -117,7 +117,9 @@ def _put(builder: Any, args: Sequence[Any]) -> None:
         _instruct(builder, "tilestored64", _I8(register), address, _I64(STEP_BYTES))
 
 
-open_tiles = _over_addresses(1, lambda builder, args: _instruct(builder, "ldtilecfg", builder.inttoptr(args[0], _PLACE)))
+open_tiles = _over_addresses(
+    1, lambda builder, args: _instruct(builder, "ldtilecfg", builder.inttoptr(args[0], _PLACE))
+)
 """open_tiles(address of `SHAPES`): a thread does this before the others, and `close_tiles` after them."""
 close_tiles = _over_addresses(0, lambda builder, args: _instruct(builder, "tilerelease"))
 clear_sums = _over_addresses(0, _clear)
