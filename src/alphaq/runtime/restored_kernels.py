@@ -35,7 +35,7 @@ KEPT_BITS = KEPT.bits
 
 @kernel
 def tile_of(columns):
-    """Memory for restored rows: uint16 [TASK_ROWS, stride], each at the begin of a line, a little apart in the cache."""
+    """Memory for restored rows: uint16 [TASK_ROWS, stride]; each begins a line, a little apart in the cache."""
     stride = columns // BRAINS * BRAINS + BRAINS
     raw = np.empty(TASK_ROWS * stride + LINE, np.uint16)
     skipped = -raw.ctypes.data % LINE // raw.itemsize
