@@ -254,19 +254,8 @@ def multiply(
         _turn(request, blocks, turned, 0 if small else parallel, function, threads)
     run_threads(0 if small else parallel, function, request.ctypes.data, threads)
     # Threads know arrays by address alone: numba would free each after its last use before.
-    used = (
-        request.size
-        + jobs.size
-        + pairs.size
-        + digits.size
-        + steps.size
-        + sums.size
-        + values.size
-        + out.size
-        + inputs.size
-        + blocks.size
-        + turned.size
-    )
+    used = request.size + jobs.size + pairs.size + digits.size + steps.size + sums.size
+    used += values.size + out.size + inputs.size + blocks.size + turned.size
     return left if used else 0
 
 
