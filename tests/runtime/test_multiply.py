@@ -21,6 +21,7 @@ from alphaq.runtime import multiply as module
 from alphaq.runtime.multiply import multiply, packed_linear
 from alphaq.runtime.packed import PackedWeights
 from alphaq.runtime.threads import parallel
+from alphaq.simd.tiles import tiles_allowed
 
 EVERY_CHOICE = [
     Choice(bits, group, symmetric) for bits in range(1, 9) for group in (32, 64, 128) for symmetric in (0, 1)
@@ -99,6 +100,7 @@ def test_many_tokens_give_what_few_give(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_rows_restored_in_the_cache_are_those_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "tiles_allowed", lambda: False)
     monkeypatch.setattr(module, "FAST_BRAINS", True)  # also where it would be slow, and is not chosen
     monkeypatch.setattr(module, "FEW_BRAINS", 4)
     shape = (70, restored_kernels.DEPTH + 224)
@@ -124,6 +126,70 @@ def test_rows_restored_in_the_cache_are_those_of_every_kind(monkeypatch: pytest.
     monkeypatch.setattr(module, "_multiply_restored", lambda *given: asked.append(len(given[0])))
     multiply(inputs, weights, *once)
     assert asked == [5]
+
+
+needs_tiles = pytest.mark.skipif(not tiles_allowed(), reason="needs a processor with AMX")
+
+
+@needs_tiles
+@pytest.mark.parametrize("shape", [(70, restored_kernels.TILES_DEPTH + 224), (7, 96), (130, 2048)], ids=str)
+def test_tiles_give_the_products_of_every_kind(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts with few tokens, none, a block, two, more; in any order; some lie elsewhere."""
+    weights = packed(shape, EVERY_KIND, projections=2)
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(50, shape[1], generator=generator).bfloat16()
+    counts = torch.tensor([(7, 16, 1, 17, 0, 32, 33)[kind % 7] for kind in range(len(EVERY_KIND))])
+    experts = torch.cat([torch.arange(len(EVERY_KIND)).repeat_interleave(counts), torch.tensor([-1, 999])])
+    experts = experts[torch.randperm(len(experts), generator=generator)]
+    tokens = torch.randint(0, 50, (len(experts),), generator=generator)
+    monkeypatch.setattr(module, "_multiply_restored", None)  # nothing is left to it
+    found, wanted = multiply(inputs, weights, experts, tokens), expected(inputs, weights, experts, tokens)
+    for expert in set(experts.tolist()):
+        mine = experts == expert
+        if 0 <= expert < len(EVERY_KIND):
+            check(found[mine], wanted[mine], 5e-3)  # weights and results have 8 bits each
+        else:
+            assert not found[mine].any()
+
+
+@needs_tiles
+def test_tiles_take_any_number_of_tokens() -> None:
+    weights = packed((70, 160), [Choice(3, 32)])
+    for count in (*range(1, 20), 31, 32, 33, 47, 48, 49, 64, 127, 128, 255, 600):
+        inputs = torch.randn(count, 160, generator=torch.Generator().manual_seed(count)).bfloat16()
+        experts, tokens = torch.zeros(count, dtype=torch.int64), torch.arange(count)
+        found, wanted = multiply(inputs, weights, experts, tokens), expected(inputs, weights, experts, tokens)
+        for one, other in zip(found, wanted, strict=True):  # none may hide behind another's size
+            check(one, other, 6e-3)
+        assert torch.equal(multiply(inputs, weights, experts, tokens), found)
+
+
+@needs_tiles
+@pytest.mark.parametrize("outliers", [1, 6, 20])
+@pytest.mark.parametrize("size", [300.0, 3000.0])
+def test_outliers_among_many_tokens_leave_their_neighbours_exact(size: float, outliers: int) -> None:
+    """However many of 128 inputs are large, where they meet small weights: no step of theirs rounds the others."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(7))
+    weight[:, 5 : 5 + outliers] *= 1e-4
+    weights = PackedWeights([["one"]], (64, 256))
+    weights.fill([[weight.bfloat16()]])  # few bits would have nothing so small beside the others
+    inputs = torch.randn(40, 256, generator=torch.Generator().manual_seed(8)).bfloat16()
+    inputs[:, 5 : 5 + outliers] = size
+    zeros, tokens = torch.zeros(40, dtype=torch.int64), torch.arange(40)
+    check(multiply(inputs, weights, zeros, tokens), expected(inputs, weights, zeros, tokens), 3e-3)
+
+
+@needs_tiles
+def test_tiles_do_not_depend_on_threads() -> None:
+    weights = packed((512, 512), [Choice(2, 64), Choice(5, 128), TRELLIS[4]])
+    inputs = torch.randn(40, 512, generator=torch.Generator().manual_seed(3)).bfloat16()
+    experts, tokens = torch.arange(120) % 3, torch.arange(120) // 3
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        results.append(multiply(inputs, weights, experts, tokens))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_threads_do_not_change_the_result() -> None:
@@ -191,6 +257,7 @@ def test_nothing_beyond_a_block_is_read(shape: tuple[int, int], monkeypatch: pyt
         for few, dtype in ((32, torch.float32), (0, torch.float32), (0, torch.bfloat16)):
             monkeypatch.setattr(module, "FEW_TOKENS", few)
             monkeypatch.setattr(module, "FEW_BRAINS", few)
+            monkeypatch.setattr(module, "FEW_TILES", few)
             inputs = torch.randn(5, shape[1]).to(dtype)
             zeros, tokens = torch.zeros(5, dtype=torch.int64), torch.arange(5)
             found, wanted = multiply(inputs, weights, zeros, tokens), expected(inputs, weights, zeros, tokens)

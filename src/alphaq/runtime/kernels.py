@@ -19,20 +19,23 @@ from alphaq.runtime.block_kernels import RESTORED, TASK_ROWS, TRELLIS, restore_b
 from alphaq.runtime.input_kernels import LIMITS, prepare, widen
 from alphaq.runtime.integer_kernels import multiply_block
 from alphaq.runtime.kept_kernels import multiply_kept
-from alphaq.runtime.restored_kernels import multiply_many, tile_of
+from alphaq.runtime.restored_kernels import DEPTH, LINE, TILES_DEPTH, multiply_many, tile_of
+from alphaq.runtime.tile_kernels import BLOCK_BYTES, multiply_tiles, turn_block
 from alphaq.runtime.trellis_kernels import multiply_trellis, restore_trellis
 from alphaq.simd.codes import pointer, run_threads, take
-from alphaq.simd.vectors import kernel, stamped
+from alphaq.simd.vectors import LANES, kernel, stamped
 
 WORTH_THREADS = 1 << 20  # products, some tens of microseconds
 
 # Places in a request, an array of int64.
 (COUNTER, TASKS, JOBS, PAIRS, PAIR_COUNT, TOKENS, ROWS, COLUMNS) = range(8)
-(WIDTH, PLANES, DIGITS, STEPS, SUMS, VALUES, OUT, RESTORING, MOST, INPUTS, FEW) = range(8, 19)
-REQUEST = 19
-# Columns of a job: where the block is, how it is coded, where its products go, which pairs want it.
-(JOB_ADDRESS, JOB_BITS, JOB_GROUP, JOB_FLAGS, JOB_COLUMN, JOB_FIRST, JOB_COUNT) = range(7)
-JOB = 7
+(WIDTH, PLANES, DIGITS, STEPS, SUMS, VALUES, OUT, WORK, MOST, INPUTS, FEW) = range(8, 19)
+(BLOCKS, TURNED) = range(19, 21)  # of tokens for tiles: which they are, where they lie turned; 0 without
+REQUEST = 21
+MULTIPLY, RESTORE, TURN = range(3)  # what `WORK` may be
+# Columns of a job: where the block is, how it is coded, where its products go, which pairs want it, their first block.
+(JOB_ADDRESS, JOB_BITS, JOB_GROUP, JOB_FLAGS, JOB_COLUMN, JOB_FIRST, JOB_COUNT, JOB_TURNED) = range(8)
+JOB = 8
 
 
 @kernel
@@ -54,6 +57,19 @@ def _restore_tasks(request):
 
 
 @kernel
+def _turn_tasks(request):
+    pairs = carray(pointer(request[PAIRS]), (2, request[PAIR_COUNT]), np.int64)
+    blocks = carray(pointer(request[BLOCKS]), (request[TASKS], 2), np.int64)
+    columns = request[COLUMNS]
+    while True:
+        task = take(request)
+        if task >= request[TASKS]:
+            return
+        mine = pairs[0, blocks[task, 0] : blocks[task, 0] + blocks[task, 1]]
+        turn_block(request[INPUTS], columns, mine, request[TURNED] + BLOCK_BYTES * columns * task)
+
+
+@kernel
 def _block(job, rows, columns):
     """A job's block, as `block_kernels` has it."""
     return job[JOB_ADDRESS], job[JOB_BITS], job[JOB_GROUP], job[JOB_FLAGS], rows, columns
@@ -62,9 +78,16 @@ def _block(job, rows, columns):
 @kernel
 def _work(request):
     """Take tasks until there are no more."""
-    if request[RESTORING]:
+    if request[WORK] == RESTORE:
         _restore_tasks(request)
-        return
+    elif request[WORK] == TURN:
+        _turn_tasks(request)
+    else:
+        _multiply_tasks(request)
+
+
+@kernel
+def _multiply_tasks(request):
     rows, columns, width, planes = request[ROWS], request[COLUMNS], request[WIDTH], request[PLANES]
     blocks = -(-rows // TASK_ROWS)
     tokens = request[TOKENS] if request[MOST] else 0
@@ -77,7 +100,8 @@ def _work(request):
     values = carray(pointer(request[VALUES]), (tokens, padded), np.float32)
     out = carray(pointer(request[OUT]), (request[PAIR_COUNT], width), np.float32)
     room = room_of(columns, request[MOST])
-    tile = tile_of(columns if request[INPUTS] else 0)
+    depth = TILES_DEPTH if request[TURNED] else DEPTH
+    tile = tile_of(min(columns, depth) if request[INPUTS] else 0)
     while True:
         task = take(request)
         if task >= request[TASKS]:
@@ -87,7 +111,10 @@ def _work(request):
         begin, end = job[JOB_FIRST], job[JOB_FIRST] + job[JOB_COUNT]
         mine, targets = pairs[0, begin:end], pairs[1, begin:end]
         block = _block(job, rows, columns)
-        if job[JOB_COUNT] > request[FEW]:
+        if job[JOB_COUNT] > request[FEW] and request[TURNED]:
+            turned = request[TURNED] + BLOCK_BYTES * columns * job[JOB_TURNED]
+            multiply_tiles(block, first, turned, out, job[JOB_COLUMN], targets, tile, room)
+        elif job[JOB_COUNT] > request[FEW]:
             multiply_many(block, first, mine, request[INPUTS], out, job[JOB_COLUMN], targets, tile, room)
         elif job[JOB_FLAGS] & TRELLIS:
             multiply_trellis(block, first, mine, planes, digits, steps, sums, out, job[JOB_COLUMN], targets, room)
@@ -145,11 +172,48 @@ def _by_expert(experts, tokens, begins):
 
 
 @kernel
-def multiply(inputs, columns, codings, rows, experts, tokens, few, many, exact, out, parallel, function, threads):
+def _token_blocks(jobs, few):
+    """Sixteen pairs or fewer of every expert that more than `few` want: first and count, int64 [blocks, 2].
+
+    Jobs get the number of their first block. Those of one expert lie together.
+    """
+    most = 0
+    for job in range(len(jobs)):
+        most += -(-jobs[job, JOB_COUNT] // LANES)
+    blocks = np.empty((most, 2), np.int64)
+    number, start, known = 0, 0, -1
+    for job in range(len(jobs)):
+        count, first = jobs[job, JOB_COUNT], jobs[job, JOB_FIRST]
+        if count <= few:
+            continue
+        if first != known:
+            known, start = first, number
+            for begin in range(0, count, LANES):
+                blocks[number, 0], blocks[number, 1] = first + begin, min(LANES, count - begin)
+                number += 1
+        jobs[job, JOB_TURNED] = start
+    return blocks[:number]
+
+
+@kernel
+def _turn(request, blocks, turned, parallel, function, threads):
+    """Have a request's blocks of tokens turned before it is worked on."""
+    tasks, request[TASKS] = request[TASKS], len(blocks)
+    request[BLOCKS], request[TURNED] = blocks.ctypes.data, turned.ctypes.data + -turned.ctypes.data % LINE
+    request[WORK] = TURN
+    run_threads(parallel, function, request.ctypes.data, threads)
+    request[WORK], request[TASKS], request[COUNTER] = MULTIPLY, tasks, 0
+
+
+@kernel
+def multiply(
+    inputs, columns, codings, rows, experts, tokens, few, many, tiled, exact, out, parallel, function, threads
+):
     """Products of experts that at most `many` pairs want; returns how many pairs are left.
 
     Left are also those of matrices that have no kernel here, a mix of widths. Experts that more than `few` pairs want
-    are multiplied as restored rows of bfloat16: many may be above few only if inputs are, their rows multiples of 32.
+    are multiplied as restored rows of bfloat16, by tiles where these are allowed (`tiled`): many may be above few only
+    if inputs are, their rows multiples of 32.
     inputs: flat [tokens · columns], float32 or bits. codings: int64 [projections, experts, fields]. experts, tokens:
     int64 [pairs]. exact: whether inputs have more than 16 bits. out: float32 [pairs, projections · rows], zeros where
     there is no such expert. parallel, function, threads: see `run_threads`; small work is done on one thread.
@@ -184,19 +248,14 @@ def multiply(inputs, columns, codings, rows, experts, tokens, few, many, exact, 
     request[PLANES], request[DIGITS], request[STEPS] = planes, digits.ctypes.data, steps.ctypes.data
     request[SUMS], request[VALUES], request[OUT] = sums.ctypes.data, values.ctypes.data, out.ctypes.data
     small = threads < 2 or total * projections * rows * columns < WORTH_THREADS
+    blocks = _token_blocks(jobs[:number], few if tiled else experts.size)
+    turned = np.empty(BLOCK_BYTES * columns * len(blocks) + LINE, np.uint8)
+    if len(blocks):
+        _turn(request, blocks, turned, 0 if small else parallel, function, threads)
     run_threads(0 if small else parallel, function, request.ctypes.data, threads)
     # Threads know arrays by address alone: numba would free each after its last use before.
-    used = (
-        request.size
-        + jobs.size
-        + pairs.size
-        + digits.size
-        + steps.size
-        + sums.size
-        + values.size
-        + out.size
-        + inputs.size
-    )
+    used = request.size + jobs.size + pairs.size + digits.size + steps.size + sums.size
+    used += values.size + out.size + inputs.size + blocks.size + turned.size
     return left if used else 0
 
 
@@ -214,7 +273,7 @@ def restore(coding, rows, columns, first, count, brain, out, parallel, function,
     request[TASKS] = -(-count // TASK_ROWS)
     request[JOBS], request[ROWS], request[COLUMNS] = job.ctypes.data, rows, columns
     request[PLANES], request[OUT] = brain, out.ctypes.data
-    request[RESTORING] = 1
+    request[WORK] = RESTORE
     small = threads < 2 or count * columns < WORTH_THREADS
     run_threads(0 if small else parallel, function, request.ctypes.data, threads)
     return request.size + job.size + out.size  # which keeps them until here

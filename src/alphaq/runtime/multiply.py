@@ -22,10 +22,12 @@ from alphaq.runtime.packed import ADDRESS, BITS, FLAGS, PackedWeights
 from alphaq.runtime.threads import parallel
 from alphaq.simd.brains import BRAINS, FAST_BRAINS
 from alphaq.simd.codes import FEATURES
+from alphaq.simd.tiles import tiles_allowed
 from alphaq.simd.vectors import flat
 
 FEW_TOKENS = 32  # of one expert; more are multiplied with its restored matrix
 FEW_BRAINS = 10  # the same, where restored rows stay in the processor's cache
+FEW_TILES = 6  # the same, where they are multiplied by tiles, however many tokens there are
 # With more a library's products make up for what it restores slowly.
 MANY_BRAINS = 128
 RESTORED_BYTES = 16 << 20  # of a matrix at a time
@@ -80,8 +82,13 @@ def cpu_linear(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens
     inputs, codings = inputs.detach().contiguous(), table.numpy()
     out = torch.empty(len(experts), len(codings) * rows)
     wanted, chosen = experts.long().contiguous().numpy(), tokens.contiguous().numpy()
-    brain = FAST_BRAINS and inputs.dtype == torch.bfloat16 and inputs.shape[1] % BRAINS == 0
-    few, many = (FEW_BRAINS, MANY_BRAINS) if brain else (FEW_TOKENS, FEW_TOKENS)
+    brain = inputs.dtype == torch.bfloat16 and inputs.shape[1] % BRAINS == 0
+    tiled = brain and tiles_allowed()
+    few, many = FEW_TOKENS, FEW_TOKENS
+    if tiled:
+        few, many = FEW_TILES, len(wanted)
+    elif brain and FAST_BRAINS:
+        few, many = FEW_BRAINS, MANY_BRAINS
     left = kernels.multiply(
         flat(inputs),
         inputs.shape[1],
@@ -91,6 +98,7 @@ def cpu_linear(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens
         chosen,
         few,
         many,
+        tiled,
         inputs.dtype.itemsize > 2,
         out.numpy(),
         *parallel(),

@@ -1,9 +1,8 @@
 """Multiply many tokens with part of a matrix at a time, restored to bfloat16 in the processor's own cache.
 
 64 rows of up to 2048 columns are restored once, and every token that wants the matrix is multiplied with them, four
-tokens and four rows at a time: sixteen sums in registers, for which eight lines of memory are read a step. Codes of up
-to 5 bits have at most 32 values in a group, which are looked up instead of computed. Levels of a trellis are whole
-numbers that bfloat16 holds exactly; the scale of their row multiplies the sums.
+tokens and four rows at a time: sixteen sums in registers, for which eight lines of memory are read a step. Levels of a
+trellis are whole numbers that bfloat16 holds exactly; the scale of their row multiplies the sums.
 """
 
 from __future__ import annotations
@@ -12,23 +11,35 @@ import numpy as np
 
 from alphaq.formats.kept import KEPT
 from alphaq.formats.trellis import UNIT
-from alphaq.runtime.block_kernels import HEADER, TASK_ROWS, TRELLIS, grid_of, last_codes, read_grids, read_scales
+from alphaq.runtime.block_kernels import HEADER, TASK_ROWS, TRELLIS, last_codes, read_grids, read_scales
 from alphaq.runtime.state_kernels import BEFORE, FRESH, MIDDLE, weights_at
 from alphaq.runtime.trellis_kernels import end_of_row, row_bytes_of
-from alphaq.simd.brains import BRAINS, add_brain_products, brain_table, first_brains, four_sums, last_brains
+from alphaq.simd.brains import (
+    BRAINS,
+    add_brain_products,
+    as_brains,
+    first_quarter,
+    four_sums,
+    fourth_quarter,
+    second_quarter,
+    third_quarter,
+)
 from alphaq.simd.codes import CODES, brains_at, codes_at, halves_at, put_brains, put_codes, unpack
-from alphaq.simd.vectors import LANES, as_brain, kernel, load, load_bytes, splat, store
+from alphaq.simd.vectors import LANES, as_brain, fma, kernel, load, load_bytes, splat, store
 
 DEPTH = 2048  # columns: 64 rows of them and four tokens stay in the caches of a core
+TILES_DEPTH = 4096  # the same on processors with AMX, whose cores have caches of 2 MiB
+LINE = 64  # bytes, of a cache
 KEPT_BITS = KEPT.bits
-LOOKED_UP = 5  # bits: 32 values
-NUMBERS = np.arange(2 * LANES, dtype=np.float32)
 
 
 @kernel
 def tile_of(columns):
-    """Memory for restored rows: uint16 [TASK_ROWS, stride], rows a little apart in the cache."""
-    return np.empty((TASK_ROWS, min(columns, DEPTH) + BRAINS), np.uint16)
+    """Memory for restored rows: uint16 [TASK_ROWS, stride]; each begins a line, a little apart in the cache."""
+    stride = columns // BRAINS * BRAINS + BRAINS
+    raw = np.empty(TASK_ROWS * stride + LINE, np.uint16)
+    skipped = -raw.ctypes.data % LINE // raw.itemsize
+    return raw[skipped : skipped + TASK_ROWS * stride].reshape(TASK_ROWS, stride)
 
 
 @kernel
@@ -38,22 +49,14 @@ def multiply_many(block, first, mine, inputs, out, column, pairs, tile, room):
     mine: int64 [count], tokens; inputs: address of bfloat16 [tokens, columns], a multiple of 32. out: float32
     [pairs, width]; products of mine[i] go to row pairs[i], from `column` on. tile: see `tile_of`.
     """
-    _, bits, _, flags, rows, columns = block
+    rows, columns = block[4], block[5]
     count = min(TASK_ROWS, rows - first)
-    gains = np.ones(TASK_ROWS + LANES, np.float32)  # `read_scales` writes lanes of zeros after the last
+    gains = np.ones(TASK_ROWS + LANES, np.float32)
+    read_gains(block, first, count, room, gains)
     sums = np.empty(4 * LANES, np.float32)
-    if flags & TRELLIS:
-        _read_gains(block, first, count, gains)
-    elif bits != KEPT_BITS:
-        read_grids(block, first, count, room[0], room[1], room[4])
     for begin in range(0, columns, DEPTH):
         end = min(begin + DEPTH, columns)
-        if flags & TRELLIS:
-            _restore_levels(block, first, count, begin, end, tile, room)
-        elif bits == KEPT_BITS:
-            _restore_kept(block, first, count, begin, end, tile)
-        else:
-            _restore_codes(block, first, count, begin, end, tile, room)
+        restore_columns(block, first, count, begin, end, tile, room)
         for token in range(0, mine.size, 4):
             for row in range(0, count, 4):
                 _sixteen_products(tile, row, count, inputs, columns, begin, end, mine, token, sums)
@@ -64,6 +67,32 @@ def multiply_many(block, first, mine, inputs, out, column, pairs, tile, room):
                         if begin:
                             product += out[place, column + first + row + part]
                         out[place, column + first + row + part] = product
+
+
+@kernel
+def read_gains(block, first, count, room, gains):
+    """What sums of trellis codes' rows are to be multiplied by to gains, which come as 1; other codes' grids to a room.
+
+    Lanes are read: gains have sixteen places more than rows.
+    """
+    address, bits, _, flags, rows, columns = block
+    if flags & TRELLIS:
+        read_scales(address + HEADER + rows * row_bytes_of(columns, bits) + 2 * first, count, gains)
+        for row in range(count):
+            gains[row] *= np.float32(UNIT)
+    elif bits != KEPT_BITS:
+        read_grids(block, first, count, room[0], room[1], room[4])
+
+
+@kernel
+def restore_columns(block, first, count, begin, end, tile, room):
+    """Restore some rows and columns of a block, whose grids were read, to a tile."""
+    if block[3] & TRELLIS:
+        _restore_levels(block, first, count, begin, end, tile, room)
+    elif block[1] == KEPT_BITS:
+        _restore_kept(block, first, count, begin, end, tile)
+    else:
+        _restore_codes(block, first, count, begin, end, tile, room)
 
 
 @kernel
@@ -99,55 +128,52 @@ def _sixteen_products(tile, row, count, inputs, columns, begin, end, mine, token
 
 
 @kernel
-def _values(scale, zero, start, wide):
-    """What each code of up to 5 bits stands for in a group; `wide` if there are more than sixteen."""
-    low = as_brain((load(NUMBERS, 0) - splat(zero)) * splat(scale) + splat(start))
-    high = low
-    if wide:
-        high = as_brain((load(NUMBERS, LANES) - splat(zero)) * splat(scale) + splat(start))
-    return brain_table(low, high)
+def _read_lines(block, row, begin, end, room, slopes, starts):
+    """Slopes and starts of a row's groups from column `begin` to `end`: a weight is code·slope + start.
+
+    Starts are exact, since scales have 11 bits and zero points at most 8, but for 1 bit, where they are rounded.
+    """
+    _, bits, group_size, symmetric, _, columns = block
+    scales, means, zeros = room[0], room[1], room[4]
+    groups, first = -(-columns // group_size), begin // group_size
+    middle = splat(np.float32(2 ** (bits - 1)) - (np.float32(0.5) if symmetric > 1 else np.float32(0)))
+    none = splat(np.float32(0))
+    for group in range(first, -(-end // group_size), LANES):
+        slope = load(scales, row * groups + group)
+        if bits == 1:
+            start = (none if symmetric else load(means, row * groups + group)) - slope
+            slope = slope + slope
+        elif symmetric:
+            start = none - slope * middle
+        else:
+            start = none - slope * load_bytes(zeros, group * CODES + LANES * row)
+        store(slopes, group - first, slope)
+        store(starts, group - first, start)
 
 
 @kernel
 def _restore_codes(block, first, count, begin, end, tile, room):
     """Integer codes of some rows and columns to bfloat16, as `block_kernels.restore_block` has them."""
-    address, bits, group_size, symmetric, _, columns = block
-    scales, means, _, _, zeros, rest = room
-    groups, row_bytes = -(-columns // group_size), 4 * -(-columns * bits // 32)
-    codes = rest[CODES:]
+    address, bits, group_size, _, _, columns = block
+    rest, row_bytes = room[5], 4 * -(-columns * bits // 32)
+    shift = 5 if group_size == 32 else 6 if group_size == 64 else 7
+    slopes, starts = np.empty(TILES_DEPTH // 32 + LANES, np.float32), np.empty(TILES_DEPTH // 32 + LANES, np.float32)
     for row in range(count):
         source = address + HEADER + (first + row) * row_bytes
         last = last_codes(source, columns, bits, rest)
-        target = tile.ctypes.data + 2 * row * tile.shape[1] - 2 * begin
-        known = -1
-        table = _values(np.float32(0), np.float32(0), np.float32(0), False)
-        for chunk in range(begin, end, CODES):
-            unpacked = unpack(source + bits * chunk // 8 if chunk + CODES <= columns else last, bits)
-            if bits <= LOOKED_UP:
-                for half in range(2):
-                    at = chunk + half * BRAINS
-                    if at >= end:
-                        break
-                    group = at // group_size
-                    if group != known:
-                        scale, zero, start = grid_of(group, row, groups, bits, symmetric, scales, means, zeros)
-                        table, known = _values(scale, zero, start, bits == LOOKED_UP), group
-                    put_codes(target + 2 * at, last_brains(table, unpacked) if half else first_brains(table, unpacked))
-                continue
-            put_codes(codes.ctypes.data, unpacked)
-            for at in range(chunk, min(chunk + CODES, end), LANES):
-                scale, zero, start = grid_of(at // group_size, row, groups, bits, symmetric, scales, means, zeros)
-                value = (load_bytes(codes, at - chunk) - splat(zero)) * splat(scale) + splat(start)
-                put_brains(target + 2 * at, as_brain(value))
-
-
-@kernel
-def _read_gains(block, first, count, gains):
-    """What sums with levels of trellis codes are to be multiplied by, for each row."""
-    address, rate, _, _, rows, columns = block
-    read_scales(address + HEADER + rows * row_bytes_of(columns, rate) + 2 * first, count, gains)
-    for row in range(count):
-        gains[row] *= np.float32(UNIT)
+        target = tile.ctypes.data + 2 * row * tile.shape[1]
+        _read_lines(block, row, begin, end, room, slopes, starts)
+        source += bits * begin // 8
+        for at in range(0, end - begin, CODES):
+            codes = unpack(source if begin + at + CODES <= columns else last, bits)
+            slope, start = splat(slopes[at >> shift]), splat(starts[at >> shift])
+            low, high = fma(first_quarter(codes), slope, start), fma(second_quarter(codes), slope, start)
+            put_codes(target + 2 * at, as_brains(low, high))
+            if begin + at + BRAINS < end:
+                slope, start = splat(slopes[at + BRAINS >> shift]), splat(starts[at + BRAINS >> shift])
+                low, high = fma(third_quarter(codes), slope, start), fma(fourth_quarter(codes), slope, start)
+                put_codes(target + 2 * (at + BRAINS), as_brains(low, high))
+            source += 8 * bits
 
 
 @kernel
@@ -155,16 +181,19 @@ def _restore_levels(block, first, count, begin, end, tile, room):
     """Levels of trellis codes of some rows and columns."""
     address, rate, _, _, _, columns = block
     rest, row_bytes = room[5], row_bytes_of(columns, rate)
-    codes, middle = rest[CODES:], splat(np.float32(MIDDLE))
+    middle = splat(np.float32(MIDDLE))
     for row in range(count):
         source = address + HEADER + (first + row) * row_bytes
         last = end_of_row(source, columns, rate, rest)
         target = tile.ctypes.data + 2 * row * tile.shape[1] - 2 * begin
         for chunk in range(begin, end, CODES):
             place = source - BEFORE + rate * chunk // 32 if chunk + CODES <= columns else last
-            put_codes(codes.ctypes.data, weights_at(place, rate, -1 if chunk else FRESH))
-            for at in range(chunk, min(chunk + CODES, end), LANES):
-                put_brains(target + 2 * at, load_bytes(codes, at - chunk) - middle)
+            levels = weights_at(place, rate, -1 if chunk else FRESH)
+            low, high = first_quarter(levels) - middle, second_quarter(levels) - middle
+            put_codes(target + 2 * chunk, as_brains(low, high))
+            if chunk + BRAINS < end:
+                low, high = third_quarter(levels) - middle, fourth_quarter(levels) - middle
+                put_codes(target + 2 * (chunk + BRAINS), as_brains(low, high))
 
 
 @kernel

@@ -15,10 +15,11 @@ from alphaq.simd.codes import CODES, FEATURES, uint8x64
 from alphaq.simd.vectors import LANES, float32x16
 
 BRAINS = 32
-FAST_BRAINS = {"avx512bf16", "avx512bw"} <= FEATURES and "amx-bf16" not in FEATURES
+_HAVE_BRAINS = {"avx512bf16", "avx512bw"} <= FEATURES
+FAST_BRAINS = _HAVE_BRAINS and "amx-bf16" not in FEATURES
 """Whether products of bfloat16 are best made by this processor's instruction; elsewhere they are right, and slow.
 
-Where there are tiles for them (AMX), a library's products are several times as many a cycle.
+Where there are tiles for them (AMX), products in these are several times as many a cycle: see `simd.tiles`.
 """
 
 
@@ -60,7 +61,7 @@ def add_brain_products(typing: Any, total: Any, left: Any, right: Any) -> Any:
 
     def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         total, left, right = args
-        if FAST_BRAINS:
+        if _HAVE_BRAINS:
             pairs = [builder.bitcast(value, _PAIRS) for value in (left, right)]
             return _named(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOAT, [total, *pairs])
         for one, other in zip(halves(builder, left), halves(builder, right), strict=True):
@@ -71,40 +72,41 @@ def add_brain_products(typing: Any, total: Any, left: Any, right: Any) -> Any:
 
 
 @intrinsic
-def brain_table(typing: Any, low: Any, high: Any) -> Any:
-    """Twice sixteen lanes that bfloat16 can hold (see `as_brain`), as 32 of it."""
+def as_brains(typing: Any, low: Any, high: Any) -> Any:
+    """Twice sixteen lanes rounded to bfloat16, ties to even, as 32 of it; what is no normal number may become 0."""
 
     def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if _HAVE_BRAINS:
+            name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+            return builder.bitcast(_named(builder, name, _PAIRS, [args[1], args[0]]), _BYTES)
         parts = []
         for value in args:
-            bits = builder.lshr(builder.bitcast(value, _WHOLE), ir.Constant(_WHOLE, [16] * LANES))
-            parts.append(builder.trunc(bits, ir.VectorType(_I16, LANES)))
+            bits = builder.bitcast(value, _WHOLE)
+            odd = builder.and_(builder.lshr(bits, _sixteen(16)), _sixteen(1))
+            rounded = builder.add(bits, builder.add(odd, _sixteen(0x7FFF)))
+            parts.append(builder.trunc(builder.lshr(rounded, _sixteen(16)), ir.VectorType(_I16, LANES)))
         order = ir.Constant(ir.VectorType(_I32, BRAINS), list(range(BRAINS)))
         return builder.bitcast(builder.shuffle_vector(*parts, order), _BYTES)
 
     return uint8x64(float32x16, float32x16), code
 
 
-def _looked_up(first: int) -> Any:
-    """An intrinsic that looks up half of 64 codes, each below 32, in a table of 32 bfloat16."""
-    half = ir.Constant(ir.VectorType(_I32, BRAINS), list(range(first, first + BRAINS)))
+def _sixteen(value: int) -> Any:
+    return ir.Constant(_WHOLE, [value] * LANES)
+
+
+def _quarter(first: int) -> Any:
+    """An intrinsic that gives a quarter of 64 codes as float32."""
+    lanes = ir.Constant(ir.VectorType(_I32, LANES), list(range(first, first + LANES)))
 
     def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        table = builder.bitcast(args[0], _WORDS)
-        narrow = builder.shuffle_vector(args[1], ir.Constant(_BYTES, ir.Undefined), half)
-        index = builder.zext(narrow, _WORDS)
-        if FAST_BRAINS:
-            return builder.bitcast(_named(builder, "llvm.x86.avx512.permvar.hi.512", _WORDS, [table, index]), _BYTES)
-        found = ir.Constant(_WORDS, ir.Undefined)
-        for lane in range(BRAINS):
-            place = builder.zext(builder.extract_element(index, _I32(lane)), _I32)
-            found = builder.insert_element(found, builder.extract_element(table, place), _I32(lane))
-        return builder.bitcast(found, _BYTES)
+        own = builder.shuffle_vector(args[0], ir.Constant(_BYTES, ir.Undefined), lanes)
+        return builder.uitofp(own, _FLOAT)
 
-    return intrinsic(lambda typing, table, codes: (uint8x64(uint8x64, uint8x64), code))
+    return intrinsic(lambda typing, codes: (float32x16(uint8x64), code))
 
 
-first_brains, last_brains = _looked_up(0), _looked_up(BRAINS)
+first_quarter, second_quarter, third_quarter, fourth_quarter = (_quarter(first) for first in range(0, CODES, LANES))
 
 
 @intrinsic
