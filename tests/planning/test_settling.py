@@ -22,6 +22,9 @@ from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import PlanInputs, make_plan, measure_for_plan, resolve
 from alphaq.planning.estimates import UNSEEN, of_unit
+from alphaq.planning.matrices import Survey
+from alphaq.planning.samples import Samples
+from alphaq.planning.scope import Scope
 from alphaq.planning.settling import expected_gain, undecided
 from alphaq.quantizers.base import QUANTIZERS
 from alphaq.quantizers.ggml import quantize_ggml
@@ -228,7 +231,9 @@ def test_rates_around_an_undecided_fraction_are_measured_deeper(
     monkeypatch.setattr(planning.samples, "SAMPLE_VALUES", 1 << 13)  # of 2¹⁴ weights
     random_model("mixtral", hidden_size=128, intermediate_size=128).save_pretrained(tmp_path)
     native = open_checkpoint(tmp_path)
-    survey = Survey.of(Scope.of(native, resolve(PlanConfig(budget=Budget(bits=3), method="distortion"))), None, (), None)
+    survey = Survey.of(
+        Scope.of(native, resolve(PlanConfig(budget=Budget(bits=3), method="distortion"))), None, (), None
+    )
     samples = Samples(replace(survey.planned, staged=True))
     unit = native.planned[0].name
     undecided_of = {unit: frozenset({parse_choice("t2.25")})}
