@@ -17,7 +17,7 @@ from alphaq.nouns.matrix import Role
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.settings import Budget, PlanConfig, Rule
 from alphaq.planning import Measurements, Request, checked_plan, make_plan, measure_for_plan, resolve
-from alphaq.quantizers.rounded import ErrorWeights, SourceMatrix
+from alphaq.quantizers.rounded import STREAM_SHARE, ErrorWeights, SourceMatrix
 from conftest import Ran
 
 
@@ -113,7 +113,7 @@ def test_least_ratio_is_that_of_plain_errors(checkpoint: Checkpoint, kept: Path)
     assert max(plan.expected_error[name] for name in plan.assignment) <= 10**-0.9 * 1.001
 
 
-@pytest.mark.parametrize("choice", ["2g128", "4g64"])
+@pytest.mark.parametrize("choice", ["2g128", "4g64", "t2"])
 def test_errors_of_drawn_rows_are_those_of_the_matrix(checkpoint: Checkpoint, choice: str) -> None:
     (head,) = checkpoint.with_role(Role.HEAD)
     random = np.random.default_rng(0)
@@ -121,8 +121,9 @@ def test_errors_of_drawn_rows_are_those_of_the_matrix(checkpoint: Checkpoint, ch
     counting = ErrorWeights(rows / rows.mean(), columns / columns.mean())
     source = SourceMatrix(checkpoint, head, "debiased", None, counting)
     one = parse_choice(choice)
-    whole, drawn = source.errors((one,), head.parameters), source.errors((one,), 1 << 17)
-    plainly = SourceMatrix(checkpoint, head, "debiased").errors((one,), head.parameters)
+    enough = STREAM_SHARE * head.parameters
+    whole, drawn = source.errors((one,), enough), source.errors((one,), 1 << 17)
+    plainly = SourceMatrix(checkpoint, head, "debiased").errors((one,), enough)
     assert whole.deviation == {} and drawn.deviation[one] > 0
     assert whole.plain[one] == pytest.approx(plainly.expected[one], rel=1e-4)
     assert drawn.expected[one] == pytest.approx(whole.expected[one], rel=0.06)

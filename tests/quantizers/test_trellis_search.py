@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import QuantizationError
 from alphaq.formats.blocks import decode, dequantize, encode
 from alphaq.formats.table import parse_choice, storage_bytes
 from alphaq.formats.trellis import FORMAT
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.base import QUANTIZERS, rounder_of
+from alphaq.quantizers.rounded import STREAM_SHARE, SourceMatrix
 from alphaq.quantizers.trellis import encoder_levels, quantize_trellis
 from alphaq.quantizers.trellis_kernels import cheapest, trace, write
+from conftest import random_model
 
 RATES = [str(choice) for choice in FORMAT.choices()]
 
@@ -159,3 +163,15 @@ def test_every_quantizer_of_plain_groups_fills_trellis_codes() -> None:
     weight = gaussian(4, 128)
     for name in (name for name, one in QUANTIZERS.items() if one.plain):
         assert rounder_of(name)(weight, parse_choice("t2"), "w").choice == parse_choice("t2")
+
+
+def test_errors_of_streams_are_measured_on_a_quarter_of_the_weights(tmp_path: Path) -> None:
+    random_model("mixtral", hidden_size=128, intermediate_size=512).save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    source = SourceMatrix(checkpoint, checkpoint.planned[0], "debiased")
+    weights = source.matrix.parameters
+    both = tuple(parse_choice(name) for name in ("2g128", "t2"))
+    whole, part = source.errors(both, STREAM_SHARE * weights), source.errors(both, weights)
+    assert whole.deviation == {} and part.deviation.keys() == {both[1]}
+    assert part.expected[both[0]] == whole.expected[both[0]] and part.energy == whole.energy
+    assert part.expected[both[1]] == pytest.approx(whole.expected[both[1]], rel=0.05)

@@ -18,6 +18,7 @@ from alphaq.checkpoint.reader import Checkpoint
 from alphaq.errors import QuantizationError
 from alphaq.formats.blocks import dequantize, encode
 from alphaq.formats.coding import encode_tensor
+from alphaq.formats.table import format_of
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.matrix import MatrixRef
 from alphaq.nouns.quantized import QuantizedMatrix
@@ -27,6 +28,7 @@ from alphaq.quantizers.debiased import quantize_debiased
 from alphaq.simd.sums import in_threads, squared_distance, squared_norm
 
 SAMPLE_VALUES = 1 << 18
+STREAM_SHARE = 4  # one in so many of these at choices that are searched for as streams
 SAMPLE_BATCHES = 8  # of fewer the standard error is itself too uncertain
 PART_VALUES = 1 << 18  # squared at once: a megabyte, which stays in the cache
 
@@ -162,7 +164,18 @@ class SourceMatrix:
         return dequantize(values)
 
     def errors(self, choices: Sequence[Choice], sample_values: int = SAMPLE_VALUES) -> SquaredErrors:
-        """Errors at every choice: exact of those that its codes hold, else as `squared_errors` says."""
+        """Errors at every choice: exact of those that its codes hold, else as `squared_errors` says.
+
+        Of choices whose codes are searched for as streams on a quarter of the weights: a hundred times the work each.
+        """
+        streams = [choice for choice in choices if format_of(choice).streams]
+        others = [choice for choice in choices if not format_of(choice).streams]
+        if not streams:
+            return self._errors(others, sample_values)
+        found = self._errors(streams, sample_values // STREAM_SHARE)
+        return self._errors(others, sample_values).updated(found) if others else found
+
+    def _errors(self, choices: Sequence[Choice], sample_values: int) -> SquaredErrors:
         if self.counting is not None and choices:
             return counted_errors(self, choices, self.counting, sample_values)
         own = self._cut_errors(choices) if choices else SquaredErrors()
