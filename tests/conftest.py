@@ -15,6 +15,10 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve the tests' other processes
 
+import compiling
+
+compiling.compile_in_turn()  # before any kernel is made
+
 import torch
 
 from alphaq.planning import passes

@@ -36,7 +36,7 @@ def test_analyze_writes_one_row_per_matrix_and_plan_reads_them(alphaq: Run, tiny
         rows = list(csv.DictReader(file))
     assert len(rows) == summary["matrices"]
     assert list(rows[0])[:5] == ["name", "layer", "expert", "projection", "role"]
-    options = ("--method", "alphaq", "--bits", "2.5", "--json")
+    options = ("--method", "alphaq", "--fast", "--bits", "2.5", "--json")
     given = alphaq("plan", tiny, "--stats", tmp_path / "s.csv", *options).json
     measured = alphaq("plan", tiny, *options).json
     assert given["choices"] == measured["choices"]
@@ -255,7 +255,7 @@ def test_a_defect_is_not_taken_for_a_lack_of_memory(alphaq: Run, tiny: Path, mon
 def test_names_are_printed_as_they_are(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     """Square brackets are markup to the table library, and part of a name to a user."""
     out = tmp_path / "a[b].json"
-    assert "a[b].json" in alphaq("plan", tiny, "--bits", "2", "--method", "distortion", "-o", out).err
+    assert "a[b].json" in alphaq("plan", tiny, "--bits", "2", "--fast", "--method", "distortion", "-o", out).err
     assert out.is_file()
 
 
@@ -288,7 +288,7 @@ def test_a_stopped_run_keeps_its_work_and_shows_no_output(tiny: Path, tmp_path: 
         quantizing.write_manifest = lambda *_: signal.raise_signal(number)  # type: ignore[assignment]
 
     place = Place(tmp_path, tiny).prepare()
-    assert run(Job("", "quantize {model} --bits 2 --method alphaq -o {out}"), place, arm).code == code
+    assert run(Job("", "quantize {model} --bits 2 --fast --method alphaq -o {out}"), place, arm).code == code
     assert not place.out.exists()
     assert place.left() == {".out.partial"}
 
@@ -309,7 +309,7 @@ def test_json_output_is_alone_on_stdout(tiny: Path, tmp_path: Path) -> None:
         "alphaq",
         "quantize",
         str(tiny),
-        *("--bits", "2", "--method", "alphaq"),
+        *("--bits", "2", "--fast", "--method", "alphaq"),
         "-o",
         str(tmp_path / "o"),
         "--json",
