@@ -45,6 +45,7 @@ def test_analyze_writes_one_row_per_matrix_and_plan_reads_them(alphaq: Run, tiny
     assert alone["average_bits"] <= 2.5
 
 
+@pytest.mark.usefixtures("knows_tiny")
 def test_plan_prints_the_promised_keys_and_file_equals_output(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     ran = alphaq("plan", tiny, "--bits", "2.5", "-o", tmp_path / "p.json", "--json")
     wanted = {"average_bits", "bits_per_weight", "size_bytes", "objective", "histogram", "assignment"}
