@@ -185,6 +185,18 @@ def knows_tiny(measured_tiny: Path, _own_cache: Path) -> None:
     shutil.copytree(measured_tiny, _own_cache, dirs_exist_ok=True)
 
 
+@pytest.fixture(scope="module")
+def known_tiny(measured_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for `Cache(folder, {})` that holds what `measured_tiny` has."""
+    from alphaq.measuring.cache import Cache
+
+    folder = tmp_path_factory.mktemp("known")
+    (measured,) = measured_tiny.iterdir()
+    with Cache(folder, {}) as opened:
+        shutil.copytree(measured, opened.path, dirs_exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_quantized(tiny: Path, measured_tiny: Path, common: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model at 2.5 bits."""

@@ -90,6 +90,7 @@ def test_published_recipe_is_reproduced(alphaq: Run, shared: Path) -> None:
     assert len(plan["unplanned"]) == 2
 
 
+@pytest.mark.usefixtures("knows_tiny")
 def test_quantize_verify_eval_generate(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert alphaq("plan", tiny, "--bits", "3", "-o", tmp_path / "p.json").code == 0
@@ -266,6 +267,7 @@ def test_piped_tables_are_not_cut(alphaq: Run, tiny: Path) -> None:
     assert ran.err == ""
 
 
+@pytest.mark.usefixtures("knows_tiny")
 def test_uniform_uses_its_budget_up_with_a_mix(alphaq: Run, tiny: Path) -> None:
     ran = alphaq("plan", tiny, "--bits", "2.5", "--method", "uniform", "--json")
     assert ran.json["average_bits"] == 2.5

@@ -183,6 +183,7 @@ def test_the_command_s_errors_are_one_line(
         assert part in ran.err
 
 
+@pytest.mark.usefixtures("knows_tiny")
 def test_a_plan_by_an_order_has_no_price_to_explain(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     alphaq("plan", tiny, "--bits", "2.5", "--method", "uniform", "-o", tmp_path / "p.json")
     ran = alphaq("explain", tmp_path / "p.json", "--json").json
