@@ -161,7 +161,10 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def measured_tiny(tiny: Path, common: Path, short_passes: None) -> Path:
-    """A cache with what the default method measures of the bundled model, as commands keep it; not to be written to."""
+    """A cache with what plans measure of the bundled model, as commands keep it; not to be written to.
+
+    By the default method, with its check, and by alphaq, whose plain errors others use too.
+    """
     from alphaq.checkpoint.reader import open_checkpoint
     from alphaq.cli import means
     from alphaq.measuring.resources import Resources
@@ -169,12 +172,15 @@ def measured_tiny(tiny: Path, common: Path, short_passes: None) -> Path:
     from alphaq.planning import checked_plan, measure_for_plan, resolve
 
     def measure(folder: Path) -> None:
-        checkpoint, request = open_checkpoint(tiny), resolve(PlanConfig(budget=Budget(bits=2.5)))
+        checkpoint = open_checkpoint(tiny)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("ALPHAQ_CACHE", str(folder))
             with means._cache(checkpoint, False, "cpu") as kept:
                 resources = Resources(cache=kept)
-                checked_plan(checkpoint, request, measure_for_plan(checkpoint, request, resources=resources), resources)
+                for method in ("auto", "alphaq"):
+                    request = resolve(PlanConfig(budget=Budget(bits=2.5), method=method))
+                    found = measure_for_plan(checkpoint, request, resources=resources)
+                    checked_plan(checkpoint, request, found, resources)
 
     return made_once(common / "measured-tiny", measure)
 
