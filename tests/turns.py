@@ -52,8 +52,8 @@ def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
 def compile_in_turn() -> None:
     """From now on, wait for another process that compiles the same kernel, and load what it has kept.
 
-    On a fresh clone all workers need the same kernels in their first minutes. What a kernel calls is compiled within its
-    turn and never calls it, so that no two processes wait for one another.
+    On a fresh clone all workers need the same kernels in their first minutes. What a kernel calls is compiled within
+    its turn and never calls it, so that no two processes wait for one another.
     """
     compiled = Dispatcher.compile
 

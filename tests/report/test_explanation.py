@@ -59,9 +59,7 @@ def table_of(plan: Plan) -> tuple[list[str], np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(
     ("engine", "bits"), [("native", 2.5), pytest.param("mlx", 3.3, marks=pytest.mark.slow), ("llama.cpp", 3.3)]
 )
-def test_what_would_move_a_unit_does_and_less_does_not(
-    tiny: Path, known_tiny: Path, engine: str, bits: float
-) -> None:
+def test_what_would_move_a_unit_does_and_less_does_not(tiny: Path, known_tiny: Path, engine: str, bits: float) -> None:
     """At the plan's price, by the choice of least loss + price · cost."""
     plan = plan_of(tiny, engine, bits=bits, known=known_tiny)
     units, losses, costs = table_of(plan)
