@@ -373,6 +373,16 @@ def half_at(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
+def as_half_bits(typing: Any, value: Any) -> Any:
+    """The bits of a float32 rounded to float16."""
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), _I16)
+
+    return types.uint16(types.float32), code
+
+
+@intrinsic
 def byte_at(typing: Any, address: Any) -> Any:
     """One byte from an address."""
 

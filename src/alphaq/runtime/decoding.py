@@ -1,0 +1,296 @@
+"""A model's forward pass that reads single tokens from a recording, so that no Python runs between its operations.
+
+A step of a small model takes a tenth as long as the Python around it. The third token that is read alone with a cache
+is recorded as it is computed, the fourth again; from then on such tokens are read by `programs.Program`. Whatever else
+is asked of the model, and models that compute otherwise by length or by values, run as they were.
+
+A recording is used only if it gave what the model gave for the fourth token. Keys and values are the cache's own: each
+layer's are the first of a longer stretch of memory, in which nothing that was given out changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from alphaq.runtime.packed import PackedWeights
+from alphaq.runtime.programs import Program
+from alphaq.runtime.recording import NotRecorded, Recorder, Step
+
+UNUSED = 2  # tokens that are read alone before recording: who reads but these need not wait for it
+LEAST_ROOM = 256  # tokens
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+ASKED_FOR = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
+EXTRAS = ("output_attentions", "output_hidden_states", "output_router_logits")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A step that can be recorded or run."""
+
+    token: Tensor
+    position: Tensor | None
+    cache: DynamicCache
+    length: int
+
+
+@dataclass
+class Caches:
+    """Keys and values of the cache that was used last: memory with room, and what the cache has of it."""
+
+    room: list[Tensor]
+    given: list[Tensor]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Caches:
+        """Copies with room for as many again: nobody else writes to them."""
+        length = tensors[0].shape[-2]
+        room = []
+        for one in tensors:
+            _, heads, _, width = one.shape
+            room.append(one.new_zeros(1, heads, max(LEAST_ROOM, 2 * length), width))
+            room[-1][:, :, :length] = one
+        return cls(room, list(tensors))
+
+    def fits(self, tensors: Sequence[Tensor], length: int) -> bool:
+        """Whether a cache is this one, and has room."""
+        same = all(one is other for one, other in zip(tensors, self.given, strict=True))
+        return same and all(length < one.shape[2] for one in self.room)
+
+    def grown(self, length: int) -> list[Tensor]:
+        """What the cache has after a token more."""
+        self.given = [one[:, :, :length] for one in self.room]
+        return self.given
+
+
+class Stepwise:
+    """A model's `forward`: its own, or a recording of it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._start()
+
+    def _start(self) -> None:
+        self.lock = threading.Lock()
+        self.alone = 0
+        self.step: Step | None = None
+        self.program: Program | None = None
+        self.caches: Caches | None = None
+        self.result: type | None = None
+        self.refused = ""
+        """Why the model is not run from a recording; empty if it may be."""
+        self.modules: list[Any] = []
+        self.parameters: list[tuple[dict[str, Any], str, int]] = []
+        self.tables: list[tuple[PackedWeights, Tensor]] = []
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies record for themselves."""
+        return {"model": self.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.model = state["model"]
+        self._start()
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._own)
+
+    @property
+    def _own(self) -> Any:
+        return type(self.model).forward.__get__(self.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's class computes."""
+        if torch.compiler.is_compiling() or self.refused or args or not self._may_be(kwargs):
+            return self._own(*args, **kwargs)
+        if not self.lock.acquire(blocking=False):
+            return self._own(**kwargs)
+        try:
+            asked = self._asked(kwargs)
+            if asked is None:
+                return self._own(**kwargs)
+            if self.program is not None and self._unchanged():
+                return self._run(asked)
+            return self._recorded(asked, kwargs)
+        finally:
+            self.lock.release()
+
+    def _may_be(self, kwargs: dict[str, Any]) -> bool:
+        """What is quick to see: one token."""
+        token = kwargs.get("input_ids")
+        return token is not None and token.shape == (1, 1) and kwargs.get("past_key_values") is not None
+
+    def _asked(self, kwargs: dict[str, Any]) -> Asked | None:
+        """The step, if it is one of a text of its own on the CPU and nothing but logits are wanted."""
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if given.keys() - ASKED_FOR or not given.get("use_cache", True) or not given.get("return_dict", True):
+            return None
+        keep, cache, token = given.get("logits_to_keep", 0), given["past_key_values"], given["input_ids"]
+        if not isinstance(keep, int) or keep > 1 or type(cache) is not DynamicCache or token.dtype != torch.int64:
+            return None
+        config = self.model.config
+        if self.model.training or torch.is_grad_enabled() or any(getattr(config, one, False) for one in EXTRAS):
+            return None
+        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or not token.is_cpu:
+            return None
+        if not all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers) or not cache.layers:
+            return None
+        length = cache.layers[0].keys.shape[-2]
+        first = cache.layers[0].keys
+        if len(first) != 1 or length == 0 or any(one.keys.shape[-2] != length for one in cache.layers):
+            return None
+        mask, position = given.get("attention_mask"), given.get("position_ids")
+        if mask is not None and (mask.shape != (1, length + 1) or not bool(mask.all())):
+            return None
+        if position is not None and position.shape != (1, 1):
+            return None
+        return Asked(token, position, cache, length)
+
+    def _unchanged(self) -> bool:
+        """Whether the model is still what was recorded; if not, it is recorded again."""
+        same = all(
+            (one := owner.get(name)) is not None and one.data_ptr() == place for owner, name, place in self.parameters
+        )
+        same = same and all(module.table is table for module, table in self.tables)
+        if same and not self._watched():
+            return True
+        if not same:
+            self._start_again()
+        return False
+
+    def _start_again(self) -> None:
+        self.alone, self.step, self.program, self.caches = 0, None, None, None
+
+    def _watched(self) -> bool:
+        """Whether hooks want to see what goes on inside."""
+        return any(one._forward_hooks or one._forward_pre_hooks for one in self.modules)
+
+    def _run(self, asked: Asked) -> Any:
+        """A step from the recording."""
+        assert self.program is not None and self.result is not None  # it was recorded
+        logits = self._logits(self.program, asked, _tensors(asked.cache))
+        assert self.caches is not None  # it was used just now
+        for layer, keys, values in zip(
+            asked.cache.layers, self.caches.given[::2], self.caches.given[1::2], strict=True
+        ):
+            layer.keys, layer.values = keys, values
+        return self.result(logits=logits, past_key_values=asked.cache)
+
+    def _logits(self, program: Program, asked: Asked, tensors: Sequence[Tensor]) -> Tensor:
+        length = asked.length
+        if self.caches is None or not self.caches.fits(tensors, length):
+            self.caches = Caches.of(tensors)
+            program.slots[:] = [(one.data_ptr(), one.shape[2]) for one in self.caches.room]
+        program.set(asked.token, asked.position, length)
+        program.run(length, self.caches.grown(length + 1))
+        return program.logits.detach().clone()
+
+    def _recorded(self, asked: Asked, kwargs: dict[str, Any]) -> Any:
+        """The model's own step, recorded if it is time to."""
+        self.alone += 1
+        if self.alone <= UNUSED or self.program is not None:
+            return self._own(**kwargs)
+        try:
+            self._check()
+            before = _tensors(asked.cache)
+            result, step = self._record(asked)
+            if self.step is None:
+                self.step = step
+            else:
+                self._accept(step, asked, before, result)
+        except NotRecorded as reason:
+            return self._refuse(str(reason), kwargs, asked, before)
+        return result
+
+    def _refuse(self, reason: str, kwargs: dict[str, Any], asked: Asked, before: Sequence[Tensor]) -> Any:
+        """Compute the step anew, and from now on everything, as if nothing had been recorded."""
+        self.refused = reason
+        self._start_again()
+        _log.info("%s is not run from a recording: %s", type(self.model).__name__, reason)
+        for layer, keys, values in zip(asked.cache.layers, before[::2], before[1::2], strict=True):
+            layer.keys, layer.values = keys, values
+        return self._own(**kwargs)
+
+    def _check(self) -> None:
+        """Raise NotRecorded for models whose modules do more than compute."""
+        config = self.model.config
+        self.modules = list(self.model.modules())
+        if config.get_text_config() is not config:
+            raise NotRecorded("it reads more than text")
+        if self._watched() or any(hasattr(one, "_hf_hook") for one in self.modules):
+            raise NotRecorded("hooks want to see what goes on inside")
+        if any(one.device.type != "cpu" for one in self.model.parameters()):
+            raise NotRecorded("not all of it is on the CPU")
+
+    def _record(self, asked: Asked) -> tuple[Any, Step]:
+        tensors = _tensors(asked.cache)
+        token = asked.token.clone()
+        position = torch.full((1, 1), asked.length) if asked.position is None else asked.position.clone()
+        with Recorder() as recorder:
+            result = self._own(
+                input_ids=token, position_ids=position, past_key_values=asked.cache, use_cache=True
+            )
+        if result.keys() != {"logits", "past_key_values"}:
+            raise NotRecorded("it gives more than logits")
+        return result, Step.of(recorder.calls, (token, position), tensors, result.logits)
+
+    def _accept(self, step: Step, asked: Asked, before: Sequence[Tensor], result: Any) -> None:
+        """Make a program of the second recording, if it is the first one's like, and computes the same."""
+        assert self.step is not None  # the first
+        if self.step.form() != step.form():
+            raise NotRecorded("it computes otherwise at another length")
+        self._remember(step)
+        program = Program(step)
+        wanted = result.logits.detach().clone()
+        found = self._logits(program, asked, before)
+        self.caches = None  # the cache goes on from the model's own
+        distance = float((found - wanted).float().norm() / wanted.float().norm())
+        if not distance <= CLOSE.get(wanted.dtype, 0.0):
+            raise NotRecorded(f"the recording gives other logits, {distance:.2g} from its own")
+        self.step, self.program, self.result = None, program, type(result)
+
+    def _remember(self, step: Step) -> None:
+        """What the recording takes for granted. Raises NotRecorded for a tensor that the model does not own."""
+        self.tables = [(one, one.table) for one in self.modules if isinstance(one, PackedWeights)]
+        owned = [
+            (tensors, name, tensor)
+            for module in self.modules
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        ]
+        used = {one.untyped_storage().data_ptr() for one in step.outside()}
+        self.parameters = [
+            (tensors, name, tensor.data_ptr())
+            for tensors, name, tensor in owned
+            if tensor.untyped_storage().data_ptr() in used
+        ]
+        known = {tensor.untyped_storage().data_ptr() for _, _, tensor in owned}
+        known |= {table.untyped_storage().data_ptr() for _, table in self.tables}
+        if used - known:
+            raise NotRecorded("it computes with tensors that are neither parameters nor buffers")
+
+
+def _tensors(cache: Any) -> list[Tensor]:
+    """Keys and values of each layer in turn."""
+    return [one for layer in cache.layers for one in (layer.keys, layer.values)]
+
+
+def read_tokens_quickly(model: Any) -> None:
+    """Have a model with packed matrices read single tokens from a recording; a model that has none stays as it is."""
+    if isinstance(model, nn.Module) and any(isinstance(one, PackedWeights) for one in model.modules()):
+        model.__dict__["forward"] = Stepwise(model)
+
+
+def read_as_before(model: Any) -> None:
+    """Undo `read_tokens_quickly`."""
+    model.__dict__.pop("forward", None)
