@@ -81,6 +81,7 @@ class Stepwise:
 
     def _start(self) -> None:
         self.lock = threading.Lock()
+        self.first = next(iter(self.__signature__.parameters))
         self.alone = 0
         self.step: Step | None = None
         self.program: Program | None = None
@@ -89,6 +90,7 @@ class Stepwise:
         self.refused = ""
         """Why the model is not run from a recording; empty if it may be."""
         self.modules: list[Any] = []
+        self.hooks: list[dict[int, Any]] = []
         self.parameters: list[tuple[dict[str, Any], str, int]] = []
         self.tables: list[tuple[PackedWeights, Tensor]] = []
 
@@ -110,9 +112,11 @@ class Stepwise:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's class computes."""
-        if torch.compiler.is_compiling() or self.refused or args or not self._may_be(kwargs):
+        if torch.compiler.is_compiling() or self.refused or len(args) > 1:
             return self._own(*args, **kwargs)
-        if not self.lock.acquire(blocking=False):
+        if args:
+            kwargs = {self.first: args[0], **kwargs}
+        if not self._may_be(kwargs) or not self.lock.acquire(blocking=False):
             return self._own(**kwargs)
         try:
             asked = self._asked(kwargs)
@@ -161,18 +165,12 @@ class Stepwise:
             (one := owner.get(name)) is not None and one.data_ptr() == place for owner, name, place in self.parameters
         )
         same = same and all(module.table is table for module, table in self.tables)
-        if same and not self._watched():
-            return True
         if not same:
             self._start_again()
-        return False
+        return same and not any(self.hooks)
 
     def _start_again(self) -> None:
         self.alone, self.step, self.program, self.caches = 0, None, None, None
-
-    def _watched(self) -> bool:
-        """Whether hooks want to see what goes on inside."""
-        return any(one._forward_hooks or one._forward_pre_hooks for one in self.modules)
 
     def _run(self, asked: Asked) -> Any:
         """A step from the recording."""
@@ -226,7 +224,8 @@ class Stepwise:
         self.modules = list(self.model.modules())
         if config.get_text_config() is not config:
             raise NotRecorded("it reads more than text")
-        if self._watched() or any(hasattr(one, "_hf_hook") for one in self.modules):
+        self.hooks = [hooks for one in self.modules for hooks in (one._forward_hooks, one._forward_pre_hooks)]
+        if any(self.hooks) or any(hasattr(one, "_hf_hook") for one in self.modules):
             raise NotRecorded("hooks want to see what goes on inside")
         if any(one.device.type != "cpu" for one in self.model.parameters()):
             raise NotRecorded("not all of it is on the CPU")

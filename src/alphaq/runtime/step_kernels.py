@@ -16,7 +16,15 @@ import numpy as np
 from numba import carray
 
 from alphaq.runtime.kernels import multiply
-from alphaq.simd.codes import as_half_bits, brains_at, half_at, halves_at, pointer
+from alphaq.simd.codes import (
+    as_brain_bits,
+    as_half_bits,
+    brains_at,
+    half_at,
+    halves_at,
+    of_brain_bits,
+    pointer,
+)
 from alphaq.simd.vectors import LANES, fma, kernel, lane_sum, load, splat, store
 
 # Places in a row.
@@ -41,15 +49,20 @@ def _read(address, kind, stride, count, into):
     extent = 1 + (count - 1) * stride
     if kind == FLOAT32:
         floats = carray(pointer(address), (extent,), np.float32)
-        for at in range(count):
-            into[at] = floats[at * stride]
+        if stride == 1:
+            for at in range(count):
+                into[at] = floats[at]
+        else:
+            for at in range(count):
+                into[at] = floats[at * stride]
     elif kind == BFLOAT16:
         bits = carray(pointer(address), (extent,), np.uint16)
-        wide = np.empty(1, np.uint32)
-        value = wide.view(np.float32)
-        for at in range(count):
-            wide[0] = np.uint32(bits[at * stride]) << np.uint32(16)
-            into[at] = value[0]
+        if stride == 1:  # by vectors
+            for at in range(count):
+                into[at] = of_brain_bits(bits[at])
+        else:
+            for at in range(count):
+                into[at] = of_brain_bits(bits[at * stride])
     elif kind == FLOAT16:
         for at in range(count):
             into[at] = half_at(address + 2 * at * stride)
@@ -69,17 +82,20 @@ def _write(values, count, address, kind, stride):
     extent = 1 + (count - 1) * stride
     if kind == FLOAT32:
         floats = carray(pointer(address), (extent,), np.float32)
-        for at in range(count):
-            floats[at * stride] = values[at]
+        if stride == 1:
+            for at in range(count):
+                floats[at] = values[at]
+        else:
+            for at in range(count):
+                floats[at * stride] = values[at]
     elif kind == BFLOAT16:
         narrow = carray(pointer(address), (extent,), np.uint16)
-        value = np.empty(1, np.float32)
-        bits = value.view(np.uint32)
-        for at in range(count):
-            value[0] = values[at]
-            odd = bits[0] >> np.uint32(16) & np.uint32(1)
-            whole = (bits[0] + odd + np.uint32(0x7FFF)) >> np.uint32(16)
-            narrow[at * stride] = whole if value[0] == value[0] else np.uint32(0x7FC0)
+        if stride == 1:
+            for at in range(count):
+                narrow[at] = as_brain_bits(np.float32(values[at]))
+        else:
+            for at in range(count):
+                narrow[at * stride] = as_brain_bits(np.float32(values[at]))
     elif kind == FLOAT16:
         narrow = carray(pointer(address), (extent,), np.uint16)
         for at in range(count):
