@@ -28,7 +28,15 @@ from alphaq.runtime.recording import NotRecorded, Recorder, Step
 UNUSED = 2  # tokens that are read alone before recording: who reads but these need not wait for it
 LEAST_ROOM = 256  # tokens
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-ASKED_FOR = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
+ASKED_FOR = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+}
 EXTRAS = ("output_attentions", "output_hidden_states", "output_router_logits")
 _log = logging.getLogger(__name__)
 
@@ -52,12 +60,12 @@ class Caches:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Caches:
-        """Copies with room for as many again: nobody else writes to them."""
+        """Copies with room for a quarter more: nobody else writes to them."""
         length = tensors[0].shape[-2]
         room = []
         for one in tensors:
             _, heads, _, width = one.shape
-            room.append(one.new_zeros(1, heads, max(LEAST_ROOM, 2 * length), width))
+            room.append(one.new_zeros(1, heads, length + max(LEAST_ROOM, length // 4), width))
             room[-1][:, :, :length] = one
         return cls(room, list(tensors))
 
@@ -235,9 +243,7 @@ class Stepwise:
         token = asked.token.clone()
         position = torch.full((1, 1), asked.length) if asked.position is None else asked.position.clone()
         with Recorder() as recorder:
-            result = self._own(
-                input_ids=token, position_ids=position, past_key_values=asked.cache, use_cache=True
-            )
+            result = self._own(input_ids=token, position_ids=position, past_key_values=asked.cache, use_cache=True)
         if result.keys() != {"logits", "past_key_values"}:
             raise NotRecorded("it gives more than logits")
         return result, Step.of(recorder.calls, (token, position), tensors, result.logits)
