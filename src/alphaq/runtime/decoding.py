@@ -10,6 +10,7 @@ layer's are the first of a longer stretch of memory, in which nothing that was g
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from alphaq.runtime.packed import PackedWeights
@@ -49,6 +51,11 @@ class Asked:
     position: Tensor | None
     cache: DynamicCache
     length: int
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Token and position, int64 [1, 1], in memory of their own."""
+        position = torch.full((1, 1), self.length) if self.position is None else self.position.clone()
+        return self.token.clone(), position
 
 
 @dataclass
@@ -99,14 +106,14 @@ class Stepwise:
         """Why the model is not run from a recording; empty if it may be."""
         self.modules: list[Any] = []
         self.hooks: list[dict[int, Any]] = []
-        self.parameters: list[tuple[dict[str, Any], str, int]] = []
+        self.parameters: list[tuple[dict[str, object], str, int]] = []
         self.tables: list[tuple[PackedWeights, Tensor]] = []
 
     def __getstate__(self) -> dict[str, object]:
         """Copies record for themselves."""
         return {"model": self.model}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.model = state["model"]
         self._start()
 
@@ -121,7 +128,7 @@ class Stepwise:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's class computes."""
         if torch.compiler.is_compiling() or self.refused or len(args) > 1:
-            return self._own(*args, **kwargs)
+            return type(self.model).forward(self.model, *args, **kwargs)
         if args:
             kwargs = {self.first: args[0], **kwargs}
         if not self._may_be(kwargs) or not self.lock.acquire(blocking=False):
@@ -130,36 +137,29 @@ class Stepwise:
             asked = self._asked(kwargs)
             if asked is None:
                 return self._own(**kwargs)
-            if self.program is not None and self._unchanged():
-                return self._run(asked)
-            return self._recorded(asked, kwargs)
+            if self.program is None or not self._same():
+                return self._recorded(asked, kwargs)
+            return self._own(**kwargs) if any(self.hooks) else self._run(asked)
         finally:
             self.lock.release()
 
-    def _may_be(self, kwargs: dict[str, Any]) -> bool:
+    def _may_be(self, kwargs: dict[str, object]) -> bool:
         """What is quick to see: one token."""
         token = kwargs.get("input_ids")
-        return token is not None and token.shape == (1, 1) and kwargs.get("past_key_values") is not None
+        single = isinstance(token, Tensor) and token.shape == (1, 1)
+        return single and type(kwargs.get("past_key_values")) is DynamicCache
 
-    def _asked(self, kwargs: dict[str, Any]) -> Asked | None:
+    def _asked(self, kwargs: dict[str, object]) -> Asked | None:
         """The step, if it is one of a text of its own on the CPU and nothing but logits are wanted."""
         given = {name: value for name, value in kwargs.items() if value is not None}
         if given.keys() - ASKED_FOR or not given.get("use_cache", True) or not given.get("return_dict", True):
             return None
         keep, cache, token = given.get("logits_to_keep", 0), given["past_key_values"], given["input_ids"]
-        if not isinstance(keep, int) or keep > 1 or type(cache) is not DynamicCache or token.dtype != torch.int64:
+        if not isinstance(keep, int) or token.dtype != torch.int64 or not token.is_cpu or self._wanted_otherwise():
             return None
-        config = self.model.config
-        if self.model.training or torch.is_grad_enabled() or any(getattr(config, one, False) for one in EXTRAS):
+        if not _plain(cache):
             return None
-        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or not token.is_cpu:
-            return None
-        if not all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers) or not cache.layers:
-            return None
-        length = cache.layers[0].keys.shape[-2]
-        first = cache.layers[0].keys
-        if len(first) != 1 or length == 0 or any(one.keys.shape[-2] != length for one in cache.layers):
-            return None
+        length = cache.get_seq_length()
         mask, position = given.get("attention_mask"), given.get("position_ids")
         if mask is not None and (mask.shape != (1, length + 1) or not bool(mask.all())):
             return None
@@ -167,15 +167,23 @@ class Stepwise:
             return None
         return Asked(token, position, cache, length)
 
-    def _unchanged(self) -> bool:
-        """Whether the model is still what was recorded; if not, it is recorded again."""
+    def _wanted_otherwise(self) -> bool:
+        """Whether somebody wants more than logits, or to see how they come about."""
+        config = self.model.config
+        if self.model.training or torch.is_grad_enabled() or not getattr(config, "return_dict", True):
+            return True
+        seen = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or _has_any_global_hook()
+        return bool(seen) or any(getattr(config, one, False) for one in EXTRAS)
+
+    def _same(self) -> bool:
+        """Whether the model's numbers still are where they were recorded; if not, it is recorded again."""
         same = all(
             (one := owner.get(name)) is not None and one.data_ptr() == place for owner, name, place in self.parameters
         )
         same = same and all(module.table is table for module, table in self.tables)
         if not same:
             self._start_again()
-        return same and not any(self.hooks)
+        return same
 
     def _start_again(self) -> None:
         self.alone, self.step, self.program, self.caches = 0, None, None, None
@@ -200,56 +208,55 @@ class Stepwise:
         program.run(length, self.caches.grown(length + 1))
         return program.logits.detach().clone()
 
-    def _recorded(self, asked: Asked, kwargs: dict[str, Any]) -> Any:
+    def _recorded(self, asked: Asked, kwargs: dict[str, object]) -> Any:
         """The model's own step, recorded if it is time to."""
         self.alone += 1
-        if self.alone <= UNUSED or self.program is not None:
+        if self.alone <= UNUSED or self._watched():
             return self._own(**kwargs)
+        before, result = _twin(asked.cache), None
         try:
             self._check()
-            before = _tensors(asked.cache)
-            result, step = self._record(asked)
+            with Recorder() as recorder:
+                token, position = inputs = asked.inputs()
+                cache = asked.cache
+                result = self._own(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+            step = self._step(recorder, inputs, _tensors(before), result)
             if self.step is None:
                 self.step = step
             else:
-                self._accept(step, asked, before, result)
+                self._accept(step, asked, _tensors(before), self._own(**{**kwargs, "past_key_values": before}))
         except NotRecorded as reason:
-            return self._refuse(str(reason), kwargs, asked, before)
-        return result
+            self._start_again()
+            self.refused = str(reason)
+            _log.info("%s is not run from a recording: %s", type(self.model).__name__, reason)
+        return self._own(**kwargs) if result is None else result
 
-    def _refuse(self, reason: str, kwargs: dict[str, Any], asked: Asked, before: Sequence[Tensor]) -> Any:
-        """Compute the step anew, and from now on everything, as if nothing had been recorded."""
-        self.refused = reason
-        self._start_again()
-        _log.info("%s is not run from a recording: %s", type(self.model).__name__, reason)
-        for layer, keys, values in zip(asked.cache.layers, before[::2], before[1::2], strict=True):
-            layer.keys, layer.values = keys, values
-        return self._own(**kwargs)
+    def _step(self, recorder: Recorder, inputs: Sequence[Tensor], caches: Sequence[Tensor], result: Any) -> Step:
+        if result.keys() != {"logits", "past_key_values"}:
+            raise NotRecorded("it gives more than logits")
+        return Step.of(recorder.calls, inputs, caches, result.logits)
+
+    def _watched(self) -> bool:
+        """Whether hooks want to see what goes on inside."""
+        self.modules = list(self.model.modules())
+        self.hooks = [hooks for one in self.modules for hooks in (one._forward_hooks, one._forward_pre_hooks)]
+        return any(self.hooks)
 
     def _check(self) -> None:
         """Raise NotRecorded for models whose modules do more than compute."""
         config = self.model.config
-        self.modules = list(self.model.modules())
-        if config.get_text_config() is not config:
-            raise NotRecorded("it reads more than text")
-        self.hooks = [hooks for one in self.modules for hooks in (one._forward_hooks, one._forward_pre_hooks)]
-        if any(self.hooks) or any(hasattr(one, "_hf_hook") for one in self.modules):
-            raise NotRecorded("hooks want to see what goes on inside")
+        if config.get_text_config() is not config or "position_ids" not in self.__signature__.parameters:
+            raise NotRecorded("it reads more than text, or no positions")
+        if any(hasattr(one, "_hf_hook") for one in self.modules):
+            raise NotRecorded("what it computes with is brought when it is needed")
         if any(one.device.type != "cpu" for one in self.model.parameters()):
             raise NotRecorded("not all of it is on the CPU")
 
-    def _record(self, asked: Asked) -> tuple[Any, Step]:
-        tensors = _tensors(asked.cache)
-        token = asked.token.clone()
-        position = torch.full((1, 1), asked.length) if asked.position is None else asked.position.clone()
-        with Recorder() as recorder:
-            result = self._own(input_ids=token, position_ids=position, past_key_values=asked.cache, use_cache=True)
-        if result.keys() != {"logits", "past_key_values"}:
-            raise NotRecorded("it gives more than logits")
-        return result, Step.of(recorder.calls, (token, position), tensors, result.logits)
-
     def _accept(self, step: Step, asked: Asked, before: Sequence[Tensor], result: Any) -> None:
-        """Make a program of the second recording, if it is the first one's like, and computes the same."""
+        """Make a program of the second recording, if it is the first one's like, and computes the same.
+
+        before: keys and values before the step; result: what the model gave for it.
+        """
         assert self.step is not None  # the first
         if self.step.form() != step.form():
             raise NotRecorded("it computes otherwise at another length")
@@ -288,6 +295,26 @@ class Stepwise:
 def _tensors(cache: Any) -> list[Tensor]:
     """Keys and values of each layer in turn."""
     return [one for layer in cache.layers for one in (layer.keys, layer.values)]
+
+
+def _plain(cache: Any) -> bool:
+    """Whether every layer keeps every token of one text, and has some."""
+    layers = cache.layers
+    if not layers or getattr(cache, "offloading", False):
+        return False
+    if not all(type(one) is DynamicLayer and one.is_initialized and one.keys.ndim == 4 for one in layers):
+        return False
+    length = layers[0].keys.shape[2]
+    return length > 0 and all(
+        one.keys.shape[0] == 1 and one.keys.shape[2] == one.values.shape[2] == length for one in layers
+    )
+
+
+def _twin(cache: DynamicCache) -> DynamicCache:
+    """A cache of the same keys and values, which goes on for itself: layers exchange these and do not change them."""
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return twin
 
 
 def read_tokens_quickly(model: Any) -> None:

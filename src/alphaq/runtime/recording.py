@@ -33,7 +33,7 @@ class Call:
 
     function: Any
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    kwargs: dict[str, object]
     result: Any
 
     @property
