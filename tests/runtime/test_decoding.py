@@ -149,7 +149,7 @@ def test_what_is_not_one_plain_token_is_read_as_before(tiny_quantized: Path) -> 
     recorded(model)
     run = model.forward.program.run
     asked: list[int] = []
-    model.forward.program.run = lambda length, caches: (asked.append(length), run(length, caches))
+    model.forward.program.run = lambda *given: (asked.append(given[2]), run(*given))[1]
     with torch.inference_mode():
         for ids, options in (
             (torch.tensor([[4], [5]]), {}),
@@ -166,6 +166,33 @@ def test_what_is_not_one_plain_token_is_read_as_before(tiny_quantized: Path) -> 
     model(torch.tensor([[4]]), past_key_values=DynamicCache(config=model.config))  # with gradients
     steps(model, [4], attention_mask=torch.ones(1, 6, dtype=torch.long))
     assert asked == [5]
+
+
+def test_lengths_that_are_the_same_tell_nothing_of_others(tiny_quantized: Path) -> None:
+    model = load(tiny_quantized)
+    for _ in range(9):
+        steps(model, [4])
+    assert model.forward.step is not None and model.forward.program is None
+    steps(model, [4, 5])
+    assert model.forward.program is not None
+
+
+def test_memory_goes_with_the_cache(tiny_quantized: Path) -> None:
+    model = load(tiny_quantized)
+    _, given = steps(recorded(model), TOKENS)
+    assert model.forward.caches is not None
+    del given
+    assert model.forward.caches is None
+
+
+def test_caches_of_another_model_are_not_written_to(tiny_quantized: Path) -> None:
+    model = load(tiny_quantized)
+    recorded(model)
+    cached = DynamicCache(config=model.config)
+    for layer in range(4):
+        cached.update(torch.zeros(1, 1, 5, 8), torch.zeros(1, 1, 5, 8), layer)
+    with pytest.raises(RuntimeError):
+        steps(model, [4], cached)
 
 
 def test_hooks_see_every_token(tiny_quantized: Path) -> None:

@@ -14,6 +14,7 @@ import copy
 import inspect
 import logging
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,8 @@ class Caches:
 
     room: list[Tensor]
     given: list[Tensor]
+    owner: weakref.ref[Any] | None = None
+    """Of the cache, with which the memory goes."""
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Caches:
@@ -78,8 +81,8 @@ class Caches:
 
     def fits(self, tensors: Sequence[Tensor], length: int) -> bool:
         """Whether a cache is this one, and has room."""
-        same = all(one is other for one, other in zip(tensors, self.given, strict=True))
-        return same and all(length < one.shape[2] for one in self.room)
+        same = all(one is other for one, other in zip(tensors, self.given, strict=False))
+        return same and len(tensors) == len(self.given) and all(length < one.shape[2] for one in self.room)
 
     def grown(self, length: int) -> list[Tensor]:
         """What the cache has after a token more."""
@@ -99,6 +102,7 @@ class Stepwise:
         self.first = next(iter(self.__signature__.parameters))
         self.alone = 0
         self.step: Step | None = None
+        self.length = 0
         self.program: Program | None = None
         self.caches: Caches | None = None
         self.result: type | None = None
@@ -139,7 +143,8 @@ class Stepwise:
                 return self._own(**kwargs)
             if self.program is None or not self._same():
                 return self._recorded(asked, kwargs)
-            return self._own(**kwargs) if any(self.hooks) else self._run(asked)
+            fitting = not any(self.hooks) and self._has_room(asked)
+            return self._run(asked) if fitting else self._own(**kwargs)
         finally:
             self.lock.release()
 
@@ -152,7 +157,8 @@ class Stepwise:
     def _asked(self, kwargs: dict[str, object]) -> Asked | None:
         """The step, if it is one of a text of its own on the CPU and nothing but logits are wanted."""
         given = {name: value for name, value in kwargs.items() if value is not None}
-        if given.keys() - ASKED_FOR or not given.get("use_cache", True) or not given.get("return_dict", True):
+        caching = given.get("use_cache", getattr(self.model.config, "use_cache", True))
+        if given.keys() - ASKED_FOR or not caching or not given.get("return_dict", True):
             return None
         keep, cache, token = given.get("logits_to_keep", 0), given["past_key_values"], given["input_ids"]
         if not isinstance(keep, int) or token.dtype != torch.int64 or not token.is_cpu or self._wanted_otherwise():
@@ -188,30 +194,39 @@ class Stepwise:
     def _start_again(self) -> None:
         self.alone, self.step, self.program, self.caches = 0, None, None, None
 
+    def _has_room(self, asked: Asked) -> bool:
+        """Whether the cache has room for a token, which it is given if it is one of this model."""
+        assert self.program is not None  # it was recorded
+        tensors = _tensors(asked.cache)
+        if self.caches is not None and self.caches.fits(tensors, asked.length):
+            return True
+        if not self.program.takes(tensors):
+            return False
+        self.caches = Caches.of(tensors)
+        self.caches.owner = weakref.ref(asked.cache, self._let_go)
+        self.program.keep(self.caches.room)
+        return True
+
+    def _let_go(self, owner: weakref.ref[Any]) -> None:
+        """A cache is gone."""
+        if self.caches is not None and self.caches.owner is owner:
+            self.caches = None
+
     def _run(self, asked: Asked) -> Any:
         """A step from the recording."""
-        assert self.program is not None and self.result is not None  # it was recorded
-        logits = self._logits(self.program, asked, _tensors(asked.cache))
-        assert self.caches is not None  # it was used just now
+        assert self.program is not None and self.caches is not None and self.result is not None  # see `_has_room`
+        logits = self.program.run(asked.token, asked.position, asked.length, self.caches.grown(asked.length + 1))
         for layer, keys, values in zip(
             asked.cache.layers, self.caches.given[::2], self.caches.given[1::2], strict=True
         ):
             layer.keys, layer.values = keys, values
         return self.result(logits=logits, past_key_values=asked.cache)
 
-    def _logits(self, program: Program, asked: Asked, tensors: Sequence[Tensor]) -> Tensor:
-        length = asked.length
-        if self.caches is None or not self.caches.fits(tensors, length):
-            self.caches = Caches.of(tensors)
-            program.slots[:] = [(one.data_ptr(), one.shape[2]) for one in self.caches.room]
-        program.set(asked.token, asked.position, length)
-        program.run(length, self.caches.grown(length + 1))
-        return program.logits.detach().clone()
-
     def _recorded(self, asked: Asked, kwargs: dict[str, object]) -> Any:
         """The model's own step, recorded if it is time to."""
         self.alone += 1
-        if self.alone <= UNUSED or self._watched():
+        again = self.step is not None and self.length == asked.length  # which would not show what lengths change
+        if self.alone <= UNUSED or again or self._watched():
             return self._own(**kwargs)
         before, result = _twin(asked.cache), None
         try:
@@ -222,7 +237,7 @@ class Stepwise:
                 result = self._own(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
             step = self._step(recorder, inputs, _tensors(before), result)
             if self.step is None:
-                self.step = step
+                self.step, self.length = step, asked.length
             else:
                 self._accept(step, asked, _tensors(before), self._own(**{**kwargs, "past_key_values": before}))
         except NotRecorded as reason:
@@ -263,8 +278,9 @@ class Stepwise:
         self._remember(step)
         program = Program(step)
         wanted = result.logits.detach().clone()
-        found = self._logits(program, asked, before)
-        self.caches = None  # the cache goes on from the model's own
+        room = Caches.of(before)
+        program.keep(room.room)
+        found = program.run(asked.token, asked.position, asked.length, room.grown(asked.length + 1))
         distance = float((found - wanted).float().norm() / wanted.float().norm())
         if not distance <= CLOSE.get(wanted.dtype, 0.0):
             raise NotRecorded(f"the recording gives other logits, {distance:.2g} from its own")

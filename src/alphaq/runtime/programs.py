@@ -47,21 +47,35 @@ class Program:
         (kind,) = rows.packed_kinds
         self.sample = flat(torch.empty(0, dtype=kind))
         self.room = room_of(self.rows)
+        self.forms = [_form(one) for one in step.caches]
         self.slots = np.zeros((len(step.caches), 2), np.int64)
 
-    def set(self, token: Tensor, position: Tensor | None, length: int) -> None:
-        """What the next step reads."""
+    def takes(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether keys and values are such as were recorded."""
+        return [_form(one) for one in tensors] == self.forms
+
+    def keep(self, tensors: Sequence[Tensor]) -> None:
+        """Where keys and values are from now on, [1, heads, room, width] each."""
+        self.slots[:] = [(one.data_ptr(), one.shape[2]) for one in tensors]
+
+    def run(self, token: Tensor, position: Tensor | None, length: int, caches: Sequence[Tensor]) -> Tensor:
+        """Logits [1, 1, words] of a token after so many, at their number or another position.
+
+        caches: of each slot, [1, heads, length + 1, width], for what torch does.
+        """
+        at = 0
         with torch.inference_mode():
             self.token.copy_(token)
             self.position.fill_(length) if position is None else self.position.copy_(position)
-
-    def run(self, length: int, caches: Sequence[Tensor]) -> None:
-        """A step after so many tokens. caches: of each slot, [1, heads, length + 1, width], for what torch does."""
-        at = 0
-        with torch.inference_mode():
             while True:
                 at = kernels.run(self.rows, self.numbers, self.slots, length, at, self.room, self.sample, *parallel())
                 if at == len(self.rows):
-                    return
+                    break
                 self.outside[at].run(caches)
                 at += 1
+        return self.logits.detach().clone()
+
+
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    """What of keys or values is the same at every length."""
+    return tensor.dtype, tensor.shape[1], tensor.shape[3]
