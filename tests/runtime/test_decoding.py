@@ -26,7 +26,7 @@ from alphaq.runtime.multiply import packed_linear
 from alphaq.runtime.packed import PackedWeights
 from alphaq.runtime.programs import room_of
 from alphaq.runtime.recording import Recorder
-from alphaq.runtime.row_forms import take
+from alphaq.runtime.row_forms import append, take
 from alphaq.runtime.rows import Rows
 from alphaq.runtime.skipping import skip_experts
 from alphaq.runtime.threads import parallel
@@ -332,6 +332,8 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_is_torch_s(name: str, dtype: torch.dtype) -> None:
+    if name == "linear" and dtype == torch.float16:
+        pytest.skip("the loop is compiled for each type of products, in half a minute")
     torch.manual_seed(1)
     function, shapes = OPERATIONS[name]
     operands = [rand(*shape, dtype=dtype) for shape in shapes]
@@ -346,7 +348,7 @@ def test_every_operation_is_torch_s(name: str, dtype: torch.dtype) -> None:
         for one in inputs:
             one.copy_(rand(*one.shape, dtype=dtype))
         wanted = function(*inputs)
-        run(rows, dtype)
+        run(rows)
     left = sum(not row[0] for row in rows.rows)
     assert (left > 0) == (name == "left to torch") or name in ("gates", "linear")
     results, expected = ([one] if isinstance(one, Tensor) else one for one in (result, wanted))
@@ -356,8 +358,9 @@ def test_every_operation_is_torch_s(name: str, dtype: torch.dtype) -> None:
         assert float((found.double() - one.double()).norm()) <= limit * float(one.double().norm())
 
 
-def run(rows: Rows, dtype: torch.dtype) -> None:
+def run(rows: Rows) -> None:
     """Run rows without keys and values."""
+    (dtype,) = rows.packed_kinds or {torch.float32}
     every, numbers = rows.arrays()
     sample, slots, at = flat(torch.empty(0, dtype=dtype)), np.zeros((0, 2), np.int64), 0
     while (at := step_kernels.run(every, numbers, slots, 0, at, room_of(every), sample, *parallel())) < len(every):
@@ -380,8 +383,6 @@ def test_attention_is_torch_s(length: int, heads: tuple[int, int]) -> None:
         every = torch.cat([keys, new], -2), torch.cat([values, new.repeat(1, 1, 1, 2)[..., :48]], -2)
         result = F.scaled_dot_product_attention(query, *every, scale=0.2, enable_gqa=queries != shared)
     call = recorder.calls[-1]
-    from alphaq.runtime.row_forms import append
-
     for slot, cat in enumerate([one for one in recorder.calls if str(one.function) == "aten.cat.default"]):
         append(rows, cat, slot)
     take(rows, call, (0, 1))

@@ -229,10 +229,10 @@ class Stepwise:
         if self.alone <= UNUSED or again or self._watched():
             return self._own(**kwargs)
         before, result = _twin(asked.cache), None
+        token, position = inputs = asked.inputs()
         try:
             self._check()
             with Recorder() as recorder:
-                token, position = inputs = asked.inputs()
                 cache = asked.cache
                 result = self._own(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
             step = self._step(recorder, inputs, _tensors(before), result)
