@@ -25,7 +25,7 @@ from alphaq.runtime.decoding import Stepwise
 from alphaq.runtime.multiply import packed_linear
 from alphaq.runtime.packed import PackedWeights
 from alphaq.runtime.programs import room_of
-from alphaq.runtime.recording import Recorder
+from alphaq.runtime.recording import Recorder, memory_of
 from alphaq.runtime.row_forms import append, take
 from alphaq.runtime.rows import Rows
 from alphaq.runtime.skipping import skip_experts
@@ -89,7 +89,7 @@ def test_tokens_read_from_a_recording_have_the_model_s_logits(tiny_quantized: Pa
         assert distance(layer.values.float(), other.values.float()) < CLOSE[dtype]
 
 
-RECORDED = ["qwen2_moe", "mixtral", "olmoe", "qwen3_moe", "deepseek_v3", "granitemoe"]
+RECORDED = ["qwen2_moe", "olmoe", "qwen3_moe", "deepseek_v3", "granitemoe"]
 
 
 @pytest.mark.parametrize("family", RECORDED)
@@ -101,7 +101,7 @@ def test_families_are_recorded_and_computed_alike(small: Callable[[str], Path], 
     assert float((found - wanted).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["dbrx", "gpt_oss", "jetmoe"])
+@pytest.mark.parametrize("family", ["mixtral", "dbrx", "gpt_oss", "jetmoe"])
 def test_other_families_compute_as_before(small: Callable[[str], Path], family: str) -> None:
     model = load(small(family))
     wanted, _ = steps(own(model), TOKENS)
@@ -154,7 +154,6 @@ def test_what_is_not_one_plain_token_is_read_as_before(tiny_quantized: Path) -> 
         for ids, options in (
             (torch.tensor([[4], [5]]), {}),
             (torch.tensor([[4, 5]]), {}),
-            (torch.tensor([[4]]), {"output_hidden_states": True}),
             (torch.tensor([[4]]), {"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])}),
         ):
             prompts = PROMPT.expand(len(ids), -1)
@@ -165,6 +164,8 @@ def test_what_is_not_one_plain_token_is_read_as_before(tiny_quantized: Path) -> 
     assert asked == []
     model(torch.tensor([[4]]), past_key_values=DynamicCache(config=model.config))  # with gradients
     steps(model, [4], attention_mask=torch.ones(1, 6, dtype=torch.long))
+    assert asked == [5]
+    steps(model, [4], output_hidden_states=True)
     assert asked == [5]
 
 
@@ -343,7 +344,7 @@ def test_every_operation_is_torch_s(name: str, dtype: torch.dtype) -> None:
             result = function(*inputs)
         rows = Rows()
         for call in recorder.calls:
-            if call.changed or not {one.data_ptr() for one in call.outputs} <= {one.data_ptr() for one in call.inputs}:
+            if call.changed or not set(map(memory_of, call.outputs)) <= set(map(memory_of, call.inputs)):
                 take(rows, call)
         for one in inputs:
             one.copy_(rand(*one.shape, dtype=dtype))
@@ -387,7 +388,8 @@ def test_attention_is_torch_s(length: int, heads: tuple[int, int]) -> None:
         append(rows, cat, slot)
     take(rows, call, (0, 1))
     wanted = result.clone()
-    result.zero_()
+    with torch.inference_mode():
+        result.zero_()
     every_row, numbers = rows.arrays()
     slots = np.array([(one.data_ptr(), one.shape[2]) for one in room])
     sample, at = flat(torch.empty(0)), 0
@@ -395,7 +397,8 @@ def test_attention_is_torch_s(length: int, heads: tuple[int, int]) -> None:
     stopped = step_kernels.run(every_row, numbers, slots, length, at, *rest)
     assert (stopped < len(every_row)) == (length == 5000)
     if stopped < len(every_row):
-        rows.outside[stopped].run([one[:, :, : length + 1] for one in room])
+        with torch.inference_mode():
+            rows.outside[stopped].run([one[:, :, : length + 1] for one in room])
     assert distance(result, wanted) < 1e-5
 
 

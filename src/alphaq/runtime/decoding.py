@@ -232,10 +232,12 @@ class Stepwise:
         token, position = inputs = asked.inputs()
         try:
             self._check()
-            with Recorder() as recorder:
+            with torch.inference_mode(), Recorder() as recorder:  # where torch names whole operations
                 cache = asked.cache
                 result = self._own(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
-            step = self._step(recorder, inputs, _tensors(before), result)
+            logits = result.logits
+            _as_computed_here(result, cache)
+            step = self._step(recorder, inputs, _tensors(before), result, logits)
             if self.step is None:
                 self.step, self.length = step, asked.length
             else:
@@ -246,10 +248,12 @@ class Stepwise:
             _log.info("%s is not run from a recording: %s", type(self.model).__name__, reason)
         return self._own(**kwargs) if result is None else result
 
-    def _step(self, recorder: Recorder, inputs: Sequence[Tensor], caches: Sequence[Tensor], result: Any) -> Step:
+    def _step(
+        self, recorder: Recorder, inputs: Sequence[Tensor], caches: Sequence[Tensor], result: Any, logits: Tensor
+    ) -> Step:
         if result.keys() != {"logits", "past_key_values"}:
             raise NotRecorded("it gives more than logits")
-        return Step.of(recorder.calls, inputs, caches, result.logits)
+        return Step.of(recorder.calls, inputs, caches, logits)
 
     def _watched(self) -> bool:
         """Whether hooks want to see what goes on inside."""
@@ -311,6 +315,13 @@ class Stepwise:
 def _tensors(cache: Any) -> list[Tensor]:
     """Keys and values of each layer in turn."""
     return [one for layer in cache.layers for one in (layer.keys, layer.values)]
+
+
+def _as_computed_here(result: Any, cache: DynamicCache) -> None:
+    """Tensors of inference mode may not be used where gradients are: copies, of the mode that the caller is in."""
+    result.logits = result.logits.clone()
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
 
 def _plain(cache: Any) -> bool:

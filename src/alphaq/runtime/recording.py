@@ -207,7 +207,8 @@ def _slot_of(call: Call, grown: dict[int, int]) -> int:
 def _attention(call: Call, grown: dict[int, int]) -> tuple[int, int]:
     """The slots of keys and values of an attention to all of them. Raises NotRecorded for anything else."""
     options = {name: value for name, value in call.kwargs.items() if value is not None}
-    plain = not any(call.args[3:]) and options.keys() <= {"scale", "enable_gqa", "dropout_p", "is_causal"}
+    plain = not any(one is not None and (isinstance(one, Tensor) or one) for one in call.args[3:])
+    plain = plain and options.keys() <= {"scale", "enable_gqa", "dropout_p", "is_causal"}
     plain = plain and not options.get("dropout_p") and not options.get("is_causal")
     if call.function is not ATTENTION or not plain:
         raise NotRecorded(f"{call.function} reads the cache")

@@ -50,6 +50,7 @@ BINARY = {
     aten.add.Tensor: kernels.ADD,
     aten.add_.Tensor: kernels.ADD,
     aten.sub.Tensor: kernels.SUBTRACT,
+    aten.rsub.Scalar: kernels.SUBTRACT,
     aten.mul.Tensor: kernels.MULTIPLY,
     aten.mul_.Tensor: kernels.MULTIPLY,
     aten.div.Tensor: kernels.DIVIDE,
@@ -110,7 +111,7 @@ def _binary(rows: Rows, call: Call) -> None:
     comparing = kernels.NE <= BINARY[call.function] <= kernels.GE
     if call.result.dtype not in (*FLOATS, torch.int64) and not comparing:
         raise NotHere
-    left, right = (_operand(one, kind) for one in call.args)
+    left, right = (_operand(one, kind) for one in call.args[:: -1 if call.function is aten.rsub.Scalar else 1])
     rows.add(BINARY[call.function], (call.result, left[0], right[0]), (), (left[1], right[1]))
 
 
