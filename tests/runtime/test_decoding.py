@@ -89,7 +89,7 @@ def test_tokens_read_from_a_recording_have_the_model_s_logits(tiny_quantized: Pa
         assert distance(layer.values.float(), other.values.float()) < CLOSE[dtype]
 
 
-RECORDED = ["qwen2_moe", "olmoe", "qwen3_moe", "deepseek_v3", "granitemoe"]
+RECORDED = ["qwen2_moe", "olmoe", "qwen3_moe", "granitemoe"]
 
 
 @pytest.mark.parametrize("family", RECORDED)
@@ -101,7 +101,7 @@ def test_families_are_recorded_and_computed_alike(small: Callable[[str], Path], 
     assert float((found - wanted).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["mixtral", "dbrx", "gpt_oss", "jetmoe"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "dbrx", "gpt_oss", "jetmoe"])
 def test_other_families_compute_as_before(small: Callable[[str], Path], family: str) -> None:
     model = load(small(family))
     wanted, _ = steps(own(model), TOKENS)
@@ -369,7 +369,7 @@ def run(rows: Rows) -> None:
         at += 1
 
 
-@pytest.mark.parametrize("length", [1, 100, 5000])
+@pytest.mark.parametrize("length", [1, 100, 20000])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 def test_attention_is_torch_s(length: int, heads: tuple[int, int]) -> None:
     torch.manual_seed(0)
@@ -395,7 +395,7 @@ def test_attention_is_torch_s(length: int, heads: tuple[int, int]) -> None:
     sample, at = flat(torch.empty(0)), 0
     rest = (room_of(every_row), sample, *parallel())
     stopped = step_kernels.run(every_row, numbers, slots, length, at, *rest)
-    assert (stopped < len(every_row)) == (length == 5000)
+    assert (stopped < len(every_row)) == (length == 20000)
     if stopped < len(every_row):
         with torch.inference_mode():
             rows.outside[stopped].run([one[:, :, : length + 1] for one in room])
