@@ -242,10 +242,13 @@ class Stepwise:
                 self.step, self.length = step, asked.length
             else:
                 self._accept(step, asked, _tensors(before), self._own(**{**kwargs, "past_key_values": before}))
-        except NotRecorded as reason:
+        except Exception as reason:  # whatever is wrong with a recording, the model itself has computed
+            if result is None and not isinstance(reason, NotRecorded):
+                raise
             self._start_again()
-            self.refused = str(reason)
-            _log.info("%s is not run from a recording: %s", type(self.model).__name__, reason)
+            self.refused = f"{reason}" or type(reason).__name__
+            level = logging.INFO if isinstance(reason, NotRecorded) else logging.WARNING
+            _log.log(level, "%s is not run from a recording: %s", type(self.model).__name__, reason)
         return self._own(**kwargs) if result is None else result
 
     def _step(
