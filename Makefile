@@ -46,8 +46,8 @@ $(CONVERTER):
 test: setup  ## the test suite, minutes on two cores: a third process works while others wait for theirs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 3 --dist worksteal
 
-test-slow: setup  ## slow tests for 33 minutes; what was not begun by then is named
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile --no-loadscope-reorder --minutes 33 -rs
+test-slow: setup  ## slow tests for 24 minutes; what was not begun by then is named
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile --no-loadscope-reorder --minutes 24 -rs
 
 test-all: setup  ## every test, slow ones too; hours
 	$(BIN)/python -m pytest -q

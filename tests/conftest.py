@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 import torch
 
 from alphaq.planning import passes
+from turns import compile_in_turn, made_once
+
+compile_in_turn()
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "src" / "alphaq" / "data"
@@ -100,9 +104,11 @@ def random_model(family: str, **overrides: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Each test begins with an empty cache, and none touches the user's."""
-    monkeypatch.setenv("ALPHAQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+    own = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("ALPHAQ_CACHE", str(own))
+    return own
 
 
 @pytest.fixture(scope="session")
@@ -147,19 +153,76 @@ def server() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def tiny_quantized(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this run share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def measured_tiny(tiny: Path, common: Path, short_passes: None) -> Path:
+    """A cache with what plans measure of the bundled model, as commands keep it; not to be written to.
+
+    By the default method, with its check, and by alphaq, whose plain errors others use too.
+    """
+    from alphaq.checkpoint.reader import open_checkpoint
+    from alphaq.cli import means
+    from alphaq.measuring.resources import Resources
+    from alphaq.nouns.settings import Budget, PlanConfig
+    from alphaq.planning import checked_plan, measure_for_plan, resolve
+
+    def measure(folder: Path) -> None:
+        checkpoint = open_checkpoint(tiny)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ALPHAQ_CACHE", str(folder))
+            with means._cache(checkpoint, False, "cpu") as kept:
+                resources = Resources(cache=kept)
+                for method in ("auto", "alphaq"):
+                    request = resolve(PlanConfig(budget=Budget(bits=2.5), method=method))
+                    found = measure_for_plan(checkpoint, request, resources=resources)
+                    checked_plan(checkpoint, request, found, resources)
+
+    return made_once(common / "measured-tiny", measure)
+
+
+@pytest.fixture
+def knows_tiny(measured_tiny: Path, _own_cache: Path) -> None:
+    """The test's cache holds what `measured_tiny` has: planning for the bundled model measures nothing anew."""
+    shutil.copytree(measured_tiny, _own_cache, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def known_tiny(measured_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for `Cache(folder, {})` that holds what `measured_tiny` has."""
+    from alphaq.measuring.cache import Cache
+
+    folder = tmp_path_factory.mktemp("known")
+    (measured,) = measured_tiny.iterdir()
+    with Cache(folder, {}) as opened:
+        shutil.copytree(measured, opened.path, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_quantized(tiny: Path, measured_tiny: Path, common: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model at 2.5 bits."""
     from alphaq import pipeline
     from alphaq.checkpoint.reader import open_checkpoint
+    from alphaq.cli import means
+    from alphaq.measuring.resources import Resources
     from alphaq.nouns.settings import Budget, PlanConfig
     from alphaq.planning import resolve
 
-    out = tmp_path_factory.mktemp("quantized") / "out"
-    checkpoint = open_checkpoint(tiny)
-    request = resolve(PlanConfig(budget=Budget(bits=2.5)))
-    plan = pipeline.make_plan(checkpoint, request, pipeline.measure_for_plan(checkpoint, request))
-    pipeline.quantize(checkpoint, plan, out)
-    return out
+    def quantize(out: Path) -> None:
+        checkpoint, request = open_checkpoint(tiny), resolve(PlanConfig(budget=Budget(bits=2.5)))
+        cache = shutil.copytree(measured_tiny, tmp_path_factory.mktemp("known"), dirs_exist_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ALPHAQ_CACHE", str(cache))
+            with means._cache(checkpoint, False, "cpu") as kept:
+                known = pipeline.measure_for_plan(checkpoint, request, resources=Resources(cache=kept))
+        pipeline.quantize(checkpoint, pipeline.make_plan(checkpoint, request, known), out)
+
+    return made_once(common / "tiny-quantized", quantize)
 
 
 @pytest.fixture(scope="session")

@@ -170,6 +170,8 @@ def check_command(line: str) -> None:
     if name == "recode":
         lookup("--codec", dict.fromkeys(CODECS), given["codec"])
     if name in ("plan", "slice", "quantize") and not given.get("plan_file"):
+        if given.get("min_speed"):
+            given["bandwidth"] = given["bandwidth"] or "10GB/s"  # the machine's own would be measured, for minutes
         settings = settings_of(PlanConfig)
         asked = Asked(PlanConfig, {key: given.get(one.parameter, one.default) for key, one in settings.items()}, {})
         inputs = Inputs(calibration=given.get("calibration") and "self")  # a file would not be here

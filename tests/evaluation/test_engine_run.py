@@ -154,6 +154,7 @@ def test_engine_that_is_not_installed_is_named_with_its_packages(
     assert f"is not installed, so nothing can be run in it. Install it: pip install {packages}." in ran.err
 
 
+@pytest.mark.usefixtures("knows_tiny")
 def test_quantize_says_how_to_run_it(tiny: Path, tmp_path: Path, alphaq: Callable[..., Ran]) -> None:
     ran = alphaq("quantize", tiny, "--bits", 3, "--method", "alphaq", "-o", tmp_path / "out")
     assert ran.code == 0, ran.err

@@ -94,8 +94,8 @@ def made(checkpoint: Checkpoint, cache: Path, **settings: Any) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("measured")
+def measured(known_tiny: Path) -> Path:
+    return known_tiny
 
 
 def test_good_plan_stays_and_says_what_it_was_held_against(checkpoint: Checkpoint, measured: Path) -> None:
@@ -172,6 +172,7 @@ def test_only_the_default_is_checked(checkpoint: Checkpoint, measured: Path) -> 
     assert made(checkpoint, measured, method="router").check is None
 
 
+@pytest.mark.usefixtures("knows_tiny")
 def test_user_is_told(tiny: Path, ruinous: None, tmp_path: Path) -> None:
     command = ["plan", str(tiny), "--bits", "2.5", "-o", str(tmp_path / "plan.json")]
     told = CliRunner().invoke(app, command)

@@ -63,6 +63,7 @@ def test_what_is_not_named_is_less_than_the_least_share(hybrid: Checkpoint) -> N
     assert "model.layers.*.mamba.in_proj.weight" not in kept
 
 
+@pytest.mark.usefixtures("knows_tiny")
 def test_plan_and_explain_name_what_stays_in_16_bits(tiny: Path, alphaq: Callable[..., Any], tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     planned = alphaq("plan", tiny, "--bits", 4, "--method", "distortion", "--attention-bits", 16, "-o", out)

@@ -27,8 +27,8 @@ def checkpoint(tiny: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("nats")
+def kept(known_tiny: Path) -> Path:
+    return known_tiny
 
 
 def measured(checkpoint: Checkpoint, kept: Path, settle: bool = True, **settings: Any) -> tuple[Request, Measurements]:

@@ -69,8 +69,8 @@ def matrices(checkpoint: Checkpoint) -> dict[str, MatrixRef]:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
-    with Cache(tmp_path_factory.mktemp("measured"), {}) as opened:
+def cache(known_tiny: Path) -> Iterator[Cache]:
+    with Cache(known_tiny, {}) as opened:
         yield opened
 
 

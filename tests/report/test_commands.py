@@ -49,6 +49,7 @@ Run = Callable[..., Ran]
         ),
     ],
 )
+@pytest.mark.usefixtures("knows_tiny")
 def test_the_command_makes_the_same_plan_again(
     options: tuple[str, ...], alphaq: Run, tiny: Path, tmp_path: Path
 ) -> None:
@@ -208,6 +209,7 @@ def test_quantizing_is_repeated_with_its_own_options(rounding: Rounding, words: 
     assert shown == [*["alphaq", "quantize", "m", "--plan", "plan.json", "--imatrix"], "i m.gguf", *words, "-o", "out"]
 
 
+@pytest.mark.usefixtures("knows_tiny")
 def test_report_and_card_repeat_what_an_output_was_quantized_with(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--bits", "3", "--method", "uniform", "--codec", "zstd", "--noise", "measured", "--choices", "2,3,4")

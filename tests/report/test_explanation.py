@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import PlanError
+from alphaq.measuring.cache import Cache
+from alphaq.measuring.resources import Resources
 from alphaq.nouns.plan import Dropping, Plan
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, resolve
@@ -22,16 +25,20 @@ from conftest import Ran
 Run = Callable[..., Ran]
 
 
-def plan_of(tiny: Path, engine: str = "native", method: str = "distortion", bits: float = 2.5) -> Plan:
+def plan_of(
+    tiny: Path, engine: str = "native", method: str = "distortion", bits: float = 2.5, known: Path | None = None
+) -> Plan:
+    """known: the folder of a cache."""
     checkpoint = open_checkpoint(tiny)
     noise = "analytic" if engine == "llama.cpp" else None  # its quantizers take a minute
     request = resolve(PlanConfig(budget=Budget(bits=bits), engine=engine, method=method, noise=noise))
-    return make_plan(checkpoint, request, measure_for_plan(checkpoint, request))
+    with Cache(known, {}) if known else nullcontext() as cache:
+        return make_plan(checkpoint, request, measure_for_plan(checkpoint, request, resources=Resources(cache=cache)))
 
 
 @pytest.fixture(scope="module")
-def plan(tiny: Path) -> Plan:
-    return plan_of(tiny)
+def plan(tiny: Path, known_tiny: Path) -> Plan:
+    return plan_of(tiny, known=known_tiny)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +59,9 @@ def table_of(plan: Plan) -> tuple[list[str], np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(
     ("engine", "bits"), [("native", 2.5), pytest.param("mlx", 3.3, marks=pytest.mark.slow), ("llama.cpp", 3.3)]
 )
-def test_what_would_move_a_unit_does_and_less_does_not(tiny: Path, engine: str, bits: float) -> None:
+def test_what_would_move_a_unit_does_and_less_does_not(tiny: Path, known_tiny: Path, engine: str, bits: float) -> None:
     """At the plan's price, by the choice of least loss + price · cost."""
-    plan = plan_of(tiny, engine, bits=bits)
+    plan = plan_of(tiny, engine, bits=bits, known=known_tiny)
     units, losses, costs = table_of(plan)
     explained = {unit.unit: unit for unit in explain_plan(plan, "*", limit=1000).units}
     assert plan.price is not None and plan.price > 0
@@ -183,6 +190,7 @@ def test_the_command_s_errors_are_one_line(
         assert part in ran.err
 
 
+@pytest.mark.usefixtures("knows_tiny")
 def test_a_plan_by_an_order_has_no_price_to_explain(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     alphaq("plan", tiny, "--bits", "2.5", "--method", "uniform", "-o", tmp_path / "p.json")
     ran = alphaq("explain", tmp_path / "p.json", "--json").json

@@ -89,6 +89,7 @@ def test_a_damaged_manifest_is_named(alphaq: Run, tiny_quantized: Path, tmp_path
     assert "alphaq_manifest.json" in ran.err
 
 
+@pytest.mark.usefixtures("knows_tiny")
 def test_plan_and_analyze_draw_for_people_and_not_for_programs(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     shown = alphaq("plan", tiny, "--bits", "2.5", "--method", "distortion").out
     assert "Bits by layer (down) and expert (across)" in shown

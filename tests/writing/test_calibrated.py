@@ -206,6 +206,7 @@ def test_options_that_fit_nothing_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("knows_tiny")
 def test_a_plan_file_can_be_rounded_on_a_text(alphaq: Run, tiny: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     assert alphaq("plan", tiny, "--bits", 3, "--method", "uniform", "-o", plan).code == 0

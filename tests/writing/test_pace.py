@@ -54,7 +54,7 @@ def test_trellis_codes_take_long_enough_to_be_told(tiny: Path, monkeypatch: pyte
     monkeypatch.setattr(pace, "seconds_per_weight", lambda choice, rounder: 60 / first.parameters)
     found = pace_of(checkpoint, plan, Workers(2, checkpoint))
     assert found is not None and found.seconds[parse_choice("t2.25")] == pytest.approx(30)
-    assert found.note == "quantizing takes about 60 s on 2 cores, 30 s of it for t2.25; --fast leaves such types out"
+    assert found.note == "quantizing takes about 60 s on 2 cores, 30 s of it for t2.25; --fast leaves them out"
 
 
 def test_no_more_weights_are_tried_than_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,14 +90,14 @@ def test_the_note_names_what_takes_long_and_the_way_out() -> None:
     seconds = {parse_choice("IQ2_S"): 600.0, parse_choice("IQ3_S"): 60.0, parse_choice("Q4_K"): 60.0}
     slow = frozenset({parse_choice("IQ2_S"), parse_choice("IQ3_S")})
     assert Pace(seconds, 2, slow).note == (
-        "quantizing takes about 12 min on 2 cores, 11 min of it for IQ2_S, IQ3_S; --fast leaves such types out"
+        "quantizing takes about 12 min on 2 cores, 11 min of it for IQ2_S, IQ3_S; --fast leaves them out"
     )
     assert Pace({parse_choice("Q4_K"): 30.0}, 1, slow).note == "quantizing takes about 30 s on 1 core"
     assert Pace({parse_choice("IQ2_S"): 5.0}, 1, slow).note is None
     rates = [parse_choice(name) for name in ("t2", "t2.25", "t1.75", "t3")]
     told = Pace(dict(zip(rates, (40.0, 30.0, 20.0, 10.0), strict=True)), 1, frozenset(rates)).note
     assert told is not None and told.endswith(
-        "2 min of it for t2, t2.25, t1.75 and 1 more; --fast leaves such types out"
+        "2 min of it for t2, t2.25, t1.75 and 1 more; --fast leaves them out"
     )
     assert in_words(3 * 3600) == "3.0 h"
 

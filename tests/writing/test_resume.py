@@ -23,7 +23,8 @@ from contents import contents
 from injection import Job, Place, killed_after, run, warm_up
 
 PARTIAL = ".out.partial"
-OPTIONS = ("--bits", "2.5", "--method", "alphaq")
+OPTIONS = ("--bits", "2.5", "--fast", "--method", "alphaq")
+"""With codes that are fast to find; test_trellis_folder.py stops runs with the default's."""
 QUANTIZE = Job("", f"quantize {DATA / 'tiny'} {' '.join(OPTIONS)} -o {{out}}")
 MATRICES = 96  # all are measured when so many lines are noted
 
@@ -88,7 +89,7 @@ def test_killed_run_resumes_to_identical_bytes(
 @pytest.mark.slow
 def test_killed_run_that_runs_the_model_resumes_to_identical_bytes(place: Place, tiny_quantized: Path) -> None:
     """All matrices are measured and the model begins to run; files are being written."""
-    job = Job("", QUANTIZE.command.replace("alphaq -o", "auto -o"))
+    job = Job("", QUANTIZE.command.replace("--fast --method alphaq -o", "--method auto -o"))
     kill_and_resume(place, job, [MATRICES, 50], contents(tiny_quantized))
 
 
@@ -200,7 +201,7 @@ def test_damaged_input_leaves_nothing(alphaq: Any, tiny: Path, tmp_path: Path) -
     copy = tmp_path / "copy"
     shutil.copytree(tiny, copy)
     plan = tmp_path / "plan.json"
-    assert alphaq("plan", copy, "--bits", "2", "--method", "distortion", "-o", plan).code == 0
+    assert alphaq("plan", copy, "--bits", "2", "--fast", "--method", "distortion", "-o", plan).code == 0
     shard = next(copy.glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-(1 << 20) :] = b"\xff\x7f" * (1 << 19)  # NaN in bfloat16

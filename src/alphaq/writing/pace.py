@@ -44,7 +44,7 @@ class Pace:
             return told
         named = ", ".join(map(str, sorted(slow, key=lambda choice: -slow[choice])[:NAMED]))
         named += f" and {len(slow) - NAMED} more" if len(slow) > NAMED else ""
-        return f"{told}, {in_words(sum(slow.values()))} of it for {named}; --fast leaves such types out"
+        return f"{told}, {in_words(sum(slow.values()))} of it for {named}; --fast leaves them out"
 
 
 def in_words(seconds: float) -> str:
