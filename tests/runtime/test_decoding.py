@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_transformers_plugin import distance, load, native
+from test_transformers_plugin import distance, native
+from test_transformers_plugin import load as loaded
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
@@ -21,7 +22,7 @@ from alphaq.formats.blocks import encode
 from alphaq.nouns.choice import Choice
 from alphaq.quantizers.base import DEFAULT, rounder_of
 from alphaq.runtime import step_kernels
-from alphaq.runtime.decoding import Stepwise
+from alphaq.runtime.decoding import Stepwise, record_tokens
 from alphaq.runtime.multiply import packed_linear
 from alphaq.runtime.packed import PackedWeights
 from alphaq.runtime.programs import room_of
@@ -47,6 +48,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return native(save_layout(random_family(family), folder / "source", True), folder / "out", "2,3,4,16", 3, 32)
 
     return made
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A native checkpoint's model, which reads tokens from a recording from now on."""
+    model = loaded(folder, dtype)
+    record_tokens(model)
+    return model
 
 
 def own(model: Any) -> Any:
@@ -116,6 +124,13 @@ def test_generated_text_is_the_same(tiny_quantized: Path) -> None:
     assert model.forward.program is not None, model.forward.refused
     del model.forward
     assert torch.equal(found, model.generate(PROMPT, **options))
+
+
+def test_the_command_line_records_native_checkpoints(alphaq: Any, tiny: Path, tiny_quantized: Path) -> None:
+    asked = ("def main", "--max-new-tokens", "12")
+    assert alphaq("generate", tiny_quantized, *asked, "--record").out == alphaq("generate", tiny_quantized, *asked).out
+    ran = alphaq("generate", tiny, *asked, "--record")
+    assert ran.code == 2 and "--record is for native checkpoints" in ran.err
 
 
 def test_a_cache_can_be_copied_cropped_and_left_for_another(tiny_quantized: Path) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from alphaq.errors import AlphaQError
 from alphaq.runtime.packed import PackedWeights
 from alphaq.runtime.programs import Program
 from alphaq.runtime.recording import NotRecorded, Recorder, Step
@@ -247,8 +248,7 @@ class Stepwise:
                 raise
             self._start_again()
             self.refused = f"{reason}" or type(reason).__name__
-            level = logging.INFO if isinstance(reason, NotRecorded) else logging.WARNING
-            _log.log(level, "%s is not run from a recording: %s", type(self.model).__name__, reason)
+            _log.warning("%s is not run from a recording: %s", type(self.model).__name__, self.refused)
         return self._own(**kwargs) if result is None else result
 
     def _step(
@@ -347,12 +347,21 @@ def _twin(cache: DynamicCache) -> DynamicCache:
     return twin
 
 
-def read_tokens_quickly(model: Any) -> None:
-    """Have a model with packed matrices read single tokens from a recording; a model that has none stays as it is."""
-    if isinstance(model, nn.Module) and any(isinstance(one, PackedWeights) for one in model.modules()):
+def record_tokens(model: Any) -> None:
+    """From now on, read single tokens from a recording, where the model can be recorded.
+
+    model: what `from_pretrained` made of a native checkpoint. Raises AlphaQError for anything else.
+    """
+    if not isinstance(model, nn.Module) or not any(isinstance(one, PackedWeights) for one in model.modules()):
+        raise AlphaQError(
+            "--record is for native checkpoints with packed matrices, which AlphaQ's own kernels run. Quantize the model "
+            "with --engine native, or drop the option."
+        )
+    if "forward" not in model.__dict__:
         model.__dict__["forward"] = Stepwise(model)
 
 
-def read_as_before(model: Any) -> None:
-    """Undo `read_tokens_quickly`."""
-    model.__dict__.pop("forward", None)
+def forget_tokens(model: Any) -> None:
+    """Undo `record_tokens`."""
+    if isinstance(model.__dict__.get("forward"), Stepwise):
+        del model.__dict__["forward"]

@@ -31,7 +31,7 @@ from alphaq.checkpoint.families.architecture import architecture_of
 from alphaq.errors import ArchitectureError, CheckpointError
 from alphaq.formats.versions import NATIVE_FORMAT_VERSION, UNEVEN, check_native_format
 from alphaq.runtime.conversions import DequantizeBlocks, Refold
-from alphaq.runtime.decoding import read_as_before, read_tokens_quickly
+from alphaq.runtime.decoding import forget_tokens
 from alphaq.runtime.packed import PackedWeights
 from alphaq.runtime.replace import Packer, stored_tensors
 from alphaq.runtime.skipping import skip_experts
@@ -127,7 +127,6 @@ class AlphaQQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         assert self.packer is not None  # transformers calls the two in this order
         self.packer.fill(model)
-        read_tokens_quickly(model)
         model._weight_conversions = []  # names are put back in `get_state_dict_and_metadata`, once
         return model
 
@@ -150,7 +149,7 @@ class AlphaQQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         assert self.packer is not None
-        read_as_before(model)
+        forget_tokens(model)
         skip_experts(model, 0)  # an ordinary model runs all of its experts
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype  # a saved config has names
         if dtype != model.dtype:
