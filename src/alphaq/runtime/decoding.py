@@ -15,7 +15,7 @@ import inspect
 import logging
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from alphaq.errors import AlphaQError
 from alphaq.runtime.packed import PackedWeights
 from alphaq.runtime.programs import Program
-from alphaq.runtime.recording import NotRecorded, Recorder, Step
+from alphaq.runtime.recording import NotRecorded, Reads, Recorder, Step
 
 UNUSED = 2  # tokens that are read alone before recording: who reads but these need not wait for it
 LEAST_ROOM = 256  # tokens
@@ -42,6 +42,8 @@ ASKED_FOR = {
     "return_dict",
 }
 EXTRAS = ("output_attentions", "output_hidden_states", "output_router_logits")
+FULL = "full_attention"
+ROPES = {"default", "linear", "llama3", "yarn"}  # others turn otherwise from some length on
 _log = logging.getLogger(__name__)
 
 
@@ -113,6 +115,7 @@ class Stepwise:
         self.hooks: list[dict[int, Any]] = []
         self.parameters: list[tuple[dict[str, object], str, int]] = []
         self.tables: list[tuple[PackedWeights, Tensor]] = []
+        self.state: list[tuple[dict[str, object], dict[str, object]]] = []
 
     def __getstate__(self) -> dict[str, object]:
         """Copies record for themselves."""
@@ -144,8 +147,10 @@ class Stepwise:
                 return self._own(**kwargs)
             if self.program is None or not self._same():
                 return self._recorded(asked, kwargs)
-            fitting = not any(self.hooks) and self._has_room(asked)
-            return self._run(asked) if fitting else self._own(**kwargs)
+            if any(self.hooks) or not self._has_room(asked):
+                return self._own(**kwargs)
+            doubled = asked.length & (asked.length - 1) == 0
+            return self._confirmed(asked, kwargs) if doubled else self._run(asked)
         finally:
             self.lock.release()
 
@@ -168,7 +173,7 @@ class Stepwise:
             return None
         length = cache.get_seq_length()
         mask, position = given.get("attention_mask"), given.get("position_ids")
-        if mask is not None and (mask.shape != (1, length + 1) or not bool(mask.all())):
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (1, length + 1) or not bool(mask.all())):
             return None
         if position is not None and position.shape != (1, 1):
             return None
@@ -180,11 +185,15 @@ class Stepwise:
         if self.model.training or torch.is_grad_enabled() or not getattr(config, "return_dict", True):
             return True
         seen = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or _has_any_global_hook()
-        return bool(seen) or any(getattr(config, one, False) for one in EXTRAS)
+        return bool(seen) or torch.is_autocast_enabled("cpu") or any(getattr(config, one, False) for one in EXTRAS)
 
     def _same(self) -> bool:
-        """Whether the model's numbers still are where they were recorded; if not, it is recorded again."""
-        same = all(
+        """Whether the model still is what was recorded, its numbers where they were; if not, it is recorded again."""
+        try:
+            same = all(now == then for now, then in self.state)
+        except (RuntimeError, ValueError):  # another tensor or array, which is not compared so
+            same = False
+        same = same and all(
             (one := owner.get(name)) is not None and one.data_ptr() == place for owner, name, place in self.parameters
         )
         same = same and all(module.table is table for module, table in self.tables)
@@ -215,13 +224,26 @@ class Stepwise:
 
     def _run(self, asked: Asked) -> Any:
         """A step from the recording."""
-        assert self.program is not None and self.caches is not None and self.result is not None  # see `_has_room`
-        logits = self.program.run(asked.token, asked.position, asked.length, self.caches.grown(asked.length + 1))
-        for layer, keys, values in zip(
-            asked.cache.layers, self.caches.given[::2], self.caches.given[1::2], strict=True
-        ):
+        caches = self.caches
+        assert self.program is not None and caches is not None and self.result is not None  # see `_has_room`
+        logits = self.program.run(asked.token, asked.position, asked.length, caches.grown(asked.length + 1))
+        for layer, keys, values in zip(asked.cache.layers, caches.given[::2], caches.given[1::2], strict=True):
             layer.keys, layer.values = keys, values
         return self.result(logits=logits, past_key_values=asked.cache)
+
+    def _confirmed(self, asked: Asked, kwargs: dict[str, object]) -> Any:
+        """A step by the model and by the recording, which is given up if they differ: some change with their length."""
+        twin = _twin(asked.cache)
+        found = self._run(Asked(asked.token, asked.position, twin, asked.length)).logits
+        result = self._own(**kwargs)
+        if not _distance(found, result.logits) <= CLOSE.get(found.dtype, 0.0):
+            self._refuse(f"after {asked.length} tokens it computes otherwise than before")
+        return result
+
+    def _refuse(self, why: str) -> None:
+        self._start_again()
+        self.refused = why
+        _log.warning("%s is not run from a recording: %s", type(self.model).__name__, why)
 
     def _recorded(self, asked: Asked, kwargs: dict[str, object]) -> Any:
         """The model's own step, recorded if it is time to."""
@@ -233,12 +255,15 @@ class Stepwise:
         token, position = inputs = asked.inputs()
         try:
             self._check()
-            with torch.inference_mode(), Recorder() as recorder:  # where torch names whole operations
+            # In inference mode torch names whole operations.
+            with torch.inference_mode(), Recorder() as recorder, Reads() as reads:
                 cache = asked.cache
                 result = self._own(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
             logits = result.logits
             _as_computed_here(result, cache)
-            step = self._step(recorder, inputs, _tensors(before), result, logits)
+            if result.keys() != {"logits", "past_key_values"}:
+                raise NotRecorded("it gives more than logits")
+            step = Step.of(recorder.calls, reads.tensors, inputs, _tensors(before), logits)
             if self.step is None:
                 self.step, self.length = step, asked.length
             else:
@@ -246,17 +271,8 @@ class Stepwise:
         except Exception as reason:  # whatever is wrong with a recording, the model itself has computed
             if result is None and not isinstance(reason, NotRecorded):
                 raise
-            self._start_again()
-            self.refused = f"{reason}" or type(reason).__name__
-            _log.warning("%s is not run from a recording: %s", type(self.model).__name__, self.refused)
+            self._refuse(f"{reason}" or type(reason).__name__)
         return self._own(**kwargs) if result is None else result
-
-    def _step(
-        self, recorder: Recorder, inputs: Sequence[Tensor], caches: Sequence[Tensor], result: Any, logits: Tensor
-    ) -> Step:
-        if result.keys() != {"logits", "past_key_values"}:
-            raise NotRecorded("it gives more than logits")
-        return Step.of(recorder.calls, inputs, caches, logits)
 
     def _watched(self) -> bool:
         """Whether hooks want to see what goes on inside."""
@@ -269,6 +285,8 @@ class Stepwise:
         config = self.model.config
         if config.get_text_config() is not config or "position_ids" not in self.__signature__.parameters:
             raise NotRecorded("it reads more than text, or no positions")
+        if any(_changes_with_length(config)):
+            raise NotRecorded("from some length on it computes otherwise")
         if any(hasattr(one, "_hf_hook") for one in self.modules):
             raise NotRecorded("what it computes with is brought when it is needed")
         if any(one.device.type != "cpu" for one in self.model.parameters()):
@@ -288,7 +306,7 @@ class Stepwise:
         room = Caches.of(before)
         program.keep(room.room)
         found = program.run(asked.token, asked.position, asked.length, room.grown(asked.length + 1))
-        distance = float((found - wanted).float().norm() / wanted.float().norm())
+        distance = _distance(found, wanted)
         if not distance <= CLOSE.get(wanted.dtype, 0.0):
             raise NotRecorded(f"the recording gives other logits, {distance:.2g} from its own")
         self.step, self.program, self.result = None, program, type(result)
@@ -296,6 +314,9 @@ class Stepwise:
     def _remember(self, step: Step) -> None:
         """What the recording takes for granted. Raises NotRecorded for a tensor that the model does not own."""
         self.tables = [(one, one.table) for one in self.modules if isinstance(one, PackedWeights)]
+        configs = [one.config for one in self.modules if hasattr(one, "config")]
+        held = [*map(vars, [*self.modules, *configs]), *(one._modules for one in self.modules)]
+        self.state = [(one, dict(one)) for one in {id(one): one for one in held}.values()]
         owned = [
             (tensors, name, tensor)
             for module in self.modules
@@ -313,6 +334,20 @@ class Stepwise:
         known |= {table.untyped_storage().data_ptr() for _, table in self.tables}
         if used - known:
             raise NotRecorded("it computes with tensors that are neither parameters nor buffers")
+
+
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).float().norm() / wanted.float().norm())
+
+
+def _changes_with_length(config: Any) -> Iterator[bool]:
+    """What of a model's config makes it compute otherwise from some length on, which two tokens do not show."""
+    yield bool(set(getattr(config, "layer_types", None) or [FULL]) - {FULL})
+    yield bool(getattr(config, "sliding_window", None)) and bool(getattr(config, "use_sliding_window", True))
+    yield getattr(config, "attention_chunk_size", None) is not None
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = [ropes] if "rope_type" in ropes else [one for one in ropes.values() if isinstance(one, dict)]
+    yield any(one.get("rope_type", "default") not in ROPES for one in kinds)
 
 
 def _tensors(cache: Any) -> list[Tensor]:
@@ -354,8 +389,8 @@ def record_tokens(model: Any) -> None:
     """
     if not isinstance(model, nn.Module) or not any(isinstance(one, PackedWeights) for one in model.modules()):
         raise AlphaQError(
-            "--record is for native checkpoints with packed matrices, which AlphaQ's own kernels run. Quantize the model "
-            "with --engine native, or drop the option."
+            "--record is for native checkpoints with packed matrices, which AlphaQ's own kernels run. Quantize the "
+            "model with --engine native, or drop the option."
         )
     if "forward" not in model.__dict__:
         model.__dict__["forward"] = Stepwise(model)

@@ -14,11 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 CAT = torch.ops.aten.cat.default
+ASKS = {torch.ops.aten.is_nonzero.default, torch.ops.aten.where.default}  # which no tag tells
+READS = {
+    getattr(Tensor, name)
+    for name in ("__array__", "__bool__", "__float__", "__index__", "__int__", "item", "numpy", "tolist")
+}
+"""What Python takes numbers with; some of it no operation tells of."""
 NO_CHANGE = ("aten::detach_", "aten::lift_fresh")  # say that they write, and change no number
 LARGEST_CONSTANT = 1 << 16  # numbers
 
@@ -60,12 +67,26 @@ class Call:
     @property
     def asks(self) -> bool:
         """Whether numbers decide what Python gets, or a shape."""
-        return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(self.function.tags))
+        tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        return self.function in ASKS or bool(tags & set(self.function.tags))
 
     @property
     def by_chance(self) -> bool:
         """Whether it draws random numbers."""
         return torch.Tag.nondeterministic_seeded in self.function.tags and self.function is not ATTENTION
+
+
+class Reads(TorchFunctionMode):
+    """Keeps every tensor whose numbers Python takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func in READS:
+            self.tensors.append(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 class Recorder(TorchDispatchMode):
@@ -76,7 +97,8 @@ class Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        result = func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]
+            result = func(*args, **(kwargs or {}))
         self.calls.append(Call(func, tuple(args), dict(kwargs or {}), result))
         return result
 
@@ -99,19 +121,30 @@ class Step:
     calls: list[Call] = field(default_factory=list)
     appended: dict[int, int] = field(default_factory=dict)
     attended: dict[int, tuple[int, int]] = field(default_factory=dict)
-    constants: set[int] = field(default_factory=set)
+    constants: dict[int, int] = field(default_factory=dict)
+    """Memory → a digest of the calls that filled it."""
     made: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, calls: Sequence[Call], inputs: Sequence[Tensor], caches: Sequence[Tensor], logits: Tensor) -> Step:
-        """Raises NotRecorded."""
+    def of(
+        cls,
+        calls: Sequence[Call],
+        reads: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        caches: Sequence[Tensor],
+        logits: Tensor,
+    ) -> Step:
+        """reads: tensors whose numbers Python took. Raises NotRecorded."""
         step = cls(inputs, caches, logits)
         step._find_constants(calls)
+        if any(memory_of(one) not in step.constants for one in reads):
+            raise NotRecorded("Python decides by numbers")
         slots = {memory_of(one): slot for slot, one in enumerate(caches)}
         grown: dict[int, int] = {}  # memory → slot
         for call in calls:
             if call.function is CAT and call.inputs and memory_of(call.inputs[0]) in slots:
-                if len(call.inputs) != 2 or call.inputs[1].shape[-2] != 1 or call.args[1] not in (-2, 2):
+                axis = call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", 0)
+                if len(call.inputs) != 2 or call.inputs[1].shape[-2] != 1 or axis not in (-2, 2):
                     raise NotRecorded("a cache grows by more than a token")
                 grown[memory_of(call.result)] = slots[memory_of(call.inputs[0])]
         wanted = {memory_of(logits)}
@@ -121,7 +154,7 @@ class Step:
             outputs = {memory_of(one) for one in call.outputs}
             if slot := _slot_of(call, grown):
                 found.add(slot - 1)
-            elif not (outputs | {memory_of(one) for one in call.changed}) & wanted or outputs <= step.constants:
+            elif not (outputs | {memory_of(one) for one in call.changed}) & wanted or outputs <= step.constants.keys():
                 continue
             if call.by_chance:
                 raise NotRecorded(f"{call.function} draws random numbers")
@@ -142,7 +175,15 @@ class Step:
             if not fresh and call.asks:
                 raise NotRecorded(f"{call.function} lets Python decide by numbers")
             if fresh and not call.by_chance and not outputs & changed:
-                self.constants |= outputs
+                given = tree_map(self._origin, (call.args, call.kwargs))
+                self.constants |= dict.fromkeys(outputs - self.constants.keys(), hash(f"{call.function} {given}"))
+
+    def _origin(self, value: Any) -> str:
+        """What a constant was made of, so that a number which grows with the text is seen before it counts."""
+        if not isinstance(value, Tensor):
+            return str(value)
+        made = self.constants.get(memory_of(value))
+        return f"{made} {_numbers(value)}" if made is None else str(made)
 
     def _take(self, calls: Iterable[Call], grown: dict[int, int]) -> None:
         caches = {memory_of(one) for one in self.caches}
@@ -178,9 +219,7 @@ class Step:
             return str(value)
         memory = memory_of(value)
         if memory in self.constants:
-            if value.numel() > LARGEST_CONSTANT:
-                raise NotRecorded("a constant is large")
-            return str(value.tolist())
+            return self.constants[memory], _numbers(value)
         where: object = value.data_ptr()  # of parameters
         if memory in self.made:
             where = self.made[memory], value.storage_offset()
@@ -191,10 +230,16 @@ class Step:
 
     def outside(self) -> Iterator[Tensor]:
         """Tensors that are neither made by the step nor given to it."""
-        own = {memory_of(one) for one in (*self.inputs, *self.caches)} | self.made.keys() | self.constants
+        own = {memory_of(one) for one in (*self.inputs, *self.caches)} | self.made.keys() | self.constants.keys()
         for place, call in enumerate(self.calls):
             if place not in self.attended:
                 yield from (one for one in call.inputs if memory_of(one) not in own)
+
+
+def _numbers(constant: Tensor) -> str:
+    if constant.numel() > LARGEST_CONSTANT:
+        raise NotRecorded("a constant is large")
+    return str(constant.tolist())
 
 
 def _slot_of(call: Call, grown: dict[int, int]) -> int:
@@ -214,7 +259,9 @@ def _attention(call: Call, grown: dict[int, int]) -> tuple[int, int]:
         raise NotRecorded(f"{call.function} reads the cache")
     query, keys, values = call.args[:3]
     slots = [grown.get(memory_of(one)) for one in (keys, values)]
-    whole = all(one.is_contiguous() and one.storage_offset() == 0 for one in (keys, values))
+    whole = all(
+        one.is_contiguous() and one.numel() * one.itemsize == one.untyped_storage().nbytes() for one in (keys, values)
+    )
     if None in slots or not whole or memory_of(query) in grown or query.ndim != 4 or len(query) != 1:
         raise NotRecorded("attention is not to all keys of a layer")
     return slots[0], slots[1]  # type: ignore[return-value] # none is None
