@@ -201,9 +201,10 @@ def contestants(case: Case, work: Path) -> Iterator[Contestant]:
     method = () if case.planned else ("--method", "uniform")
     for bits in case.bits:
         ours, rate = work / f"{case.name}-native-{bits}", bits.removeprefix("t")
-        trellis = ("--fast",) if bits == rate else ("--choices", bits)
+        trellis = bits != rate
+        codes = ("--choices", bits) if trellis else ("--fast",)
         make = drawn if trellis and not case.trained else quantized
-        found = make(case.source, ours, "--bits", rate, *trellis, *method)
+        found = make(case.source, ours, "--bits", rate, *codes, *method)
         bpw = found["bits_per_weight"]
         yield Contestant(f"native {bits}", "native", bits, ours, bpw, found["size_bytes"])
         if trellis:  # llama.cpp has no such codes

@@ -96,9 +96,7 @@ def test_the_note_names_what_takes_long_and_the_way_out() -> None:
     assert Pace({parse_choice("IQ2_S"): 5.0}, 1, slow).note is None
     rates = [parse_choice(name) for name in ("t2", "t2.25", "t1.75", "t3")]
     told = Pace(dict(zip(rates, (40.0, 30.0, 20.0, 10.0), strict=True)), 1, frozenset(rates)).note
-    assert told is not None and told.endswith(
-        "2 min of it for t2, t2.25, t1.75 and 1 more; --fast leaves them out"
-    )
+    assert told is not None and told.endswith("2 min of it for t2, t2.25, t1.75 and 1 more; --fast leaves them out")
     assert in_words(3 * 3600) == "3.0 h"
 
 

@@ -19,6 +19,14 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the GPU if there is one.")] = None,
     skip_experts: SkipOption = 0.0,
+    record: Annotated[
+        bool,
+        typer.Option(
+            "--record",
+            help="Read tokens from a recording of what torch computes: small models several times as fast on a CPU. "
+            "Compiled once, for up to a minute.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt: with the most likely token each time, or with --temperature a drawn one."""
@@ -27,7 +35,7 @@ def generate(
 
     check_share(skip_experts)
     note_folders(model)
-    completion = generate_text(model, prompt, max_new_tokens, device, sampling, skip_experts)
+    completion = generate_text(model, prompt, max_new_tokens, device, sampling, skip_experts, record)
     if as_json:
         show(True, {"model": model, "prompt": prompt, "completion": completion})
     else:

@@ -177,7 +177,7 @@ def _missing(run: Run, sources: Sources, figures: _Figures) -> Iterator[str]:
     if run.plan.table is None:
         yield "No budget slider: the plan holds no table of losses. Make it again with `alphaq plan`."
     if not sources.densities:
-        yield "No eigenvalue densities: they need the weights. Give --reference, the model planned for, and no --spectra 0."
+        yield "No eigenvalue densities: they need the weights. Give --reference MODEL, and no --spectra 0."
     elif len(sources.densities) < len(figures.names):
         yield (
             f"Eigenvalue densities of {len(sources.densities):,} of {len(figures.names):,} matrices, evenly spread "

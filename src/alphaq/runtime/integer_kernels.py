@@ -43,17 +43,27 @@ def multiply_block(block, first, mine, planes, digits, steps, sums, out, column,
     stride = digits.shape[1] * padded
     digits_at = digits.ctypes.data
     none = splat(np.float32(0))
+    if tokens == 1:  # nothing but a row's weights leaves the registers
+        at, token = digits_at + mine[0] * padded, mine[0]
+        known, step, target = sums[level, token], steps[level, token], out[pairs[0]]
+        for row in range(count):
+            total = none
+            for group in range(0, groups, LANES):
+                scale = load(scales, row * groups + group)
+                base = _base(bits, symmetric, scale, middle, means, row * groups + group, zeros, row, group)
+                total = fma(base, load(known, group), total)
+                store(weights, group, scale * factor * load(step, group))
+            source = address + HEADER + (first + row) * row_bytes
+            last = last_codes(source, columns, bits, rest)
+            total = _one_token(source, last, columns, bits, level, planes, stride, at, weights, total)
+            target[column + first + row] = lane_sum(total)
+        return
     for row in range(count):
         for token in range(tokens):
             store(totals, LANES * token, none)
         for group in range(0, groups, LANES):
             scale = load(scales, row * groups + group)
-            if bits == 1:
-                base = load(means, row * groups + group) - scale if not symmetric else none - scale
-            elif symmetric:
-                base = none - scale * middle
-            else:
-                base = none - scale * load_bytes(zeros, group * CODES + LANES * row)
+            base = _base(bits, symmetric, scale, middle, means, row * groups + group, zeros, row, group)
             scale = scale * factor
             for token in range(tokens):
                 known = sums[level, mine[token]]
@@ -95,6 +105,17 @@ def multiply_block(block, first, mine, planes, digits, steps, sums, out, column,
             out[pairs[third], column + first + row] = lane_sum(products[2] + load(totals, LANES * third))
             out[pairs[fourth], column + first + row] = lane_sum(products[3] + load(totals, LANES * fourth))
             token += 4
+
+
+@kernel
+def _base(bits, symmetric, scale, middle, means, at, zeros, row, group):
+    """What a code of 0 stands for, of sixteen groups of a row."""
+    none = splat(np.float32(0))
+    if bits == 1:
+        return load(means, at) - scale if not symmetric else none - scale
+    if symmetric:
+        return none - scale * middle
+    return none - scale * load_bytes(zeros, group * CODES + LANES * row)
 
 
 @kernel

@@ -159,10 +159,16 @@ def generate_text(
     device: str | None = None,
     sampling: Sampling = GREEDY,
     skipped_share: float = 0,
+    record: bool = False,
 ) -> str:
-    """Continuation of a prompt, without the prompt. skipped_share: see `runtime.skipping.skip_experts`."""
+    """Continuation of a prompt, without the prompt. skipped_share: see `runtime.skipping.skip_experts`. record: see
+    `runtime.decoding.record_tokens`."""
     loaded, tokenizer = load_model(model, device=device)
     skip_experts(loaded, skipped_share)
+    if record:
+        from alphaq.runtime.decoding import record_tokens
+
+        record_tokens(loaded)
     if tokenizer is None:
         raise CheckpointError(f"transformers cannot make the tokenizer of {model}. Run the file with llama.cpp.")
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)

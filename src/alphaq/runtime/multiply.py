@@ -63,8 +63,9 @@ def multiply(inputs: Tensor, weights: PackedWeights, experts: Tensor, tokens: Te
     home, device = inputs.device, weights.table.device
     if home != device:
         inputs, experts, tokens = inputs.to(device), experts.to(device), tokens.to(device)
-    # An operator costs a tenth of a millisecond, which only compilers and gradients need to pay.
+    # An operator costs a tenth of a millisecond, which only compilers, gradients and who records need to pay.
     plain = not torch.compiler.is_compiling() and not (inputs.requires_grad and torch.is_grad_enabled())
+    plain = plain and not torch._C._len_torch_dispatch_stack()
     products = (_dispatched if plain else packed_linear)(inputs, weights.table, weights.shape[0], experts, tokens)
     return products if home == device else products.to(home)
 

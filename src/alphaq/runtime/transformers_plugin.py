@@ -31,6 +31,7 @@ from alphaq.checkpoint.families.architecture import architecture_of
 from alphaq.errors import ArchitectureError, CheckpointError
 from alphaq.formats.versions import NATIVE_FORMAT_VERSION, UNEVEN, check_native_format
 from alphaq.runtime.conversions import DequantizeBlocks, Refold
+from alphaq.runtime.decoding import forget_tokens
 from alphaq.runtime.packed import PackedWeights
 from alphaq.runtime.replace import Packer, stored_tensors
 from alphaq.runtime.skipping import skip_experts
@@ -148,6 +149,7 @@ class AlphaQQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         assert self.packer is not None
+        forget_tokens(model)
         skip_experts(model, 0)  # an ordinary model runs all of its experts
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype  # a saved config has names
         if dtype != model.dtype:

@@ -373,6 +373,39 @@ def half_at(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
+def as_half_bits(typing: Any, value: Any) -> Any:
+    """The bits of a float32 rounded to float16."""
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), _I16)
+
+    return types.uint16(types.float32), code
+
+
+@intrinsic
+def of_brain_bits(typing: Any, bits: Any) -> Any:
+    """The float32 of a bfloat16's bits."""
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(builder.shl(builder.zext(args[0], _I32), _I32(16)), ir.FloatType())
+
+    return types.float32(types.uint16), code
+
+
+@intrinsic
+def as_brain_bits(typing: Any, value: Any) -> Any:
+    """The bits of a float32 rounded to bfloat16, ties to even; NaN stays one."""
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[0], _I32)
+        odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
+        rounded = builder.trunc(builder.lshr(builder.add(bits, builder.add(odd, _I32(0x7FFF))), _I32(16)), _I16)
+        return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), _I16(0x7FC0), rounded)
+
+    return types.uint16(types.float32), code
+
+
+@intrinsic
 def byte_at(typing: Any, address: Any) -> Any:
     """One byte from an address."""
 

@@ -1,0 +1,81 @@
+"""A recorded step as a program: rows that are run again and again on the same memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alphaq.runtime import line_kernels as lines
+from alphaq.runtime import step_kernels as kernels
+from alphaq.runtime.recording import NotRecorded, Step
+from alphaq.runtime.row_forms import append, take
+from alphaq.runtime.rows import Rows
+from alphaq.runtime.threads import parallel
+from alphaq.simd.vectors import flat
+
+LONGEST = 1 << 16
+
+
+def room_of(rows: np.ndarray) -> int:
+    """The longest line that rows ask for; addresses among their own numbers ask for no more than `LONGEST`."""
+    longest, own = rows[:, lines.EXTENTS + 3], rows[:, lines.OWN : lines.OWN + 2]
+    return int(max(longest.max(), own.clip(0, LONGEST).max(), 1024))
+
+
+class Program:
+    """A step that can be run again and again: token and position in, logits out, keys and values in slots.
+
+    slots: int64 [2 · layers, 2], where each layer's keys and values are, [heads, room, width], and their room.
+    """
+
+    def __init__(self, step: Step) -> None:
+        rows = Rows()
+        for place, call in enumerate(step.calls):
+            if place in step.appended:
+                append(rows, call, step.appended[place])
+            else:
+                take(rows, call, step.attended.get(place, ()))
+        self.outside, self.kept = rows.outside, rows.kept
+        self.rows, self.numbers = rows.arrays()
+        self.token, self.position = step.inputs
+        self.logits = step.logits
+        if len(rows.packed_kinds) != 1:
+            raise NotRecorded("packed products have inputs of several types, or there are none")
+        (kind,) = rows.packed_kinds
+        self.sample = flat(torch.empty(0, dtype=kind))
+        self.room = room_of(self.rows)
+        self.forms = [_form(one) for one in step.caches]
+        self.slots = np.zeros((len(step.caches), 2), np.int64)
+
+    def takes(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether keys and values are such as were recorded."""
+        return [_form(one) for one in tensors] == self.forms
+
+    def keep(self, tensors: Sequence[Tensor]) -> None:
+        """Where keys and values are from now on, [1, heads, room, width] each."""
+        self.slots[:] = [(one.data_ptr(), one.shape[2]) for one in tensors]
+
+    def run(self, token: Tensor, position: Tensor | None, length: int, caches: Sequence[Tensor]) -> Tensor:
+        """Logits [1, 1, words] of a token after so many, at their number or another position.
+
+        caches: of each slot, [1, heads, length + 1, width], for what torch does.
+        """
+        at = 0
+        with torch.inference_mode():
+            self.token.copy_(token)
+            self.position.fill_(length) if position is None else self.position.copy_(position)
+            while True:
+                at = kernels.run(self.rows, self.numbers, self.slots, length, at, self.room, self.sample, *parallel())
+                if at == len(self.rows):
+                    break
+                self.outside[at].run(caches)
+                at += 1
+        return self.logits.detach().clone()
+
+
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    """What of keys or values is the same at every length."""
+    return tensor.dtype, tensor.shape[1], tensor.shape[3]

@@ -1,0 +1,225 @@
+"""Run the operations of one token's step through a model, as a list in memory, without anything between them.
+
+A step is an array of rows, one an operation: its number, its extents, up to four tensors by address, type and strides,
+and whole numbers of its own. Every operation computes with float64, or sums in it, and rounds as torch does: to
+float32, then to the type of its result. Tensors are small, so what counts is that no row takes long to begin.
+
+An operation that is not for this interpreter, or not now (equal candidates of a top-k, long attention), stops it: the
+caller runs it and goes on behind.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray
+
+from alphaq.runtime.kernels import multiply
+from alphaq.runtime.line_kernels import (
+    ADDRESS,
+    APPEND,
+    ATTEND,
+    BFLOAT16,
+    DENSE,
+    EMBED,
+    EXTENTS,
+    FIRST_PLAIN,
+    FLOAT16,
+    FLOAT32,
+    LONG,
+    MANY,
+    MEAN,
+    OP,
+    OWN,
+    PACKED,
+    SOFTMAX,
+    SUM,
+    TENSOR,
+    TENSORS,
+    TOP,
+    exponents,
+    item_bytes,
+    kind_of,
+    largest,
+    line_of,
+    plain,
+    read_line,
+    softmax,
+    stride_of,
+    sums,
+    write_line,
+)
+from alphaq.simd.codes import brains_at, halves_at, pointer
+from alphaq.simd.vectors import LANES, fma, kernel, lane_sum, load, splat, store
+
+
+@kernel
+def _embed(row, left):
+    """A line of a table by the number at an address; returns whether there is none."""
+    number = carray(pointer(row[OWN]), (1,), np.int64)[0]
+    if number < 0 or number >= row[OWN + 1]:
+        return True
+    kind = kind_of(row, 1)
+    source = row[TENSORS + TENSOR + ADDRESS] + number * row[OWN + 2] * item_bytes(kind)
+    read_line(source, kind, stride_of(row, 1), row[EXTENTS + 3], left)
+    write_line(left, row[EXTENTS + 3], row[TENSORS + ADDRESS], kind_of(row, 0), stride_of(row, 0))
+    return False
+
+
+@kernel
+def _packed(row, sample, left, right, parallel, function, threads):
+    """Products with packed matrices, a bias added; returns whether some are left to do."""
+    tokens, columns, rows, pairs = row[OWN], row[OWN + 1], row[OWN + 5], row[OWN + 8]
+    inputs = carray(pointer(row[TENSORS + TENSOR + ADDRESS]), (tokens * columns,), sample.dtype)
+    codings = carray(pointer(row[OWN + 2]), (row[OWN + 3], row[OWN + 4], 4), np.int64)
+    experts = carray(pointer(row[OWN + 6]), (pairs,), np.int64)
+    chosen = carray(pointer(row[OWN + 7]), (pairs,), np.int64)
+    width = row[OWN + 3] * rows
+    out = np.empty((pairs, width), np.float32)
+    exact = kind_of(row, 1) == FLOAT32
+    if multiply(
+        inputs, columns, codings, rows, experts, chosen, MANY, MANY, False, exact, out, parallel, function, threads
+    ):
+        return True
+    target, kind = row[TENSORS + ADDRESS], kind_of(row, 0)
+    bias = row[TENSORS + 3 * TENSOR + ADDRESS]
+    for pair in range(pairs):
+        for begin in range(0, width, left.size):
+            count = min(left.size, width - begin)
+            left[:count] = out[pair, begin : begin + count]
+            if bias:
+                read_line(bias + begin * item_bytes(kind), kind, 1, count, right)
+                for at in range(count):
+                    left[at] += right[at]
+            write_line(left, count, target + (pair * width + begin) * item_bytes(kind), kind, 1)
+    return False
+
+
+@kernel
+def _lanes_at(address, kind):
+    """Sixteen numbers at an address as float32."""
+    if kind == BFLOAT16:
+        return brains_at(address)
+    if kind == FLOAT16:
+        return halves_at(address)
+    return load(carray(pointer(address), (LANES,), np.float32), 0)
+
+
+@kernel
+def _dot(address, kind, values, count):
+    """Sum of products of numbers at an address with float32 values, whose number is a multiple of 16."""
+    total = splat(np.float32(0))
+    step = LANES * item_bytes(kind)
+    for at in range(0, count, LANES):
+        total = fma(_lanes_at(address, kind), load(values, at), total)
+        address += step
+    return lane_sum(total)
+
+
+@kernel
+def _narrow(address, kind, count, wide):
+    """Numbers at an address as float32."""
+    read_line(address, kind, 1, count, wide)
+    values = np.empty(count, np.float32)
+    for at in range(count):
+        values[at] = wide[at]
+    return values
+
+
+@kernel
+def _dense(row, left, right):
+    """Products with a plain matrix of float32."""
+    rows, columns = row[OWN], row[OWN + 1]
+    weight, bias = row[TENSORS + 2 * TENSOR + ADDRESS], row[TENSORS + 3 * TENSOR + ADDRESS]
+    for token in range(row[OWN + 2]):
+        values = _narrow(row[TENSORS + TENSOR + ADDRESS] + 4 * token * columns, FLOAT32, columns, right)
+        for begin in range(0, rows, left.size):
+            count = min(left.size, rows - begin)
+            for at in range(count):
+                left[at] = _dot(weight + 4 * (begin + at) * columns, FLOAT32, values, columns)
+            if bias:
+                read_line(bias + 4 * begin, FLOAT32, 1, count, right)
+                for at in range(count):
+                    left[at] += right[at]
+            write_line(left, count, row[TENSORS + ADDRESS] + 4 * (token * rows + begin), FLOAT32, 1)
+
+
+@kernel
+def _append(row, slots, length, left):
+    """A token's keys or values behind those that a cache has; a slot holds where it is and how many have room."""
+    heads, width, kind = row[EXTENTS + 2], row[EXTENTS + 3], kind_of(row, 1)
+    address, capacity = slots[row[OWN], 0], slots[row[OWN], 1]
+    for head in range(heads):
+        read_line(line_of(row, 1, 0, 0, head), kind, stride_of(row, 1), width, left)
+        write_line(left, width, address + (head * capacity + length) * width * item_bytes(kind), kind, 1)
+
+
+@kernel
+def _attend(row, slots, length, scale, wide):
+    """Attention of every query to all keys up to its own; returns whether torch is to do it."""
+    query_heads, queries, width, value_width = row[OWN + 2], row[OWN + 3], row[OWN + 4], row[OWN + 5]
+    kind, item = kind_of(row, 1), item_bytes(kind_of(row, 1))
+    heads, known = row[OWN + 6], length + 1
+    if query_heads * queries * known * (width + value_width) > LONG:
+        return True
+    keys, key_room = slots[row[OWN], 0], slots[row[OWN], 1]
+    entries, value_room = slots[row[OWN + 1], 0], slots[row[OWN + 1], 1]
+    scores, sums = np.empty(known, np.float64), np.empty(value_width, np.float32)
+    result = np.empty(value_width, np.float64)
+    for number in range(query_heads * queries):
+        head, query = number // queries, number % queries
+        values = np.empty(width, np.float32)
+        read_line(line_of(row, 1, 0, head, query), kind, stride_of(row, 1), width, wide)
+        for at in range(width):
+            values[at] = wide[at]
+        source = head * heads // query_heads
+        for token in range(known):
+            scores[token] = scale * _dot(keys + (source * key_room + token) * width * item, kind, values, width)
+        exponents(scores, known)
+        for at in range(0, value_width, LANES):
+            total = splat(np.float32(0))
+            place = entries + (source * value_room * value_width + at) * item
+            for token in range(known):
+                total = fma(_lanes_at(place, kind), splat(np.float32(scores[token])), total)
+                place += value_width * item
+            store(sums, at, total)
+        for at in range(value_width):
+            result[at] = sums[at]
+        write_line(result, value_width, line_of(row, 0, 0, head, query), kind_of(row, 0), stride_of(row, 0))
+    return False
+
+
+@kernel
+def run(rows, numbers, slots, length, begin, room, sample, parallel, function, threads):
+    """Run a step's rows from `begin` on; returns the first that is not for here, or how many there are.
+
+    rows: int64 [n, ROW]. numbers: float64 [n, 4]. slots: int64 [n, 2], where keys and values of `length` tokens are
+    and how many have room. room: the longest line. sample: empty, of the type of packed products' inputs. parallel,
+    function, threads: see `kernels.multiply`.
+    """
+    left, right, other = np.empty(room), np.empty(room), np.empty(room)
+    for number in range(begin, len(rows)):
+        row = rows[number]
+        op, stop = row[OP], False
+        if op >= FIRST_PLAIN:
+            plain(row, numbers[number], left, right, other)
+        elif op == PACKED:
+            stop = _packed(row, sample, left, right, parallel, function, threads)
+        elif op in (SUM, MEAN):
+            sums(row, left, right)
+        elif op == APPEND:
+            _append(row, slots, length, left)
+        elif op == ATTEND:
+            stop = _attend(row, slots, length, numbers[number, 0], left)
+        elif op == SOFTMAX:
+            softmax(row, left)
+        elif op == TOP:
+            stop = largest(row, left, right)
+        elif op == DENSE:
+            _dense(row, left, right)
+        elif op == EMBED:
+            stop = _embed(row, left)
+        else:
+            stop = True
+        if stop:
+            return number
+    return len(rows)
