@@ -28,7 +28,7 @@ from alphaq.engines.running import run_in_transformers
 from alphaq.engines.settings import require_settings
 from alphaq.errors import ArchitectureError
 from alphaq.evaluation.restored import restored_from
-from conftest import random_model
+from conftest import COMMON, random_model
 from runnable import VOCAB, byte_level, save_tokenizer
 
 TOKENS = [(7 * number + number // 3) % 300 for number in range(48)]
@@ -174,6 +174,9 @@ class Answers:
 def flipped_model(family: str, flip: str | None, **sizes: Any) -> Any:
     """A random model in which every part matters, float32."""
     overrides = copy.deepcopy({**BASE[family], **sizes, **(FLIPS[family][flip] if flip else {})})  # classes add to them
+    head = sizes.get("head_dim", sizes.get("hidden_size", COMMON["hidden_size"]) // COMMON["num_attention_heads"])
+    for name in overrides.get("rope_parameters", {}).keys() & {"short_factor", "long_factor"}:
+        overrides["rope_parameters"][name] = overrides["rope_parameters"][name][:1] * (head // 2)
     model = random_model(family, vocab_size=VOCAB, **overrides)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
