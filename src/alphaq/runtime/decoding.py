@@ -53,7 +53,7 @@ class Asked:
 
     token: Tensor
     position: Tensor | None
-    cache: DynamicCache
+    cache: Any
     length: int
 
     def inputs(self) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ class Stepwise:
         """Why the model is not run from a recording; empty if it may be."""
         self.modules: list[Any] = []
         self.hooks: list[dict[int, Any]] = []
-        self.parameters: list[tuple[dict[str, object], str, int]] = []
+        self.parameters: list[tuple[Any, str, int]] = []
         self.tables: list[tuple[PackedWeights, Tensor]] = []
         self.state: list[tuple[dict[str, object], dict[str, object]]] = []
 
@@ -154,13 +154,13 @@ class Stepwise:
         finally:
             self.lock.release()
 
-    def _may_be(self, kwargs: dict[str, object]) -> bool:
+    def _may_be(self, kwargs: Any) -> bool:
         """What is quick to see: one token."""
         token = kwargs.get("input_ids")
         single = isinstance(token, Tensor) and token.shape == (1, 1)
         return single and type(kwargs.get("past_key_values")) is DynamicCache
 
-    def _asked(self, kwargs: dict[str, object]) -> Asked | None:
+    def _asked(self, kwargs: Any) -> Asked | None:
         """The step, if it is one of a text of its own on the CPU and nothing but logits are wanted."""
         given = {name: value for name, value in kwargs.items() if value is not None}
         caching = given.get("use_cache", getattr(self.model.config, "use_cache", True))
@@ -231,7 +231,7 @@ class Stepwise:
             layer.keys, layer.values = keys, values
         return self.result(logits=logits, past_key_values=asked.cache)
 
-    def _confirmed(self, asked: Asked, kwargs: dict[str, object]) -> Any:
+    def _confirmed(self, asked: Asked, kwargs: Any) -> Any:
         """A step by the model and by the recording, which is given up if they differ: some change with their length."""
         twin = _twin(asked.cache)
         found = self._run(Asked(asked.token, asked.position, twin, asked.length)).logits
@@ -245,7 +245,7 @@ class Stepwise:
         self.refused = why
         _log.warning("%s is not run from a recording: %s", type(self.model).__name__, why)
 
-    def _recorded(self, asked: Asked, kwargs: dict[str, object]) -> Any:
+    def _recorded(self, asked: Asked, kwargs: Any) -> Any:
         """The model's own step, recorded if it is time to."""
         self.alone += 1
         again = self.step is not None and self.length == asked.length  # which would not show what lengths change
@@ -355,7 +355,7 @@ def _tensors(cache: Any) -> list[Tensor]:
     return [one for layer in cache.layers for one in (layer.keys, layer.values)]
 
 
-def _as_computed_here(result: Any, cache: DynamicCache) -> None:
+def _as_computed_here(result: Any, cache: Any) -> None:
     """Tensors of inference mode may not be used where gradients are: copies, of the mode that the caller is in."""
     result.logits = result.logits.clone()
     for layer in cache.layers:
@@ -367,7 +367,9 @@ def _plain(cache: Any) -> bool:
     layers = cache.layers
     if not layers or getattr(cache, "offloading", False):
         return False
-    if not all(type(one) is DynamicLayer and one.is_initialized and one.keys.ndim == 4 for one in layers):
+    if any(type(one) is not DynamicLayer or not one.is_initialized for one in layers):
+        return False
+    if any(one.keys.ndim != 4 for one in layers):
         return False
     length = layers[0].keys.shape[2]
     return length > 0 and all(
@@ -375,7 +377,7 @@ def _plain(cache: Any) -> bool:
     )
 
 
-def _twin(cache: DynamicCache) -> DynamicCache:
+def _twin(cache: Any) -> Any:
     """A cache of the same keys and values, which goes on for itself: layers exchange these and do not change them."""
     twin = copy.copy(cache)
     twin.layers = [copy.copy(layer) for layer in cache.layers]

@@ -40,7 +40,7 @@ class Call:
 
     function: Any
     args: tuple[Any, ...]
-    kwargs: dict[str, object]
+    kwargs: Any
     result: Any
 
     @property
@@ -83,7 +83,7 @@ class Reads(TorchFunctionMode):
         super().__init__()
         self.tensors: list[Tensor] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in READS:
             self.tensors.append(args[0])
         return func(*args, **(kwargs or {}))
@@ -96,8 +96,8 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():
             result = func(*args, **(kwargs or {}))
         self.calls.append(Call(func, tuple(args), dict(kwargs or {}), result))
         return result

@@ -200,8 +200,8 @@ def _softmax(rows: Rows, call: Call) -> None:
 
 def _top(rows: Rows, call: Call) -> None:
     source, chosen = call.args[:2]
-    axis, largest = [*call.args[2:4], *(-1, True)[len(call.args[2:4]) :]]
-    axis, largest = call.kwargs.get("dim", axis), call.kwargs.get("largest", largest)
+    given = dict(zip(("dim", "largest"), call.args[2:4], strict=False)) | call.kwargs
+    axis, largest = given.get("dim", -1), given.get("largest", True)
     _last(source, axis)
     if not largest:
         raise NotHere
