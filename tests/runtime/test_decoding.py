@@ -279,6 +279,8 @@ class Changed:
         "by its length": (lambda states, cache: states * (1 + 0.01 * cache.get_seq_length()), "another length"),
         "by values": (lambda states, _: states * 2 if float(states[0, 0, 0]) > 0 else states, "Python decide"),
         "by a truth": (lambda states, _: states * 2 if states[0, 0, 0] > 0 else states, "Python decide"),
+        "by an index": (lambda states, _: states * len((states > 0).nonzero(as_tuple=True)[0]), "Python decide"),
+        "by a copy": (lambda states, _: states * torch.tensor([states[0, 0, 0]]), "Python decide"),
         "by a list": (lambda states, _: states * 2 if states[0, 0].tolist()[0] > 0 else states, "Python decide"),
         "by chance": (lambda states, _: states + torch.rand_like(states), "random"),
         "by all keys": (lambda states, cache: states + cache.layers[0].keys.mean(), "reads the cache"),
@@ -306,7 +308,7 @@ def test_a_model_that_changes_with_its_length_is_given_up(tiny_quantized: Path) 
     Changed(model.model.layers[2], lambda states, cache: states * (1 + cache.get_seq_length() // 16))
     wanted, _ = steps(own(model), [*TOKENS, *TOKENS])
     found, _ = steps(model, [*TOKENS, *TOKENS])
-    assert "after 16 tokens" in model.forward.refused
+    assert "tokens it computes otherwise" in model.forward.refused
     assert distance(found[11:], wanted[11:]) < 1e-5
 
 
@@ -353,6 +355,15 @@ def test_a_model_whose_parts_are_exchanged_is_recorded_anew(tiny_quantized: Path
         assert distance(found, wanted) < 1e-4 < distance(before, wanted), change
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(steps(model, TOKENS)[0], steps(own(model), TOKENS)[0])
+
+
+def test_a_model_that_changes_at_every_token_is_not_recorded_for_ever(tiny_quantized: Path) -> None:
+    model = load(tiny_quantized)
+    given = None
+    for number in range(40):
+        model.model.layers[1].note = number
+        _, given = steps(model, TOKENS[:1], given)
+    assert "again and again" in model.forward.refused
 
 
 OTHERS = torch.full((1,), 0.5)

@@ -23,8 +23,8 @@ def generate(
         bool,
         typer.Option(
             "--record",
-            help="Read tokens from a recording of what torch computes: small models several times as fast on a CPU. "
-            "Compiled once, for up to a minute.",
+            help="Run the tokens after the prompt from a recorded list of operations: small native models decode several "
+            "times as fast on a CPU. Compiling takes up to a minute, once.",
         ),
     ] = False,
     as_json: JsonOption = False,

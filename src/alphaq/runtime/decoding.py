@@ -29,6 +29,8 @@ from alphaq.runtime.packed import PackedWeights
 from alphaq.runtime.programs import Program
 from alphaq.runtime.recording import NotRecorded, Reads, Recorder, Step
 
+DOUBTS = 2  # tokens in a row that may differ from the model's own before a recording is given up
+VAIN, USEFUL = 3, 64  # recordings in a row of which fewer tokens were read, before a model is not recorded any more
 UNUSED = 2  # tokens that are read alone before recording: who reads but these need not wait for it
 LEAST_ROOM = 256  # tokens
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -103,19 +105,14 @@ class Stepwise:
     def _start(self) -> None:
         self.lock = threading.Lock()
         self.first = next(iter(self.__signature__.parameters))
-        self.alone = 0
-        self.step: Step | None = None
         self.length = 0
-        self.program: Program | None = None
-        self.caches: Caches | None = None
         self.result: type | None = None
         self.refused = ""
         """Why the model is not run from a recording; empty if it may be."""
-        self.modules: list[Any] = []
-        self.hooks: list[dict[int, Any]] = []
-        self.parameters: list[tuple[Any, str, int]] = []
-        self.tables: list[tuple[PackedWeights, Tensor]] = []
-        self.state: list[tuple[dict[str, object], dict[str, object]]] = []
+        self.doubts, self.known = 0, (0, 0)
+        """Tokens in a row that differed from the model's own; the least and the greatest length that did not."""
+        self.ran, self.vain = 0, 0
+        self._start_again()
 
     def __getstate__(self) -> dict[str, object]:
         """Copies record for themselves."""
@@ -149,8 +146,8 @@ class Stepwise:
                 return self._recorded(asked, kwargs)
             if any(self.hooks) or not self._has_room(asked):
                 return self._own(**kwargs)
-            doubled = asked.length & (asked.length - 1) == 0
-            return self._confirmed(asked, kwargs) if doubled else self._run(asked)
+            unsure = self.doubts or not self.known[0] // 2 < asked.length < 2 * self.known[1]
+            return self._confirmed(asked, kwargs) if unsure else self._run(asked)
         finally:
             self.lock.release()
 
@@ -194,15 +191,26 @@ class Stepwise:
         except (RuntimeError, ValueError):  # another tensor or array, which is not compared so
             same = False
         same = same and all(
-            (one := owner.get(name)) is not None and one.data_ptr() == place for owner, name, place in self.parameters
+            (one := owner.get(name)) is not None and _place(one) == place for owner, name, place in self.parameters
         )
         same = same and all(module.table is table for module, table in self.tables)
         if not same:
+            self.vain = 0 if self.ran > USEFUL else self.vain + 1
             self._start_again()
+            if self.vain > VAIN:
+                self._refuse("its parts or settings change again and again")
         return same
 
     def _start_again(self) -> None:
-        self.alone, self.step, self.program, self.caches = 0, None, None, None
+        self.alone = 0
+        self.step: Step | None = None
+        self.program: Program | None = None
+        self.caches: Caches | None = None
+        self.modules: list[Any] = []
+        self.hooks: list[dict[int, Any]] = []
+        self.parameters: list[tuple[Any, str, tuple[int, torch.Size]]] = []
+        self.tables: list[tuple[PackedWeights, Tensor]] = []
+        self.state: list[tuple[dict[str, object], dict[str, object]]] = []
 
     def _has_room(self, asked: Asked) -> bool:
         """Whether the cache has room for a token, which it is given if it is one of this model."""
@@ -224,6 +232,7 @@ class Stepwise:
 
     def _run(self, asked: Asked) -> Any:
         """A step from the recording."""
+        self.ran += 1
         caches = self.caches
         assert self.program is not None and caches is not None and self.result is not None  # see `_has_room`
         logits = self.program.run(asked.token, asked.position, asked.length, caches.grown(asked.length + 1))
@@ -236,17 +245,23 @@ class Stepwise:
         twin = _twin(asked.cache)
         found = self._run(Asked(asked.token, asked.position, twin, asked.length)).logits
         result = self._own(**kwargs)
-        if not _distance(found, result.logits) <= CLOSE.get(found.dtype, 0.0):
-            self._refuse(f"after {asked.length} tokens it computes otherwise than before")
+        if _distance(found, result.logits) <= CLOSE.get(found.dtype, 0.0):
+            self.doubts, self.known = 0, (min(self.known[0], asked.length), max(self.known[1], asked.length))
+            return result
+        self.doubts += 1  # in 16 bits two experts that are nearly equal may change places
+        if self.doubts > DOUBTS:
+            self._refuse(f"at {asked.length} tokens it computes otherwise than when it was recorded")
         return result
 
     def _refuse(self, why: str) -> None:
         self._start_again()
         self.refused = why
-        _log.warning("%s is not run from a recording: %s", type(self.model).__name__, why)
+        _log.warning("%s is not run from a recording: %s. It runs as before.", type(self.model).__name__, why)
 
     def _recorded(self, asked: Asked, kwargs: Any) -> Any:
         """The model's own step, recorded if it is time to."""
+        if self.refused:
+            return self._own(**kwargs)
         self.alone += 1
         again = self.step is not None and self.length == asked.length  # which would not show what lengths change
         if self.alone <= UNUSED or again or self._watched():
@@ -271,7 +286,8 @@ class Stepwise:
         except Exception as reason:  # whatever is wrong with a recording, the model itself has computed
             if result is None and not isinstance(reason, NotRecorded):
                 raise
-            self._refuse(f"{reason}" or type(reason).__name__)
+            failed = "" if isinstance(reason, NotRecorded) else f"recording failed with {type(reason).__name__}: "
+            self._refuse(f"{failed}{reason}")
         return self._own(**kwargs) if result is None else result
 
     def _watched(self) -> bool:
@@ -280,11 +296,21 @@ class Stepwise:
         self.hooks = [hooks for one in self.modules for hooks in (one._forward_hooks, one._forward_pre_hooks)]
         return any(self.hooks)
 
+    def try_out(self) -> None:
+        """Say at once if the model cannot be recorded, as far as that is known before it runs."""
+        self.modules = list(self.model.modules())
+        try:
+            self._check()
+        except NotRecorded as reason:
+            self._refuse(str(reason))
+
     def _check(self) -> None:
         """Raise NotRecorded for models whose modules do more than compute."""
         config = self.model.config
         if config.get_text_config() is not config or "position_ids" not in self.__signature__.parameters:
             raise NotRecorded("it reads more than text, or no positions")
+        if config._attn_implementation != "sdpa":
+            raise NotRecorded("attention is not torch's scaled_dot_product_attention")
         if any(_changes_with_length(config)):
             raise NotRecorded("from some length on it computes otherwise")
         if any(hasattr(one, "_hf_hook") for one in self.modules):
@@ -310,6 +336,7 @@ class Stepwise:
         if not distance <= CLOSE.get(wanted.dtype, 0.0):
             raise NotRecorded(f"the recording gives other logits, {distance:.2g} from its own")
         self.step, self.program, self.result = None, program, type(result)
+        self.doubts, self.known = 0, (asked.length, asked.length)
 
     def _remember(self, step: Step) -> None:
         """What the recording takes for granted. Raises NotRecorded for a tensor that the model does not own."""
@@ -326,7 +353,7 @@ class Stepwise:
         ]
         used = {one.untyped_storage().data_ptr() for one in step.outside()}
         self.parameters = [
-            (tensors, name, tensor.data_ptr())
+            (tensors, name, _place(tensor))
             for tensors, name, tensor in owned
             if tensor.untyped_storage().data_ptr() in used
         ]
@@ -334,6 +361,11 @@ class Stepwise:
         known |= {table.untyped_storage().data_ptr() for _, table in self.tables}
         if used - known:
             raise NotRecorded("it computes with tensors that are neither parameters nor buffers")
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size]:
+    """Where a tensor's numbers are."""
+    return tensor.data_ptr(), tensor.shape
 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:
@@ -395,7 +427,8 @@ def record_tokens(model: Any) -> None:
             "model with --engine native, or drop the option."
         )
     if "forward" not in model.__dict__:
-        model.__dict__["forward"] = Stepwise(model)
+        forward = model.__dict__["forward"] = Stepwise(model)
+        forward.try_out()
 
 
 def forget_tokens(model: Any) -> None:

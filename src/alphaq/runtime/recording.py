@@ -20,11 +20,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 CAT = torch.ops.aten.cat.default
-ASKS = {torch.ops.aten.is_nonzero.default, torch.ops.aten.where.default}  # which no tag tells
-READS = {
-    getattr(Tensor, name)
-    for name in ("__array__", "__bool__", "__float__", "__index__", "__int__", "item", "numpy", "tolist")
+ASKS = {  # which no tag tells
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.nonzero_numpy.default,
+    torch.ops.aten.repeat_interleave.self_Tensor,
+    torch.ops.aten.tensor_split.tensor_indices_or_sections,
+    torch.ops.aten.where.default,
 }
+TAKES = "__array__ __bool__ __dlpack__ __float__ __index__ __int__ __repr__ data_ptr item new_tensor numpy tolist"
+READS = {torch.as_tensor, torch.asarray, torch.tensor, *(getattr(Tensor, name) for name in TAKES.split())}
 """What Python takes numbers with; some of it no operation tells of."""
 NO_CHANGE = ("aten::detach_", "aten::lift_fresh")  # say that they write, and change no number
 LARGEST_CONSTANT = 1 << 16  # numbers
@@ -85,7 +89,7 @@ class Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in READS:
-            self.tensors.append(args[0])
+            self.tensors += [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
         return func(*args, **(kwargs or {}))
 
 
