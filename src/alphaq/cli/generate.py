@@ -23,7 +23,7 @@ def generate(
         bool,
         typer.Option(
             "--record",
-            help="Run the tokens after the prompt from a recorded list of operations: small native models decode several "
+            help="Run tokens after the prompt from a recorded list of operations: small native models decode several "
             "times as fast on a CPU. Compiling takes up to a minute, once.",
         ),
     ] = False,
