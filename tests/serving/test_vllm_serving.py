@@ -199,10 +199,10 @@ def test_missing_block_is_named(folders: Callable[[str], tuple[Path, Path]], tmp
 def test_newer_format_is_refused(folders: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     newer = Path(shutil.copytree(folders("qwen2_moe")[0], tmp_path / "newer"))
     config = json.loads((newer / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 99
     (newer / "config.json").write_text(json.dumps(config))
     ran = run_vllm(newer)
-    assert "native format 2; this alphaq reads 1" in ran.stdout + ran.stderr
+    assert "native format 99; this alphaq reads" in ran.stdout + ran.stderr
 
 
 def test_tensor_parallelism_is_refused(folders: Callable[[str], tuple[Path, Path]]) -> None:
