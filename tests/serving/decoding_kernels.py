@@ -113,12 +113,17 @@ def _one_prompt(
         out[token] = torch.einsum("hk,hkv->hv", query[token], state) / key.shape[2] ** 0.5
 
 
-def install() -> None:
-    """For every model that is loaded from now on."""
+def compute_as_on_gpus() -> None:
+    """What vLLM computes otherwise on CPUs, whatever the files."""
     torch.cpu._is_amx_tile_supported = lambda: False  # its kernels of latent attention know no float32
     cpu_router.CPURouter._compute_routing = _route
-    gdn_attention.cpu_gdn_attention_core = _gated_delta_rule
     RotaryEmbedding.forward_cpu = RotaryEmbedding.forward_native
+
+
+def install() -> None:
+    """For every model that is loaded from now on."""
+    compute_as_on_gpus()
+    gdn_attention.cpu_gdn_attention_core = _gated_delta_rule
     _POSSIBLE_KERNELS[PlatformEnum.CPU] = [DecodingLinear]
     experts.select_wna16_moe_backend = lambda **asked: (WNA16MoEBackend.EMULATION, CPUUnquantizedExperts)
     experts.CompressedTensorsWNA16MoEMethod.process_weights_after_loading = _restore_experts

@@ -12,10 +12,10 @@ from typing import Any
 
 
 def main(folder: str, prompts: list[list[int]], count: int, arguments: dict[str, Any]) -> None:
-    import torch
+    from decoding_kernels import compute_as_on_gpus
     from vllm import LLM, SamplingParams
 
-    torch.cpu._is_amx_tile_supported = lambda: False  # vLLM's kernels of latent attention for AMX know no float32
+    compute_as_on_gpus()
     engine = LLM(folder, skip_tokenizer_init=True, max_model_len=64, max_num_seqs=4, seed=0, **arguments)
     sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False, prompt_logprobs=0)
     answers = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
