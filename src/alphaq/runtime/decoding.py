@@ -283,11 +283,8 @@ class Stepwise:
                 self.step, self.length = step, asked.length
             else:
                 self._accept(step, asked, _tensors(before), self._own(**{**kwargs, "past_key_values": before}))
-        except Exception as reason:  # whatever is wrong with a recording, the model itself has computed
-            if result is None and not isinstance(reason, NotRecorded):
-                raise
-            failed = "" if isinstance(reason, NotRecorded) else f"recording failed with {type(reason).__name__}: "
-            self._refuse(f"{failed}{reason}")
+        except NotRecorded as reason:
+            self._refuse(str(reason))
         return self._own(**kwargs) if result is None else result
 
     def _watched(self) -> bool:
