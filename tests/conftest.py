@@ -244,6 +244,7 @@ class Ran:
     @property
     def json(self) -> Any:
         """Standard output as one JSON document."""
+        assert self.out, self.err  # an error says why
         return json.loads(self.out)
 
 
