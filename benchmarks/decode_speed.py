@@ -22,10 +22,10 @@ from typing import Any
 
 from common import SCRATCH, markdown_table, parser, results_folder, save
 
-from alphaq.measuring.bandwidth import usable_cores
 from alphaq.nouns.plan import Plan
 from alphaq.nouns.rates import SECOND_NS
 from alphaq.trials.rates import rates_here
+from alphaq.work.cores import available_cores
 from runtime import PROMPT, Contestant, alphaq, random_tokens
 
 NAME, TITLE = "decode_speed", "Decode speed as foretold"
@@ -105,7 +105,7 @@ def compared(model: str, engine: str, bits: str, folder: Path, steps: int) -> di
 
 def decoded(runner: Contestant, steps: int) -> float:
     """Seconds of so many tokens, one at a time."""
-    runner.start(runner.folder, usable_cores())
+    runner.start(runner.folder, available_cores())
     try:
         prompts, forced = random_tokens(1, PROMPT), random_tokens(1, steps)
         taken = [runner.ask("decode", prompts=prompts, steps=steps, forced=forced) for _ in range(ROUNDS)]

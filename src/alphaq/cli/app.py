@@ -48,6 +48,7 @@ from alphaq.cli.slice import slice_
 from alphaq.cli.verify import verify
 from alphaq.errors import AlphaQError
 from alphaq.terminal import complain
+from alphaq.work.cores import consider_others
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
@@ -116,6 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     A defect keeps its traceback.
     """
     try:
+        consider_others()
         signal.signal(signal.SIGTERM, _terminated)
         words = list(sys.argv[1:] if arguments is None else arguments)  # certificates record them
         code = typer.main.get_command(app).main(args=words, prog_name="alphaq", standalone_mode=False, obj=words)

@@ -68,7 +68,7 @@ def _gathered(model: str, means: Means, sample: Sample, beside: Path) -> Gathere
     from alphaq.checkpoint.reader import expanded, find_gguf, is_url
     from alphaq.engines.gguf.gathering import gather_apart
     from alphaq.measuring.resources import Resources
-    from alphaq.work.workers import available_cores
+    from alphaq.work.cores import available_cores
     from alphaq.writing.observing import observe
 
     path = None if is_url(model) else find_gguf(expanded(model))

@@ -61,9 +61,9 @@ def plan_config(
 
 def measured_rates(config: PlanConfig) -> Rates:
     """How fast this machine reads what a plan may choose, measured where that was not done before."""
-    from alphaq.measuring.bandwidth import usable_cores
     from alphaq.planning import resolve
     from alphaq.trials.rates import rates_here
+    from alphaq.work.cores import available_cores
 
     request = resolve(
         config.model_copy(update={"bandwidth": Rates(memory=1)})
@@ -77,7 +77,7 @@ def measured_rates(config: PlanConfig) -> Rates:
         )
         return found.rates
     note(
-        f"speeds are those of {config.engine}'s kernels on this machine's processor, {usable_cores()} threads, as "
+        f"speeds are those of {config.engine}'s kernels on this machine's processor, {available_cores()} threads, as "
         "measured; --bandwidth states others"
     )
     warn_doubtful(config.engine, found)

@@ -10,7 +10,6 @@ import json
 import math
 import platform
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,8 @@ from alphaq.checkpoint.files import memory_bytes
 from alphaq.checkpoint.writer import atomic_file
 from alphaq.errors import AlphaQError
 from alphaq.nouns.rates import Rates
+from alphaq.work.cores import available_cores
 from alphaq.work.timing import seconds
-from alphaq.work.workers import available_cores
 
 MOST_BYTES = 2**29
 ROUNDS = 5
@@ -42,7 +41,7 @@ class Bandwidth(BaseModel):
 
 def machine_name() -> str:
     """The machine in words, as far as that says something of its memory."""
-    return f"{platform.node()}, {platform.processor() or platform.machine()}, {usable_cores()} cores"
+    return f"{platform.node()}, {platform.processor() or platform.machine()}, {available_cores()} cores"
 
 
 def measured_bandwidth(threads: int | None = None, nbytes: int | None = None) -> Bandwidth:
@@ -50,7 +49,7 @@ def measured_bandwidth(threads: int | None = None, nbytes: int | None = None) ->
 
     Raises AlphaQError where there is no memory for it.
     """
-    threads = threads or usable_cores()
+    threads = threads or available_cores()
     nbytes = min(MOST_BYTES, (memory_bytes() or 8 * MOST_BYTES) // 8) if nbytes is None else nbytes
     count = nbytes // 4 // threads
     if count < 1:
@@ -84,15 +83,6 @@ def keep_bandwidth(folder: Path, found: Bandwidth) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(_file(folder)) as unfinished:
         unfinished.write_text(json.dumps(found.model_dump(), indent=1) + "\n", encoding="utf-8")
-
-
-def usable_cores() -> int:
-    """How many of the machine's cores this process may use at once."""
-    cores = available_cores()
-    with suppress(OSError, ValueError):  # no Linux, or "max": a container may run no more threads than that at once
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
 
 
 def _file(folder: Path) -> Path:

@@ -25,13 +25,14 @@ from alphaq.engines.gguf import rates as in_llama_cpp
 from alphaq.engines.profiles import profile
 from alphaq.errors import AlphaQError, MissingEngineError, MissingExtraError
 from alphaq.formats.kept import KEPT
-from alphaq.measuring.bandwidth import Bandwidth, bandwidth_here, keep_bandwidth, usable_cores
+from alphaq.measuring.bandwidth import Bandwidth, bandwidth_here, keep_bandwidth
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Reads
 from alphaq.nouns.rates import SECOND_NS, Rates
 from alphaq.nouns.settings import Budget, PlanConfig
 from alphaq.planning import make_plan, measure_for_plan, resolve
 from alphaq.runtime import rates as in_native
+from alphaq.work.cores import available_cores
 from alphaq.work.locks import alone
 from alphaq.work.timing import agree
 from alphaq.work.workers import Wrap, silent
@@ -150,7 +151,8 @@ def _with_formats(found: Measured, engine: str, choices: Iterable[Choice], wrap:
     if not wanted:
         return found
     sittings = [
-        CLOCKS[engine].kernel_rates(list(wanted.values()), stack_bytes(), usable_cores(), wrap) for _ in range(SITTINGS)
+        CLOCKS[engine].kernel_rates(list(wanted.values()), stack_bytes(), available_cores(), wrap)
+        for _ in range(SITTINGS)
     ]
     by_name = dict(zip(wanted, zip(*sittings, strict=True), strict=True))
     rounded = {name: max(ROUND_RATE, round(max(rates) / ROUND_RATE) * ROUND_RATE) for name, rates in by_name.items()}
@@ -168,7 +170,9 @@ def _with_times(engine: str, found: Measured) -> Measured:
     """With what a layer and a token take beside their weights; the formats of the bundled model are known."""
     with TemporaryDirectory() as scratch, as_file(files("alphaq") / "data" / "tiny") as tiny:
         models = [_quantized(engine, model, Path(scratch)) for model in (tiny, _halved(tiny, Path(scratch) / "half"))]
-        turns = [[CLOCKS[engine].step_seconds(one.folder, usable_cores()) for one in models] for _ in range(SITTINGS)]
+        turns = [
+            [CLOCKS[engine].step_seconds(one.folder, available_cores()) for one in models] for _ in range(SITTINGS)
+        ]
     return split_times(found, [one.reads for one in models], list(zip(*turns, strict=True)))
 
 

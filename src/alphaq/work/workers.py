@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from alphaq.errors import WorkerError
+from alphaq.work.cores import available_cores
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -46,11 +47,6 @@ def no_bytes(task: object) -> int:
 MAX_BYTES = 256 << 20  # of source data waiting or in work, beyond one task for each process
 BYTES_PER_WORKER = 1 << 29  # below this, starting a process costs more than it gains
 _shared: Any = None
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def sensible_count(nbytes: int) -> int:

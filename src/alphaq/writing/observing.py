@@ -26,7 +26,7 @@ from alphaq.measuring.resources import USUAL, Resources
 from alphaq.nouns.choice import Choice
 from alphaq.nouns.plan import Plan
 from alphaq.planning.passes import PassRun, fisher
-from alphaq.work.workers import available_cores
+from alphaq.work.cores import available_cores
 from alphaq.writing.planned import INPUTS, LOSSES, OWN
 from alphaq.writing.quantizing import quantize
 from alphaq.writing.records import WriteOptions

@@ -15,7 +15,7 @@ import torch
 
 from alphaq.engines.gguf.apart import Apart
 from alphaq.engines.gguf.library import Facts, Llama, Running, no_number
-from alphaq.work.workers import available_cores
+from alphaq.work.cores import available_cores
 
 
 @dataclass(frozen=True)

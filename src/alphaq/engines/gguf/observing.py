@@ -20,7 +20,7 @@ from alphaq.engines.gguf.gathering import Runs, Sample, tokens_for, watched
 from alphaq.engines.gguf.routing import LayerFlow, Routing
 from alphaq.engines.gguf.windows import Ids
 from alphaq.nouns.matrix import Role
-from alphaq.work.workers import available_cores
+from alphaq.work.cores import available_cores
 
 EVERY = 8  # of so many tokens one has its logits, without which the last layer would see no token
 
