@@ -76,6 +76,30 @@ def test_no_other_stream_costs_less(text: str, columns: int) -> None:
     assert np.allclose(np.square(targets - roots * levels[path]).sum(), costs_of_all.min())
 
 
+@pytest.mark.parametrize("text", RATES)
+def test_costs_of_16_bits_find_nearly_as_good_a_path(text: str) -> None:
+    """Where columns count alike, those of float32 are used if that is said of every column."""
+    choice, drawn = parse_choice(text), torch.distributions.StudentT(4.0)
+    torch.manual_seed(0)
+    for weight in (gaussian(32, 512), drawn.sample((32, 512))):
+        short, whole = (quantize_trellis(weight, choice, importance=one) for one in (None, np.ones(512, np.float32)))
+        assert short.squared_error < 1.004 * whole.squared_error
+        assert not torch.equal(short.codes, whole.codes)
+
+
+@pytest.mark.parametrize("text", RATES)
+def test_a_path_begins_at_the_first_state_however_dear_it_is(text: str) -> None:
+    """Weights that are all as far from the levels as marks reach, in a row too short for every state to be reached."""
+    for columns in (1, 2, 3, 5, 9, 11, 40):
+        weight = torch.full((4, columns), 1e3)
+        weight[1] *= -1
+        weight[2, ::2] *= -1
+        weight[3, :-1] = 0
+        found = quantize_trellis(weight, parse_choice(text))
+        restored = dequantize(decode(encode(found)))
+        assert found.squared_error == pytest.approx(float((weight.double() - restored).square().sum()), rel=1e-5)
+
+
 def test_important_columns_are_missed_less() -> None:
     weight, choice = gaussian(32, 256), parse_choice("t2")
     importance = np.where(np.arange(256) % 4 == 0, 8.0, 0.5).astype(np.float32)

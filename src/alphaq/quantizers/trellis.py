@@ -8,6 +8,7 @@ Weights are put in the scale in which Gaussian ones lose least, the best stream 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.debiased import BIAS_WEIGHT
 from alphaq.quantizers.rows import FP16_MAX, over_rows, too_large
-from alphaq.quantizers.trellis_kernels import encode_rows
+from alphaq.quantizers.trellis_kernels import encode_rows, on_lines
 from alphaq.simd.sums import squared_norm
 from alphaq.simd.vectors import LANES
 
+MARKS = (64, 64, 96, 128)  # of the levels' root mean square, by the rate's whole bits
+BENDS = (3.0, 1.6, 1.0, 0.7)  # likewise: the error whose square is the last
 LEAST_WORTH = 0.1  # of the mean: the path would give up columns that count for nothing, and make them noise
 
 
@@ -49,6 +52,7 @@ def quantize_trellis(
         WHOLE_ROW,
         encoder_levels(),
         _worth(importance, columns, name),
+        *_misses(quarters if importance is None else None),
         *_first_scales(quarters / 4),
         bias_weight,
     )
@@ -83,6 +87,30 @@ def _worth(importance: np.ndarray | None, columns: int, name: str) -> np.ndarray
     if mean == 0:
         return np.ones(columns, np.float32)
     return np.maximum(importance / mean, LEAST_WORTH).astype(np.float32)
+
+
+@cache
+def _misses(quarters: int | None) -> tuple[np.ndarray, np.float32]:
+    """What each state costs at marks that weights are put at, uint16 flat [marks · states], and how far the marks are
+    apart, in the levels' units. No marks where there are no quarters.
+
+    Squares up to some error, and the slope there beyond, so that outliers fit in; of each mark, less what its best
+    state costs. As large as a path to any state may cost before all are reached, which is within `STATE_BITS` bits.
+    """
+    if quarters is None:
+        return np.empty(0, np.uint16), np.float32(1)
+    levels = encoder_levels().astype(np.float64)
+    spread = math.sqrt(np.square(levels).mean())
+    slowest = quarters // 4
+    bend, apart = BENDS[slowest - 1] * spread, spread / MARKS[slowest - 1]
+    reach = math.ceil((levels.max() + bend) / apart)
+    miss = np.abs(apart * np.arange(-reach, reach + 1)[:, None] - levels)
+    cost = np.where(miss < bend, np.square(miss), bend * (2 * miss - bend))
+    cost -= cost.min(1, keepdims=True)
+    most = 65534 // math.ceil(STATE_BITS / slowest)
+    found = on_lines(2 * cost.size).view(np.uint16)
+    found[:] = np.rint(cost * (most / cost.max())).reshape(-1)
+    return found, np.float32(apart)
 
 
 def encoder_levels() -> np.ndarray:

@@ -4,22 +4,57 @@ from __future__ import annotations
 
 import numpy as np
 
+from alphaq.formats.trellis import STATE_BITS
 from alphaq.simd.codes import address_of
-from alphaq.simd.paths import step_1, step_2, step_3, step_4
+from alphaq.simd.paths import (
+    short_step_1,
+    short_step_2,
+    short_step_3,
+    short_step_4,
+    step_1,
+    step_2,
+    step_3,
+    step_4,
+)
 from alphaq.simd.vectors import LANES, as_half, fma, kernel, load, load_some, magnitude, maximum, splat, store
 
-UNREACHED = np.float32(1e30)
+UNREACHED, SHORT_UNREACHED = np.float32(1e30), np.uint16(65535)
+RESTING = 8  # columns between which costs of 16 bits grow
 SMALLEST = np.float32(2.0**-26)  # no smaller scale rounds to a float16 above 0
 LARGEST = np.float32(65504)  # that float16 holds; a scale is thrice a row's root mean square
+LINE = 64  # bytes
 REACH = np.float32(2.1)  # of the levels' root mean square; half of what lies beyond is lost
 
 
 @kernel
-def encode_rows(weights, columns, quarters, group_size, levels, worth, shares, granular, bias_weight, packed, scales):
+def on_lines(nbytes):
+    """Memory, uint8 [nbytes], that begins where a cache line does: no register full of it lies on two."""
+    memory = np.empty(nbytes + LINE, np.uint8)
+    skipped = -address_of(memory, 0) % LINE
+    return memory[skipped : skipped + nbytes]
+
+
+@kernel
+def encode_rows(
+    weights,
+    columns,
+    quarters,
+    group_size,
+    levels,
+    worth,
+    misses,
+    mark,
+    shares,
+    granular,
+    bias_weight,
+    packed,
+    scales,
+):
     """Fill streams and scales of whole rows; Σ(w − ŵ)².
 
     weights: [rows · columns]. levels: float32 [states] in units of a scale, the newest bit of a state lowest. worth:
-    float32 [columns], what the square of an error counts. shares, granular: as of `_first_scales`, the former of the
+    float32 [columns], what the square of an error counts. misses, mark: as of `_marks` and `nearest`, for rows of one
+    scale whose columns count alike; else empty. shares, granular: as of `_first_scales`, the former of the
     levels' root mean square. bias_weight: how many times errors along the weights count in the scales' fit. packed:
     uint8 zeros [rows · bytes per row]; scales: float32 [rows · groups], filled.
     """
@@ -28,8 +63,12 @@ def encode_rows(weights, columns, quarters, group_size, levels, worth, shares, g
     spread = np.float32(np.sqrt(np.mean(np.square(levels))))
     values = np.empty(columns + LANES, np.float32)
     roots, targets = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    outcomes = np.empty(columns * (levels.size // 8), np.uint8)
-    costs, path = np.empty(2 * levels.size, np.float32), np.empty(columns, np.int32)
+    outcomes, path, marks = (
+        on_lines(columns * (levels.size // 8)),
+        np.empty(columns, np.int32),
+        np.empty(columns, np.int32),
+    )
+    costs, short_costs = on_lines(8 * levels.size).view(np.float32), on_lines(4 * levels.size).view(np.uint16)
     total = 0.0
     for row in range(rows):
         for at in range(0, columns, LANES):
@@ -38,8 +77,12 @@ def encode_rows(weights, columns, quarters, group_size, levels, worth, shares, g
         own = scales[row * groups : (row + 1) * groups]
         if _first_scales(values, columns, group_size, worth, shares, granular, own):
             own[:] = np.minimum(own / spread, LARGEST)
-            _aim(values, columns, group_size, worth, spread, own, roots, targets)
-            last = cheapest(roots, targets, 0, 0, quarters, levels, outcomes, costs)
+            if misses.size and groups == 1:
+                _marks(values, own[0], mark, misses.size // levels.size, marks)
+                last = nearest(marks, misses, quarters, outcomes, short_costs)
+            else:
+                _aim(values, columns, group_size, worth, spread, own, roots, targets)
+                last = cheapest(roots, targets, 0, 0, quarters, levels, outcomes, costs)
             trace(last, 0, quarters, levels.size, outcomes, path)
             write(path, 0, quarters, packed[row * row_bytes : (row + 1) * row_bytes])
         else:
@@ -89,6 +132,60 @@ def _aim(values, columns, group_size, worth, spread, scales, roots, targets):
 
 
 @kernel
+def _marks(values, scale, mark, count, marks):
+    """The mark next to each weight: mark number m of `count` stands for (m − (count − 1)/2) · mark · scale."""
+    inverse, middle = np.float32(1) / (mark * scale), np.float32(0.5) * np.float32(count - 1)
+    for column in range(marks.size):
+        place = np.rint(min(max(values[column] * inverse, -middle), middle) + middle)
+        marks[column] = np.int32(place)
+
+
+@kernel
+def nearest(marks, misses, quarters, outcomes, costs):
+    """`cheapest` of a whole row, from the state 0, with costs of 16 bits: faster, and nearly as good a path.
+
+    misses: uint16 [marks · states], what a state costs where the column's weight is at a mark. marks: int32 [columns].
+    As long as there are states that no path has reached, none may have cost as much as they do.
+    """
+    states = costs.size // 2
+    now, then = address_of(costs, 0), address_of(costs, states)
+    contest = address_of(outcomes, 0)
+    costs[:] = SHORT_UNREACHED
+    costs[0] = 0
+    for column in range(marks.size):
+        bits = new_bits(column, quarters)
+        groups, table = states >> bits, address_of(misses, marks[column] * states)
+        if bits == 1:
+            for group in range(0, groups, 2 * LANES):
+                short_step_1(now, then, table, contest, group, groups)
+        elif bits == 2:
+            for group in range(0, groups, 2 * LANES):
+                short_step_2(now, then, table, contest, group, groups)
+        elif bits == 3:
+            for group in range(0, groups, 2 * LANES):
+                short_step_3(now, then, table, contest, group, groups)
+        else:
+            for group in range(0, groups, 2 * LANES):
+                short_step_4(now, then, table, contest, group, groups)
+        now, then, contest = then, now, contest + states // 8
+        if column >= STATE_BITS and column % RESTING == 0:  # every state was reached by then
+            begin = (column + 1) % 2 * states
+            _rest(costs[begin : begin + states])
+    begin = marks.size % 2 * states
+    return np.argmin(costs[begin : begin + states])
+
+
+@kernel
+def _rest(costs):
+    """Take the least of the costs from all."""
+    least = costs[0]
+    for state in range(costs.size):
+        least = min(least, costs[state])
+    for state in range(costs.size):
+        costs[state] -= least
+
+
+@kernel
 def cheapest(roots, targets, first, start, quarters, levels, outcomes, costs):
     """Run through some columns of a row, the first of which follows the state start; the last state of the cheapest
     path. first: the column's number. outcomes: uint8 [columns · states / 8], filled."""
@@ -125,19 +222,32 @@ def new_bits(column, quarters):
 
 @kernel
 def trace(last, first, quarters, states, outcomes, path):
-    """Follow the outcomes of `cheapest` back from the last state: the state of each of its columns."""
+    """Follow the outcomes of `cheapest` back from the last state: the state of each of its columns.
+
+    The contest that follows from a contest's winner is known when its outcome has been read; both that it may be are
+    read at once with it, since reading is what takes long.
+    """
     state = last
     for column in range(path.size - 1, -1, -1):
         path[column] = state
         bits = new_bits(first + column, quarters)
         groups, group = states >> bits, state >> bits
-        way, contests, contest = 0, 1, (1 << bits) - 1
-        for _ in range(bits):
-            contest -= contests
-            place = column * states + (contest + way) * groups + group
-            way = 2 * way + ((outcomes[place >> 3] >> (place & 7)) & 1)
-            contests *= 2
+        way, contests, contest, base = 0, 1, (1 << bits) - 2, column * states + group
+        if bits % 2:
+            way, contests, contest = _bit(outcomes, base + contest * groups), 2, contest - 2
+        while contests < 1 << bits:
+            below = contest - 2 * contests
+            won = _bit(outcomes, base + (contest + way) * groups)
+            one = _bit(outcomes, base + (below + 2 * way) * groups)
+            other = _bit(outcomes, base + (below + 2 * way + 1) * groups)
+            way = 4 * way + 2 * won + (other if won else one)
+            contests, contest = 4 * contests, below - 4 * contests
         state = group + way * groups
+
+
+@kernel
+def _bit(outcomes, place):
+    return np.int64((outcomes[place >> 3] >> (place & 7)) & 1)
 
 
 @kernel
