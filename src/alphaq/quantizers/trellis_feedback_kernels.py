@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from alphaq.quantizers.trellis_kernels import cheapest, trace, write
+from alphaq.quantizers.trellis_kernels import cheapest, on_lines, trace, write
 from alphaq.simd.vectors import kernel
 
 
@@ -38,7 +38,7 @@ def encode_block(
     count, groups, row_bytes = worth.size, -(-columns // group_size), packed.size // states.size
     most = min(step + ahead, width)
     roots, targets, path = np.empty(most, np.float32), np.empty(most, np.float32), np.empty(most, np.int32)
-    outcomes, costs = np.empty(most * (levels.size // 8), np.uint8), np.empty(2 * levels.size, np.float32)
+    outcomes, costs = on_lines(most * (levels.size // 8)), on_lines(8 * levels.size).view(np.float32)
     spread = np.float32(np.sqrt(np.mean(np.square(levels))))
     for row in range(states.size):
         wanted, scale = near[row * width : (row + 1) * width], scales[row * groups : (row + 1) * groups]
