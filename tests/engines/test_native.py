@@ -225,10 +225,15 @@ def test_plan_does_not_depend_on_the_number_of_threads(tiny: Path, method: str) 
         plans = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            plans.append(plan_of(tiny, method=method).to_json())
+            plans.append(plan_of(tiny, method=method))
     finally:
         torch.set_num_threads(before)
-    assert plans[0] == plans[1]
+    one, other = plans
+    if method == "auto":  # torch adds up the products of its pass in another order
+        assert other.choices == one.choices and other.size_bytes == one.size_bytes
+        assert other.objective == pytest.approx(one.objective, rel=1e-6)
+    else:
+        assert other.to_json() == one.to_json()
 
 
 def test_an_infeasible_budget_is_told_before_measuring(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
