@@ -88,6 +88,17 @@ def test_costs_of_16_bits_find_nearly_as_good_a_path(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", RATES)
+def test_outliers_side_by_side_are_not_missed_by_more(text: str) -> None:
+    """Where a path has to choose between two of them, the true squares count."""
+    for size, count in ((100.0, 12), (20.0, 17)):
+        weight = gaussian(8, 1024)
+        weight[:, 300 : 300 + count] = size * weight[:, 300 : 300 + count].sign()
+        importance = np.ones(1024, np.float32)
+        short, whole = (quantize_trellis(weight, parse_choice(text), importance=one) for one in (None, importance))
+        assert short.squared_error < 1.02 * whole.squared_error
+
+
+@pytest.mark.parametrize("text", RATES)
 def test_a_path_begins_at_the_first_state_however_dear_it_is(text: str) -> None:
     """Weights that are all as far from the levels as marks reach, in a row too short for every state to be reached."""
     for columns in (1, 2, 3, 5, 9, 11, 40):

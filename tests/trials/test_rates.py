@@ -50,7 +50,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
         rates, "_with_times", lambda _, known: split_times(known, (WHOLE, HALF), ([5e-3, 9e-3, 5e-3], [3e-3] * 3))
     )
     monkeypatch.setenv("ALPHAQ_CACHE", str(tmp_path))
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # commands leave alone what is set
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     keep_bandwidth(tmp_path, Bandwidth(machine=bandwidth.machine_name(), threads=2, bytes_per_second=10**10))
     return found
 
@@ -93,7 +94,7 @@ def test_what_others_disturb_is_said_and_not_kept(
     machine.disturbed = lambda choice, sitting: 1.0 if sitting == 1 or choice.bits != 16 else 2.0 + sitting
     machine.version = "2"  # what others are told beside is wrong with it: nothing is kept
     assert rates_here(tmp_path, "llama.cpp", []).doubtful == {"16"}
-    assert bandwidth_here(tmp_path).versions == {"llama.cpp": "1"}
+    assert bandwidth_here(tmp_path).versions == {"llama.cpp": "1, OMP_WAIT_POLICY=ACTIVE"}
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """The cheapest path through a trellis: of all streams of a row, the one whose values are nearest to its weights.
 
-Weights are put in the scale in which Gaussian ones lose least, the best stream is found by Viterbi's algorithm over all
-1024 states, and the scale is fitted again to the values that it stands for, errors along the weights counting as in
-`debiased`. Rows do not see one another, so any rows can be quantized apart, in any thread, to the same bytes.
+Weights are put in the scale in which Gaussian ones lose least, the best stream, or one nearly as good, is found by
+Viterbi's algorithm over all 1024 states, and the scale is fitted again to the values that it stands for, errors along
+the weights counting as in `debiased`. Rows do not see one another, so any rows can be quantized apart, in any thread,
+to the same bytes.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from alphaq.quantizers.trellis_kernels import encode_rows, on_lines
 from alphaq.simd.sums import squared_norm
 from alphaq.simd.vectors import LANES
 
-MARKS = (64, 64, 96, 128)  # of the levels' root mean square, by the rate's whole bits
-BENDS = (3.0, 1.6, 1.0, 0.7)  # likewise: the error whose square is the last
+MARKS = (64, 64, 128, 128)  # of the levels' root mean square, by the rate's whole bits
+BENDS = (3.0, 1.6, 0.9, 0.5)  # likewise: the error whose square is the last
 LEAST_WORTH = 0.1  # of the mean: the path would give up columns that count for nothing, and make them noise
 
 
@@ -90,15 +91,15 @@ def _worth(importance: np.ndarray | None, columns: int, name: str) -> np.ndarray
 
 
 @cache
-def _misses(quarters: int | None) -> tuple[np.ndarray, np.float32]:
-    """What each state costs at marks that weights are put at, uint16 flat [marks · states], and how far the marks are
-    apart, in the levels' units. No marks where there are no quarters.
+def _misses(quarters: int | None) -> tuple[np.ndarray, np.float32, np.float32]:
+    """What each state costs at marks that weights are put at, uint16 flat [marks · states]; how far marks are apart, and
+    the error up to which costs are squares, both in the levels' units. No marks where there are no quarters.
 
-    Squares up to some error, and the slope there beyond, so that outliers fit in; of each mark, less what its best
-    state costs. As large as a path to any state may cost before all are reached, which is within `STATE_BITS` bits.
+    Beyond that error costs rise by the slope there, so that outliers fit in; of each mark, less what its best state
+    costs. As large as a path to any state may cost before all are reached, which is within `STATE_BITS` bits.
     """
     if quarters is None:
-        return np.empty(0, np.uint16), np.float32(1)
+        return np.empty(0, np.uint16), np.float32(1), np.float32(1)
     levels = encoder_levels().astype(np.float64)
     spread = math.sqrt(np.square(levels).mean())
     slowest = quarters // 4
@@ -110,7 +111,7 @@ def _misses(quarters: int | None) -> tuple[np.ndarray, np.float32]:
     most = 65534 // math.ceil(STATE_BITS / slowest)
     found = on_lines(2 * cost.size).view(np.uint16)
     found[:] = np.rint(cost * (most / cost.max())).reshape(-1)
-    return found, np.float32(apart)
+    return found, np.float32(apart), np.float32(bend)
 
 
 def encoder_levels() -> np.ndarray:

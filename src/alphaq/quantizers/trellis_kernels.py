@@ -19,6 +19,7 @@ from alphaq.simd.paths import (
 from alphaq.simd.vectors import LANES, as_half, fma, kernel, load, load_some, magnitude, maximum, splat, store
 
 UNREACHED, SHORT_UNREACHED = np.float32(1e30), np.uint16(65535)
+BEYOND = 0.02  # of a row's squared error
 RESTING = 8  # columns between which costs of 16 bits grow
 SMALLEST = np.float32(2.0**-26)  # no smaller scale rounds to a float16 above 0
 LARGEST = np.float32(65504)  # that float16 holds; a scale is thrice a row's root mean square
@@ -44,6 +45,7 @@ def encode_rows(
     worth,
     misses,
     mark,
+    bend,
     shares,
     granular,
     bias_weight,
@@ -53,10 +55,10 @@ def encode_rows(
     """Fill streams and scales of whole rows; Σ(w − ŵ)².
 
     weights: [rows · columns]. levels: float32 [states] in units of a scale, the newest bit of a state lowest. worth:
-    float32 [columns], what the square of an error counts. misses, mark: as of `_marks` and `nearest`, for rows of one
-    scale whose columns count alike; else empty. shares, granular: as of `_first_scales`, the former of the
-    levels' root mean square. bias_weight: how many times errors along the weights count in the scales' fit. packed:
-    uint8 zeros [rows · bytes per row]; scales: float32 [rows · groups], filled.
+    float32 [columns], what the square of an error counts. misses, mark, bend: as of `nearest`, `_marks` and
+    `_mostly_short`, for rows of one scale whose columns count alike; else empty. shares, granular: as of
+    `_first_scales`, the former of the levels' root mean square. bias_weight: how many times errors along the weights
+    count in the scales' fit. packed: uint8 zeros [rows · bytes per row]; scales: float32 [rows · groups], filled.
     """
     rows, groups = weights.size // columns, -(-columns // group_size)
     row_bytes = packed.size // rows
@@ -77,13 +79,16 @@ def encode_rows(
         own = scales[row * groups : (row + 1) * groups]
         if _first_scales(values, columns, group_size, worth, shares, granular, own):
             own[:] = np.minimum(own / spread, LARGEST)
+            found = False
             if misses.size and groups == 1:
                 _marks(values, own[0], mark, misses.size // levels.size, marks)
                 last = nearest(marks, misses, quarters, outcomes, short_costs)
-            else:
+                trace(last, 0, quarters, levels.size, outcomes, path)
+                found = _mostly_short(values, own[0], levels, path, bend)
+            if not found:
                 _aim(values, columns, group_size, worth, spread, own, roots, targets)
                 last = cheapest(roots, targets, 0, 0, quarters, levels, outcomes, costs)
-            trace(last, 0, quarters, levels.size, outcomes, path)
+                trace(last, 0, quarters, levels.size, outcomes, path)
             write(path, 0, quarters, packed[row * row_bytes : (row + 1) * row_bytes])
         else:
             path[:] = 0
@@ -141,11 +146,24 @@ def _marks(values, scale, mark, count, marks):
 
 
 @kernel
+def _mostly_short(values, scale, levels, path, bend):
+    """Whether hardly any of the squared error lies beyond errors of bend · scale, where `nearest` counts less than
+    squares: another path can be better by no more than the sum of the squares of what lies beyond."""
+    beyond, whole = 0.0, 0.0
+    for column in range(path.size):
+        miss = abs(values[column] - scale * levels[path[column]])
+        over = max(miss - bend * scale, np.float32(0))
+        whole += np.float64(miss) * miss
+        beyond += np.float64(over) * over
+    return beyond <= BEYOND * whole
+
+
+@kernel
 def nearest(marks, misses, quarters, outcomes, costs):
     """`cheapest` of a whole row, from the state 0, with costs of 16 bits: faster, and nearly as good a path.
 
-    misses: uint16 [marks · states], what a state costs where the column's weight is at a mark. marks: int32 [columns].
-    As long as there are states that no path has reached, none may have cost as much as they do.
+    misses: uint16 [marks · states], what a state costs where the column's weight is at a mark; so little that no path
+    costs as much as states do that none has reached, as long as there are any. marks: int32 [columns].
     """
     states = costs.size // 2
     now, then = address_of(costs, 0), address_of(costs, states)
@@ -168,7 +186,7 @@ def nearest(marks, misses, quarters, outcomes, costs):
             for group in range(0, groups, 2 * LANES):
                 short_step_4(now, then, table, contest, group, groups)
         now, then, contest = then, now, contest + states // 8
-        if column >= STATE_BITS and column % RESTING == 0:  # every state was reached by then
+        if column >= STATE_BITS and (column - STATE_BITS) % RESTING == 0:  # every state was reached by then
             begin = (column + 1) % 2 * states
             _rest(costs[begin : begin + states])
     begin = marks.size % 2 * states

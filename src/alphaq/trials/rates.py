@@ -108,8 +108,10 @@ def all_rates_here(folder: Path, again: bool = False, wrap: Wrap = silent) -> tu
 
 def _version(engine: str) -> str:
     """What rates are of: others are measured anew. How threads wait for one another may halve them."""
-    policy = os.environ.get("OMP_WAIT_POLICY")
-    return CLOCKS[engine].version() + (f", OMP_WAIT_POLICY={policy}" if policy else "")
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    return ", ".join(
+        [CLOCKS[engine].version(), *(f"{name}={os.environ[name]}" for name in names if name in os.environ)]
+    )
 
 
 def _usual_choices(engine: str) -> tuple[Choice, ...]:

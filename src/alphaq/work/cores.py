@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-SPINS = "20000"  # some tens of microseconds
+SPINS = "20000"  # a fraction of a millisecond; 300,000 where nothing is said
 _GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -36,10 +36,10 @@ def _allowed_cores() -> int:
 
 def _quota() -> float | None:
     """How many cores' time a container may use, all threads together; None where nothing limits it."""
-    with suppress(OSError, ValueError):  # no Linux, or "max"
+    with suppress(OSError, ArithmeticError, ValueError):  # no Linux, or "max"
         limit, period = (_GROUPS / "cpu.max").read_text(encoding="ascii").split()
         return int(limit) / int(period)
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ArithmeticError, ValueError):
         limit, period = ((_GROUPS / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return int(limit) / int(period) if int(limit) > 0 else None
     return None
