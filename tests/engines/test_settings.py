@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,11 +29,15 @@ from alphaq.engines.effective import effective_config
 from alphaq.engines.placement import left_out
 from alphaq.engines.profiles import ENGINES as PROFILES
 from alphaq.engines.settings import require_settings
-from alphaq.engines.vllm import VLLM_ALONE, quantization_config
+from alphaq.engines.vllm import quantization_config
 from alphaq.errors import ArchitectureError
 from alphaq.nouns.plan import Plan
 from conftest import FAMILIES, ROOT, Ran
 from runnable import save_runnable
+
+sys.path.append(str(ROOT / "tests" / "serving"))
+
+from vllm_families import VLLM_ALONE
 
 EXACT = 1e-4
 """Relative to the largest logit: what sums in another order make of float32."""

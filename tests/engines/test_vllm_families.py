@@ -5,7 +5,6 @@ vLLM itself runs them in tests/serving/test_vllm_runs_families.py.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -19,14 +18,14 @@ from alphaq import pipeline
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.engines.assumptions.tables import engine_table
 from alphaq.engines.running import run_in_transformers
-from alphaq.engines.vllm import ENGINE, VLLM_ALONE, logits
-from alphaq.errors import ArchitectureError, PlanError
+from alphaq.engines.vllm import ENGINE, logits
+from alphaq.errors import ArchitectureError, CheckpointError, PlanError
 from alphaq.nouns.plan import Plan
 from families import plain_copy, random_family, save_layout
 
 sys.path.append(str(Path(__file__).parents[1] / "serving"))
 
-from vllm_families import RUN, model_of
+from vllm_families import RUN, VLLM_ALONE, model_of
 
 OFTEN = {"minimax_m2"}
 """Settings that are told, and modules by other names."""
@@ -47,11 +46,16 @@ def test_transformers_computes_with_what_the_files_stand_for(tmp_path: Path, mod
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("model_type", sorted(VLLM_ALONE & {*RUN}))
-def test_files_that_transformers_does_not_load_are_not_run_there(tmp_path: Path, model_type: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(PlanError, match=f"of the family {model_type}, .*vllm serve"):
-        logits(tmp_path, list(TOKENS))
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(one, marks=pytest.mark.slow) for one in sorted(VLLM_ALONE & {*RUN})]
+)
+def test_files_that_transformers_does_not_load_whole_are_not_run_there(tmp_path: Path, model_type: str) -> None:
+    source = open_checkpoint(save_layout(model_of(model_type), tmp_path / "source", published=True))
+    pipeline.quantize(source, cycled_plan(source, "vllm", ("4g32s",), "8g64s"), tmp_path / "out")
+    with pytest.raises(
+        CheckpointError, match=r"finds nothing in .*experts.*would compute with what it makes up.*vllm serve"
+    ):
+        logits(tmp_path / "out", list(TOKENS))
 
 
 def test_modules_and_settings_are_told_by_vllm_s_names(tmp_path: Path) -> None:

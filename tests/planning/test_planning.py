@@ -733,7 +733,7 @@ def test_damaged_pass_in_the_cache_is_run_again(checkpoint: Checkpoint, tmp_path
     request = resolve(config_of(method="auto"))
     with Cache(tmp_path, {}) as own:
         made = make_plan(checkpoint, request, measure_for_plan(checkpoint, request, resources=Resources(cache=own)))
-        [kept] = own.path.glob("synthetic-*.json")
+        [kept] = own.path.glob("fisher-*.json")
         for damage in (b"", b"\xff\xfe", b'{"format_version": 1}'):
             kept.write_bytes(damage)
             assert (

@@ -25,6 +25,12 @@ SECTIONS = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5, 
 
 # By `model_type`: what each needs beside SIZES and tests/families.py, for vLLM to run it and for all of its parts to
 # matter.
+VLLM_ALONE = {
+    *("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"),
+    *("qwen3_vl_moe", "gemma4_text", "hy_v3"),
+}
+"""Families of which transformers 5.23 leaves weights as it made them up when it loads files of compressed-tensors."""
+
 RUN: dict[str, dict[str, Any]] = {
     "afmoe": dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"], sliding_window=6),
     "axk1": LATENT,

@@ -186,33 +186,24 @@ def reader(parts: Sequence[torch.Tensor], choice: Choice, shape: Shape, name: st
     return rows
 
 
-VLLM_ALONE = frozenset({"granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "qwen3_vl_moe"})
-"""Families whose experts transformers 5.23 does not load from compressed-tensors, and computes with random ones."""
-
-
 def logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
     """What transformers computes with the files, which compressed-tensors decompresses, float32 [tokens, words].
 
     vLLM wants a machine of its own; transformers reads the same files with the same library. Raises PlanError for a
-    plan whose experts differ: transformers gives all of them the first choice; and for families whose experts it does
-    not load from such files.
+    plan whose experts differ: transformers gives all of them the first choice; and CheckpointError for families of
+    which it does not load all from such files (four of Granite's, Qwen3-VL, Gemma 4, Hunyuan 3; transformers 5.23).
     """
     _decompressor(PROFILE.defaults[0])
     logging.getLogger("compressed_tensors").setLevel(logging.ERROR)  # fused experts are not matched, but restored
-    whole = read_config(folder)
-    if (model_type := whole.get("model_type")) in VLLM_ALONE:
-        raise PlanError(
-            f"{folder} is of the family {model_type}, whose experts vLLM loads from such files and transformers leaves "
-            f"as it made them up; vLLM is not run here. Drop --run, and try it there: vllm serve {folder}"
-        )
-    config = whole.get("quantization_config") or {"config_groups": {}, "ignore": []}
+    config = read_config(folder).get("quantization_config") or {"config_groups": {}, "ignore": []}
     of_experts = [group["targets"] for group in config["config_groups"].values()] + [config["ignore"]]
     if sum(any("experts" in target for target in targets) for targets in of_experts) > 1:
         raise PlanError(
             f"{folder} has several choices of experts, which vLLM loads and transformers does not; vLLM is not run "
             f"here. Try it there: vllm serve {folder}"
         )
-    return run_in_transformers(folder, ids)
+    vllm = f"vLLM loads them, and is not run here. Drop --run, and try it there: vllm serve {folder}"
+    return run_in_transformers(folder, ids, remedy=vllm)
 
 
 def damage(choice: Choice, shape: Shape, parts: Sequence[torch.Tensor]) -> str:

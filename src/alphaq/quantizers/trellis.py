@@ -92,8 +92,8 @@ def _worth(importance: np.ndarray | None, columns: int, name: str) -> np.ndarray
 
 @cache
 def _misses(quarters: int | None) -> tuple[np.ndarray, np.float32, np.float32]:
-    """What each state costs at marks that weights are put at, uint16 flat [marks · states]; how far marks are apart, and
-    the error up to which costs are squares, both in the levels' units. No marks where there are no quarters.
+    """What each state costs at marks that weights are put at, uint16 flat [marks · states]; how far marks are apart and
+    up to which error costs are squares, both in the levels' units. No marks where there are no quarters.
 
     Beyond that error costs rise by the slope there, so that outliers fit in; of each mark, less what its best state
     costs. As large as a path to any state may cost before all are reached, which is within `STATE_BITS` bits.
