@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alphaq.runtime import line_kernels as lines
+from alphaq.runtime import row_kernels as places
 from alphaq.runtime import step_kernels as kernels
+from alphaq.runtime.fusing import share_inputs
 from alphaq.runtime.recording import NotRecorded, Step
 from alphaq.runtime.row_forms import append, take
 from alphaq.runtime.rows import Rows
@@ -19,10 +20,17 @@ from alphaq.simd.vectors import flat
 LONGEST = 1 << 16
 
 
-def room_of(rows: np.ndarray) -> int:
-    """The longest line that rows ask for; addresses among their own numbers ask for no more than `LONGEST`."""
-    longest, own = rows[:, lines.EXTENTS + 3], rows[:, lines.OWN : lines.OWN + 2]
-    return int(max(longest.max(), own.clip(0, LONGEST).max(), 1024))
+def room_of(rows: np.ndarray) -> tuple[int, int, int, int]:
+    """The longest line that rows ask for; the most columns, tokens and results of their packed products.
+
+    Addresses among a row's own numbers ask for no more than `LONGEST`.
+    """
+    longest, own = rows[:, places.EXTENTS + 3], rows[:, places.OWN : places.OWN + 2]
+    packed = rows[rows[:, places.OP] == places.PACKED, places.OWN :]
+    tokens, columns, results = (
+        max([1, *one.tolist()]) for one in (packed[:, 0], packed[:, 1], packed[:, 3] * packed[:, 5] * packed[:, 8])
+    )
+    return int(max(longest.max(), own.clip(0, LONGEST).max(), 1024)), columns, tokens, results
 
 
 class Program:
@@ -40,6 +48,7 @@ class Program:
                 take(rows, call, step.attended.get(place, ()))
         self.outside, self.kept = rows.outside, rows.kept
         self.rows, self.numbers = rows.arrays()
+        share_inputs(self.rows)
         self.token, self.position = step.inputs
         self.logits = step.logits
         if len(rows.packed_kinds) != 1:
