@@ -22,6 +22,7 @@ from alphaq.nouns.choice import Choice
 from alphaq.quantizers.base import DEFAULT, rounder_of
 from alphaq.runtime import step_kernels
 from alphaq.runtime.decoding import Stepwise, record_tokens
+from alphaq.runtime.fusing import share_inputs
 from alphaq.runtime.multiply import packed_linear
 from alphaq.runtime.packed import PackedWeights
 from alphaq.runtime.programs import room_of
@@ -444,10 +445,18 @@ def run(rows: Rows) -> None:
     """Run rows without keys and values."""
     (dtype,) = rows.packed_kinds or {torch.float32}
     every, numbers = rows.arrays()
-    sample, slots, at = flat(torch.empty(0, dtype=dtype)), np.zeros((0, 2), np.int64), 0
-    while (at := step_kernels.run(every, numbers, slots, 0, at, room_of(every), sample, *parallel())) < len(every):
+    share_inputs(every)
+    slots, at, rest = np.zeros((0, 2), np.int64), 0, given(every, dtype)
+    while (at := step_kernels.run(every, numbers, slots, 0, at, *rest)) < len(every):
         rows.outside[at].run(())
         at += 1
+
+
+def given(rows: np.ndarray, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """What the interpreter takes after the place to begin."""
+    room = room_of(rows)
+    memory = np.zeros(step_kernels.memory_bytes(room), np.uint8)
+    return room, memory, flat(torch.empty(0, dtype=dtype)), *parallel()
 
 
 @pytest.mark.parametrize("length", [1, 100, 20000])
@@ -473,9 +482,7 @@ def test_attention_is_torch_s(length: int, heads: tuple[int, int]) -> None:
         result.zero_()
     every_row, numbers = rows.arrays()
     slots = np.array([(one.data_ptr(), one.shape[2]) for one in room])
-    sample, at = flat(torch.empty(0)), 0
-    rest = (room_of(every_row), sample, *parallel())
-    stopped = step_kernels.run(every_row, numbers, slots, length, at, *rest)
+    stopped = step_kernels.run(every_row, numbers, slots, length, 0, *given(every_row))
     assert (stopped < len(every_row)) == (length == 20000)
     if stopped < len(every_row):
         with torch.inference_mode():

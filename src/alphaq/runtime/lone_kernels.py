@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from alphaq.runtime.block_kernels import TASK_ROWS, room_of
+from alphaq.runtime.block_kernels import TASK_ROWS, room_at, room_bytes
 from alphaq.runtime.input_kernels import LIMITS, prepare, widen
 from alphaq.runtime.kernels import multiply_few
+from alphaq.runtime.restored_kernels import LINE
 from alphaq.simd.codes import pointer
 from alphaq.simd.vectors import kernel
 
@@ -19,28 +20,32 @@ MOST_PAIRS = 16  # of which it is asked whether two are alike
 
 
 @kernel
-def desk_of(columns, tokens):
-    """Memory for inputs of so many columns or less, of so many tokens or less: see `lay_out`; and `room_of` one."""
+def desk_bytes(columns, tokens):
+    """Bytes that `desk_at` takes."""
+    return 8 * (-(-columns // 512) * 512 * tokens) + LINE + room_bytes(columns, 1)
+
+
+@kernel
+def desk_at(address, columns, tokens):
+    """What `multiply_lone` works with, in zeroed memory: where inputs lie and how many have room, a 0, a task's memory.
+
+    columns, tokens: the most that inputs have.
+    """
     padded = -(-columns // 512) * 512 * tokens
-    return (
-        np.empty(padded, np.float32),
-        np.empty(3 * padded, np.int8),
-        np.empty(3 * padded // 32, np.float32),
-        np.empty(3 * padded // 32, np.float32),
-        np.zeros(1, np.int64),
-        room_of(columns, 1),
-    )
+    end = address + 8 * padded  # 4 bytes of each value, 3 of its digits, 24 / 32 of its groups' steps and sums
+    return address, padded, carray(pointer(end), (1,), np.int64), room_at(end + LINE, columns, 1)
 
 
 @kernel
 def _views(desk, planes, tokens, columns):
     """Values, digits, steps and sums as `input_kernels.prepare` has them."""
+    address, most, _, _ = desk
     padded = -(-columns // 512) * 512
     return (
-        carray(pointer(desk[0].ctypes.data), (tokens, padded), np.float32),
-        carray(pointer(desk[1].ctypes.data), (planes, tokens, padded), np.int8),
-        carray(pointer(desk[2].ctypes.data), (3, tokens, padded // 32), np.float32),
-        carray(pointer(desk[3].ctypes.data), (3, tokens, padded // 32), np.float32),
+        carray(pointer(address), (tokens, padded), np.float32),
+        carray(pointer(address + 4 * most), (planes, tokens, padded), np.int8),
+        carray(pointer(address + 7 * most), (3, tokens, padded // 32), np.float32),
+        carray(pointer(address + 7 * most + 12 * (most // 32)), (3, tokens, padded // 32), np.float32),
     )
 
 
@@ -75,7 +80,7 @@ def all_differ(experts):
 def multiply_lone(desk, planes, tokens, columns, codings, rows, experts, chosen, out):
     """`kernels.multiply` for inputs on the desk and experts that all differ, on this thread."""
     values, digits, steps, sums = _views(desk, planes, tokens, columns)
-    room, projections = desk[5], codings.shape[0]
+    (_, _, first_pair, room), projections = desk, codings.shape[0]
     for pair in range(experts.size):
         expert = experts[pair]
         if not 0 <= expert < codings.shape[1]:
@@ -86,4 +91,4 @@ def multiply_lone(desk, planes, tokens, columns, codings, rows, experts, chosen,
             coding, column = codings[projection, expert], projection * rows
             block = coding[0], coding[1], coding[2], coding[3], rows, columns
             for first in range(0, rows, TASK_ROWS):
-                multiply_few(block, first, mine, planes, digits, steps, sums, values, target, column, desk[4], room)
+                multiply_few(block, first, mine, planes, digits, steps, sums, values, target, column, first_pair, room)

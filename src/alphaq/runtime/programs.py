@@ -17,20 +17,22 @@ from alphaq.runtime.rows import Rows
 from alphaq.runtime.threads import parallel
 from alphaq.simd.vectors import flat
 
-LONGEST = 1 << 16
+LEAST = 1024  # numbers of a line
 
 
 def room_of(rows: np.ndarray) -> tuple[int, int, int, int]:
-    """The longest line that rows ask for; the most columns, tokens and results of their packed products.
-
-    Addresses among a row's own numbers ask for no more than `LONGEST`.
-    """
-    longest, own = rows[:, places.EXTENTS + 3], rows[:, places.OWN : places.OWN + 2]
-    packed = rows[rows[:, places.OP] == places.PACKED, places.OWN :]
-    tokens, columns, results = (
-        max([1, *one.tolist()]) for one in (packed[:, 0], packed[:, 1], packed[:, 3] * packed[:, 5] * packed[:, 8])
-    )
-    return int(max(longest.max(), own.clip(0, LONGEST).max(), 1024)), columns, tokens, results
+    """The longest line that rows ask for; the most columns, tokens and results of their packed products."""
+    operations, own = rows[:, places.OP], rows[:, places.OWN :]
+    packed = own[operations == places.PACKED]
+    lines = [
+        rows[operations != places.PACKED, places.EXTENTS + 3],
+        own[np.isin(operations, (places.SUM, places.MEAN)), 0],
+        own[operations == places.DENSE, 1],
+        own[operations == places.ATTEND, 4],
+    ]
+    columns, tokens, results = packed[:, 1], packed[:, 0], packed[:, 3] * packed[:, 5] * packed[:, 8]
+    line, *most = (int(one.max(initial=1)) for one in (np.concatenate(lines), columns, tokens, results))
+    return max(line, LEAST), most[0], most[1], most[2]
 
 
 class Program:
@@ -56,6 +58,7 @@ class Program:
         (kind,) = rows.packed_kinds
         self.sample = flat(torch.empty(0, dtype=kind))
         self.room = room_of(self.rows)
+        self.memory = np.zeros(kernels.memory_bytes(self.room), np.uint8)
         self.forms = [_form(one) for one in step.caches]
         self.slots = np.zeros((len(step.caches), 2), np.int64)
 
@@ -77,7 +80,9 @@ class Program:
             self.token.copy_(token)
             self.position.fill_(length) if position is None else self.position.copy_(position)
             while True:
-                at = kernels.run(self.rows, self.numbers, self.slots, length, at, self.room, self.sample, *parallel())
+                at = kernels.run(
+                    self.rows, self.numbers, self.slots, length, at, self.room, self.memory, self.sample, *parallel()
+                )
                 if at == len(self.rows):
                     break
                 self.outside[at].run(caches)

@@ -16,7 +16,8 @@ from numba import carray
 from alphaq.runtime.kernels import WORTH_THREADS, multiply
 from alphaq.runtime.lane_kernels import lanes_at, put_lanes
 from alphaq.runtime.line_kernels import exponents, largest, plain, read_line, softmax, sums, write_line
-from alphaq.runtime.lone_kernels import all_differ, desk_of, lay_out, multiply_lone
+from alphaq.runtime.lone_kernels import all_differ, desk_at, desk_bytes, lay_out, multiply_lone
+from alphaq.runtime.restored_kernels import LINE
 from alphaq.runtime.row_kernels import (
     ADDRESS,
     APPEND,
@@ -194,20 +195,43 @@ def _attend(row, slots, length, scale, wide):
 
 
 @kernel
-def run(rows, numbers, slots, length, begin, room, sample, parallel, function, threads):
+def memory_bytes(room):
+    """Bytes that `run` works in."""
+    line, columns, tokens, results = room
+    return 24 * line + 4 * results + desk_bytes(columns, tokens) + 4 * LINE
+
+
+@kernel
+def run(rows, numbers, slots, length, begin, room, memory, sample, parallel, function, threads):
     """Run a step's rows from `begin` on; returns the first that is not for here, or how many there are.
 
     rows: int64 [n, ROW]. numbers: float64 [n, 4]. slots: int64 [n, 2], where keys and values of `length` tokens are
     and how many have room. room: the longest line, columns and tokens of packed products, and how many these are.
-    sample: empty, of the type of packed products' inputs. parallel, function, threads: see `kernels.multiply`.
+    memory: uint8 [`memory_bytes`], zeros before the first step. sample: empty, of the type of packed products' inputs.
+    parallel, function, threads: see `kernels.multiply`.
     """
-    left, right, other = np.empty(room[0]), np.empty(room[0]), np.empty(room[0])
-    desk, products, known = desk_of(room[1], room[2]), np.empty(room[3], np.float32), np.zeros(2, np.int64)
+    line, columns, tokens, results = room
+    place = memory.ctypes.data + -memory.ctypes.data % LINE
+    # Arrays are counted wherever they are passed on, unless they are made of addresses.
+    every, every_number = (
+        carray(pointer(rows.ctypes.data), rows.shape, np.int64),
+        carray(pointer(numbers.ctypes.data), numbers.shape, np.float64),
+    )
+    left, right, other = (
+        carray(pointer(place), (line,), np.float64),
+        carray(pointer(place + 8 * line), (line,), np.float64),
+        carray(pointer(place + 16 * line), (line,), np.float64),
+    )
+    place += 24 * line
+    known, products = carray(pointer(place), (2,), np.int64), carray(pointer(place + LINE), (results,), np.float32)
+    place += LINE + 4 * results
+    desk = desk_at(place + -place % LINE, columns, tokens)
+    known[0] = 0
     for number in range(begin, len(rows)):
-        row = rows[number]
+        row, given = every[number], every_number[number]
         op, stop = row[OP], False
         if op >= FIRST_PLAIN:
-            plain(row, numbers[number], left, right, other)
+            plain(row, given, left, right, other)
         elif op == PACKED:
             stop = _packed(row, sample, desk, products, known, left, right, parallel, function, threads)
         elif op in (SUM, MEAN):
@@ -215,7 +239,7 @@ def run(rows, numbers, slots, length, begin, room, sample, parallel, function, t
         elif op == APPEND:
             _append(row, slots, length, left)
         elif op == ATTEND:
-            stop = _attend(row, slots, length, numbers[number, 0], left)
+            stop = _attend(row, slots, length, given[0], left)
         elif op == SOFTMAX:
             softmax(row, left)
         elif op == TOP:
