@@ -28,7 +28,7 @@ def room_of(rows: np.ndarray) -> tuple[int, int, int, int]:
         rows[operations != places.PACKED, places.EXTENTS + 3],
         own[np.isin(operations, (places.SUM, places.MEAN)), 0],
         own[operations == places.DENSE, 1],
-        own[operations == places.ATTEND, 4],
+        own[operations == places.ATTEND, 4:6].ravel(),
     ]
     columns, tokens, results = packed[:, 1], packed[:, 0], packed[:, 3] * packed[:, 5] * packed[:, 8]
     line, *most = (int(one.max(initial=1)) for one in (np.concatenate(lines), columns, tokens, results))

@@ -160,7 +160,7 @@ def _append(row, slots, length, left):
 
 
 @kernel
-def _attend(row, slots, length, scale, wide):
+def _attend(row, slots, length, scale, left, right):
     """Attention of every query to all keys up to its own; returns whether torch is to do it."""
     query_heads, queries, width, value_width = row[OWN + 2], row[OWN + 3], row[OWN + 4], row[OWN + 5]
     kind, item = kind_of(row, 1), item_bytes(kind_of(row, 1))
@@ -169,29 +169,48 @@ def _attend(row, slots, length, scale, wide):
         return True
     keys, key_room = slots[row[OWN], 0], slots[row[OWN], 1]
     entries, value_room = slots[row[OWN + 1], 0], slots[row[OWN + 1], 1]
-    scores, sums = np.empty(known, np.float64), np.empty(value_width, np.float32)
-    result = np.empty(value_width, np.float64)
+    scores, values = np.empty(known, np.float64), carray(pointer(right.ctypes.data), (width,), np.float32)
     for number in range(query_heads * queries):
         head, query = number // queries, number % queries
-        values = np.empty(width, np.float32)
-        read_line(line_of(row, 1, 0, head, query), kind, stride_of(row, 1), width, wide)
+        read_line(line_of(row, 1, 0, head, query), kind, stride_of(row, 1), width, left)
         for at in range(width):
-            values[at] = wide[at]
+            values[at] = left[at]
         source = head * heads // query_heads
+        place = keys + source * key_room * width * item
         for token in range(known):
-            scores[token] = scale * _dot(keys + (source * key_room + token) * width * item, kind, values, width)
+            scores[token] = scale * _dot(place, kind, values, width)
+            place += width * item
         exponents(scores, known)
-        for at in range(0, value_width, LANES):
-            total = splat(np.float32(0))
-            place = entries + (source * value_room * value_width + at) * item
-            for token in range(known):
-                total = fma(lanes_at(place, kind), splat(np.float32(scores[token])), total)
-                place += value_width * item
-            store(sums, at, total)
-        for at in range(value_width):
-            result[at] = sums[at]
-        write_line(result, value_width, line_of(row, 0, 0, head, query), kind_of(row, 0), stride_of(row, 0))
+        _mix(entries + source * value_room * value_width * item, kind, value_width, scores, known, left)
+        write_line(left, value_width, line_of(row, 0, 0, head, query), kind_of(row, 0), stride_of(row, 0))
     return False
+
+
+@kernel
+def _mix(address, kind, width, shares, count, result):
+    """Σ shares[i] · lines[i] of so many lines at an address, whose width is a multiple of 16; sixty-four at a time."""
+    step, none = LANES * item_bytes(kind), splat(np.float32(0))
+    for begin in range(0, width, 4 * LANES):
+        parts = min(4, (width - begin) // LANES)
+        one, two, three, four = none, none, none, none
+        place = address + begin * item_bytes(kind)
+        for token in range(count):
+            share = splat(np.float32(shares[token]))
+            one = fma(lanes_at(place, kind), share, one)
+            if parts > 1:
+                two = fma(lanes_at(place + step, kind), share, two)
+            if parts > 2:
+                three = fma(lanes_at(place + 2 * step, kind), share, three)
+            if parts > 3:
+                four = fma(lanes_at(place + 3 * step, kind), share, four)
+            place += width * item_bytes(kind)
+        sums = np.empty(4 * LANES, np.float32)
+        store(sums, 0, one)
+        store(sums, LANES, two)
+        store(sums, 2 * LANES, three)
+        store(sums, 3 * LANES, four)
+        for at in range(LANES * parts):
+            result[begin + at] = sums[at]
 
 
 @kernel
@@ -239,7 +258,7 @@ def run(rows, numbers, slots, length, begin, room, memory, sample, parallel, fun
         elif op == APPEND:
             _append(row, slots, length, left)
         elif op == ATTEND:
-            stop = _attend(row, slots, length, given[0], left)
+            stop = _attend(row, slots, length, given[0], left, right)
         elif op == SOFTMAX:
             softmax(row, left)
         elif op == TOP:
