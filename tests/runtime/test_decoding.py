@@ -608,15 +608,16 @@ def test_what_float32_rounds_once_is_torch_s_to_the_bit(name: str, dtype: torch.
         for call in recorder.calls:
             if call.changed or not set(map(memory_of, call.outputs)) <= set(map(memory_of, call.inputs)):
                 take(rows, call)
+        assert all(row[places.OP] for row in rows.rows)  # none is left to torch
+        if not rows.rows:  # what is float32 is not widened
+            continue
         wanted = result.clone()
         with torch.inference_mode():
             result.zero_()
         run(rows)
-        if rows.rows:
-            assert all(row[places.OP] for row in rows.rows)
-            assert torch.equal(result.isnan(), wanted.isnan())
-            assert torch.equal(result.nan_to_num(7.0), wanted.nan_to_num(7.0))
-            assert torch.equal(result.signbit() | wanted.isnan(), wanted.signbit() | wanted.isnan())
+        assert torch.equal(result.isnan(), wanted.isnan())
+        assert torch.equal(result.nan_to_num(7.0), wanted.nan_to_num(7.0))
+        assert torch.equal(result.signbit() | wanted.isnan(), wanted.signbit() | wanted.isnan())
 
 
 def test_the_loop_s_exponential_is_exact_to_float64() -> None:
