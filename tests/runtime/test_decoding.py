@@ -25,13 +25,13 @@ from alphaq.quantizers.base import DEFAULT, rounder_of
 from alphaq.runtime import line_kernels, step_kernels
 from alphaq.runtime import row_kernels as places
 from alphaq.runtime.decoding import Stepwise, record_tokens
-from alphaq.runtime.fusing import share_inputs
 from alphaq.runtime.multiply import packed_linear
 from alphaq.runtime.packed import PackedWeights
 from alphaq.runtime.programs import room_of
 from alphaq.runtime.recording import Recorder, memory_of
 from alphaq.runtime.row_forms import FORMS, append, take
 from alphaq.runtime.rows import Rows
+from alphaq.runtime.sharing import share_inputs
 from alphaq.runtime.skipping import skip_experts
 from alphaq.runtime.threads import parallel
 from alphaq.simd.vectors import flat

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from alphaq.runtime import row_kernels as places
 from alphaq.runtime import step_kernels as kernels
-from alphaq.runtime.fusing import share_inputs
 from alphaq.runtime.recording import NotRecorded, Step
 from alphaq.runtime.row_forms import append, take
 from alphaq.runtime.rows import Rows
+from alphaq.runtime.sharing import share_inputs
 from alphaq.runtime.threads import parallel
 from alphaq.simd.vectors import flat
 
