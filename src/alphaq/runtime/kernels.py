@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, types
 
+from alphaq.nouns.choice import KEPT_BITS
 from alphaq.runtime.block_kernels import RESTORED, TASK_ROWS, TRELLIS, restore_block, room_of
 from alphaq.runtime.input_kernels import LIMITS, prepare, widen
 from alphaq.runtime.integer_kernels import multiply_block
@@ -127,7 +128,7 @@ def multiply_few(block, first, mine, planes, digits, steps, sums, values, out, c
     address, bits, _, flags, rows, columns = block
     if flags & TRELLIS:
         multiply_trellis(block, first, mine, planes, digits, steps, sums, out, column, pairs, room)
-    elif bits == 16:
+    elif bits == KEPT_BITS:
         multiply_kept(address, flags != 0, rows, columns, first, mine, values, out, column, pairs)
     else:
         multiply_block(block, first, mine, planes, digits, steps, sums, out, column, pairs, room)
