@@ -75,8 +75,10 @@ def _packed(row, sample, desk, products, known, left, right, parallel, function,
     chosen = carray(pointer(row[OWN + 7]), (pairs,), np.int64)
     out = carray(pointer(products.ctypes.data), (pairs, width), np.float32)
     exact = kind_of(row, 1) == FLOAT32
+    if not row[PREPARED]:
+        known[0] = 0
     if (threads < 2 or pairs * width * columns < WORTH_THREADS) and all_differ(experts):
-        if not row[PREPARED] or known[0] != address:
+        if known[0] != address:
             known[0], known[1] = address, lay_out(desk, inputs, tokens, columns, exact)
         multiply_lone(desk, known[1], tokens, columns, codings, rows, experts, chosen, out)
     elif multiply(
