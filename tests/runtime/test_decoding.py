@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from transformers.cache_utils import DynamicCache
 
 from alphaq.errors import AlphaQError
 from alphaq.formats.blocks import encode
+from alphaq.formats.table import parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.quantizers.base import DEFAULT, rounder_of
-from alphaq.runtime import step_kernels
+from alphaq.runtime import line_kernels, step_kernels
+from alphaq.runtime import row_kernels as places
 from alphaq.runtime.decoding import Stepwise, record_tokens
 from alphaq.runtime.multiply import packed_linear
 from alphaq.runtime.packed import PackedWeights
@@ -28,6 +31,7 @@ from alphaq.runtime.programs import room_of
 from alphaq.runtime.recording import Recorder, memory_of
 from alphaq.runtime.row_forms import append, take
 from alphaq.runtime.rows import Rows
+from alphaq.runtime.sharing import share_inputs
 from alphaq.runtime.skipping import skip_experts
 from alphaq.runtime.threads import parallel
 from alphaq.simd.vectors import flat
@@ -444,10 +448,18 @@ def run(rows: Rows) -> None:
     """Run rows without keys and values."""
     (dtype,) = rows.packed_kinds or {torch.float32}
     every, numbers = rows.arrays()
-    sample, slots, at = flat(torch.empty(0, dtype=dtype)), np.zeros((0, 2), np.int64), 0
-    while (at := step_kernels.run(every, numbers, slots, 0, at, room_of(every), sample, *parallel())) < len(every):
+    share_inputs(every)
+    slots, at, rest = np.zeros((0, 2), np.int64), 0, given(every, dtype)
+    while (at := step_kernels.run(every, numbers, slots, 0, at, *rest)) < len(every):
         rows.outside[at].run(())
         at += 1
+
+
+def given(rows: np.ndarray, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """What the interpreter takes after the place to begin."""
+    room = room_of(rows)
+    memory = np.zeros(step_kernels.memory_bytes(room), np.uint8)
+    return room, memory, flat(torch.empty(0, dtype=dtype)), *parallel()
 
 
 @pytest.mark.parametrize("length", [1, 100, 20000])
@@ -473,9 +485,7 @@ def test_attention_is_torch_s(length: int, heads: tuple[int, int]) -> None:
         result.zero_()
     every_row, numbers = rows.arrays()
     slots = np.array([(one.data_ptr(), one.shape[2]) for one in room])
-    sample, at = flat(torch.empty(0)), 0
-    rest = (room_of(every_row), sample, *parallel())
-    stopped = step_kernels.run(every_row, numbers, slots, length, at, *rest)
+    stopped = step_kernels.run(every_row, numbers, slots, length, 0, *given(every_row))
     assert (stopped < len(every_row)) == (length == 20000)
     if stopped < len(every_row):
         with torch.inference_mode():
@@ -495,6 +505,129 @@ def test_a_lone_token_is_multiplied_as_among_others() -> None:
         together = packed_linear(inputs, weights.table, 70, torch.zeros(5).long(), numbers)
         assert distance(torch.cat(found), together) < 1e-6
         assert distance(together, inputs @ weights.dequantized(0, 0).T) < 5e-6
+
+
+KINDS = ["3g32", "4g128s", "2g64", "t3", "t2.25", "16"]
+
+
+def matrices(count: int, shape: tuple[int, int], kinds: list[str], projections: int = 1) -> PackedWeights:
+    """Random matrices that are stored in turn as kinds say."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [[torch.randn(shape, generator=generator) for _ in range(count)] for _ in range(projections)]
+    weights = PackedWeights([[f"{row}.{one}" for one in range(count)] for row in range(projections)], shape)
+    stored = [
+        [
+            tensor.bfloat16() if kind == "16" else encode(rounder_of(DEFAULT)(tensor, parse_choice(kind)))
+            for tensor, kind in zip(row, cycle(kinds), strict=False)
+        ]
+        for row in tensors
+    ]
+    weights.fill(stored)
+    return weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(70, 256), (9, 200)])
+def test_the_loop_s_products_are_the_operator_s_to_the_bit(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Whether experts differ or not, and also of experts that there are not."""
+    weights = matrices(len(KINDS), shape, KINDS, 2)
+    generator = torch.Generator().manual_seed(1)
+    for chosen in ([0], [3], [5], [4, 1], [5, 2, 0, 3], [2, 2, 2, 1], [1, 9], [-1]):
+        inputs = torch.randn(len(chosen), shape[1], generator=generator).to(dtype)
+        experts, tokens = torch.tensor(chosen), torch.arange(len(chosen)).flip(0)
+        rows = Rows()
+        with torch.inference_mode(), Recorder() as recorder:
+            result = packed_linear(inputs, weights.table, shape[0], experts, tokens)
+        take(rows, recorder.calls[-1])
+        wanted = result.clone()
+        with torch.inference_mode():
+            result.zero_()
+        run(rows)
+        assert torch.equal(result, wanted), chosen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inputs_are_made_whole_numbers_once_until_they_change(dtype: torch.dtype) -> None:
+    """Also where the first that multiplies them anew has twice the same expert, and leaves none."""
+    weights, other = matrices(2, (40, 256), ["3g32", "t2"]), matrices(1, (5, 256), ["16"])
+
+    def times(states: Tensor, packed: PackedWeights, *experts: int) -> Tensor:
+        chosen = torch.tensor(experts)
+        return packed_linear(states, packed.table, packed.shape[0], chosen, torch.zeros_like(chosen))
+
+    def step(states: Tensor, factor: Tensor) -> tuple[Tensor, ...]:
+        found = times(states, weights, 0), times(states, other, 0)
+        states.mul_(factor)
+        return *found, times(states, weights, 1, 1), times(states, weights, 1)
+
+    states, factor = rand(1, 256, dtype=dtype), rand(1, 256, dtype=dtype)
+    with torch.inference_mode():
+        before = states.clone()
+        with Recorder() as recorder:
+            results = step(states, factor)
+        rows = Rows()
+        for call in recorder.calls:
+            if call.function in (packed_linear._opoverload, torch.ops.aten.mul_.Tensor):
+                take(rows, call)
+        states.copy_(2 * before)
+        wanted = step(2 * before, factor)
+        run(rows)
+    every, _ = rows.arrays()
+    share_inputs(every)
+    shared = [bool(row[places.PREPARED]) for row in every if row[places.OP] == places.PACKED]
+    assert shared == [False, True, False, True]
+    assert all(torch.equal(found, one) for found, one in zip(results, wanted, strict=True))
+
+
+EXACT: dict[str, Callable[..., Tensor]] = {
+    "sum": lambda x, y: x + y,
+    "difference": lambda x, y: x - y,
+    "difference from a number": lambda x, y: 1.5 - x,
+    "product": lambda x, y: x * y,
+    "product with one": lambda x, y: x * y[..., :1],
+    "quotient": lambda x, y: x / y,
+    "negated": lambda x, y: -x,
+    "square": lambda x, y: x.square(),
+    "without negatives": lambda x, y: x.relu(),
+    "widened": lambda x, y: x.float(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", EXACT)
+def test_what_float32_rounds_once_is_torch_s_to_the_bit(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, -6e-8, 65504.0, 3e38])
+    for length in (1, 15, 16, 17, 32, 75):
+        operands = []
+        for _ in range(2):
+            values = torch.cat([special, 100 * torch.randn(3 * length)])
+            operands.append(values[torch.randperm(len(values))][: 3 * length].view(3, length).to(dtype))
+        with torch.inference_mode(), Recorder() as recorder:
+            result = EXACT[name](*operands)
+        rows = Rows()
+        for call in recorder.calls:
+            if call.changed or not set(map(memory_of, call.outputs)) <= set(map(memory_of, call.inputs)):
+                take(rows, call)
+        assert all(row[places.OP] for row in rows.rows)  # none is left to torch
+        if not rows.rows:  # what is float32 is not widened
+            continue
+        wanted = result.clone()
+        with torch.inference_mode():
+            result.zero_()
+        run(rows)
+        assert torch.equal(result.isnan(), wanted.isnan())
+        assert torch.equal(result.nan_to_num(7.0), wanted.nan_to_num(7.0))
+        assert torch.equal(result.signbit() | wanted.isnan(), wanted.signbit() | wanted.isnan())
+
+
+def test_the_loop_s_exponential_is_exact_to_float64() -> None:
+    values = torch.linspace(-690, 690, 20001, dtype=torch.float64)
+    found = torch.tensor([line_kernels.exponential(float(one)) for one in values[::40]], dtype=torch.float64)
+    assert float((found / values[::40].exp() - 1).abs().max()) < 1e-15
+    assert np.float32(line_kernels.exponential(-1e4)) == 0.0
+    assert line_kernels.exponential(np.inf) > float(np.finfo(np.float32).max)
+    assert np.isnan(line_kernels.exponential(np.nan)) and line_kernels.exponential(0.0) == 1.0
 
 
 def test_training_is_still_refused(tiny_quantized: Path) -> None:

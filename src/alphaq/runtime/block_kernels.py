@@ -8,12 +8,14 @@ codes, whose bits are a rate in quarters.
 from __future__ import annotations
 
 import numpy as np
+from numba import carray
 
 from alphaq.simd.codes import (
     CODES,
     byte_at,
     half_at,
     halves_at,
+    pointer,
     put_brains,
     put_byte,
     put_codes,
@@ -69,19 +71,49 @@ def _zero_points(address, rows, bits, groups, first, count, turned):
 
 
 @kernel
-def room_of(columns, tokens):
-    """Memory that a thread uses for every task: scales, means, weights and totals, zero points, a row's end."""
+def _sizes(columns, tokens):
+    """How many numbers `room_of` has of each kind: of scales, weights, totals and zero points."""
     groups = -(-columns // 32)
     padded = -(-groups // LANES) * LANES
-    grid = TASK_ROWS * groups + LANES
-    weights = tokens * padded + LANES
+    return TASK_ROWS * groups + LANES, tokens * padded + LANES, tokens * LANES, CODES * (padded + LANES)
+
+
+@kernel
+def room_of(columns, tokens):
+    """Memory that a thread uses for every task: scales, means, weights and totals, zero points, a row's end."""
+    scales, weights, totals, zeros = _sizes(columns, tokens)
     return (
-        np.zeros(grid, np.float32),
-        np.zeros(grid, np.float32),
+        np.zeros(scales, np.float32),
+        np.zeros(scales, np.float32),
         np.zeros(weights, np.float32),
-        np.zeros(tokens * LANES, np.float32),
-        np.zeros(CODES * (padded + LANES), np.uint8),
+        np.zeros(totals, np.float32),
+        np.zeros(zeros, np.uint8),
         np.zeros(2 * CODES, np.uint8),
+    )
+
+
+@kernel
+def room_bytes(columns, tokens):
+    """Bytes of `room_of`."""
+    scales, weights, totals, zeros = _sizes(columns, tokens)
+    return 4 * (2 * scales + weights + totals) + zeros + 2 * CODES
+
+
+@kernel
+def room_at(address, columns, tokens):
+    """`room_of` at an address, where there are zeros."""
+    scales, weights, totals, zeros = _sizes(columns, tokens)
+    means_at = address + 4 * scales
+    weights_at = means_at + 4 * scales
+    totals_at = weights_at + 4 * weights
+    zeros_at = totals_at + 4 * totals
+    return (
+        carray(pointer(address), (scales,), np.float32),
+        carray(pointer(means_at), (scales,), np.float32),
+        carray(pointer(weights_at), (weights,), np.float32),
+        carray(pointer(totals_at), (totals,), np.float32),
+        carray(pointer(zeros_at), (zeros,), np.uint8),
+        carray(pointer(zeros_at + zeros), (2 * CODES,), np.uint8),
     )
 
 

@@ -187,7 +187,7 @@ class Stepwise:
     def _same(self) -> bool:
         """Whether the model still is what was recorded, its numbers where they were; if not, it is recorded again."""
         try:
-            same = all(now == then for now, then in self.state)
+            same = self.state == self.known_state and not any(self.empty)
         except (RuntimeError, ValueError):  # another tensor or array, which is not compared so
             same = False
         same = same and all(
@@ -210,7 +210,9 @@ class Stepwise:
         self.hooks: list[dict[int, Any]] = []
         self.parameters: list[tuple[Any, str, tuple[int, torch.Size]]] = []
         self.tables: list[tuple[PackedWeights, Tensor]] = []
-        self.state: list[tuple[dict[str, object], dict[str, object]]] = []
+        self.state: list[dict[str, object]] = []
+        self.known_state: list[dict[str, object]] = []
+        self.empty: list[dict[str, object]] = []
 
     def _has_room(self, asked: Asked) -> bool:
         """Whether the cache has room for a token, which it is given if it is one of this model."""
@@ -340,7 +342,9 @@ class Stepwise:
         self.tables = [(one, one.table) for one in self.modules if isinstance(one, PackedWeights)]
         configs = [one.config for one in self.modules if hasattr(one, "config")]
         held = [*map(vars, [*self.modules, *configs]), *(one._modules for one in self.modules)]
-        self.state = [(one, dict(one)) for one in {id(one): one for one in held}.values()]
+        distinct = {id(one): one for one in held}.values()
+        self.state, self.empty = [one for one in distinct if one], [one for one in distinct if not one]
+        self.known_state = [dict(one) for one in self.state]
         owned = [
             (tensors, name, tensor)
             for module in self.modules

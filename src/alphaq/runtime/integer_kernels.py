@@ -44,19 +44,23 @@ def multiply_block(block, first, mine, planes, digits, steps, sums, out, column,
     digits_at = digits.ctypes.data
     none = splat(np.float32(0))
     if tokens == 1:  # nothing but a row's weights leaves the registers
-        at, token = digits_at + mine[0] * padded, mine[0]
-        known, step, target = sums[level, token], steps[level, token], out[pairs[0]]
+        at, target = digits_at + mine[0] * padded, out[pairs[0]]
+        known, step, whole = sums[level, mine[0]], steps[level, mine[0]], columns // CODES
+        grid = bits, symmetric, scales, middle, means, zeros, factor, known, step, groups
+        source = address + HEADER + first * row_bytes
+        if columns % CODES == 0:  # a loop without row's ends, which takes half as long
+            for row in range(count):
+                total = _start(row, grid, weights)
+                total = _add_chunks(source, whole, bits, level, planes, stride, at, weights, total)
+                target[column + first + row] = lane_sum(total)
+                source += row_bytes
+            return
         for row in range(count):
-            total = none
-            for group in range(0, groups, LANES):
-                scale = load(scales, row * groups + group)
-                base = _base(bits, symmetric, scale, middle, means, row * groups + group, zeros, row, group)
-                total = fma(base, load(known, group), total)
-                store(weights, group, scale * factor * load(step, group))
-            source = address + HEADER + (first + row) * row_bytes
+            total = _start(row, grid, weights)
             last = last_codes(source, columns, bits, rest)
             total = _one_token(source, last, columns, bits, level, planes, stride, at, weights, total)
             target[column + first + row] = lane_sum(total)
+            source += row_bytes
         return
     for row in range(count):
         for token in range(tokens):
@@ -119,21 +123,45 @@ def _base(bits, symmetric, scale, middle, means, at, zeros, row, group):
 
 
 @kernel
+def _start(row, grid, weights):
+    """What a row's products with one token are without its codes, of which each group's worth goes to weights."""
+    bits, symmetric, scales, middle, means, zeros, factor, known, step, groups = grid
+    total = splat(np.float32(0))
+    for group in range(0, groups, LANES):
+        scale = load(scales, row * groups + group)
+        base = _base(bits, symmetric, scale, middle, means, row * groups + group, zeros, row, group)
+        total = fma(base, load(known, group), total)
+        store(weights, group, scale * factor * load(step, group))
+    return total
+
+
+@kernel
 def _one_token(source, last, columns, bits, level, planes, stride, at, weights, total):
     """Add the products of a row's codes with one token's digits at an address, weighted by group."""
-    whole, chunk = columns // CODES, 0
+    whole = columns // CODES
+    total = _add_chunks(source, whole, bits, level, planes, stride, at, weights, total)
+    if columns % CODES:
+        product = _products(unpack(last, bits), at + CODES * whole, planes, stride)
+        total = fma(product, _weight(weights, 0, whole, level), total)
+    return total
+
+
+@kernel
+def _add_chunks(source, whole, bits, level, planes, stride, at, weights, total):
+    """`_one_token` for a row's whole chunks."""
+    chunk = 0
     if level == 2:
         while chunk + 2 <= whole:
             place = source + 8 * bits * chunk
             fetch(place + AHEAD)
-            one = unpack(place, bits)
-            two = unpack(place + 8 * bits, bits)
+            one, two = unpack(place, bits), unpack(place + 8 * bits, bits)
             total = fma(products_of_two(one, two, at, planes, stride), splat(weights[chunk >> 1]), total)
             at += 2 * CODES
             chunk += 2
-    while chunk * CODES < columns:
-        one = unpack(source + 8 * bits * chunk if chunk < whole else last, bits)
-        total = fma(_products(one, at, planes, stride), _weight(weights, 0, chunk, level), total)
+    while chunk < whole:
+        place = source + 8 * bits * chunk
+        fetch(place + AHEAD)
+        total = fma(_products(unpack(place, bits), at, planes, stride), _weight(weights, 0, chunk, level), total)
         at += CODES
         chunk += 1
     return total

@@ -5,31 +5,43 @@ from __future__ import annotations
 import numpy as np
 
 from alphaq.runtime.block_kernels import TASK_ROWS
-from alphaq.simd.codes import brains_at, byte_at, half_at, halves_at
+from alphaq.runtime.integer_kernels import AHEAD
+from alphaq.simd.codes import brains_at, byte_at, fetch, half_at, halves_at
 from alphaq.simd.vectors import LANES, fma, kernel, lane_sum, load, splat
 
 
 @kernel
 def multiply_kept(address, half, rows, columns, first, mine, values, out, column, pairs):
     """`kernels.multiply_block` for float16 (`half`) or bfloat16; values: the inputs, float32 [tokens, padded]."""
+    flat, padded = values.reshape(values.size), values.shape[1]
     whole = columns // LANES * LANES
+    pairs_end = whole // (2 * LANES) * 2 * LANES
     for row in range(first, min(first + TASK_ROWS, rows)):
-        source = address + 2 * row * columns
         for index in range(mine.size):
-            inputs = values[mine[index]]
+            source, at = address + 2 * row * columns, mine[index] * padded
             even, odd = splat(np.float32(0)), splat(np.float32(0))
-            for at in range(0, whole - LANES, 2 * LANES):
-                place = source + 2 * at
-                even = fma(halves_at(place) if half else brains_at(place), load(inputs, at), even)
-                place += 2 * LANES
-                odd = fma(halves_at(place) if half else brains_at(place), load(inputs, at + LANES), odd)
-            if whole // LANES % 2:
-                place = source + 2 * (whole - LANES)
-                even = fma(halves_at(place) if half else brains_at(place), load(inputs, whole - LANES), even)
+            end = at + pairs_end
+            while at < end:
+                fetch(source + AHEAD)
+                even = fma(halves_at(source) if half else brains_at(source), load(flat, at), even)
+                place = source + 2 * LANES
+                odd = fma(halves_at(place) if half else brains_at(place), load(flat, at + LANES), odd)
+                source += 4 * LANES
+                at += 2 * LANES
+            if pairs_end < whole:
+                even = fma(halves_at(source) if half else brains_at(source), load(flat, at), even)
             total = lane_sum(even + odd)
-            for at in range(whole, columns):
-                total += inputs[at] * (half_at(source + 2 * at) if half else _brain_at(source + 2 * at))
+            if whole < columns:
+                total = _add_rest(total, address + 2 * row * columns, half, whole, columns, values[mine[index]])
             out[pairs[index], column + row] = total
+
+
+@kernel
+def _add_rest(total, source, half, whole, columns, inputs):
+    """Products beyond the last sixteen."""
+    for at in range(whole, columns):
+        total += inputs[at] * (half_at(source + 2 * at) if half else _brain_at(source + 2 * at))
+    return total
 
 
 @kernel

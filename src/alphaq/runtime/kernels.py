@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, types
 
+from alphaq.nouns.choice import KEPT_BITS
 from alphaq.runtime.block_kernels import RESTORED, TASK_ROWS, TRELLIS, restore_block, room_of
 from alphaq.runtime.input_kernels import LIMITS, prepare, widen
 from alphaq.runtime.integer_kernels import multiply_block
@@ -116,14 +117,21 @@ def _multiply_tasks(request):
             multiply_tiles(block, first, turned, out, job[JOB_COLUMN], targets, tile, room)
         elif job[JOB_COUNT] > request[FEW]:
             multiply_many(block, first, mine, request[INPUTS], out, job[JOB_COLUMN], targets, tile, room)
-        elif job[JOB_FLAGS] & TRELLIS:
-            multiply_trellis(block, first, mine, planes, digits, steps, sums, out, job[JOB_COLUMN], targets, room)
-        elif job[JOB_BITS] == 16:
-            multiply_kept(
-                job[JOB_ADDRESS], job[JOB_FLAGS] != 0, rows, columns, first, mine, values, out, job[JOB_COLUMN], targets
-            )
         else:
-            multiply_block(block, first, mine, planes, digits, steps, sums, out, job[JOB_COLUMN], targets, room)
+            column = job[JOB_COLUMN]
+            multiply_few(block, first, mine, planes, digits, steps, sums, values, out, column, targets, room)
+
+
+@kernel
+def multiply_few(block, first, mine, planes, digits, steps, sums, values, out, column, pairs, room):
+    """`integer_kernels.multiply_block` for every way to store a matrix that has a kernel."""
+    address, bits, _, flags, rows, columns = block
+    if flags & TRELLIS:
+        multiply_trellis(block, first, mine, planes, digits, steps, sums, out, column, pairs, room)
+    elif bits == KEPT_BITS:
+        multiply_kept(address, flags != 0, rows, columns, first, mine, values, out, column, pairs)
+    else:
+        multiply_block(block, first, mine, planes, digits, steps, sums, out, column, pairs, room)
 
 
 @kernel

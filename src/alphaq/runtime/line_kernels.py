@@ -10,23 +10,55 @@ import math
 import numpy as np
 from numba import carray
 
+from alphaq.runtime.lane_kernels import by_lanes, whole_lanes
+from alphaq.runtime.row_kernels import (
+    ADD,
+    ADDRESS,
+    BFLOAT16,
+    CLAMP,
+    COS,
+    DIVIDE,
+    EQ,
+    EXP,
+    EXTENTS,
+    FLOAT16,
+    FLOAT32,
+    GE,
+    GELU,
+    GELU_TANH,
+    GT,
+    INT64,
+    LE,
+    LT,
+    MASK,
+    MAXIMUM,
+    MEAN,
+    MINIMUM,
+    MULTIPLY,
+    NE,
+    NEGATE,
+    OP,
+    OWN,
+    RELU,
+    RSQRT,
+    SIGMOID,
+    SILU,
+    SIN,
+    SOFTPLUS,
+    SQRT,
+    SQUARE,
+    SUBTRACT,
+    TANH,
+    TENSOR,
+    TENSORS,
+    item_bytes,
+    kind_of,
+    line_of,
+    stride_of,
+)
 from alphaq.simd.codes import as_brain_bits, as_half_bits, half_at, of_brain_bits, pointer
+from alphaq.simd.lanes import times_power
 from alphaq.simd.vectors import kernel
-
-# Places in a row.
-OP, EXTENTS, TENSORS, OWN = 0, 1, 5, 29
-ADDRESS, KIND, STRIDES = range(3)  # of a tensor, which takes TENSOR places
-TENSOR, ROW = 6, 40
-FLOAT32, BFLOAT16, FLOAT16, INT64, BOOL = range(5)
-
-OUTSIDE, EMBED, PACKED, DENSE, APPEND, ATTEND, SUM, MEAN, SOFTMAX, TOP = range(10)
-FIRST_PLAIN = 10  # from here on one number at a time
-(COPY, NEGATE, SILU, SIGMOID, RSQRT, EXP, COS, SIN, TANH, RELU, GELU, GELU_TANH, SQUARE, SOFTPLUS, SQRT) = range(10, 25)
-(ADD, SUBTRACT, MULTIPLY, DIVIDE, NE, EQ, LT, LE, GT, GE, MAXIMUM, MINIMUM) = range(25, 37)
-CLAMP, MASK, WHERE = range(37, 40)
-LONG = 1 << 22  # products of an attention from which torch's threads are worth asking
-MANY = 1 << 30
-MOST_TOKENS = 64  # lines that one token makes, one for each of its experts; more are not few
 
 
 @kernel
@@ -97,6 +129,33 @@ def write_line(values, count, address, kind, stride):
 
 
 @kernel
+def exponential(value):
+    """exp of a float64 to some units of its last place, without a branch, so that a loop of them becomes vectors.
+
+    2^n · exp(r) with |r| ≤ ln 2 / 2 and a Taylor polynomial. What float32 cannot hold may be any such number.
+    """
+    held = min(max(value, -700.0), 700.0)
+    shifted = held * 1.4426950408889634 + 6755399441055744.0  # 1.5 · 2^52, beside which no fraction has room
+    whole = shifted - 6755399441055744.0
+    rest = held - whole * 0.6931471803691238 - whole * 1.9082149292705877e-10
+    result = 2.08767569878681e-09
+    result = result * rest + 2.505210838544172e-08
+    result = result * rest + 2.755731922398589e-07
+    result = result * rest + 2.7557319223985893e-06
+    result = result * rest + 2.48015873015873e-05
+    result = result * rest + 0.0001984126984126984
+    result = result * rest + 0.001388888888888889
+    result = result * rest + 0.008333333333333333
+    result = result * rest + 0.041666666666666664
+    result = result * rest + 0.16666666666666666
+    result = result * rest + 0.5
+    result = result * rest + 1.0
+    result = result * rest + 1.0
+    result = times_power(result, shifted)
+    return result if value == value else value
+
+
+@kernel
 def _unary(op, values, count):
     """One operation on each of the values, in place."""
     if op == NEGATE:
@@ -104,10 +163,10 @@ def _unary(op, values, count):
             values[at] = -values[at]
     elif op == SILU:
         for at in range(count):
-            values[at] = values[at] / (1.0 + math.exp(-values[at]))
+            values[at] = values[at] / (1.0 + exponential(-values[at]))
     elif op == SIGMOID:
         for at in range(count):
-            values[at] = 1.0 / (1.0 + math.exp(-values[at]))
+            values[at] = 1.0 / (1.0 + exponential(-values[at]))
     elif op == RSQRT:
         for at in range(count):
             values[at] = 1.0 / math.sqrt(values[at])
@@ -116,7 +175,7 @@ def _unary(op, values, count):
             values[at] = math.sqrt(values[at])
     elif op == EXP:
         for at in range(count):
-            values[at] = math.exp(values[at])
+            values[at] = exponential(values[at])
     elif op == COS:
         for at in range(count):
             values[at] = math.cos(values[at])
@@ -186,41 +245,12 @@ def _binary(op, left, right, count):
 
 
 @kernel
-def line_of(row, tensor, first, second, third):
-    """Address of a line of a tensor, along the last axis."""
-    at = TENSORS + TENSOR * tensor
-    steps = first * row[at + STRIDES] + second * row[at + STRIDES + 1] + third * row[at + STRIDES + 2]
-    return row[at + ADDRESS] + steps * item_bytes(row[at + KIND])
-
-
-@kernel
-def item_bytes(kind):
-    """Bytes of a number."""
-    if kind == FLOAT32:
-        return 4
-    if kind == INT64:
-        return 8
-    return 1 if kind == BOOL else 2
-
-
-@kernel
-def kind_of(row, tensor):
-    return row[TENSORS + TENSOR * tensor + KIND]
-
-
-@kernel
-def stride_of(row, tensor):
-    """Of the last axis."""
-    return row[TENSORS + TENSOR * tensor + STRIDES + 3]
-
-
-@kernel
-def _fetch(row, tensor, first, second, third, number, into):
-    """A line of an operand; without one the number."""
-    count = row[EXTENTS + 3]
+def _fetch(row, tensor, first, second, third, begin, number, into):
+    """A line of an operand from some place on; without one the number."""
+    count, kind, stride = row[EXTENTS + 3] - begin, kind_of(row, tensor), stride_of(row, tensor)
     if row[TENSORS + TENSOR * tensor + ADDRESS]:
-        place = line_of(row, tensor, first, second, third)
-        read_line(place, kind_of(row, tensor), stride_of(row, tensor), count, into)
+        place = line_of(row, tensor, first, second, third) + begin * stride * item_bytes(kind)
+        read_line(place, kind, stride, count, into)
     else:
         into[:count] = number
 
@@ -228,28 +258,52 @@ def _fetch(row, tensor, first, second, third, number, into):
 @kernel
 def plain(row, numbers, left, right, other):
     """Operations on one number at a time."""
-    op, count = row[OP], row[EXTENTS + 3]
+    whole = whole_lanes(row)
     for first in range(row[EXTENTS]):
         for second in range(row[EXTENTS + 1]):
             for third in range(row[EXTENTS + 2]):
-                _fetch(row, 1, first, second, third, numbers[0], left)
-                if op >= ADD:
-                    _fetch(row, 2, first, second, third, numbers[1], right)
-                if op < ADD:
-                    _unary(op, left, count)
-                elif op < CLAMP:
-                    _binary(op, left, right, count)
-                elif op == CLAMP:
-                    for at in range(count):
-                        left[at] = min(max(left[at], numbers[2]), numbers[3]) if left[at] == left[at] else left[at]
-                elif op == MASK:  # of the left ones a number where the right ones are true
-                    for at in range(count):
-                        left[at] = numbers[2] if right[at] != 0.0 else left[at]
-                else:
-                    _fetch(row, 3, first, second, third, numbers[2], other)
-                    for at in range(count):
-                        left[at] = right[at] if left[at] != 0.0 else other[at]
-                write_line(left, count, line_of(row, 0, first, second, third), kind_of(row, 0), stride_of(row, 0))
+                if whole:
+                    by_lanes(row, numbers, first, second, third, whole)
+                if whole < row[EXTENTS + 3]:
+                    _by_numbers(row, numbers, first, second, third, whole, left, right, other)
+
+
+@kernel
+def _by_numbers(row, numbers, first, second, third, begin, left, right, other):
+    """A line of a plain operation from some place on."""
+    op, count, kind, stride = row[OP], row[EXTENTS + 3] - begin, kind_of(row, 0), stride_of(row, 0)
+    _fetch(row, 1, first, second, third, begin, numbers[0], left)
+    if op >= ADD:
+        _fetch(row, 2, first, second, third, begin, numbers[1], right)
+    if op < ADD:
+        _unary(op, left, count)
+    elif op < CLAMP:
+        _binary(op, left, right, count)
+    elif op == CLAMP:
+        for at in range(count):
+            left[at] = min(max(left[at], numbers[2]), numbers[3]) if left[at] == left[at] else left[at]
+    elif op == MASK:  # of the left ones a number where the right ones are true
+        for at in range(count):
+            left[at] = numbers[2] if right[at] != 0.0 else left[at]
+    else:
+        _fetch(row, 3, first, second, third, begin, numbers[2], other)
+        for at in range(count):
+            left[at] = right[at] if left[at] != 0.0 else other[at]
+    write_line(left, count, line_of(row, 0, first, second, third) + begin * stride * item_bytes(kind), kind, stride)
+
+
+@kernel
+def total_of(values, count):
+    """Sum of values, every fourth by itself first, so that none waits for all before it."""
+    one, two, three, four, whole = 0.0, 0.0, 0.0, 0.0, count // 4 * 4
+    for at in range(0, whole, 4):
+        one += values[at]
+        two += values[at + 1]
+        three += values[at + 2]
+        four += values[at + 3]
+    for at in range(whole, count):
+        one += values[at]
+    return (one + two) + (three + four)
 
 
 @kernel
@@ -264,10 +318,7 @@ def sums(row, left, right):
                 source = line_of(row, 1, first, second, third)
                 if count == 1:
                     read_line(source, kind, stride, length, right)
-                    total = 0.0
-                    for at in range(length):
-                        total += right[at]
-                    left[0] = total
+                    left[0] = total_of(right, length)
                 else:
                     left[:count] = 0.0
                     for part in range(length):
@@ -296,10 +347,9 @@ def exponents(values, count):
     largest = values[0]
     for at in range(count):
         largest = max(largest, values[at])
-    total = 0.0
     for at in range(count):
-        values[at] = math.exp(values[at] - largest)
-        total += values[at]
+        values[at] = exponential(values[at] - largest)
+    total = total_of(values, count)
     for at in range(count):
         values[at] = values[at] / total
 

@@ -8,21 +8,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alphaq.runtime import line_kernels as lines
+from alphaq.runtime import row_kernels as places
 from alphaq.runtime import step_kernels as kernels
 from alphaq.runtime.recording import NotRecorded, Step
 from alphaq.runtime.row_forms import append, take
 from alphaq.runtime.rows import Rows
+from alphaq.runtime.sharing import share_inputs
 from alphaq.runtime.threads import parallel
 from alphaq.simd.vectors import flat
 
-LONGEST = 1 << 16
+LEAST = 1024  # numbers of a line
 
 
-def room_of(rows: np.ndarray) -> int:
-    """The longest line that rows ask for; addresses among their own numbers ask for no more than `LONGEST`."""
-    longest, own = rows[:, lines.EXTENTS + 3], rows[:, lines.OWN : lines.OWN + 2]
-    return int(max(longest.max(), own.clip(0, LONGEST).max(), 1024))
+def room_of(rows: np.ndarray) -> tuple[int, int, int, int]:
+    """The longest line that rows ask for; the most columns, tokens and results of their packed products."""
+    operations, own = rows[:, places.OP], rows[:, places.OWN :]
+    packed = own[operations == places.PACKED]
+    lines = [
+        rows[operations != places.PACKED, places.EXTENTS + 3],
+        own[np.isin(operations, (places.SUM, places.MEAN)), 0],
+        own[operations == places.DENSE, 1],
+        own[operations == places.ATTEND, 4:6].ravel(),
+    ]
+    columns, tokens, results = packed[:, 1], packed[:, 0], packed[:, 3] * packed[:, 5] * packed[:, 8]
+    line, *most = (int(one.max(initial=1)) for one in (np.concatenate(lines), columns, tokens, results))
+    return max(line, LEAST), most[0], most[1], most[2]
 
 
 class Program:
@@ -40,6 +50,7 @@ class Program:
                 take(rows, call, step.attended.get(place, ()))
         self.outside, self.kept = rows.outside, rows.kept
         self.rows, self.numbers = rows.arrays()
+        share_inputs(self.rows)
         self.token, self.position = step.inputs
         self.logits = step.logits
         if len(rows.packed_kinds) != 1:
@@ -47,6 +58,7 @@ class Program:
         (kind,) = rows.packed_kinds
         self.sample = flat(torch.empty(0, dtype=kind))
         self.room = room_of(self.rows)
+        self.memory = np.zeros(kernels.memory_bytes(self.room), np.uint8)
         self.forms = [_form(one) for one in step.caches]
         self.slots = np.zeros((len(step.caches), 2), np.int64)
 
@@ -68,7 +80,9 @@ class Program:
             self.token.copy_(token)
             self.position.fill_(length) if position is None else self.position.copy_(position)
             while True:
-                at = kernels.run(self.rows, self.numbers, self.slots, length, at, self.room, self.sample, *parallel())
+                at = kernels.run(
+                    self.rows, self.numbers, self.slots, length, at, self.room, self.memory, self.sample, *parallel()
+                )
                 if at == len(self.rows):
                     break
                 self.outside[at].run(caches)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alphaq.runtime import line_kernels as kernels
+from alphaq.runtime import row_kernels as kernels
 from alphaq.runtime.block_kernels import RESTORED
 from alphaq.runtime.multiply import packed_linear
 from alphaq.runtime.packed import FLAGS, FLOAT16

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from alphaq.runtime import line_kernels as kernels
+from alphaq.runtime import row_kernels as kernels
 from alphaq.runtime.recording import Call
 
 KINDS = {

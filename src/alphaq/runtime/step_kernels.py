@@ -13,17 +13,19 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from alphaq.runtime.kernels import multiply
-from alphaq.runtime.line_kernels import (
+from alphaq.runtime.kernels import WORTH_THREADS, multiply
+from alphaq.runtime.lane_kernels import lanes_at, put_lanes
+from alphaq.runtime.line_kernels import exponents, largest, plain, read_line, softmax, sums, write_line
+from alphaq.runtime.lone_kernels import all_differ, desk_at, desk_bytes, lay_out, multiply_lone
+from alphaq.runtime.restored_kernels import LINE
+from alphaq.runtime.row_kernels import (
     ADDRESS,
     APPEND,
     ATTEND,
-    BFLOAT16,
     DENSE,
     EMBED,
     EXTENTS,
     FIRST_PLAIN,
-    FLOAT16,
     FLOAT32,
     LONG,
     MANY,
@@ -31,24 +33,18 @@ from alphaq.runtime.line_kernels import (
     OP,
     OWN,
     PACKED,
+    PREPARED,
     SOFTMAX,
     SUM,
     TENSOR,
     TENSORS,
     TOP,
-    exponents,
     item_bytes,
     kind_of,
-    largest,
     line_of,
-    plain,
-    read_line,
-    softmax,
     stride_of,
-    sums,
-    write_line,
 )
-from alphaq.simd.codes import brains_at, halves_at, pointer
+from alphaq.simd.codes import pointer
 from alphaq.simd.vectors import LANES, fma, kernel, lane_sum, load, splat, store
 
 
@@ -66,42 +62,54 @@ def _embed(row, left):
 
 
 @kernel
-def _packed(row, sample, left, right, parallel, function, threads):
-    """Products with packed matrices, a bias added; returns whether some are left to do."""
+def _packed(row, sample, desk, products, known, left, right, parallel, function, threads):
+    """Products with packed matrices, a bias added; returns whether some are left to do.
+
+    products: room for float32 results. known: int64 [2], where the inputs on the desk are from and bytes of each.
+    """
     tokens, columns, rows, pairs = row[OWN], row[OWN + 1], row[OWN + 5], row[OWN + 8]
-    inputs = carray(pointer(row[TENSORS + TENSOR + ADDRESS]), (tokens * columns,), sample.dtype)
+    address, width = row[TENSORS + TENSOR + ADDRESS], row[OWN + 3] * row[OWN + 5]
+    inputs = carray(pointer(address), (tokens * columns,), sample.dtype)
     codings = carray(pointer(row[OWN + 2]), (row[OWN + 3], row[OWN + 4], 4), np.int64)
     experts = carray(pointer(row[OWN + 6]), (pairs,), np.int64)
     chosen = carray(pointer(row[OWN + 7]), (pairs,), np.int64)
-    width = row[OWN + 3] * rows
-    out = np.empty((pairs, width), np.float32)
+    out = carray(pointer(products.ctypes.data), (pairs, width), np.float32)
     exact = kind_of(row, 1) == FLOAT32
-    if multiply(
+    if not row[PREPARED]:
+        known[0] = 0
+    if (threads < 2 or pairs * width * columns < WORTH_THREADS) and all_differ(experts):
+        if known[0] != address:
+            known[0], known[1] = address, lay_out(desk, inputs, tokens, columns, exact)
+        multiply_lone(desk, known[1], tokens, columns, codings, rows, experts, chosen, out)
+    elif multiply(
         inputs, columns, codings, rows, experts, chosen, MANY, MANY, False, exact, out, parallel, function, threads
     ):
         return True
-    target, kind = row[TENSORS + ADDRESS], kind_of(row, 0)
-    bias = row[TENSORS + 3 * TENSOR + ADDRESS]
     for pair in range(pairs):
-        for begin in range(0, width, left.size):
-            count = min(left.size, width - begin)
-            left[:count] = out[pair, begin : begin + count]
-            if bias:
-                read_line(bias + begin * item_bytes(kind), kind, 1, count, right)
-                for at in range(count):
-                    left[at] += right[at]
-            write_line(left, count, target + (pair * width + begin) * item_bytes(kind), kind, 1)
+        _put_products(row, products, pair, width, left, right)
     return False
 
 
 @kernel
-def _lanes_at(address, kind):
-    """Sixteen numbers at an address as float32."""
-    if kind == BFLOAT16:
-        return brains_at(address)
-    if kind == FLOAT16:
-        return halves_at(address)
-    return load(carray(pointer(address), (LANES,), np.float32), 0)
+def _put_products(row, products, pair, width, left, right):
+    """Products of a pair where they belong, a bias added."""
+    kind, begin = kind_of(row, 0), pair * width
+    target, bias = row[TENSORS + ADDRESS] + begin * item_bytes(kind), row[TENSORS + 3 * TENSOR + ADDRESS]
+    whole = width // LANES * LANES
+    for at in range(0, whole, LANES):
+        value = load(products, begin + at)
+        if bias:
+            value = value + lanes_at(bias + at * item_bytes(kind), kind)
+        put_lanes(target + at * item_bytes(kind), kind, value)
+    count, more = width - whole, whole * item_bytes(kind)
+    if count:
+        for at in range(count):
+            left[at] = products[begin + whole + at]
+        if bias:
+            read_line(bias + more, kind, 1, count, right)
+            for at in range(count):
+                left[at] += right[at]
+        write_line(left, count, target + more, kind, 1)
 
 
 @kernel
@@ -110,7 +118,7 @@ def _dot(address, kind, values, count):
     total = splat(np.float32(0))
     step = LANES * item_bytes(kind)
     for at in range(0, count, LANES):
-        total = fma(_lanes_at(address, kind), load(values, at), total)
+        total = fma(lanes_at(address, kind), load(values, at), total)
         address += step
     return lane_sum(total)
 
@@ -154,7 +162,7 @@ def _append(row, slots, length, left):
 
 
 @kernel
-def _attend(row, slots, length, scale, wide):
+def _attend(row, slots, length, scale, left, right):
     """Attention of every query to all keys up to its own; returns whether torch is to do it."""
     query_heads, queries, width, value_width = row[OWN + 2], row[OWN + 3], row[OWN + 4], row[OWN + 5]
     kind, item = kind_of(row, 1), item_bytes(kind_of(row, 1))
@@ -163,53 +171,96 @@ def _attend(row, slots, length, scale, wide):
         return True
     keys, key_room = slots[row[OWN], 0], slots[row[OWN], 1]
     entries, value_room = slots[row[OWN + 1], 0], slots[row[OWN + 1], 1]
-    scores, sums = np.empty(known, np.float64), np.empty(value_width, np.float32)
-    result = np.empty(value_width, np.float64)
+    scores, values = np.empty(known, np.float64), carray(pointer(right.ctypes.data), (width,), np.float32)
     for number in range(query_heads * queries):
         head, query = number // queries, number % queries
-        values = np.empty(width, np.float32)
-        read_line(line_of(row, 1, 0, head, query), kind, stride_of(row, 1), width, wide)
+        read_line(line_of(row, 1, 0, head, query), kind, stride_of(row, 1), width, left)
         for at in range(width):
-            values[at] = wide[at]
+            values[at] = left[at]
         source = head * heads // query_heads
+        place = keys + source * key_room * width * item
         for token in range(known):
-            scores[token] = scale * _dot(keys + (source * key_room + token) * width * item, kind, values, width)
+            scores[token] = scale * _dot(place, kind, values, width)
+            place += width * item
         exponents(scores, known)
-        for at in range(0, value_width, LANES):
-            total = splat(np.float32(0))
-            place = entries + (source * value_room * value_width + at) * item
-            for token in range(known):
-                total = fma(_lanes_at(place, kind), splat(np.float32(scores[token])), total)
-                place += value_width * item
-            store(sums, at, total)
-        for at in range(value_width):
-            result[at] = sums[at]
-        write_line(result, value_width, line_of(row, 0, 0, head, query), kind_of(row, 0), stride_of(row, 0))
+        _mix(entries + source * value_room * value_width * item, kind, value_width, scores, known, left)
+        write_line(left, value_width, line_of(row, 0, 0, head, query), kind_of(row, 0), stride_of(row, 0))
     return False
 
 
 @kernel
-def run(rows, numbers, slots, length, begin, room, sample, parallel, function, threads):
+def _mix(address, kind, width, shares, count, result):
+    """Σ shares[i] · lines[i] of so many lines at an address, whose width is a multiple of 16; sixty-four at a time."""
+    step, none = LANES * item_bytes(kind), splat(np.float32(0))
+    for begin in range(0, width, 4 * LANES):
+        parts = min(4, (width - begin) // LANES)
+        one, two, three, four = none, none, none, none
+        place = address + begin * item_bytes(kind)
+        for token in range(count):
+            share = splat(np.float32(shares[token]))
+            one = fma(lanes_at(place, kind), share, one)
+            if parts > 1:
+                two = fma(lanes_at(place + step, kind), share, two)
+            if parts > 2:
+                three = fma(lanes_at(place + 2 * step, kind), share, three)
+            if parts > 3:
+                four = fma(lanes_at(place + 3 * step, kind), share, four)
+            place += width * item_bytes(kind)
+        sums = np.empty(4 * LANES, np.float32)
+        store(sums, 0, one)
+        store(sums, LANES, two)
+        store(sums, 2 * LANES, three)
+        store(sums, 3 * LANES, four)
+        for at in range(LANES * parts):
+            result[begin + at] = sums[at]
+
+
+@kernel
+def memory_bytes(room):
+    """Bytes that `run` works in."""
+    line, columns, tokens, results = room
+    return 24 * line + 4 * results + desk_bytes(columns, tokens) + 4 * LINE
+
+
+@kernel
+def run(rows, numbers, slots, length, begin, room, memory, sample, parallel, function, threads):
     """Run a step's rows from `begin` on; returns the first that is not for here, or how many there are.
 
     rows: int64 [n, ROW]. numbers: float64 [n, 4]. slots: int64 [n, 2], where keys and values of `length` tokens are
-    and how many have room. room: the longest line. sample: empty, of the type of packed products' inputs. parallel,
-    function, threads: see `kernels.multiply`.
+    and how many have room. room: the longest line, columns and tokens of packed products, and how many these are.
+    memory: uint8 [`memory_bytes`], zeros before the first step. sample: empty, of the type of packed products' inputs.
+    parallel, function, threads: see `kernels.multiply`.
     """
-    left, right, other = np.empty(room), np.empty(room), np.empty(room)
+    line, columns, tokens, results = room
+    place = memory.ctypes.data + -memory.ctypes.data % LINE
+    # Arrays are counted wherever they are passed on, unless they are made of addresses.
+    every, every_number = (
+        carray(pointer(rows.ctypes.data), rows.shape, np.int64),
+        carray(pointer(numbers.ctypes.data), numbers.shape, np.float64),
+    )
+    left, right, other = (
+        carray(pointer(place), (line,), np.float64),
+        carray(pointer(place + 8 * line), (line,), np.float64),
+        carray(pointer(place + 16 * line), (line,), np.float64),
+    )
+    place += 24 * line
+    known, products = carray(pointer(place), (2,), np.int64), carray(pointer(place + LINE), (results,), np.float32)
+    place += LINE + 4 * results
+    desk = desk_at(place + -place % LINE, columns, tokens)
+    known[0] = 0
     for number in range(begin, len(rows)):
-        row = rows[number]
+        row, given = every[number], every_number[number]
         op, stop = row[OP], False
         if op >= FIRST_PLAIN:
-            plain(row, numbers[number], left, right, other)
+            plain(row, given, left, right, other)
         elif op == PACKED:
-            stop = _packed(row, sample, left, right, parallel, function, threads)
+            stop = _packed(row, sample, desk, products, known, left, right, parallel, function, threads)
         elif op in (SUM, MEAN):
             sums(row, left, right)
         elif op == APPEND:
             _append(row, slots, length, left)
         elif op == ATTEND:
-            stop = _attend(row, slots, length, numbers[number, 0], left)
+            stop = _attend(row, slots, length, given[0], left, right)
         elif op == SOFTMAX:
             softmax(row, left)
         elif op == TOP:
