@@ -75,7 +75,7 @@ def _sizes(columns, tokens):
     """How many numbers `room_of` has of each kind: of scales, weights, totals and zero points."""
     groups = -(-columns // 32)
     padded = -(-groups // LANES) * LANES
-    return TASK_ROWS * groups + LANES, tokens * padded + LANES, tokens * LANES, CODES * (padded + LANES)
+    return TASK_ROWS * groups + 2 * LANES, tokens * padded + LANES, tokens * LANES, CODES * (padded + LANES)
 
 
 @kernel
@@ -127,6 +127,10 @@ def read_grids(block, first, count, scales, means, zeros):
     if not symmetric:
         after += 2 * rows * groups if bits == 1 else 4 * groups * -(-rows * bits // 32)
     read_scales(after + 2 * first * groups, count * groups, scales)
+    # Lanes are read from any of them: what another matrix left, if infinite, times 0 would be no number.
+    beyond, none = (count * groups // LANES + 1) * LANES, splat(np.float32(0))
+    store(scales, beyond, none)
+    store(means, beyond, none)
     if not symmetric:
         if bits == 1:
             read_scales(offsets + 2 * first * groups, count * groups, means)

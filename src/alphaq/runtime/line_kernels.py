@@ -152,6 +152,7 @@ def exponential(value):
     result = result * rest + 1.0
     result = result * rest + 1.0
     result = times_power(result, shifted)
+    result = np.inf if value > 709.0 else result  # −inf · sigmoid(−inf) is no number, as torch has it
     return result if value == value else value
 
 
