@@ -49,7 +49,7 @@ test: setup  ## the test suite, minutes on two cores: a third process works whil
 test-slow: setup  ## slow tests for 24 minutes; what was not begun by then is named
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile --no-loadscope-reorder --minutes 24 -rs
 
-test-all: test  ## every test, then the slow ones without a limit; an hour and a half
+test-all: test  ## every test, then the slow ones without a limit; forty minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile --no-loadscope-reorder -rs
 
 test-eval: setup  ## run lm-eval's tasks on quantized models; two minutes and 400 MB of disk to install
