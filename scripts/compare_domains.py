@@ -49,7 +49,7 @@ def main() -> None:
             comparison = Comparison(
                 methods if not name else ("uniform", *methods),
                 bits,
-                PlanConfig(budget=Budget(bits=bits[0]), choices="1,2,3,4"),
+                PlanConfig(budget=Budget(bits=bits[0]), roles="fixed"),
                 None if path is None else Text(path),
             )
             out = given.output / (name or "data-free")
@@ -98,7 +98,7 @@ def agreement(checkpoint, domains: dict[str, Path], bits: list[float], cache_fol
         for width in bits:
             plans = {}
             for name, path in domains.items():
-                config = PlanConfig(budget=Budget(bits=width), choices="1,2,3,4", method=method)
+                config = PlanConfig(budget=Budget(bits=width), roles="fixed", method=method)
                 request = resolve(config)
                 sized = {"budget": Budget(size_bytes=plain_size(checkpoint, request, width))}
                 request = resolve(config.model_copy(update=sized))

@@ -16,7 +16,7 @@ from alphaq.formats.blocks import encode
 from alphaq.formats.table import format_of, parse_choice
 from alphaq.nouns.choice import Choice
 from alphaq.quantizers.base import DEFAULT, rounder_of
-from alphaq.runtime import input_kernels, kernels, restored_kernels
+from alphaq.runtime import input_kernels, kernels, restored_kernels, tile_kernels
 from alphaq.runtime import multiply as module
 from alphaq.runtime.multiply import multiply, packed_linear
 from alphaq.runtime.packed import PackedWeights
@@ -153,9 +153,26 @@ def test_tiles_give_the_products_of_every_kind(shape: tuple[int, int], monkeypat
 
 
 @needs_tiles
+def test_tiles_of_more_rows_where_tokens_are_many_and_long() -> None:
+    kinds = [Choice(2, 128), TRELLIS[4], torch.float16, Choice(5, 32)]
+    weights = packed((1100, restored_kernels.TILES_DEPTH + 224), kinds)
+    counts = torch.tensor([190, tile_kernels.MOST_TOKENS + 40, 33, 3])
+    assert counts.max() * weights.shape[1] > kernels.MOST_TURNED
+    assert len(kinds[:3]) * weights.shape[0] >= kernels.TASKS_A_THREAD * torch.get_num_threads() * kernels.MORE_ROWS
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(50, weights.shape[1], generator=generator).bfloat16()
+    experts = torch.arange(len(kinds)).repeat_interleave(counts)
+    experts = experts[torch.randperm(len(experts), generator=generator)]
+    tokens = torch.randint(0, 50, (len(experts),), generator=generator)
+    found, wanted = multiply(inputs, weights, experts, tokens), expected(inputs, weights, experts, tokens)
+    for one, other in zip(found, wanted, strict=True):
+        check(one, other, 6e-3)
+
+
+@needs_tiles
 def test_tiles_take_any_number_of_tokens() -> None:
     weights = packed((70, 160), [Choice(3, 32)])
-    for count in (*range(1, 20), 31, 32, 33, 47, 48, 49, 64, 127, 128, 255, 600):
+    for count in (*range(1, 20), 31, 32, 33, 47, 48, 49, 64, 127, 128, 255, 600, 1024, 1025, 2100):
         inputs = torch.randn(count, 160, generator=torch.Generator().manual_seed(count)).bfloat16()
         experts, tokens = torch.zeros(count, dtype=torch.int64), torch.arange(count)
         found, wanted = multiply(inputs, weights, experts, tokens), expected(inputs, weights, experts, tokens)
@@ -258,7 +275,7 @@ def test_nothing_beyond_a_block_is_read(shape: tuple[int, int], monkeypatch: pyt
             monkeypatch.setattr(module, "FEW_TOKENS", few)
             monkeypatch.setattr(module, "FEW_BRAINS", few)
             monkeypatch.setattr(module, "FEW_TILES", few)
-            inputs = torch.randn(5, shape[1]).to(dtype)
+            inputs = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(6)).to(dtype)
             zeros, tokens = torch.zeros(5, dtype=torch.int64), torch.arange(5)
             found, wanted = multiply(inputs, weights, zeros, tokens), expected(inputs, weights, zeros, tokens)
             check(found, wanted, TOLERANCE[dtype])

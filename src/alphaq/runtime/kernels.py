@@ -20,20 +20,24 @@ from alphaq.runtime.block_kernels import RESTORED, TASK_ROWS, TRELLIS, restore_b
 from alphaq.runtime.input_kernels import LIMITS, prepare, widen
 from alphaq.runtime.integer_kernels import multiply_block
 from alphaq.runtime.kept_kernels import multiply_kept
-from alphaq.runtime.restored_kernels import DEPTH, LINE, TILES_DEPTH, multiply_many, tile_of
-from alphaq.runtime.tile_kernels import BLOCK_BYTES, multiply_tiles, turn_block
+from alphaq.runtime.restored_kernels import DEPTH, LINE, multiply_many, tile_of
+from alphaq.runtime.tile_kernels import BLOCK_BYTES, TILE_NUMBERS, multiply_tiles, tile_sums, turn_block
 from alphaq.runtime.trellis_kernels import multiply_trellis, restore_trellis
 from alphaq.simd.codes import pointer, run_threads, take
 from alphaq.simd.vectors import LANES, kernel, stamped
 
+MOST_TURNED = 3 << 18  # numbers: 1.5 MiB of a job's turned tokens, beside the rows of a task
+MORE_ROWS = 2 * TASK_ROWS
+TASKS_A_THREAD = 4  # at least
 WORTH_THREADS = 1 << 20  # products, some tens of microseconds
 
 # Places in a request, an array of int64.
 (COUNTER, TASKS, JOBS, PAIRS, PAIR_COUNT, TOKENS, ROWS, COLUMNS) = range(8)
 (WIDTH, PLANES, DIGITS, STEPS, SUMS, VALUES, OUT, WORK, MOST, INPUTS, FEW) = range(8, 19)
-(BLOCKS, TURNED) = range(19, 21)  # of tokens for tiles: which they are, where they lie turned; 0 without
-REQUEST = 21
-MULTIPLY, RESTORE, TURN = range(3)  # what `WORK` may be
+(BLOCKS, TURNED) = range(19, 21)  # of tokens for tiles: which they are, where they lie turned
+SPAN, THREADS = range(21, 23)  # rows of a task for tiles; how many threads work on them
+REQUEST = 23
+MULTIPLY, RESTORE, TURN, TILES = range(4)  # what `WORK` may be
 # Columns of a job: where the block is, how it is coded, where its products go, which pairs want it, their first block.
 (JOB_ADDRESS, JOB_BITS, JOB_GROUP, JOB_FLAGS, JOB_COLUMN, JOB_FIRST, JOB_COUNT, JOB_TURNED) = range(8)
 JOB = 8
@@ -83,8 +87,33 @@ def _work(request):
         _restore_tasks(request)
     elif request[WORK] == TURN:
         _turn_tasks(request)
+    elif request[WORK] == TILES:
+        _tile_tasks(request)
     else:
         _multiply_tasks(request)
+
+
+@kernel
+def _tile_tasks(request):
+    rows, columns, width, span = request[ROWS], request[COLUMNS], request[WIDTH], request[SPAN]
+    parts = -(-rows // span)
+    jobs = carray(pointer(request[JOBS]), (request[TASKS] // parts, JOB), np.int64)
+    pairs = carray(pointer(request[PAIRS]), (2, request[PAIR_COUNT]), np.int64)
+    out = carray(pointer(request[OUT]), (request[PAIR_COUNT], width), np.uint16)
+    room = room_of(columns, 0)
+    tile = tile_of(span, min(columns, TILE_NUMBERS // span))
+    sums = tile_sums(jobs[:, JOB_COUNT].max(), span)
+    while True:
+        task = take(request)
+        if task >= request[TASKS]:
+            return
+        job = jobs[task // parts]
+        targets = pairs[1, job[JOB_FIRST] : job[JOB_FIRST] + job[JOB_COUNT]]
+        turned = request[TURNED] + BLOCK_BYTES * columns * job[JOB_TURNED]
+        block = _block(job, rows, columns)
+        first = task % parts * span
+        after = first + span * request[THREADS]
+        multiply_tiles(block, first, span, turned, out, job[JOB_COLUMN], targets, tile, sums, room, after)
 
 
 @kernel
@@ -101,8 +130,7 @@ def _multiply_tasks(request):
     values = carray(pointer(request[VALUES]), (tokens, padded), np.float32)
     out = carray(pointer(request[OUT]), (request[PAIR_COUNT], width), np.float32)
     room = room_of(columns, request[MOST])
-    depth = TILES_DEPTH if request[TURNED] else DEPTH
-    tile = tile_of(min(columns, depth) if request[INPUTS] else 0)
+    tile = tile_of(TASK_ROWS, min(columns, DEPTH) if request[INPUTS] else 0)
     while True:
         task = take(request)
         if task >= request[TASKS]:
@@ -112,10 +140,7 @@ def _multiply_tasks(request):
         begin, end = job[JOB_FIRST], job[JOB_FIRST] + job[JOB_COUNT]
         mine, targets = pairs[0, begin:end], pairs[1, begin:end]
         block = _block(job, rows, columns)
-        if job[JOB_COUNT] > request[FEW] and request[TURNED]:
-            turned = request[TURNED] + BLOCK_BYTES * columns * job[JOB_TURNED]
-            multiply_tiles(block, first, turned, out, job[JOB_COLUMN], targets, tile, room)
-        elif job[JOB_COUNT] > request[FEW]:
+        if job[JOB_COUNT] > request[FEW]:
             multiply_many(block, first, mine, request[INPUTS], out, job[JOB_COLUMN], targets, tile, room)
         else:
             column = job[JOB_COLUMN]
@@ -135,11 +160,11 @@ def multiply_few(block, first, mine, planes, digits, steps, sums, values, out, c
 
 
 @kernel
-def _jobs(codings, rows, counts, few, many, pairs):
+def _jobs(codings, rows, counts, least, few, many, pairs):
     """The jobs of matrices, their number, their pairs, the pairs that are left, the most of a job that is for few.
 
-    Matrices that more than `many` pairs want are left. counts: int64 [experts + 1], of each expert's
-    pairs after a 0; becomes where each one's begin.
+    Matrices that more than `many` pairs want are left, those that fewer than `least` want are passed over.
+    counts: int64 [experts + 1], of each expert's pairs after a 0; becomes where each one's begin.
     """
     projections, known = codings.shape[0], codings.shape[1]
     jobs = np.empty((projections * min(known, pairs), JOB), np.int64)
@@ -149,7 +174,7 @@ def _jobs(codings, rows, counts, few, many, pairs):
         counts[expert + 1] += counts[expert]
         if count > many:
             left += count
-        elif count:
+        elif count >= least:
             total += count
             if count <= few:
                 most = max(most, count)
@@ -180,8 +205,18 @@ def _by_expert(experts, tokens, begins):
 
 
 @kernel
-def _token_blocks(jobs, few):
-    """Sixteen pairs or fewer of every expert that more than `few` want: first and count, int64 [blocks, 2].
+def _counts(experts, known):
+    """How many pairs want each expert, after a 0: int64 [known + 1]."""
+    counts = np.zeros(known + 1, np.int64)
+    for pair in range(experts.size):
+        if 0 <= experts[pair] < known:
+            counts[experts[pair] + 1] += 1
+    return counts
+
+
+@kernel
+def _token_blocks(jobs):
+    """Sixteen pairs or fewer of every expert: first and count, int64 [blocks, 2].
 
     Jobs get the number of their first block. Those of one expert lie together.
     """
@@ -192,8 +227,6 @@ def _token_blocks(jobs, few):
     number, start, known = 0, 0, -1
     for job in range(len(jobs)):
         count, first = jobs[job, JOB_COUNT], jobs[job, JOB_FIRST]
-        if count <= few:
-            continue
         if first != known:
             known, start = first, number
             for begin in range(0, count, LANES):
@@ -204,37 +237,61 @@ def _token_blocks(jobs, few):
 
 
 @kernel
-def _turn(request, blocks, turned, parallel, function, threads):
-    """Have a request's blocks of tokens turned before it is worked on."""
-    tasks, request[TASKS] = request[TASKS], len(blocks)
-    request[BLOCKS], request[TURNED] = blocks.ctypes.data, turned.ctypes.data + -turned.ctypes.data % LINE
-    request[WORK] = TURN
-    run_threads(parallel, function, request.ctypes.data, threads)
-    request[WORK], request[TASKS], request[COUNTER] = MULTIPLY, tasks, 0
+def _span(jobs, rows, columns, threads):
+    """Rows of a task for tiles: more, and fewer columns at a time, where a job's tokens would not stay in the cache."""
+    if jobs[:, JOB_COUNT].max() * columns <= MOST_TURNED:
+        return TASK_ROWS
+    return MORE_ROWS if len(jobs) * rows >= TASKS_A_THREAD * threads * MORE_ROWS else TASK_ROWS
 
 
 @kernel
-def multiply(
-    inputs, columns, codings, rows, experts, tokens, few, many, tiled, exact, out, parallel, function, threads
-):
+def multiply_tiled(inputs, columns, codings, rows, experts, tokens, least, out, parallel, function, threads):
+    """Products of experts that at least so many pairs want, by tiles; returns how many of their pairs are left.
+
+    inputs: flat bits of bfloat16 [tokens · columns], columns a multiple of 32. out: likewise [pairs, projections ·
+    rows], of which rows of other experts' pairs stay as they are. All else: see `multiply`.
+    """
+    projections, known = codings.shape[0], codings.shape[1]
+    counts = _counts(experts, known)
+    jobs, number, total, left, _ = _jobs(codings, rows, counts, least, 0, experts.size, experts.size)
+    if number == 0:
+        return left
+    jobs, pairs = jobs[:number], _by_expert(experts, tokens, counts)
+    blocks = _token_blocks(jobs)
+    turned = np.empty(BLOCK_BYTES * columns * len(blocks) + LINE, np.uint8)
+    request = np.zeros(REQUEST, np.int64)
+    request[JOBS], request[PAIRS], request[PAIR_COUNT] = jobs.ctypes.data, pairs.ctypes.data, experts.size
+    request[INPUTS], request[OUT] = inputs.ctypes.data, out.ctypes.data
+    request[ROWS], request[COLUMNS], request[WIDTH] = rows, columns, projections * rows
+    request[BLOCKS], request[TURNED] = blocks.ctypes.data, turned.ctypes.data + -turned.ctypes.data % LINE
+    request[SPAN] = _span(jobs, rows, columns, threads)
+    if threads < 2 or total * projections * rows * columns < WORTH_THREADS:
+        parallel, threads = 0, 1
+    request[THREADS] = threads
+    request[WORK], request[TASKS] = TURN, len(blocks)
+    run_threads(parallel, function, request.ctypes.data, threads)
+    request[WORK], request[TASKS], request[COUNTER] = TILES, number * -(-rows // request[SPAN]), 0
+    run_threads(parallel, function, request.ctypes.data, threads)
+    # Threads know arrays by address alone: numba would free each after its last use before.
+    return left if request.size + jobs.size + pairs.size + inputs.size + out.size + blocks.size + turned.size else 0
+
+
+@kernel
+def multiply(inputs, columns, codings, rows, experts, tokens, few, many, exact, out, parallel, function, threads):
     """Products of experts that at most `many` pairs want; returns how many pairs are left.
 
     Left are also those of matrices that have no kernel here, a mix of widths. Experts that more than `few` pairs want
-    are multiplied as restored rows of bfloat16, by tiles where these are allowed (`tiled`): many may be above few only
-    if inputs are, their rows multiples of 32.
+    are multiplied as restored rows of bfloat16: many may be above few only if inputs are, their rows multiples of 32.
     inputs: flat [tokens · columns], float32 or bits. codings: int64 [projections, experts, fields]. experts, tokens:
     int64 [pairs]. exact: whether inputs have more than 16 bits. out: float32 [pairs, projections · rows], zeros where
     there is no such expert. parallel, function, threads: see `run_threads`; small work is done on one thread.
     """
-    projections = codings.shape[0]
-    counts = np.zeros(codings.shape[1] + 1, np.int64)
+    projections, known = codings.shape[0], codings.shape[1]
+    counts = _counts(experts, known)
     for pair in range(experts.size):
-        expert = experts[pair]
-        if 0 <= expert < codings.shape[1]:
-            counts[expert + 1] += 1
-        else:
+        if not 0 <= experts[pair] < known:
             out[pair] = 0
-    jobs, number, total, left, most = _jobs(codings, rows, counts, few, many, experts.size)
+    jobs, number, total, left, most = _jobs(codings, rows, counts, 1, few, many, experts.size)
     if number == 0:
         return left
     pairs = _by_expert(experts, tokens, counts)
@@ -256,14 +313,10 @@ def multiply(
     request[PLANES], request[DIGITS], request[STEPS] = planes, digits.ctypes.data, steps.ctypes.data
     request[SUMS], request[VALUES], request[OUT] = sums.ctypes.data, values.ctypes.data, out.ctypes.data
     small = threads < 2 or total * projections * rows * columns < WORTH_THREADS
-    blocks = _token_blocks(jobs[:number], few if tiled else experts.size)
-    turned = np.empty(BLOCK_BYTES * columns * len(blocks) + LINE, np.uint8)
-    if len(blocks):
-        _turn(request, blocks, turned, 0 if small else parallel, function, threads)
     run_threads(0 if small else parallel, function, request.ctypes.data, threads)
     # Threads know arrays by address alone: numba would free each after its last use before.
     used = request.size + jobs.size + pairs.size + digits.size + steps.size + sums.size
-    used += values.size + out.size + inputs.size + blocks.size + turned.size
+    used += values.size + out.size + inputs.size
     return left if used else 0
 
 

@@ -81,15 +81,42 @@ def _dispatched(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, token
 def cpu_linear(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens: Tensor) -> Tensor:
     """`packed_linear` on the CPU."""
     inputs, codings = inputs.detach().contiguous(), table.numpy()
-    out = torch.empty(len(experts), len(codings) * rows)
-    wanted, chosen = experts.long().contiguous().numpy(), tokens.contiguous().numpy()
+    experts, tokens = experts.long().contiguous(), tokens.contiguous()
     brain = inputs.dtype == torch.bfloat16 and inputs.shape[1] % BRAINS == 0
-    tiled = brain and tiles_allowed()
-    few, many = FEW_TOKENS, FEW_TOKENS
-    if tiled:
-        few, many = FEW_TILES, len(wanted)
-    elif brain and FAST_BRAINS:
-        few, many = FEW_BRAINS, MANY_BRAINS
+    if brain and len(experts) > FEW_TILES and tiles_allowed():
+        counts = _counts(experts.numpy(), codings.shape[1])
+        if counts.max() > FEW_TILES:
+            return _by_tiles(inputs, codings, rows, experts, tokens, counts)
+    return _multiplied(inputs, codings, rows, experts, tokens, brain and FAST_BRAINS)
+
+
+def _counts(experts: np.ndarray, known: int) -> np.ndarray:
+    """How many pairs want each expert that is known."""
+    return np.bincount(experts[(experts >= 0) & (experts < known)], minlength=known)
+
+
+def _by_tiles(
+    inputs: Tensor, codings: np.ndarray, rows: int, experts: Tensor, tokens: Tensor, counts: np.ndarray
+) -> Tensor:
+    """Products of bfloat16, by tiles where enough tokens want an expert."""
+    out, wanted = inputs.new_empty(len(experts), len(codings) * rows), experts.numpy()
+    bits = flat(out).reshape(out.shape)
+    found = (flat(inputs), inputs.shape[1], codings, rows, wanted, tokens.numpy(), FEW_TILES + 1, bits)
+    if kernels.multiply_tiled(*found, *parallel()):
+        restored = (codings[..., FLAGS] & RESTORED > 0) & (counts > FEW_TILES)
+        _multiply_left(inputs, codings, rows, wanted, tokens, restored, out)
+    enough = np.flatnonzero(counts > FEW_TILES)
+    few = torch.from_numpy(np.flatnonzero(~np.isin(wanted, enough)))
+    if len(few):
+        out[few] = _multiplied(inputs, codings, rows, experts[few], tokens[few], False)
+    return out
+
+
+def _multiplied(inputs: Tensor, codings: np.ndarray, rows: int, experts: Tensor, tokens: Tensor, brain: bool) -> Tensor:
+    """Products by rows restored in the cache (`brain`) or by whole numbers, unless very many tokens want an expert."""
+    out = torch.empty(len(experts), len(codings) * rows)
+    wanted, chosen = experts.numpy(), tokens.numpy()
+    few, many = (FEW_BRAINS, MANY_BRAINS) if brain else (FEW_TOKENS, FEW_TOKENS)
     left = kernels.multiply(
         flat(inputs),
         inputs.shape[1],
@@ -99,18 +126,30 @@ def cpu_linear(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens
         chosen,
         few,
         many,
-        tiled,
         inputs.dtype.itemsize > 2,
         out.numpy(),
         *parallel(),
     )
     if left:
-        experts_left = np.bincount(wanted[wanted >= 0], minlength=codings.shape[1])[: codings.shape[1]]
-        restored = (experts_left > many) | (codings[..., FLAGS] & RESTORED > 0)  # [projections, experts]
-        for expert in np.flatnonzero((experts_left > 0) & restored.any(0)):
-            mine = torch.from_numpy(np.flatnonzero(wanted == expert))
-            _multiply_restored(inputs[tokens[mine]], codings[:, expert], restored[:, expert], rows, out, mine)
+        counts = _counts(wanted, codings.shape[1])
+        restored = (counts > many) | (codings[..., FLAGS] & RESTORED > 0)  # [projections, experts]
+        _multiply_left(inputs, codings, rows, wanted, tokens, restored & (counts > 0), out)
     return out.to(inputs.dtype)
+
+
+def _multiply_left(
+    inputs: Tensor,
+    codings: np.ndarray,
+    rows: int,
+    wanted: np.ndarray,
+    tokens: Tensor,
+    restored: np.ndarray,
+    out: Tensor,
+) -> None:
+    """Products with matrices that are restored whole, bool [projections, experts], to their pairs' places."""
+    for expert in np.flatnonzero(restored.any(0)):
+        mine = torch.from_numpy(np.flatnonzero(wanted == expert))
+        _multiply_restored(inputs[tokens[mine]], codings[:, expert], restored[:, expert], rows, out, mine)
 
 
 def _multiply_restored(
@@ -135,7 +174,7 @@ def _multiply_restored(
                 part = _kept(coding, first, count, columns).to(kind)
             else:
                 kernels.restore(coding, rows, columns, first, count, brain, flat(part), *parallel())
-            out[places, projection * rows + first : projection * rows + first + count] = (inputs @ part.T).float()
+            out[places, projection * rows + first : projection * rows + first + count] = (inputs @ part.T).to(out.dtype)
 
 
 def _held(address: int) -> QuantizedMatrix:

@@ -18,28 +18,24 @@ from alphaq.simd.brains import (
     BRAINS,
     add_brain_products,
     as_brains,
-    first_quarter,
     four_sums,
-    fourth_quarter,
-    second_quarter,
-    third_quarter,
 )
 from alphaq.simd.codes import CODES, brains_at, codes_at, halves_at, put_brains, put_codes, unpack
 from alphaq.simd.vectors import LANES, as_brain, fma, kernel, load, load_bytes, splat, store
 
 DEPTH = 2048  # columns: 64 rows of them and four tokens stay in the caches of a core
-TILES_DEPTH = 4096  # the same on processors with AMX, whose cores have caches of 2 MiB
+TILES_DEPTH = 4096  # at most, of what `tile_kernels` restores
 LINE = 64  # bytes, of a cache
 KEPT_BITS = KEPT.bits
 
 
 @kernel
-def tile_of(columns):
-    """Memory for restored rows: uint16 [TASK_ROWS, stride]; each begins a line, a little apart in the cache."""
+def tile_of(rows, columns):
+    """Memory for restored rows: uint16 [rows, columns + 32]; each begins a line, a little apart in the cache."""
     stride = columns // BRAINS * BRAINS + BRAINS
-    raw = np.empty(TASK_ROWS * stride + LINE, np.uint16)
+    raw = np.empty(rows * stride + LINE, np.uint16)
     skipped = -raw.ctypes.data % LINE // raw.itemsize
-    return raw[skipped : skipped + TASK_ROWS * stride].reshape(TASK_ROWS, stride)
+    return raw[skipped : skipped + rows * stride].reshape(rows, stride)
 
 
 @kernel
@@ -156,6 +152,7 @@ def _restore_codes(block, first, count, begin, end, tile, room):
     """Integer codes of some rows and columns to bfloat16, as `block_kernels.restore_block` has them."""
     address, bits, group_size, _, _, columns = block
     rest, row_bytes = room[5], 4 * -(-columns * bits // 32)
+    codes = np.empty(CODES, np.uint8)  # lanes taken from memory are cheaper than those of registers
     shift = 5 if group_size == 32 else 6 if group_size == 64 else 7
     slopes, starts = np.empty(TILES_DEPTH // 32 + LANES, np.float32), np.empty(TILES_DEPTH // 32 + LANES, np.float32)
     for row in range(count):
@@ -165,13 +162,14 @@ def _restore_codes(block, first, count, begin, end, tile, room):
         _read_lines(block, row, begin, end, room, slopes, starts)
         source += bits * begin // 8
         for at in range(0, end - begin, CODES):
-            codes = unpack(source if begin + at + CODES <= columns else last, bits)
+            put_codes(codes.ctypes.data, unpack(source if begin + at + CODES <= columns else last, bits))
             slope, start = splat(slopes[at >> shift]), splat(starts[at >> shift])
-            low, high = fma(first_quarter(codes), slope, start), fma(second_quarter(codes), slope, start)
+            low, high = fma(load_bytes(codes, 0), slope, start), fma(load_bytes(codes, LANES), slope, start)
             put_codes(target + 2 * at, as_brains(low, high))
             if begin + at + BRAINS < end:
                 slope, start = splat(slopes[at + BRAINS >> shift]), splat(starts[at + BRAINS >> shift])
-                low, high = fma(third_quarter(codes), slope, start), fma(fourth_quarter(codes), slope, start)
+                low = fma(load_bytes(codes, 2 * LANES), slope, start)
+                high = fma(load_bytes(codes, 3 * LANES), slope, start)
                 put_codes(target + 2 * (at + BRAINS), as_brains(low, high))
             source += 8 * bits
 
@@ -181,18 +179,18 @@ def _restore_levels(block, first, count, begin, end, tile, room):
     """Levels of trellis codes of some rows and columns."""
     address, rate, _, _, _, columns = block
     rest, row_bytes = room[5], row_bytes_of(columns, rate)
-    middle = splat(np.float32(MIDDLE))
+    middle, levels = splat(np.float32(MIDDLE)), np.empty(CODES, np.uint8)
     for row in range(count):
         source = address + HEADER + (first + row) * row_bytes
         last = end_of_row(source, columns, rate, rest)
         target = tile.ctypes.data + 2 * row * tile.shape[1] - 2 * begin
         for chunk in range(begin, end, CODES):
             place = source - BEFORE + rate * chunk // 32 if chunk + CODES <= columns else last
-            levels = weights_at(place, rate, -1 if chunk else FRESH)
-            low, high = first_quarter(levels) - middle, second_quarter(levels) - middle
+            put_codes(levels.ctypes.data, weights_at(place, rate, -1 if chunk else FRESH))
+            low, high = load_bytes(levels, 0) - middle, load_bytes(levels, LANES) - middle
             put_codes(target + 2 * chunk, as_brains(low, high))
             if chunk + BRAINS < end:
-                low, high = third_quarter(levels) - middle, fourth_quarter(levels) - middle
+                low, high = load_bytes(levels, 2 * LANES) - middle, load_bytes(levels, 3 * LANES) - middle
                 put_codes(target + 2 * (chunk + BRAINS), as_brains(low, high))
 
 

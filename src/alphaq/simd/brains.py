@@ -95,20 +95,6 @@ def _sixteen(value: int) -> Any:
     return ir.Constant(_WHOLE, [value] * LANES)
 
 
-def _quarter(first: int) -> Any:
-    """An intrinsic that gives a quarter of 64 codes as float32."""
-    lanes = ir.Constant(ir.VectorType(_I32, LANES), list(range(first, first + LANES)))
-
-    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        own = builder.shuffle_vector(args[0], ir.Constant(_BYTES, ir.Undefined), lanes)
-        return builder.uitofp(own, _FLOAT)
-
-    return intrinsic(lambda typing, codes: (float32x16(uint8x64), code))
-
-
-first_quarter, second_quarter, third_quarter, fourth_quarter = (_quarter(first) for first in range(0, CODES, LANES))
-
-
 @intrinsic
 def four_sums(typing: Any, first: Any, second: Any, third: Any, fourth: Any) -> Any:
     """Sums of the lanes of four values, in the first four lanes, in the same order on every processor."""

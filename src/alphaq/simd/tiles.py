@@ -117,6 +117,11 @@ def _put(builder: Any, args: Sequence[Any]) -> None:
         _instruct(builder, "tilestored64", _I8(register), address, _I64(STEP_BYTES))
 
 
+def _take(builder: Any, args: Sequence[Any]) -> None:
+    for register in range(SUMS):
+        _load(builder, register, builder.add(args[0], _I64(TILE_BYTES * register)), _I64(STEP_BYTES))
+
+
 open_tiles = _over_addresses(
     1, lambda builder, args: _instruct(builder, "ldtilecfg", builder.inttoptr(args[0], _PLACE))
 )
@@ -132,6 +137,8 @@ add_four_by_one = _over_addresses(4, _four_by_one)
 """add_four_by_one(rows, stride, tokens, 0): of 64 rows and 16 tokens; sum i is that of the i-th sixteen rows."""
 put_sums = _over_addresses(1, _put)
 """put_sums(address): the four sums, float32 [4, 16 rows, 16 tokens]."""
+take_sums = _over_addresses(1, _take)
+"""take_sums(address): go on with what `put_sums` wrote."""
 
 
 @intrinsic
