@@ -44,7 +44,13 @@ K_TYPES = ("Q2_K", "Q3_K", "Q4_K")  # in order of size; rows of multiples of 256
 SHORT_TYPES = ("Q4_0", "Q5_0")  # of multiples of 32
 SMALL_TYPES = ("IQ2_XXS", "IQ2_XXS", "IQ2_XS")  # of gate, up and down: as many bytes as native 2 bits
 PARTS = ("gate", "up", "down")
-TARGETS = (  # measure, bits, against, least quotient
+RECORDED = ", recorded"
+TRAINED_TARGETS = tuple(("decode", f"{bits}{RECORDED}", "llama.cpp", 0.6) for bits in TRAINED_BITS)
+LAYER_TARGETS = (  # measure, bits, against, least quotient
+    *(("prefill", bits, BASELINE, 1.0) for bits in LAYER_BITS),
+    *(("prefill", bits, "llama.cpp", 0.4) for bits in LAYER_BITS),
+)
+MIXTRAL_TARGETS = (
     ("decode", "2", BASELINE, 1.7),
     ("decode", "3.5", BASELINE, 1.3),
     ("decode", "t2", BASELINE, 2.0),
@@ -58,7 +64,7 @@ Tokens per second. *bf16*: transformers, as `from_pretrained` gives the model, w
 `alphaq quantize --engine llama.cpp` wrote with experts of the same size, as nearly as its types allow, with a 16-bit
 cache and its own choice of attention. Attention and shared experts have about 4 bits, embedding and head are kept in 16
 bits, in both. Threads of each: {threads}. Decoding begins after 16 tokens; prefill is a prompt of 512 tokens, with
-the logits of each. Trained
+the logits of each. *recorded*: small models' tokens after the prompt by a list of operations (`--record`). Trained
 models decode greedily; layers of random weights get random tokens, as their own would repeat. bits/weight is what an
 expert's weight takes in the file, scales included; "×" is a quotient of speeds: more than 1 is faster.
 
@@ -107,13 +113,14 @@ class Contestant:
     folder: Path
     bits_per_weight: float
     file_bytes: int
+    recorded: bool = False
     memory: dict[str, Any] = field(default_factory=dict)
     process: subprocess.Popen[str] | None = None
 
     def start(self, small: Path, threads: int) -> None:
         """Load the model and wait until it is."""
         engine = "llama.cpp" if self.kind == "llama.cpp" else "transformers"
-        options = {"threads": threads, "length": LENGTH}
+        options = {"threads": threads, "length": LENGTH, "recorded": self.recorded}
         request = {"options": options, "prompt": random_tokens(1, PREFILL)[0], "small": str(small)}
         command = [sys.executable, str(HERE / "runtime_contestant.py"), engine, str(self.folder), json.dumps(request)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -207,6 +214,9 @@ def contestants(case: Case, work: Path) -> Iterator[Contestant]:
         found = make(case.source, ours, "--bits", rate, *codes, *method)
         bpw = found["bits_per_weight"]
         yield Contestant(f"native {bits}", "native", bits, ours, bpw, found["size_bytes"])
+        if case.trained:
+            label = f"native {bits}{RECORDED}"
+            yield Contestant(label, "native", bits, ours, bpw, found["size_bytes"], recorded=True)
         if trellis:  # llama.cpp has no such codes
             continue
         theirs = work / f"{case.name}-llama.cpp-{bits}"
@@ -351,13 +361,14 @@ def blocks(result: dict[str, Any]) -> str:
 def targets(result: dict[str, Any]) -> str:
     """What was to be reached, and what was."""
     rows = []
-    for measure, bits, against, least in TARGETS if result["case"] == "mixtral" else ():
-        other = f"{against} {bits}" if against == "llama.cpp" else against
+    asked = TRAINED_TARGETS if result["trained"] else LAYER_TARGETS
+    for measure, bits, against, least in asked + (MIXTRAL_TARGETS if result["case"] == "mixtral" else ()):
+        other = f"{against} {bits.removesuffix(RECORDED)}" if against == "llama.cpp" else against
         if (found := quotient(result, measure, f"native {bits}", other)) is not None:
             met = "yes" if found >= least else "**no**"
             rows.append([f"{MEASURES[measure]}, native {bits} by {other}", f"≥ {least}", f"{found:.2f}", met])
     for one in result["contestants"]:
-        if (share := resident(one)) is not None:
+        if not result["trained"] and (share := resident(one)) is not None:
             met = "yes" if share <= 1.05 else "**no**"
             rows.append([f"resident ÷ packed, {one['label']}", "≤ 1.05", f"{share:.3f}", met])
     return markdown_table(["target", "", "measured", "met"], rows)
@@ -370,7 +381,9 @@ def render(results: Sequence[dict[str, Any]], threads: int, quick: bool) -> str:
         heading = f"The trained model {result['case']}" if result["trained"] else CASES[result["case"]]
         parts += [f"### {heading}{', TOY SIZES' if quick else ''}", speeds(result), memories(result)]
         if not result["trained"]:
-            parts += [blocks(result), *([] if quick else [targets(result)])]
+            parts.append(blocks(result))
+        if not quick:
+            parts.append(targets(result))
     return "\n\n".join(parts)
 
 

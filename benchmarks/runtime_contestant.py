@@ -49,7 +49,7 @@ class Engine(Protocol):
 class Transformers:
     """A model as `from_pretrained` gives it: in 16 bits, or packed if the folder holds our native format."""
 
-    def __init__(self, folder: Path, threads: int, **_: Any) -> None:
+    def __init__(self, folder: Path, threads: int, recorded: bool = False, **_: Any) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
@@ -59,6 +59,10 @@ class Transformers:
         torch.set_num_threads(threads)
         self.threads = threads
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        if recorded:
+            from alphaq.runtime.decoding import record_tokens
+
+            record_tokens(self.model)
 
     @torch.inference_mode()
     def prefill(self, ids: np.ndarray) -> float:

@@ -81,9 +81,7 @@ def _packed(row, sample, desk, products, known, left, right, parallel, function,
         if known[0] != address:
             known[0], known[1] = address, lay_out(desk, inputs, tokens, columns, exact)
         multiply_lone(desk, known[1], tokens, columns, codings, rows, experts, chosen, out)
-    elif multiply(
-        inputs, columns, codings, rows, experts, chosen, MANY, MANY, False, exact, out, parallel, function, threads
-    ):
+    elif multiply(inputs, columns, codings, rows, experts, chosen, MANY, MANY, exact, out, parallel, function, threads):
         return True
     for pair in range(pairs):
         _put_products(row, products, pair, width, left, right)
