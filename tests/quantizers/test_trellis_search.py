@@ -18,7 +18,7 @@ from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.base import QUANTIZERS, rounder_of
 from alphaq.quantizers.rounded import STREAM_SHARE, SourceMatrix
 from alphaq.quantizers.trellis import encoder_levels, quantize_trellis
-from alphaq.quantizers.trellis_kernels import cheapest, trace, write
+from alphaq.quantizers.trellis_kernels import cheapest, run_column, trace, write
 from conftest import random_model
 
 RATES = [str(choice) for choice in FORMAT.choices()]
@@ -77,14 +77,27 @@ def test_no_other_stream_costs_less(text: str, columns: int) -> None:
 
 
 @pytest.mark.parametrize("text", RATES)
-def test_costs_of_16_bits_find_nearly_as_good_a_path(text: str) -> None:
+def test_costs_of_bytes_find_nearly_as_good_a_path(text: str) -> None:
     """Where columns count alike, those of float32 are used if that is said of every column."""
     choice, drawn = parse_choice(text), torch.distributions.StudentT(4.0)
     torch.manual_seed(0)
-    for weight in (gaussian(32, 512), drawn.sample((32, 512))):
+    for weight in (gaussian(64, 512), drawn.sample((64, 512))):
         short, whole = (quantize_trellis(weight, choice, importance=one) for one in (None, np.ones(512, np.float32)))
         assert short.squared_error < 1.004 * whole.squared_error
         assert not torch.equal(short.codes, whole.codes)
+
+
+@pytest.mark.parametrize("new_bits", [1, 2, 3, 4])
+def test_a_column_of_bytes_takes_the_least_from_all_and_ends_at_255(new_bits: int) -> None:
+    drawn, groups = np.random.default_rng(new_bits), 1024 >> new_bits
+    for most in (40, 255):
+        costs, misses = (drawn.integers(3, most, 1024, np.uint8, endpoint=True) for _ in range(2))
+        after, outcomes = np.zeros(1024, np.uint8), np.zeros(128, np.uint8)
+        least = run_column(new_bits, *(one.ctypes.data for one in (costs, after, misses, outcomes)))
+        cheapest_way = costs.reshape(-1, groups).min(0)
+        assert least == cheapest_way.min()
+        wanted = np.repeat(cheapest_way.astype(int) - least, 1 << new_bits) + misses
+        assert np.array_equal(after, np.minimum(wanted, 255))
 
 
 @pytest.mark.parametrize("text", RATES)

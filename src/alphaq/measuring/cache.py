@@ -25,7 +25,7 @@ from alphaq.work.journal import Journal
 
 T = TypeVar("T")
 MEASUREMENTS_NAME = "measurements.jsonl"
-MEASUREMENT_VERSION = 9
+MEASUREMENT_VERSION = 10
 """Raise it whenever the same weights would be measured differently."""
 
 

@@ -79,7 +79,7 @@ class Quantizer:
             return ""
 
 
-OWN_VERSION = 4  # raised when a quantizer of ours begins to leave other bytes, or a name comes to mean another one
+OWN_VERSION = 5  # raised when a quantizer of ours begins to leave other bytes, or a name comes to mean another one
 DEFAULT = "debiased"
 LEVELS = "hqq"  # whose levels are rounded to by inputs, where the storage allows (docs/research/log.md)
 FORMERLY = {"clipped": "mse", "minmax": "rtn"}  # what some were called before; rtn then was what debiased is now

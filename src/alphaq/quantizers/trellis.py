@@ -20,12 +20,13 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.debiased import BIAS_WEIGHT
 from alphaq.quantizers.rows import FP16_MAX, over_rows, too_large
-from alphaq.quantizers.trellis_kernels import encode_rows, on_lines
+from alphaq.quantizers.trellis_kernels import MOST, encode_rows, on_lines
 from alphaq.simd.sums import squared_norm
 from alphaq.simd.vectors import LANES
 
 MARKS = (64, 64, 128, 128)  # of the levels' root mean square, by the rate's whole bits
-BENDS = (3.0, 1.6, 0.9, 0.5)  # likewise: the error whose square is the last
+GAUSSIAN_ERRORS = (0.284, 0.0759, 0.0199, 0.0053)  # of 1 to 4 bits, in the mean square of the weights
+UNIT_SHARE = 0.16  # of such an error: with less, bytes end too early; with more, roundings count
 LEAST_WORTH = 0.1  # of the mean: the path would give up columns that count for nothing, and make them noise
 
 
@@ -91,27 +92,22 @@ def _worth(importance: np.ndarray | None, columns: int, name: str) -> np.ndarray
 
 
 @cache
-def _misses(quarters: int | None) -> tuple[np.ndarray, np.float32, np.float32]:
-    """What each state costs at marks that weights are put at, uint16 flat [marks · states]; how far marks are apart and
-    up to which error costs are squares, both in the levels' units. No marks where there are no quarters.
-
-    Beyond that error costs rise by the slope there, so that outliers fit in; of each mark, less what its best state
-    costs. As large as a path to any state may cost before all are reached, which is within `STATE_BITS` bits.
-    """
+def _misses(quarters: int | None) -> tuple[np.ndarray, np.ndarray, np.float32, np.float32]:
+    """What each state costs more than the best one at marks that weights are put at, uint8 flat [marks · states], and
+    what the best one costs, float32 [marks]; how far marks are apart and the unit of the former, in levels and their
+    squares. No marks where there are no quarters."""
     if quarters is None:
-        return np.empty(0, np.uint16), np.float32(1), np.float32(1)
+        return np.empty(0, np.uint8), np.empty(0, np.float32), np.float32(1), np.float32(1)
     levels = encoder_levels().astype(np.float64)
-    spread = math.sqrt(np.square(levels).mean())
-    slowest = quarters // 4
-    bend, apart = BENDS[slowest - 1] * spread, spread / MARKS[slowest - 1]
-    reach = math.ceil((levels.max() + bend) / apart)
-    miss = np.abs(apart * np.arange(-reach, reach + 1)[:, None] - levels)
-    cost = np.where(miss < bend, np.square(miss), bend * (2 * miss - bend))
-    cost -= cost.min(1, keepdims=True)
-    most = 65534 // math.ceil(STATE_BITS / slowest)
-    found = on_lines(2 * cost.size).view(np.uint16)
-    found[:] = np.rint(cost * (most / cost.max())).reshape(-1)
-    return found, np.float32(apart), np.float32(bend)
+    square = float(np.square(levels).mean())
+    unit = UNIT_SHARE * square * 2.0 ** np.interp(quarters / 4, (1, 2, 3, 4), np.log2(GAUSSIAN_ERRORS))
+    apart = math.sqrt(square) / MARKS[quarters // 4 - 1]
+    reach = math.ceil((levels.max() + math.sqrt(MOST * unit)) / apart)
+    cost = np.square(apart * np.arange(-reach, reach + 1)[:, None] - levels)
+    best = cost.min(1)
+    found = on_lines(cost.size)
+    found[:] = np.minimum(np.rint((cost - best[:, None]) / unit), MOST).reshape(-1)
+    return found, best.astype(np.float32), np.float32(apart), np.float32(unit)
 
 
 def encoder_levels() -> np.ndarray:

@@ -5,26 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 from alphaq.formats.trellis import STATE_BITS
-from alphaq.simd.codes import address_of
-from alphaq.simd.paths import (
-    short_step_1,
-    short_step_2,
-    short_step_3,
-    short_step_4,
-    step_1,
-    step_2,
-    step_3,
-    step_4,
-)
+from alphaq.simd.codes import address_of, fetch
+from alphaq.simd.paths import byte_step, step_1, step_2, step_3, step_4
 from alphaq.simd.vectors import LANES, as_half, fma, kernel, load, load_some, magnitude, maximum, splat, store
 
-UNREACHED, SHORT_UNREACHED = np.float32(1e30), np.uint16(65535)
-BEYOND = 0.02  # of a row's squared error
-RESTING = 8  # columns between which costs of 16 bits grow
+UNREACHED = np.float32(1e30)
+MOST = 255  # that costs of bytes count
+HEAD = STATE_BITS  # columns, after which every state was reached
+LOST = 0.02  # of a row's squared error
 SMALLEST = np.float32(2.0**-26)  # no smaller scale rounds to a float16 above 0
 LARGEST = np.float32(65504)  # that float16 holds; a scale is thrice a row's root mean square
 LINE = 64  # bytes
+SOON = 8  # columns
 REACH = np.float32(2.1)  # of the levels' root mean square; half of what lies beyond is lost
+
+_byte_1, _byte_2, _byte_3, _byte_4 = (byte_step(new_bits, 1 << STATE_BITS) for new_bits in (1, 2, 3, 4))
 
 
 @kernel
@@ -44,8 +39,9 @@ def encode_rows(
     levels,
     worth,
     misses,
+    bests,
     mark,
-    bend,
+    unit,
     shares,
     granular,
     bias_weight,
@@ -55,8 +51,8 @@ def encode_rows(
     """Fill streams and scales of whole rows; Σ(w − ŵ)².
 
     weights: [rows · columns]. levels: float32 [states] in units of a scale, the newest bit of a state lowest. worth:
-    float32 [columns], what the square of an error counts. misses, mark, bend: as of `nearest`, `_marks` and
-    `_mostly_short`, for rows of one scale whose columns count alike; else empty. shares, granular: as of
+    float32 [columns], what the square of an error counts. misses, bests, mark, unit: as of `nearest`, `_marks` and
+    `_counts_nearly_all`, for rows of one scale whose columns count alike; else empty. shares, granular: as of
     `_first_scales`, the former of the levels' root mean square. bias_weight: how many times errors along the weights
     count in the scales' fit. packed: uint8 zeros [rows · bytes per row]; scales: float32 [rows · groups], filled.
     """
@@ -70,7 +66,7 @@ def encode_rows(
         np.empty(columns, np.int32),
         np.empty(columns, np.int32),
     )
-    costs, short_costs = on_lines(8 * levels.size).view(np.float32), on_lines(4 * levels.size).view(np.uint16)
+    costs, byte_costs = on_lines(8 * levels.size).view(np.float32), on_lines(2 * levels.size)
     total = 0.0
     for row in range(rows):
         for at in range(0, columns, LANES):
@@ -81,10 +77,12 @@ def encode_rows(
             own[:] = np.minimum(own / spread, LARGEST)
             found = False
             if misses.size and groups == 1:
-                _marks(values, own[0], mark, misses.size // levels.size, marks)
-                last = nearest(marks, misses, quarters, outcomes, short_costs)
+                _marks(values, own[0], mark, bests.size, marks)
+                last, counted = nearest(
+                    values, own[0], marks, misses, unit, quarters, levels, roots, targets, outcomes, costs, byte_costs
+                )
                 trace(last, 0, quarters, levels.size, outcomes, path)
-                found = _mostly_short(values, own[0], levels, path, bend)
+                found = _counts_nearly_all(values, own[0], levels, path, marks, bests, unit, counted)
             if not found:
                 _aim(values, columns, group_size, worth, spread, own, roots, targets)
                 last = cheapest(roots, targets, 0, 0, quarters, levels, outcomes, costs)
@@ -146,61 +144,67 @@ def _marks(values, scale, mark, count, marks):
 
 
 @kernel
-def _mostly_short(values, scale, levels, path, bend):
-    """Whether hardly any of the squared error lies beyond errors of bend · scale, where `nearest` counts less than
-    squares: another path can be better by no more than the sum of the squares of what lies beyond."""
-    beyond, whole = 0.0, 0.0
-    for column in range(path.size):
-        miss = abs(values[column] - scale * levels[path[column]])
-        over = max(miss - bend * scale, np.float32(0))
-        whole += np.float64(miss) * miss
-        beyond += np.float64(over) * over
-    return beyond <= BEYOND * whole
+def nearest(values, scale, marks, misses, unit, quarters, levels, roots, targets, outcomes, costs, byte_costs):
+    """`cheapest` of a whole row, from the state 0, with costs of bytes: twice as fast, and nearly as good a path.
 
-
-@kernel
-def nearest(marks, misses, quarters, outcomes, costs):
-    """`cheapest` of a whole row, from the state 0, with costs of 16 bits: faster, and nearly as good a path.
-
-    misses: uint16 [marks · states], what a state costs where the column's weight is at a mark; so little that no path
-    costs as much as states do that none has reached, as long as there are any. marks: int32 [columns].
+    misses: uint8 [marks · states], by how many units (of squares of levels) a state's squared error is above the best
+    state's where the column's weight is at a mark. marks: int32 [columns]. The first columns, when not all states have
+    been reached, are run through by `cheapest`. Returns the last state and how many units were counted, of all columns
+    but the first ones above their best states: at most what any path costs, roundings apart.
     """
-    states = costs.size // 2
-    now, then = address_of(costs, 0), address_of(costs, states)
-    contest = address_of(outcomes, 0)
-    costs[:] = SHORT_UNREACHED
-    costs[0] = 0
-    for column in range(marks.size):
-        bits = new_bits(column, quarters)
-        groups, table = states >> bits, address_of(misses, marks[column] * states)
-        if bits == 1:
-            for group in range(0, groups, 2 * LANES):
-                short_step_1(now, then, table, contest, group, groups)
-        elif bits == 2:
-            for group in range(0, groups, 2 * LANES):
-                short_step_2(now, then, table, contest, group, groups)
-        elif bits == 3:
-            for group in range(0, groups, 2 * LANES):
-                short_step_3(now, then, table, contest, group, groups)
-        else:
-            for group in range(0, groups, 2 * LANES):
-                short_step_4(now, then, table, contest, group, groups)
+    states, head = levels.size, min(HEAD, marks.size)
+    inverse = np.float32(1) / scale
+    for column in range(head):
+        roots[column], targets[column] = 1, inverse * values[column]
+    last = cheapest(roots[:head], targets[:head], 0, 0, quarters, levels, outcomes, costs)
+    begin = head % 2 * states
+    least = costs[begin + last]
+    for state in range(states):
+        byte_costs[state] = min(np.rint((costs[begin + state] - least) / unit), MOST)
+    counted = np.float64(least) / unit
+    if marks.size == head:
+        return last, counted
+    now, then = address_of(byte_costs, 0), address_of(byte_costs, states)
+    contest = address_of(outcomes, 0) + head * (states // 8)
+    total = 0
+    for column in range(head, marks.size):
+        table = address_of(misses, marks[column] * states)
+        total += run_column(new_bits(column, quarters), now, then, table, contest)
         now, then, contest = then, now, contest + states // 8
-        if column >= STATE_BITS and (column - STATE_BITS) % RESTING == 0:  # every state was reached by then
-            begin = (column + 1) % 2 * states
-            _rest(costs[begin : begin + states])
-    begin = marks.size % 2 * states
-    return np.argmin(costs[begin : begin + states])
+    begin = (marks.size - head) % 2 * states
+    end = byte_costs[begin : begin + states]
+    last = np.argmin(end)
+    return last, counted + total + end[last]
 
 
 @kernel
-def _rest(costs):
-    """Take the least of the costs from all."""
-    least = costs[0]
-    for state in range(costs.size):
-        least = min(least, costs[state])
-    for state in range(costs.size):
-        costs[state] -= least
+def run_column(bits, costs, next_costs, misses, outcomes):
+    """`simd.paths.byte_step` of a column with so many new bits."""
+    if bits == 1:
+        return _byte_1(costs, next_costs, misses, outcomes)
+    if bits == 2:
+        return _byte_2(costs, next_costs, misses, outcomes)
+    if bits == 3:
+        return _byte_3(costs, next_costs, misses, outcomes)
+    return _byte_4(costs, next_costs, misses, outcomes)
+
+
+@kernel
+def _counts_nearly_all(values, scale, levels, path, marks, bests, unit, counted):
+    """Whether no other path can be better by more than a small part of the squared error.
+
+    What `nearest` has not counted of this one, since costs of bytes end, is all that it may have overlooked. bests:
+    float32 [marks], the squared error of the best state at each.
+    """
+    whole, best, inverse, most = 0.0, 0.0, np.float32(1) / scale, levels.max()
+    for column in range(path.size):
+        value = inverse * values[column]
+        miss = value - levels[path[column]]
+        whole += np.float64(miss) * miss
+        if column >= HEAD:
+            above = abs(value) - most
+            best += np.float64(above) * above if above > 0 else bests[marks[column]]
+    return (whole - best) / unit - counted <= LOST * whole / unit
 
 
 @kernel
@@ -247,6 +251,8 @@ def trace(last, first, quarters, states, outcomes, path):
     """
     state = last
     for column in range(path.size - 1, -1, -1):
+        for line in range(0, states // 8, LINE):
+            fetch(address_of(outcomes, max(column - SOON, 0) * (states // 8) + line))
         path[column] = state
         bits = new_bits(first + column, quarters)
         groups, group = states >> bits, state >> bits

@@ -3,8 +3,8 @@
 A state's low bits are its newest. With k new bits the states x, x + G, x + 2·G, … of G = states / 2^k groups lead to
 the same 2^k states 2^k·x, 2^k·x + 1, …: the cheapest of the former is found once for all of the latter, in sixteen
 groups at a time. Which one it was is kept as the outcomes of a knock-out: the first round compares neighbours, the next
-their winners. Costs are sums of float32 in a fixed order, or whole numbers of 16 bits, twice as many at a time, whose
-summands are looked up: every processor finds the same path.
+their winners. Costs are sums of float32 in a fixed order, or bytes, sixty-four at a time, which count from the least of
+them and no further than 255, and whose summands are looked up: every processor finds the same path.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from numba.extending import intrinsic
 
 from alphaq.simd.vectors import LANES
 
-_I16, _I32, _I64 = (ir.IntType(width) for width in (16, 32, 64))
+_I8, _I32, _I64 = (ir.IntType(width) for width in (8, 32, 64))
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
-_SHORTS = ir.VectorType(_I16, 2 * LANES)
+_BYTES = ir.VectorType(_I8, 4 * LANES)
 
 
 class _Step:
@@ -29,8 +29,8 @@ class _Step:
 
     def __init__(self, builder: Any, kind: Any, new_bits: int) -> None:
         self.builder, self.kind, self.new_bits = builder, kind, new_bits
-        self.bytes = 4 if kind is _VECTOR else 2
-        name = f"llvm.fma.v{LANES}f32" if kind is _VECTOR else f"llvm.uadd.sat.v{2 * LANES}i16"
+        self.bytes = 4 if kind is _VECTOR else 1
+        name = f"llvm.fma.v{LANES}f32" if kind is _VECTOR else f"llvm.uadd.sat.v{4 * LANES}i8"
         called = ir.FunctionType(kind, [kind] * (3 if kind is _VECTOR else 2))
         self._sum = cgutils.get_or_insert_function(builder.module, called, name)
 
@@ -39,11 +39,11 @@ class _Step:
 
     def load(self, base: Any, offset: Any) -> Any:
         value = self.builder.load(self.place(base, offset, self.kind))
-        value.align = self.bytes
+        value.align = 4
         return value
 
     def store(self, value: Any, base: Any, offset: Any) -> None:
-        self.builder.store(value, self.place(base, offset, self.kind), align=self.bytes)
+        self.builder.store(value, self.place(base, offset, self.kind), align=4)
 
     def shuffled(self, value: Any, lanes: list[int]) -> Any:
         order = ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
@@ -54,7 +54,7 @@ class _Step:
         return self.shuffled(self.builder.insert_element(empty, number, _I32(0)), [0] * self.kind.count)
 
     def sum(self, *operands: Any) -> Any:
-        """Of two shorts, at most the largest there is; a · b + c of three floats."""
+        """Of two bytes, at most 255; a · b + c of three floats."""
         return self.builder.call(self._sum, operands)
 
     def cheapest(self, costs: Any, outcomes: Any, group: Any, groups: Any) -> Any:
@@ -105,18 +105,32 @@ def _step(new_bits: int) -> Any:
     return intrinsic(typed)
 
 
-def _short_step(new_bits: int) -> Any:
-    """The intrinsic of a step with so many new bits, with costs of 16 bits."""
+def byte_step(new_bits: int, states: int) -> Any:
+    """The intrinsic of a whole column with so many new bits, with costs of bytes.
+
+    byte_step(costs, next costs, misses, outcomes): addresses of uint8 [states] (costs, to be filled, and what each
+    state costs more than the cheapest way to it), outcomes as of `step_k`. Returns the least of the costs, which is
+    taken from all of them before. Next costs above 255 are 255. states: at least 64 · 2^new_bits.
+    """
 
     def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        costs, next_costs, misses, outcomes, group, groups = args
-        step = _Step(builder, _SHORTS, new_bits)
-        for offset, cost in step.parts(step.cheapest(costs, outcomes, group, groups), group):
-            step.store(step.sum(cost, step.load(misses, offset)), next_costs, offset)
-        return context.get_dummy_value()
+        costs, next_costs, misses, outcomes = args
+        step, groups = _Step(builder, _BYTES, new_bits), states >> new_bits
+        firsts = [_I64(first) for first in range(0, groups, _BYTES.count)]
+        winners = [step.cheapest(costs, outcomes, first, _I64(groups)) for first in firsts]
+        best = winners[0]
+        for other in winners[1:]:
+            best = builder.select(builder.icmp_unsigned("<", other, best), other, best)
+        reduced = ir.FunctionType(_I8, [_BYTES])
+        name = f"llvm.vector.reduce.umin.v{_BYTES.count}i8"
+        least = builder.call(cgutils.get_or_insert_function(builder.module, reduced, name), [best])
+        for first, winner in zip(firsts, winners, strict=True):
+            for offset, cost in step.parts(builder.sub(winner, step.splat(least)), first):
+                step.store(step.sum(cost, step.load(misses, offset)), next_costs, offset)
+        return builder.zext(least, _I64)
 
-    def typed(typing: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
-        return types.void(*[types.int64] * 6), code
+    def typed(typing: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+        return types.int64(*[types.int64] * 4), code
 
     return intrinsic(typed)
 
@@ -125,7 +139,3 @@ step_1, step_2, step_3, step_4 = (_step(new_bits) for new_bits in (1, 2, 3, 4))
 """step_k(costs, next costs, levels, outcomes, group, groups, root, target): addresses of float32 [states] (costs, to be
 filled, levels), and of the step's outcomes, (2^k − 1)·groups bits, to be filled; the first of sixteen groups and the
 number of all, a multiple of 16; a state then costs (target − root·level)² more than the cheapest way to it."""
-
-short_step_1, short_step_2, short_step_3, short_step_4 = (_short_step(new_bits) for new_bits in (1, 2, 3, 4))
-"""short_step_k(costs, next costs, misses, outcomes, group, groups): the same for 32 groups, of whose number all are a
-multiple, with uint16 costs; misses, uint16 [states], is what each state costs more than the cheapest way to it."""
