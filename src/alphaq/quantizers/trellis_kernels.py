@@ -19,6 +19,12 @@ LINE = 64  # bytes
 SOON = 8  # columns
 REACH = np.float32(2.1)  # of the levels' root mean square; half of what lies beyond is lost
 
+REVERSED = np.array(
+    [[sum((number >> bit & 1) << bits - 1 - bit for bit in range(bits)) for number in range(16)] for bits in range(5)],
+    np.uint8,
+)
+"""The lowest so many bits of a number, the other way round."""
+
 _byte_1, _byte_2, _byte_3, _byte_4 = (byte_step(new_bits, 1 << STATE_BITS) for new_bits in (1, 2, 3, 4))
 
 
@@ -159,8 +165,9 @@ def nearest(values, scale, marks, misses, unit, quarters, levels, roots, targets
     last = cheapest(roots[:head], targets[:head], 0, 0, quarters, levels, outcomes, costs)
     begin = head % 2 * states
     least = costs[begin + last]
+    units = np.float32(1) / unit
     for state in range(states):
-        byte_costs[state] = min(np.rint((costs[begin + state] - least) / unit), MOST)
+        byte_costs[state] = np.uint8(min(np.rint((costs[begin + state] - least) * units), np.float32(MOST)))
     counted = np.float64(least) / unit
     if marks.size == head:
         return last, counted
@@ -276,11 +283,21 @@ def _bit(outcomes, place):
 
 @kernel
 def write(path, first, quarters, stream):
-    """Put the new bits of each column's state into its row's stream."""
-    for column in range(first, first + path.size):
-        begin, end = column * quarters // 4, (column + 1) * quarters // 4
-        for bit in range(begin, end):  # the newest bit is the stream's last and the state's lowest
-            stream[bit >> 3] |= np.uint8(((path[column - first] >> (end - 1 - bit)) & 1) << (bit & 7))
+    """Put the new bits of each column's state into its row's stream, where there are zeros.
+
+    The newest bit is the stream's last and the state's lowest.
+    """
+    place = first * quarters // 4
+    at, held, waiting = place >> 3, place & 7, 0
+    for column in range(path.size):
+        bits = new_bits(first + column, quarters)
+        waiting |= np.int64(REVERSED[bits, path[column] & (1 << bits) - 1]) << held
+        held += bits
+        if held >= 8:
+            stream[at] |= np.uint8(waiting & 255)
+            at, waiting, held = at + 1, waiting >> 8, held - 8
+    if held:
+        stream[at] |= np.uint8(waiting)
 
 
 @kernel
