@@ -7,7 +7,7 @@ import torch
 
 from alphaq.checkpoint.reader import open_checkpoint
 from alphaq.errors import DeviceError, QuantizationError
-from alphaq.simd.sums import squared_distance, squared_norm, sums
+from alphaq.simd.sums import squared_distance, squared_norm, squares_by_row, sums
 from alphaq.spectra.device import device_spectra
 from alphaq.spectra.eigenvalues import largest_eigenvalues, pooled_eigenvalues
 from alphaq.spectra.farms import blocks
@@ -112,6 +112,17 @@ def test_spectrum_does_not_depend_on_the_number_of_threads() -> None:
         found.append(spectrum(weight, "x"))
     torch.set_num_threads(threads)
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 3), (1, 16), (7, 40), (300, 1408), (64, 2049)], ids=str)
+def test_squares_of_rows_are_those_of_float64(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, worth = torch.randn(shape, generator=generator).to(dtype), torch.rand(shape[1], generator=generator)
+    counted, plain = squares_by_row(weight, worth.numpy())
+    squares = weight.double().square()
+    assert counted == pytest.approx((squares @ worth.double()).numpy(), rel=1e-6)
+    assert plain == pytest.approx(squares.sum(1).numpy(), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

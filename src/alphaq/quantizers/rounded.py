@@ -25,12 +25,11 @@ from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.base import Rounder, rounder_of, sixteen_bits
 from alphaq.quantizers.cutting import CUTS, can_cut, cut, held_form
 from alphaq.quantizers.debiased import quantize_debiased
-from alphaq.simd.sums import in_threads, squared_distance, squared_norm
+from alphaq.simd.sums import in_threads, squared_distance, squared_norm, squares_by_row
 
 SAMPLE_VALUES = 1 << 18
 STREAM_SHARE = 4  # one in so many of these at choices that are searched for as streams
 SAMPLE_BATCHES = 8  # of fewer the standard error is itself too uncertain
-PART_VALUES = 1 << 18  # squared at once: a megabyte, which stays in the cache
 
 
 @dataclass(frozen=True)
@@ -78,13 +77,7 @@ class ErrorWeights:
 
     def by_row(self, values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Σⱼ columns[j]·v² and Σⱼ v² of each row of values [rows, columns], both float64 [rows]."""
-        by_column = torch.from_numpy(self.columns.astype(np.float32))
-        counted, plain = [], []
-        for part in values.split(max(1, PART_VALUES // values.shape[1])):
-            squares = part.float().square()
-            counted.append(squares @ by_column)
-            plain.append(squares.sum(1))
-        return torch.cat(counted).double().numpy(), torch.cat(plain).double().numpy()
+        return squares_by_row(values, self.columns.astype(np.float32))
 
 
 @dataclass(frozen=True)

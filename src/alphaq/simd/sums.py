@@ -59,6 +59,36 @@ def squared_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     return _added(in_threads(lambda part: _wide_sums(one[part].double() - other[part].double()), parts))[1]
 
 
+def squares_by_row(values: torch.Tensor, worth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Σⱼ worth[j]·v² and Σⱼ v² of each row of [rows, columns], float64 [rows]. worth: float32 [columns]."""
+    rows, columns = values.shape
+    source, found = flat(values.contiguous()), np.empty((2, rows))
+
+    def work(part: slice) -> None:
+        _squares_by_row(source[part.start * columns : part.stop * columns], worth, found[0][part], found[1][part])
+
+    in_threads(work, row_parts(rows, columns))
+    return found[0], found[1]
+
+
+@kernel
+def _squares_by_row(values, worth, counted, plain):  # type: ignore[no-untyped-def]
+    columns = worth.size
+    whole = columns // LANES * LANES
+    for row in range(plain.size):
+        own = values[row * columns : (row + 1) * columns]
+        rest = load_some(own, whole)
+        rest = rest * rest
+        counted[row], plain[row] = lane_sum(rest * load_some(worth, whole)), lane_sum(rest)
+        for begin in range(0, whole, 16 * LANES):
+            first, second = splat(np.float32(0)), splat(np.float32(0))
+            for at in range(begin, min(begin + 16 * LANES, whole), LANES):
+                square = load(own, at) * load(own, at)
+                first, second = fma(square, load(worth, at), first), second + square
+            counted[row] += lane_sum(first)
+            plain[row] += lane_sum(second)
+
+
 @kernel
 def _sums(values):  # type: ignore[no-untyped-def]
     """Σ v and Σ v² in runs of 256, added up in float64."""
