@@ -32,6 +32,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen3_moe": dict(hidden_size=128, head_dim=64),
     "olmoe": dict(hidden_size=128),
     "deepseek_v3": LATENT,
+    "granitemoe": dict(hidden_size=128),
 }
 LATENT_FLIPS = ("norm_topk_prob", "routed_scaling_factor", "n_group", "q_lora_rank", "rope yarn, mscale")
 

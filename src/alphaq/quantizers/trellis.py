@@ -20,7 +20,7 @@ from alphaq.nouns.choice import Choice
 from alphaq.nouns.quantized import QuantizedMatrix
 from alphaq.quantizers.debiased import BIAS_WEIGHT
 from alphaq.quantizers.rows import FP16_MAX, over_rows, too_large
-from alphaq.quantizers.trellis_kernels import MOST, encode_rows, on_lines
+from alphaq.quantizers.trellis_kernels import LAST_COST, encode_rows, on_lines
 from alphaq.simd.sums import squared_norm
 from alphaq.simd.vectors import LANES
 
@@ -102,11 +102,11 @@ def _misses(quarters: int | None) -> tuple[np.ndarray, np.ndarray, np.float32, n
     square = float(np.square(levels).mean())
     unit = UNIT_SHARE * square * 2.0 ** np.interp(quarters / 4, (1, 2, 3, 4), np.log2(GAUSSIAN_ERRORS))
     apart = math.sqrt(square) / MARKS[quarters // 4 - 1]
-    reach = math.ceil((levels.max() + math.sqrt(MOST * unit)) / apart)
+    reach = math.ceil((levels.max() + math.sqrt(LAST_COST * unit)) / apart)
     cost = np.square(apart * np.arange(-reach, reach + 1)[:, None] - levels)
     best = cost.min(1)
     found = on_lines(cost.size)
-    found[:] = np.minimum(np.rint((cost - best[:, None]) / unit), MOST).reshape(-1)
+    found[:] = np.minimum(np.rint((cost - best[:, None]) / unit), LAST_COST).reshape(-1)
     return found, best.astype(np.float32), np.float32(apart), np.float32(unit)
 
 

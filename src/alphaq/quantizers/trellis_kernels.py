@@ -10,7 +10,7 @@ from alphaq.simd.paths import byte_step, step_1, step_2, step_3, step_4
 from alphaq.simd.vectors import LANES, as_half, fma, kernel, load, load_some, magnitude, maximum, splat, store
 
 UNREACHED = np.float32(1e30)
-MOST = 255  # that costs of bytes count
+LAST_COST = 255  # where costs of bytes end
 HEAD = STATE_BITS  # columns, after which every state was reached
 LOST = 0.02  # of a row's squared error
 SMALLEST = np.float32(2.0**-26)  # no smaller scale rounds to a float16 above 0
@@ -57,9 +57,9 @@ def encode_rows(
     """Fill streams and scales of whole rows; Σ(w − ŵ)².
 
     weights: [rows · columns]. levels: float32 [states] in units of a scale, the newest bit of a state lowest. worth:
-    float32 [columns], what the square of an error counts. misses, bests, mark, unit: as of `nearest`, `_marks` and
-    `_counts_nearly_all`, for rows of one scale whose columns count alike; else empty. shares, granular: as of
-    `_first_scales`, the former of the levels' root mean square. bias_weight: how many times errors along the weights
+    float32 [columns], what the square of an error counts. misses, bests, mark, unit: as of `cheapest_by_bytes`,
+    `_marks` and `_counts_nearly_all`, for rows of one scale whose columns count alike; else empty. shares, granular: as
+    of `_first_scales`, the former of the levels' root mean square. bias_weight: how many times errors along the weights
     count in the scales' fit. packed: uint8 zeros [rows · bytes per row]; scales: float32 [rows · groups], filled.
     """
     rows, groups = weights.size // columns, -(-columns // group_size)
@@ -84,7 +84,7 @@ def encode_rows(
             found = False
             if misses.size and groups == 1:
                 _marks(values, own[0], mark, bests.size, marks)
-                last, counted = nearest(
+                last, counted = cheapest_by_bytes(
                     values, own[0], marks, misses, unit, quarters, levels, roots, targets, outcomes, costs, byte_costs
                 )
                 trace(last, 0, quarters, levels.size, outcomes, path)
@@ -150,13 +150,16 @@ def _marks(values, scale, mark, count, marks):
 
 
 @kernel
-def nearest(values, scale, marks, misses, unit, quarters, levels, roots, targets, outcomes, costs, byte_costs):
+def cheapest_by_bytes(
+    values, scale, marks, misses, unit, quarters, levels, roots, targets, outcomes, costs, byte_costs
+):
     """`cheapest` of a whole row, from the state 0, with costs of bytes: twice as fast, and nearly as good a path.
 
     misses: uint8 [marks · states], by how many units (of squares of levels) a state's squared error is above the best
     state's where the column's weight is at a mark. marks: int32 [columns]. The first columns, when not all states have
     been reached, are run through by `cheapest`. Returns the last state and how many units were counted, of all columns
-    but the first ones above their best states: at most what any path costs, roundings apart.
+    but the first ones above their best states: about what the cheapest path costs, or less. Roundings to marks and
+    units cancel, unless a row has but a few different weights.
     """
     states, head = levels.size, min(HEAD, marks.size)
     inverse = np.float32(1) / scale
@@ -167,7 +170,7 @@ def nearest(values, scale, marks, misses, unit, quarters, levels, roots, targets
     least = costs[begin + last]
     units = np.float32(1) / unit
     for state in range(states):
-        byte_costs[state] = np.uint8(min(np.rint((costs[begin + state] - least) * units), np.float32(MOST)))
+        byte_costs[state] = np.uint8(min(np.rint((costs[begin + state] - least) * units), np.float32(LAST_COST)))
     counted = np.float64(least) / unit
     if marks.size == head:
         return last, counted
@@ -198,10 +201,10 @@ def run_column(bits, costs, next_costs, misses, outcomes):
 
 @kernel
 def _counts_nearly_all(values, scale, levels, path, marks, bests, unit, counted):
-    """Whether no other path can be better by more than a small part of the squared error.
+    """Whether hardly any other path can be better by more than a small part of the squared error.
 
-    What `nearest` has not counted of this one, since costs of bytes end, is all that it may have overlooked. bests:
-    float32 [marks], the squared error of the best state at each.
+    What `cheapest_by_bytes` has not counted of this one, since costs of bytes end, is all that it may have overlooked,
+    but for its roundings. bests: float32 [marks], the squared error of the best state at each.
     """
     whole, best, inverse, most = 0.0, 0.0, np.float32(1) / scale, levels.max()
     for column in range(path.size):

@@ -6,8 +6,8 @@ without large outliers, else three. What is lost is of the size of the inputs' o
     Σ ŵ·x  ≈  Σ over groups of  s·σ·(Σ q·n)  +  β·σ·(Σ n)
 
 where the sums over a group are exact in whole numbers and processors add 64 products in one instruction. The second
-part needs no codes. A task is 64 rows of one matrix with all tokens that want it; threads take tasks by a counter, so
-which thread did what is not fixed, what each task computes is.
+part needs no codes. A task is 64 rows of one matrix (or 128, for `tile_kernels`) with all tokens that want it; threads
+take tasks by a counter, so which thread did what is not fixed, what each task computes is.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def _span(jobs, rows, columns, threads):
 
 @kernel
 def multiply_tiled(inputs, columns, codings, rows, experts, tokens, least, out, parallel, function, threads):
-    """Products of experts that at least so many pairs want, by tiles; returns how many of their pairs are left.
+    """Products of experts that at least so many pairs want, by tiles; returns how many of their products are left.
 
     inputs: flat bits of bfloat16 [tokens · columns], columns a multiple of 32. out: likewise [pairs, projections ·
     rows], of which rows of other experts' pairs stay as they are. All else: see `multiply`.

@@ -108,7 +108,7 @@ def _by_tiles(
     enough = np.flatnonzero(counts > FEW_TILES)
     few = torch.from_numpy(np.flatnonzero(~np.isin(wanted, enough)))
     if len(few):
-        out[few] = _multiplied(inputs, codings, rows, experts[few], tokens[few], False)
+        out[few] = _multiplied(inputs[tokens[few]], codings, rows, experts[few], torch.arange(len(few)), False)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Multiply many tokens with restored rows by AMX: 32 rows and 32 tokens at a time (see `simd.tiles`).
+"""Multiply many tokens with restored rows by AMX: 32 rows and 32 tokens at a time, or 64 and 16 (see `simd.tiles`).
 
 Rows are restored to bfloat16 in the processor's own cache, 64 of up to 4096 columns or 128 of up to 2048, as
 `restored_kernels` has them; results are bfloat16, too.
@@ -65,8 +65,8 @@ def multiply_tiles(block, first, span, turned, out, column, pairs, tile, sums, r
 
     Of a row as many columns are restored at a time as a tile has; sums are kept in between, as the registers have them.
     out: bits of bfloat16 [pairs, width]; products of the i-th token go to row pairs[i], from `column` on. tile: see
-    `tile_of`; sums: see `tile_sums`; room: see `room_of`. after: the first row of what this thread will do next, whose
-    codes are brought near meanwhile.
+    `tile_of`; sums: see `tile_sums`; room: see `room_of`. after: the first row of what this thread may well do
+    next, whose codes are brought near meanwhile.
     """
     rows, columns = block[4], block[5]
     count, depth = min(span, rows - first), tile.shape[1] - BRAINS
