@@ -67,11 +67,8 @@ def encode_rows(
     spread = np.float32(np.sqrt(np.mean(np.square(levels))))
     values = np.empty(columns + LANES, np.float32)
     roots, targets = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    outcomes, path, marks = (
-        on_lines(columns * (levels.size // 8)),
-        np.empty(columns, np.int32),
-        np.empty(columns, np.int32),
-    )
+    path, marks = np.empty(columns, np.int32), np.empty(columns, np.int32)
+    outcomes = on_lines(columns * (levels.size // 8))
     costs, byte_costs = on_lines(8 * levels.size).view(np.float32), on_lines(2 * levels.size)
     total = 0.0
     for row in range(rows):
