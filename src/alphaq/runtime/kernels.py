@@ -205,7 +205,7 @@ def _by_expert(experts, tokens, begins):
 
 
 @kernel
-def _counts(experts, known):
+def count_pairs(experts, known):
     """How many pairs want each expert, after a 0: int64 [known + 1]."""
     counts = np.zeros(known + 1, np.int64)
     for pair in range(experts.size):
@@ -252,7 +252,7 @@ def multiply_tiled(inputs, columns, codings, rows, experts, tokens, least, out, 
     rows], of which rows of other experts' pairs stay as they are. All else: see `multiply`.
     """
     projections, known = codings.shape[0], codings.shape[1]
-    counts = _counts(experts, known)
+    counts = count_pairs(experts, known)
     jobs, number, total, left, _ = _jobs(codings, rows, counts, least, 0, experts.size, experts.size)
     if number == 0:
         return left
@@ -287,7 +287,7 @@ def multiply(inputs, columns, codings, rows, experts, tokens, few, many, exact, 
     there is no such expert. parallel, function, threads: see `run_threads`; small work is done on one thread.
     """
     projections, known = codings.shape[0], codings.shape[1]
-    counts = _counts(experts, known)
+    counts = count_pairs(experts, known)
     for pair in range(experts.size):
         if not 0 <= experts[pair] < known:
             out[pair] = 0
@@ -309,7 +309,7 @@ def multiply(inputs, columns, codings, rows, experts, tokens, few, many, exact, 
     request[JOBS], request[PAIRS], request[PAIR_COUNT] = jobs.ctypes.data, pairs.ctypes.data, experts.size
     request[INPUTS], request[FEW] = inputs.ctypes.data if many > few else 0, few
     request[TOKENS], request[ROWS], request[COLUMNS], request[WIDTH] = count, rows, columns, projections * rows
-    request[MOST] = most
+    request[WORK], request[MOST] = MULTIPLY, most
     request[PLANES], request[DIGITS], request[STEPS] = planes, digits.ctypes.data, steps.ctypes.data
     request[SUMS], request[VALUES], request[OUT] = sums.ctypes.data, values.ctypes.data, out.ctypes.data
     small = threads < 2 or total * projections * rows * columns < WORTH_THREADS

@@ -84,15 +84,10 @@ def cpu_linear(inputs: Tensor, table: Tensor, rows: int, experts: Tensor, tokens
     experts, tokens = experts.long().contiguous(), tokens.contiguous()
     brain = inputs.dtype == torch.bfloat16 and inputs.shape[1] % BRAINS == 0
     if brain and len(experts) > FEW_TILES and tiles_allowed():
-        counts = _counts(experts.numpy(), codings.shape[1])
+        counts = kernels.count_pairs(experts.numpy(), codings.shape[1])[1:]
         if counts.max() > FEW_TILES:
             return _by_tiles(inputs, codings, rows, experts, tokens, counts)
     return _multiplied(inputs, codings, rows, experts, tokens, brain and FAST_BRAINS)
-
-
-def _counts(experts: np.ndarray, known: int) -> np.ndarray:
-    """How many pairs want each expert that is known."""
-    return np.bincount(experts[(experts >= 0) & (experts < known)], minlength=known)
 
 
 def _by_tiles(
@@ -131,7 +126,7 @@ def _multiplied(inputs: Tensor, codings: np.ndarray, rows: int, experts: Tensor,
         *parallel(),
     )
     if left:
-        counts = _counts(wanted, codings.shape[1])
+        counts = kernels.count_pairs(wanted, codings.shape[1])[1:]
         restored = (counts > many) | (codings[..., FLAGS] & RESTORED > 0)  # [projections, experts]
         _multiply_left(inputs, codings, rows, wanted, tokens, restored & (counts > 0), out)
     return out.to(inputs.dtype)
